@@ -19,7 +19,43 @@ ARCHITECTURES = {
 
 # Keys that say nothing about the arithmetic; quantization_config is read by the checkpoint loader.
 _IGNORED = frozenset(
-    ["architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_router_logits", "quantization_config", "_name_or_path", "name_or_path", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder", "problem_type", "id2label", "label2id", "finetuning_task", "torchscript", "tokenizer_class", "prefix", "task_specific_params", "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "pruned_heads", "decoder_start_token_id", "sep_token_id", "_attn_implementation", "_attn_implementation_internal", "attn_implementation", "unsloth_fixed", "unsloth_version"]
+    [
+        "architectures",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "output_router_logits",
+        "quantization_config",
+        "_name_or_path",
+        "name_or_path",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "is_decoder",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "finetuning_task",
+        "torchscript",
+        "tokenizer_class",
+        "prefix",
+        "task_specific_params",
+        "cross_attention_hidden_size",
+        "add_cross_attention",
+        "tie_encoder_decoder",
+        "pruned_heads",
+        "decoder_start_token_id",
+        "sep_token_id",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "attn_implementation",
+        "unsloth_fixed",
+        "unsloth_version",
+    ]
 )
 # Keys whose only supported value is given; another value changes the arithmetic.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -42,7 +78,26 @@ _MTP = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 _OPTIONAL = ("initializer_range", "router_aux_loss_coef", "intermediate_size")
 
 _INTEGERS = frozenset(
-    ["vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "num_hidden_layers", "full_attention_interval", "intermediate_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "decoder_sparse_step", "num_nextn_predict_layers", "mtp_num_hidden_layers", "bos_token_id", "pad_token_id"]
+    [
+        "vocab_size",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "num_hidden_layers",
+        "full_attention_interval",
+        "intermediate_size",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "decoder_sparse_step",
+        "num_nextn_predict_layers",
+        "mtp_num_hidden_layers",
+        "bos_token_id",
+        "pad_token_id",
+    ]
 ) | frozenset(_LINEAR)
 _NUMBERS = frozenset(
     ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "initializer_range", "router_aux_loss_coef")

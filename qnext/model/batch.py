@@ -1,0 +1,72 @@
+"""What flows through a model: packed tokens of several sequences and, when serving, a view of their caches.
+
+Legend: T tokens, N sequences, M pages of a sequence, P tokens in a page, G KV heads, K head dim, W conv width,
+C conv channels, H value heads, V value head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qnext.ops import Packing
+
+
+class KVPages(NamedTuple):
+    """Keys and values of one full-attention layer, [num_pages, P, G, K] each."""
+
+    k: Tensor
+    v: Tensor
+
+
+class DeltaSlots(NamedTuple):
+    """State of one Gated DeltaNet layer, a slot per sequence."""
+
+    conv: Tensor  # [num_slots, W - 1, C] last inputs of the convolution, oldest first
+    state: Tensor  # [num_slots, H, K, V] fp32
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """Where one step reads and writes the caches. Layers are numbered as in the trunk; the MTP layer comes after.
+
+    A sequence whose `is_fresh_N` is true starts in this step: what its slot held before is never read.
+    """
+
+    kv: Mapping[int, KVPages]
+    delta: Mapping[int, DeltaSlots]
+    slots_N: Tensor  # int64
+    is_fresh_N: Tensor  # bool
+    block_tables_NM: Tensor  # int64 page numbers in order, padded with any valid page
+    context_lengths: tuple[int, ...]  # tokens of each sequence, this step included
+    write_index_T: Tensor  # int64 page * P + offset for every token of the step
+
+    def read_slots(self, stored: Tensor) -> Tensor:
+        """Rows of `stored` for the sequences of the step, zero for the fresh ones."""
+        rows = stored.index_select(0, self.slots_N)
+        fresh = self.is_fresh_N.view(-1, *(1,) * (rows.dim() - 1))
+        return torch.where(fresh, torch.zeros((), dtype=rows.dtype, device=rows.device), rows)
+
+    def write_slots(self, stored: Tensor, rows: Tensor) -> None:
+        stored.index_copy_(0, self.slots_N, rows.to(stored.dtype))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed tokens [T]; the same type trains (cache None) and serves. There is no padding."""
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    packing: Packing
+    cache: CacheView | None = None
+
+    @staticmethod
+    def from_lengths(token_ids_T: Tensor, lengths: Sequence[int]) -> Batch:
+        """Whole sequences that start at position zero, without a cache."""
+        packing = Packing(lengths, device=token_ids_T.device)
+        assert packing.num_tokens == token_ids_T.shape[0]
+        return Batch(token_ids_T, packing.offsets_T, packing)

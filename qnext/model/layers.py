@@ -1,0 +1,96 @@
+"""Small parts that every family shares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qnext import ops
+from qnext.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm whose scale is 1 + weight (Qwen3-Next) or weight (Qwen3), as `zero_centered` says."""
+
+    def __init__(self, size: int, *, eps: float, zero_centered: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+        self.zero_centered = zero_centered
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, eps=self.eps, zero_centered=self.zero_centered)
+
+
+def make_norm(config: ModelConfig, size: int) -> RMSNorm:
+    return RMSNorm(size, eps=config.rms_norm_eps, zero_centered=config.zero_centered_norm)
+
+
+class GatedRMSNorm(nn.Module):
+    """The norm inside Gated DeltaNet: plain weight, normalise first, gate with silu after."""
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return ops.gated_rms_norm(x, gate, self.weight, eps=self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of a batch, computed once and shared by all full-attention layers.
+
+    Frequencies are a function of the configuration and live in fp32 outside the state dict; a model that was built
+    without storage gets them when it is materialised.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        frequencies, self.attention_factor = _frequencies(config)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.frequencies: Tensor
+
+    def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        if self.frequencies.is_meta or self.frequencies.dtype != torch.float32:
+            # A cast of the whole model to bf16 would round the frequencies, which ruins long contexts.
+            self.frequencies = _frequencies(self.config)[0]
+        if self.frequencies.device != positions_T.device:
+            self.frequencies = self.frequencies.to(positions_T.device)
+        return ops.rope_cos_sin(positions_T, self.frequencies, attention_factor=self.attention_factor)
+
+
+def _frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return ops.rope_frequencies(config.rotary_dim, theta=config.rope_theta), 1.0
+    return ops.yarn_frequencies(
+        config.rotary_dim,
+        theta=config.rope_theta,
+        factor=scaling.factor,
+        original_length=scaling.original_max_position_embeddings,
+        beta_fast=scaling.beta_fast,
+        beta_slow=scaling.beta_slow,
+        attention_factor=scaling.attention_factor,
+        truncate=scaling.truncate,
+    )

@@ -1,0 +1,33 @@
+"""Multi-token prediction: one more layer that reads the trunk and the next token, and predicts the one after.
+
+Legend: T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qnext.config import ModelConfig
+from qnext.model.batch import Batch
+from qnext.model.layers import make_norm
+
+
+class MultiTokenPredictor(nn.Module):
+    """fc(concat[norm(embedding of token i + 1), norm(hidden i)]), a full-attention layer, a norm.
+
+    The embedding half comes first. Embedding table and head are the trunk's.
+    """
+
+    def __init__(self, config: ModelConfig, layer: nn.Module) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.pre_fc_norm_embedding = make_norm(config, hidden)
+        self.pre_fc_norm_hidden = make_norm(config, hidden)
+        self.fc = nn.Linear(2 * hidden, hidden, bias=False)
+        self.layers = nn.ModuleList([layer])
+        self.norm = make_norm(config, hidden)
+
+    def forward(self, embedding_TD: Tensor, hidden_TD: Tensor, batch: Batch, rope: tuple[Tensor, Tensor]) -> Tensor:
+        both = torch.cat([self.pre_fc_norm_embedding(embedding_TD), self.pre_fc_norm_hidden(hidden_TD)], dim=-1)
+        return self.norm(self.layers[0](self.fc(both), batch, rope))

@@ -1,0 +1,116 @@
+"""The trunk and the causal language model around it.
+
+Legend: T tokens, D hidden, Y vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qnext.config import LINEAR_ATTENTION, ModelConfig
+from qnext.model.attention import Attention
+from qnext.model.batch import Batch
+from qnext.model.delta_net import GatedDeltaNet
+from qnext.model.layers import MLP, RotaryEmbedding, make_norm
+from qnext.model.moe import SparseMoE
+from qnext.model.mtp import MultiTokenPredictor
+
+
+class DecoderLayer(nn.Module):
+    """h <- h + mixer(norm(h)); h <- h + feed_forward(norm(h))."""
+
+    def __init__(self, config: ModelConfig, layer_index: int, *, kind: str, is_moe: bool) -> None:
+        super().__init__()
+        self.is_linear = kind == LINEAR_ATTENTION
+        if self.is_linear:
+            self.linear_attn = GatedDeltaNet(config, layer_index)
+        else:
+            self.self_attn = Attention(config, layer_index)
+        self.mlp: nn.Module = SparseMoE(config) if is_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+
+    def forward(self, hidden_TD: Tensor, batch: Batch, rope: tuple[Tensor, Tensor]) -> Tensor:
+        normed_TD = self.input_layernorm(hidden_TD)
+        if self.is_linear:
+            hidden_TD = hidden_TD + self.linear_attn(normed_TD, batch)
+        else:
+            hidden_TD = hidden_TD + self.self_attn(normed_TD, batch, rope)
+        return hidden_TD + self.mlp(self.post_attention_layernorm(hidden_TD))
+
+
+class TrunkOutput(NamedTuple):
+    hidden_TD: Tensor  # after the final norm: what the head and the MTP module read
+    residual_TD: Tensor  # before it
+
+
+class Transformer(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, kind=kind, is_moe=config.is_moe_layer(i))
+            for i, kind in enumerate(config.layer_types)
+        )
+        self.norm = make_norm(config, config.hidden_size)
+        self.rotary = RotaryEmbedding(config)
+
+    def forward(self, batch: Batch) -> TrunkOutput:
+        hidden_TD = self.embed_tokens(batch.token_ids_T)
+        rope = self.rotary(batch.positions_T)
+        for layer in self.layers:
+            hidden_TD = layer(hidden_TD, batch, rope)
+        return TrunkOutput(self.norm(hidden_TD), hidden_TD)
+
+
+class CausalLM(nn.Module):
+    """A whole model. Parameter names are those of the released checkpoints, experts stacked.
+
+    >>> with torch.device("meta"):
+    ...     model = CausalLM(preset("80b-a3b"))
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.mtp: MultiTokenPredictor | None = None
+        if config.num_nextn_predict_layers:
+            layer_index = config.num_hidden_layers
+            # The MTP layer is never linear; it is sparse where the trunk is.
+            layer = DecoderLayer(config, layer_index, kind="full_attention", is_moe=config.num_experts > 0)
+            self.mtp = MultiTokenPredictor(config, layer)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def forward(self, batch: Batch) -> TrunkOutput:
+        """Hidden states of the trunk; `logits` turns the rows that are wanted into scores."""
+        return self.model(batch)
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """[R, D] rows of TrunkOutput.hidden_TD or of the MTP output -> [R, Y] in the model's dtype."""
+        return self.lm_head(hidden_RD)
+
+    def draft_hidden(self, next_token_ids_T: Tensor, trunk: TrunkOutput, batch: Batch) -> Tensor:
+        """[T, D]: row i, given the trunk's row i and the token after it, leads to the token after that one.
+
+        `batch` gives packing, positions and cache; its token ids are not read. Needs num_nextn_predict_layers = 1.
+        """
+        assert self.mtp is not None
+        hidden_TD = trunk.hidden_TD if self.config.mtp_uses_final_norm else trunk.residual_TD
+        rope = self.model.rotary(batch.positions_T)
+        return self.mtp(self.model.embed_tokens(next_token_ids_T), hidden_TD, batch, rope)

@@ -1,0 +1,125 @@
+"""The packed layout: tokens of several sequences one after another, and the index maps that ops derive from it.
+
+Shapes: T tokens of all sequences, N sequences, L longest sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ChunkLayout(NamedTuple):
+    """Where packed tokens lie when every sequence is cut into chunks of C tokens, the last one padded.
+
+    Chunks are ordered by their number within the sequence and then by sequence, longest sequence first: the chunks
+    that the s-th step of a state pass handles are the contiguous rows `starts[s] : starts[s + 1]`, and they belong to
+    the first `starts[s + 1] - starts[s]` sequences of `order`.
+    """
+
+    rows: Tensor  # [T] row of each packed token among num_chunks * C
+    order: Tensor  # [N] sequence indices, longest first
+    starts: tuple[int, ...]  # [steps + 1]
+    is_full: bool  # no padding anywhere
+
+    @property
+    def num_chunks(self) -> int:
+        return self.starts[-1]
+
+
+class Packing:
+    """Lengths of packed sequences. Index maps are made once, when an op first asks for them.
+
+    >>> Packing([2, 3]).cu_seqlens.tolist()
+    [0, 2, 5]
+    """
+
+    def __init__(self, lengths: Sequence[int], *, device: torch.device | str | None = None) -> None:
+        assert all(length > 0 for length in lengths), "an empty sequence cannot be packed"
+        self.lengths = tuple(lengths)
+        self.device = torch.device(device or "cpu")
+        self._chunk_layouts: dict[int, ChunkLayout] = {}
+        self._extended: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        return all(length == self.lengths[0] for length in self.lengths)
+
+    @cached_property
+    def lengths_N(self) -> Tensor:
+        return torch.tensor(self.lengths, dtype=torch.long, device=self.device)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """[N + 1] offsets of the sequences, as variable-length kernels want them."""
+        zero = torch.zeros(1, dtype=torch.long, device=self.device)
+        return torch.cat([zero, self.lengths_N.cumsum(0)])
+
+    @cached_property
+    def sequence_ids_T(self) -> Tensor:
+        """[T] the sequence that each token belongs to."""
+        return torch.repeat_interleave(torch.arange(self.num_sequences, device=self.device), self.lengths_N)
+
+    @cached_property
+    def offsets_T(self) -> Tensor:
+        """[T] the place of each token within its sequence, from zero."""
+        return torch.arange(self.num_tokens, device=self.device) - self.cu_seqlens[self.sequence_ids_T]
+
+    @cached_property
+    def last_tokens_N(self) -> Tensor:
+        """[N] row of the last token of each sequence."""
+        return self.cu_seqlens[1:] - 1
+
+    @cached_property
+    def padded_rows_T(self) -> Tensor:
+        """[T] row of each token among N * L when sequences are padded on the right to the longest."""
+        return self.sequence_ids_T * self.max_length + self.offsets_T
+
+    def extended_rows(self, extra: int) -> tuple[Tensor, Tensor]:
+        """Rows in a layout with `extra` rows of history before each sequence, T + N * extra rows in all.
+
+        Returns ([T] row of each token, [N, extra] rows of each sequence's history).
+        """
+        if extra not in self._extended:
+            rows_T = torch.arange(self.num_tokens, device=self.device) + (self.sequence_ids_T + 1) * extra
+            starts_N = self.cu_seqlens[:-1] + torch.arange(self.num_sequences, device=self.device) * extra
+            self._extended[extra] = (rows_T, starts_N[:, None] + torch.arange(extra, device=self.device))
+        return self._extended[extra]
+
+    def chunk_layout(self, chunk_size: int) -> ChunkLayout:
+        """The layout for chunks of `chunk_size` tokens; see ChunkLayout."""
+        if chunk_size not in self._chunk_layouts:
+            self._chunk_layouts[chunk_size] = self._make_chunk_layout(chunk_size)
+        return self._chunk_layouts[chunk_size]
+
+    def _make_chunk_layout(self, chunk_size: int) -> ChunkLayout:
+        num_chunks = [-(-length // chunk_size) for length in self.lengths]
+        order = sorted(range(len(num_chunks)), key=lambda n: -num_chunks[n])
+        starts = [0]
+        for step in range(max(num_chunks)):
+            starts.append(starts[-1] + sum(count > step for count in num_chunks))
+        order_N = torch.tensor(order, dtype=torch.long, device=self.device)
+        rank_N = torch.empty_like(order_N)
+        rank_N[order_N] = torch.arange(len(order), device=self.device)
+        starts_S = torch.tensor(starts, dtype=torch.long, device=self.device)
+        step_T = torch.div(self.offsets_T, chunk_size, rounding_mode="floor")
+        chunk_T = starts_S[step_T] + rank_N[self.sequence_ids_T]
+        rows_T = chunk_T * chunk_size + self.offsets_T % chunk_size
+        is_full = starts[-1] * chunk_size == self.num_tokens
+        return ChunkLayout(rows=rows_T, order=order_N, starts=tuple(starts), is_full=is_full)

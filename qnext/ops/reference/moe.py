@@ -1,0 +1,131 @@
+"""Mixture of experts: routing and grouped SwiGLU.
+
+Legend: T tokens, D hidden, E experts, F expert width, A = T * top_k assignments sorted by expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    weights_TA: Tensor  # [T, top_k] fp32
+    experts_TA: Tensor  # [T, top_k] int64
+
+
+def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool) -> Routing:
+    """Softmax over all experts in fp32, the best `top_k`, renormalised to sum one where `norm_topk_prob`."""
+    wide = torch.promote_types(logits_TE.dtype, torch.float32)
+    weights, experts = logits_TE.to(wide).softmax(-1).topk(top_k, dim=-1)
+    if norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return Routing(weights, experts)
+
+
+def swiglu(gate_and_up: Tensor) -> Tensor:
+    """silu(gate) * up for a last dim that holds gate, then up."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def experts_swiglu(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, *, routing: Routing) -> Tensor:
+    """[T, D]: sum over each token's experts of weight * down(silu(gate(x)) * up(x)).
+
+    `gate_up_E2FD` holds the gate rows of each expert, then its up rows. Work is grouped by expert: experts without a
+    token cost nothing.
+    """
+    return _Experts.apply(x_TD, gate_up_E2FD, down_EDF, routing.weights_TA.to(x_TD.dtype), routing.experts_TA)
+
+
+class _Groups(NamedTuple):
+    """Assignments sorted by expert."""
+
+    order_A: Tensor  # place of each sorted row among the T * top_k assignments
+    tokens_A: Tensor  # the token of each sorted row
+    experts_A: Tensor  # the expert of each sorted row
+    ends_E: Tensor  # int32, where each expert's rows end
+
+
+def _group(experts_TA: Tensor, num_experts: int) -> _Groups:
+    experts_A, order_A = experts_TA.flatten().sort(stable=True)
+    tokens_A = torch.div(order_A, experts_TA.shape[1], rounding_mode="floor")
+    ends_E = torch.bincount(experts_A, minlength=num_experts).cumsum(0).to(torch.int32)
+    return _Groups(order_A, tokens_A, experts_A, ends_E)
+
+
+def _fits_grouped_mm(*tensors: Tensor) -> bool:
+    """torch's grouped product takes fp32 and bf16 whose rows are multiples of 16 bytes."""
+    return all(
+        t.dtype in (torch.float32, torch.bfloat16) and all(size * t.element_size() % 16 == 0 for size in t.shape[1:])
+        for t in tensors
+    )
+
+
+def _grouped_mm(x_AD: Tensor, weight_EDF: Tensor, groups: _Groups) -> Tensor:
+    """Rows of x, sorted by expert, times the matrix of their expert: [A, D] x [E, D, F] -> [A, F]."""
+    if _fits_grouped_mm(x_AD, weight_EDF):
+        return F.grouped_mm(x_AD, weight_EDF, offs=groups.ends_E)
+    rows_A, capacity = _padded_rows(groups)
+    padded = _pad_groups(x_AD, rows_A, len(weight_EDF), capacity) @ weight_EDF
+    return padded.flatten(0, 1).index_select(0, rows_A)
+
+
+def _grouped_outer(x_AD: Tensor, y_AF: Tensor, groups: _Groups) -> Tensor:
+    """Per expert x^T y over its rows: [A, D], [A, F] -> [E, D, F]; zero for experts without rows."""
+    if _fits_grouped_mm(x_AD, y_AF):
+        return F.grouped_mm(x_AD.t(), y_AF, offs=groups.ends_E)
+    rows_A, capacity = _padded_rows(groups)
+    x, y = (_pad_groups(rows, rows_A, len(groups.ends_E), capacity) for rows in (x_AD, y_AF))
+    return x.transpose(1, 2) @ y
+
+
+def _padded_rows(groups: _Groups) -> tuple[Tensor, int]:
+    counts_E = groups.ends_E.diff(prepend=groups.ends_E.new_zeros(1))
+    capacity = int(counts_E.max())
+    starts_A = (groups.ends_E - counts_E).index_select(0, groups.experts_A)
+    places_A = torch.arange(len(groups.experts_A), device=starts_A.device) - starts_A
+    return groups.experts_A * capacity + places_A, capacity
+
+
+def _pad_groups(x_AD: Tensor, rows_A: Tensor, num_experts: int, capacity: int) -> Tensor:
+    padded = x_AD.new_zeros(num_experts * capacity, x_AD.shape[1]).index_copy(0, rows_A, x_AD)
+    return padded.view(num_experts, capacity, -1)
+
+
+class _Experts(torch.autograd.Function):
+    """Keeps the sorted input and the gate and up products; the activation is recomputed in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        groups = _group(experts, len(gate_up))
+        gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+        x_AD = x.index_select(0, groups.tokens_A)
+        hidden = _grouped_mm(x_AD, gate_up.transpose(1, 2), groups)
+        out_AD = _grouped_mm(swiglu(hidden), down.transpose(1, 2), groups)
+        weights_A = weights.flatten().index_select(0, groups.order_A)
+        out = torch.empty_like(out_AD).index_copy_(0, groups.order_A, out_AD * weights_A[:, None])
+        ctx.save_for_backward(x_AD, hidden, out_AD, gate_up, down, weights_A)
+        ctx.groups, ctx.shape = groups, experts.shape
+        return out.view(*experts.shape, -1).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x_AD, hidden, out_AD, gate_up, down, weights_A = ctx.saved_tensors
+        groups: _Groups = ctx.groups
+        grad_A = grad_out.index_select(0, groups.tokens_A)
+        grad_weights = torch.empty_like(weights_A).index_copy_(0, groups.order_A, (grad_A * out_AD).sum(-1))
+        grad_A = grad_A * weights_A[:, None]
+        gate, up = hidden.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        grad_inner = _grouped_mm(grad_A, down, groups)
+        grad_down = _grouped_outer(grad_A, activated * up, groups)
+        grad_gate = torch.ops.aten.silu_backward(grad_inner * up, gate)
+        grad_hidden = torch.cat([grad_gate, grad_inner * activated], dim=-1)
+        grad_gate_up = _grouped_outer(grad_hidden, x_AD, groups)
+        grad_x_A = _grouped_mm(grad_hidden, gate_up, groups)
+        grad_x = torch.empty_like(grad_x_A).index_copy_(0, groups.order_A, grad_x_A).view(*ctx.shape, -1).sum(1)
+        return grad_x, grad_gate_up, grad_down, grad_weights.view(ctx.shape), None

@@ -1,0 +1,92 @@
+"""Norms. Legend: ... any leading dims, D the normalised dim."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) -> Tensor:
+    """x / sqrt(mean(x^2) + eps), times (1 + weight) where `zero_centered`, times weight otherwise.
+
+    Computed in fp32 (fp64 for fp64 input) and cast once, at the end. Qwen3-Next uses the zero-centred form for every
+    norm but the one inside Gated DeltaNet; Qwen3 uses the plain form throughout.
+    """
+    return _RMSNorm.apply(x, weight_D, None, eps, zero_centered)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
+    """weight * rms_norm(x) * silu(gate): normalise first, gate after. `gate` has the shape of `x`."""
+    return _RMSNorm.apply(x, weight_D, gate, eps, False)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """One function for both norms, so that backward keeps the input and one number per row, not every product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, zero_centered: bool) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x_wide = x.to(wide)
+        rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+        scale = weight.to(wide) + 1.0 if zero_centered else weight.to(wide)
+        y = (x_wide * rstd).mul_(scale)
+        if gate is not None:
+            y.mul_(F.silu(gate.to(wide)))
+        ctx.save_for_backward(x, weight, gate, rstd)
+        ctx.zero_centered = zero_centered
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gate, rstd = ctx.saved_tensors
+        wide = rstd.dtype
+        scale = weight.to(wide) + 1.0 if ctx.zero_centered else weight.to(wide)
+        normed = x.to(wide) * rstd
+        grad = grad_out.to(wide)
+        grad_gate = None
+        if gate is not None:
+            gate_wide = gate.to(wide)
+            sigmoid = torch.sigmoid(gate_wide)
+            if ctx.needs_input_grad[2]:
+                slope = torch.addcmul(sigmoid, sigmoid * gate_wide, 1.0 - sigmoid)
+                grad_gate = (grad * normed).mul_(scale).mul_(slope).to(gate.dtype)
+            grad = grad * sigmoid.mul_(gate_wide)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad = grad * scale
+            projection = (grad * normed).mean(-1, keepdim=True)
+            grad_x = torch.addcmul(grad, normed, projection, value=-1.0).mul_(rstd).to(x.dtype)
+        return grad_x, grad_weight, grad_gate, None, None
+
+
+def l2_norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum(x^2) + eps) over the last dim, in fp32 at least; the result stays in that width.
+
+    Zero rows give zero, and a gradient of zero rather than the slope 1 / sqrt(eps) of the formula: masked padding
+    would otherwise multiply gradients by a thousand in every layer.
+    """
+    return _L2Norm.apply(x, eps)
+
+
+class _L2Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        sum_squares = x_wide.square().sum(-1, keepdim=True)
+        inverse = torch.rsqrt(sum_squares + eps)
+        y = x_wide * inverse
+        ctx.save_for_backward(y, torch.where(sum_squares > 0, inverse, 0.0))
+        ctx.dtype = x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
+        y, inverse = ctx.saved_tensors
+        projection = (grad_out * y).sum(-1, keepdim=True)
+        return torch.addcmul(grad_out, y, projection, value=-1.0).mul_(inverse).to(ctx.dtype), None

@@ -1,0 +1,290 @@
+"""A folder's own chat template: rendered in a limited child process, with untrusted text kept apart.
+
+How untrusted text survives a template. A template sees strings, not pieces, and may search them (`'</think>' in
+content`), so nothing is wrapped around them. Only where an untrusted string holds the name of an added token is that
+name replaced by one private-use character that occurs nowhere else; after rendering the character becomes an
+untrusted piece. The result must equal the rendering of the unchanged strings, else the template looks at such names.
+Then markup names (`<think>`, `<tool_response>`) are left readable, first in assistant turns, then everywhere; names
+of control tokens never are. A template that treats those specially too is refused for that conversation.
+
+Limit: a template that builds a token's name out of several harmless strings would not be noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qnext.errors import CorruptCheckpoint, UsageError
+from qnext.text.messages import Message, message_to_dict
+from qnext.text.tokenizer import Piece
+
+_WORKER = Path(__file__).with_name("jinja_worker.py")
+# Starting an interpreter on a busy machine may take long; it is not the template's fault.
+_START_SECONDS = 60.0
+_FIRST_PRIVATE, _LAST_PRIVATE = 0xF0000, 0xFFFFD
+
+
+@dataclass(frozen=True)
+class TemplateLimits:
+    """What one rendering may use: wall-clock seconds, address space in bytes, characters of output."""
+
+    seconds: float = 3.0
+    memory_bytes: int = 1 << 30
+    output_characters: int = 16 << 20
+
+
+class JinjaTemplate:
+    """A chat template of unknown origin.
+
+    `source` names the file in errors. `markup_names` and `control_names` are the added tokens of the tokenizer.
+    `variables` are what templates expect beside the conversation (`bos_token`, `eos_token`).
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        source: str = "chat template",
+        control_names: Collection[str] = (),
+        markup_names: Collection[str] = (),
+        variables: Mapping[str, str] | None = None,
+        limits: TemplateLimits | None = None,
+    ) -> None:
+        self._text = text
+        self._source = source
+        self._control_names = frozenset(control_names)
+        self._markup_names = frozenset(markup_names) - self._control_names
+        self._variables = dict(variables or {})
+        self._limits = limits or TemplateLimits()
+        self._worker: _Worker | None = None
+        self._lock = threading.Lock()
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+    ) -> list[Piece]:
+        """Pieces of the rendered conversation.
+
+        Raises UsageError where the template refuses the conversation, CorruptCheckpoint naming the template where
+        it is faulty or exceeds its limits.
+        """
+        conversation = [message_to_dict(message) for message in messages]
+        all_names = self._control_names | self._markup_names
+        raw = self._run(conversation, tools, add_generation_prompt)
+        if not _names_inside([conversation, list(tools)], all_names):
+            return [Piece(raw, True)]
+        attempts = [
+            (all_names, all_names),
+            (self._control_names, all_names),
+            (self._control_names, self._control_names),
+        ]
+        for assistant_names, other_names in attempts:
+            marks = self._private_marks(all_names, conversation, tools)
+            in_assistant, elsewhere = _Mask(marks, assistant_names), _Mask(marks, other_names)
+            masked = self._run(
+                [in_assistant.message(m) if m["role"] == "assistant" else elsewhere.message(m) for m in conversation],
+                elsewhere.value(list(tools)),
+                add_generation_prompt,
+            )
+            names_by_mark = {mark: name for name, mark in marks.items()}
+            pieces = _split_at_marks(masked, names_by_mark)
+            if "".join(piece.text for piece in pieces) == raw:
+                return pieces
+        raise UsageError(f"{self._source}: cannot keep the token names in this conversation apart from its markup")
+
+    def close(self) -> None:
+        """End the child process; a later render starts another."""
+        with self._lock:
+            if self._worker is not None:
+                self._worker.kill()
+                self._worker = None
+
+    def _private_marks(
+        self, names: Collection[str], conversation: Sequence[Any], tools: Sequence[Any]
+    ) -> dict[str, str]:
+        used = set(self._text) | set(json.dumps([conversation, list(tools)], ensure_ascii=False))
+        free = (chr(code) for code in range(_FIRST_PRIVATE, _LAST_PRIVATE + 1) if chr(code) not in used)
+        marks = dict(zip(sorted(names), free, strict=False))
+        if len(marks) < len(names):
+            raise UsageError("the conversation uses too many private-use characters")
+        return marks
+
+    def _run(self, conversation: Sequence[Any], tools: Sequence[Any], add_generation_prompt: bool) -> str:
+        context: dict[str, Any] = {
+            **self._variables,
+            "messages": list(conversation),
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        with self._lock:
+            if self._worker is None or not self._worker.is_alive():
+                self._worker = _Worker(self._text, self._limits)
+            answer = self._worker.ask(context)
+        if "text" in answer:
+            return str(answer["text"])
+        message = " ".join(str(answer["message"]).split())[:300]
+        if answer["fault"] == "refusal":
+            raise UsageError(f"the chat template refuses this conversation: {message}")
+        raise CorruptCheckpoint(f"{self._source}: {message}")
+
+
+class _Worker:
+    """One child process with one template."""
+
+    def __init__(self, text: str, limits: TemplateLimits) -> None:
+        self._limits = limits
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", str(_WORKER), str(limits.memory_bytes), str(limits.output_characters)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env={},
+        )
+        self._finalizer = weakref.finalize(self, _end_process, self._process)
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            os.set_blocking(stream.fileno(), False)
+        if not (self._read(time.monotonic() + _START_SECONDS) or {}).get("ready"):
+            self.kill()
+            raise CorruptCheckpoint("the process that renders chat templates did not start")
+        self._write({"source": text}, time.monotonic() + _START_SECONDS)
+
+    def ask(self, context: dict[str, Any]) -> dict[str, Any]:
+        deadline = time.monotonic() + self._limits.seconds
+        answer = self._read(deadline) if self._write({"context": context}, deadline) else None
+        if answer is None:
+            is_late = time.monotonic() >= deadline
+            self.kill()
+            cause = f"took longer than {self._limits.seconds:g} s" if is_late else "broke the process that renders it"
+            return {"fault": "limit", "message": f"the chat template {cause}"}
+        if answer.get("fault") == "memory":
+            self.kill()
+            limit = self._limits.memory_bytes >> 20
+            return {"fault": "limit", "message": f"the chat template needs more than {limit} MiB of memory"}
+        if answer.get("fault") == "output":
+            return {"fault": "limit", "message": f"the chat template makes {answer['message']}"}
+        return answer
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        self._finalizer()
+
+    def _write(self, value: Any, deadline: float) -> bool:
+        data = json.dumps(value).encode("ascii")
+        data = struct.pack(">I", len(data)) + data
+        stream = self._process.stdin
+        assert stream is not None
+        view = memoryview(data)
+        while view:
+            if not select.select([], [stream], [], max(0.0, deadline - time.monotonic()))[1]:
+                return False
+            try:
+                view = view[os.write(stream.fileno(), view) :]
+            except OSError:
+                return False
+        return True
+
+    def _read(self, deadline: float) -> dict[str, Any] | None:
+        head = self._read_bytes(4, deadline)
+        if head is None:
+            return None
+        # One character is at most 12 bytes of ASCII JSON; a longer frame is not ours.
+        length = struct.unpack(">I", head)[0]
+        if length > 12 * self._limits.output_characters + 65536:
+            return None
+        body = self._read_bytes(length, deadline)
+        return None if body is None else json.loads(body)
+
+    def _read_bytes(self, count: int, deadline: float) -> bytes | None:
+        stream = self._process.stdout
+        assert stream is not None
+        data = bytearray()
+        while len(data) < count:
+            if not select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return None
+            chunk = os.read(stream.fileno(), min(count - len(data), 1 << 16))
+            if not chunk:
+                return None
+            data += chunk
+        return bytes(data)
+
+
+class _Mask:
+    """Replaces the given names by their marks in all strings of a JSON value, keys included."""
+
+    def __init__(self, marks: Mapping[str, str], names: Collection[str]) -> None:
+        self._marks = marks
+        self._pattern = _names_pattern(names)
+
+    def value(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._pattern.sub(lambda match: self._marks[match.group()], value)
+        if isinstance(value, Mapping):
+            return {self.value(key): self.value(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.value(item) for item in value]
+        return value
+
+    def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: item if key == "role" else self.value(item) for key, item in message.items()}
+
+
+def _names_pattern(names: Collection[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+
+
+def _names_inside(value: Any, names: Collection[str]) -> bool:
+    pattern = _names_pattern(names)
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            if pattern.search(item):
+                return True
+        elif isinstance(item, Mapping):
+            pending.extend(item.keys())
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            pending.extend(item)
+    return False
+
+
+def _split_at_marks(text: str, names_by_mark: Mapping[str, str]) -> list[Piece]:
+    pieces: list[Piece] = []
+    start = 0
+    for match in re.finditer("[" + "".join(names_by_mark) + "]", text):
+        if match.start() > start:
+            pieces.append(Piece(text[start : match.start()], True))
+        pieces.append(Piece(names_by_mark[match.group()], False))
+        start = match.end()
+    if start < len(text):
+        pieces.append(Piece(text[start:], True))
+    return pieces
+
+
+def _end_process(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()

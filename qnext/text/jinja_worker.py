@@ -1,0 +1,126 @@
+"""Child process that renders chat templates. Run as a file by `qnext.text.jinja`; imports nothing of qnext.
+
+Jinja's sandbox stops escapes, not endless loops or huge strings. Here they end this process only: its memory is
+limited by the kernel, its output by a count, its time by the parent, which kills it.
+
+Frames on stdin and stdout: 4 bytes of length, then JSON. The arguments are the memory limit in bytes and the output
+limit in characters. The first frame out is `{"ready": true}`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import resource
+import struct
+import sys
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+
+class TemplateRefusal(Exception):
+    """The template itself called `raise_exception`: it does not accept this conversation."""
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks what a training mask counts; for the text it means nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - the attribute's type is fixed by jinja2
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[GenerationTag, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without the HTML escapes of jinja's own filter, as chat templates expect it."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def refuse(message: str) -> NoReturn:
+    raise TemplateRefusal(message)
+
+
+def strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def render(template: jinja2.Template, context: dict[str, Any], max_characters: int) -> dict[str, str]:
+    """One answer: `{"text": ...}` or `{"fault": kind, "message": ...}`."""
+    parts: list[str] = []
+    num_characters = 0
+    try:
+        for part in template.generate(**context):
+            num_characters += len(part)
+            if num_characters > max_characters:
+                return {"fault": "output", "message": f"more than {max_characters} characters of output"}
+            parts.append(part)
+    except TemplateRefusal as error:
+        return {"fault": "refusal", "message": str(error)}
+    except MemoryError:
+        return {"fault": "memory", "message": "out of memory"}
+    except Exception as error:  # whatever a foreign template can raise
+        return {"fault": "template", "message": f"{type(error).__name__}: {error}"}
+    return {"text": "".join(parts)}
+
+
+def read_frame() -> Any:
+    head = sys.stdin.buffer.read(4)
+    if len(head) < 4:
+        sys.exit(0)
+    return json.loads(sys.stdin.buffer.read(struct.unpack(">I", head)[0]))
+
+
+def write_frame(value: Any) -> None:
+    data = json.dumps(value).encode("ascii")
+    sys.stdout.buffer.write(struct.pack(">I", len(data)) + data)
+    sys.stdout.buffer.flush()
+
+
+def main() -> None:
+    max_bytes, max_characters = int(sys.argv[1]), int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    environment = make_environment()
+    write_frame({"ready": True})
+    source = read_frame()["source"]
+    template: jinja2.Template | None = None
+    while True:
+        context = read_frame()["context"]
+        try:
+            # Compiling folds constants, so it is as dangerous as rendering and happens under the same deadline.
+            template = template or environment.from_string(source)
+        except MemoryError:
+            write_frame({"fault": "memory", "message": "out of memory"})
+            continue
+        except Exception as error:
+            write_frame({"fault": "template", "message": f"{type(error).__name__}: {error}"})
+            continue
+        write_frame(render(template, context, max_characters))
+
+
+if __name__ == "__main__":
+    main()
