@@ -25,13 +25,17 @@ import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.text.messages import Message, message_to_dict
 from qnext.text.tokenizer import Piece
 
 _WORKER = Path(__file__).with_name("jinja_worker.py")
+# The child finds packages where the parent does, and nothing in its working directory.
+_START = (
+    "import json, runpy, sys; sys.path = json.loads(sys.argv.pop(1)); runpy.run_path(sys.argv[1], None, '__main__')"
+)
 # Starting an interpreter on a busy machine may take long; it is not the template's fault.
 _START_SECONDS = 60.0
 _FIRST_PRIVATE, _LAST_PRIVATE = 0xF0000, 0xFFFFD
@@ -42,7 +46,7 @@ class TemplateLimits:
     """What one rendering may use: wall-clock seconds, address space in bytes, characters of output."""
 
     seconds: float = 3.0
-    memory_bytes: int = 1 << 30
+    memory_bytes: int = 512 << 20
     output_characters: int = 16 << 20
 
 
@@ -150,8 +154,9 @@ class _Worker:
 
     def __init__(self, text: str, limits: TemplateLimits) -> None:
         self._limits = limits
+        arguments = [str(_WORKER), str(limits.memory_bytes), str(limits.output_characters)]
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_WORKER), str(limits.memory_bytes), str(limits.output_characters)],
+            [sys.executable, "-I", "-c", _START, json.dumps([entry for entry in sys.path if entry]), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -196,7 +201,7 @@ class _Worker:
         assert stream is not None
         view = memoryview(data)
         while view:
-            if not select.select([], [stream], [], max(0.0, deadline - time.monotonic()))[1]:
+            if not _is_ready(stream, select.POLLOUT, deadline):
                 return False
             try:
                 view = view[os.write(stream.fileno(), view) :]
@@ -220,13 +225,19 @@ class _Worker:
         assert stream is not None
         data = bytearray()
         while len(data) < count:
-            if not select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not _is_ready(stream, select.POLLIN, deadline):
                 return None
             chunk = os.read(stream.fileno(), min(count - len(data), 1 << 16))
             if not chunk:
                 return None
             data += chunk
         return bytes(data)
+
+
+def _is_ready(stream: IO[bytes], event: int, deadline: float) -> bool:
+    poll = select.poll()
+    poll.register(stream, event)
+    return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
 
 
 class _Mask:

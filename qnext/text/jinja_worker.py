@@ -3,8 +3,8 @@
 Jinja's sandbox stops escapes, not endless loops or huge strings. Here they end this process only: its memory is
 limited by the kernel, its output by a count, its time by the parent, which kills it.
 
-Frames on stdin and stdout: 4 bytes of length, then JSON. The arguments are the memory limit in bytes and the output
-limit in characters. The first frame out is `{"ready": true}`.
+Frames on stdin and stdout: 4 bytes of length, then JSON. The last two arguments are the memory limit in bytes and
+the output limit in characters. The first frame out is `{"ready": true}`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def write_frame(value: Any) -> None:
 
 
 def main() -> None:
-    max_bytes, max_characters = int(sys.argv[1]), int(sys.argv[2])
+    max_bytes, max_characters = int(sys.argv[-2]), int(sys.argv[-1])
     resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

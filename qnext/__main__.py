@@ -1,0 +1,3 @@
+from qnext.cli import main
+
+main()

@@ -1,0 +1,225 @@
+"""Conversations to token ids: which chat format a folder speaks, and speaking it.
+
+A folder's template is used natively when it is one of ours by hash, or when it renders a set of probing
+conversations exactly as a native format does; otherwise it runs in the limited child process of
+`qnext.text.jinja`. The native path needs no process and keeps every string of the caller untrusted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qnext.errors import CorruptCheckpoint, QnextError, UsageError
+from qnext.text.jinja import JinjaTemplate, TemplateLimits
+from qnext.text.messages import Message, ToolCall, checked_conversation, checked_tools
+from qnext.text.native import NATIVE_FORMATS
+from qnext.text.templates import KNOWN_TEMPLATES, template_hash
+from qnext.text.tokenizer import Piece, Tokenizer, read_json_object
+
+MAX_TEMPLATE_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A way to write conversations. `name` is `instruct`, `thinking`, `coder` or, for a foreign template, `jinja`.
+
+    `tool_template` replaces `template` where tools are given and the folder has a template for that.
+    """
+
+    name: str
+    template: JinjaTemplate | None = None
+    tool_template: JinjaTemplate | None = None
+
+    @classmethod
+    def native(cls, name: str) -> ChatFormat:
+        """One of the family's formats by name. Raises UsageError for another name."""
+        if name not in NATIVE_FORMATS:
+            raise UsageError(f"unknown chat format {name!r}, expected one of {', '.join(NATIVE_FORMATS)}")
+        return cls(name)
+
+    @classmethod
+    def for_folder(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        tokenizer: Tokenizer | None = None,
+        limits: TemplateLimits | None = None,
+    ) -> ChatFormat:
+        """The format of a model folder, from chat_template.jinja or else tokenizer_config.json.
+
+        `tokenizer` saves loading the folder's own. Raises UsageError where the folder has no template (text
+        completion does not need one), CorruptCheckpoint for a faulty one or missing turn tokens.
+        """
+        root = Path(folder)
+        source, texts = _read_templates(root)
+        tokenizer = tokenizer or Tokenizer.from_folder(root)
+        if "tool_use" not in texts and (known := KNOWN_TEMPLATES.get(template_hash(texts["default"]))):
+            tokenizer.require_chat_tokens()
+            return cls(known)
+        variables = _template_variables(root)
+        templates = {
+            name: JinjaTemplate(
+                text,
+                source=source,
+                control_names=[name for name, index in tokenizer.added_ids.items() if index in tokenizer.special_ids],
+                markup_names=tokenizer.added_ids,
+                variables=variables,
+                limits=limits,
+            )
+            for name, text in texts.items()
+        }
+        if "tool_use" not in texts and (recognised := recognise(templates["default"])):
+            templates["default"].close()
+            tokenizer.require_chat_tokens()
+            return cls(recognised)
+        return cls("jinja", templates["default"], templates.get("tool_use"))
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+    ) -> list[Piece]:
+        """The conversation as pieces for `Tokenizer.encode_pieces`, ending where the assistant is to write.
+
+        Raises UsageError for an empty conversation, an unknown role or a malformed tool.
+        """
+        conversation = checked_conversation(messages)
+        checked = checked_tools(tools)
+        if self.template is None:
+            return NATIVE_FORMATS[self.name](conversation, checked, add_generation_prompt)
+        template = self.tool_template if checked and self.tool_template is not None else self.template
+        return template.render(conversation, tools=checked, add_generation_prompt=add_generation_prompt)
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of the rendered conversation; no string of the caller becomes a control token."""
+        if self.template is None:
+            tokenizer.require_chat_tokens()
+        return tokenizer.encode_pieces(self.render(messages, tools=tools, add_generation_prompt=add_generation_prompt))
+
+
+def recognise(template: JinjaTemplate) -> str | None:
+    """Name of the native format that renders every probing conversation as `template` does, or None."""
+    candidates = dict(NATIVE_FORMATS)
+    for messages, tools, add_generation_prompt in _PROBES:
+        try:
+            pieces = template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        except QnextError:
+            return None
+        text = "".join(piece.text for piece in pieces)
+        for name in list(candidates):
+            rendered = candidates[name](messages, tools, add_generation_prompt)
+            if "".join(piece.text for piece in rendered) != text:
+                del candidates[name]
+        if not candidates:
+            return None
+    assert len(candidates) == 1, "the probes tell the native formats apart"
+    return next(iter(candidates))
+
+
+_SYSTEM = Message("system", "Be brief.")
+_ASK = Message("user", "  What is the weather in Zürich?\n")
+_ANSWER = Message("assistant", "Sunny.")
+_CALLS = Message(
+    "assistant",
+    "I will look.",
+    tool_calls=(ToolCall("weather", {"city": "Zürich", "days": 3}), ToolCall("time", {"zones": ["CET"], "utc": True})),
+)
+_BARE_CALL = Message("assistant", tool_calls=(ToolCall("time", {}),))
+_RESULTS = (Message("tool", '{"sky": "clear"}'), Message("tool", "12:00"))
+_THOUGHT = Message("assistant", "Sunny, noon.", reasoning_content="Both are known.")
+_THOUGHT_CALL = Message("assistant", reasoning_content="Look it up.", tool_calls=(ToolCall("time", {"utc": False}),))
+_TOOLS: tuple[Mapping[str, Any], ...] = (
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Forecast <b>&</b> more",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "description": "Où?"},
+                    "days": {"type": "integer", "enum": [1, 3], "default": 1},
+                },
+                "required": ["city"],
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}},
+)
+
+# What the native formats do differently from one another and from near relatives: the default system prompt, tools
+# with and without a system message, calls with and without content, merged results, kept and dropped reasoning.
+_PROBES: tuple[tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...], bool], ...] = (
+    ((_ASK,), (), True),
+    ((_ASK,), _TOOLS, True),
+    ((_SYSTEM, _ASK), _TOOLS[:1], False),
+    ((_SYSTEM, _ASK, _ANSWER, _SYSTEM, _ASK), (), True),
+    ((_SYSTEM, _ASK, _ANSWER), (), False),
+    ((_ASK, _CALLS, *_RESULTS), _TOOLS, True),
+    ((_ASK, _BARE_CALL, *_RESULTS, _ANSWER, _ASK), _TOOLS, True),
+    ((_ASK, _THOUGHT, _ASK, _THOUGHT_CALL, _RESULTS[1], _THOUGHT), _TOOLS, False),
+    ((_ASK, Message("assistant", "<think>\nHm.\n</think>\n\nYes."), _ASK), (), True),
+)
+
+
+def _read_templates(root: Path) -> tuple[str, dict[str, str]]:
+    """(file for error messages, template texts by name); "default" is always among the names."""
+    path = root / "chat_template.jinja"
+    if path.is_file():
+        try:
+            texts = {"default": path.read_text(encoding="utf-8")}
+        except (OSError, ValueError) as error:
+            raise CorruptCheckpoint(f"{path}: {error}") from error
+    else:
+        path = root / "tokenizer_config.json"
+        value = read_json_object(path).get("chat_template")
+        if value is None:
+            raise UsageError(
+                f"{root}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
+                "this folder can complete text but not chat"
+            )
+        texts = _named_templates(value, path)
+    for text in texts.values():
+        if len(text) > MAX_TEMPLATE_CHARACTERS:
+            raise CorruptCheckpoint(f"{path}: chat template longer than {MAX_TEMPLATE_CHARACTERS} characters")
+    return str(path), texts
+
+
+def _named_templates(value: Any, path: Path) -> dict[str, str]:
+    if isinstance(value, str):
+        return {"default": value}
+    entries = value if isinstance(value, list) else [None]
+    texts: dict[str, str] = {}
+    for entry in entries:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        text = entry.get("template") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise CorruptCheckpoint(f"{path}: chat_template must be a string or a list of objects name, template")
+        texts[name] = text
+    if "default" not in texts:
+        raise CorruptCheckpoint(f"{path}: chat_template has no template named 'default'")
+    return {name: text for name, text in texts.items() if name in ("default", "tool_use")}
+
+
+def _template_variables(root: Path) -> dict[str, str]:
+    config = read_json_object(root / "tokenizer_config.json")
+    variables: dict[str, str] = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = config.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            variables[key] = value
+    return variables
