@@ -129,16 +129,16 @@ def recognise(template: JinjaTemplate) -> str | None:
     return next(iter(candidates))
 
 
-_SYSTEM = Message("system", "Be brief.")
+_SYSTEM = Message("system", " Be brief.\n")
 _ASK = Message("user", "  What is the weather in Zürich?\n")
-_ANSWER = Message("assistant", "Sunny.")
+_ANSWER = Message("assistant", " Sunny.\n")
 _CALLS = Message(
     "assistant",
     "I will look.",
     tool_calls=(ToolCall("weather", {"city": "Zürich", "days": 3}), ToolCall("time", {"zones": ["CET"], "utc": True})),
 )
-_BARE_CALL = Message("assistant", tool_calls=(ToolCall("time", {}),))
-_RESULTS = (Message("tool", '{"sky": "clear"}'), Message("tool", "12:00"))
+_BARE_CALLS = Message("assistant", tool_calls=(ToolCall("time", {}), ToolCall("time", {"utc": True})))
+_RESULTS = (Message("tool", '{"sky": "clear"}'), Message("tool", " 12:00\n"))
 _THOUGHT = Message("assistant", "Sunny, noon.", reasoning_content="Both are known.")
 _THOUGHT_CALL = Message("assistant", reasoning_content="Look it up.", tool_calls=(ToolCall("time", {"utc": False}),))
 _TOOLS: tuple[Mapping[str, Any], ...] = (
@@ -169,7 +169,7 @@ _PROBES: tuple[tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...], bool], 
     ((_SYSTEM, _ASK, _ANSWER, _SYSTEM, _ASK), (), True),
     ((_SYSTEM, _ASK, _ANSWER), (), False),
     ((_ASK, _CALLS, *_RESULTS), _TOOLS, True),
-    ((_ASK, _BARE_CALL, *_RESULTS, _ANSWER, _ASK), _TOOLS, True),
+    ((_ASK, _BARE_CALLS, *_RESULTS, _ANSWER, _ASK), _TOOLS, True),
     ((_ASK, _THOUGHT, _ASK, _THOUGHT_CALL, _RESULTS[1], _THOUGHT), _TOOLS, False),
     ((_ASK, Message("assistant", "<think>\nHm.\n</think>\n\nYes."), _ASK), (), True),
 )
