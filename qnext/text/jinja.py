@@ -154,7 +154,7 @@ class _Worker:
 
     def __init__(self, text: str, limits: TemplateLimits) -> None:
         self._limits = limits
-        arguments = [str(_WORKER), str(limits.memory_bytes), str(limits.output_characters)]
+        arguments = map(str, (_WORKER, limits.memory_bytes, limits.output_characters, limits.seconds))
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", _START, json.dumps([entry for entry in sys.path if entry]), *arguments],
             stdin=subprocess.PIPE,

@@ -3,8 +3,8 @@
 Jinja's sandbox stops escapes, not endless loops or huge strings. Here they end this process only: its memory is
 limited by the kernel, its output by a count, its time by the parent, which kills it.
 
-Frames on stdin and stdout: 4 bytes of length, then JSON. The last two arguments are the memory limit in bytes and
-the output limit in characters. The first frame out is `{"ready": true}`.
+Frames on stdin and stdout: 4 bytes of length, then JSON. The last three arguments are the memory limit in bytes, the
+output limit in characters and the time limit in seconds. The first frame out is `{"ready": true}`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import json
 import resource
+import signal
 import struct
 import sys
 from typing import Any, NoReturn
@@ -100,7 +101,7 @@ def write_frame(value: Any) -> None:
 
 
 def main() -> None:
-    max_bytes, max_characters = int(sys.argv[-2]), int(sys.argv[-1])
+    max_bytes, max_characters, max_seconds = int(sys.argv[-3]), int(sys.argv[-2]), float(sys.argv[-1])
     resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -109,7 +110,10 @@ def main() -> None:
     source = read_frame()["source"]
     template: jinja2.Template | None = None
     while True:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         context = read_frame()["context"]
+        # The parent kills sooner; this ends a loop whose parent was itself killed. SIGALRM's default ends the process.
+        signal.setitimer(signal.ITIMER_REAL, 2 * max_seconds)
         try:
             # Compiling folds constants, so it is as dangerous as rendering and happens under the same deadline.
             template = template or environment.from_string(source)

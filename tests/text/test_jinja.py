@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
+import qnext.text.jinja_worker
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.text.chat import ChatFormat
 from qnext.text.jinja import JinjaTemplate, TemplateLimits
@@ -144,28 +149,46 @@ def test_a_template_may_refuse_a_conversation() -> None:
         template.render([HELLO])
 
 
+def children() -> set[int]:
+    """Process ids of the live children of every thread of this process."""
+    lists = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
+    return {int(pid) for text in lists for pid in text.split()}
+
+
+def test_an_orphan_ends_by_itself() -> None:
+    worker = Path(qnext.text.jinja_worker.__file__)
+    command = [sys.executable, str(worker), str(256 << 20), "1000", "0.2"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        for frame in ({"source": HOSTILE["nested loops"][0]}, {"context": {}}):
+            data = json.dumps(frame).encode()
+            process.stdin.write(struct.pack(">I", len(data)) + data)
+        process.stdin.flush()
+        assert process.wait(timeout=60) == -signal.SIGALRM
+
+
 def test_after_a_fault_the_next_rendering_works_and_no_process_is_left() -> None:
-    before = set(psutil.Process().children())
+    before = children()
     template = JinjaTemplate("{{ 'a' * (messages[0].content | int) }}", limits=LIMITS)
     assert template.render([Message("user", "3")]) == [Piece("aaa", True)]
     with pytest.raises(CorruptCheckpoint, match="memory"):
         template.render([Message("user", "2000000000")])
     assert template.render([Message("user", "2")]) == [Piece("aa", True)]
-    assert len(set(psutil.Process().children()) - before) == 1
+    assert len(children() - before) == 1
     template.close()
-    assert set(psutil.Process().children()) - before == set()
+    assert children() - before == set()
     assert template.render([Message("user", "1")]) == [Piece("a", True)]
     del template
-    assert set(psutil.Process().children()) - before == set()
+    assert children() - before == set()
 
 
 def test_the_child_sees_nothing_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "SECRET", "xyzzy")
-    before = set(psutil.Process().children())
+    before = children()
     template = JinjaTemplate("{{ messages[0].content }}")
     template.render([HELLO])
-    (child,) = set(psutil.Process().children()) - before
-    assert b"xyzzy" not in Path(f"/proc/{child.pid}/environ").read_bytes()
+    (child,) = children() - before
+    assert b"xyzzy" not in Path(f"/proc/{child}/environ").read_bytes()
     template.close()
 
 
