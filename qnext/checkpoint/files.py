@@ -1,0 +1,181 @@
+"""Tensors of a model folder as views of its files, and the writer that streams tensors into shards."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qnext.checkpoint.header import INDEX_FILE, ITEM_SIZES, SINGLE_FILE, TensorInfo, check_name, read_index
+
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+MAX_SHARD_BYTES = 5_000_000_000
+
+assert sys.byteorder == "little", "safetensors files are little-endian and are mapped as they are"
+
+
+class TensorFiles:
+    """All tensors of a model folder, mapped into memory.
+
+    >>> with TensorFiles("model") as files:
+    ...     norm = files.read("model.norm.weight").clone()
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        index = read_index(folder)
+        self.folder = index.folder
+        self.tensors: dict[str, TensorInfo] = index.tensors
+        self._maps: dict[Path, tuple[mmap.mmap, Tensor]] = {}
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._maps.clear()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as a view of the file. It must not be written to."""
+        info = self.tensors[name]
+        bytes_B = self._map(info.file)[1][info.start : info.end]
+        if info.start % ITEM_SIZES[info.dtype]:
+            bytes_B = bytes_B.clone()
+        return bytes_B.view(TORCH_DTYPES[info.dtype]).view(info.shape)
+
+    def drop(self, name: str) -> None:
+        """Give the pages of a tensor back to the system; reading it again reads the file again."""
+        info = self.tensors[name]
+        if info.num_bytes and hasattr(mmap, "MADV_DONTNEED"):
+            start = info.start - info.start % mmap.PAGESIZE
+            self._map(info.file)[0].madvise(mmap.MADV_DONTNEED, start, info.end - start)
+
+    def _map(self, path: Path) -> tuple[mmap.mmap, Tensor]:
+        if path not in self._maps:
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with warnings.catch_warnings():
+                # torch warns that the map is not writable; nothing here writes to it
+                warnings.simplefilter("ignore", UserWarning)
+                self._maps[path] = (mapped, torch.frombuffer(mapped, dtype=torch.uint8))
+        return self._maps[path]
+
+
+class TensorSpec(NamedTuple):
+    """What will be written under a name."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return ITEM_SIZES[DTYPE_NAMES[self.dtype]] * torch.Size(self.shape).numel()
+
+
+class _Shard:
+    """One file being written: header first, then each tensor at its place."""
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self.path = path
+        self.offsets: dict[str, int] = {}
+        self.missing = set(specs)
+        self.file: BinaryIO | None = None
+        # Wide items first keeps every tensor aligned, which readers that cast bytes in place rely on.
+        position, entries = 0, {}
+        for name in sorted(specs, key=lambda name: -ITEM_SIZES[DTYPE_NAMES[specs[name].dtype]]):
+            spec = specs[name]
+            end = position + spec.num_bytes
+            entries[name] = {
+                "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, end],
+            }  # fmt: skip
+            self.offsets[name] = position
+            position = end
+        header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        self.prefix = len(header).to_bytes(8, "little") + header
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        if self.file is None:
+            self.file = self.path.open("xb")
+            self.file.write(self.prefix)
+        self.file.seek(len(self.prefix) + self.offsets[name])
+        self.file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self.missing.remove(name)
+        if not self.missing:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.close()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+class ShardWriter:
+    """Writes the tensors that `plan` announces into `folder`, each once, in any order, none kept in memory.
+
+    Tensors are dealt to shards in the order of `plan`; a shard is as full as `max_shard_bytes` allows, but holds at
+    least one tensor. One shard is called model.safetensors, several get an index. `finish` must be called; it
+    asserts that nothing is missing.
+    """
+
+    def __init__(
+        self, folder: Path, plan: Mapping[str, TensorSpec], *, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        self._folder = folder
+        self._plan = plan
+        groups: list[dict[str, TensorSpec]] = [{}]
+        used = 0
+        for name, spec in plan.items():
+            check_name(name, folder)
+            if groups[-1] and used + spec.num_bytes > max_shard_bytes:
+                groups.append({})
+                used = 0
+            groups[-1][name] = spec
+            used += spec.num_bytes
+        names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+        if len(groups) == 1:
+            names = [SINGLE_FILE]
+        self._shards = [_Shard(folder / name, group) for name, group in zip(names, groups, strict=True)]
+        self._shard_of = {name: shard for shard, group in zip(self._shards, groups, strict=True) for name in group}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor of exactly the dtype and shape that was announced."""
+        spec = self._plan[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, tuple(spec.shape)), (name, tensor.dtype, tensor.shape)
+        self._shard_of[name].write(name, tensor)
+
+    def finish(self) -> None:
+        missing = [name for shard in self._shards for name in shard.missing]
+        assert not missing, f"never written: {missing[:3]}"
+        if len(self._shards) > 1:
+            total = sum(spec.num_bytes for spec in self._plan.values())
+            weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_text(self._folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+
+    def close(self) -> None:
+        for shard in self._shards:
+            shard.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a new file and wait until it is on disk."""
+    with path.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

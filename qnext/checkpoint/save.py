@@ -1,0 +1,151 @@
+"""A model becomes a Hugging Face folder, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qnext.checkpoint.files import DTYPE_NAMES, MAX_SHARD_BYTES, ShardWriter, TensorSpec, write_text
+from qnext.checkpoint.names import disk_parts
+from qnext.config import ModelConfig, to_hf
+from qnext.errors import UsageError
+from qnext.model import CausalLM
+from qnext.planning import parameter_shapes
+
+# What belongs to a tokenizer in a model folder; everything else of `tokenizer_folder` stays where it is.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def save_model(
+    model: CausalLM,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    tokenizer_folder: str | Path | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a folder that load_model and transformers read; MTP tensors are included.
+
+    `dtype` None keeps each parameter's own. Tokenizer files are copied from `tokenizer_folder`.
+    `generation_config` None means: the file of `tokenizer_folder`, or the token ids of the configuration.
+    Raises UsageError when `folder` exists and is not empty, unless `overwrite` is set and it holds a config.json.
+    """
+    parameters = dict(model.named_parameters())
+    shapes = parameter_shapes(model.config)
+    assert shapes.keys() == parameters.keys(), shapes.keys() ^ parameters.keys()
+    dtypes = {name: dtype or parameters[name].dtype for name in shapes}
+    with new_folder(folder, overwrite=overwrite) as temporary:
+        write_config(temporary, model.config, dtype=dtypes["model.embed_tokens.weight"])
+        write_side_files(temporary, model.config, tokenizer_folder, generation_config)
+        writer = ShardWriter(temporary, disk_plan(model.config, dtypes), max_shard_bytes=max_shard_bytes)
+        try:
+            for name, shape in shapes.items():
+                for part in disk_parts(name, shape):
+                    writer.write(part.name, parameters[name][part.index].to(dtypes[name]))
+            writer.finish()
+        finally:
+            writer.close()
+
+
+def disk_plan(config: ModelConfig, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> dict[str, TensorSpec]:
+    """What ShardWriter needs to know; `dtypes` by parameter name."""
+    return {
+        part.name: TensorSpec(dtypes if isinstance(dtypes, torch.dtype) else dtypes[name], part.shape)
+        for name, shape in parameter_shapes(config).items()
+        for part in disk_parts(name, shape)
+    }
+
+
+@contextmanager
+def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends well, and vanishes otherwise."""
+    target = Path(folder)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UsageError(f"{target}: exists and is no folder")
+    if target.exists() and any(target.iterdir()):
+        if not overwrite:
+            raise UsageError(f"{target}: exists and is not empty")
+        if not (target / "config.json").is_file():
+            raise UsageError(f"{target}: holds no model, so it is not overwritten")
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
+    try:
+        # mkdtemp hides the folder from others; a model folder gets the mode that any new folder has.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        yield temporary
+        _sync_folder(temporary)
+        _replace_folder(temporary, target)
+        _sync_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    if target.exists() and any(target.iterdir()):
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+        os.replace(target, old)
+        os.replace(new, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(new, target)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_config(folder: Path, config: ModelConfig, *, dtype: torch.dtype) -> None:
+    assert dtype in DTYPE_NAMES, dtype
+    values = to_hf(config, dtype=str(dtype).removeprefix("torch."))
+    write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
+
+
+def write_side_files(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer_folder: str | Path | None,
+    generation_config: Mapping[str, Any] | None,
+) -> None:
+    """Tokenizer files and generation_config.json; see save_model."""
+    source = None if tokenizer_folder is None else Path(tokenizer_folder)
+    if source is not None:
+        if not (source / "tokenizer.json").is_file():
+            raise UsageError(f"{source}: no tokenizer.json there")
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    if generation_config is None and source is not None and (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+        return
+    if generation_config is None:
+        eos = config.eos_token_ids
+        generation_config = {
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": list(eos) if len(eos) > 1 else (eos[0] if eos else None),
+            "pad_token_id": config.pad_token_id,
+        }
+    values = {key: value for key, value in generation_config.items() if value is not None}
+    write_text(folder / "generation_config.json", json.dumps(values, indent=2) + "\n")
