@@ -1,0 +1,151 @@
+"""Snapshots of a training run: folders that appear whole or not at all, of safetensors and JSON only.
+
+A snapshot is `step-<number>/` with one `<name>.safetensors` per tensor collection and `state.json`, which holds the
+run's own state and, for every other file, its size and CRC-32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qnext.errors import CorruptCheckpoint
+
+_FORMAT = "qnext-snapshot-1"
+_PREFIX, _STATE = "step-", "state.json"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is saved and what comes back: named collections of tensors and a JSON object."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+def save_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
+    """Write `snapshot` under `folder`, then drop all but the newest `keep`; returns the new snapshot's path.
+
+    The data is on disk before the folder gets its name, so a crash leaves the earlier snapshots as they were.
+    """
+    assert keep >= 1
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{_PREFIX}{snapshot.step:08d}"
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    files: dict[str, dict[str, int]] = {}
+    for name, tensors in snapshot.tensors.items():
+        path = partial / f"{name}.safetensors"
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+        _sync(path)
+    document = {"format": _FORMAT, "step": snapshot.step, "files": files, "state": dict(snapshot.state)}
+    (partial / _STATE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    _sync(partial / _STATE)
+    _sync(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    _sync(folder)
+    for old in list_snapshots(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_snapshots(folder: Path) -> list[Path]:
+    """The finished snapshots under `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.name.startswith(_PREFIX) and path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def load_snapshot(path: Path) -> Snapshot:
+    """Read and check one snapshot. Raises CorruptCheckpoint naming the file that is missing, cut or altered."""
+    document = _read_state(path / _STATE)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, expected in document["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CorruptCheckpoint(f"{file}: missing")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise CorruptCheckpoint(f"{file}: {size} bytes, expected {expected['bytes']}")
+        if _crc32(file) != expected["crc32"]:
+            raise CorruptCheckpoint(f"{file}: content differs from what was written (CRC-32)")
+        try:
+            tensors[file.stem] = load_file(file)
+        except SafetensorError as error:
+            raise CorruptCheckpoint(f"{file}: {error}") from error
+    return Snapshot(document["step"], tensors, document["state"])
+
+
+def load_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy `weights` into `parameters` in place; CorruptCheckpoint names what is missing, left over or misshapen."""
+    for name in parameters.keys() ^ weights.keys():
+        where = "is missing from" if name in parameters else "is unknown to the model but in"
+        raise CorruptCheckpoint(f"tensor {name} {where} {source}")
+    for name, target in parameters.items():
+        if target.shape != weights[name].shape:
+            raise CorruptCheckpoint(
+                f"{source}: tensor {name} has shape {list(weights[name].shape)}, the model {list(target.shape)}"
+            )
+        with torch.no_grad():
+            target.copy_(weights[name])
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CorruptCheckpoint(f"{path}: missing") from None
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise CorruptCheckpoint(f"{path}: not a {_FORMAT} file")
+    files = document.get("files")
+    is_sound = (
+        isinstance(document.get("step"), int)
+        and isinstance(document.get("state"), dict)
+        and isinstance(files, dict)
+        and all(
+            Path(name).name == name and isinstance(entry, dict) and {"bytes", "crc32"} <= entry.keys()
+            for name, entry in files.items()
+        )
+    )
+    if not is_sound:
+        raise CorruptCheckpoint(f"{path}: step, files or state is missing or malformed")
+    return document
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _sync(path: Path) -> None:
+    """Flush a file's data, or a folder's entries, to disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return  # folders cannot be opened on every system
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

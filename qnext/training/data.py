@@ -1,0 +1,165 @@
+"""Documents of token ids -> packed batches of exactly T tokens, in an order that a seed fixes.
+
+Every row of a batch has a target: the last token of a document, its end token, is predicted and never an input. A
+document longer than the sequence length, or longer than what is left of a batch, is cut; its next piece starts
+afresh, and the last row of a piece still predicts the next token of the document.
+
+Legend: T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qnext.errors import CorruptCheckpoint, UsageError
+from qnext.model import Batch
+
+IGNORED = -100  # label of a row without a target
+
+Document = np.ndarray  # int32 token ids, the end token last
+
+
+class TrainBatch(NamedTuple):
+    """Inputs and targets of one micro batch."""
+
+    batch: Batch
+    next_ids_T: Tensor  # the token after each row in its document: what the MTP module reads
+    labels_T: Tensor  # what the trunk must predict: the same, or IGNORED
+    mtp_labels_T: Tensor  # the token after that, IGNORED where the document has ended
+    num_labels: int
+    num_mtp_labels: int
+
+    def to(self, device: torch.device) -> TrainBatch:
+        batch = Batch.from_lengths(self.batch.token_ids_T.to(device), self.batch.packing.lengths)
+        return self._replace(
+            batch=batch,
+            next_ids_T=self.next_ids_T.to(device),
+            labels_T=self.labels_T.to(device),
+            mtp_labels_T=self.mtp_labels_T.to(device),
+        )
+
+
+class Piece(NamedTuple):
+    """Rows start..end of a document; `end` is at most its length - 1, for the last token is no input."""
+
+    document: Document
+    start: int
+    end: int
+
+
+def pack(pieces: Sequence[Piece]) -> TrainBatch:
+    """One batch of `pieces`, in their order.
+
+    >>> batch = pack([Piece(np.array([5, 6, 7, 9]), 0, 3)])
+    >>> batch.labels_T.tolist(), batch.mtp_labels_T.tolist()
+    ([6, 7, 9], [7, 9, -100])
+    """
+    inputs, labels, mtp_labels = [], [], []
+    for document, start, end in pieces:
+        assert 0 <= start < end < len(document)
+        inputs.append(document[start:end])
+        labels.append(document[start + 1 : end + 1])
+        ahead = document[start + 2 : end + 2]
+        mtp_labels.append(ahead)
+        if len(ahead) < end - start:
+            mtp_labels.append(np.array([IGNORED]))
+    token_ids_T, next_ids_T, mtp_labels_T = (
+        torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (inputs, labels, mtp_labels)
+    )
+    num_ended = sum(end == len(document) - 1 for document, _, end in pieces)
+    return TrainBatch(
+        batch=Batch.from_lengths(token_ids_T, [end - start for _, start, end in pieces]),
+        next_ids_T=next_ids_T,
+        labels_T=next_ids_T,
+        mtp_labels_T=mtp_labels_T,
+        num_labels=len(token_ids_T),
+        num_mtp_labels=len(token_ids_T) - num_ended,
+    )
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """Where a stream stands: the next token is `offset` of document number `place` in the order of `epoch`."""
+
+    epoch: int
+    place: int
+    offset: int
+    fingerprint: int  # of documents, seed and sizes: a position means nothing elsewhere
+
+
+class PackedStream:
+    """Endless micro batches of exactly `tokens_per_batch` tokens; each epoch has its own order.
+
+    The order depends on `seed`, epoch and the number of documents, on no library's random generator. Documents of
+    fewer than two tokens have no target and are left out. Raises UsageError when none is left.
+    """
+
+    def __init__(
+        self, documents: Sequence[Document], *, tokens_per_batch: int, sequence_length: int, seed: int
+    ) -> None:
+        self._documents = [document for document in documents if len(document) >= 2]
+        if not self._documents:
+            raise UsageError("no document has a token to predict; training needs text")
+        self._tokens_per_batch, self._sequence_length, self._seed = tokens_per_batch, sequence_length, seed
+        self._epoch, self._place, self._offset = 0, 0, 0
+        self._order = self._epoch_order(0)
+        sizes = np.array([tokens_per_batch, sequence_length, seed, len(self._documents)], dtype=np.int64)
+        self._fingerprint = zlib.crc32(sizes.tobytes())
+        for document in self._documents:
+            self._fingerprint = zlib.crc32(np.asarray(document, dtype=np.int32).tobytes(), self._fingerprint)
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @property
+    def num_tokens(self) -> int:
+        """Targets in one epoch."""
+        return sum(len(document) - 1 for document in self._documents)
+
+    @property
+    def position(self) -> StreamPosition:
+        return StreamPosition(self._epoch, self._place, self._offset, self._fingerprint)
+
+    def seek(self, position: StreamPosition) -> None:
+        """Continue at `position`. Raises CorruptCheckpoint where it was taken on other documents or sizes."""
+        if position.fingerprint != self._fingerprint:
+            raise CorruptCheckpoint(
+                "the snapshot was taken with other documents, batch size, sequence length or seed; it cannot go on here"
+            )
+        self._epoch, self._place, self._offset = position.epoch, position.place, position.offset
+        self._order = self._epoch_order(self._epoch)
+
+    def next_batch(self) -> TrainBatch:
+        pieces: list[Piece] = []
+        missing = self._tokens_per_batch
+        while missing > 0:
+            document = self._documents[self._order[self._place]]
+            end = min(self._offset + min(missing, self._sequence_length), len(document) - 1)
+            pieces.append(Piece(document, self._offset, end))
+            missing -= end - self._offset
+            self._offset = end
+            if end == len(document) - 1:
+                self._next_document()
+        return pack(pieces)
+
+    def _next_document(self) -> None:
+        self._place, self._offset = self._place + 1, 0
+        if self._place == len(self._order):
+            self._epoch, self._place = self._epoch + 1, 0
+            self._order = self._epoch_order(self._epoch)
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        keys = [
+            hashlib.blake2b(f"{self._seed}/{epoch}/{i}".encode(), digest_size=8).digest()
+            for i in range(len(self._documents))
+        ]
+        return sorted(range(len(keys)), key=keys.__getitem__)

@@ -1,0 +1,271 @@
+"""The training loop: micro batches -> losses -> gradients -> clip -> optimisers -> metrics, snapshots, evaluation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qnext.checkpoint.snapshot import Snapshot, list_snapshots, load_snapshot, load_weights, save_snapshot
+from qnext.errors import CorruptCheckpoint, QnextError
+from qnext.model import CausalLM
+from qnext.training.config import TrainConfig, learning_rate
+from qnext.training.data import PackedStream, StreamPosition
+from qnext.training.losses import BalanceBuffer, LossWeights, RouterTap, StepTargets, compute_losses
+from qnext.training.metrics import MetricsFile, StepMetrics, expert_stats
+from qnext.training.optimizer import load_optimizer_tensors, make_optimizers, optimizer_tensors, parameter_rules
+from qnext.training.precision import PrecisionChoice, choose_precision
+
+_MAX_SKIPPED_IN_A_ROW = 10
+
+
+class Diverged(QnextError):
+    """Gradients stayed infinite or NaN."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller wants to happen along the way; the loop knows neither text nor engine."""
+
+    on_step: Callable[[StepMetrics], None] | None = None
+    evaluate: Callable[[], Any] | None = None  # returns a dataclass, which goes to the metrics file
+    on_evaluation: Callable[[int, Any], None] | None = None
+    on_sample: Callable[[int], None] | None = None
+    on_snapshot: Callable[[Path], None] | None = None
+
+
+class Trainer:
+    """One run. `model` is trained in place, on its device; its parameters must be fp32 (fp64 in tests).
+
+    With `folder` the run writes `metrics.jsonl` and `snapshots/` there.
+    """
+
+    def __init__(
+        self, model: CausalLM, stream: PackedStream, config: TrainConfig, *, folder: Path | None = None,
+        hooks: Hooks | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.stream, self.config = model, stream, config
+        self.hooks = hooks or Hooks()
+        self.rules = parameter_rules(model, optimizer=config.optimizer)
+        self.precision: PrecisionChoice = choose_precision(config.precision, model.device)
+        self.step = 0
+        self.tokens = 0
+        self.num_skipped = 0
+        self.should_stop = False  # set it, from a hook or a signal, and the run ends after the step
+        self._optimizers = make_optimizers(self.rules, config)
+        self._parameters = [rule.parameter for rule in self.rules]
+        self._buffer = BalanceBuffer()
+        self._folder = folder
+        self._metrics: MetricsFile | None = None
+        self._elapsed_before = 0.0
+        self._started = time.perf_counter()
+        self._step_seconds = 0.0
+        self._skipped_in_a_row = 0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return self._elapsed_before + time.perf_counter() - self._started
+
+    @property
+    def progress(self) -> float:
+        """The part of the run that is over, taken at the middle of the next step."""
+        if self.config.total_steps is not None:
+            return min(1.0, (self.step + 0.5) / self.config.total_steps)
+        assert self.config.time_budget is not None
+        return min(1.0, (self.elapsed + 0.5 * self._step_seconds) / self.config.time_budget)
+
+    @property
+    def is_done(self) -> bool:
+        if self.config.total_steps is not None:
+            return self.step >= self.config.total_steps
+        assert self.config.time_budget is not None
+        return self.elapsed >= self.config.time_budget
+
+    def run(self, *, until_step: int | None = None) -> None:
+        """Train to the end of the run, to `until_step`, or until `should_stop`.
+
+        The clock of a time budget starts here. Raises Diverged after ten steps in a row without finite gradients.
+        """
+        self._started = time.perf_counter()
+        if self._folder is not None:
+            self._metrics = MetricsFile(self._folder / "metrics.jsonl", last_step=self.step)
+        was_training = self.model.training
+        self.model.train()
+        tap = RouterTap(self.model)
+        try:
+            while not (self.is_done or self.should_stop or self.step == until_step):
+                metrics = self._one_step(tap)
+                self._report(metrics)
+        finally:
+            tap.close()
+            self.model.train(was_training)
+            self._elapsed_before, self._started = self.elapsed, time.perf_counter()
+
+    def _one_step(self, tap: RouterTap) -> StepMetrics:
+        start, progress = time.perf_counter(), self.progress
+        lr = learning_rate(self.config, progress=progress, step=self.step)
+        trains_mtp = self.model.mtp is not None and self.config.mtp_coefficient > 0 and progress >= self.config.mtp_start
+        parts = self._accumulate_gradients(tap, trains_mtp)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        # The only place where a step waits for numbers.
+        loss, mtp, balance, z, grad_norm = torch.cat([parts, norm.to(parts).view(1)]).tolist()
+        is_finite = math.isfinite(grad_norm)
+        if is_finite:
+            self._update(norm, lr)
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._skipped_in_a_row = 0 if is_finite else self._skipped_in_a_row + 1
+        self.num_skipped += not is_finite
+        self.step += 1
+        self.tokens += self.config.tokens_per_step
+        counts = self._buffer.counts_LE
+        self._buffer.reset()
+        every = self.config.expert_stats_every
+        wants_stats = counts is not None and every > 0 and (self.step % every == 0 or self.step == 1)
+        self._step_seconds = time.perf_counter() - start
+        return StepMetrics(
+            step=self.step, progress=progress, tokens=self.tokens, loss=loss, mtp_loss=mtp if trains_mtp else None,
+            balance=None if counts is None else balance, z_loss=None if counts is None else z, lr=lr,
+            grad_norm=grad_norm, was_skipped=not is_finite, num_skipped=self.num_skipped, epoch=self.stream.epoch,
+            elapsed=self.elapsed, tokens_per_second=self.config.tokens_per_step / self._step_seconds,
+            experts=expert_stats(counts) if wants_stats and counts is not None else None,
+        )  # fmt: skip
+
+    def _accumulate_gradients(self, tap: RouterTap, trains_mtp: bool) -> Tensor:
+        """Backward of every micro batch of a step; returns the step's [loss, mtp, balance, z]."""
+        config, device = self.config, self.model.device
+        batches = [self.stream.next_batch() for _ in range(config.accumulation)]
+        targets = StepTargets(
+            sum(b.num_labels for b in batches), sum(b.num_mtp_labels for b in batches), config.accumulation
+        )
+        mtp_weight = config.mtp_coefficient if trains_mtp else 0.0
+        weights = LossWeights(
+            config.balance_coefficient, config.z_loss_coefficient, mtp_weight, config.mtp_detach_trunk
+        )
+        total: Tensor | None = None
+        for batch in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision.precision == "bfloat16"):
+                losses = compute_losses(
+                    self.model, batch.to(device), tap=tap, buffer=self._buffer, targets=targets, weights=weights
+                )
+            losses.total.backward()
+            parts = torch.stack([losses.main, losses.mtp, losses.balance, losses.z])
+            total = parts if total is None else total + parts
+        assert total is not None
+        return total
+
+    def _update(self, norm: Tensor, lr: float) -> None:
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_norm, norm)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+
+    def _report(self, metrics: StepMetrics) -> None:
+        if self._metrics is not None:
+            self._metrics.write_step(metrics)
+        if self.hooks.on_step is not None:
+            self.hooks.on_step(metrics)
+        if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+            raise Diverged(
+                f"gradients were not finite in the last {_MAX_SKIPPED_IN_A_ROW} steps, up to step {self.step}; "
+                "lower lr or raise warmup_steps"
+            )
+        config = self.config
+        if _is_due(self.step, config.eval_every):
+            self.evaluate()
+        if self.hooks.on_sample is not None and _is_due(self.step, config.sample_every):
+            self._without_training(lambda on_sample=self.hooks.on_sample: on_sample(self.step))
+        if self._folder is not None and _is_due(self.step, config.snapshot_every):
+            self.save()
+
+    def evaluate(self) -> Any:
+        """Call the evaluation hook, record its result and return it; None without a hook."""
+        if self.hooks.evaluate is None:
+            return None
+        result = self._without_training(self.hooks.evaluate)
+        if self._metrics is not None:
+            self._metrics.write_evaluation(self.step, result)
+        if self.hooks.on_evaluation is not None:
+            self.hooks.on_evaluation(self.step, result)
+        return result
+
+    def _without_training(self, function: Callable[[], Any]) -> Any:
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return function()
+        finally:
+            self.model.train()
+
+    def save(self) -> Path:
+        """Write a snapshot of everything that the run needs to go on."""
+        assert self._folder is not None, "a run without a folder cannot be saved"
+        random = {"cpu": torch.get_rng_state()}
+        if self.model.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.model.device)
+        tensors = {
+            "model": {rule.name: rule.parameter for rule in self.rules},
+            "optimizer": optimizer_tensors(self._optimizers, self.rules),
+            "random": random,
+        }
+        state = {
+            "tokens": self.tokens, "num_skipped": self.num_skipped, "skipped_in_a_row": self._skipped_in_a_row,
+            "elapsed": self.elapsed, "step_seconds": self._step_seconds, "precision": self.precision.precision,
+            "optimizer": self.config.optimizer, "data": asdict(self.stream.position), "config": asdict(self.config),
+        }  # fmt: skip
+        path = save_snapshot(
+            self._folder / "snapshots", Snapshot(self.step, tensors, state), keep=self.config.keep_snapshots
+        )
+        if self.hooks.on_snapshot is not None:
+            self.hooks.on_snapshot(path)
+        return path
+
+    def resume(self, path: Path | None = None) -> Path | None:
+        """Go on from the snapshot at `path`, or from the newest of this run's folder; None where there is none.
+
+        With the same configuration and data the run continues bit for bit on CPU, unless it follows the clock.
+        Raises CorruptCheckpoint naming what is damaged or does not belong to this run.
+        """
+        if path is None:
+            assert self._folder is not None
+            found = list_snapshots(self._folder / "snapshots")
+            if not found:
+                return None
+            path = found[-1]
+        snapshot = load_snapshot(path)
+        state = snapshot.state
+        try:
+            if state["optimizer"] != self.config.optimizer:
+                raise CorruptCheckpoint(
+                    f"{path}: taken with optimizer {state['optimizer']!r}, this run has {self.config.optimizer!r}"
+                )
+            self.stream.seek(StreamPosition(**state["data"]))
+            load_weights({r.name: r.parameter for r in self.rules}, snapshot.tensors["model"], source=str(path))
+            load_optimizer_tensors(self._optimizers, self.rules, dict(snapshot.tensors["optimizer"]))
+            self._restore_random(snapshot.tensors["random"])
+            self.step, self.tokens, self.num_skipped = snapshot.step, state["tokens"], state["num_skipped"]
+            self._skipped_in_a_row, self._elapsed_before = state["skipped_in_a_row"], state["elapsed"]
+            self._step_seconds = state["step_seconds"]
+            self.precision = PrecisionChoice(state["precision"])
+        except (KeyError, TypeError) as error:
+            raise CorruptCheckpoint(f"{path}: state.json or a tensor file lacks {error}") from error
+        return path
+
+    def _restore_random(self, random: Any) -> None:
+        torch.set_rng_state(random["cpu"])
+        if self.model.device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], self.model.device)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

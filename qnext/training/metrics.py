@@ -1,0 +1,86 @@
+"""What a run reports: one JSON object per line, and statistics of the experts."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertStats:
+    """Use of the experts over one optimiser step, one entry per router in the order of the layers, MTP last."""
+
+    max_over_mean: list[float]  # load of the busiest expert over the mean load; 1 is balanced
+    num_dead: list[int]  # experts that no token was sent to
+    entropy: list[float]  # of the load, over its largest possible value ln E; 1 is balanced
+
+
+def expert_stats(counts_LE: Tensor) -> ExpertStats:
+    """Statistics of assignment counts [L routers, E experts]."""
+    counts = counts_LE.to(torch.float64)
+    mean_L = counts.mean(-1)
+    share = counts / counts.sum(-1, keepdim=True)
+    entropy = torch.special.entr(share).sum(-1) / math.log(max(2, counts.shape[-1]))
+    return ExpertStats(
+        max_over_mean=(counts.amax(-1) / mean_L).tolist(),
+        num_dead=(counts == 0).sum(-1).tolist(),
+        entropy=entropy.tolist(),
+    )
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimiser step. Losses are in nats per target, before their coefficients."""
+
+    step: int  # steps done, this one included
+    progress: float  # part of the run that was over when the step began
+    tokens: int  # seen so far
+    loss: float
+    mtp_loss: float | None  # None while the MTP module is not trained
+    balance: float | None  # None without routers
+    z_loss: float | None
+    lr: float
+    grad_norm: float  # before clipping
+    was_skipped: bool  # the norm was not finite and nothing was updated
+    num_skipped: int  # so far
+    epoch: int
+    elapsed: float  # seconds of the whole run, earlier parts included
+    tokens_per_second: float
+    experts: ExpertStats | None = None
+
+
+class MetricsFile:
+    """A JSONL file that a run appends to."""
+
+    def __init__(self, path: Path, *, last_step: int) -> None:
+        """Lines of steps after `last_step`, left by a run that went on beyond its snapshot, are dropped."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if path.exists() and last_step > 0:
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last_step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._path = path
+
+    def write_step(self, metrics: StepMetrics) -> None:
+        self._append(asdict(metrics))
+
+    def write_evaluation(self, step: int, result: Any) -> None:
+        """`result` is a dataclass."""
+        self._append({"step": step, "evaluation": asdict(result)})
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # the last line of a run that was killed may be cut
