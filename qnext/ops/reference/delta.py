@@ -6,6 +6,7 @@ B chunks of C tokens. Arithmetic in fp32 (fp64 for fp64 inputs).
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -95,81 +96,148 @@ def chunk_gated_delta_rule(
 ) -> DeltaOutput:
     """The same recurrence in chunks of C tokens on each sequence's own grid (arXiv 2412.06464, section 3.3).
 
-    With G the running sum of g inside a chunk and D_ij = exp(G_i - G_j) for i >= j, the writes u of a chunk solve
-    (I + strict_lower(beta_i (k_i . k_j) D_ij)) U = beta (V - exp(G) K S0). The solve does not depend on S0, so it is
-    done for all chunks at once and only the state passes from chunk to chunk.
+    With G the running sum of g inside a chunk and D_ij = exp(G_i - G_j) for i >= j, the writes U of a chunk solve
+    (I + A) U = beta (V - exp(G) K S0), where A_ij = beta_i (k_i . k_j) D_ij for i > j. The inverse does not depend
+    on S0, so it is made for all chunks at once and only the state passes from chunk to chunk.
     """
     wide = torch.promote_types(v_THV.dtype, torch.float32)
     layout = packing.chunk_layout(chunk_size)
-    num_key_heads, repeats = k_TJK.shape[1], v_THV.shape[1] // k_TJK.shape[1]
-    q, k = (_to_chunks(x.to(wide), layout, chunk_size) for x in (q_TJK * q_TJK.shape[-1] ** -0.5, k_TJK))
-    v = _to_chunks(v_THV.to(wide), layout, chunk_size)
-    g, beta = (_to_chunks(x.to(wide)[..., None], layout, chunk_size).squeeze(-1) for x in (g_TH, beta_TH))
+    q, k, v = (_to_chunks(x.to(wide), packing, chunk_size) for x in (q_TJK, k_TJK, v_THV))
+    g, beta = (_to_chunks(x.to(wide)[..., None], packing, chunk_size).squeeze(-1) for x in (g_TH, beta_TH))
+    state = _initial_state(initial_state_NHKV, k, v, packing).index_select(0, layout.order)
+    o, state = _ChunkDelta.apply(q, k, v, g, beta, state, layout.starts)
+    return DeltaOutput(_from_chunks(o, packing, chunk_size).to(v_THV.dtype), _unsorted(state, layout))
 
-    cumulative = g.cumsum(-1)  # [B, H, C]
-    decay = _decay_matrix(cumulative)  # [B, H, C, C]
-    grouped = (len(v), num_key_heads, repeats, chunk_size, chunk_size)
-    k_t = k.transpose(-1, -2)
-    scores = ((q @ k_t)[:, :, None] * decay.view(grouped)).view(decay.shape)
-    mixing = ((k @ k_t)[:, :, None] * decay.view(grouped)).view(decay.shape) * beta[..., None]
 
-    def per_value_head(x: Tensor, factor: Tensor) -> Tensor:
-        scaled = x[:, :, None] * factor.view(*grouped[:4], 1)
-        return scaled.view(len(v), num_key_heads * repeats, chunk_size, -1)
+class _ChunkDelta(torch.autograd.Function):
+    """Chunked gated delta rule on [B, H, C, .] tensors in the order of ChunkLayout, with a hand-written backward.
 
-    growth = cumulative.exp()
-    value_dim = v.shape[-1]
-    right = torch.cat([v * beta[..., None], per_value_head(k, beta * growth)], dim=-1)
-    writes, reads = _SolveUnitLower.apply(mixing, right).split([value_dim, k.shape[-1]], dim=-1)
-    q_in = per_value_head(q, growth)
-    k_out = per_value_head(k, (cumulative[..., -1:] - cumulative).exp()).transpose(-1, -2)
-    last_growth = growth[..., -1, None, None]
+    Per chunk, with P = (q k^T) * D, X = (I + A)^-1 and S the entry state:
+        U = X (beta v - beta exp(G) k S);  o = exp(G) q S + P U;  S' = exp(G_C) S + (exp(G_C - G) k)^T U
+    Only S -> S' is sequential, forward and, in reverse, for the gradients of U and S.
+    """
 
-    state = _initial_state(initial_state_NHKV, k_out.transpose(-1, -2), v, packing)[layout.order]
-    outputs = []
-    for start, end in zip(layout.starts[:-1], layout.starts[1:], strict=True):
-        active = state[: end - start]
-        update = torch.baddbmm(
-            writes[start:end].flatten(0, 1), reads[start:end].flatten(0, 1), active.flatten(0, 1), alpha=-1.0
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, starts: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        q = q * q.shape[-1] ** -0.5
+        repeats = v.shape[1] // k.shape[1]
+        cumulative = g.cumsum(-1)
+        growth, decay = cumulative.clamp(min=-87.0).exp(), _decay_matrix(cumulative)
+        outflow = (cumulative[..., -1:] - cumulative).clamp_(min=-87.0).exp_()
+        k_t = k.transpose(-1, -2)
+        scores = _mul_grouped(decay, q @ k_t, repeats)
+        mixing = _mul_grouped(decay, k @ k_t, repeats)
+        identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand_as(mixing)
+        inverse = torch.linalg.solve_triangular(mixing * beta[..., None], identity, upper=False, unitriangular=True)
+        reads = inverse @ _mul_grouped((beta * growth)[..., None], k, repeats)
+        q_in = _mul_grouped(growth[..., None], q, repeats)
+        k_out = _mul_grouped(outflow[..., None], k, repeats)
+        writes = inverse @ (v * beta[..., None])
+        states = v.new_empty(*v.shape[:2], k.shape[-1], v.shape[-1])
+        state = state.clone()
+        for start, end in pairwise(starts):
+            rows, active = slice(start, end), state[: end - start]
+            states[rows] = active
+            writes[rows] -= reads[rows] @ active
+            active.mul_(growth[rows, :, -1:, None]).add_(k_out[rows].transpose(-1, -2) @ writes[rows])
+        out = (q_in @ states).add_(scores @ writes)
+        ctx.save_for_backward(
+            q, k, v, beta, growth, outflow, decay, scores, mixing, inverse, reads, q_in, k_out, states, writes
         )
-        inner = scores[start:end].flatten(0, 1) @ update
-        outputs.append(torch.baddbmm(inner, q_in[start:end].flatten(0, 1), active.flatten(0, 1)))
-        carried = (active * last_growth[start:end]).flatten(0, 1)
-        advanced = torch.baddbmm(carried, k_out[start:end].flatten(0, 1), update).view_as(active)
-        state = torch.cat([advanced, state[end - start :]]) if end - start < len(state) else advanced
-    o = torch.cat(outputs).view(v.shape).transpose(1, 2).flatten(0, 1)
-    return DeltaOutput(o.index_select(0, layout.rows).to(v_THV.dtype), _unsorted(state, layout))
+        ctx.starts = starts
+        return out, state
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v, beta, growth, outflow, decay, scores, mixing, inverse, reads, q_in, k_out, states, writes) = (
+            ctx.saved_tensors
+        )
+        repeats = v.shape[1] // k.shape[1]
+        grad_writes = scores.transpose(-1, -2) @ grad_out
+        grad_states = q_in.transpose(-1, -2) @ grad_out  # of the entry states, completed in the loop
+        grad_exits = torch.empty_like(states)
+        grad_state = grad_state.clone()
+        for start, end in zip(reversed(ctx.starts[:-1]), reversed(ctx.starts[1:]), strict=True):
+            rows, active = slice(start, end), grad_state[: end - start]
+            grad_exits[rows] = active
+            grad_writes[rows] += k_out[rows] @ active
+            active.mul_(growth[rows, :, -1:, None]).add_(grad_states[rows])
+            active.sub_(reads[rows].transpose(-1, -2) @ grad_writes[rows])
+
+        grad_right = inverse.transpose(-1, -2) @ grad_writes  # of beta (v - exp(G) k S)
+        grad_matrix = (grad_right @ writes.transpose(-1, -2)).tril_(-1).neg_()
+        grad_k_in = (grad_right @ states.transpose(-1, -2)).neg_()
+        grad_q_in = grad_out @ states.transpose(-1, -2)
+        grad_k_out = writes @ grad_exits.transpose(-1, -2)
+        along_k_in = _dot_grouped(grad_k_in, k, repeats) * growth
+        grad_beta = (grad_right * v).sum(-1).add_(along_k_in).add_((grad_matrix * mixing).sum(-1))
+
+        # The gradient of an exponent is that of the product it scales, times the product.
+        grad_mixing = grad_matrix.mul_(beta[..., None])
+        grad_scores = grad_out @ writes.transpose(-1, -2)
+        flow = (grad_mixing * mixing).addcmul_(grad_scores, scores)
+        along_k_out = _dot_grouped(grad_k_out, k, repeats).mul_(outflow)
+        grad_cumulative = flow.sum(-1).sub_(flow.sum(-2)).addcmul_(along_k_in, beta).sub_(along_k_out)
+        grad_cumulative += _dot_grouped(grad_q_in, q, repeats).mul_(growth)
+        carried = (states * grad_exits).sum((-1, -2)) * growth[..., -1]
+        grad_cumulative[..., -1] += carried + along_k_out.sum(-1)
+        grad_g = grad_cumulative.flip(-1).cumsum(-1).flip(-1)
+
+        grad_kk = _sum_groups(grad_mixing.mul_(decay), repeats)
+        grad_qk = _sum_groups(grad_scores.mul_(decay), repeats)
+        grad_q = (grad_qk @ k).add_(_sum_groups(grad_q_in.mul_(growth[..., None]), repeats))
+        grad_k = (grad_kk + grad_kk.transpose(-1, -2)) @ k
+        grad_k += grad_qk.transpose(-1, -2) @ q
+        grad_k_in.mul_((beta * growth)[..., None]).addcmul_(grad_k_out, outflow[..., None])
+        grad_k += _sum_groups(grad_k_in, repeats)
+        grad_q *= q.shape[-1] ** -0.5
+        return grad_q, grad_k, grad_right.mul_(beta[..., None]), grad_g, grad_beta, grad_state, None
 
 
-def _to_chunks(x_THD: Tensor, layout: ChunkLayout, chunk_size: int) -> Tensor:
-    """[T, H, D] -> [B, H, C, D] with zeros in the padding, which leave a state as it is."""
-    rows = x_THD.new_zeros(layout.num_chunks * chunk_size, *x_THD.shape[1:]).index_copy(0, layout.rows, x_THD)
-    return rows.view(layout.num_chunks, chunk_size, *x_THD.shape[1:]).transpose(1, 2).contiguous()
+def _mul_grouped(x: Tensor, y: Tensor, repeats: int) -> Tensor:
+    """x [B, H, ...] times y [B, J, ...] of the key head that each value head uses."""
+    grouped = x.view(x.shape[0], -1, repeats, *x.shape[2:]) * y[:, :, None]
+    return grouped.view(*x.shape[:2], *grouped.shape[3:])
+
+
+def _dot_grouped(x: Tensor, y: Tensor, repeats: int) -> Tensor:
+    """Inner products over the last dim of x [B, H, C, K] with y [B, J, C, K] -> [B, H, C]."""
+    return _mul_grouped(x, y, repeats).sum(-1)
+
+
+def _sum_groups(x: Tensor, repeats: int) -> Tensor:
+    """[B, H, ...] -> [B, J, ...]"""
+    return x.view(x.shape[0], -1, repeats, *x.shape[2:]).sum(2) if repeats > 1 else x
 
 
 def _decay_matrix(cumulative: Tensor) -> Tensor:
-    """exp(G_i - G_j) for i >= j, zero above: exponents are never positive, so nothing overflows."""
-    size = cumulative.shape[-1]
-    mask = torch.full((size, size), float("-inf"), dtype=cumulative.dtype, device=cumulative.device).triu(1)
-    return (cumulative[..., :, None] - cumulative[..., None, :] + mask).exp()
+    """exp(G_i - G_j) for i >= j, zero above: exponents are never positive, so nothing overflows.
+
+    Exponents are held above -87, where fp32 runs out of normal numbers: a decay of 1e-38 stands for zero. Infinite or
+    subnormal operands would make the exponential ten times slower on CPUs.
+    """
+    return (cumulative[..., :, None] - cumulative[..., None, :]).clamp_(-87.0, 0.0).exp_().tril_()
 
 
-class _SolveUnitLower(torch.autograd.Function):
-    """X with (I + strict_lower(A)) X = R. Keeps the explicit inverse, so that backward is two products."""
+def _to_chunks(x_THD: Tensor, packing: Packing, chunk_size: int) -> Tensor:
+    """[T, H, D] -> [B, H, C, D] with zeros in the padding, which leave a state as it is."""
+    layout = packing.chunk_layout(chunk_size)
+    if packing.is_uniform and layout.is_full:
+        rows = x_THD.unflatten(0, (packing.num_sequences, -1, chunk_size)).transpose(0, 1)
+        return rows.transpose(2, 3).reshape(layout.num_chunks, x_THD.shape[1], chunk_size, -1)
+    rows = x_THD.new_zeros(layout.num_chunks * chunk_size, *x_THD.shape[1:]).index_copy(0, layout.rows, x_THD)
+    return rows.unflatten(0, (layout.num_chunks, chunk_size)).transpose(1, 2).contiguous()
 
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor, right: Tensor) -> Tensor:
-        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-        inverse = torch.linalg.solve_triangular(matrix, identity, upper=False, unitriangular=True)
-        solution = inverse @ right
-        ctx.save_for_backward(inverse, solution)
-        return solution
 
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-        inverse, solution = ctx.saved_tensors
-        grad_right = inverse.transpose(-1, -2) @ grad_out
-        return (grad_right @ solution.transpose(-1, -2)).tril_(-1).neg_(), grad_right
+def _from_chunks(x: Tensor, packing: Packing, chunk_size: int) -> Tensor:
+    """[B, H, C, D] -> [T, H, D], the inverse of _to_chunks."""
+    layout = packing.chunk_layout(chunk_size)
+    if packing.is_uniform and layout.is_full:
+        rows = x.unflatten(0, (-1, packing.num_sequences)).transpose(0, 1).transpose(2, 3)
+        return rows.reshape(packing.num_tokens, x.shape[1], -1)
+    return x.transpose(1, 2).flatten(0, 1).index_select(0, layout.rows)
 
 
 def _initial_state(initial_state_NHKV: Tensor | None, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

@@ -44,17 +44,23 @@ def experts_swiglu(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, *, rout
 class _Groups(NamedTuple):
     """Assignments sorted by expert."""
 
-    order_A: Tensor  # place of each sorted row among the T * top_k assignments
     tokens_A: Tensor  # the token of each sorted row
     experts_A: Tensor  # the expert of each sorted row
+    places_TA: Tensor  # [T, top_k] the sorted row of each assignment
     ends_E: Tensor  # int32, where each expert's rows end
 
 
 def _group(experts_TA: Tensor, num_experts: int) -> _Groups:
     experts_A, order_A = experts_TA.flatten().sort(stable=True)
     tokens_A = torch.div(order_A, experts_TA.shape[1], rounding_mode="floor")
+    places_A = torch.empty_like(order_A).index_copy_(0, order_A, torch.arange(len(order_A), device=order_A.device))
     ends_E = torch.bincount(experts_A, minlength=num_experts).cumsum(0).to(torch.int32)
-    return _Groups(order_A, tokens_A, experts_A, ends_E)
+    return _Groups(tokens_A, experts_A, places_A.view_as(experts_TA), ends_E)
+
+
+def _sum_per_token(rows_AD: Tensor, groups: _Groups) -> Tensor:
+    """[A, D] sorted rows -> [T, D], each token's rows summed."""
+    return F.embedding_bag(groups.places_TA, rows_AD, mode="sum")
 
 
 def _fits_grouped_mm(*tensors: Tensor) -> bool:
@@ -97,7 +103,7 @@ def _pad_groups(x_AD: Tensor, rows_A: Tensor, num_experts: int, capacity: int) -
 
 
 class _Experts(torch.autograd.Function):
-    """Keeps the sorted input and the gate and up products; the activation is recomputed in backward."""
+    """Weights scale the activations, which are narrower than the output. Activations are recomputed in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
@@ -105,27 +111,27 @@ class _Experts(torch.autograd.Function):
         gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
         x_AD = x.index_select(0, groups.tokens_A)
         hidden = _grouped_mm(x_AD, gate_up.transpose(1, 2), groups)
-        out_AD = _grouped_mm(swiglu(hidden), down.transpose(1, 2), groups)
-        weights_A = weights.flatten().index_select(0, groups.order_A)
-        out = torch.empty_like(out_AD).index_copy_(0, groups.order_A, out_AD * weights_A[:, None])
-        ctx.save_for_backward(x_AD, hidden, out_AD, gate_up, down, weights_A)
-        ctx.groups, ctx.shape = groups, experts.shape
-        return out.view(*experts.shape, -1).sum(1)
+        weights_A1 = torch.empty_like(weights).view(-1, 1)
+        weights_A1[groups.places_TA.flatten()] = weights.view(-1, 1)
+        out_AD = _grouped_mm(swiglu(hidden).mul_(weights_A1), down.transpose(1, 2), groups)
+        ctx.save_for_backward(x_AD, hidden, gate_up, down, weights_A1)
+        ctx.groups = groups
+        return _sum_per_token(out_AD, groups)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x_AD, hidden, out_AD, gate_up, down, weights_A = ctx.saved_tensors
+        x_AD, hidden, gate_up, down, weights_A1 = ctx.saved_tensors
         groups: _Groups = ctx.groups
         grad_A = grad_out.index_select(0, groups.tokens_A)
-        grad_weights = torch.empty_like(weights_A).index_copy_(0, groups.order_A, (grad_A * out_AD).sum(-1))
-        grad_A = grad_A * weights_A[:, None]
         gate, up = hidden.chunk(2, dim=-1)
         activated = F.silu(gate)
-        grad_inner = _grouped_mm(grad_A, down, groups)
-        grad_down = _grouped_outer(grad_A, activated * up, groups)
+        inner = activated * up
+        grad_scaled = _grouped_mm(grad_A, down, groups)
+        grad_weights = (grad_scaled * inner).sum(-1)[groups.places_TA]
+        grad_down = _grouped_outer(grad_A, inner.mul_(weights_A1), groups)
+        grad_inner = grad_scaled.mul_(weights_A1)
         grad_gate = torch.ops.aten.silu_backward(grad_inner * up, gate)
-        grad_hidden = torch.cat([grad_gate, grad_inner * activated], dim=-1)
+        grad_hidden = torch.cat([grad_gate, grad_inner.mul_(activated)], dim=-1)
         grad_gate_up = _grouped_outer(grad_hidden, x_AD, groups)
-        grad_x_A = _grouped_mm(grad_hidden, gate_up, groups)
-        grad_x = torch.empty_like(grad_x_A).index_copy_(0, groups.order_A, grad_x_A).view(*ctx.shape, -1).sum(1)
-        return grad_x, grad_gate_up, grad_down, grad_weights.view(ctx.shape), None
+        grad_x = _sum_per_token(_grouped_mm(grad_hidden, gate_up, groups), groups)
+        return grad_x, grad_gate_up, grad_down, grad_weights, None
