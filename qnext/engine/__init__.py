@@ -1,0 +1,19 @@
+"""Token ids in, token ids out: requests, scheduling, cache, sampling. Is given a model and never loads one."""
+
+from __future__ import annotations
+
+from qnext.engine.engine import Completion, Engine
+from qnext.engine.memory import MemoryPlan
+from qnext.engine.request import FinishReason, Request, SampledToken, SamplingParams
+from qnext.engine.scheduler import TokenEvent
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "FinishReason",
+    "MemoryPlan",
+    "Request",
+    "SampledToken",
+    "SamplingParams",
+    "TokenEvent",
+]

@@ -1,0 +1,141 @@
+"""The memory of a running engine: pages of keys and values, slots of recurrent state.
+
+Legend: N sequences of a step, T tokens of a step, M pages of a sequence, P tokens in a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
+from qnext.engine.scheduler import SequencePlan, StepPlan
+from qnext.model import CacheView, DeltaSlots, KVPages
+from qnext.ops import Packing
+
+BLOCK_SIZE = 16
+
+
+class Cache:
+    """Pages for every full-attention layer and slots for every linear layer of the trunk.
+
+    Keys, values and convolution inputs are kept in `dtype`, the delta state in fp32. With `poison`, memory that has
+    no owner is filled with NaN, so that reading it shows (for tests).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        num_slots: int,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        block_size: int = BLOCK_SIZE,
+        poison: bool = False,
+    ) -> None:
+        self.block_size = block_size
+        self.poison = poison
+        self.device = torch.device(device)
+        kinds = list(enumerate(config.layer_types))
+        kv_shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        self.kv = {
+            index: KVPages(*(torch.empty(kv_shape, dtype=dtype, device=device) for _ in range(2)))
+            for index, kind in kinds
+            if kind == FULL_ATTENTION
+        }
+        conv_shape = (num_slots, config.linear_conv_kernel_dim - 1, config.linear_conv_dim)
+        state_shape = (
+            num_slots, config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim,
+        )  # fmt: skip
+        self.delta = {
+            index: DeltaSlots(
+                torch.empty(conv_shape, dtype=dtype, device=device),
+                torch.empty(state_shape, dtype=torch.float32, device=device),
+            )
+            for index, kind in kinds
+            if kind == LINEAR_ATTENTION
+        }
+        # One row of page numbers per slot: a step selects rows instead of copying whole tables from Python.
+        max_pages = max(1, -(-max_model_len // block_size)) if self.kv else 1
+        self._tables = torch.zeros(num_slots, max_pages, dtype=torch.long, device=device)
+        self._table_owner: list[str | None] = [None] * num_slots
+        if poison:
+            self._fill_nan(range(num_blocks), range(num_slots))
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that the pages of all layers occupy."""
+        return sum(tensor.nbytes for pages in self.kv.values() for tensor in pages)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the slots of all layers occupy."""
+        return sum(tensor.nbytes for slots in self.delta.values() for tensor in slots)
+
+    def apply_freed(self, plan: StepPlan) -> None:
+        """Forget the owners of freed slots; with `poison`, overwrite what was freed."""
+        for slot in plan.freed_slots:
+            self._table_owner[slot] = None
+        if self.poison:
+            self._fill_nan(plan.freed_blocks, plan.freed_slots)
+
+    def view(self, sequences: Sequence[SequencePlan], packing: Packing, positions_T: Tensor) -> CacheView:
+        """Where the given sequences of a step read and write."""
+        slots = [self._bind(sequence) for sequence in sequences]
+        contexts = tuple(sequence.start + len(sequence.token_ids) for sequence in sequences)
+        slots_N = torch.tensor(slots, dtype=torch.long, device=self.device)
+        num_pages = -(-max(contexts) // self.block_size) if self.kv else 1
+        tables_NM = self._tables[slots_N, :num_pages]
+        if self.kv:
+            pages_T = tables_NM[packing.sequence_ids_T, positions_T // self.block_size]
+            write_index_T = pages_T * self.block_size + positions_T % self.block_size
+        else:
+            write_index_T = torch.zeros_like(positions_T)
+        return CacheView(
+            kv=self.kv,
+            delta=self.delta,
+            slots_N=slots_N,
+            is_fresh_N=torch.tensor([sequence.start == 0 for sequence in sequences], device=self.device),
+            block_tables_NM=tables_NM,
+            context_lengths=contexts,
+            write_index_T=write_index_T,
+        )
+
+    def _bind(self, sequence: SequencePlan) -> int:
+        """Slot of the sequence, its table row written when it is new there."""
+        request = sequence.request
+        slot = request.slot
+        assert slot is not None
+        if self._table_owner[slot] != request.id:
+            assert self._table_owner[slot] is None, f"slot {slot} is still bound to {self._table_owner[slot]}"
+            blocks = torch.tensor(request.blocks, dtype=torch.long)
+            self._tables[slot, : len(blocks)] = blocks.to(self.device)
+            self._table_owner[slot] = request.id
+        return slot
+
+    def _fill_nan(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        for ids, tensors in (
+            (blocks, [tensor for pages in self.kv.values() for tensor in pages]),
+            (slots, [tensor for slots_ in self.delta.values() for tensor in slots_]),
+        ):
+            index = torch.tensor(list(ids), dtype=torch.long, device=self.device)
+            for tensor in tensors:
+                tensor.index_fill_(0, index, float("nan"))
+
+
+def kv_bytes_per_block(config: ModelConfig, *, dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> int:
+    """Bytes of one block over all full-attention layers of the trunk."""
+    return config.num_full_layers * 2 * block_size * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def state_bytes_per_slot(config: ModelConfig, *, dtype: torch.dtype) -> int:
+    """Bytes of one slot over all linear layers: convolution inputs in `dtype`, delta state in fp32."""
+    if not config.has_linear_layers:
+        return 0
+    conv = (config.linear_conv_kernel_dim - 1) * config.linear_conv_dim * dtype.itemsize
+    state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim * 4
+    return config.num_linear_layers * (conv + state)

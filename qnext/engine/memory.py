@@ -1,0 +1,81 @@
+"""Where an engine's memory goes, for people and for choosing sizes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from qnext.model import CausalLM
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that are allocated. `num_blocks` is 0 for a model without full attention."""
+
+    weight_bytes: int
+    kv_bytes: int
+    num_blocks: int
+    block_size: int
+    state_bytes: int
+    num_slots: int
+    max_model_len: int
+
+    @property
+    def kv_bytes_per_1000_tokens(self) -> int:
+        return self.kv_bytes * 1000 // (self.num_blocks * self.block_size) if self.num_blocks else 0
+
+    @property
+    def state_bytes_per_sequence(self) -> int:
+        return self.state_bytes // self.num_slots
+
+    @property
+    def num_full_sequences(self) -> int:
+        """How many sequences of `max_model_len` tokens run side by side; shorter ones up to `num_slots`."""
+        if not self.num_blocks:
+            return self.num_slots
+        return min(self.num_slots, self.num_blocks // -(-self.max_model_len // self.block_size))
+
+    def describe(self) -> str:
+        """Two lines for people."""
+        return (
+            f"weights {format_bytes(self.weight_bytes)}, KV {format_bytes(self.kv_bytes_per_1000_tokens)} per 1,000 "
+            f"tokens, state {format_bytes(self.state_bytes_per_sequence)} per sequence\n"
+            f"cache {format_bytes(self.kv_bytes + self.state_bytes)}: {self.num_blocks * self.block_size:,} tokens of "
+            f"KV; {self.num_full_sequences} of {self.num_slots} sequences at the full length of "
+            f"{self.max_model_len:,} tokens"
+        )
+
+
+def format_bytes(count: int) -> str:
+    """
+    >>> format_bytes(75_497_472)
+    '72.0 MiB'
+    """
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def weight_bytes(model: CausalLM) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that an allocation on `device` can use now, reclaimable file cache included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,75 @@
+"""From a StepPlan to logits: the only place where the engine calls the model.
+
+Legend: T tokens, N sequences, R rows that need a token, D hidden, Y vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qnext.engine.cache import Cache
+from qnext.engine.request import Request
+from qnext.engine.scheduler import SequencePlan, StepPlan
+from qnext.model import Batch, CausalLM
+from qnext.ops import Packing
+
+
+class RunnerOutput(NamedTuple):
+    """fp32 logits [R, Y] and the requests that the rows belong to."""
+
+    logits_RY: Tensor
+    requests: list[Request]
+
+
+class Runner:
+    """Runs steps of one model on one cache."""
+
+    def __init__(self, model: CausalLM, cache: Cache) -> None:
+        self.model = model
+        self.cache = cache
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> RunnerOutput:
+        """Advance the caches by the plan's tokens; logits only where a token is to be chosen.
+
+        Sequences with one token and sequences with more run as two batches: the delta rule and attention have their
+        own paths for one token, and the others would pad it to a whole chunk.
+        """
+        self.cache.apply_freed(plan)
+        parts: list[Tensor] = []
+        requests: list[Request] = []
+        for is_single in (True, False):
+            sequences = [s for s in plan.sequences if (len(s.token_ids) == 1) == is_single]
+            if sequences:
+                wanted = [s.request for s in sequences if s.needs_sample]
+                logits_RY = self._run_batch(sequences)
+                if wanted:
+                    parts.append(logits_RY)
+                    requests.extend(wanted)
+        if not parts:
+            return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [])
+        return RunnerOutput(torch.cat(parts) if len(parts) > 1 else parts[0], requests)
+
+    def _run_batch(self, sequences: Sequence[SequencePlan]) -> Tensor:
+        device = self.cache.device
+        packing = Packing([len(s.token_ids) for s in sequences], device=device)
+        tokens = list(chain.from_iterable(s.token_ids for s in sequences))
+        starts_N = torch.tensor([s.start for s in sequences], dtype=torch.long, device=device)
+        positions_T = packing.offsets_T + starts_N[packing.sequence_ids_T]
+        batch = Batch(
+            token_ids_T=torch.tensor(tokens, dtype=torch.long, device=device),
+            positions_T=positions_T,
+            packing=packing,
+            cache=self.cache.view(sequences, packing, positions_T),
+        )
+        hidden_TD = self.model(batch).hidden_TD
+        rows = [n for n, s in enumerate(sequences) if s.needs_sample]
+        if not rows:
+            return hidden_TD.new_empty(0, self.model.config.vocab_size)
+        last_R = packing.last_tokens_N[torch.tensor(rows, device=device)]
+        return self.model.logits(hidden_TD.index_select(0, last_R)).to(torch.float32)

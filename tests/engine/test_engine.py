@@ -1,0 +1,284 @@
+"""Whatever way the engine takes, a request gets what the bare model would give it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qnext.engine import Engine, SamplingParams
+from qnext.engine.runner import Runner
+from qnext.engine.scheduler import StepPlan
+from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError
+from tests.engine.models import KINDS, VOCAB_SIZE, random_prompt, reference_greedy, reference_logits, tiny_model
+
+LENGTHS = (1, 5, 63, 64, 65, 130, 17, 200)
+GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+class RecordingRunner(Runner):
+    """Keeps the logits of every chosen token."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.model, engine.cache)
+        self.rows: dict[str, list[torch.Tensor]] = {}
+
+    def run(self, plan: StepPlan):  # type: ignore[no-untyped-def]
+        output = super().run(plan)
+        for row, request in zip(output.logits_RY, output.requests, strict=True):
+            self.rows.setdefault(request.id, []).append(row.clone())
+        return output
+
+
+def recorded(kind: str, prompts: list[list[int]], **sizes: int) -> tuple[list[tuple[int, ...]], list[torch.Tensor]]:
+    """Greedy outputs and the logits [num outputs, Y] behind them."""
+    engine = Engine(tiny_model(kind), poison=True, **sizes)
+    engine.runner = runner = RecordingRunner(engine)
+    completions = engine.generate(prompts, GREEDY)
+    engine.check_integrity()
+    return [c.output_ids for c in completions], [torch.stack(runner.rows[c.request_id]) for c in completions]
+
+
+def test_cached_decode_equals_full_recomputation(kind: str) -> None:
+    model = tiny_model(kind)
+    prompts = [random_prompt(length, seed=length) for length in (1, 64, 75)]
+    outputs, logits = recorded(kind, prompts, max_num_seqs=1, max_num_batched_tokens=256)
+    for prompt, output, rows in zip(prompts, outputs, logits, strict=True):
+        assert output == reference_greedy(model, prompt, GREEDY.max_tokens)
+        reference = reference_logits(model, [*prompt, *output[:-1]])[len(prompt) - 1 :]
+        torch.testing.assert_close(rows, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_batched_equals_alone(kind: str) -> None:
+    prompts = [random_prompt(length, seed=length) for length in LENGTHS]
+    together, together_logits = recorded(kind, prompts, max_num_seqs=8, max_num_batched_tokens=150)
+    for prompt, output, rows in zip(prompts, together, together_logits, strict=True):
+        (alone,), (alone_rows,) = recorded(kind, [prompt], max_num_seqs=1, max_num_batched_tokens=1024)
+        assert output == alone
+        torch.testing.assert_close(rows, alone_rows, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [64, 128])
+def test_chunked_prefill_equals_whole(kind: str, chunk: int) -> None:
+    prompts = [random_prompt(length, seed=length) for length in (64, 130, 257)]
+    whole, whole_logits = recorded(kind, prompts, max_num_seqs=1, max_num_batched_tokens=512)
+    chunked, chunked_logits = recorded(kind, prompts, max_num_seqs=1, max_num_batched_tokens=chunk)
+    assert chunked == whole
+    for rows, expected in zip(chunked_logits, whole_logits, strict=True):
+        torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prefill_token_by_token_equals_whole(kind: str) -> None:
+    prompt = random_prompt(70, seed=0)
+    engine = Engine(tiny_model(kind), max_num_seqs=1, max_num_batched_tokens=64, poison=True)
+    # A prompt of one token and the rest forced in as if it had been chosen: every step has one token.
+    runner = RecordingRunner(engine)
+    engine.runner = runner
+    request = engine.add_request(prompt[:1], SamplingParams(max_tokens=100, ignore_eos=True))
+    for token in prompt[1:]:
+        engine.step()
+        request.output_ids[-1] = token
+    engine.step()
+    expected = reference_logits(tiny_model(kind), prompt)
+    torch.testing.assert_close(torch.stack(runner.rows[request.id]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_freed_memory_never_changes_an_answer(kind: str) -> None:
+    """Two waves through a cache that is just large enough; without poison the second wave finds real leftovers."""
+    prompts = [random_prompt(length, seed=100 + length) for length in (33, 64, 90, 20, 65, 7)]
+    fresh = [recorded(kind, [prompt], max_num_seqs=1, max_num_batched_tokens=512)[0][0] for prompt in prompts]
+    for poison in (False, True):
+        engine = Engine(tiny_model(kind), max_num_seqs=2, max_num_batched_tokens=128, num_blocks=14, poison=poison)
+        for _ in range(2):
+            assert [c.output_ids for c in engine.generate(prompts, GREEDY)] == fresh
+    engine.check_integrity()
+
+
+def test_poison_would_be_seen(kind: str) -> None:
+    """The poison of the tests above is real: whoever reads memory that was not written gets NaN."""
+    engine = Engine(tiny_model(kind), max_num_seqs=1, max_num_batched_tokens=64, poison=True)
+    request = engine.add_request(random_prompt(20, seed=1), GREEDY)
+    request.num_computed_tokens = 5  # claims that five tokens are cached
+    with pytest.raises(CorruptCheckpoint, match="not finite"):
+        while engine.has_unfinished:
+            engine.step()
+    engine.check_integrity()
+
+
+def test_seed_decides_whatever_the_company(kind: str) -> None:
+    prompt = random_prompt(40, seed=2)
+    params = SamplingParams(temperature=1.3, top_k=50, top_p=0.9, seed=1234, max_tokens=20, ignore_eos=True)
+    (alone,) = Engine(tiny_model(kind), max_num_seqs=1).generate([prompt], params)
+    others = [SamplingParams(temperature=0.7 + 0.1 * n, seed=n, max_tokens=9 + n, top_k=3 * n) for n in range(5)]
+    prompts = [random_prompt(11 + n, seed=n) for n in range(5)]
+    engine = Engine(tiny_model(kind), max_num_seqs=6, max_num_batched_tokens=70)
+    company = engine.generate([*prompts, prompt], [*others, params])
+    assert company[-1].output_ids == alone.output_ids
+    (other,) = engine.generate([prompt], SamplingParams(temperature=1.3, seed=1235, max_tokens=20, ignore_eos=True))
+    assert other.output_ids != alone.output_ids
+
+
+def test_a_seed_that_was_drawn_reproduces_its_tokens() -> None:
+    engine = Engine(tiny_model("hybrid"), max_num_seqs=2)
+    first, second = engine.generate([[5, 6, 7]] * 2, SamplingParams(temperature=1.5, max_tokens=20, ignore_eos=True))
+    assert first.seed != second.seed and first.output_ids != second.output_ids
+    params = SamplingParams(temperature=1.5, max_tokens=20, ignore_eos=True, seed=first.seed)
+    assert engine.generate([[5, 6, 7]], params)[0].output_ids == first.output_ids
+
+
+def test_stop_tokens_end_a_request() -> None:
+    engine = Engine(tiny_model("hybrid"), max_num_seqs=1)
+    prompt = random_prompt(30, seed=4)
+    (full,) = engine.generate([prompt], GREEDY)
+    assert full.finish_reason == "length" and len(full.output_ids) == 8
+    token = full.output_ids[4]
+    expected = full.output_ids[: full.output_ids.index(token) + 1]
+    (stopped,) = engine.generate([prompt], SamplingParams(max_tokens=8, stop_token_ids=(token,), ignore_eos=True))
+    assert (stopped.output_ids, stopped.finish_reason) == (expected, "stop")
+    with_eos = Engine(tiny_model("hybrid"), max_num_seqs=1, eos_token_ids=[token])
+    (stopped,) = with_eos.generate([prompt], SamplingParams(max_tokens=8))
+    assert (stopped.output_ids, stopped.finish_reason) == (expected, "stop")
+    assert with_eos.generate([prompt], GREEDY)[0].finish_reason == "length"
+
+
+def test_abort_in_every_phase_leaks_nothing(kind: str) -> None:
+    engine = Engine(tiny_model(kind), max_num_seqs=2, max_num_batched_tokens=65, num_blocks=30, poison=True)
+    survivor = engine.add_request(random_prompt(20, seed=1), GREEDY, request_id="survivor")
+    reading = engine.add_request(random_prompt(200, seed=2), GREEDY, request_id="reading")
+    waiting = engine.add_request(random_prompt(9, seed=3), GREEDY, request_id="waiting")
+    engine.step()
+    engine.step()
+    assert 0 < reading.num_computed_tokens < 200 and waiting.num_computed_tokens == 0
+    for request_id in ("reading", "waiting", "reading", "unknown"):
+        engine.abort(request_id)
+        engine.check_integrity()
+    assert reading.finish_reason == waiting.finish_reason == "abort"
+    decoding = engine.add_request(random_prompt(9, seed=5), GREEDY, request_id="decoding")
+    for _ in range(3):
+        engine.step()
+    assert decoding.output_ids
+    engine.abort("decoding")
+    engine.check_integrity()
+    while engine.has_unfinished:
+        engine.step()
+        engine.check_integrity()
+    assert engine.scheduler.blocks.num_used == engine.scheduler.slots.num_used == 0
+    assert tuple(survivor.output_ids) == reference_greedy(tiny_model(kind), list(survivor.prompt_ids), 8)
+
+
+def test_stream_gives_the_tokens_and_closing_it_aborts() -> None:
+    engine = Engine(tiny_model("hybrid"), max_num_seqs=2)
+    prompt = random_prompt(30, seed=4)
+    (expected,) = engine.generate([prompt], GREEDY)
+    events = list(engine.stream(prompt, GREEDY))
+    assert tuple(event.token.token_id for event in events) == expected.output_ids
+    assert [event.finish_reason for event in events] == [None] * 7 + ["length"]
+    stream = engine.stream(prompt, GREEDY)
+    next(stream)
+    assert engine.has_unfinished
+    stream.close()  # type: ignore[attr-defined]
+    assert not engine.has_unfinished
+    engine.check_integrity()
+
+
+def test_a_refused_request_leaves_the_others_alone() -> None:
+    engine = Engine(tiny_model("hybrid"), max_num_seqs=2, max_model_len=100, num_blocks=4)
+    good = engine.add_request(random_prompt(20, seed=1), GREEDY)
+    engine.step()
+    with pytest.raises(UsageError, match="empty"):
+        engine.add_request([])
+    with pytest.raises(UsageError, match=f"token 1 is {VOCAB_SIZE}"):
+        engine.add_request([0, VOCAB_SIZE])
+    with pytest.raises(UsageError, match="in use"):
+        engine.add_request([1], request_id=good.id)
+    with pytest.raises(DoesNotFit, match="at most 99 tokens would fit"):
+        engine.add_request([1] * 100)
+    with pytest.raises(DoesNotFit, match="max_tokens 50 would fit"):
+        engine.add_request([1] * 50, SamplingParams(max_tokens=51))
+    with pytest.raises(DoesNotFit, match="64 would fit"):
+        engine.add_request([1] * 50, SamplingParams(max_tokens=40))
+    with pytest.raises(DoesNotFit):
+        engine.generate([[1], [1] * 100], SamplingParams(max_tokens=3))
+    while engine.has_unfinished:
+        engine.step()
+    engine.check_integrity()
+    assert tuple(good.output_ids) == reference_greedy(tiny_model("hybrid"), list(good.prompt_ids), 8)
+
+
+def test_a_request_may_fill_the_context_to_the_last_token() -> None:
+    engine = Engine(tiny_model("hybrid"), max_num_seqs=1, max_model_len=80, num_blocks=5, poison=True)
+    (done,) = engine.generate([random_prompt(70, seed=1)], SamplingParams(ignore_eos=True))
+    assert len(done.output_ids) == 10 and done.finish_reason == "length"
+    (done,) = engine.generate([random_prompt(79, seed=1)], SamplingParams(ignore_eos=True))
+    assert len(done.output_ids) == 1
+
+
+def test_a_failing_step_aborts_its_requests_only() -> None:
+    engine = Engine(tiny_model("hybrid"), max_num_seqs=1, poison=True)
+    failing = engine.add_request([1, 2, 3], GREEDY)
+    waiting = engine.add_request([4, 5, 6], GREEDY)
+    runner, engine.runner = engine.runner, None  # type: ignore[assignment]
+    with pytest.raises(AttributeError):
+        engine.step()
+    engine.runner = runner
+    engine.check_integrity()
+    assert failing.finish_reason == "abort" and waiting.finish_reason is None
+    while engine.has_unfinished:
+        engine.step()
+    assert tuple(waiting.output_ids) == reference_greedy(tiny_model("hybrid"), [4, 5, 6], 8)
+
+
+def test_logprobs_are_those_of_the_raw_logits() -> None:
+    model = tiny_model("hybrid")
+    prompt = random_prompt(10, seed=9)
+    params = SamplingParams(
+        temperature=2.0, top_k=20, repetition_penalty=1.5, seed=3, max_tokens=6, logprobs=4, ignore_eos=True
+    )
+    (done,) = Engine(model, max_num_seqs=1).generate([prompt], params)
+    expected = reference_logits(model, [*prompt, *done.output_ids])[9:-1].log_softmax(-1)
+    assert [token.token_id for token in done.sampled] == list(done.output_ids)
+    for token, row in zip(done.sampled, expected, strict=True):
+        assert token.logprob == pytest.approx(float(row[token.token_id]), abs=1e-4)
+        values, ids = row.topk(4)
+        assert [token_id for token_id, _ in token.top_logprobs] == ids.tolist()
+        assert [value for _, value in token.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_memory_plan_counts_what_is_allocated(kind: str) -> None:
+    model = tiny_model(kind)
+    config = model.config
+    engine = Engine(model, max_num_seqs=3, max_model_len=100, num_blocks=15)
+    plan = engine.memory_plan
+    kv_per_token = config.num_full_layers * 2 * 2 * 10 * 4
+    state = config.num_linear_layers * (3 * (2 * 14 + 30) + 6 * 7 * 5) * 4
+    assert plan.kv_bytes == (15 * 16 * kv_per_token)
+    assert plan.kv_bytes_per_1000_tokens == 1000 * kv_per_token
+    assert (plan.state_bytes_per_sequence, plan.state_bytes) == (state, 3 * state)
+    assert plan.num_full_sequences == (2 if config.num_full_layers else 3)
+    assert plan.weight_bytes >= 4 * sum(p.numel() for p in model.parameters())
+    assert len(plan.describe().splitlines()) == 2
+
+
+def test_kv_budget_is_kept() -> None:
+    engine = Engine(tiny_model("full"), max_num_seqs=4, kv_budget_bytes=50_000)
+    assert 50_000 - 16 * 320 < engine.memory_plan.kv_bytes <= 50_000
+    with pytest.raises(UsageError, match="at least one block"):
+        Engine(tiny_model("full"), kv_budget_bytes=10)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 70}, "starve"),
+        ({"max_model_len": 513}, "512"),
+        ({"num_blocks": 3, "kv_budget_bytes": 3}, "not both"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Engine(tiny_model("hybrid"), **sizes)
