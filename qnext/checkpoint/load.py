@@ -52,7 +52,7 @@ def load_model(
                     raise CorruptCheckpoint(problem)
             if name in layout.targets:
                 target = layout.targets[name]
-                destination = parameters[target.parameter][target.part.index]
+                destination = parameters[target.parameter][target.part.place]
                 _copy(files, info, destination)
             files.drop(name)
             done += info.num_bytes

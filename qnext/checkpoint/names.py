@@ -27,8 +27,8 @@ class Part(NamedTuple):
     rows: tuple[int, int] | None = None
 
     @property
-    def index(self) -> tuple[int | slice, ...]:
-        """Index that selects the part in its parameter."""
+    def place(self) -> tuple[int | slice, ...]:
+        """What selects the part in its parameter."""
         if self.expert is None:
             return (...,)  # type: ignore[return-value]
         return (self.expert,) if self.rows is None else (self.expert, slice(*self.rows))

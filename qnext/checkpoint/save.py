@@ -55,7 +55,7 @@ def save_model(
         try:
             for name, shape in shapes.items():
                 for part in disk_parts(name, shape):
-                    writer.write(part.name, parameters[name][part.index].to(dtypes[name]))
+                    writer.write(part.name, parameters[name][part.place].to(dtypes[name]))
             writer.finish()
         finally:
             writer.close()

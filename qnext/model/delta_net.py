@@ -6,8 +6,6 @@ C conv channels.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,24 +40,6 @@ class GatedDeltaNet(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.num_value_heads))
         self.norm = GatedRMSNorm(self.value_head_dim, eps=config.rms_norm_eps)
         self.out_proj = nn.Linear(self.value_dim, hidden, bias=False)
-
-    def reset_time_constants(self, rule: str) -> None:
-        """Initial decay. A is uniform in (0, 16) for both rules.
-
-        "log_uniform": dt_bias = softplus^-1(dt), dt log-uniform in [1e-3, 0.1], so that heads remember from a few to
-        thousands of tokens (Mamba-2, flash-linear-attention). "ones": dt_bias = 1, as transformers does.
-        """
-        nn.init.uniform_(self.A_log, 1e-3, 16.0)
-        with torch.no_grad():
-            self.A_log.log_()
-        if rule == "ones":
-            nn.init.ones_(self.dt_bias)
-            return
-        assert rule == "log_uniform", rule
-        nn.init.uniform_(self.dt_bias, math.log(1e-3), math.log(0.1))
-        with torch.no_grad():
-            dt = self.dt_bias.to(torch.float32).exp()
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
     def forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
         num_tokens = x_TD.shape[0]

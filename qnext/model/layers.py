@@ -18,9 +18,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.zero_centered = zero_centered
 
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
-
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, eps=self.eps, zero_centered=self.zero_centered)
 
@@ -36,9 +33,6 @@ class GatedRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         return ops.gated_rms_norm(x, gate, self.weight, eps=self.eps)
