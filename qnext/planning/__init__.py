@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
+from qnext.planning.counts import (
+    ActiveCounts,
+    ParameterCounts,
+    StateBytes,
+    count_active,
+    count_parameters,
+    forward_flops_per_token,
+    kv_bytes_per_token,
+    part_of,
+    state_bytes_per_sequence,
+    weight_bytes,
+)
 from qnext.planning.shapes import parameter_shapes
 
-__all__ = ["parameter_shapes"]
+__all__ = [
+    "ActiveCounts",
+    "ParameterCounts",
+    "StateBytes",
+    "count_active",
+    "count_parameters",
+    "forward_flops_per_token",
+    "kv_bytes_per_token",
+    "parameter_shapes",
+    "part_of",
+    "state_bytes_per_sequence",
+    "weight_bytes",
+]

@@ -1,0 +1,125 @@
+"""Parameters by part, bytes, and work per token of a configuration. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from math import prod
+
+from qnext.config import ModelConfig
+from qnext.planning.shapes import parameter_shapes
+
+# Bytes of one element, under the names that torch and config.json use.
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of each part. `mtp` is the whole MTP module; the other parts are the trunk's and the head's.
+
+    Attention and delta net include their inner norms, experts are the routed ones, and `head` is zero where it is
+    tied to the embedding.
+    """
+
+    embedding: int
+    head: int
+    attention: int
+    delta_net: int
+    dense_mlp: int
+    router: int
+    experts: int
+    shared_experts: int
+    norms: int
+    mtp: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def trunk(self) -> int:
+        """Everything but the MTP module: what a model card calls its size."""
+        return self.total - self.mtp
+
+
+@dataclass(frozen=True)
+class ActiveCounts:
+    """Weights that one token multiplies in the trunk. Embedding rows are looked up, not multiplied."""
+
+    without_head: int
+    with_head: int
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What the Gated DeltaNet layers keep per sequence, whatever its length."""
+
+    recurrent: int
+    conv: int
+
+    @property
+    def total(self) -> int:
+        return self.recurrent + self.conv
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    counts = dict.fromkeys((field.name for field in fields(ParameterCounts)), 0)
+    for name, shape in parameter_shapes(config).items():
+        counts[part_of(name)] += prod(shape)
+    return ParameterCounts(**counts)
+
+
+def part_of(name: str) -> str:
+    """The field of ParameterCounts that a parameter belongs to; takes names of modules and of files."""
+    if name.startswith("mtp."):
+        return "mtp"
+    for mark, part in (
+        (".embed_tokens.", "embedding"), ("lm_head.", "head"), (".self_attn.", "attention"),
+        (".linear_attn.", "delta_net"), (".mlp.gate.", "router"), (".mlp.experts.", "experts"),
+        (".mlp.shared_expert", "shared_experts"), (".mlp.", "dense_mlp"),
+    ):  # fmt: skip
+        if mark in name:
+            return part
+    assert "norm" in name, name
+    return "norms"
+
+
+def count_active(config: ModelConfig) -> ActiveCounts:
+    """Active parameters per token: of the routed experts only the chosen ones."""
+    counts = count_parameters(config)
+    experts = counts.experts * config.num_experts_per_tok // config.num_experts if config.num_experts else 0
+    without_head = counts.trunk - counts.embedding - counts.head - counts.experts + experts
+    return ActiveCounts(without_head, without_head + config.vocab_size * config.hidden_size)
+
+
+def weight_bytes(config: ModelConfig, *, dtype: str = "bfloat16") -> int:
+    """Bytes of all parameters, MTP included, in one dtype."""
+    return count_parameters(config).total * DTYPE_BYTES[dtype]
+
+
+def kv_bytes_per_token(config: ModelConfig, *, dtype: str = "bfloat16", with_mtp: bool = False) -> int:
+    """Bytes of keys and values per token over all full-attention layers; `with_mtp` adds the MTP layer's."""
+    layers = config.num_full_layers + (config.num_nextn_predict_layers if with_mtp else 0)
+    return layers * 2 * config.num_key_value_heads * config.head_dim * DTYPE_BYTES[dtype]
+
+
+def state_bytes_per_sequence(
+    config: ModelConfig, *, state_dtype: str = "float32", conv_dtype: str = "bfloat16"
+) -> StateBytes:
+    """Bytes of recurrent and convolution state per sequence over all Gated DeltaNet layers."""
+    layers = config.num_linear_layers
+    state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
+    conv = config.linear_conv_dim * max(config.linear_conv_kernel_dim - 1, 0)
+    return StateBytes(layers * state * DTYPE_BYTES[state_dtype], layers * conv * DTYPE_BYTES[conv_dtype])
+
+
+def forward_flops_per_token(config: ModelConfig, *, context: int, with_head: bool = True) -> int:
+    """Floating-point operations of the trunk for one token that sees `context` tokens, itself included.
+
+    A multiply-add counts two. Weights: 2 each. Attention: 4 * heads * head_dim per token seen. Delta rule, per state
+    element: decay 1, read 2, write 2, read out 2. Norms and activations are left out.
+    """
+    active = count_active(config)
+    weights = 2 * (active.with_head if with_head else active.without_head)
+    attention = config.num_full_layers * 4 * config.num_attention_heads * config.head_dim * context
+    state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
+    return weights + attention + config.num_linear_layers * 7 * state
