@@ -17,6 +17,9 @@ ARCHITECTURES = {
     "qnext": "QnextForCausalLM",
 }
 
+# Far above any model; a damaged file must not make a list of a billion layers.
+_MAX_LAYERS = 4096
+
 # Keys that say nothing about the arithmetic; quantization_config is read by the checkpoint loader.
 _IGNORED = frozenset(
     [
@@ -73,7 +76,7 @@ _EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SWITCHES = ("attention_output_gate", "zero_centered_norm", "mtp_uses_final_norm")
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
-_PATTERN = ("num_hidden_layers", "layer_types", "full_attention_interval")
+_PATTERN = ("num_hidden_layers", "layer_types")
 _MTP = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 _OPTIONAL = ("initializer_range", "router_aux_loss_coef", "intermediate_size")
 
@@ -102,6 +105,7 @@ _INTEGERS = frozenset(
 _NUMBERS = frozenset(
     ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "initializer_range", "router_aux_loss_coef")
 )
+_MAX_LAYERS = 10_000  # a larger number is damage, and its layer list would fill the memory
 _BOOLEANS = frozenset(("attention_bias", "tie_word_embeddings", "norm_topk_prob", *_SWITCHES))
 
 
@@ -132,10 +136,19 @@ class _Reader:
         if key in _BOOLEANS and not isinstance(value, bool):
             raise self.error(key, f"must be true or false, not {value!r}")
         if key in _NUMBERS:
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            if not _is_finite_number(value):
                 raise self.error(key, f"must be a finite number, not {value!r}")
             return float(value)
         return value
+
+
+def _is_finite_number(value: Any) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def read_config(folder: str | Path, *, has_mtp: bool = False) -> ModelConfig:
@@ -144,10 +157,21 @@ def read_config(folder: str | Path, *, has_mtp: bool = False) -> ModelConfig:
     if not path.is_file():
         raise ModelNotFound(f"{path.parent}: no config.json there")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error})") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not readable as JSON (nested too deeply)") from None
     return from_hf(values, file=str(path), has_mtp=has_mtp)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{repeated} is given twice")
+    return values
 
 
 def from_hf(values: Any, *, file: str = "config.json", has_mtp: bool = False) -> ModelConfig:
@@ -160,7 +184,7 @@ def from_hf(values: Any, *, file: str = "config.json", has_mtp: bool = False) ->
         raise ConfigError(f"{file}: must hold a JSON object")
     reader = _Reader(values, file)
     model_type = reader.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise reader.error("model_type", f"{model_type!r} is not supported; known: {', '.join(ARCHITECTURES)}")
     _refuse_unknown(reader, model_type)
     layer_types = _layer_types(reader, model_type)
@@ -168,6 +192,8 @@ def from_hf(values: Any, *, file: str = "config.json", has_mtp: bool = False) ->
     fields.update(_rope(reader, model_type))
     if LINEAR_ATTENTION in layer_types:
         fields.update({key: reader.get(key) for key in _LINEAR})
+    elif model_type in ("qwen3_next", "qnext"):
+        fields.update({key: reader.get_or(key, 0) for key in _LINEAR})
     fields.update(_feed_forward(reader, model_type))
     fields.update(_switches(reader, model_type))
     fields.update({key: _token_ids(reader, key) for key in _TOKENS})
@@ -184,7 +210,7 @@ def from_hf(values: Any, *, file: str = "config.json", has_mtp: bool = False) ->
 def _refuse_unknown(reader: _Reader, model_type: str) -> None:
     known = {"model_type", *_COMMON, *_ROPE, *_PATTERN, *_TOKENS, *_OPTIONAL, *_FIXED, *_SLIDING}
     if model_type in ("qwen3_next", "qnext"):
-        known |= {*_LINEAR, *_EXPERTS, "shared_expert_intermediate_size", *_MTP}
+        known |= {"full_attention_interval", *_LINEAR, *_EXPERTS, "shared_expert_intermediate_size", *_MTP}
     if model_type == "qnext":
         known |= set(_SWITCHES)
     if model_type == "qwen3_moe":
@@ -204,8 +230,8 @@ def _refuse_unknown(reader: _Reader, model_type: str) -> None:
 
 def _layer_types(reader: _Reader, model_type: str) -> tuple[str, ...]:
     num_layers = reader.get("num_hidden_layers")
-    if num_layers < 1:
-        raise reader.error("num_hidden_layers", f"must be at least 1, not {num_layers}")
+    if not 1 <= num_layers <= _MAX_LAYERS:
+        raise reader.error("num_hidden_layers", f"must lie between 1 and {_MAX_LAYERS}, not {num_layers}")
     from_interval = None
     if model_type in ("qwen3_next", "qnext") and reader.has("full_attention_interval"):
         interval = reader.get("full_attention_interval")
@@ -254,38 +280,50 @@ def _rope(reader: _Reader, model_type: str) -> dict[str, Any]:
 
 
 def _yarn(reader: _Reader, nested: dict[str, Any]) -> YarnScaling | None:
-    kinds = {nested.pop(key) for key in ("rope_type", "type") if key in nested}
-    if len(kinds) > 1:
-        raise reader.error("rope_scaling.rope_type", f"contradicts type ({', '.join(sorted(map(str, kinds)))})")
-    kind = kinds.pop() if kinds else "default"
+    kinds = [nested.pop(key) for key in ("rope_type", "type") if key in nested]
+    if any(kind != kinds[0] for kind in kinds):
+        raise reader.error("rope_scaling.rope_type", f"contradicts type ({kinds[0]!r}, {kinds[1]!r})")
+    kind = kinds[0] if kinds else "default"
     if kind not in ("default", "yarn"):
         raise reader.error("rope_scaling.rope_type", f"{kind!r} is not supported, only 'default' and 'yarn'")
     known = () if kind == "default" else tuple(YarnScaling.__dataclass_fields__)
     for key, value in nested.items():
         if key not in known:
             raise reader.error(f"rope_scaling.{key}", f"unknown key for rope_type {kind!r}")
-        is_number = isinstance(value, (int, float)) and math.isfinite(value)
-        if not is_number and not (key == "attention_factor" and value is None):
-            raise reader.error(f"rope_scaling.{key}", f"must be a finite number, not {value!r}")
+        wanted, is_right = _yarn_type(key, value)
+        if not is_right:
+            raise reader.error(f"rope_scaling.{key}", f"must be {wanted}, not {value!r}")
     if kind == "default":
         return None
     for key in ("factor", "original_max_position_embeddings"):
         if key not in nested:
             raise reader.error(f"rope_scaling.{key}", "missing")
-    return YarnScaling(**nested)
+    try:
+        return YarnScaling(**nested)
+    except ConfigError as error:
+        raise ConfigError(f"{reader.file}: {error}") from None
+
+
+def _yarn_type(key: str, value: Any) -> tuple[str, bool]:
+    """What a value of `rope_scaling` must be, in words, and whether it is."""
+    if key == "truncate":
+        return "true or false", isinstance(value, bool)
+    if key == "original_max_position_embeddings":
+        return "an integer", isinstance(value, int) and not isinstance(value, bool)
+    return "a finite number", _is_finite_number(value) or (key == "attention_factor" and value is None)
 
 
 def _feed_forward(reader: _Reader, model_type: str) -> dict[str, Any]:
     fields: dict[str, Any] = {"intermediate_size": reader.get_or("intermediate_size", 0)}
-    if model_type == "qwen3" or (model_type == "qnext" and reader.get("num_experts") == 0):
+    if model_type == "qwen3":
         fields["intermediate_size"] = reader.get("intermediate_size")
         return fields
     for key in _EXPERTS:
         fields[key] = reader.get(key)
-    if fields["num_experts"] < 1:
+    if fields["num_experts"] < 1 and model_type != "qnext":
         raise reader.error("num_experts", f"must be at least 1, not {fields['num_experts']}")
     layers = fields["mlp_only_layers"]
-    if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise reader.error("mlp_only_layers", f"must be a list of layer numbers, not {layers!r}")
     fields["mlp_only_layers"] = tuple(layers)
     if model_type in ("qwen3_next", "qnext"):
@@ -339,14 +377,13 @@ def hf_model_type(config: ModelConfig) -> str:
 def to_hf(config: ModelConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
     """The content of a config.json that from_hf reads back to an equal ModelConfig.
 
-    Rotary keys are written flat and, where YaRN is on, as `rope_scaling`: every reader known accepts this form.
+    Only sizes of parts that the model does not have may be lost, where their family's file has no key for them. Rotary keys are written flat and, where YaRN is on, as `rope_scaling`: every reader known accepts this form.
     """
     model_type = hf_model_type(config)
     keys: tuple[str, ...] = (*_COMMON, *_OPTIONAL, "rope_theta")
     if model_type in ("qwen3_next", "qnext"):
         keys += (*_EXPERTS, "shared_expert_intermediate_size", "partial_rotary_factor", "num_nextn_predict_layers")
-        if config.has_linear_layers or model_type == "qwen3_next":
-            keys += _LINEAR
+        keys += _LINEAR
     if model_type == "qwen3_moe":
         keys += _EXPERTS
     if model_type == "qnext":

@@ -41,8 +41,12 @@ class YarnScaling:
             raise ConfigError(f"rope_scaling.factor must be at least 1, not {self.factor}")
         if self.original_max_position_embeddings < 1:
             raise ConfigError("rope_scaling.original_max_position_embeddings must be positive")
+        if not self.beta_slow > 0:
+            raise ConfigError(f"rope_scaling.beta_slow must be positive, not {self.beta_slow}")
         if self.beta_fast <= self.beta_slow:
             raise ConfigError("rope_scaling.beta_fast must be larger than beta_slow")
+        if self.attention_factor is not None and not self.attention_factor > 0:
+            raise ConfigError(f"rope_scaling.attention_factor must be positive, not {self.attention_factor}")
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,13 @@ def _require_positive(config: ModelConfig, *names: str) -> None:
             raise ConfigError(f"{name} must be positive, not {value}")
 
 
+def _require_not_negative(config: ModelConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value >= 0:
+            raise ConfigError(f"{name} must not be negative, but is {value}")
+
+
 def _require_multiple(config: ModelConfig, name: str, of: str) -> None:
     if getattr(config, name) % getattr(config, of):
         raise ConfigError(f"{name} ({getattr(config, name)}) must be a multiple of {of} ({getattr(config, of)})")
@@ -194,8 +205,11 @@ def _require_multiple(config: ModelConfig, name: str, of: str) -> None:
 def _check_sizes(config: ModelConfig) -> None:
     _require_positive(
         config, "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "rope_theta", "max_position_embeddings", "rms_norm_eps",
+        "max_position_embeddings", "rms_norm_eps",
     )  # fmt: skip
+    _require_not_negative(config, "intermediate_size", "initializer_range", "router_aux_loss_coef")
+    if not config.rope_theta > 1.0:
+        raise ConfigError(f"rope_theta must be above 1, not {config.rope_theta}")
     if not config.layer_types:
         raise ConfigError("num_hidden_layers must be at least 1, not 0")
     for kind in config.layer_types:
@@ -231,17 +245,13 @@ def _check_feed_forward(config: ModelConfig) -> None:
     for layer in config.mlp_only_layers:
         if not 0 <= layer < config.num_hidden_layers:
             raise ConfigError(f"mlp_only_layers names layer {layer} of {config.num_hidden_layers}")
-    if config.num_experts < 0:
-        raise ConfigError(f"num_experts must not be negative, but is {config.num_experts}")
-    uses_experts = config.num_experts > 0
-    if uses_experts:
+    _require_not_negative(config, "num_experts", "shared_expert_intermediate_size")
+    if config.num_experts > 0:
         _require_positive(config, "num_experts_per_tok", "moe_intermediate_size")
         if config.num_experts_per_tok > config.num_experts:
             raise ConfigError(
                 f"num_experts_per_tok ({config.num_experts_per_tok}) exceeds num_experts ({config.num_experts})"
             )
-        if config.shared_expert_intermediate_size < 0:
-            raise ConfigError("shared_expert_intermediate_size must not be negative")
     has_dense = any(not config.is_moe_layer(i) for i in range(config.num_hidden_layers))
     if has_dense and config.intermediate_size <= 0:
         raise ConfigError("intermediate_size must be positive where a layer has no experts")
