@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from qnext.checkpoint.create import create_folder
 from qnext.checkpoint.load import empty_model, load_model
+from qnext.checkpoint.resolve import resolve_model
 from qnext.checkpoint.save import save_model
 
-__all__ = ["empty_model", "load_model", "save_model"]
+__all__ = ["create_folder", "empty_model", "load_model", "resolve_model", "save_model"]

@@ -68,7 +68,9 @@ def structure_problems(layout: Layout, tensors: dict[str, TensorInfo], folder: P
         # A tied head that was written all the same is compared with the embedding when values are read.
         known.add("lm_head.weight")
         if "lm_head.weight" in tensors:
-            yield from _tensor_problems(tensors["lm_head.weight"], layout.targets["model.embed_tokens.weight"].part.shape)
+            yield from _tensor_problems(
+                tensors["lm_head.weight"], layout.targets["model.embed_tokens.weight"].part.shape
+            )
     for name, info in tensors.items():
         if name not in known and not is_leftover(name):
             yield f"{info.file}: tensor {name} is surplus: config.json describes no such tensor"
@@ -108,9 +110,11 @@ def tensor_value_problems(layout: Layout, files: TensorFiles, info: TensorInfo) 
     tensor = files.read(info.name)
     if not is_finite(tensor):
         yield f"{info.file}: tensor {info.name} holds NaN or infinity"
-    if info.name == "lm_head.weight" and layout.config.tie_word_embeddings:
-        if not torch.equal(tensor, files.read("model.embed_tokens.weight")):
-            yield f"{info.file}: tensor lm_head.weight differs from the embedding, but config.json ties them"
+    elif layout.is_fp8 and info.name.endswith(scale_name("")) and not is_finite(tensor.to(torch.float32) * 448.0):
+        yield f"{info.file}: tensor {info.name} holds a scale beyond what FP8 weights can be multiplied by"
+    is_tied_head = layout.config.tie_word_embeddings and info.name == "lm_head.weight"
+    if is_tied_head and not torch.equal(tensor, files.read("model.embed_tokens.weight")):
+        yield f"{info.file}: tensor lm_head.weight differs from the embedding, but config.json ties them"
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -133,9 +133,7 @@ class ShardWriter:
     asserts that nothing is missing.
     """
 
-    def __init__(
-        self, folder: Path, plan: Mapping[str, TensorSpec], *, max_shard_bytes: int = MAX_SHARD_BYTES
-    ) -> None:
+    def __init__(self, folder: Path, plan: Mapping[str, TensorSpec], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self._folder = folder
         self._plan = plan
         groups: list[dict[str, TensorSpec]] = [{}]
@@ -156,7 +154,11 @@ class ShardWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Store a tensor of exactly the dtype and shape that was announced."""
         spec = self._plan[name]
-        assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, tuple(spec.shape)), (name, tensor.dtype, tensor.shape)
+        assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, tuple(spec.shape)), (
+            name,
+            tensor.dtype,
+            tensor.shape,
+        )
         self._shard_of[name].write(name, tensor)
 
     def finish(self) -> None:

@@ -52,15 +52,3 @@ def dequantize(weight_OI: Tensor, scale_bb: Tensor, *, dtype: torch.dtype) -> Te
         rows = slice(start, start + BLOCK)
         out_OI[rows] = weight_OI[rows].to(torch.float32) * column_scales[b]
     return out_OI
-
-
-def quantize(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """(e4m3 weight, fp32 scales) with each block's largest magnitude on the format's largest number, 448."""
-    blocks_O, blocks_I = scale_shape(tuple(weight_OI.shape))
-    wide_OI = weight_OI.to(torch.float32)
-    padded = torch.zeros(blocks_O * BLOCK, blocks_I * BLOCK)
-    padded[: wide_OI.shape[0], : wide_OI.shape[1]] = wide_OI
-    largest_bb = padded.view(blocks_O, BLOCK, blocks_I, BLOCK).abs().amax(dim=(1, 3))
-    scale_bb = torch.where(largest_bb > 0, largest_bb / 448.0, 1.0)
-    expanded_OI = scale_bb.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[: wide_OI.shape[0], : wide_OI.shape[1]]
-    return (wide_OI / expanded_OI).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale_bb

@@ -174,7 +174,9 @@ def _read_weight_map(index: Path) -> Mapping[str, str]:
         check_name(name, index)
         is_plain = isinstance(shard, str) and shard.isprintable() and not set(shard) & set("/\\:")
         if not is_plain or shard.startswith(".") or not shard.endswith(".safetensors"):
-            raise CorruptCheckpoint(f"{index}: tensor {name}: {str(shard)[:80]!r} is not the name of a file in the folder")
+            raise CorruptCheckpoint(
+                f"{index}: tensor {name}: {str(shard)[:80]!r} is not the name of a file in the folder"
+            )
     return weight_map
 
 

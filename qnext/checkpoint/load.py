@@ -52,8 +52,7 @@ def load_model(
                     raise CorruptCheckpoint(problem)
             if name in layout.targets:
                 target = layout.targets[name]
-                destination = parameters[target.parameter][target.part.place]
-                _copy(files, info, destination)
+                _copy(files, info, parameters[target.parameter][target.part.place])
             files.drop(name)
             done += info.num_bytes
             if progress is not None:
@@ -83,10 +82,8 @@ def _copy(files: TensorFiles, info: TensorInfo, destination: Tensor) -> None:
     source = files.read(info.name)
     if source.dtype == torch.float8_e4m3fn:
         source = fp8.dequantize(source, files.read(scale_name(info.name)), dtype=destination.dtype)
-        if not is_finite(source):
-            raise CorruptCheckpoint(f"{info.file}: tensor {info.name} overflows when it is multiplied by its scales")
     destination.copy_(source)
-    if destination.dtype == torch.float16 and source.dtype != torch.float16 and not is_finite(destination):
+    if destination.dtype == torch.float16 and info.dtype != "F16" and not is_finite(destination):
         raise UsageError(f"{info.file}: tensor {info.name} holds numbers beyond the range of float16")
 
 

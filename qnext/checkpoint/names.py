@@ -56,7 +56,9 @@ def disk_parts(name: str, shape: tuple[int, ...]) -> list[Part]:
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a folder of this configuration must hold."""
-    return {part.name: part.shape for name, shape in parameter_shapes(config).items() for part in disk_parts(name, shape)}
+    return {
+        part.name: part.shape for name, shape in parameter_shapes(config).items() for part in disk_parts(name, shape)
+    }
 
 
 def is_leftover(name: str) -> bool:

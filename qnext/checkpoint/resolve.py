@@ -1,0 +1,39 @@
+"""What a user calls a model becomes a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qnext.config import PRESETS
+from qnext.errors import ModelNotFound
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve_model(name: str | Path) -> Path:
+    """The folder of a model: a folder itself, or a hub name that is in the local Hugging Face cache.
+
+    Nothing is downloaded. Raises ModelNotFound, saying what would help.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and str(name):
+        return path
+    if path.is_file():
+        raise ModelNotFound(f"{path}: is a file, a model is a folder")
+    text = str(name)
+    if text in PRESETS:
+        raise ModelNotFound(
+            f"{text} is a preset and has no weights; `qnext init {text} OUT` makes a folder with random ones"
+        )
+    if not _HUB_NAME.fullmatch(text):
+        raise ModelNotFound(f"{text or 'empty name'}: no such folder or preset")
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(text, local_files_only=True))
+    except (OSError, HFValidationError):
+        raise ModelNotFound(
+            f"{text}: no such folder, and not in the local cache; `qnext pull {text}` downloads it"
+        ) from None

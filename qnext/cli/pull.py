@@ -1,0 +1,50 @@
+"""`qnext pull`: a model from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Weights, configuration, tokenizer, templates and papers; never pickle, never code.
+ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.md", "LICENSE*")
+
+
+def command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="organisation/model")],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="a folder; default: the local cache")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
+) -> None:
+    """Download a model and print its folder. An interrupted download continues where it stopped."""
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    from qnext.errors import ModelNotFound, UsageError
+
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: exists and is no folder")
+    try:
+        folder = huggingface_hub.snapshot_download(name, revision=revision, local_dir=out, allow_patterns=list(ALLOWED))
+    except GatedRepoError:
+        raise ModelNotFound(f"{name}: access must be granted on the hub first, then `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise ModelNotFound(f"{name}: the hub has no such model, or it is private") from None
+    except RevisionNotFoundError:
+        raise ModelNotFound(f"{name}: the hub has no revision {revision!r} of it") from None
+    except HFValidationError:
+        raise ModelNotFound(f"{name}: is not a hub name, which looks like organisation/model") from None
+    except OSError as error:
+        # A full or read-only disk carries an errno; what the network does to a request does not.
+        if error.errno is not None and not isinstance(error, ConnectionError):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelNotFound(f"{name}: cannot be downloaded: {reason[0][:200]}") from None
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ModelNotFound(f"{name}: holds no safetensors files, so it is no model that can be loaded")
+    print(folder)
