@@ -18,47 +18,19 @@ ARCHITECTURES = {
 }
 
 # Far above any model; a damaged file must not make a list of a billion layers.
+_TOO_LARGE = 2**53
 _MAX_LAYERS = 4096
 
 # Keys that say nothing about the arithmetic; quantization_config is read by the checkpoint loader.
 _IGNORED = frozenset(
-    [
-        "architectures",
-        "auto_map",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "output_router_logits",
-        "quantization_config",
-        "_name_or_path",
-        "name_or_path",
-        "return_dict",
-        "output_hidden_states",
-        "output_attentions",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "is_decoder",
-        "problem_type",
-        "id2label",
-        "label2id",
-        "finetuning_task",
-        "torchscript",
-        "tokenizer_class",
-        "prefix",
-        "task_specific_params",
-        "cross_attention_hidden_size",
-        "add_cross_attention",
-        "tie_encoder_decoder",
-        "pruned_heads",
-        "decoder_start_token_id",
-        "sep_token_id",
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "attn_implementation",
-        "unsloth_fixed",
-        "unsloth_version",
-    ]
+    """
+    architectures auto_map dtype torch_dtype transformers_version use_cache output_router_logits quantization_config
+    _name_or_path name_or_path return_dict output_hidden_states output_attentions chunk_size_feed_forward
+    is_encoder_decoder is_decoder problem_type id2label label2id finetuning_task torchscript tokenizer_class prefix
+    task_specific_params cross_attention_hidden_size add_cross_attention tie_encoder_decoder pruned_heads
+    decoder_start_token_id sep_token_id _attn_implementation _attn_implementation_internal attn_implementation
+    unsloth_fixed unsloth_version
+    """.split()
 )
 # Keys whose only supported value is given; another value changes the arithmetic.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -105,6 +77,7 @@ _INTEGERS = frozenset(
 _NUMBERS = frozenset(
     ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "initializer_range", "router_aux_loss_coef")
 )
+_TOO_LARGE = 2**53
 _MAX_LAYERS = 10_000  # a larger number is damage, and its layer list would fill the memory
 _BOOLEANS = frozenset(("attention_bias", "tie_word_embeddings", "norm_topk_prob", *_SWITCHES))
 
@@ -133,6 +106,8 @@ class _Reader:
     def check_type(self, key: str, value: Any) -> Any:
         if key in _INTEGERS and (not isinstance(value, int) or isinstance(value, bool)):
             raise self.error(key, f"must be an integer, not {value!r}")
+        if key in _INTEGERS and abs(value) >= _TOO_LARGE:
+            raise self.error(key, f"is out of range: {value!r}")
         if key in _BOOLEANS and not isinstance(value, bool):
             raise self.error(key, f"must be true or false, not {value!r}")
         if key in _NUMBERS:
@@ -309,7 +284,7 @@ def _yarn_type(key: str, value: Any) -> tuple[str, bool]:
     if key == "truncate":
         return "true or false", isinstance(value, bool)
     if key == "original_max_position_embeddings":
-        return "an integer", isinstance(value, int) and not isinstance(value, bool)
+        return "an integer", type(value) is int and value < _TOO_LARGE
     return "a finite number", _is_finite_number(value) or (key == "attention_factor" and value is None)
 
 
@@ -377,7 +352,8 @@ def hf_model_type(config: ModelConfig) -> str:
 def to_hf(config: ModelConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
     """The content of a config.json that from_hf reads back to an equal ModelConfig.
 
-    Only sizes of parts that the model does not have may be lost, where their family's file has no key for them. Rotary keys are written flat and, where YaRN is on, as `rope_scaling`: every reader known accepts this form.
+    Only sizes of parts that the model does not have may be lost, where their family's file has no key for them.
+    Rotary keys are written flat and, where YaRN is on, as `rope_scaling`: every reader known accepts this form.
     """
     model_type = hf_model_type(config)
     keys: tuple[str, ...] = (*_COMMON, *_OPTIONAL, "rope_theta")

@@ -1,0 +1,66 @@
+# `make` alone lists the targets. Everything runs in .venv, which is made on first use.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check bench clean
+
+help:
+	@echo "make demo      train a small Qwen3-Next here on the CPU, then talk to it   (DEMO_ARGS=\"--minutes 5\")"
+	@echo "make test      the tests that every change must pass, a few minutes        (PYTEST_ARGS=tests/ops)"
+	@echo "make test-all  every test: also the slow ones, and those for a GPU where there is one"
+	@echo "make check     ruff and mypy"
+	@echo "make bench     the benchmarks on this machine"
+	@echo "make clean     remove the environment and caches; runs/ stays"
+	@echo
+	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made from (3.10 or newer)."
+
+demo: $(VENV)/.installed
+	$(BIN)/qnext demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	@set -e; for script in benchmarks/bench_*.py; do \
+		if [ ! -f "$$script" ]; then echo "no benchmarks here" >&2; exit 2; fi; \
+		echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip comes last into an environment: without it the folder is left from an interrupted run and is made again.
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "make: $(PYTHON) is not here; install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "make: $$($(PYTHON) --version) is too old; Python 3.10 or newer is needed: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "make: $(PYTHON) cannot make environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "installing qnext into $(VENV); torch makes the first time take minutes"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "installing qnext and its test tools into $(VENV); torch makes the first time take minutes"
+	@$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.installed
