@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class Trainer:
         self._started = time.perf_counter()
         self._step_seconds = 0.0
         self._skipped_in_a_row = 0
+        self._evaluated_step = -1
 
     @property
     def elapsed(self) -> float:
@@ -113,7 +115,8 @@ class Trainer:
     def _one_step(self, tap: RouterTap) -> StepMetrics:
         start, progress = time.perf_counter(), self.progress
         lr = learning_rate(self.config, progress=progress, step=self.step)
-        trains_mtp = self.model.mtp is not None and self.config.mtp_coefficient > 0 and progress >= self.config.mtp_start
+        has_mtp = self.model.mtp is not None and self.config.mtp_coefficient > 0.0
+        trains_mtp = has_mtp and progress >= self.config.mtp_start
         parts = self._accumulate_gradients(tap, trains_mtp)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         # The only place where a step waits for numbers.
@@ -183,29 +186,34 @@ class Trainer:
         config = self.config
         if _is_due(self.step, config.eval_every):
             self.evaluate()
-        if self.hooks.on_sample is not None and _is_due(self.step, config.sample_every):
-            self._without_training(lambda on_sample=self.hooks.on_sample: on_sample(self.step))
+        if _is_due(self.step, config.sample_every) and (on_sample := self.hooks.on_sample) is not None:
+            with self._not_training():
+                on_sample(self.step)
         if self._folder is not None and _is_due(self.step, config.snapshot_every):
             self.save()
 
     def evaluate(self) -> Any:
-        """Call the evaluation hook, record its result and return it; None without a hook."""
-        if self.hooks.evaluate is None:
+        """Call the evaluation hook, record its result and return it; None without a hook, or if this step has one."""
+        if self.hooks.evaluate is None or self._evaluated_step == self.step:
             return None
-        result = self._without_training(self.hooks.evaluate)
+        self._evaluated_step = self.step
+        with self._not_training():
+            result = self.hooks.evaluate()
         if self._metrics is not None:
             self._metrics.write_evaluation(self.step, result)
         if self.hooks.on_evaluation is not None:
             self.hooks.on_evaluation(self.step, result)
         return result
 
-    def _without_training(self, function: Callable[[], Any]) -> Any:
+    @contextmanager
+    def _not_training(self) -> Iterator[None]:
+        was_training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
-                return function()
+                yield
         finally:
-            self.model.train()
+            self.model.train(was_training)
 
     def save(self) -> Path:
         """Write a snapshot of everything that the run needs to go on."""
@@ -213,7 +221,7 @@ class Trainer:
         random = {"cpu": torch.get_rng_state()}
         if self.model.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.model.device)
-        tensors = {
+        tensors: dict[str, Mapping[str, Tensor]] = {
             "model": {rule.name: rule.parameter for rule in self.rules},
             "optimizer": optimizer_tensors(self._optimizers, self.rules),
             "random": random,

@@ -139,7 +139,7 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, parameters: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
         rows, columns = parameters[0].shape[-2:]
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)

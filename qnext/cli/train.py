@@ -1,0 +1,74 @@
+"""qnext train: run a recipe."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from qnext.recipes.recipe import Run
+    from qnext.training import Trainer
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="name of a recipe, such as small-code")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="override a training value; model.KEY for the model"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run; default runs/RECIPE")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in the folder")] = False,
+) -> None:
+    """Train a model by a recipe. Leaves OUT/model, OUT/metrics.jsonl and OUT/snapshots.
+
+    Ctrl-C finishes the step, saves a snapshot and ends with exit code 130; --resume goes on from there.
+    """
+    from qnext.cli._training import TrainingDisplay
+    from qnext.recipes import override
+    from qnext.recipes import recipe as find_recipe
+    from qnext.recipes.recipe import prepare
+
+    chosen = override(find_recipe(recipe), settings or [])
+    folder = out or Path("runs") / recipe
+    display = TrainingDisplay(chosen.train)
+    display.note("reading text, making the tokenizer")
+    run = prepare(chosen, folder, resume=resume, hooks=display.hooks())
+    display.describe(run)
+    with _interruptible(run.trainer), display:
+        run.trainer.run()
+    if run.trainer.should_stop and not run.trainer.is_done:
+        display.note(f"snapshot saved in {run.trainer.save()}; --resume continues")
+        raise KeyboardInterrupt
+    _finish(run, display)
+
+
+def _finish(run: Run, display: Any) -> None:
+    run.trainer.evaluate()
+    if run.recipe.train.snapshot_every:
+        run.trainer.save()
+    display.note("model saved in")
+    print(run.save())
+
+
+@contextmanager
+def _interruptible(trainer: Trainer) -> Iterator[None]:
+    """The first Ctrl-C ends the run after its step, the second one at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if trainer.should_stop:
+            raise KeyboardInterrupt
+        trainer.should_stop = True
+        print("finishing the step; Ctrl-C again ends at once", file=sys.stderr)
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

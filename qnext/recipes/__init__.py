@@ -1,0 +1,21 @@
+"""Whole training runs as Python functions, and what composes them: text, model, training, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qnext.errors import UsageError
+from qnext.recipes.code import micro_code, small_code
+from qnext.recipes.recipe import Recipe, override
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"small-code": small_code, "micro-code": micro_code}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called `name`; UsageError lists the known names."""
+    if name not in RECIPES:
+        raise UsageError(f"no recipe {name!r}; known: {', '.join(RECIPES)}")
+    return RECIPES[name]()
+
+
+__all__ = ["RECIPES", "Recipe", "override", "recipe"]

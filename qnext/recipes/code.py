@@ -1,0 +1,58 @@
+"""Small models on the Python standard library, which every machine that runs qnext has."""
+
+from __future__ import annotations
+
+import platform
+import sysconfig
+from functools import partial
+from pathlib import Path
+
+from qnext.config import preset
+from qnext.recipes.recipe import Recipe
+from qnext.training.config import TrainConfig
+from qnext.training.sources import Corpus, collect, split_by_package
+
+_SKIPPED = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3")
+
+
+def standard_library(*, held_out_share: float) -> Corpus:
+    """Every module of this Python's standard library but its tests, split by top-level package."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files, num_left_out = collect(root, suffixes=(".py",), skip_folders=_SKIPPED)
+    train, held_out = split_by_package(files, held_out_share=held_out_share)
+    megabytes = [sum(len(file.text.encode()) for file in side) / 1e6 for side in (train, held_out)]
+    return Corpus(
+        train,
+        held_out,
+        f"standard library of Python {platform.python_version()}: {len(train)} files, {megabytes[0]:.1f} MB to train "
+        f"on; {len(held_out)} files, {megabytes[1]:.1f} MB in {len({file.package for file in held_out})} packages "
+        f"held out; {num_left_out} empty, repeated or unreadable files left out",
+    )
+
+
+def small_code() -> Recipe:
+    """nano-5m (4.3 M parameters, 0.8 M active) for ten minutes."""
+    return Recipe(
+        name="small-code",
+        model=preset("nano-5m"),
+        train=TrainConfig(
+            lr=5e-3, tokens_per_batch=8192, sequence_length=512, time_budget=600.0, optimizer="muon",
+            warmup_fraction=0.02, decay_fraction=0.3, mtp_coefficient=0.1, eval_every=100, snapshot_every=100,
+        ),
+        corpus=partial(standard_library, held_out_share=0.05),
+        eval_bytes=200_000,
+    )  # fmt: skip
+
+
+def micro_code() -> Recipe:
+    """micro-20m (18 M parameters, 3.6 M active) for two thousand steps of 16,384 tokens."""
+    return Recipe(
+        name="micro-code",
+        model=preset("micro-20m"),
+        train=TrainConfig(
+            lr=4e-3, tokens_per_batch=8192, accumulation=2, sequence_length=1024, total_steps=2000, optimizer="muon",
+            warmup_steps=100, eval_every=100, snapshot_every=100,
+        ),
+        corpus=partial(standard_library, held_out_share=0.05),
+        eval_bytes=400_000,
+    )  # fmt: skip

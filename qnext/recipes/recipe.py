@@ -1,0 +1,161 @@
+"""What a recipe is, how its values are overridden from the command line, and how it becomes a run."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from qnext.checkpoint import save_model
+from qnext.config import ModelConfig
+from qnext.errors import UsageError
+from qnext.eval import EvalDocument, Perplexity, evaluate_perplexity
+from qnext.model import CausalLM, initialize
+from qnext.text.tokenizer import Tokenizer
+from qnext.text.train import END_OF_TEXT, save_tokenizer, train_bpe
+from qnext.training import Hooks, PackedStream, TrainConfig, Trainer
+from qnext.training.sources import Corpus, take_bytes, tokenize
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete run. The tokenizer is trained on the training texts, with as many tokens as the model has rows."""
+
+    name: str
+    model: ModelConfig
+    train: TrainConfig
+    corpus: Callable[[], Corpus]
+    eval_bytes: int  # how much held-out text the loop evaluates on
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe made ready: `trainer` runs it, `save` writes the model folder."""
+
+    recipe: Recipe
+    folder: Path
+    corpus: Corpus
+    tokenizer: Tokenizer
+    trainer: Trainer
+    evaluate: Callable[[], Perplexity] | None
+
+    def save(self) -> Path:
+        """Write weights, configuration and tokenizer to `<folder>/model`, in the place of an earlier one."""
+        target = self.folder / "model"
+        save_model(self.trainer.model, target, tokenizer_folder=self.folder / "tokenizer", overwrite=True)
+        return target
+
+
+def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, hooks: Hooks | None = None) -> Run:
+    """Read the texts, make tokenizer, model and trainer; with `resume`, go to the newest snapshot in `folder`.
+
+    An `evaluate` in `hooks` is replaced by bits per byte on held-out text. Raises UsageError when `folder` holds a
+    run and `resume` is false, or holds none and `resume` is true.
+    """
+    has_run = (folder / "tokenizer" / "tokenizer.json").exists()
+    if has_run and not resume:
+        raise UsageError(f"{folder} holds a run already; --resume continues it, another --out starts a new one")
+    if resume and not has_run:
+        raise UsageError(f"{folder} holds no run that could be resumed")
+    corpus = recipe.corpus()
+    tokenizer = _tokenizer(recipe, corpus, folder / "tokenizer", exists=has_run)
+    (end_id,) = tokenizer.eos_ids
+    config = recipe.model.with_(eos_token_id=end_id, pad_token_id=end_id)
+    model = CausalLM(config)
+    initialize(model, seed=recipe.train.seed)
+    documents = tokenize((file.text for file in corpus.train), tokenizer, end_id=end_id)
+    stream = PackedStream(
+        documents, tokens_per_batch=recipe.train.tokens_per_batch, sequence_length=recipe.train.sequence_length,
+        seed=recipe.train.seed,
+    )  # fmt: skip
+    evaluate = _evaluation(recipe, corpus, tokenizer, model, end_id)
+    trainer = Trainer(
+        model, stream, recipe.train, folder=folder, hooks=replace(hooks or Hooks(), evaluate=evaluate)
+    )
+    if resume:
+        trainer.resume()
+    return Run(recipe, folder, corpus, tokenizer, trainer, evaluate)
+
+
+def _tokenizer(recipe: Recipe, corpus: Corpus, folder: Path, *, exists: bool) -> Tokenizer:
+    if not exists:
+        learned = train_bpe((file.text for file in corpus.train), vocab_size=recipe.model.vocab_size)
+        save_tokenizer(
+            learned, folder, model_max_length=recipe.model.max_position_embeddings, eos_token=END_OF_TEXT,
+            pad_token=END_OF_TEXT,
+        )  # fmt: skip
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        raise UsageError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {recipe.model.vocab_size} rows"
+        )
+    return tokenizer
+
+
+def _evaluation(
+    recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, model: CausalLM, end_id: int
+) -> Callable[[], Perplexity] | None:
+    """None where no text is held out."""
+    if not corpus.held_out:
+        return None
+    texts = [file.text for file in take_bytes(corpus.held_out, limit=recipe.eval_bytes)]
+    documents = [
+        EvalDocument(ids.tolist(), len(text.encode()))
+        for ids, text in zip(tokenize(texts, tokenizer, end_id=end_id), texts, strict=True)
+    ]
+    return lambda: evaluate_perplexity(
+        model, documents, sequence_length=recipe.train.sequence_length, tokens_per_batch=recipe.train.tokens_per_batch
+    )
+
+
+def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """`recipe` with `key=value` settings: fields of TrainConfig, and `model.<field>` for fields of ModelConfig.
+
+    `total_steps` and `time_budget` replace each other; `model.num_hidden_layers` repeats or cuts the layer pattern.
+    Raises UsageError naming the setting when the key is unknown or the value does not parse.
+    """
+    train: dict[str, Any] = {}
+    model = recipe.model
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise UsageError(f"--set {setting}: expected key=value")
+        if key == "model.num_hidden_layers":
+            model = model.with_layers(_parse(text, int, key))
+        elif key.startswith("model."):
+            field = key.removeprefix("model.")
+            model = model.with_(**{field: _parse(text, _field_type(ModelConfig, field, key), key)})
+        else:
+            train[key] = _parse(text, _field_type(TrainConfig, key, key), key)
+    if train.get("total_steps") is not None:
+        train.setdefault("time_budget", None)
+    elif train.get("time_budget") is not None:
+        train.setdefault("total_steps", None)
+    return replace(recipe, model=model, train=recipe.train.with_(**train))
+
+
+def _field_type(owner: type, name: str, key: str) -> Any:
+    if name not in {field.name for field in fields(owner)}:
+        raise UsageError(f"--set {key}: unknown; known are " + ", ".join(field.name for field in fields(owner)))
+    return typing.get_type_hints(owner)[name]
+
+
+def _parse(text: str, wanted: Any, key: str) -> Any:
+    if isinstance(wanted, types.UnionType):
+        if text == "none":
+            return None
+        wanted = next(option for option in typing.get_args(wanted) if option is not type(None))
+    if typing.get_origin(wanted) is typing.Literal or wanted is str:
+        return text  # the dataclass checks which words are allowed
+    if wanted is bool and text in ("true", "false"):
+        return text == "true"
+    if wanted in (int, float):
+        try:
+            return wanted(text)
+        except ValueError:
+            pass
+    name = getattr(wanted, "__name__", str(wanted))
+    raise UsageError(f"--set {key}={text}: expected a value of type {name}")
