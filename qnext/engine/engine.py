@@ -32,7 +32,8 @@ class Completion:
 class Engine:
     """Generates with one model on its device; token ids only. Not thread-safe: one thread owns it.
 
-    `max_model_len` (default: the model's context) bounds prompt and answer of a request together. KV memory is
+    `max_model_len` (default: the model's context; never more than the cache holds) bounds prompt and answer of a
+    request together. KV memory is
     `num_blocks` blocks of 16 tokens, or as many as `kv_budget_bytes` holds, or by default what `max_num_seqs` requests
     of full length can use, at most half of the free memory. `eos_token_ids` (default: the config's) end a request
     unless it says ignore_eos. `poison` fills freed memory with NaN (for tests).
@@ -59,11 +60,14 @@ class Engine:
                 f"not {self.max_model_len}"
             )
         self.eos_token_ids = frozenset(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        has_blocks = config.num_full_layers > 0
         blocks = _choose_num_blocks(
             model, max_num_seqs=max_num_seqs, max_model_len=self.max_model_len, num_blocks=num_blocks,
             kv_budget_bytes=kv_budget_bytes,
         )  # fmt: skip
+        has_blocks = config.num_full_layers > 0
+        if has_blocks:
+            # A cache smaller than the context is the context.
+            self.max_model_len = min(self.max_model_len, blocks * BLOCK_SIZE)
         self.scheduler = Scheduler(
             Limits(
                 max_num_seqs=max_num_seqs,
@@ -215,7 +219,7 @@ def _choose_num_blocks(
     if num_blocks is not None and kv_budget_bytes is not None:
         raise UsageError("give num_blocks or kv_budget_bytes, not both")
     if num_blocks is None:
-        useful = max_num_seqs * -(-max_model_len // BLOCK_SIZE)
+        useful = max(1, max_num_seqs) * -(-max_model_len // BLOCK_SIZE)
         budget = available_bytes(model.device) // 2 if kv_budget_bytes is None else kv_budget_bytes
         num_blocks = min(useful, budget // block_bytes)
     if num_blocks < 1:

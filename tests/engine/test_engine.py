@@ -186,7 +186,7 @@ def test_stream_gives_the_tokens_and_closing_it_aborts() -> None:
 
 
 def test_a_refused_request_leaves_the_others_alone() -> None:
-    engine = Engine(tiny_model("hybrid"), max_num_seqs=2, max_model_len=100, num_blocks=4)
+    engine = Engine(tiny_model("hybrid"), max_num_seqs=2, max_model_len=100, num_blocks=7)
     good = engine.add_request(random_prompt(20, seed=1), GREEDY)
     engine.step()
     with pytest.raises(UsageError, match="empty"):
@@ -199,8 +199,6 @@ def test_a_refused_request_leaves_the_others_alone() -> None:
         engine.add_request([1] * 100)
     with pytest.raises(DoesNotFit, match="max_tokens 50 would fit"):
         engine.add_request([1] * 50, SamplingParams(max_tokens=51))
-    with pytest.raises(DoesNotFit, match="64 would fit"):
-        engine.add_request([1] * 50, SamplingParams(max_tokens=40))
     with pytest.raises(DoesNotFit):
         engine.generate([[1], [1] * 100], SamplingParams(max_tokens=3))
     while engine.has_unfinished:
@@ -261,6 +259,13 @@ def test_memory_plan_counts_what_is_allocated(kind: str) -> None:
     assert plan.num_full_sequences == (2 if config.num_full_layers else 3)
     assert plan.weight_bytes >= 4 * sum(p.numel() for p in model.parameters())
     assert len(plan.describe().splitlines()) == 2
+
+
+def test_a_cache_smaller_than_the_context_bounds_it() -> None:
+    engine = Engine(tiny_model("hybrid"), max_num_seqs=1, num_blocks=4)
+    assert engine.max_model_len == engine.memory_plan.max_model_len == 64
+    (done,) = engine.generate([[1] * 60], SamplingParams(ignore_eos=True))
+    assert len(done.output_ids) == 4
 
 
 def test_kv_budget_is_kept() -> None:

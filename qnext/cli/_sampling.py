@@ -1,0 +1,96 @@
+"""What `generate` and `chat` share: sampling flags, the folder's defaults, opening a model for text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qnext.errors import CorruptCheckpoint, ModelNotFound, UsageError
+
+if TYPE_CHECKING:
+    from qnext.engine import SamplingParams
+    from qnext.model import CausalLM
+    from qnext.text.tokenizer import Tokenizer
+
+_DEFAULT = "default: generation_config.json of the model, else"
+
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="Most tokens of an answer.")]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", metavar="X", help=f"0 is greedy; {_DEFAULT} greedy.")
+]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="N", help=f"Keep the N likeliest; {_DEFAULT} all.")]
+TopP = Annotated[float | None, typer.Option("--top-p", metavar="X", help=f"Keep the likeliest mass; {_DEFAULT} 1.")]
+MinP = Annotated[float | None, typer.Option("--min-p", metavar="X", help=f"Drop below X times the best; {_DEFAULT} 0.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option("--repetition-penalty", metavar="X", help=f"Over prompt and answer; {_DEFAULT} 1.")
+]
+PresencePenalty = Annotated[float | None, typer.Option("--presence-penalty", metavar="X", help="Over the answer.")]
+FrequencyPenalty = Annotated[float | None, typer.Option("--frequency-penalty", metavar="X", help="Over the answer.")]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Makes sampling repeatable.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; repeatable.")]
+DType = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16; default: as stored.")]
+
+# Keys of generation_config.json that carry over; each is named like the field of SamplingParams.
+_CONFIG_KEYS = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+
+def resolve_sampling(folder: Path, flags: Mapping[str, Any]) -> SamplingParams:
+    """Sampling parameters: a flag that was given, else generation_config.json, else greedy.
+
+    A file without temperature samples at 1 when it says do_sample true; do_sample false means greedy.
+    """
+    from qnext.engine import SamplingParams
+    from qnext.text.tokenizer import read_json_object
+
+    path = folder / "generation_config.json"
+    config = read_json_object(path)
+    values = {key: config[key] for key in _CONFIG_KEYS if config.get(key) is not None}
+    if config.get("do_sample") is True:
+        values.setdefault("temperature", 1.0)
+    elif config.get("do_sample") is False:
+        values["temperature"] = 0.0
+    try:
+        SamplingParams(**values)
+    except UsageError as error:
+        raise CorruptCheckpoint(f"{path}: {error}") from None
+    return SamplingParams(**values | {key: value for key, value in flags.items() if value is not None})
+
+
+def model_folder(model: str) -> Path:
+    """The folder that MODEL names. Raises ModelNotFound."""
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        raise ModelNotFound(f"{model}: no model folder here (a folder with config.json, tokenizer.json and weights)")
+    return folder
+
+
+def load(folder: Path, dtype: str | None) -> CausalLM:
+    """The model in the folder. Progress goes to stderr where that is a terminal."""
+    import torch
+
+    from qnext.checkpoint import load_model
+
+    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise UsageError(f"dtype must be float32 or bfloat16, not {dtype!r}")
+
+    def report(done: int, total: int) -> None:
+        sys.stderr.write(f"\rloading {100 * done // max(total, 1)} %" + ("\n" if done >= total else ""))
+        sys.stderr.flush()
+
+    return load_model(folder, dtype=dtypes[dtype], progress=report if sys.stderr.isatty() else None)
+
+
+def end_token_ids(tokenizer: Tokenizer, model: CausalLM) -> frozenset[int]:
+    """Tokens that end an answer: those of the tokenizer's files and those of the model's configuration."""
+    try:
+        named = tokenizer.eos_ids
+    except CorruptCheckpoint:
+        named = frozenset()
+    return named | frozenset(model.config.eos_token_ids)

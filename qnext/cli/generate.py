@@ -1,0 +1,197 @@
+"""`qnext generate`: complete one prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qnext.cli import _sampling as options
+from qnext.errors import UsageError
+
+if TYPE_CHECKING:
+    from qnext.engine import Engine, FinishReason, SampledToken, SamplingParams
+    from qnext.text.stream import TextStream
+    from qnext.text.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 256
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to complete; - reads standard input.")],
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option("--logprobs", metavar="N", help="With --json: log-probabilities, N alternatives.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="PROMPT is a user's message in the model's chat format.")
+    ] = False,
+    special: Annotated[
+        bool, typer.Option("--special", help="Names such as <|im_start|> in PROMPT are control tokens.")
+    ] = False,
+    dtype: options.DType = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
+) -> None:
+    """Complete PROMPT: text on stdout as it comes, memory plan and speed on stderr.
+
+    An explicit flag counts first, then generation_config.json of the model, then greedy. Without --max-tokens the
+    answer has at most 256 tokens, or what the context leaves.
+    """
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs needs --json")
+    if chat and special:
+        raise UsageError("--chat writes the control tokens itself; --special contradicts it")
+    folder = options.model_folder(model)
+    params = options.resolve_sampling(
+        folder,
+        {
+            "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty, "seed": seed, "ignore_eos": ignore_eos, "logprobs": logprobs,
+        },
+    )  # fmt: skip
+    text = sys.stdin.read() if prompt == "-" else prompt
+    tokenizer, prompt_ids = _encode(folder, text, chat=chat, special=special)
+    params = _fit(folder, len(prompt_ids), params)
+    from qnext.engine import Engine
+    from qnext.text.stream import TextStream
+
+    stream = TextStream(tokenizer, stop=stop or ())
+    network = options.load(folder, dtype)
+    assert params.max_tokens is not None
+    engine = Engine(
+        network, max_num_seqs=1, max_model_len=len(prompt_ids) + params.max_tokens,
+        eos_token_ids=options.end_token_ids(tokenizer, network),
+    )  # fmt: skip
+    print(engine.memory_plan.describe(), file=sys.stderr)
+    answer = complete(engine, prompt_ids, params, stream, write=None if as_json else _write)
+    if as_json:
+        print(json.dumps(_document(answer, prompt_ids, params, tokenizer), ensure_ascii=False))
+    elif not answer.text.endswith("\n"):
+        _write("\n")
+    print(answer.describe(len(prompt_ids)), file=sys.stderr)
+
+
+@dataclass
+class Answer:
+    """One completion as text. Times in seconds; the prefill ends with the first token."""
+
+    text: str = ""
+    tokens: list[SampledToken] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens per second after the first token; None when there was only one."""
+        return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 else None
+
+    def describe(self, num_prompt: int) -> str:
+        rate = "" if self.decode_rate is None else f", then {self.decode_rate:.1f} tokens/s"
+        return (
+            f"prompt {num_prompt} tokens at {num_prompt / self.prefill_seconds:.1f} tokens/s; "
+            f"answer {len(self.tokens)} tokens{rate}; ended by {self.finish_reason}"
+        )
+
+
+def complete(
+    engine: Engine, prompt_ids: list[int], params: SamplingParams, stream: TextStream, *, write: Any = None
+) -> Answer:
+    """Run one prompt to its end; `write` gets the text piece by piece. A stop string ends it with reason "stop"."""
+    answer = Answer()
+
+    def emit(text: str) -> None:
+        answer.text += text
+        if write is not None and text:
+            write(text)
+
+    started = first = last = time.perf_counter()
+    for event in engine.stream(prompt_ids, params):
+        last = time.perf_counter()
+        if not answer.tokens:
+            first = last
+        answer.tokens.append(event.token)
+        answer.finish_reason = event.finish_reason
+        if event.finish_reason != "stop":
+            emit(stream.push(event.token.token_id))
+        if stream.stop_string is not None:
+            answer.finish_reason = "stop"
+            break
+    emit(stream.finish())
+    answer.prefill_seconds, answer.decode_seconds = first - started, last - first
+    return answer
+
+
+def _encode(folder: Path, text: str, *, chat: bool, special: bool) -> tuple[Tokenizer, list[int]]:
+    from qnext.text.tokenizer import Tokenizer
+
+    if not text:
+        raise UsageError("the prompt is empty")
+    tokenizer = Tokenizer.from_folder(folder)
+    if not chat:
+        return tokenizer, tokenizer.encode(text, allow_special=special)
+    from qnext.text.chat import ChatFormat
+    from qnext.text.messages import Message
+
+    chat_format = ChatFormat.for_folder(folder, tokenizer=tokenizer)
+    return tokenizer, chat_format.encode(tokenizer, [Message("user", text)])
+
+
+def _fit(folder: Path, num_prompt: int, params: SamplingParams) -> SamplingParams:
+    """The parameters with max_tokens set; refuses what exceeds the context before any weights are read."""
+    from qnext.config import read_config
+    from qnext.engine.request import output_allowance
+
+    room = output_allowance(num_prompt, params, max_model_len=read_config(folder).max_position_embeddings)
+    return params if params.max_tokens is not None else replace(params, max_tokens=min(room, DEFAULT_MAX_TOKENS))
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _document(answer: Answer, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "text": answer.text,
+        "token_ids": [token.token_id for token in answer.tokens],
+        "finish_reason": answer.finish_reason,
+        "usage": {"prompt_tokens": len(prompt_ids), "completion_tokens": len(answer.tokens)},
+        "timings": {
+            "prefill_seconds": answer.prefill_seconds,
+            "prefill_tokens_per_second": len(prompt_ids) / answer.prefill_seconds,
+            "decode_seconds": answer.decode_seconds,
+            "decode_tokens_per_second": answer.decode_rate,
+        },
+    }
+    if params.logprobs is not None:
+        document["logprobs"] = [
+            {
+                "token_id": token.token_id,
+                "text": tokenizer.decode([token.token_id]),
+                "logprob": token.logprob,
+                "top": [
+                    {"token_id": token_id, "text": tokenizer.decode([token_id]), "logprob": value}
+                    for token_id, value in token.top_logprobs
+                ],
+            }
+            for token in answer.tokens
+        ]
+    return document
