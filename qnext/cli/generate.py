@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,17 +124,18 @@ def complete(
             write(text)
 
     started = first = last = time.perf_counter()
-    for event in engine.stream(prompt_ids, params):
-        last = time.perf_counter()
-        if not answer.tokens:
-            first = last
-        answer.tokens.append(event.token)
-        answer.finish_reason = event.finish_reason
-        if event.finish_reason != "stop":
-            emit(stream.push(event.token.token_id))
-        if stream.stop_string is not None:
-            answer.finish_reason = "stop"
-            break
+    with closing(engine.stream(prompt_ids, params)) as events:
+        for event in events:
+            last = time.perf_counter()
+            if not answer.tokens:
+                first = last
+            answer.tokens.append(event.token)
+            answer.finish_reason = event.finish_reason
+            if event.finish_reason != "stop":
+                emit(stream.push(event.token.token_id))
+            if stream.stop_string is not None:
+                answer.finish_reason = "stop"
+                break
     emit(stream.finish())
     answer.prefill_seconds, answer.decode_seconds = first - started, last - first
     return answer

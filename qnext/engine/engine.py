@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 
 from qnext.engine.cache import BLOCK_SIZE, Cache, kv_bytes_per_block
@@ -178,14 +178,16 @@ class Engine:
                 self.abort(request.id)
         return [_completion(request) for request in requests]
 
-    def stream(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """Tokens of one prompt as they come. The prompt is checked now; closing the iterator aborts the request.
+    def stream(
+        self, prompt_ids: Sequence[int], params: SamplingParams | None = None
+    ) -> Generator[TokenEvent, None, None]:
+        """Tokens of one prompt as they come. The prompt is checked now; closing the generator aborts the request.
 
         Other requests go on in the same steps; their tokens are found in their Request.
         """
         return self._stream(self.add_request(prompt_ids, params))
 
-    def _stream(self, request: Request) -> Iterator[TokenEvent]:
+    def _stream(self, request: Request) -> Generator[TokenEvent, None, None]:
         try:
             while request.finish_reason is None:
                 yield from (event for event in self.step() if event.request_id == request.id)

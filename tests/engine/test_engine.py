@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
-from qnext.engine import Engine, SamplingParams
+from qnext.engine import Engine, Request, SamplingParams
 from qnext.engine.runner import Runner
 from qnext.engine.scheduler import StepPlan
 from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError
+from qnext.ops import DELTA_CHUNK_SIZE
 from tests.engine.models import KINDS, VOCAB_SIZE, random_prompt, reference_greedy, reference_logits, tiny_model
 
 LENGTHS = (1, 5, 63, 64, 65, 130, 17, 200)
@@ -170,6 +173,32 @@ def test_abort_in_every_phase_leaks_nothing(kind: str) -> None:
     assert tuple(survivor.output_ids) == reference_greedy(tiny_model(kind), list(survivor.prompt_ids), 8)
 
 
+def test_random_traffic_leaks_nothing_and_answers_alike() -> None:
+    """Five hundred requests through a small poisoned cache, a part of them aborted somewhere on the way."""
+    rng = random.Random(0)
+    engine = Engine(tiny_model("hybrid"), max_num_seqs=8, max_num_batched_tokens=90, num_blocks=24, poison=True)
+    requests: list[Request] = []
+    while len(requests) < 500 or engine.has_unfinished:
+        if len(requests) < 500:
+            for _ in range(rng.randint(1, 6)):
+                params = SamplingParams(
+                    temperature=rng.choice([0.0, 1.2]), top_k=rng.choice([0, 7]), seed=len(requests),
+                    max_tokens=rng.randint(1, 5), repetition_penalty=rng.choice([1.0, 1.3]),
+                )  # fmt: skip
+                prompt = random_prompt(rng.choice([1, 3, 15, 16, 40, 70]), seed=len(requests))
+                requests.append(engine.add_request(prompt, params))
+        if rng.random() < 0.2:
+            engine.abort(rng.choice(requests[-20:]).id)
+        engine.step()
+        engine.check_integrity()
+    assert engine.scheduler.blocks.num_used == engine.scheduler.slots.num_used == 0
+    assert {r.finish_reason for r in requests} >= {"length", "abort"}
+    alone = Engine(tiny_model("hybrid"), max_num_seqs=1)
+    for request in [r for r in requests if r.finish_reason != "abort"][::25]:
+        (expected,) = alone.generate([request.prompt_ids], request.params)
+        assert expected.output_ids == tuple(request.output_ids)
+
+
 def test_stream_gives_the_tokens_and_closing_it_aborts() -> None:
     engine = Engine(tiny_model("hybrid"), max_num_seqs=2)
     prompt = random_prompt(30, seed=4)
@@ -180,7 +209,7 @@ def test_stream_gives_the_tokens_and_closing_it_aborts() -> None:
     stream = engine.stream(prompt, GREEDY)
     next(stream)
     assert engine.has_unfinished
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert not engine.has_unfinished
     engine.check_integrity()
 
@@ -279,7 +308,7 @@ def test_kv_budget_is_kept() -> None:
     ("sizes", "message"),
     [
         ({"max_num_seqs": 0}, "max_num_seqs"),
-        ({"max_num_seqs": 8, "max_num_batched_tokens": 70}, "starve"),
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 6 + DELTA_CHUNK_SIZE}, "starve"),
         ({"max_model_len": 513}, "512"),
         ({"num_blocks": 3, "kv_budget_bytes": 3}, "not both"),
     ],
