@@ -114,7 +114,8 @@ def load_json(text: str | bytes, path: Path) -> dict[str, Any]:
         return values
 
     try:
-        values = json.loads(text, object_pairs_hook=refuse_duplicates)
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        values = json.loads(decoded, object_pairs_hook=refuse_duplicates)
     except CorruptCheckpoint:
         raise
     except (ValueError, RecursionError) as error:
