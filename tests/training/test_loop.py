@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qnext.model import CausalLM, Router
+from qnext.training import Diverged, Hooks, PackedStream, StepMetrics, TrainConfig, Trainer
+from qnext.training.metrics import expert_stats
+from qnext.training.precision import choose_precision
+from tests.training.models import documents, tiny_model
+
+CONFIG = TrainConfig(
+    lr=2e-2, tokens_per_batch=48, sequence_length=20, total_steps=6, accumulation=2, precision="float32",
+    mtp_coefficient=0.3, warmup_fraction=0.0, expert_stats_every=1,
+)  # fmt: skip
+
+
+def make_trainer(
+    config: TrainConfig = CONFIG, *, model: CausalLM | None = None, folder: Path | None = None,
+    hooks: Hooks | None = None, docs: list[np.ndarray] | None = None,
+) -> Trainer:  # fmt: skip
+    stream = PackedStream(
+        docs or documents([30, 9, 2, 17, 60, 23]), tokens_per_batch=config.tokens_per_batch,
+        sequence_length=config.sequence_length, seed=config.seed,
+    )  # fmt: skip
+    return Trainer(model or tiny_model(), stream, config, folder=folder, hooks=hooks)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_one_step_changes_every_parameter_and_every_expert_with_a_token(optimizer: str) -> None:
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    received: dict[str, set[int]] = {}
+
+    def hook(name: str) -> None:
+        def keep(module: torch.nn.Module, inputs: object, output: object) -> None:
+            received.setdefault(name, set()).update(output.routing.experts_TA.flatten().tolist())  # type: ignore[attr-defined]
+
+        model.get_submodule(name).register_forward_hook(keep)
+
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            hook(name)
+    make_trainer(CONFIG.with_(optimizer=optimizer, weight_decay=0.0), model=model).run(until_step=1)
+    after = dict(model.named_parameters())
+    for name, p in after.items():
+        assert not torch.equal(p, before[name]), name
+    assert any(name.startswith("mtp.") for name in after)
+    for router, experts in received.items():
+        for matrix in ("gate_up_proj", "down_proj"):
+            name = router.removesuffix("gate") + "experts." + matrix
+            changed = {e for e in range(6) if not torch.equal(after[name][e], before[name][e])}
+            assert changed == experts, name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_loss_falls_on_repeated_text(optimizer: str) -> None:
+    losses: list[StepMetrics] = []
+    config = CONFIG.with_(total_steps=60, optimizer=optimizer, accumulation=1, expert_stats_every=0)
+    make_trainer(config, docs=documents([30, 21]), hooks=Hooks(on_step=losses.append)).run()
+    assert losses[0].loss > 3.5
+    assert losses[-1].loss < 0.5  # the first tokens of a piece cannot be known
+    assert losses[-1].mtp_loss is not None and losses[-1].mtp_loss < 1.0
+
+
+def test_mtp_starts_late() -> None:
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if name.startswith("mtp.")}
+    trainer = make_trainer(CONFIG.with_(mtp_start=0.5), model=model)
+    trainer.run(until_step=3)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    trainer.run(until_step=4)
+    assert not any(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+
+
+def test_a_step_with_an_infinite_gradient_is_skipped_and_counted() -> None:
+    model = tiny_model()
+    seen: list[StepMetrics] = []
+    trainer = make_trainer(model=model, hooks=Hooks(on_step=seen.append))
+    trainer.run(until_step=1)
+    before = [p.detach().clone() for p in model.parameters()]
+    handle = model.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
+    trainer.run(until_step=2)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    handle.remove()
+    trainer.run(until_step=3)
+    assert [m.was_skipped for m in seen] == [False, True, False]
+    assert seen[-1].num_skipped == 1
+    assert not torch.equal(next(model.parameters()), before[0])
+
+
+def test_endless_infinite_gradients_end_the_run() -> None:
+    model = tiny_model()
+    model.model.norm.weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(Diverged, match="step 10"):
+        make_trainer(CONFIG.with_(total_steps=50), model=model).run()
+
+
+@dataclass(frozen=True)
+class Result:
+    score: float
+
+
+def test_hooks_and_metrics_file(tmp_path: Path) -> None:
+    samples: list[int] = []
+    evaluations: list[tuple[int, Result]] = []
+    model = tiny_model()
+
+    def evaluate() -> Result:
+        assert not model.training and not torch.is_grad_enabled()
+        return Result(1.5)
+
+    hooks = Hooks(
+        evaluate=evaluate,
+        on_evaluation=lambda step, result: evaluations.append((step, result)),
+        on_sample=samples.append,
+    )
+    config = CONFIG.with_(eval_every=2, sample_every=3)
+    trainer = make_trainer(config, model=model, folder=tmp_path, hooks=hooks)
+    trainer.run()
+    assert samples == [3, 6]
+    assert evaluations == [(2, Result(1.5)), (4, Result(1.5)), (6, Result(1.5))]
+    assert trainer.evaluate() is None, "step 6 is evaluated already"
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "evaluation" not in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "evaluation" in line] == [2, 4, 6]
+    assert steps[-1]["tokens"] == 6 * 2 * 48
+    for line in steps:
+        assert {"loss", "mtp_loss", "balance", "z_loss", "lr", "grad_norm", "tokens_per_second"} <= line.keys()
+        assert len(line["experts"]["max_over_mean"]) == 3
+        assert 0.9 < line["balance"] < 3.0
+
+
+def test_stop_ends_after_the_step() -> None:
+    trainer = make_trainer(hooks=Hooks(on_step=lambda m: setattr(trainer, "should_stop", m.step == 2)))
+    trainer.run()
+    assert trainer.step == 2 and not trainer.is_done
+
+
+def test_time_budget_ends_the_run_and_moves_the_schedule() -> None:
+    seen: list[StepMetrics] = []
+    config = CONFIG.with_(total_steps=None, time_budget=1.5, accumulation=1)
+    trainer = make_trainer(config, hooks=Hooks(on_step=seen.append))
+    trainer.run()
+    assert trainer.is_done and trainer.elapsed >= 1.5
+    assert seen[-1].elapsed - seen[-1].tokens_per_second**-1 * 48 < 1.5
+    assert all(a.progress <= b.progress for a, b in itertools.pairwise(seen))
+    assert seen[0].progress < 0.5 and seen[-1].lr < config.lr
+
+
+def test_autocast_runs_and_stays_close() -> None:
+    losses: dict[str, list[float]] = {}
+    for precision in ("float32", "bfloat16"):
+        seen: list[StepMetrics] = []
+        config = CONFIG.with_(precision=precision, total_steps=2)
+        model = tiny_model()
+        make_trainer(config, model=model, hooks=Hooks(on_step=seen.append)).run()
+        losses[precision] = [m.loss for m in seen]
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert losses["bfloat16"] != losses["float32"]
+    # bf16 has 8 bits; a loss averages the errors of its products.
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
+
+
+def test_precision_is_measured_or_obeyed() -> None:
+    measured = choose_precision("auto", torch.device("cpu"))
+    assert measured.float32_seconds is not None and measured.bfloat16_seconds is not None
+    is_faster = measured.bfloat16_seconds < measured.float32_seconds * 2 / 3
+    assert measured.precision == ("bfloat16" if is_faster else "float32")
+    assert choose_precision("bfloat16", torch.device("cpu")) == ("bfloat16", None, None)
+
+
+def test_expert_stats() -> None:
+    stats = expert_stats(torch.tensor([[4, 4, 4, 4], [0, 16, 0, 0], [6, 2, 0, 0]]))
+    assert stats.max_over_mean == [1.0, 4.0, 3.0]
+    assert stats.num_dead == [0, 3, 2]
+    assert stats.entropy == pytest.approx([1.0, 0.0, 0.811278124459 / 2.0])

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qnext.training.data import IGNORED, PackedStream, Piece, TrainBatch, pack
+from qnext.training.losses import (
+    BalanceBuffer,
+    LossWeights,
+    RouterTap,
+    StepTargets,
+    balance_loss,
+    compute_losses,
+    cross_entropy_sum,
+    expert_counts,
+    router_losses,
+    stack_logits,
+)
+from tests.training.models import documents, tiny_model
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("chunk_rows", [1, 7, 64, 0])
+def test_cross_entropy_equals_torch(dtype: torch.dtype, tolerance: float, chunk_rows: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(65, 12, dtype=dtype, requires_grad=True)
+    weight = torch.randn(31, 12, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, 31, (65,))
+    labels[[0, 9, 64]] = IGNORED
+    upstream = 0.37
+    loss = cross_entropy_sum(hidden, weight, labels, chunk_rows=chunk_rows)
+    grads = torch.autograd.grad(loss * upstream, (hidden, weight))
+    expected = F.cross_entropy(hidden @ weight.t(), labels, ignore_index=IGNORED, reduction="sum")
+    expected_grads = torch.autograd.grad(expected * upstream, (hidden, weight))
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        assert (grad - reference).norm() / reference.norm() < tolerance
+    assert grads[0][[0, 9, 64]].abs().max() == 0
+
+
+def test_cross_entropy_without_a_target_is_zero() -> None:
+    hidden = torch.randn(3, 4, requires_grad=True)
+    weight = torch.randn(5, 4, requires_grad=True)
+    loss = cross_entropy_sum(hidden, weight, torch.full((3,), IGNORED))
+    loss.backward()
+    assert loss.item() == 0 and hidden.grad.abs().max() == 0 and weight.grad.abs().max() == 0
+
+
+def test_cross_entropy_of_a_frozen_head() -> None:
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    cross_entropy_sum(hidden, weight, torch.tensor([0, 4, 2])).backward()
+    assert hidden.grad.abs().min() > 0
+
+
+def probs_and_counts(tokens: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    logits = torch.randn(3, tokens, 7, dtype=torch.float64, requires_grad=True)
+    chosen = logits.topk(2, dim=-1).indices
+    counts = torch.stack([torch.bincount(layer.flatten(), minlength=7) for layer in chosen])
+    return logits, counts
+
+
+def test_balance_loss_is_one_when_balanced() -> None:
+    probs = torch.full((2, 10, 5), 0.2)
+    assert balance_loss(probs, torch.full((2, 5), 4)).item() == pytest.approx(1.0)
+    one_expert = torch.zeros(2, 10, 5)
+    one_expert[..., 3] = 1.0
+    assert balance_loss(one_expert, one_expert.sum(1)).item() == pytest.approx(5.0)
+
+
+def test_balance_loss_with_counts_of_the_step_does_not_depend_on_the_cut() -> None:
+    logits, counts = probs_and_counts(24)
+    whole = balance_loss(logits.softmax(-1), counts)
+    (expected,) = torch.autograd.grad(whole, logits)
+    parts = [balance_loss(logits[:, a : a + 6].softmax(-1), counts) / 4 for a in range(0, 24, 6)]
+    (grad,) = torch.autograd.grad(sum(parts), logits)
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-15)
+
+
+def test_router_losses_by_their_formulas() -> None:
+    logits, counts = probs_and_counts(11)
+    balance, z = router_losses(logits, counts)
+    share = counts.double() / counts.sum(-1, keepdim=True)
+    expected = sum(7 * (share[layer] * logits[layer].softmax(-1).mean(0)).sum() for layer in range(3)) / 3
+    torch.testing.assert_close(balance, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(z, logits.logsumexp(-1).square().mean(), rtol=1e-12, atol=0)
+
+
+def batches(count: int, *, size: int = 40) -> list[TrainBatch]:
+    stream = PackedStream(documents([30, 9, 17, 5, 23]), tokens_per_batch=size, sequence_length=16, seed=0)
+    return [stream.next_batch() for _ in range(count)]
+
+
+def joined(parts: list[TrainBatch]) -> TrainBatch:
+    """The same sequences in one micro batch."""
+    def cat(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    lengths = [length for part in parts for length in part.batch.packing.lengths]
+    token_ids = torch.cat([part.batch.token_ids_T for part in parts])
+    return TrainBatch(
+        type(parts[0].batch).from_lengths(token_ids, lengths), cat("next_ids_T"), cat("labels_T"), cat("mtp_labels_T"),
+        sum(part.num_labels for part in parts), sum(part.num_mtp_labels for part in parts),
+    )  # fmt: skip
+
+
+def gradients(parts: list[TrainBatch], weights: LossWeights, *, exact_counts: bool) -> tuple[list[Tensor], Tensor]:
+    """Gradients and [main, mtp, balance, z] of one optimiser step in fp64.
+
+    With `exact_counts` a first pass counts the experts of all micro batches, which is what the buffer approximates.
+    """
+    model = tiny_model(dtype=torch.float64)
+    tap, buffer = RouterTap(model), BalanceBuffer()
+    targets = StepTargets(sum(p.num_labels for p in parts), sum(p.num_mtp_labels for p in parts), len(parts))
+
+    def losses(part: TrainBatch) -> tuple[Tensor, Tensor]:
+        result = compute_losses(model, part, tap=tap, buffer=buffer, targets=targets, weights=weights)
+        return result.total, torch.stack(result[1:])
+
+    if exact_counts:
+        for part in parts:
+            losses(part)
+        total_counts = buffer.counts_LE
+        buffer.add = lambda counts: total_counts  # type: ignore[method-assign]
+    sums = torch.zeros(4, dtype=torch.float64)
+    for part in parts:
+        total, values = losses(part)
+        total.backward()
+        sums += values
+    return [p.grad for p in model.parameters()], sums
+
+
+def relative_error(grads: list[Tensor], expected: list[Tensor]) -> float:
+    difference = sum((a - b).square().sum() for a, b in zip(grads, expected, strict=True))
+    return float((difference / sum(b.square().sum() for b in expected)).sqrt())
+
+
+def test_accumulation_equals_one_batch() -> None:
+    parts = batches(3)
+    weights = LossWeights(balance=0.5, z=0.01, mtp=0.3, detach_trunk=False)
+    grads, sums = gradients(parts, weights, exact_counts=True)
+    expected, expected_sums = gradients([joined(parts)], weights, exact_counts=False)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-12, atol=0)
+    assert relative_error(grads, expected) < 1e-11
+
+
+def test_running_counts_are_exact_for_one_micro_batch_and_close_for_more() -> None:
+    weights = LossWeights(balance=0.5, z=0.0, mtp=0.0, detach_trunk=False)
+    single = batches(1)
+    running = gradients(single, weights, exact_counts=False)
+    exact = gradients(single, weights, exact_counts=True)
+    assert torch.equal(running[1], exact[1])
+    twice = [single[0], single[0]]
+    torch.testing.assert_close(
+        gradients(twice, weights, exact_counts=False)[1], exact[1], rtol=1e-12, atol=0, msg="equal micro batches"
+    )
+    several = batches(3)
+    difference = gradients(several, weights, exact_counts=False)[1] - gradients(several, weights, exact_counts=True)[1]
+    assert 0 < difference[2].abs() < 0.2
+
+
+def test_losses_equal_plain_formulas() -> None:
+    (part,) = batches(1)
+    model = tiny_model(dtype=torch.float64)
+    weights = LossWeights(balance=0.0, z=0.0, mtp=0.3, detach_trunk=False)
+    result = compute_losses(
+        model, part, tap=RouterTap(model), buffer=BalanceBuffer(), weights=weights,
+        targets=StepTargets(part.num_labels, part.num_mtp_labels, 1),
+    )  # fmt: skip
+    trunk = model(part.batch)
+    main = F.cross_entropy(model.logits(trunk.hidden_TD), part.labels_T)
+    draft = model.logits(model.draft_hidden(part.next_ids_T, trunk, part.batch))
+    mtp = F.cross_entropy(draft, part.mtp_labels_T, ignore_index=IGNORED)
+    torch.testing.assert_close(result.main, main, rtol=1e-12, atol=0, check_dtype=True)
+    torch.testing.assert_close(result.total, main + 0.3 * mtp, rtol=1e-12, atol=0)
+
+
+def test_detached_trunk_gets_no_gradient_of_the_mtp_loss() -> None:
+    parts = batches(1)
+    alone = LossWeights(balance=0.0, z=0.0, mtp=0.0, detach_trunk=False)
+    detached = LossWeights(balance=0.0, z=0.0, mtp=0.3, detach_trunk=True)
+    attached = LossWeights(balance=0.0, z=0.0, mtp=0.3, detach_trunk=False)
+    names = [name for name, _ in tiny_model().named_parameters()]
+    by_weights = [
+        dict(zip(names, gradients(parts, weights, exact_counts=False)[0], strict=True))
+        for weights in (alone, detached, attached)
+    ]
+    for name in names:
+        if name.startswith("model.layers"):
+            assert torch.equal(by_weights[0][name], by_weights[1][name]), name
+            assert not torch.equal(by_weights[0][name], by_weights[2][name]), name
+        if name.startswith("mtp"):
+            assert by_weights[0][name] is None and by_weights[1][name].abs().max() > 0, name
+
+
+def test_expert_counts_by_hand() -> None:
+    model = tiny_model()
+    tap = RouterTap(model)
+    part = pack([Piece(documents([12])[0], 0, 11), Piece(documents([9], seed=1)[0], 0, 8)])
+    trunk = model(part.batch)
+    model.draft_hidden(part.next_ids_T, trunk, part.batch)
+    outputs = tap.take()
+    assert len(outputs) == 3  # two layers and the MTP layer
+    counts = expert_counts(outputs, num_experts=6)
+    for layer, output in enumerate(outputs):
+        expected = [0] * 6
+        for row in output.routing.experts_TA.tolist():
+            for expert in row:
+                expected[expert] += 1
+        assert counts[layer].tolist() == expected
+        assert sum(expected) == 19 * 2
+    assert stack_logits(outputs).shape == (3, 19, 6)
+    assert tap.take() == []
+    with torch.no_grad():
+        model(part.batch)
+    assert tap.take() == []
+    tap.close()
+    model(part.batch)
+    assert tap.take() == []

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qnext.checkpoint.snapshot import Snapshot, list_snapshots, load_snapshot, save_snapshot
+from qnext.errors import CorruptCheckpoint
+from qnext.training import TrainConfig
+from tests.training.models import documents, tiny_model
+from tests.training.test_loop import CONFIG, make_trainer
+
+CLOCK = ("elapsed", "tokens_per_second")
+
+
+def metrics(folder: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("mtp_start", [0.0, 0.7])
+def test_resumed_equals_uninterrupted(tmp_path: Path, optimizer: str, mtp_start: float) -> None:
+    config = CONFIG.with_(optimizer=optimizer, mtp_start=mtp_start, warmup_fraction=0.3, decay_fraction=0.5)
+    straight = tiny_model()
+    make_trainer(config, model=straight, folder=tmp_path / "straight").run()
+
+    first = make_trainer(config, folder=tmp_path / "cut")
+    first.run(until_step=3)
+    first.save()
+    first.run(until_step=5)  # went on beyond its snapshot before it was killed
+    torch.manual_seed(99)
+    resumed = tiny_model(seed=7)
+    second = make_trainer(config, model=resumed, folder=tmp_path / "cut")
+    assert second.resume() == tmp_path / "cut" / "snapshots" / "step-00000003"
+    assert second.step == 3
+    second.run()
+
+    for (name, a), (_, b) in zip(straight.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "cut")
+
+
+def test_random_state_comes_back(tmp_path: Path) -> None:
+    first = make_trainer(folder=tmp_path)
+    first.run(until_step=1)
+    first.save()
+    drawn = torch.rand(5)
+    torch.manual_seed(1234)
+    make_trainer(folder=tmp_path).resume()
+    assert torch.equal(torch.rand(5), drawn)
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    assert make_trainer(folder=tmp_path).resume() is None
+
+
+def test_snapshots_of_the_loop_keep_the_newest(tmp_path: Path) -> None:
+    config = CONFIG.with_(snapshot_every=1, keep_snapshots=2, accumulation=1)
+    make_trainer(config, folder=tmp_path).run(until_step=4)
+    assert [p.name for p in list_snapshots(tmp_path / "snapshots")] == ["step-00000003", "step-00000004"]
+    assert sorted(p.name for p in (tmp_path / "snapshots").iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def saved(folder: Path, config: TrainConfig = CONFIG) -> Path:
+    trainer = make_trainer(config, folder=folder)
+    trainer.run(until_step=1)
+    return trainer.save()
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(CorruptCheckpoint, match="adamw"):
+        make_trainer(CONFIG.with_(optimizer="muon"), folder=tmp_path).resume()
+
+
+def test_other_documents_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(CorruptCheckpoint, match="other documents"):
+        make_trainer(folder=tmp_path, docs=documents([50, 20])).resume()
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(CorruptCheckpoint, match=r"tensor .*gate_up_proj"):
+        make_trainer(folder=tmp_path, model=tiny_model(moe_intermediate_size=16)).resume()
+    with pytest.raises(CorruptCheckpoint, match="tensor mtp"):
+        make_trainer(folder=tmp_path, model=tiny_model(num_nextn_predict_layers=0)).resume()
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer", "random"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_damage_is_refused_by_name(tmp_path: Path, name: str, damage: str) -> None:
+    file = saved(tmp_path) / f"{name}.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(data[:-5])
+    elif damage == "flip":
+        data[-3] ^= 1
+        file.write_bytes(data)
+    else:
+        file.unlink()
+    with pytest.raises(CorruptCheckpoint, match=f"{name}.safetensors"):
+        make_trainer(folder=tmp_path).resume()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "qnext-snapshot-1", "step": 1, "files": {}}'])
+def test_a_damaged_state_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    path = saved(tmp_path)
+    (path / "state.json").write_text(text)
+    with pytest.raises(CorruptCheckpoint, match=r"state\.json"):
+        make_trainer(folder=tmp_path).resume()
+
+
+def test_a_file_name_cannot_leave_the_snapshot(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    document = json.loads((path / "state.json").read_text())
+    document["files"]["../../metrics.jsonl"] = document["files"].pop("model.safetensors")
+    (path / "state.json").write_text(json.dumps(document))
+    with pytest.raises(CorruptCheckpoint, match="malformed"):
+        load_snapshot(path)
+
+
+def test_a_half_written_snapshot_is_no_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"model": {"w": torch.arange(6.0)}}
+    save_snapshot(tmp_path, Snapshot(1, tensors, {"a": 1}), keep=2)
+
+    def fail(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("qnext.checkpoint.snapshot.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_snapshot(tmp_path, Snapshot(2, tensors, {}), keep=2)
+    monkeypatch.undo()
+    assert [p.name for p in list_snapshots(tmp_path)] == ["step-00000001"]
+    save_snapshot(tmp_path, Snapshot(2, {"model": {"w": torch.zeros(2)}}, {"a": 2}), keep=2)
+    newest = load_snapshot(list_snapshots(tmp_path)[-1])
+    assert newest.state == {"a": 2} and newest.tensors["model"]["w"].tolist() == [0.0, 0.0]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
