@@ -54,24 +54,19 @@ class MLP(nn.Module):
 class RotaryEmbedding(nn.Module):
     """cos and sin of a batch, computed once and shared by all full-attention layers.
 
-    Frequencies are a function of the configuration and live in fp32 outside the state dict; a model that was built
-    without storage gets them when it is materialised.
+    Frequencies are a function of the configuration, always fp32. They are no buffer: a cast of the model to bf16 would
+    round them, which ruins long contexts, and `to_empty` would fill them with garbage that no checkpoint mends.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
-        frequencies, self.attention_factor = _frequencies(config)
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        self.frequencies: Tensor
+        self._frequencies, self.attention_factor = _frequencies(config)
+        self._on_device = self._frequencies
 
     def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        if self.frequencies.is_meta or self.frequencies.dtype != torch.float32:
-            # A cast of the whole model to bf16 would round the frequencies, which ruins long contexts.
-            self.frequencies = _frequencies(self.config)[0]
-        if self.frequencies.device != positions_T.device:
-            self.frequencies = self.frequencies.to(positions_T.device)
-        return ops.rope_cos_sin(positions_T, self.frequencies, attention_factor=self.attention_factor)
+        if self._on_device.device != positions_T.device:
+            self._on_device = self._frequencies.to(positions_T.device)
+        return ops.rope_cos_sin(positions_T, self._on_device, attention_factor=self.attention_factor)
 
 
 def _frequencies(config: ModelConfig) -> tuple[Tensor, float]:

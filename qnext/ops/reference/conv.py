@@ -10,6 +10,9 @@ from torch import Tensor
 from qnext.ops.packing import Packing
 
 
+_BLOCK_ROWS = 512
+
+
 class ConvOutput(NamedTuple):
     y_TC: Tensor
     state_NWC: Tensor  # [N, W - 1, C] the last inputs of each sequence, oldest first
@@ -30,7 +33,7 @@ def causal_conv1d_silu(
         x_extended = x_extended.index_copy(0, history_rows_NW.flatten(), initial_state_NWC.flatten(0, 1).to(x_TC.dtype))
     y_extended = _DepthwiseSilu.apply(x_extended, weight_CW)
     last_rows = packing.lengths_N[:, None] + history_rows_NW
-    state = x_extended.index_select(0, last_rows.flatten()).view(*last_rows.shape, -1)
+    state = x_extended.index_select(0, last_rows.flatten()).view(*last_rows.shape, x_TC.shape[1])
     return ConvOutput(y_extended.index_select(0, rows_T - history), state)
 
 
@@ -60,6 +63,17 @@ class _DepthwiseSilu(torch.autograd.Function):
             for j in range(width):
                 grad_x[j : j + num_out].addcmul_(grad_y, weight[j])
         if ctx.needs_input_grad[1]:
-            taps = [(x[j : j + num_out] * grad_y).sum(0) for j in range(width)]
-            grad_weight = torch.stack(taps, dim=1).to(weight_CW.dtype)
+            grad_weight = _tap_sums(x, grad_y, width).t().to(weight_CW.dtype)
         return grad_x, grad_weight
+
+
+def _tap_sums(x: Tensor, grad_y: Tensor, width: int) -> Tensor:
+    """[W, C]: sum over t of x[t + j] * grad_y[t] for each tap j. In blocks, so that products stay in the cache."""
+    num_out, channels = grad_y.shape
+    total = x.new_zeros(width, channels)
+    for start in range(0, num_out, _BLOCK_ROWS):
+        block = grad_y[start : start + _BLOCK_ROWS]
+        shape = (width, len(block), channels)
+        windows = x.as_strided(shape, (channels, channels, 1), x.storage_offset() + start * channels)
+        total += (windows * block).sum(1)
+    return total
