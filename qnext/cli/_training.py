@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -10,10 +14,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from qnext.training import Hooks, StepMetrics, TrainConfig, decay_table
+from qnext.training.metrics import ExpertStats
 
 if TYPE_CHECKING:
     from qnext.eval import Perplexity
     from qnext.recipes.recipe import Run
+    from qnext.training import Trainer
 
 _LINE_EVERY = 10  # steps between lines where there is no terminal
 
@@ -29,6 +35,7 @@ class TrainingDisplay:
             TimeElapsedColumn(), TimeRemainingColumn(), console=self.console,
             disable=not self.console.is_terminal,
         )  # fmt: skip
+        self.last_experts: ExpertStats | None = None
         self._task = self._progress.add_task("training", total=1.0)
 
     def __enter__(self) -> TrainingDisplay:
@@ -43,8 +50,11 @@ class TrainingDisplay:
     def note(self, text: str) -> None:
         self.console.print(text, style="dim", soft_wrap=True, markup=False)
 
-    def hooks(self) -> Hooks:
-        return Hooks(on_step=self._on_step, on_evaluation=self._on_evaluation)
+    def show_text(self, text: str) -> None:
+        self.console.print(text, style="cyan", soft_wrap=True, markup=False)
+
+    def hooks(self, *, on_sample: Callable[[int], None] | None = None) -> Hooks:
+        return Hooks(on_step=self._on_step, on_evaluation=self._on_evaluation, on_sample=on_sample)
 
     def describe(self, run: Run) -> None:
         """Data, precision, and which parameters are updated how."""
@@ -70,6 +80,7 @@ class TrainingDisplay:
         self.console.print(table)
 
     def _on_step(self, metrics: StepMetrics) -> None:
+        self.last_experts = metrics.experts or self.last_experts
         mtp = "" if metrics.mtp_loss is None else f" mtp {metrics.mtp_loss:.3f}"
         line = f"step {metrics.step} loss {metrics.loss:.3f}{mtp} {metrics.tokens_per_second:,.0f} tok/s"
         self._progress.update(self._task, completed=metrics.progress, description=line)
@@ -81,3 +92,20 @@ class TrainingDisplay:
     def _on_evaluation(self, step: int, result: Perplexity) -> None:
         mtp = "" if result.mtp_acceptance is None else f", MTP draft accepted {result.mtp_acceptance:.1%}"
         self.note(f"step {step}: held-out {result.bits_per_byte:.4f} bits per byte{mtp}")
+
+
+@contextmanager
+def interruptible(trainer: Trainer) -> Iterator[None]:
+    """While open, the first Ctrl-C ends the run after its step, the second one at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if trainer.should_stop:
+            raise KeyboardInterrupt
+        trainer.should_stop = True
+        print("finishing the step; Ctrl-C again ends at once", file=sys.stderr)
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

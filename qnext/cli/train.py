@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from qnext.recipes.recipe import Run
-    from qnext.training import Trainer
 
 
 def command(
@@ -30,7 +24,7 @@ def command(
 
     Ctrl-C finishes the step, saves a snapshot and ends with exit code 130; --resume goes on from there.
     """
-    from qnext.cli._training import TrainingDisplay
+    from qnext.cli._training import TrainingDisplay, interruptible
     from qnext.recipes import override
     from qnext.recipes import recipe as find_recipe
     from qnext.recipes.recipe import prepare
@@ -41,7 +35,7 @@ def command(
     display.note("reading text, making the tokenizer")
     run = prepare(chosen, folder, resume=resume, hooks=display.hooks())
     display.describe(run)
-    with _interruptible(run.trainer), display:
+    with interruptible(run.trainer), display:
         run.trainer.run()
     if run.trainer.should_stop and not run.trainer.is_done:
         display.note(f"snapshot saved in {run.trainer.save()}; --resume continues")
@@ -55,20 +49,3 @@ def _finish(run: Run, display: Any) -> None:
         run.trainer.save()
     display.note("model saved in")
     print(run.save())
-
-
-@contextmanager
-def _interruptible(trainer: Trainer) -> Iterator[None]:
-    """The first Ctrl-C ends the run after its step, the second one at once."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if trainer.should_stop:
-            raise KeyboardInterrupt
-        trainer.should_stop = True
-        print("finishing the step; Ctrl-C again ends at once", file=sys.stderr)
-
-    previous = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)

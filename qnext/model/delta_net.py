@@ -52,10 +52,12 @@ class GatedDeltaNet(nn.Module):
         mixed_TC, conv_state = ops.causal_conv1d_silu(
             qkv_TC, self.conv1d.weight.squeeze(1), packing=batch.packing, initial_state_NWC=conv_state
         )
-        q_TC, k_TC, v_TC = mixed_TC.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        qk_TC, v_TC = mixed_TC.split([2 * self.key_dim, self.value_dim], dim=-1)
+        qk_TJK = ops.l2_norm(qk_TC.reshape(num_tokens, 2 * self.num_key_heads, self.key_head_dim))
+        q_TJK, k_TJK = qk_TJK.chunk(2, dim=1)
         o_THV, delta_state = ops.gated_delta_rule(
-            ops.l2_norm(q_TC.reshape(num_tokens, self.num_key_heads, self.key_head_dim)),
-            ops.l2_norm(k_TC.reshape(num_tokens, self.num_key_heads, self.key_head_dim)),
+            q_TJK,
+            k_TJK,
             v_TC.reshape(num_tokens, self.num_value_heads, self.value_head_dim),
             g_TH,
             beta_TH,

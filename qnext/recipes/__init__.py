@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qnext.errors import UsageError
-from qnext.recipes.code import micro_code, small_code
+from qnext.recipes.code import demo, micro_code, small_code
 from qnext.recipes.recipe import Recipe, override
 
 RECIPES: dict[str, Callable[[], Recipe]] = {"small-code": small_code, "micro-code": micro_code}
@@ -18,4 +18,4 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]()
 
 
-__all__ = ["RECIPES", "Recipe", "override", "recipe"]
+__all__ = ["RECIPES", "Recipe", "demo", "override", "recipe"]

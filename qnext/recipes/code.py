@@ -56,3 +56,17 @@ def micro_code() -> Recipe:
         corpus=partial(standard_library, held_out_share=0.05),
         eval_bytes=400_000,
     )  # fmt: skip
+
+
+def demo(*, seconds: float, seed: int) -> Recipe:
+    """nano-5m for as long as somebody likes to watch; tuned for two to five minutes on two cores."""
+    return Recipe(
+        name="demo",
+        model=preset("nano-5m"),
+        train=TrainConfig(
+            lr=1e-2, tokens_per_batch=2048, sequence_length=512, time_budget=seconds, optimizer="muon", seed=seed,
+            warmup_fraction=0.02, decay_fraction=0.5, mtp_coefficient=0.1, mtp_start=0.6, sample_every=100,
+        ),
+        corpus=partial(standard_library, held_out_share=0.05),
+        eval_bytes=200_000,
+    )  # fmt: skip

@@ -72,9 +72,7 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, hooks: Hooks 
         seed=recipe.train.seed,
     )  # fmt: skip
     evaluate = _evaluation(recipe, corpus, tokenizer, model, end_id)
-    trainer = Trainer(
-        model, stream, recipe.train, folder=folder, hooks=replace(hooks or Hooks(), evaluate=evaluate)
-    )
+    trainer = Trainer(model, stream, recipe.train, folder=folder, hooks=replace(hooks or Hooks(), evaluate=evaluate))
     if resume:
         trainer.resume()
     return Run(recipe, folder, corpus, tokenizer, trainer, evaluate)

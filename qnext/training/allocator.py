@@ -18,4 +18,4 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     settings = ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, (1 << 31) - 1), (_M_TOP_PAD, 1 << 26))
-    return all([libc.mallopt(option, value) == 1 for option, value in settings])
+    return all(libc.mallopt(option, value) == 1 for option, value in settings)

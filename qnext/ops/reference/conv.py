@@ -9,7 +9,6 @@ from torch import Tensor
 
 from qnext.ops.packing import Packing
 
-
 _BLOCK_ROWS = 512
 
 

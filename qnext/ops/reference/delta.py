@@ -15,6 +15,7 @@ from torch import Tensor
 from qnext.ops.packing import ChunkLayout, Packing
 
 DELTA_CHUNK_SIZE = 64
+_SMALL_CHUNK_SIZE = 32  # less work where heads are narrower than a chunk; divides the grid of the larger
 
 
 class DeltaOutput(NamedTuple):
@@ -31,7 +32,6 @@ def gated_delta_rule(
     *,
     packing: Packing,
     initial_state_NHKV: Tensor | None = None,
-    chunk_size: int = DELTA_CHUNK_SIZE,
 ) -> DeltaOutput:
     """Per value head h with key head h // (H / J), from the initial state or zeros:
 
@@ -41,11 +41,13 @@ def gated_delta_rule(
     sequence has one token and chunk-parallel otherwise. Output in the dtype of v, state in fp32.
     """
     arguments = (q_TJK, k_TJK, v_THV, g_TH, beta_TH)
-    if packing.max_length == 1:
-        return recurrent_gated_delta_rule(*arguments, packing=packing, initial_state_NHKV=initial_state_NHKV)
-    return chunk_gated_delta_rule(
-        *arguments, packing=packing, initial_state_NHKV=initial_state_NHKV, chunk_size=chunk_size
-    )
+    with torch.autocast(v_THV.device.type, enabled=False):  # it would round the state to bf16
+        if packing.max_length == 1:
+            return recurrent_gated_delta_rule(*arguments, packing=packing, initial_state_NHKV=initial_state_NHKV)
+        chunk_size = DELTA_CHUNK_SIZE if k_TJK.shape[-1] >= DELTA_CHUNK_SIZE else _SMALL_CHUNK_SIZE
+        return chunk_gated_delta_rule(
+            *arguments, packing=packing, initial_state_NHKV=initial_state_NHKV, chunk_size=chunk_size
+        )
 
 
 def recurrent_gated_delta_rule(

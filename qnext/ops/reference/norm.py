@@ -30,7 +30,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, zero_centered: bool) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         x_wide = x.to(wide)
-        rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+        mean_square = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        rstd = torch.rsqrt(mean_square.add_(eps))
         scale = weight.to(wide) + 1.0 if zero_centered else weight.to(wide)
         y = (x_wide * rstd).mul_(scale)
         if gate is not None:
@@ -42,26 +43,24 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gate, rstd = ctx.saved_tensors
-        wide = rstd.dtype
+        wide, size = rstd.dtype, x.shape[-1]
         scale = weight.to(wide) + 1.0 if ctx.zero_centered else weight.to(wide)
         normed = x.to(wide) * rstd
         grad = grad_out.to(wide)
         grad_gate = None
         if gate is not None:
             gate_wide = gate.to(wide)
-            sigmoid = torch.sigmoid(gate_wide)
             if ctx.needs_input_grad[2]:
-                slope = torch.addcmul(sigmoid, sigmoid * gate_wide, 1.0 - sigmoid)
-                grad_gate = (grad * normed).mul_(scale).mul_(slope).to(gate.dtype)
-            grad = grad * sigmoid.mul_(gate_wide)
-        grad_weight = None
+                grad_gate = torch.ops.aten.silu_backward((normed * scale).mul_(grad), gate_wide).to(gate.dtype)
+            grad = grad * F.silu(gate_wide)
+        product = grad * normed
+        grad_weight = grad_x = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad_x = None
+            grad_weight = product.view(-1, size).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            grad = grad * scale
-            projection = (grad * normed).mean(-1, keepdim=True)
-            grad_x = torch.addcmul(grad, normed, projection, value=-1.0).mul_(rstd).to(x.dtype)
+            # d x = rstd * (scale * grad - normed * mean(scale * grad * normed))
+            projection = torch.matmul(product, scale).div_(-size)[..., None]
+            grad_x = normed.mul_(projection).addcmul_(grad, scale).mul_(rstd).to(x.dtype)
         return grad_x, grad_weight, grad_gate, None, None
 
 
@@ -78,7 +77,7 @@ class _L2Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        sum_squares = x_wide.square().sum(-1, keepdim=True)
+        sum_squares = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square_()
         inverse = torch.rsqrt(sum_squares + eps)
         y = x_wide * inverse
         ctx.save_for_backward(y, torch.where(sum_squares > 0, inverse, 0.0))
@@ -88,5 +87,5 @@ class _L2Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
         y, inverse = ctx.saved_tensors
-        projection = (grad_out * y).sum(-1, keepdim=True)
-        return torch.addcmul(grad_out, y, projection, value=-1.0).mul_(inverse).to(ctx.dtype), None
+        projection = torch.linalg.vecdot(grad_out, y).neg_()[..., None]
+        return torch.addcmul(grad_out, y, projection).mul_(inverse).to(ctx.dtype), None

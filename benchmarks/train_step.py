@@ -1,0 +1,120 @@
+"""How fast is a training step, against transformers on the same weights and tokens?
+
+One step is forward, cross entropy, backward and AdamW in fp32 on a batch of 8 sequences of 512 tokens, without the
+MTP module, which transformers does not have. Losses of the first steps must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+import torch
+from _pair import Contestants, Step, machine, print_json, ratios
+
+from qnext.config import preset, to_hf
+from qnext.model import Batch, CausalLM, initialize
+
+LEARNING_RATE = 1e-3
+
+
+def _model(name: str) -> CausalLM:
+    model = CausalLM(preset(name).with_(num_nextn_predict_layers=0))
+    initialize(model, seed=0)
+    return model
+
+
+def _tokens(name: str, sequences: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, preset(name).vocab_size, (sequences, length + 1), generator=generator)
+
+
+def ours(*, name: str, sequences: int, length: int, threads: int) -> Step:
+    from qnext.training.allocator import keep_freed_memory
+    from qnext.training.losses import cross_entropy_sum
+
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    model, tokens = _model(name), _tokens(name, sequences, length)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    inputs, labels = tokens[:, :-1].flatten(), tokens[:, 1:].flatten()
+
+    def step() -> float:
+        batch = Batch.from_lengths(inputs, [length] * sequences)
+        loss = cross_entropy_sum(model(batch).hidden_TD, model.lm_head.weight, labels) / len(labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def transformers(*, name: str, sequences: int, length: int, threads: int) -> Step:
+    import transformers as hf
+
+    torch.set_num_threads(threads)
+    hf.logging.set_verbosity_error()
+    source, tokens = _model(name), _tokens(name, sequences, length)
+    values: dict[str, Any] = to_hf(source.config, dtype="float32")
+    for key in ("architectures", "model_type"):
+        values.pop(key)
+    model = hf.Qwen3NextForCausalLM(hf.Qwen3NextConfig(**values)).float().train()
+    model.load_state_dict(source.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    inputs, labels = tokens[:, :-1], tokens[:, 1:].flatten()
+
+    def step() -> float:
+        logits = model(input_ids=inputs, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def measure(name: str, *, sequences: int, length: int, threads: int, rounds: int) -> dict[str, Any]:
+    arguments = {"name": name, "sequences": sequences, "length": length, "threads": threads}
+    contestants = Contestants({"qnext": (ours, arguments), "transformers": (transformers, arguments)})
+    seconds, losses = contestants.run(warmup=2, rounds=rounds)
+    contestants.close()
+    gap = max(abs(a - b) for a, b in zip(losses["qnext"][:3], losses["transformers"][:3], strict=True))
+    assert gap < 1e-3, f"losses differ by {gap}"
+    tokens = sequences * length
+    return {
+        "model": name,
+        "tokens_per_second": {key: tokens / statistics.median(value) for key, value in seconds.items()},
+        "speedup": ratios(seconds["transformers"], seconds["qnext"]),
+        "loss_gap": gap,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["nano-5m", "micro-20m"])
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    results = []
+    print(f"{machine()['cpu']}, {options.threads} threads, {options.sequences} x {options.length} tokens, fp32")
+    for name in options.models:
+        result = measure(
+            name, sequences=options.sequences, length=options.length, threads=options.threads, rounds=options.rounds
+        )
+        speed, speedup = result["tokens_per_second"], result["speedup"]
+        print(
+            f"{name:<12} qnext {speed['qnext']:7.0f} tok/s   transformers {speed['transformers']:7.0f} tok/s   "
+            f"speed-up {speedup['median']:.2f} ({speedup['min']:.2f}-{speedup['max']:.2f})   "
+            f"loss gap {result['loss_gap']:.1e}"
+        )
+        results.append(result)
+    print_json({"benchmark": "train_step", "threads": options.threads, "results": results})
+
+
+if __name__ == "__main__":
+    main()
