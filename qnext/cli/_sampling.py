@@ -1,20 +1,17 @@
-"""What `generate` and `chat` share: sampling flags, the folder's defaults, opening a model for text."""
+"""Sampling flags that `generate` and `chat` share, and the defaults of a model folder."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qnext.errors import CorruptCheckpoint, ModelNotFound, UsageError
+from qnext.errors import CorruptCheckpoint, UsageError
 
 if TYPE_CHECKING:
     from qnext.engine import SamplingParams
-    from qnext.model import CausalLM
-    from qnext.text.tokenizer import Tokenizer
 
 _DEFAULT = "default: generation_config.json of the model, else"
 
@@ -60,37 +57,3 @@ def resolve_sampling(folder: Path, flags: Mapping[str, Any]) -> SamplingParams:
     except UsageError as error:
         raise CorruptCheckpoint(f"{path}: {error}") from None
     return SamplingParams(**values | {key: value for key, value in flags.items() if value is not None})
-
-
-def model_folder(model: str) -> Path:
-    """The folder that MODEL names. Raises ModelNotFound."""
-    folder = Path(model)
-    if not (folder / "config.json").is_file():
-        raise ModelNotFound(f"{model}: no model folder here (a folder with config.json, tokenizer.json and weights)")
-    return folder
-
-
-def load(folder: Path, dtype: str | None) -> CausalLM:
-    """The model in the folder. Progress goes to stderr where that is a terminal."""
-    import torch
-
-    from qnext.checkpoint import load_model
-
-    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise UsageError(f"dtype must be float32 or bfloat16, not {dtype!r}")
-
-    def report(done: int, total: int) -> None:
-        sys.stderr.write(f"\rloading {100 * done // max(total, 1)} %" + ("\n" if done >= total else ""))
-        sys.stderr.flush()
-
-    return load_model(folder, dtype=dtypes[dtype], progress=report if sys.stderr.isatty() else None)
-
-
-def end_token_ids(tokenizer: Tokenizer, model: CausalLM) -> frozenset[int]:
-    """Tokens that end an answer: those of the tokenizer's files and those of the model's configuration."""
-    try:
-        named = tokenizer.eos_ids
-    except CorruptCheckpoint:
-        named = frozenset()
-    return named | frozenset(model.config.eos_token_ids)

@@ -13,6 +13,7 @@ import typer
 
 from qnext.cli import _sampling as options
 from qnext.cli._conversation import Conversation, split_command
+from qnext.cli._text_model import TextFolder, end_token_ids, load_weights, open_folder, write_text
 from qnext.errors import QnextError, UsageError
 
 if TYPE_CHECKING:
@@ -63,21 +64,20 @@ def command(
 
     A folder without chat format is used for completion. A flag counts first, then generation_config.json, then greedy.
     """
-    folder = options.model_folder(model)
+    folder = open_folder(model)
     params = options.resolve_sampling(
-        folder,
+        folder.path,
         {
             "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
             "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
             "frequency_penalty": frequency_penalty, "seed": seed,
         },
     )  # fmt: skip
-    from qnext.text.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.from_folder(folder)
-    chat_format = None if complete else _chat_format(folder, tokenizer)
+    chat_format = None if complete else _chat_format(folder)
+    if system is not None and chat_format is None:
+        raise UsageError("a system message needs a chat format")
     run_chat(
-        options.load(folder, dtype), tokenizer, chat_format=chat_format, params=params, stop=tuple(stop or ()),
+        load_weights(folder, dtype), folder.tokenizer, chat_format=chat_format, params=params, stop=tuple(stop or ()),
         system=system, max_model_len=context,
     )  # fmt: skip
 
@@ -101,10 +101,8 @@ def run_chat(
     """
     from qnext.engine import Engine, SamplingParams
 
-    if system is not None and chat_format is None:
-        raise UsageError("a system message needs a chat format")
     engine = Engine(
-        model, max_num_seqs=1, max_model_len=max_model_len, eos_token_ids=options.end_token_ids(tokenizer, model)
+        model, max_num_seqs=1, max_model_len=max_model_len, eos_token_ids=end_token_ids(tokenizer, model.config)
     )
     _note(engine.memory_plan.describe())
     params = params or SamplingParams()
@@ -145,7 +143,7 @@ def _handle(conversation: Conversation, text: str, read_line: ReadLine) -> None:
         return
     name, rest = split_command(text)
     if not name.startswith("/"):
-        _finish_line(conversation.answer(text, _write))
+        _finish_line(conversation.answer(text, write_text))
     elif name in ("/help", "/?"):
         _note(_HELP)
     elif name == "/set":
@@ -155,7 +153,7 @@ def _handle(conversation: Conversation, text: str, read_line: ReadLine) -> None:
     elif name == "/clear":
         conversation.clear()
     elif name == "/regenerate":
-        _finish_line(conversation.regenerate(_write))
+        _finish_line(conversation.regenerate(write_text))
     elif name in ("/save", "/load"):
         if not rest:
             raise UsageError(f"{name} needs a file")
@@ -164,7 +162,7 @@ def _handle(conversation: Conversation, text: str, read_line: ReadLine) -> None:
     elif name == "/multi":
         many = _read_until_quotes(read_line, [])
         if many.strip():
-            _finish_line(conversation.answer(many, _write))
+            _finish_line(conversation.answer(many, write_text))
     else:
         raise UsageError(f"no command {name}; /help lists them")
 
@@ -214,18 +212,21 @@ def _terminal_reader() -> ReadLine:
 
 
 def _plain_reader(prompt: str) -> str:
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not text: {error}") from None
     if not line:
         raise EOFError
     return line.rstrip("\n")
 
 
-def _chat_format(folder: Path, tokenizer: Tokenizer) -> ChatFormat | None:
+def _chat_format(folder: TextFolder) -> ChatFormat | None:
     """The folder's format; None, with one line that says so, where it has none."""
     from qnext.text.chat import ChatFormat
 
     try:
-        return ChatFormat.for_folder(folder, tokenizer=tokenizer)
+        return ChatFormat.for_folder(folder.path, tokenizer=folder.tokenizer)
     except UsageError as error:
         _note(f"{error}: each input is completed as plain text")
         return None
@@ -233,12 +234,7 @@ def _chat_format(folder: Path, tokenizer: Tokenizer) -> ChatFormat | None:
 
 def _finish_line(answer: str) -> None:
     if not answer.endswith("\n"):
-        _write("\n")
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+        write_text("\n")
 
 
 def _note(text: str) -> None:

@@ -7,15 +7,16 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qnext.cli import _sampling as options
+from qnext.cli._text_model import TextFolder, end_token_ids, load_weights, open_folder, write_text
 from qnext.errors import UsageError
 
 if TYPE_CHECKING:
+    from qnext.config import ModelConfig
     from qnext.engine import Engine, FinishReason, SampledToken, SamplingParams
     from qnext.text.stream import TextStream
     from qnext.text.tokenizer import Tokenizer
@@ -58,34 +59,33 @@ def command(
         raise UsageError("--logprobs needs --json")
     if chat and special:
         raise UsageError("--chat writes the control tokens itself; --special contradicts it")
-    folder = options.model_folder(model)
+    folder = open_folder(model)
     params = options.resolve_sampling(
-        folder,
+        folder.path,
         {
             "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
             "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
             "frequency_penalty": frequency_penalty, "seed": seed, "ignore_eos": ignore_eos, "logprobs": logprobs,
         },
     )  # fmt: skip
-    text = sys.stdin.read() if prompt == "-" else prompt
-    tokenizer, prompt_ids = _encode(folder, text, chat=chat, special=special)
-    params = _fit(folder, len(prompt_ids), params)
+    prompt_ids = _encode(folder, _read_input() if prompt == "-" else prompt, chat=chat, special=special)
+    params = _fit(folder.config, len(prompt_ids), params)
     from qnext.engine import Engine
     from qnext.text.stream import TextStream
 
-    stream = TextStream(tokenizer, stop=stop or ())
-    network = options.load(folder, dtype)
+    stream = TextStream(folder.tokenizer, stop=stop or ())
+    network = load_weights(folder, dtype)
     assert params.max_tokens is not None
     engine = Engine(
         network, max_num_seqs=1, max_model_len=len(prompt_ids) + params.max_tokens,
-        eos_token_ids=options.end_token_ids(tokenizer, network),
+        eos_token_ids=end_token_ids(folder.tokenizer, folder.config),
     )  # fmt: skip
     print(engine.memory_plan.describe(), file=sys.stderr)
-    answer = complete(engine, prompt_ids, params, stream, write=None if as_json else _write)
+    answer = complete(engine, prompt_ids, params, stream, write=None if as_json else write_text)
     if as_json:
-        print(json.dumps(_document(answer, prompt_ids, params, tokenizer), ensure_ascii=False))
+        print(json.dumps(_document(answer, prompt_ids, params, folder.tokenizer), ensure_ascii=False))
     elif not answer.text.endswith("\n"):
-        _write("\n")
+        write_text("\n")
     print(answer.describe(len(prompt_ids)), file=sys.stderr)
 
 
@@ -141,33 +141,31 @@ def complete(
     return answer
 
 
-def _encode(folder: Path, text: str, *, chat: bool, special: bool) -> tuple[Tokenizer, list[int]]:
-    from qnext.text.tokenizer import Tokenizer
+def _read_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not text: {error}") from None
 
+
+def _encode(folder: TextFolder, text: str, *, chat: bool, special: bool) -> list[int]:
     if not text:
         raise UsageError("the prompt is empty")
-    tokenizer = Tokenizer.from_folder(folder)
     if not chat:
-        return tokenizer, tokenizer.encode(text, allow_special=special)
+        return folder.tokenizer.encode(text, allow_special=special)
     from qnext.text.chat import ChatFormat
     from qnext.text.messages import Message
 
-    chat_format = ChatFormat.for_folder(folder, tokenizer=tokenizer)
-    return tokenizer, chat_format.encode(tokenizer, [Message("user", text)])
+    chat_format = ChatFormat.for_folder(folder.path, tokenizer=folder.tokenizer)
+    return chat_format.encode(folder.tokenizer, [Message("user", text)])
 
 
-def _fit(folder: Path, num_prompt: int, params: SamplingParams) -> SamplingParams:
+def _fit(config: ModelConfig, num_prompt: int, params: SamplingParams) -> SamplingParams:
     """The parameters with max_tokens set; refuses what exceeds the context before any weights are read."""
-    from qnext.config import read_config
     from qnext.engine.request import output_allowance
 
-    room = output_allowance(num_prompt, params, max_model_len=read_config(folder).max_position_embeddings)
+    room = output_allowance(num_prompt, params, max_model_len=config.max_position_embeddings)
     return params if params.max_tokens is not None else replace(params, max_tokens=min(room, DEFAULT_MAX_TOKENS))
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _document(answer: Answer, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,19 @@ from qnext.engine import Engine, SamplingParams
 from qnext.text.chat import ChatFormat
 from qnext.text.messages import Message
 from qnext.text.tokenizer import Tokenizer
+from tests.cli.text_folders import save_chat, save_plain
 
 Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_plain(tmp_path_factory.mktemp("models") / "plain")
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chat(tmp_path_factory.mktemp("models") / "chat")
 
 
 def run(*arguments: str | Path) -> int:
@@ -140,9 +152,7 @@ def test_a_users_fault_is_one_line(
 
 
 def test_a_bad_default_of_the_folder_names_its_file(plain_folder: Path, tmp_path: Path, capsys: Captured) -> None:
-    for path in plain_folder.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "generation_config.json").unlink()
-    (tmp_path / "generation_config.json").write_text('{"temperature": "hot"}')
-    assert run(tmp_path, "Hi") == 5
+    folder = Path(shutil.copytree(plain_folder, tmp_path / "model"))
+    (folder / "generation_config.json").write_text('{"temperature": "hot"}')
+    assert run(folder, "Hi") == 5
     assert "generation_config.json: temperature must be a number" in capsys.readouterr().err

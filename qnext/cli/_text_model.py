@@ -1,0 +1,84 @@
+"""What `generate` and `chat` share: a model folder opened for text, and text written to the terminal."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError
+
+if TYPE_CHECKING:
+    from qnext.config import ModelConfig
+    from qnext.model import CausalLM
+    from qnext.text.tokenizer import Tokenizer
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class TextFolder(NamedTuple):
+    """A model folder before its weights are read."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    stored_bytes: int  # of all weights, as stored
+
+
+def open_folder(model: str) -> TextFolder:
+    """Configuration and tokenizer of MODEL. Raises ModelNotFound, CorruptCheckpoint."""
+    from qnext.checkpoint.check import read_layout
+    from qnext.checkpoint.header import read_index
+    from qnext.checkpoint.resolve import resolve_model
+    from qnext.text.tokenizer import Tokenizer
+
+    path = resolve_model(model)
+    tensors = read_index(path).tensors
+    config = read_layout(path, tensors).config
+    return TextFolder(path, config, Tokenizer.from_folder(path), sum(info.num_bytes for info in tensors.values()))
+
+
+def load_weights(folder: TextFolder, dtype: str | None) -> CausalLM:
+    """The model in the folder, in `dtype` or as stored. Raises DoesNotFit before reading what memory cannot hold."""
+    import torch
+
+    from qnext.checkpoint import load_model
+    from qnext.cli._progress import byte_progress
+    from qnext.engine.memory import available_bytes, format_bytes
+    from qnext.planning.counts import weight_bytes
+
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UsageError(f"dtype must be float32 or bfloat16, not {dtype!r}")
+    needed = folder.stored_bytes if dtype is None else weight_bytes(folder.config, dtype=dtype)
+    available = available_bytes(torch.device("cpu"))
+    if needed > available:
+        smallest = weight_bytes(folder.config, dtype="bfloat16")
+        hint = f"; --dtype bfloat16 needs {format_bytes(smallest)}" if smallest < needed else ""
+        raise DoesNotFit(
+            f"{folder.path}: weights of {format_bytes(needed)}, but {format_bytes(available)} of memory are free{hint}"
+        )
+    with byte_progress("loading") as progress:
+        return load_model(folder.path, dtype=None if dtype is None else getattr(torch, dtype), progress=progress)
+
+
+def end_token_ids(tokenizer: Tokenizer, config: ModelConfig) -> frozenset[int]:
+    """Tokens that end an answer: those of the tokenizer's files and those of the model's configuration."""
+    try:
+        named = tokenizer.eos_ids
+    except CorruptCheckpoint:
+        named = frozenset()
+    return named | frozenset(config.eos_token_ids)
+
+
+def write_text(text: str) -> None:
+    """Model text to stdout at once.
+
+    What stdout cannot encode is replaced. On a terminal control characters are too: a model may repeat escape
+    sequences that it has read somewhere.
+    """
+    if sys.stdout.isatty():
+        text = _CONTROL.sub("\ufffd", text)
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
