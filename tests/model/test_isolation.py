@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from model.models import (
     PEER_CONFIGS,
     OneRequest,
@@ -13,8 +15,6 @@ from model.models import (
     plain_config,
     random_tokens,
 )
-from torch import Tensor
-
 from qnext.config import ModelConfig
 from qnext.model import Batch, CausalLM
 

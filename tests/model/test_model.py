@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from model.models import MOE, PEER_CONFIGS, F, L, logits_of, make_model, next_config, plain_config, random_tokens
 
+from model.models import MOE, PEER_CONFIGS, F, L, logits_of, make_model, next_config, plain_config, random_tokens
 from qnext.config import FULL_ATTENTION, ModelConfig, preset
 from qnext.model import Batch, CausalLM, Experts, Router, initialize
 from qnext.model.delta_net import GatedDeltaNet

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from model.models import PEER_CONFIGS, OneRequest, logits_of, make_model, make_peer, next_config, random_tokens
-
 from torch import Tensor
 
+from model.models import PEER_CONFIGS, OneRequest, logits_of, make_model, make_peer, next_config, random_tokens
 from qnext.config import FULL_ATTENTION
 from qnext.model import Batch, CausalLM
 

@@ -1,0 +1,144 @@
+"""Routing and grouped experts against a loop over tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qnext import ops
+from qnext.ops import Routing
+
+from .compare import TOLERANCES, assert_close, assert_same_function, randn
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_route(norm_topk_prob: bool, dtype: torch.dtype) -> None:
+    """Softmax over all experts, then the best; in fp32 also for bf16 scores."""
+    logits = randn(70, 13, seed=0, dtype=dtype, scale=2.0)
+    routing = ops.route(logits, top_k=4, norm_topk_prob=norm_topk_prob)
+    assert routing.weights_TA.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)
+    expected, _ = exact.sort(-1, descending=True)
+    expected = expected[:, :4]
+    assert_close(routing.weights_TA.double(), (
+        expected / expected.sum(-1, keepdim=True) if norm_topk_prob else expected
+    ), tolerance=1e-6)  # fmt: skip
+    chosen = exact.gather(1, routing.experts_TA)
+    assert_close(chosen, expected, tolerance=1e-12)
+    assert all(len(set(row)) == 4 for row in routing.experts_TA.tolist())
+
+
+def test_route_gradient() -> None:
+    logits = randn(5, 7, seed=0).requires_grad_()
+    for norm in (True, False):
+        assert torch.autograd.gradcheck(lambda x, n=norm: ops.route(x, top_k=3, norm_topk_prob=n).weights_TA, (logits,))
+
+
+def test_huge_scores_stay_finite() -> None:
+    weights = ops.route(torch.tensor([[1e4, -1e4, 0.0, 1e4]]), top_k=2, norm_topk_prob=True).weights_TA
+    assert_close(weights, torch.tensor([[0.5, 0.5]]), tolerance=1e-6)
+
+
+def definition(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor]:
+    width = gate_up.shape[1] // 2
+    rows = []
+    for t in range(len(x)):
+        row = torch.zeros_like(x[t])
+        for weight, e in zip(weights[t], experts[t].tolist(), strict=True):
+            gate, up = gate_up[e, :width] @ x[t], gate_up[e, width:] @ x[t]
+            row = row + weight * (down[e] @ (gate * torch.sigmoid(gate) * up))
+        rows.append(row)
+    return (torch.stack(rows),)
+
+
+def choose(num_tokens: int, num_experts: int, top_k: int, only: list[int] | None) -> Tensor:
+    pool = torch.tensor(only if only is not None else range(num_experts))
+    generator = torch.Generator().manual_seed(9)
+    return torch.stack([pool[torch.randperm(len(pool), generator=generator)[:top_k]] for _ in range(num_tokens)])
+
+
+CASES = {
+    "aligned widths": (130, 16, 8, 6, 2, None),
+    "odd widths": (65, 11, 7, 5, 3, None),
+    "one odd width": (40, 16, 5, 4, 2, None),
+    "more experts than assignments": (2, 16, 8, 40, 3, None),
+    "one token": (1, 16, 8, 6, 2, None),
+    "one token, odd": (1, 9, 3, 6, 2, None),
+    "experts without a token": (64, 16, 8, 9, 2, [1, 4, 8]),
+    "experts without a token, odd": (64, 9, 3, 9, 2, [1, 4, 8]),
+    "every token at the same experts": (63, 16, 8, 8, 2, [0, 7]),
+    "one expert": (10, 16, 8, 1, 1, None),
+    "top one": (20, 12, 4, 5, 1, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", list(CASES))
+def test_experts(case: str, dtype: torch.dtype) -> None:
+    num_tokens, hidden, width, num_experts, top_k, only = CASES[case]
+    experts = choose(num_tokens, num_experts, top_k, only)
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs = {
+        "x": randn(num_tokens, hidden, seed=0, dtype=dtype),
+        "gate_up": randn(num_experts, 2 * width, hidden, seed=1, dtype=dtype, scale=hidden**-0.5),
+        "down": randn(num_experts, hidden, width, seed=2, dtype=dtype, scale=width**-0.5),
+        "weights": randn(num_tokens, top_k, seed=3, dtype=wide).sigmoid(),
+    }
+    assert_same_function(
+        lambda x, gate_up, down, weights: (ops.experts_swiglu(x, gate_up, down, routing=Routing(weights, experts)),),
+        lambda x, gate_up, down, weights: definition(x, gate_up, down, weights, experts),
+        inputs,
+        tolerance=TOLERANCES[dtype],
+        gradient_tolerance=3e-2 if dtype == torch.bfloat16 else 0.0,
+    )
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (5, 3)])
+def test_gradients_by_finite_differences(sizes: tuple[int, int]) -> None:
+    hidden, width = sizes
+    experts = choose(4, 5, 2, [0, 2, 3])
+    inputs = (
+        randn(4, hidden, seed=0), randn(5, 2 * width, hidden, seed=1), randn(5, hidden, width, seed=2),
+        randn(4, 2, seed=3).sigmoid(),
+    )  # fmt: skip
+    assert torch.autograd.gradcheck(
+        lambda x, g, d, w: ops.experts_swiglu(x, g, d, routing=Routing(w, experts)),
+        tuple(x.requires_grad_() for x in inputs),
+    )
+
+
+@pytest.mark.parametrize("width", [8, 7])
+def test_an_expert_without_a_token_has_a_gradient_of_zero(width: int) -> None:
+    """Zero and not left over from the allocator: an optimizer reads every row."""
+    gate_up, down = randn(6, 2 * width, 16, seed=1, dtype=torch.float32), randn(6, 16, width, seed=2).float()
+    gate_up.requires_grad_()
+    down.requires_grad_()
+    experts = choose(20, 6, 2, [1, 3, 4])
+    routing = Routing(torch.full((20, 2), 0.5), experts)
+    ops.experts_swiglu(randn(20, 16, seed=0).float(), gate_up, down, routing=routing).sum().backward()
+    for grad in (gate_up.grad, down.grad):
+        assert grad is not None
+        used = grad.abs().flatten(1).amax(1) > 0
+        assert used.tolist() == [False, True, False, True, True, False]
+
+
+def test_narrow_weights_follow_the_activations() -> None:
+    """Weights kept in fp32 are cast to the dtype of the activations; their gradients come back in fp32."""
+    gate_up, down = randn(4, 16, 16, seed=1, dtype=torch.float32), randn(4, 16, 8, seed=2, dtype=torch.float32)
+    x = randn(10, 16, seed=0, dtype=torch.bfloat16)
+    routing = Routing(torch.full((10, 2), 0.5), choose(10, 4, 2, None))
+    mixed = ops.experts_swiglu(x, gate_up.requires_grad_(), down.requires_grad_(), routing=routing)
+    same = ops.experts_swiglu(x, gate_up.bfloat16(), down.bfloat16(), routing=routing)
+    assert mixed.dtype == torch.bfloat16
+    assert torch.equal(mixed, same)
+    mixed.sum().backward()
+    assert gate_up.grad is not None
+    assert gate_up.grad.dtype == torch.float32
+
+
+def test_swiglu() -> None:
+    x = randn(3, 10, seed=0)
+    gate, up = x[:, :5], x[:, 5:]
+    assert_close(ops.swiglu(x), gate * torch.sigmoid(gate) * up, tolerance=1e-14)
