@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 import time
 from contextlib import closing
@@ -70,6 +71,9 @@ def command(
     )  # fmt: skip
     prompt_ids = _encode(folder, _read_input() if prompt == "-" else prompt, chat=chat, special=special)
     params = _fit(folder.config, len(prompt_ids), params)
+    if params.seed is None:
+        # Drawn here so that --json can name it and the answer can be had again.
+        params = replace(params, seed=secrets.randbits(32))
     from qnext.engine import Engine
     from qnext.text.stream import TextStream
 
@@ -173,6 +177,7 @@ def _document(answer: Answer, prompt_ids: list[int], params: SamplingParams, tok
         "text": answer.text,
         "token_ids": [token.token_id for token in answer.tokens],
         "finish_reason": answer.finish_reason,
+        "seed": params.seed,
         "usage": {"prompt_tokens": len(prompt_ids), "completion_tokens": len(answer.tokens)},
         "timings": {
             "prefill_seconds": answer.prefill_seconds,

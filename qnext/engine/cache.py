@@ -125,17 +125,3 @@ class Cache:
             index = torch.tensor(list(ids), dtype=torch.long, device=self.device)
             for tensor in tensors:
                 tensor.index_fill_(0, index, float("nan"))
-
-
-def kv_bytes_per_block(config: ModelConfig, *, dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> int:
-    """Bytes of one block over all full-attention layers of the trunk."""
-    return config.num_full_layers * 2 * block_size * config.num_key_value_heads * config.head_dim * dtype.itemsize
-
-
-def state_bytes_per_slot(config: ModelConfig, *, dtype: torch.dtype) -> int:
-    """Bytes of one slot over all linear layers: convolution inputs in `dtype`, delta state in fp32."""
-    if not config.has_linear_layers:
-        return 0
-    conv = (config.linear_conv_kernel_dim - 1) * config.linear_conv_dim * dtype.itemsize
-    state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim * 4
-    return config.num_linear_layers * (conv + state)

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 
-from qnext.engine.cache import BLOCK_SIZE, Cache, kv_bytes_per_block
+from qnext.engine.cache import BLOCK_SIZE, Cache
 from qnext.engine.memory import MemoryPlan, available_bytes, weight_bytes
 from qnext.engine.request import FinishReason, Request, SampledToken, SamplingParams, checked_prompt, output_allowance
 from qnext.engine.runner import Runner
@@ -15,6 +15,7 @@ from qnext.engine.scheduler import Limits, Scheduler, StepResult, TokenEvent
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 from qnext.ops import DELTA_CHUNK_SIZE
+from qnext.planning import kv_bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Engine:
         poison: bool = False,
     ) -> None:
         config = model.config
-        self.model = model.eval()
+        self.model = model
         self.max_model_len = config.max_position_embeddings if max_model_len is None else max_model_len
         if not 2 <= self.max_model_len <= config.max_position_embeddings:
             raise UsageError(
@@ -183,7 +184,8 @@ class Engine:
     ) -> Generator[TokenEvent, None, None]:
         """Tokens of one prompt as they come. The prompt is checked now; closing the generator aborts the request.
 
-        Other requests go on in the same steps; their tokens are found in their Request.
+        Other requests go on in the same steps; their tokens are found in their Request. Advance the generator at
+        least once: Python runs nothing when one is closed before its start, and the request would go on.
         """
         return self._stream(self.add_request(prompt_ids, params))
 
@@ -215,7 +217,8 @@ def _completion(request: Request) -> Completion:
 def _choose_num_blocks(
     model: CausalLM, *, max_num_seqs: int, max_model_len: int, num_blocks: int | None, kv_budget_bytes: int | None
 ) -> int:
-    block_bytes = kv_bytes_per_block(model.config, dtype=model.dtype)
+    dtype = str(model.dtype).removeprefix("torch.")
+    block_bytes = BLOCK_SIZE * kv_bytes_per_token(model.config, dtype=dtype)
     if block_bytes == 0:
         return 0
     if num_blocks is not None and kv_budget_bytes is not None:

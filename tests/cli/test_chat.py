@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 from qnext.checkpoint import load_model
 from qnext.cli import main
 from qnext.cli._conversation import Conversation
-from qnext.cli.chat import run_chat
+from qnext.cli.chat import _terminal_reader, run_chat
 from qnext.engine import Engine, SamplingParams
 from qnext.errors import DoesNotFit, UsageError
 from qnext.text.chat import ChatFormat
@@ -223,6 +226,19 @@ def test_a_folder_without_chat_format_completes(
     (expected,) = engine.generate([tokenizer.encode("Hello")], SamplingParams(max_tokens=4))
     line = tokenizer.decode(expected.output_ids, skip_special=True)
     assert captured.out == (line if line.endswith("\n") else line + "\n") * 2
+
+
+def test_the_terminal_reader_edits_lines_and_leaves() -> None:
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        read = _terminal_reader()
+        pipe.send_text("Hellp\x7fo\r")
+        assert read(">>> ") == "Hello"
+        pipe.send_text("\x04")
+        with pytest.raises(EOFError):
+            read(">>> ")
+        pipe.send_text("\x03")
+        with pytest.raises(KeyboardInterrupt):
+            read(">>> ")
 
 
 def test_a_model_in_memory(plain_folder: Path, capsys: Captured) -> None:

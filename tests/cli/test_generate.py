@@ -77,6 +77,9 @@ def test_seed_repeats_and_temperature_matters(plain_folder: Path, capsys: Captur
     first = document(capsys, *arguments, "--seed", "1")["token_ids"]
     assert document(capsys, *arguments, "--seed", "1")["token_ids"] == first
     assert document(capsys, *arguments, "--seed", "2")["token_ids"] != first
+    drawn = document(capsys, *arguments)
+    again = document(capsys, *arguments, "--seed", str(drawn["seed"]))
+    assert drawn["token_ids"] == again["token_ids"] != first
 
 
 def test_defaults_of_the_folder_and_flags_above_them(chat_folder: Path, capsys: Captured) -> None:

@@ -12,6 +12,7 @@ from qnext.engine.runner import Runner
 from qnext.engine.scheduler import StepPlan
 from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError
 from qnext.ops import DELTA_CHUNK_SIZE
+from qnext.planning import kv_bytes_per_token, state_bytes_per_sequence
 from tests.engine.models import KINDS, VOCAB_SIZE, random_prompt, reference_greedy, reference_logits, tiny_model
 
 LENGTHS = (1, 5, 63, 64, 65, 130, 17, 200)
@@ -65,7 +66,7 @@ def test_batched_equals_alone(kind: str) -> None:
         torch.testing.assert_close(rows, alone_rows, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [64, 128])
+@pytest.mark.parametrize("chunk", sorted({DELTA_CHUNK_SIZE, 64, 128}))
 def test_chunked_prefill_equals_whole(kind: str, chunk: int) -> None:
     prompts = [random_prompt(length, seed=length) for length in (64, 130, 257)]
     whole, whole_logits = recorded(kind, prompts, max_num_seqs=1, max_num_batched_tokens=512)
@@ -283,7 +284,9 @@ def test_memory_plan_counts_what_is_allocated(kind: str) -> None:
     plan = engine.memory_plan
     kv_per_token = config.num_full_layers * 2 * 2 * 10 * 4
     state = config.num_linear_layers * (3 * (2 * 14 + 30) + 6 * 7 * 5) * 4
-    assert plan.kv_bytes == (15 * 16 * kv_per_token)
+    assert kv_per_token == kv_bytes_per_token(config, dtype="float32")
+    assert state == state_bytes_per_sequence(config, conv_dtype="float32").total
+    assert plan.kv_bytes == 15 * 16 * kv_per_token
     assert plan.kv_bytes_per_1000_tokens == 1000 * kv_per_token
     assert (plan.state_bytes_per_sequence, plan.state_bytes) == (state, 3 * state)
     assert plan.num_full_sequences == (2 if config.num_full_layers else 3)
