@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -148,10 +149,13 @@ class Request:
 
 
 def checked_prompt(prompt_ids: Sequence[int], *, vocab_size: int) -> tuple[int, ...]:
-    """The prompt as a tuple. Raises UsageError when it is empty or holds an id outside the vocabulary."""
+    """The prompt as a tuple. Raises UsageError when it is empty or holds what is no id of the vocabulary."""
     if not len(prompt_ids):
         raise UsageError("the prompt is empty")
-    prompt = tuple(int(token) for token in prompt_ids)
+    try:
+        prompt = tuple(map(operator.index, prompt_ids))
+    except TypeError as error:
+        raise UsageError(f"the prompt must be token ids: {error}") from None
     for index, token in enumerate(prompt):
         if not 0 <= token < vocab_size:
             raise UsageError(f"prompt token {index} is {token}, outside the vocabulary of {vocab_size}")

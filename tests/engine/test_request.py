@@ -35,9 +35,9 @@ def test_the_ends_of_the_ranges_are_allowed() -> None:
 
 def test_prompts() -> None:
     assert checked_prompt([0, 4], vocab_size=5) == (0, 4)
-    for prompt in ([], [5], [0, -1]):
-        with pytest.raises(UsageError):
-            checked_prompt(prompt, vocab_size=5)
+    for prompt in ([], [5], [0, -1], [1.0], "12"):
+        with pytest.raises(UsageError, match="prompt"):
+            checked_prompt(prompt, vocab_size=5)  # type: ignore[arg-type]
 
 
 def test_allowance() -> None:
