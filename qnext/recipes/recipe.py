@@ -66,7 +66,7 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, hooks: Hooks 
     config = recipe.model.with_(eos_token_id=end_id, pad_token_id=end_id)
     model = CausalLM(config)
     initialize(model, seed=recipe.train.seed)
-    documents = tokenize((file.text for file in corpus.train), tokenizer, end_id=end_id)
+    documents = tokenize([file.text for file in corpus.train], tokenizer, end_id=end_id)
     stream = PackedStream(
         documents, tokens_per_batch=recipe.train.tokens_per_batch, sequence_length=recipe.train.sequence_length,
         seed=recipe.train.seed,

@@ -98,6 +98,15 @@ class Tokenizer:
         """
         return self.encode_pieces([Piece(text, allow_special)])
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """What `encode` gives for each text, on all cores and about twice as fast on one. No special tokens."""
+        try:
+            return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            return [self._encode_plain(text) for text in texts]  # raises the error that names the cause
+
     def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
         """Token ids of the concatenation of `pieces`, cut only at added tokens that stand inside trusted text.
 

@@ -29,8 +29,6 @@ _MAX_SKIPPED_IN_A_ROW = 10
 class Diverged(QnextError):
     """Gradients stayed infinite or NaN."""
 
-    exit_code = 1
-
 
 @dataclass(frozen=True)
 class Hooks:

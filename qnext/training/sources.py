@@ -109,6 +109,6 @@ def take_bytes(files: Sequence[TextFile], *, limit: int, salt: str = "") -> list
     return taken
 
 
-def tokenize(texts: Iterable[str], tokenizer: Tokenizer, *, end_id: int) -> list[Document]:
+def tokenize(texts: Sequence[str], tokenizer: Tokenizer, *, end_id: int) -> list[Document]:
     """One document per text: its tokens, then `end_id`. Names of control tokens in the text stay plain text."""
-    return [np.array([*tokenizer.encode(text), end_id], dtype=np.int32) for text in texts]
+    return [np.array([*ids, end_id], dtype=np.int32) for ids in tokenizer.encode_batch(texts)]

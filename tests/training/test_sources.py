@@ -71,3 +71,11 @@ def test_tokenize_ends_documents_and_keeps_names_of_control_tokens_as_text() -> 
     (document,) = tokenize([text], tokenizer, end_id=end_id)
     assert document.tolist().count(end_id) == 1 and document[-1] == end_id
     assert tokenizer.decode(document[:-1].tolist()) == text
+
+
+def test_a_batch_of_texts_is_encoded_as_one_by_one() -> None:
+    tokenizer = Tokenizer(byte_level_tokenizer(), eos_tokens=[END_OF_TEXT])
+    texts = ["a b\n\n  c", "", "e\u0301 " + END_OF_TEXT, "def f(x):\n\treturn 1"]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    with pytest.raises(UsageError, match="surrogate"):
+        tokenizer.encode_batch(["fine", "\ud800"])
