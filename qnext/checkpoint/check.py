@@ -1,4 +1,4 @@
-"""Does a folder hold exactly the tensors that its configuration describes, with sane values?"""
+"""Does a folder hold exactly the tensors that its configuration describes? Read from headers alone. No torch."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from qnext.checkpoint import fp8
-from qnext.checkpoint.files import TensorFiles
-from qnext.checkpoint.header import TensorInfo
+from qnext.checkpoint.header import TensorInfo, load_json
 from qnext.checkpoint.names import Part, disk_parts, is_leftover, scale_name
 from qnext.config import ModelConfig, read_config
+from qnext.errors import ConfigError
 from qnext.planning import parameter_shapes
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
-_CHUNK = 1 << 24
+SCALE_DTYPES = ("F32", "BF16")
+FP8_BLOCK = 128
 
 
 class Target(NamedTuple):
@@ -43,16 +40,17 @@ def read_layout(folder: Path, tensors: dict[str, TensorInfo]) -> Layout:
         for name, shape in parameter_shapes(config).items()
         for part in disk_parts(name, shape)
     }
-    return Layout(config, fp8.read_is_fp8(folder), targets)
+    return Layout(config, _read_is_fp8(folder), targets)
 
 
 def structure_problems(layout: Layout, tensors: dict[str, TensorInfo], folder: Path) -> Iterator[str]:
     """One line for each tensor that is missing, misshaped, of a wrong dtype, or surplus."""
     missing = [name for name in layout.targets if name not in tensors]
     if missing and all(name.startswith("mtp.") for name in missing):
+        is_absent = not any(name.startswith("mtp.") for name in tensors)
         yield (
             f"{folder}: config.json asks for multi-token prediction (num_nextn_predict_layers = 1), but tensor "
-            f"{missing[0]} is missing ({len(missing)} in all); 0 there loads without it"
+            f"{missing[0]} is missing{'; set it to 0 to load the model without' if is_absent else ''}"
         )
     else:
         yield from (f"{folder}: tensor {name} is missing" for name in missing)
@@ -92,38 +90,37 @@ def _scale_problems(layout: Layout, tensors: dict[str, TensorInfo], info: Tensor
     elif name not in tensors:
         yield f"{info.file}: tensor {info.name} is F8_E4M3, but its scales {name} are missing"
     else:
-        scale, shape = tensors[name], fp8.scale_shape(info.shape)
+        scale, shape = tensors[name], _scale_shape(info.shape)
         if scale.shape != shape:
             yield f"{scale.file}: tensor {name} has shape {list(scale.shape)}, its weight asks for {list(shape)}"
-        if scale.dtype not in fp8.SCALE_DTYPES:
+        if scale.dtype not in SCALE_DTYPES:
             yield f"{scale.file}: tensor {name} has dtype {scale.dtype}, only F32 and BF16 are supported"
 
 
-def value_problems(layout: Layout, files: TensorFiles) -> Iterator[str]:
-    """One line for each tensor that holds a number which is not finite. Reads every byte, keeps none."""
-    for name, info in files.tensors.items():
-        yield from tensor_value_problems(layout, files, info)
-        files.drop(name)
+def _read_is_fp8(folder: Path) -> bool:
+    """Whether config.json declares the official FP8 form; ConfigError names any other quantization."""
+    path = folder / "config.json"
+    block = load_json(path.read_bytes(), path).get("quantization_config")
+    if block is None:
+        return False
+    if not isinstance(block, dict):
+        raise ConfigError(f"{path}: quantization_config: must be an object or null")
+    method = block.get("quant_method")
+    if method != "fp8":
+        raise ConfigError(f"{path}: quantization_config.quant_method: {method!r} is not supported, only 'fp8'")
+    for key, allowed in (
+        ("fmt", ("e4m3", None)),
+        ("activation_scheme", ("dynamic", None)),
+        ("weight_block_size", ([FP8_BLOCK, FP8_BLOCK],)),
+    ):
+        if block.get(key) not in allowed:
+            raise ConfigError(
+                f"{path}: quantization_config.{key}: {block.get(key)!r} is not supported, only {allowed[0]!r}"
+            )
+    return True
 
 
-def tensor_value_problems(layout: Layout, files: TensorFiles, info: TensorInfo) -> Iterator[str]:
-    tensor = files.read(info.name)
-    if not is_finite(tensor):
-        yield f"{info.file}: tensor {info.name} holds NaN or infinity"
-    elif layout.is_fp8 and info.name.endswith(scale_name("")) and not is_finite(tensor.to(torch.float32) * 448.0):
-        yield f"{info.file}: tensor {info.name} holds a scale beyond what FP8 weights can be multiplied by"
-    is_tied_head = layout.config.tie_word_embeddings and info.name == "lm_head.weight"
-    if is_tied_head and not torch.equal(tensor, files.read("model.embed_tokens.weight")):
-        yield f"{info.file}: tensor lm_head.weight differs from the embedding, but config.json ties them"
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether every number is finite, without a temporary as large as the tensor."""
-    flat = tensor.detach().reshape(-1)
-    if tensor.dtype == torch.float8_e4m3fn:
-        # e4m3fn has no infinity; its NaN is all ones behind the sign.
-        return not any(bool(((part & 0x7F) == 0x7F).any()) for part in flat.view(torch.uint8).split(_CHUNK))
-    if not tensor.is_floating_point() or flat.numel() == 0:
-        return True
-    low, high = torch.aminmax(flat)
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+def _scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Shape of the block scales of an [O, I] weight."""
+    out_dim, in_dim = shape
+    return -(-out_dim // FP8_BLOCK), -(-in_dim // FP8_BLOCK)

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qnext.checkpoint import fp8
-from qnext.checkpoint.check import Layout, is_finite, read_layout, structure_problems, tensor_value_problems
+from qnext.checkpoint.check import Layout, read_layout, structure_problems
 from qnext.checkpoint.files import TORCH_DTYPES, TensorFiles
 from qnext.checkpoint.header import TensorInfo
 from qnext.checkpoint.names import scale_name
+from qnext.checkpoint.values import dequantize, is_finite, tensor_value_problems
 from qnext.config import ModelConfig
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.model import CausalLM
@@ -81,7 +81,7 @@ def empty_model(
 def _copy(files: TensorFiles, info: TensorInfo, destination: Tensor) -> None:
     source = files.read(info.name)
     if source.dtype == torch.float8_e4m3fn:
-        source = fp8.dequantize(source, files.read(scale_name(info.name)), dtype=destination.dtype)
+        source = dequantize(source, files.read(scale_name(info.name)), dtype=destination.dtype)
     destination.copy_(source)
     if destination.dtype == torch.float16 and info.dtype != "F16" and not is_finite(destination):
         raise UsageError(f"{info.file}: tensor {info.name} holds numbers beyond the range of float16")

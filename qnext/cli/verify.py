@@ -42,8 +42,9 @@ def command(
 
 
 def _problems(folder: Path, progress: Callable[[int, int], None] | None) -> Iterator[str]:
-    from qnext.checkpoint.check import read_layout, structure_problems, tensor_value_problems
+    from qnext.checkpoint.check import read_layout, structure_problems
     from qnext.checkpoint.files import TensorFiles
+    from qnext.checkpoint.values import tensor_value_problems
     from qnext.errors import CorruptCheckpoint
 
     try:

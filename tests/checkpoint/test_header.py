@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -270,3 +272,23 @@ def test_reading_again_after_dropping_pages(tmp_path: Path) -> None:
         files.drop("a")
         assert torch.equal(view, values)
         assert torch.equal(files.read("b"), values + 1)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_headers_never_escape(tmp_path: Path, data: st.DataObject) -> None:
+    """Any change of a header is either harmless or named; no other error gets out."""
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(5, dtype=torch.float16)}, path)
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(raw) - 1))
+        raw[place] = data.draw(st.one_of(st.integers(0, 255), st.sampled_from(b'0123456789{}[]",:.-eE')))
+    path.write_bytes(bytes(raw[: data.draw(st.integers(len(raw) - 40, len(raw)))]))
+    try:
+        infos = read_header(path).values()
+    except CorruptCheckpoint as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert sum(info.num_bytes for info in infos) + int.from_bytes(raw[:8], "little") + 8 == path.stat().st_size

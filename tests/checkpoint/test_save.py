@@ -167,3 +167,12 @@ def test_a_model_that_transformers_made(tmp_path: Path, name: str) -> None:
     with torch.no_grad():
         expected = theirs(ids_T[None]).logits[0]
     torch.testing.assert_close(_logits(load_model(tmp_path / "theirs"), ids_T), expected, rtol=0, atol=1e-4)
+
+
+def test_a_folder_may_keep_its_own_tokenizer(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "m")
+    (folder / "tokenizer.json").write_text("{}")
+    save_model(tiny_model("dense"), folder, overwrite=True, tokenizer_folder=folder)
+    assert (folder / "tokenizer.json").read_text() == "{}"
+    assert load_model(folder).config == CONFIGS["dense"]
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
