@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from qnext.cli import VERBS
 
@@ -216,24 +220,37 @@ def test_a_wrong_verb_is_a_usage_error() -> None:
     assert "Traceback" not in done.stderr
 
 
+def pins() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in found}
+
+
 def test_every_requirement_is_pinned() -> None:
     """What pyproject.toml asks for, constraints.txt fixes, and inside the range."""
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, (x for x in lines if x and x[0] != "#"))}
-    for text in wanted:
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
         requirement = Requirement(text)
-        pin = pins.get(canonicalize_name(requirement.name))
+        pin = pins().get(canonicalize_name(requirement.name))
         assert pin is not None, f"{requirement.name} is not in constraints.txt"
         (exact,) = pin.specifier
         assert exact.operator == "=="
         assert "+" not in exact.version, f"{pin}: a local build is no version of the package"
         assert requirement.specifier.contains(exact.version), f"{pin} is outside {requirement}"
+
+
+def test_the_oldest_python_can_be_served() -> None:
+    """A pin that has no release for Python 3.10 must not bind there, else `make` fails on a machine with 3.10."""
+    for pin in pins().values():
+        try:
+            found = importlib.metadata.metadata(pin.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        binds = pin.marker is None or pin.marker.evaluate({"python_version": "3.10", "python_full_version": "3.10.0"})
+        if binds and found["Version"] == next(iter(pin.specifier)).version:
+            supported = SpecifierSet(found.get("Requires-Python") or "")
+            assert supported.contains("3.10.13"), f"{pin} needs Python {supported}: give it a marker"
 
 
 def test_files_and_functions_stay_short() -> None:
