@@ -34,6 +34,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     muon_momentum: float = 0.95
+    muon_lr: float | None = None  # of the matrices that Muon has; None: lr
     # warm-up, stable, decay; the slower of the two warm-ups holds
     warmup_fraction: float = 0.02
     warmup_steps: int = 0
@@ -96,6 +97,8 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in (*_POSITIVE, *_NOT_NEGATIVE, *_FRACTIONS, *_BELOW_ONE):
         if not math.isfinite(getattr(config, name)):
             refuse(name, "finite")
+    if config.muon_lr is not None and not 0.0 < config.muon_lr < math.inf:
+        refuse("muon_lr", "positive")
     for name in _AT_LEAST_ONE:
         if getattr(config, name) < 1:
             refuse(name, "at least 1")

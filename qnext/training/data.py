@@ -1,8 +1,9 @@
 """Documents of token ids -> packed batches of exactly T tokens, in an order that a seed fixes.
 
-Every row of a batch has a target: the last token of a document, its end token, is predicted and never an input. A
-document longer than the sequence length, or longer than what is left of a batch, is cut; its next piece starts
-afresh, and the last row of a piece still predicts the next token of the document.
+Every row of a batch has a target: the last token of a document, its end token, is predicted and never an input.
+Documents longer than the sequence length are cut in pieces, and the pieces of all documents are shuffled together:
+a batch of one long document would be a poor sample of the text. A piece longer than what is left of a batch is cut
+again. Each piece starts afresh, and its last row still predicts the next token of the document.
 
 Legend: T tokens.
 """
@@ -87,7 +88,7 @@ def pack(pieces: Sequence[Piece]) -> TrainBatch:
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a stream stands: the next token is `offset` of document number `place` in the order of `epoch`."""
+    """Where a stream stands: the next token is `offset` of piece number `place` in the order of `epoch`."""
 
     epoch: int
     place: int
@@ -98,22 +99,26 @@ class StreamPosition:
 class PackedStream:
     """Endless micro batches of exactly `tokens_per_batch` tokens; each epoch has its own order.
 
-    The order depends on `seed`, epoch and the number of documents, on no library's random generator. Documents of
+    The order depends on `seed`, epoch and the number of pieces, on no library's random generator. Documents of
     fewer than two tokens have no target and are left out. Raises UsageError when none is left.
     """
 
     def __init__(
         self, documents: Sequence[Document], *, tokens_per_batch: int, sequence_length: int, seed: int
     ) -> None:
-        self._documents = [document for document in documents if len(document) >= 2]
-        if not self._documents:
+        self._pieces = [
+            Piece(document, start, min(start + sequence_length, len(document) - 1))
+            for document in documents
+            for start in range(0, len(document) - 1, sequence_length)
+        ]
+        if not self._pieces:
             raise UsageError("no document has a token to predict; training needs text")
-        self._tokens_per_batch, self._sequence_length, self._seed = tokens_per_batch, sequence_length, seed
+        self._tokens_per_batch, self._seed = tokens_per_batch, seed
         self._epoch, self._place, self._offset = 0, 0, 0
         self._order = self._epoch_order(0)
-        sizes = np.array([tokens_per_batch, sequence_length, seed, len(self._documents)], dtype=np.int64)
+        sizes = np.array([tokens_per_batch, sequence_length, seed, len(self._pieces)], dtype=np.int64)
         self._fingerprint = zlib.crc32(sizes.tobytes())
-        for document in self._documents:
+        for document in documents:
             self._fingerprint = zlib.crc32(np.asarray(document, dtype=np.int32).tobytes(), self._fingerprint)
 
     @property
@@ -123,7 +128,7 @@ class PackedStream:
     @property
     def num_tokens(self) -> int:
         """Targets in one epoch."""
-        return sum(len(document) - 1 for document in self._documents)
+        return sum(piece.end - piece.start for piece in self._pieces)
 
     @property
     def position(self) -> StreamPosition:
@@ -142,16 +147,17 @@ class PackedStream:
         pieces: list[Piece] = []
         missing = self._tokens_per_batch
         while missing > 0:
-            document = self._documents[self._order[self._place]]
-            end = min(self._offset + min(missing, self._sequence_length), len(document) - 1)
-            pieces.append(Piece(document, self._offset, end))
-            missing -= end - self._offset
-            self._offset = end
-            if end == len(document) - 1:
-                self._next_document()
+            document, first, last = self._pieces[self._order[self._place]]
+            start = first + self._offset
+            end = min(start + missing, last)
+            pieces.append(Piece(document, start, end))
+            missing -= end - start
+            self._offset += end - start
+            if end == last:
+                self._next_piece()
         return pack(pieces)
 
-    def _next_document(self) -> None:
+    def _next_piece(self) -> None:
         self._place, self._offset = self._place + 1, 0
         if self._place == len(self._order):
             self._epoch, self._place = self._epoch + 1, 0
@@ -160,6 +166,6 @@ class PackedStream:
     def _epoch_order(self, epoch: int) -> list[int]:
         keys = [
             hashlib.blake2b(f"{self._seed}/{epoch}/{i}".encode(), digest_size=8).digest()
-            for i in range(len(self._documents))
+            for i in range(len(self._pieces))
         ]
         return sorted(range(len(keys)), key=keys.__getitem__)

@@ -168,7 +168,7 @@ class Trainer:
         torch.nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_norm, norm)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             optimizer.step()
 
     def _report(self, metrics: StepMetrics) -> None:

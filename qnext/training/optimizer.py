@@ -172,7 +172,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(rules: Sequence[ParameterRule], config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, then Muon where a rule asks for it; each with a decayed and an undecayed group."""
+    """AdamW, then Muon where a rule asks for it; each with a decayed and an undecayed group.
+
+    `lr_scale` of a group is its learning rate over that of the schedule.
+    """
     optimizers: list[torch.optim.Optimizer] = []
     adamw = _groups(rules, "adamw", config.weight_decay)
     if adamw:
@@ -180,6 +183,8 @@ def make_optimizers(rules: Sequence[ParameterRule], config: TrainConfig) -> list
         optimizers.append(torch.optim.AdamW(adamw, lr=config.lr, betas=betas, eps=config.eps, fused=True))
     muon = _groups(rules, "muon", config.weight_decay)
     if muon:
+        for group in muon:
+            group["lr_scale"] = 1.0 if config.muon_lr is None else config.muon_lr / config.lr
         optimizers.append(Muon(muon, lr=config.lr, momentum=config.muon_momentum, weight_decay=config.weight_decay))
     return optimizers
 

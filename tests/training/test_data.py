@@ -37,18 +37,19 @@ def test_every_target_comes_once_per_epoch_in_batches_of_one_size() -> None:
         assert batch.num_mtp_labels == int((batch.mtp_labels_T != IGNORED).sum())
         inputs += batch.batch.token_ids_T.tolist()
         labels += batch.labels_T.tolist()
-    orders = []
-    for epoch in range(3):
-        rows = slice(epoch * packed.num_tokens, (epoch + 1) * packed.num_tokens)
-        walked, order = [], []
-        for token, label in zip(inputs[rows], labels[rows], strict=True):
-            walked.append(token)
-            if label == END:
-                order.append((*walked, END))
-                walked = []
-        assert sorted(order) == sorted(tuple(d.tolist()) for d in docs if len(d) > 1)
-        orders.append(order)
-    assert orders[0] != orders[1] and orders[1] != orders[2]
+    rows = sorted((token, label) for d in docs for token, label in zip(d[:-1].tolist(), d[1:].tolist(), strict=True))
+    epochs = [slice(n * packed.num_tokens, (n + 1) * packed.num_tokens) for n in range(3)]
+    for epoch in epochs:
+        assert sorted(zip(inputs[epoch], labels[epoch], strict=True)) == rows
+    assert len({tuple(inputs[epoch]) for epoch in epochs}) == 3
+
+
+def test_pieces_of_long_documents_are_shuffled_among_the_others() -> None:
+    """A long document must not fill batch after batch: its pieces lie apart."""
+    docs = [np.array([n] * 801 + [END], dtype=np.int32) for n in range(4)]
+    packed = PackedStream(docs, tokens_per_batch=32, sequence_length=8, seed=0)
+    mixed = [len(set(packed.next_batch().batch.token_ids_T.tolist())) for _ in range(100)]
+    assert np.mean(mixed) > 2.5
 
 
 def test_order_depends_on_the_seed_alone() -> None:
