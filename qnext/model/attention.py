@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qnext import ops
 from qnext.config import ModelConfig
 from qnext.model.batch import Batch
-from qnext.model.layers import make_norm
+from qnext.model.layers import Linear, make_norm
 
 
 class Attention(nn.Module):
@@ -28,10 +28,10 @@ class Attention(nn.Module):
         hidden, bias = config.hidden_size, config.attention_bias
         query_dim = config.num_attention_heads * config.head_dim
         key_dim = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden, query_dim * (2 if self.has_gate else 1), bias=bias)
-        self.k_proj = nn.Linear(hidden, key_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, key_dim, bias=bias)
-        self.o_proj = nn.Linear(query_dim, hidden, bias=bias)
+        self.q_proj = Linear(hidden, query_dim * (2 if self.has_gate else 1), bias=bias)
+        self.k_proj = Linear(hidden, key_dim, bias=bias)
+        self.v_proj = Linear(hidden, key_dim, bias=bias)
+        self.o_proj = Linear(query_dim, hidden, bias=bias)
         self.q_norm = make_norm(config, config.head_dim)
         self.k_norm = make_norm(config, config.head_dim)
 

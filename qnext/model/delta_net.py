@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qnext import ops
 from qnext.config import ModelConfig
 from qnext.model.batch import Batch
-from qnext.model.layers import GatedRMSNorm
+from qnext.model.layers import GatedRMSNorm, Linear
 
 
 class GatedDeltaNet(nn.Module):
@@ -33,13 +33,13 @@ class GatedDeltaNet(nn.Module):
         self.value_head_dim = config.linear_value_head_dim
         self.key_dim, self.value_dim = config.linear_key_dim, config.linear_value_dim
         hidden, conv_dim = config.hidden_size, config.linear_conv_dim
-        self.in_proj_qkvz = nn.Linear(hidden, 2 * self.key_dim + 2 * self.value_dim, bias=False)
-        self.in_proj_ba = nn.Linear(hidden, 2 * self.num_value_heads, bias=False)
+        self.in_proj_qkvz = Linear(hidden, 2 * self.key_dim + 2 * self.value_dim, bias=False)
+        self.in_proj_ba = Linear(hidden, 2 * self.num_value_heads, bias=False)
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, config.linear_conv_kernel_dim, groups=conv_dim, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(self.num_value_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_value_heads))
         self.norm = GatedRMSNorm(self.value_head_dim, eps=config.rms_norm_eps)
-        self.out_proj = nn.Linear(self.value_dim, hidden, bias=False)
+        self.out_proj = Linear(self.value_dim, hidden, bias=False)
 
     def forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
         num_tokens = x_TD.shape[0]

@@ -38,14 +38,21 @@ class GatedRMSNorm(nn.Module):
         return ops.gated_rms_norm(x, gate, self.weight, eps=self.eps)
 
 
+class Linear(nn.Linear):
+    """torch's layer, multiplied by ops.linear."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return ops.linear(x_TD, self.weight, self.bias)
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, width, bias=False)
+        self.up_proj = Linear(hidden_size, width, bias=False)
+        self.down_proj = Linear(width, hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(torch.nn.functional.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))

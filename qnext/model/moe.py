@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qnext import ops
 from qnext.config import ModelConfig
-from qnext.model.layers import MLP
+from qnext.model.layers import MLP, Linear
 
 
 class RouterOutput(NamedTuple):
@@ -32,7 +32,7 @@ class Router(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
 
     def forward(self, x_TD: Tensor) -> RouterOutput:
-        logits_TE = nn.functional.linear(x_TD, self.weight)
+        logits_TE = ops.linear(x_TD, self.weight)
         return RouterOutput(logits_TE, ops.route(logits_TE, top_k=self.top_k, norm_topk_prob=self.norm_topk_prob))
 
 
@@ -59,7 +59,7 @@ class SparseMoE(nn.Module):
         self.shared_expert: MLP | None = None
         if config.shared_expert_intermediate_size:
             self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
-            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+            self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         out_TD = self.experts(x_TD, self.gate(x_TD).routing)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qnext.config import ModelConfig
 from qnext.model.batch import Batch
-from qnext.model.layers import make_norm
+from qnext.model.layers import Linear, make_norm
 
 
 class MultiTokenPredictor(nn.Module):
@@ -24,7 +24,7 @@ class MultiTokenPredictor(nn.Module):
         hidden = config.hidden_size
         self.pre_fc_norm_embedding = make_norm(config, hidden)
         self.pre_fc_norm_hidden = make_norm(config, hidden)
-        self.fc = nn.Linear(2 * hidden, hidden, bias=False)
+        self.fc = Linear(2 * hidden, hidden, bias=False)
         self.layers = nn.ModuleList([layer])
         self.norm = make_norm(config, hidden)
 

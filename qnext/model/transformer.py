@@ -14,7 +14,7 @@ from qnext.config import LINEAR_ATTENTION, ModelConfig
 from qnext.model.attention import Attention
 from qnext.model.batch import Batch
 from qnext.model.delta_net import GatedDeltaNet
-from qnext.model.layers import MLP, RotaryEmbedding, make_norm
+from qnext.model.layers import MLP, Linear, RotaryEmbedding, make_norm
 from qnext.model.moe import SparseMoE
 from qnext.model.mtp import MultiTokenPredictor
 
@@ -79,7 +79,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Transformer(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.mtp: MultiTokenPredictor | None = None

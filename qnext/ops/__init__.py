@@ -11,6 +11,7 @@ from qnext.ops.reference.delta import (
     gated_delta_rule,
     recurrent_gated_delta_rule,
 )
+from qnext.ops.reference.linear import linear
 from qnext.ops.reference.moe import Routing, experts_swiglu, route, swiglu
 from qnext.ops.reference.norm import gated_rms_norm, l2_norm, rms_norm
 from qnext.ops.reference.rope import apply_rope, rope_cos_sin, rope_frequencies, yarn_frequencies
@@ -27,6 +28,7 @@ __all__ = [
     "gated_delta_rule",
     "gated_rms_norm",
     "l2_norm",
+    "linear",
     "paged_attention",
     "recurrent_gated_delta_rule",
     "rms_norm",

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qnext.ops.reference.linear import has_native_bf16, is_bf16_inference
+
 
 class Routing(NamedTuple):
     weights_TA: Tensor  # [T, top_k] fp32
@@ -38,7 +40,39 @@ def experts_swiglu(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, *, rout
     `gate_up_E2FD` holds the gate rows of each expert, then its up rows. Work is grouped by expert: experts without a
     token cost nothing.
     """
+    if is_bf16_inference(x_TD, gate_up_E2FD, down_EDF):
+        if x_TD.shape[0] == 1:
+            return _one_token(x_TD, gate_up_E2FD, down_EDF, routing)
+        if not has_native_bf16():
+            return _widened_experts(x_TD, gate_up_E2FD, down_EDF, routing)
     return _Experts.apply(x_TD, gate_up_E2FD, down_EDF, routing.weights_TA.to(x_TD.dtype), routing.experts_TA)
+
+
+def _one_token(x_1D: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, routing: Routing) -> Tensor:
+    """Matrix-vector products of the chosen experts only; see ops.linear for why not matrix products."""
+    x_D = x_1D[0]
+    out_D = torch.zeros(x_D.shape, dtype=routing.weights_TA.dtype)
+    for weight, expert in zip(routing.weights_TA[0].tolist(), routing.experts_TA[0].tolist(), strict=True):
+        hidden = swiglu(torch.mv(gate_up_E2FD[expert], x_D))
+        out_D.add_(torch.mv(down_EDF[expert], hidden), alpha=weight)
+    return out_D.to(x_1D.dtype)[None]
+
+
+def _widened_experts(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, routing: Routing) -> Tensor:
+    """In fp32, each used expert's matrices widened in turn; see ops.linear."""
+    groups = _group(routing.experts_TA, len(gate_up_E2FD))
+    x_AD = x_TD.float().index_select(0, groups.tokens_A)
+    weights_A = torch.empty_like(routing.weights_TA).view(-1)
+    weights_A[groups.places_TA.flatten()] = routing.weights_TA.flatten()
+    gate_up, down = torch.empty(gate_up_E2FD.shape[1:]), torch.empty(down_EDF.shape[1:])
+    start = 0
+    for expert, end in enumerate(groups.ends_E.tolist()):
+        if end > start:
+            rows = x_AD[start:end]
+            hidden = swiglu(rows @ gate_up.copy_(gate_up_E2FD[expert]).t()).mul_(weights_A[start:end, None])
+            torch.mm(hidden, down.copy_(down_EDF[expert]).t(), out=rows)
+        start = end
+    return _sum_per_token(x_AD, groups).to(x_TD.dtype)
 
 
 class _Groups(NamedTuple):
