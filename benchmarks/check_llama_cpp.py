@@ -51,9 +51,7 @@ class Server:
         self._url = f"http://127.0.0.1:{port}"
         options = ["-m", str(gguf), "-t", "2", "-c", "1024", "--port", str(port), "--no-webui"]
         options += ["-fa", "off", "-ctk", "f32", "-ctv", "f32"]
-        self._process = subprocess.Popen(
-            [str(binary), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        self._process = subprocess.Popen([str(binary), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(200):
             try:
                 urllib.request.urlopen(self._url + "/health")

@@ -24,6 +24,7 @@ class TrainConfig:
     total_steps: int | None = None
     time_budget: float | None = None  # seconds, evaluation and samples included
     accumulation: int = 1  # micro batches per optimiser step
+    parallel_batches: int = 1  # micro batches that run at once, a thread each; accumulation is a multiple of it
     seed: int = 0
     # optimiser
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -74,7 +75,7 @@ _CHOICES = {
     "decay_shape": ("linear", "sqrt"),
     "precision": ("auto", "float32", "bfloat16"),
 }
-_AT_LEAST_ONE = ("tokens_per_batch", "sequence_length", "accumulation", "keep_snapshots")
+_AT_LEAST_ONE = ("tokens_per_batch", "sequence_length", "accumulation", "parallel_batches", "keep_snapshots")
 _POSITIVE = ("lr", "eps", "clip_norm")
 _NOT_NEGATIVE = (
     "min_lr", "weight_decay", "warmup_steps", "balance_coefficient", "z_loss_coefficient", "mtp_coefficient",
@@ -120,6 +121,8 @@ def _check_ranges(config: TrainConfig) -> None:
         refuse("total_steps", "at least 1")
     if config.time_budget is not None and not 0.0 < config.time_budget < math.inf:
         refuse("time_budget", "a positive number of seconds")
+    if config.accumulation % config.parallel_batches:
+        refuse("parallel_batches", f"a divisor of accumulation ({config.accumulation})")
     if config.warmup_fraction + config.decay_fraction > 1.0:
         raise UsageError("warmup_fraction and decay_fraction together exceed 1")
 

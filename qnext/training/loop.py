@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from qnext.checkpoint.snapshot import Snapshot, list_snapshots, load_snapshot, l
 from qnext.errors import CorruptCheckpoint, QnextError
 from qnext.model import CausalLM
 from qnext.training.config import TrainConfig, learning_rate
-from qnext.training.data import PackedStream, StreamPosition
-from qnext.training.losses import BalanceBuffer, LossWeights, RouterTap, StepTargets, compute_losses
+from qnext.training.data import PackedStream, StreamPosition, TrainBatch
+from qnext.training.losses import BalanceBuffer, Losses, LossWeights, RouterTap, StepTargets, compute_losses
 from qnext.training.metrics import MetricsFile, StepMetrics, expert_stats
 from qnext.training.optimizer import load_optimizer_tensors, make_optimizers, optimizer_tensors, parameter_rules
 from qnext.training.precision import PrecisionChoice, choose_precision
+from qnext.training.threads import BackwardThreads
 
 _MAX_SKIPPED_IN_A_ROW = 10
 
@@ -62,6 +64,7 @@ class Trainer:
         self._optimizers = make_optimizers(self.rules, config)
         self._parameters = [rule.parameter for rule in self.rules]
         self._buffer = BalanceBuffer()
+        self._threads = BackwardThreads(config.parallel_batches) if config.parallel_batches > 1 else None
         self._folder = folder
         self._metrics: MetricsFile | None = None
         self._elapsed_before = 0.0
@@ -143,7 +146,7 @@ class Trainer:
 
     def _accumulate_gradients(self, tap: RouterTap, trains_mtp: bool) -> Tensor:
         """Backward of every micro batch of a step; returns the step's [loss, mtp, balance, z]."""
-        config, device = self.config, self.model.device
+        config = self.config
         batches = [self.stream.next_batch() for _ in range(config.accumulation)]
         targets = StepTargets(
             sum(b.num_labels for b in batches), sum(b.num_mtp_labels for b in batches), config.accumulation
@@ -153,16 +156,36 @@ class Trainer:
             config.balance_coefficient, config.z_loss_coefficient, mtp_weight, config.mtp_detach_trunk
         )
         total: Tensor | None = None
-        for batch in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision.precision == "bfloat16"):
-                losses = compute_losses(
-                    self.model, batch.to(device), tap=tap, buffer=self._buffer, targets=targets, weights=weights
-                )
-            losses.total.backward()
-            parts = torch.stack([losses.main, losses.mtp, losses.balance, losses.z])
-            total = parts if total is None else total + parts
+        for start in range(0, len(batches), config.parallel_batches):
+            group = batches[start : start + config.parallel_batches]
+            buffers = [self._buffer.fork() for _ in group]
+            tasks = [
+                partial(self._losses, batch, tap, buffer, targets, weights)
+                for batch, buffer in zip(group, buffers, strict=True)
+            ]
+            for losses in self._backward(tasks):
+                parts = torch.stack([losses.main, losses.mtp, losses.balance, losses.z])
+                total = parts if total is None else total + parts
+            self._buffer.join(buffers)
         assert total is not None
         return total
+
+    def _losses(
+        self, batch: TrainBatch, tap: RouterTap, buffer: BalanceBuffer, targets: StepTargets, weights: LossWeights
+    ) -> Losses:
+        device = self.model.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision.precision == "bfloat16"):
+            return compute_losses(
+                self.model, batch.to(device), tap=tap, buffer=buffer, targets=targets, weights=weights
+            )
+
+    def _backward(self, tasks: Sequence[Callable[[], Losses]]) -> list[Losses]:
+        if self._threads is not None:
+            return self._threads.backward(tasks, self._parameters)
+        (task,) = tasks
+        losses = task()
+        losses.total.backward()
+        return [losses]
 
     def _update(self, norm: Tensor, lr: float) -> None:
         torch.nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_norm, norm)

@@ -5,6 +5,7 @@ Legend: T tokens, R rows, D hidden, Y vocabulary, L routers, E experts, A expert
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from qnext.model import CausalLM, Router, RouterOutput
 from qnext.training.data import IGNORED, TrainBatch
 
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = 1 << 20
 
 
 def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int = 0) -> Tensor:
     """Sum over rows of -log softmax(hidden @ weight^T)[label]; rows labelled -100 count nothing.
 
-    Logits exist for `chunk_rows` rows at a time (0: about four million logits), in fp32 at least. The gradients of
+    Logits exist for `chunk_rows` rows at a time (0: about a million logits), in fp32 at least. The gradients of
     both inputs are computed together with the value.
     """
     if chunk_rows <= 0:
@@ -70,19 +71,18 @@ class RouterTap:
     """Keeps what every router of a model decided in forwards with gradients, in the order of the layers."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._outputs: list[RouterOutput] = []
+        self._outputs: dict[int, list[RouterOutput]] = {}
         self._handles = [
             module.register_forward_hook(self._keep) for module in model.modules() if isinstance(module, Router)
         ]
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: RouterOutput) -> None:
         if torch.is_grad_enabled():
-            self._outputs.append(output)
+            self._outputs.setdefault(threading.get_ident(), []).append(output)
 
     def take(self) -> list[RouterOutput]:
-        """What was kept since the last call."""
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        """What the calling thread's forwards left since its last call."""
+        return self._outputs.pop(threading.get_ident(), [])
 
     def close(self) -> None:
         for handle in self._handles:
@@ -141,6 +141,19 @@ class BalanceBuffer:
         else:
             self.counts_LE = self.counts_LE + counts_LE
         return self.counts_LE
+
+    def fork(self) -> BalanceBuffer:
+        """A buffer for one of several micro batches that run at once: it sees what was counted before them."""
+        child = BalanceBuffer()
+        child.counts_LE = self.counts_LE
+        return child
+
+    def join(self, children: Sequence[BalanceBuffer]) -> None:
+        """Take over what forks of this buffer have added."""
+        before = self.counts_LE
+        for child in children:
+            if child.counts_LE is not None:
+                self.add(child.counts_LE if before is None else child.counts_LE - before)
 
     def reset(self) -> None:
         self.counts_LE = None

@@ -198,9 +198,7 @@ def _groups(rules: Sequence[ParameterRule], algorithm: Algorithm, weight_decay: 
     return groups
 
 
-def optimizer_tensors(
-    optimizers: Sequence[torch.optim.Optimizer], rules: Sequence[ParameterRule]
-) -> dict[str, Tensor]:
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], rules: Sequence[ParameterRule]) -> dict[str, Tensor]:
     """The state of all optimisers as `<parameter name>/<key>`; load_optimizer_tensors is its inverse."""
     names = {id(rule.parameter): rule.name for rule in rules}
     return {

@@ -32,7 +32,11 @@ def test_time_budget_must_be_positive() -> None:
 @pytest.mark.parametrize("shape", ["linear", "sqrt"])
 def test_schedule_rises_stays_and_falls(shape: str) -> None:
     config = TrainConfig(
-        **GOOD, min_lr=1e-4, warmup_fraction=0.1, decay_fraction=0.2, decay_shape=shape  # type: ignore[arg-type]
+        **GOOD,
+        min_lr=1e-4,
+        warmup_fraction=0.1,
+        decay_fraction=0.2,
+        decay_shape=shape,  # type: ignore[arg-type]
     )
     at = [learning_rate(config, progress=p, step=1000) for p in (0.0, 0.05, 0.1, 0.5, 0.8, 0.85, 0.9, 1.0)]
     assert at[0] == 0.0

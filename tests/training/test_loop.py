@@ -150,7 +150,7 @@ def test_time_budget_ends_the_run_and_moves_the_schedule() -> None:
     trainer = make_trainer(config, hooks=Hooks(on_step=seen.append))
     trainer.run()
     assert trainer.is_done and trainer.elapsed >= 1.5
-    assert seen[-1].elapsed - seen[-1].tokens_per_second**-1 * 48 < 1.5
+    assert seen[-1].elapsed - seen[-1].tokens_per_second ** -1 * 48 < 1.5
     assert all(a.progress <= b.progress for a, b in itertools.pairwise(seen))
     assert seen[0].progress < 0.5 and seen[-1].lr < config.lr
 

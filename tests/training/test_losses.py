@@ -96,6 +96,7 @@ def batches(count: int, *, size: int = 40) -> list[TrainBatch]:
 
 def joined(parts: list[TrainBatch]) -> TrainBatch:
     """The same sequences in one micro batch."""
+
     def cat(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts])
 

@@ -21,9 +21,11 @@ def metrics(folder: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("mtp_start", [0.0, 0.7])
-def test_resumed_equals_uninterrupted(tmp_path: Path, optimizer: str, mtp_start: float) -> None:
-    config = CONFIG.with_(optimizer=optimizer, mtp_start=mtp_start, warmup_fraction=0.3, decay_fraction=0.5)
+@pytest.mark.parametrize(("mtp_start", "parallel"), [(0.0, 1), (0.7, 1), (0.7, 2)])
+def test_resumed_equals_uninterrupted(tmp_path: Path, optimizer: str, mtp_start: float, parallel: int) -> None:
+    config = CONFIG.with_(
+        optimizer=optimizer, mtp_start=mtp_start, parallel_batches=parallel, warmup_fraction=0.3, decay_fraction=0.5
+    )
     straight = tiny_model()
     make_trainer(config, model=straight, folder=tmp_path / "straight").run()
 

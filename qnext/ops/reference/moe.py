@@ -31,7 +31,7 @@ def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool) -> Routing:
 def swiglu(gate_and_up: Tensor) -> Tensor:
     """silu(gate) * up for a last dim that holds gate, then up."""
     gate, up = gate_and_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def experts_swiglu(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, *, routing: Routing) -> Tensor:

@@ -1,0 +1,63 @@
+"""Several backward passes at once on the CPU, a thread each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+
+class HasTotal(Protocol):
+    """Something with a loss to differentiate."""
+
+    @property
+    def total(self) -> Tensor: ...
+
+
+Loss = TypeVar("Loss", bound=HasTotal)
+
+
+class BackwardThreads:
+    """Runs tasks side by side, torch's own threads shared out among them.
+
+    A model of a few million parameters is made of operations too short to be worth dividing among cores: half of a
+    step went into handing them out. Whole micro batches have no such cost. Gradients are added in the order of the
+    tasks, so results do not depend on which thread is faster.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        assert num_threads >= 1
+        self.num_threads = num_threads
+        self._pool = ThreadPoolExecutor(num_threads)
+
+    def backward(self, tasks: Sequence[Callable[[], Loss]], parameters: Sequence[nn.Parameter]) -> list[Loss]:
+        """Call the tasks, differentiate `total` of what they return and add the gradients to the parameters'."""
+        total_threads = torch.get_num_threads()
+        share = max(1, total_threads // self.num_threads)
+
+        def run(task: Callable[[], Loss]) -> tuple[Loss, tuple[Tensor | None, ...]]:
+            torch.set_num_threads(share)  # holds for the calling thread
+            loss = task()
+            return loss, torch.autograd.grad(loss.total, parameters, allow_unused=True)
+
+        try:
+            done = list(self._pool.map(run, tasks))
+        finally:
+            torch.set_num_threads(total_threads)
+        for _, gradients in done:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is None:
+                    continue
+                if parameter.grad is not None:
+                    parameter.grad.add_(gradient)
+                elif gradient.stride() == parameter.stride():
+                    parameter.grad = gradient
+                else:  # fused optimisers walk parameter and gradient by the same strides
+                    parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        return [loss for loss, _ in done]
+
+    def close(self) -> None:
+        self._pool.shutdown()
