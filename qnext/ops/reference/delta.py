@@ -15,7 +15,7 @@ from torch import Tensor
 from qnext.ops.packing import ChunkLayout, Packing
 
 DELTA_CHUNK_SIZE = 64
-_SMALL_CHUNK_SIZE = 32  # less work where heads are narrower than a chunk; divides the grid of the larger
+_SMALL_CHUNK_SIZE = 32  # less work for heads no wider than a chunk; divides the grid of the larger
 
 
 class DeltaOutput(NamedTuple):
@@ -44,7 +44,7 @@ def gated_delta_rule(
     with torch.autocast(v_THV.device.type, enabled=False):  # it would round the state to bf16
         if packing.max_length == 1:
             return recurrent_gated_delta_rule(*arguments, packing=packing, initial_state_NHKV=initial_state_NHKV)
-        chunk_size = DELTA_CHUNK_SIZE if k_TJK.shape[-1] >= DELTA_CHUNK_SIZE else _SMALL_CHUNK_SIZE
+        chunk_size = DELTA_CHUNK_SIZE if k_TJK.shape[-1] > DELTA_CHUNK_SIZE else _SMALL_CHUNK_SIZE
         return chunk_gated_delta_rule(
             *arguments, packing=packing, initial_state_NHKV=initial_state_NHKV, chunk_size=chunk_size
         )
@@ -174,7 +174,7 @@ class _ChunkDelta(torch.autograd.Function):
         grad_q_in = grad_out @ states.transpose(-1, -2)
         grad_k_out = writes @ grad_exits.transpose(-1, -2)
         along_k_in = _dot_grouped(grad_k_in, k, repeats) * growth
-        grad_beta = (grad_right * v).sum(-1).add_(along_k_in).add_((grad_matrix * mixing).sum(-1))
+        grad_beta = torch.linalg.vecdot(grad_right, v).add_(along_k_in).add_(torch.linalg.vecdot(grad_matrix, mixing))
 
         # The gradient of an exponent is that of the product it scales, times the product.
         grad_mixing = grad_matrix.mul_(beta[..., None])

@@ -161,11 +161,13 @@ class _Experts(torch.autograd.Function):
         activated = F.silu(gate)
         inner = activated * up
         grad_scaled = _grouped_mm(grad_A, down, groups)
-        grad_weights = (grad_scaled * inner).sum(-1)[groups.places_TA]
+        grad_weights = torch.linalg.vecdot(grad_scaled, inner)[groups.places_TA]
         grad_down = _grouped_outer(grad_A, inner.mul_(weights_A1), groups)
         grad_inner = grad_scaled.mul_(weights_A1)
-        grad_gate = torch.ops.aten.silu_backward(grad_inner * up, gate)
-        grad_hidden = torch.cat([grad_gate, grad_inner.mul_(activated)], dim=-1)
+        grad_hidden = torch.empty_like(hidden)
+        grad_gate, grad_up = grad_hidden.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(grad_inner * up, gate, grad_input=grad_gate)
+        torch.mul(grad_inner, activated, out=grad_up)
         grad_gate_up = _grouped_outer(grad_hidden, x_AD, groups)
         grad_x = _sum_per_token(_grouped_mm(grad_hidden, gate_up, groups), groups)
         return grad_x, grad_gate_up, grad_down, grad_weights, None
