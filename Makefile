@@ -34,7 +34,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-dev
 	@set -e; for script in benchmarks/bench_*.py; do \
 		if [ ! -f "$$script" ]; then echo "no benchmarks here" >&2; exit 2; fi; \
 		echo "== $$script"; $(BIN)/python "$$script"; \

@@ -10,13 +10,27 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from _pair import Contestants, Step, machine, print_json, ratios
 
+from qnext.checkpoint import create_folder
+from qnext.config import preset
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _WARM_PROMPT = 32
+
+
+def _standard_model() -> str:
+    """Released layer shapes, 3.9 B parameters, random weights: 8 GB in runs/standard."""
+    folder = Path("runs/standard")
+    if not (folder / "config.json").exists():
+        config = preset("80b-a3b").with_layers(16).with_(num_experts=64, vocab_size=32768)
+        print(f"making {folder}")
+        create_folder(config.with_(bos_token_id=None, eos_token_id=None), folder, seed=0)
+    return str(folder)
 
 
 def _prompt(vocab_size: int, length: int) -> list[int]:
@@ -99,13 +113,15 @@ def measure(folder: str, *, dtype: str, threads: int, kind: str, length: int, ro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", help="model folder, such as the standard CPU model")
+    parser.add_argument("folder", nargs="?", help="model folder; default: the standard CPU model, made if need be")
     parser.add_argument("--dtype", choices=list(_DTYPES), default="bfloat16")
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if options.folder is None:
+        options.folder = _standard_model()
     print(f"{machine()['cpu']}, {options.threads} threads, {options.dtype}, {options.folder}")
     results = []
     for kind, length in (("prefill", options.prefill), ("decode", options.decode)):

@@ -19,7 +19,7 @@ _PROMPTS = (
     "class Queue:\n    def __init__(self, maxsize=0):\n",
     "import os\nimport sys\n\ndef main(argv=None):\n",
 )
-_SAMPLE_PROMPT = "def "
+_SAMPLE_PROMPT = "def"
 
 
 def command(

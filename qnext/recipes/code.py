@@ -73,7 +73,7 @@ def demo(*, seconds: float, seed: int) -> Recipe:
         train=TrainConfig(
             lr=2e-2, muon_lr=4e-3, tokens_per_batch=2048, accumulation=2, parallel_batches=2,
             sequence_length=512, time_budget=seconds, optimizer="muon",
-            seed=seed, warmup_fraction=0.02, decay_fraction=0.5, mtp_coefficient=0.1, mtp_start=0.8, sample_every=50,
+            seed=seed, warmup_fraction=0.02, decay_fraction=0.5, mtp_coefficient=0.1, mtp_start=0.7, sample_every=50,
         ),
         corpus=partial(standard_library, held_out_share=0.05),
         eval_bytes=200_000,

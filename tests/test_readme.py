@@ -1,0 +1,106 @@
+"""Every command and every piece of code in the README runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qnext.cli import VERBS, main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# What would take minutes is done for seconds; everything else runs as it stands.
+SHORTER = {"--minutes 3": "--minutes 0.05", "time_budget=60": "time_budget=3"}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line and not line.startswith("#")]
+
+
+def run_verb(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0, arguments
+
+
+def test_every_verb_is_shown() -> None:
+    shown = {words[1] for words in commands() if words[0] == "qnext"}
+    assert shown == set(VERBS)
+
+
+def test_commands_are_of_known_kinds() -> None:
+    for words in commands():
+        assert words[0] in ("qnext", "make"), words
+
+
+@pytest.mark.parametrize("target", sorted({words[1] for words in commands() if words[0] == "make"}))
+def test_make_targets_exist(target: str) -> None:
+    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_qnext_commands_and_python_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    pulled: list[str] = []
+
+    def snapshot_download(name: str, **options: object) -> str:
+        pulled.append(name)
+        folder = Path(str(options["local_dir"]))
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    for words in commands():
+        if words[0] != "qnext":
+            continue
+        line = shlex.join(words[1:])
+        for long, short in SHORTER.items():
+            line = line.replace(long, short)
+        run_verb(shlex.split(line), monkeypatch)
+    assert (tmp_path / "runs/demo/model/model.safetensors").is_file()
+    assert (tmp_path / "runs/logits.npy").is_file()
+    assert pulled == ["Qwen/Qwen3-Next-80B-A3B-Instruct"]
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+SMALL_BENCHMARKS = {
+    "bench_train_step.py": ["--models", "nano-5m", "--sequences", "2", "--length", "64", "--rounds", "1"],
+    "bench_inference.py": ["MODEL", "--prefill", "32", "--decode", "4", "--rounds", "1"],
+    "bench_demo.py": ["--seconds", "3"],
+}
+
+
+def test_benchmarks_that_are_named_exist() -> None:
+    named = set(re.findall(r"benchmarks/(\w+\.py)", README))
+    assert named <= {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    assert set(SMALL_BENCHMARKS) == {path.name for path in (ROOT / "benchmarks").glob("bench_*.py")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SMALL_BENCHMARKS)
+def test_benchmarks_run(script: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["init", "nano-5m", str(tmp_path / "model")])
+    arguments = [word.replace("MODEL", str(tmp_path / "model")) for word in SMALL_BENCHMARKS[script]]
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["machine"]
