@@ -23,6 +23,7 @@ from qnext.eval import EvalDocument, Perplexity, evaluate_perplexity
 from qnext.model import CausalLM
 from qnext.recipes import demo
 from qnext.recipes.recipe import Run, prepare
+from qnext.training.allocator import keep_freed_memory
 from qnext.training.sources import take_bytes, tokenize
 
 ROWS, LENGTH = 8, 512
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-3], help="learning rates of the plain run")
     parser.add_argument("--skip-ours", action="store_true")
     options = parser.parse_args()
+    keep_freed_memory()
     recipe = demo(seconds=options.seconds, seed=0)
     recipe = replace(recipe, train=recipe.train.with_(sample_every=0))
     print(f"{machine()['cpu']}, {options.seconds:.0f} s each")

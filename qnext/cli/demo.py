@@ -35,8 +35,10 @@ def command(
     from qnext.cli._training import TrainingDisplay, interruptible
     from qnext.recipes import demo
     from qnext.recipes.recipe import prepare
+    from qnext.training.allocator import keep_freed_memory
 
     recipe = demo(seconds=60.0 * minutes, seed=seed)
+    keep_freed_memory()
     _remove_earlier(out)
     display = TrainingDisplay(recipe.train)
     display.note("reading the Python library, training a tokenizer on it")

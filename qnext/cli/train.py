@@ -28,8 +28,10 @@ def command(
     from qnext.recipes import override
     from qnext.recipes import recipe as find_recipe
     from qnext.recipes.recipe import prepare
+    from qnext.training.allocator import keep_freed_memory
 
     chosen = override(find_recipe(recipe), settings or [])
+    keep_freed_memory()
     folder = out or Path("runs") / recipe
     display = TrainingDisplay(chosen.train)
     display.note("reading text, making the tokenizer")

@@ -24,20 +24,9 @@ from qnext.errors import DoesNotFit, UsageError
 from qnext.text.chat import ChatFormat
 from qnext.text.messages import Message
 from qnext.text.tokenizer import Tokenizer
-from tests.cli.text_folders import save_chat, save_plain
 
 Captured = pytest.CaptureFixture[str]
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_plain(tmp_path_factory.mktemp("models") / "plain")
-
-
-@pytest.fixture(scope="module")
-def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_chat(tmp_path_factory.mktemp("models") / "chat")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, text: str, *arguments: str | Path) -> int:

@@ -17,19 +17,8 @@ from qnext.engine import Engine, SamplingParams
 from qnext.text.chat import ChatFormat
 from qnext.text.messages import Message
 from qnext.text.tokenizer import Tokenizer
-from tests.cli.text_folders import save_chat, save_plain
 
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_plain(tmp_path_factory.mktemp("models") / "plain")
-
-
-@pytest.fixture(scope="module")
-def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_chat(tmp_path_factory.mktemp("models") / "chat")
 
 
 def run(*arguments: str | Path) -> int:
