@@ -103,6 +103,7 @@ class Cache:
             block_tables_NM=tables_NM,
             context_lengths=contexts,
             write_index_T=write_index_T,
+            has_fresh=any(sequence.start == 0 for sequence in sequences),
         )
 
     def _bind(self, sequence: SequencePlan) -> int:

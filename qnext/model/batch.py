@@ -44,10 +44,13 @@ class CacheView:
     block_tables_NM: Tensor  # int64 page numbers in order, padded with any valid page
     context_lengths: tuple[int, ...]  # tokens of each sequence, this step included
     write_index_T: Tensor  # int64 page * P + offset for every token of the step
+    has_fresh: bool = True  # whether any of is_fresh_N may be true; false saves a pass over the states
 
     def read_slots(self, stored: Tensor) -> Tensor:
         """Rows of `stored` for the sequences of the step, zero for the fresh ones."""
         rows = stored.index_select(0, self.slots_N)
+        if not self.has_fresh:
+            return rows
         fresh = self.is_fresh_N.view(-1, *(1,) * (rows.dim() - 1))
         return torch.where(fresh, torch.zeros((), dtype=rows.dtype, device=rows.device), rows)
 

@@ -240,3 +240,21 @@ def test_a_neutral_token_leaves_the_state_as_it_is() -> None:
     cut = {name: x if name == "state" else x[:3] for name, x in neutral.items()}
     _, expected = run("chunk", [3], **cut)
     assert_close(state, expected, tolerance=1e-14)
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+def test_single_step_for_decoding_is_the_recurrent_form(with_state: bool) -> None:
+    """Without gradients, one token per sequence takes a path of its own; it must not touch the state it was given."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"q": (4, 2, 5), "k": (4, 2, 5), "v": (4, 6, 3), "g": (4, 6), "beta": (4, 6)}
+    tensors = {name: torch.randn(*shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
+    q, k, v, g, beta = tensors["q"], tensors["k"], tensors["v"], -tensors["g"].abs(), tensors["beta"].sigmoid()
+    state = torch.randn(4, 6, 5, 3, dtype=torch.float64, generator=generator) if with_state else None
+    before = None if state is None else state.clone()
+    packing = ops.Packing([1, 1, 1, 1])
+    expected = ops.recurrent_gated_delta_rule(q, k, v, g, beta, packing=packing, initial_state_NHKV=state)
+    with torch.no_grad():
+        actual = ops.gated_delta_rule(q, k, v, g, beta, packing=packing, initial_state_NHKV=state)
+    torch.testing.assert_close(actual.o_THV, expected.o_THV, rtol=0, atol=1e-13)
+    torch.testing.assert_close(actual.state_NHKV, expected.state_NHKV, rtol=0, atol=1e-13)
+    assert state is None or torch.equal(state, before)

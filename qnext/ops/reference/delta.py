@@ -42,12 +42,29 @@ def gated_delta_rule(
     """
     arguments = (q_TJK, k_TJK, v_THV, g_TH, beta_TH)
     with torch.autocast(v_THV.device.type, enabled=False):  # it would round the state to bf16
+        if packing.max_length == 1 and not torch.is_grad_enabled():
+            return _single_step(*arguments, _initial_state(initial_state_NHKV, k_TJK, v_THV, packing))
         if packing.max_length == 1:
             return recurrent_gated_delta_rule(*arguments, packing=packing, initial_state_NHKV=initial_state_NHKV)
         chunk_size = DELTA_CHUNK_SIZE if k_TJK.shape[-1] > DELTA_CHUNK_SIZE else _SMALL_CHUNK_SIZE
         return chunk_gated_delta_rule(
             *arguments, packing=packing, initial_state_NHKV=initial_state_NHKV, chunk_size=chunk_size
         )
+
+
+def _single_step(
+    q_NJK: Tensor, k_NJK: Tensor, v_NHV: Tensor, g_NH: Tensor, beta_NH: Tensor, state_NHKV: Tensor
+) -> DeltaOutput:
+    """One token of every sequence, for decoding: the state is copied once, with its decay, then written in place."""
+    wide = torch.promote_types(v_NHV.dtype, torch.float32)
+    repeats = v_NHV.shape[1] // k_NJK.shape[1]
+    q = (q_NJK.to(wide) * q_NJK.shape[-1] ** -0.5).repeat_interleave(repeats, dim=1).flatten(0, 1)[:, None]
+    k = k_NJK.to(wide).repeat_interleave(repeats, dim=1).flatten(0, 1)[:, None]
+    state = (state_NHKV.to(wide) * g_NH.to(wide).exp()[..., None, None]).flatten(0, 1)
+    update = (v_NHV.to(wide).flatten(0, 1)[:, None] - k @ state).mul_(beta_NH.to(wide).flatten()[:, None, None])
+    state.baddbmm_(k.transpose(1, 2), update)
+    out = (q @ state).view(v_NHV.shape)
+    return DeltaOutput(out.to(v_NHV.dtype), state.view(state_NHKV.shape))
 
 
 def recurrent_gated_delta_rule(
@@ -243,9 +260,10 @@ def _from_chunks(x: Tensor, packing: Packing, chunk_size: int) -> Tensor:
 
 
 def _initial_state(initial_state_NHKV: Tensor | None, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    wide = torch.promote_types(v.dtype, torch.float32)
     if initial_state_NHKV is not None:
-        return initial_state_NHKV.to(v.dtype)
-    return v.new_zeros(packing.num_sequences, v.shape[1], k.shape[-1], v.shape[-1])
+        return initial_state_NHKV.to(wide)
+    return v.new_zeros(packing.num_sequences, v.shape[1], k.shape[-1], v.shape[-1], dtype=wide)
 
 
 def _unsorted(state: Tensor, layout: ChunkLayout) -> Tensor:
