@@ -65,7 +65,7 @@ def demo(*, seconds: float, seed: int) -> Recipe:
     """nano-5m for as long as somebody likes to watch; tuned for two to five minutes on two cores.
 
     The small initial values leave the first steps to Muon, whose step does not depend on the size of a matrix. MTP
-    starts late: it costs a third of a step and learns fast once the trunk has something to say.
+    starts late: it costs a layer and a second pass over the head, and drafts only what the trunk has learnt.
     """
     return Recipe(
         name="demo",

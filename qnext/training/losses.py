@@ -127,8 +127,9 @@ def router_losses(logits_LTE: Tensor, counts_LE: Tensor) -> tuple[Tensor, Tensor
 class BalanceBuffer:
     """Expert counts of the optimiser step so far: what f of balance_loss is computed from.
 
-    The first micro batch of a step sees its own counts, the last one those of the whole step; with one micro batch
-    per step this is exact. It is emptied at every step, so nothing of it outlives a snapshot.
+    A micro batch sees its own counts and those of the batches that ended before it began: with one after another the
+    last sees the whole step, and with one micro batch per step this is exact. It is emptied at every step, so nothing
+    of it outlives a snapshot.
     """
 
     def __init__(self) -> None:
