@@ -1,0 +1,8 @@
+#include "bind.h"
+#include "delta.h"
+
+namespace qnext {
+
+void bind_delta(nanobind::module_&) {}
+
+}  // namespace qnext

@@ -1,0 +1,119 @@
+// Rows times float weights, both read along the inputs: sixteen (bf16: pairs of sixteen) inputs are summed side by side
+// and the lanes added up once at the end. Weights are read as they lie on disk.
+#include "gemm.h"
+
+namespace qnext::QNEXT_ISA {
+namespace {
+
+constexpr int kTileOutputs = 4;
+constexpr int kRowTileOutputs = 8;  // for a single row, enough chains to hide the latency of an addition
+
+// How a weight of type T meets a prepared row.
+template <typename T>
+struct Operand {
+  using Row = float;
+  static constexpr int64_t kStep = 16;
+  static QNEXT_INLINE const Row* row(const Rows& rows, int64_t i) { return rows.f32 + i * rows.num_inputs; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<bf16> {
+  using Row = bf16;
+  static constexpr int64_t kStep = 32;
+  static QNEXT_INLINE const Row* row(const Rows& rows, int64_t i) {
+    return static_cast<const bf16*>(rows.bf16) + i * rows.num_inputs;
+  }
+};
+typedef __m512bh Packed;
+QNEXT_INLINE Packed fetch(const bf16* p, const bf16*) {
+  Packed v;
+  memcpy(&v, p, 64);
+  return v;
+}
+QNEXT_INLINE f32x16 accumulate(f32x16 acc, Packed w, Packed x) { return (f32x16)_mm512_dpbf16_ps((__m512)acc, w, x); }
+#else
+QNEXT_INLINE f32x16 fetch(const bf16* p, const float*) { return load(p); }
+#endif
+QNEXT_INLINE f32x16 fetch(const float* p, const float*) { return load(p); }
+QNEXT_INLINE f32x16 accumulate(f32x16 acc, f32x16 w, f32x16 x) { return fma(w, x, acc); }
+
+template <typename T, int kRows, int kOutputs>
+void tile(const T* weight, int64_t num_inputs, const typename Operand<T>::Row* const* x, float* const* out) {
+  using Row = typename Operand<T>::Row;
+  f32x16 acc[kRows][kOutputs];
+  for (int r = 0; r < kRows; ++r)
+    for (int o = 0; o < kOutputs; ++o) acc[r][o] = splat(0.0f);
+  for (int64_t d = 0; d < num_inputs; d += Operand<T>::kStep) {
+    decltype(fetch(weight, (const Row*)nullptr)) w[kOutputs];
+#pragma GCC unroll 8
+    for (int o = 0; o < kOutputs; ++o) {
+      const T* at = weight + o * num_inputs + d;
+      if constexpr (kRows == 1) prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes);
+      w[o] = fetch(at, (const Row*)nullptr);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      auto row = fetch(x[r] + d, (const Row*)nullptr);
+#pragma GCC unroll 8
+      for (int o = 0; o < kOutputs; ++o) acc[r][o] = accumulate(acc[r][o], w[o], row);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int o = 0; o < kOutputs; ++o) out[r][o] = sum(acc[r][o]);
+}
+
+template <typename T, int kOutputs>
+void tile_rows(int num_rows, const T* weight, int64_t num_inputs, const typename Operand<T>::Row* const* x,
+               float* const* out) {
+  switch (num_rows) {
+    case 1: return tile<T, 1, kOutputs>(weight, num_inputs, x, out);
+    case 2: return tile<T, 2, kOutputs>(weight, num_inputs, x, out);
+    case 3: return tile<T, 3, kOutputs>(weight, num_inputs, x, out);
+    case 4: return tile<T, 4, kOutputs>(weight, num_inputs, x, out);
+    case 5: return tile<T, 5, kOutputs>(weight, num_inputs, x, out);
+    default: return tile<T, 6, kOutputs>(weight, num_inputs, x, out);
+  }
+}
+
+template <typename T>
+void multiply_as(const Weight& weight, int64_t expert, int64_t begin, int64_t end, const Rows& rows,
+                 const int32_t* index, int64_t num_rows, float* out, int64_t out_stride) {
+  const int64_t num_inputs = weight.num_inputs;
+  const T* matrix = static_cast<const T*>(weight.data) + expert * weight.num_outputs * num_inputs;
+  for (int64_t first = 0; first < num_rows; first += kMaxTileRows) {
+    int count = static_cast<int>(smaller<int64_t>(kMaxTileRows, num_rows - first));
+    const typename Operand<T>::Row* x[kMaxTileRows];
+    for (int r = 0; r < count; ++r) x[r] = Operand<T>::row(rows, index ? index[first + r] : first + r);
+    float* places[kMaxTileRows];
+    int64_t o = begin;
+    auto aim = [&] {
+      for (int r = 0; r < count; ++r) places[r] = out + (first + r) * out_stride + o;
+    };
+    if (count == 1)
+      for (; o + kRowTileOutputs <= end; o += kRowTileOutputs) {
+        aim();
+        tile<T, 1, kRowTileOutputs>(matrix + o * num_inputs, num_inputs, x, places);
+      }
+    for (; o + kTileOutputs <= end; o += kTileOutputs) {
+      aim();
+      tile_rows<T, kTileOutputs>(count, matrix + o * num_inputs, num_inputs, x, places);
+    }
+    for (; o < end; ++o) {
+      aim();
+      tile_rows<T, 1>(count, matrix + o * num_inputs, num_inputs, x, places);
+    }
+  }
+}
+
+}  // namespace
+
+void multiply_floats(const Weight& weight, int64_t expert, int64_t begin, int64_t end, const Rows& rows,
+                     const int32_t* index, int64_t num_rows, float* out, int64_t out_stride) {
+  if (weight.kind == WeightKind::bf16)
+    multiply_as<bf16>(weight, expert, begin, end, rows, index, num_rows, out, out_stride);
+  else
+    multiply_as<float>(weight, expert, begin, end, rows, index, num_rows, out, out_stride);
+}
+
+}  // namespace qnext::QNEXT_ISA

@@ -1,0 +1,398 @@
+#include "linear.h"
+
+#include "gemm.h"
+#include "pool.h"
+
+namespace qnext::QNEXT_ISA {
+
+// ---- rows ----
+
+namespace {
+
+enum Slot : int { kUnpacked = 0, kRowsSlot, kSharedRowsSlot, kGateUpSlot, kHiddenSlot, kPreparedSlot, kDownSlot, kListSlot };
+
+int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Rounds one group to int8: scale = largest magnitude / 127. A NaN or infinity makes the scale NaN.
+QNEXT_INLINE void quantize_group(const float* x, int64_t size, int32_t zero, int8_t* codes, float* scale,
+                                 int32_t* correction) {
+  f32x16 largest = splat(0.0f), poison = splat(0.0f);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    f32x16 v = load(x + i);
+    largest = vmax(largest, vabs(v));
+    poison = fma(v, splat(0.0f), poison);
+  }
+  const float magnitude = max_lane(largest);
+  const float inverse = magnitude > 0.0f ? 127.0f / magnitude : 0.0f;
+  i32x16 total = splat(0);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    i32x16 q = round_to_int(load(x + i) * splat(inverse));
+    total += q;
+    typedef int8_t i8x16 __attribute__((vector_size(16)));
+    i8x16 narrow = __builtin_convertvector(q, i8x16);
+    memcpy(codes + i, &narrow, 16);
+  }
+  int32_t sum_of_codes = 0;
+  for (int i = 0; i < kLanes; ++i) sum_of_codes += total[i];
+  *scale = magnitude / 127.0f + sum(poison);
+  *correction = -zero * sum_of_codes;
+}
+
+int32_t zero_code(const Weight& weight) {
+  if (weight.zeros) return 1;  // the kernel multiplies with the zeros themselves
+  return weight.kind == WeightKind::codes4 ? 8 : 128;
+}
+
+bool wants_bf16(const Weight& weight) { return kHasBf16 && weight.kind == WeightKind::bf16; }
+
+}  // namespace
+
+int64_t prepared_bytes(const Weight& weight, int64_t num_rows) {
+  const int64_t size = num_rows * weight.num_inputs;
+  if (wants_bf16(weight)) return round_up(size * 2);
+  if (weight.is_float()) return 0;
+  return round_up(size) + 2 * round_up(num_rows * weight.num_groups() * 4);
+}
+
+Rows prepared_rows_at(const Weight& weight, int64_t num_rows, void* buffer, const float* x) {
+  Rows rows;
+  rows.num_inputs = weight.num_inputs;
+  rows.f32 = x;
+  if (wants_bf16(weight)) {
+    rows.bf16 = buffer;
+  } else if (!weight.is_float()) {
+    rows.num_groups = weight.num_groups();
+    auto* at = static_cast<uint8_t*>(buffer);
+    rows.codes = reinterpret_cast<int8_t*>(at);
+    at += round_up(num_rows * weight.num_inputs);
+    rows.scales = reinterpret_cast<float*>(at);
+    at += round_up(num_rows * rows.num_groups * 4);
+    rows.corrections = reinterpret_cast<int32_t*>(at);
+  }
+  return rows;
+}
+
+void prepare_row(const Weight& weight, const float* x, int64_t row, const Rows& rows) {
+  const int64_t size = weight.num_inputs;
+  if (wants_bf16(weight)) {
+    bf16* to = const_cast<bf16*>(static_cast<const bf16*>(rows.bf16)) + row * size;
+    for (int64_t i = 0; i < size; i += kLanes) store(to + i, load(x + i));
+  } else if (!weight.is_float()) {
+    const int32_t zero = zero_code(weight);
+    auto* codes = const_cast<int8_t*>(rows.codes) + row * size;
+    auto* scales = const_cast<float*>(rows.scales) + row * rows.num_groups;
+    auto* corrections = const_cast<int32_t*>(rows.corrections) + row * rows.num_groups;
+    for (int64_t g = 0; g < rows.num_groups; ++g) {
+      const int64_t at = g * weight.group_size;
+      quantize_group(x + at, weight.group_size, zero, codes + at, scales + g, corrections + g);
+    }
+  }
+}
+
+Rows prepare_rows(const Weight& weight, const float* x, int64_t num_rows, int slot) {
+  void* buffer = scratch(slot, larger<int64_t>(64, prepared_bytes(weight, num_rows)));
+  const Rows rows = prepared_rows_at(weight, num_rows, buffer, x);
+  if (weight.is_float() && !wants_bf16(weight)) return rows;
+  constexpr int64_t kRowsPerTask = 8;
+  parallel_for((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
+    const int64_t end = smaller(num_rows, (task + 1) * kRowsPerTask);
+    for (int64_t row = task * kRowsPerTask; row < end; ++row)
+      prepare_row(weight, x + row * weight.num_inputs, row, rows);
+  });
+  return rows;
+}
+
+bool share_rows(const Weight& a, const Weight& b) {
+  if (a.num_inputs != b.num_inputs) return false;
+  if (a.is_float() || b.is_float()) return a.is_float() && b.is_float() && wants_bf16(a) == wants_bf16(b);
+  return a.group_size == b.group_size && zero_code(a) == zero_code(b);
+}
+
+void multiply(const Weight& weight, int64_t expert, int64_t begin, int64_t end, const Rows& rows, const int32_t* index,
+              int64_t num_rows, float* out, int64_t out_stride) {
+  if (weight.is_float())
+    multiply_floats(weight, expert, begin, end, rows, index, num_rows, out, out_stride);
+  else
+    multiply_codes(weight, expert, begin, end, rows, index, num_rows, out, out_stride);
+}
+
+namespace {
+
+// Outputs per task: enough tasks to share evenly, blocks large enough to stream, at most what fits in a level-2 cache.
+int64_t columns_per_task(int64_t num_outputs, int64_t num_rows) {
+  if (num_rows > 8) return 64;
+  int64_t even = num_outputs / (num_threads() * 6) / 32 * 32;
+  return larger<int64_t>(32, smaller<int64_t>(128, even));
+}
+
+void linear(const Weight& weight, const float* x, int64_t num_rows, float* out, int64_t out_stride) {
+  const Rows rows = prepare_rows(weight, x, num_rows, kRowsSlot);
+  const int64_t step = columns_per_task(weight.num_outputs, num_rows);
+  parallel_for((weight.num_outputs + step - 1) / step, [&](int64_t task) {
+    multiply(weight, 0, task * step, smaller(weight.num_outputs, (task + 1) * step), rows, nullptr, num_rows, out,
+             out_stride);
+  });
+}
+
+// ---- experts ----
+
+constexpr int64_t kTokensAtOnce = 1024;  // bounds the memory between the two products
+constexpr int64_t kExpertColumns = 128;
+
+// One product of an operation that consists of several: a matrix with the rows that go through it.
+struct Product {
+  const Weight* weight;
+  int64_t expert;
+  const Rows* rows;
+  const int32_t* index;
+  int64_t num_rows;
+  float* out;
+  int64_t out_stride;
+  int64_t first_task;
+};
+
+// All tasks of all products in one parallel loop.
+void run_products(Product* products, int64_t count) {
+  int64_t num_tasks = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    products[i].first_task = num_tasks;
+    num_tasks += (products[i].weight->num_outputs + kExpertColumns - 1) / kExpertColumns;
+  }
+  parallel_for(num_tasks, [&](int64_t task) {
+    int64_t low = 0, high = count;  // the last product that starts at or before the task
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (products[middle].first_task <= task ? low : high) = middle;
+    }
+    const Product& p = products[low];
+    const int64_t begin = (task - p.first_task) * kExpertColumns;
+    multiply(*p.weight, p.expert, begin, smaller(p.weight->num_outputs, begin + kExpertColumns), *p.rows, p.index,
+             p.num_rows, p.out, p.out_stride);
+  });
+}
+
+void swiglu_row(const float* gate, const float* up, int64_t size, float* out) {
+  for (int64_t i = 0; i < size; i += kLanes) store(out + i, silu(load(gate + i)) * load(up + i));
+}
+
+float dot(const float* a, const float* b, int64_t size) {
+  f32x16 acc = splat(0.0f);
+  for (int64_t i = 0; i < size; i += kLanes) acc = fma(load(a + i), load(b + i), acc);
+  return sum(acc);
+}
+
+// The buffers of one call, all in the caller's scratch.
+struct Experts {
+  const ExpertsArguments& a;
+  int64_t num_tokens, num_rows, width, shared_width, hidden;
+  int32_t* starts;  // [E + 1] first sorted row of each expert
+  int32_t* tokens;  // [A] token of each sorted row
+  int32_t* places;  // [T, top_k] sorted row of each assignment
+  int32_t* identity;  // [A] 0, 1, 2, ...
+  Product* products;
+  Rows x_rows, shared_x_rows, hidden_rows, shared_hidden_rows;
+  float *gate_up, *shared_gate_up, *activated, *shared_activated, *down, *shared_down;
+
+  Experts(const ExpertsArguments& arguments, int64_t count)
+      : a(arguments), num_tokens(count), num_rows(count * arguments.top_k), width(arguments.down->num_inputs),
+        shared_width(arguments.shared ? arguments.shared->down->num_inputs : 0), hidden(arguments.down->num_outputs) {
+    const int64_t num_experts = a.gate_up->num_experts;
+    const int64_t ints = round_up((num_experts + 1 + 3 * num_rows) * 4);
+    auto* list = static_cast<uint8_t*>(scratch(kListSlot, ints + (num_experts + 4) * sizeof(Product)));
+    starts = reinterpret_cast<int32_t*>(list);
+    tokens = starts + num_experts + 1;
+    places = tokens + num_rows;
+    identity = places + num_rows;
+    products = reinterpret_cast<Product*>(list + ints);
+    const int64_t shared_rows = a.shared ? num_tokens : 0;
+    gate_up = static_cast<float*>(scratch(kGateUpSlot, 8 * (num_rows * width + shared_rows * shared_width)));
+    shared_gate_up = gate_up + num_rows * 2 * width;
+    activated = static_cast<float*>(scratch(kHiddenSlot, 4 * (num_rows * width + shared_rows * shared_width)));
+    shared_activated = activated + num_rows * width;
+    down = static_cast<float*>(scratch(kDownSlot, 4 * (num_rows + shared_rows) * hidden));
+    shared_down = down + num_rows * hidden;
+  }
+
+  void sort(const int64_t* routed) {
+    const int64_t num_experts = a.gate_up->num_experts;
+    memset(starts, 0, (num_experts + 1) * sizeof(int32_t));
+    for (int64_t i = 0; i < num_rows; ++i) ++starts[routed[i] + 1];
+    for (int64_t e = 0; e < num_experts; ++e) starts[e + 1] += starts[e];
+    for (int64_t i = 0; i < num_rows; ++i) {  // starts[e] moves to the end of e, then back
+      const int32_t place = starts[routed[i]]++;
+      places[i] = place;
+      tokens[place] = static_cast<int32_t>(i / a.top_k);
+      identity[i] = static_cast<int32_t>(i);
+    }
+    for (int64_t e = num_experts; e > 0; --e) starts[e] = starts[e - 1];
+    starts[0] = 0;
+  }
+
+  void run_gate_up(const float* x) {
+    x_rows = prepare_rows(*a.gate_up, x, num_tokens, kRowsSlot);
+    int64_t count = 0;
+    for (int64_t e = 0; e < a.gate_up->num_experts; ++e)
+      if (starts[e + 1] > starts[e])
+        products[count++] = {a.gate_up, e, &x_rows, tokens + starts[e], starts[e + 1] - starts[e],
+                             gate_up + starts[e] * 2 * width, 2 * width, 0};
+    if (a.shared) {
+      const Weight &gate = *a.shared->gate, &up = *a.shared->up;
+      shared_x_rows = share_rows(*a.gate_up, gate) ? x_rows : prepare_rows(gate, x, num_tokens, kSharedRowsSlot);
+      products[count++] = {&gate, 0, &shared_x_rows, nullptr, num_tokens, shared_gate_up, 2 * shared_width, 0};
+      products[count++] = {&up, 0, &shared_x_rows, nullptr, num_tokens, shared_gate_up + shared_width, 2 * shared_width,
+                           0};
+    }
+    run_products(products, count);
+  }
+
+  void activate() {
+    const int64_t routed_bytes = prepared_bytes(*a.down, num_rows);
+    const int64_t shared_bytes = a.shared ? prepared_bytes(*a.shared->down, num_tokens) : 0;
+    auto* buffer = static_cast<uint8_t*>(scratch(kPreparedSlot, larger<int64_t>(64, routed_bytes + shared_bytes)));
+    hidden_rows = prepared_rows_at(*a.down, num_rows, buffer, activated);
+    if (a.shared)
+      shared_hidden_rows = prepared_rows_at(*a.shared->down, num_tokens, buffer + routed_bytes, shared_activated);
+    parallel_for(num_rows + (a.shared ? num_tokens : 0), [&](int64_t row) {
+      if (row < num_rows) {
+        const float* gate = gate_up + row * 2 * width;
+        swiglu_row(gate, gate + width, width, activated + row * width);
+        prepare_row(*a.down, activated + row * width, row, hidden_rows);
+      } else {
+        row -= num_rows;
+        const float* gate = shared_gate_up + row * 2 * shared_width;
+        swiglu_row(gate, gate + shared_width, shared_width, shared_activated + row * shared_width);
+        prepare_row(*a.shared->down, shared_activated + row * shared_width, row, shared_hidden_rows);
+      }
+    });
+  }
+
+  void run_down() {
+    int64_t count = 0;
+    for (int64_t e = 0; e < a.down->num_experts; ++e)
+      if (starts[e + 1] > starts[e])
+        products[count++] = {a.down, e, &hidden_rows, identity + starts[e], starts[e + 1] - starts[e],
+                             down + starts[e] * hidden, hidden, 0};
+    if (a.shared)
+      products[count++] = {a.shared->down, 0, &shared_hidden_rows, nullptr, num_tokens, shared_down, hidden, 0};
+    run_products(products, count);
+  }
+
+  // Each token's experts are added in the order of its routing, then the shared one.
+  void combine(const float* x, const float* weights, float* out) {
+    parallel_for(num_tokens, [&](int64_t t) {
+      float shared_weight = 1.0f;
+      if (a.shared && a.shared->gate_vector) shared_weight = sigmoid(dot(x + t * hidden, a.shared->gate_vector, hidden));
+      for (int64_t d = 0; d < hidden; d += kLanes) {
+        f32x16 acc = splat(0.0f);
+        for (int64_t j = 0; j < a.top_k; ++j)
+          acc = fma(splat(weights[t * a.top_k + j]), load(down + places[t * a.top_k + j] * hidden + d), acc);
+        if (a.shared) acc = fma(splat(shared_weight), load(shared_down + t * hidden + d), acc);
+        store(out + t * hidden + d, acc);
+      }
+    });
+  }
+};
+
+void experts(const ExpertsArguments& a) {
+  const int64_t hidden = a.down->num_outputs;
+  for (int64_t first = 0; first < a.num_tokens; first += kTokensAtOnce) {
+    Experts work(a, smaller(kTokensAtOnce, a.num_tokens - first));
+    const float* x = a.x + first * hidden;
+    work.sort(a.routed_experts + first * a.top_k);
+    work.run_gate_up(x);
+    work.activate();
+    work.run_down();
+    work.combine(x, a.routing_weights + first * a.top_k, a.out + first * hidden);
+  }
+}
+
+// ---- small operations ----
+
+void route_token(const float* logits, int64_t num_experts, int64_t top_k, bool renormalize, float* weights,
+                 int64_t* experts) {
+  int64_t count = 0;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    if (count == top_k && !(logits[e] > weights[count - 1])) continue;
+    int64_t at = count < top_k ? count++ : count - 1;
+    for (; at > 0 && logits[e] > weights[at - 1]; --at) {
+      weights[at] = weights[at - 1];
+      experts[at] = experts[at - 1];
+    }
+    weights[at] = logits[e];
+    experts[at] = e;
+  }
+  const float largest = weights[0];
+  float total = 0.0f, chosen = 0.0f;
+  for (int64_t e = 0; e < num_experts; ++e) total += expf(logits[e] - largest);
+  for (int64_t j = 0; j < top_k; ++j) {
+    weights[j] = expf(weights[j] - largest) / total;
+    chosen += weights[j];
+  }
+  if (renormalize)
+    for (int64_t j = 0; j < top_k; ++j) weights[j] /= chosen;
+}
+
+void route(const float* logits, int64_t num_tokens, int64_t num_experts, int64_t top_k, bool renormalize,
+           float* weights, int64_t* experts) {
+  constexpr int64_t kPerTask = 16;
+  parallel_for((num_tokens + kPerTask - 1) / kPerTask, [&](int64_t task) {
+    for (int64_t t = task * kPerTask; t < smaller(num_tokens, (task + 1) * kPerTask); ++t)
+      route_token(logits + t * num_experts, num_experts, top_k, renormalize, weights + t * top_k, experts + t * top_k);
+  });
+}
+
+void rms_norm(const float* x, const float* weight, int64_t num_rows, int64_t size, float eps, bool zero_centered,
+              float* out) {
+  constexpr int64_t kPerTask = 16;
+  const f32x16 offset = splat(zero_centered ? 1.0f : 0.0f);
+  parallel_for((num_rows + kPerTask - 1) / kPerTask, [&](int64_t task) {
+    for (int64_t row = task * kPerTask; row < smaller(num_rows, (task + 1) * kPerTask); ++row) {
+      const float* from = x + row * size;
+      const float inverse = 1.0f / sqrtf(dot(from, from, size) / static_cast<float>(size) + eps);
+      for (int64_t i = 0; i < size; i += kLanes)
+        store(out + row * size + i, load(from + i) * splat(inverse) * (load(weight + i) + offset));
+    }
+  });
+}
+
+// ---- panels ----
+
+// Nibbles 0 to 3 of each word into the low halves of its bytes, nibbles 4 to 7 into the high halves.
+QNEXT_INLINE u32x16 interleave(u32x16 words) {
+  u32x16 low = words & 0xffffu, high = words >> 16;
+  low = (low | (low << 8)) & 0x00ff00ffu;
+  low = (low | (low << 4)) & 0x0f0f0f0fu;
+  high = (high | (high << 8)) & 0x00ff00ffu;
+  high = (high | (high << 4)) & 0x0f0f0f0fu;
+  return low | (high << 4);
+}
+
+void write_panels(const uint8_t* codes, int64_t num_outputs, int64_t row_bytes, int bits, uint8_t* panels) {
+  const int64_t words = row_bytes / 4;
+  parallel_for((num_outputs + kLanes - 1) / kLanes, [&](int64_t panel) {
+    auto* to = reinterpret_cast<uint32_t*>(panels + panel * kLanes * row_bytes);
+    const int64_t count = smaller<int64_t>(kLanes, num_outputs - panel * kLanes);
+    for (int64_t first = 0; first < words; first += kLanes) {
+      const int64_t num_words = smaller<int64_t>(kLanes, words - first);
+      uint32_t block[kLanes][kLanes] = {};
+      for (int64_t o = 0; o < count; ++o) {
+        memcpy(block[o], codes + (panel * kLanes + o) * row_bytes + first * 4, num_words * 4);
+        if (bits == 4) {
+          u32x16 v;
+          memcpy(&v, block[o], 64);
+          v = interleave(v);
+          memcpy(block[o], &v, 64);
+        }
+      }
+      for (int64_t k = 0; k < num_words; ++k)
+        for (int o = 0; o < kLanes; ++o) to[(first + k) * kLanes + o] = block[o][k];
+    }
+  });
+}
+
+}  // namespace
+
+extern const LinearKernels linear_kernels;
+const LinearKernels linear_kernels{linear, experts, route, rms_norm, write_panels};
+
+}  // namespace qnext::QNEXT_ISA

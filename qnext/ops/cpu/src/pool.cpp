@@ -1,0 +1,186 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace qnext {
+namespace {
+
+constexpr int kSpins = 4000;  // some tens of microseconds: the gap between two operations of a decoding step
+constexpr int kScratchSlots = 24;
+
+void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+struct Job {
+  void (*body)(void*, int64_t) = nullptr;
+  void* context = nullptr;
+  int64_t num_tasks = 0;
+};
+
+class Pool {
+ public:
+  void resize(int count) {
+    std::lock_guard<std::mutex> owner(use_);
+    stop_workers();
+    for (int i = 1; i < count; ++i) workers_.emplace_back([this] { work(); });
+  }
+
+  int size() const { return 1 + static_cast<int>(workers_.size()); }
+
+  void run(int64_t num_tasks, void (*body)(void*, int64_t), void* context) {
+    if (num_tasks > 1 && !workers_.empty() && !in_task_ && use_.try_lock()) {
+      std::lock_guard<std::mutex> owner(use_, std::adopt_lock);
+      share(Job{body, context, num_tasks});
+    } else {
+      for (int64_t task = 0; task < num_tasks; ++task) body(context, task);
+    }
+  }
+
+  // After fork only the forking thread lives on.
+  void forget_workers() {
+    for (auto& worker : workers_) worker.detach();
+    workers_.clear();
+    new (&use_) std::mutex;
+    new (&sleep_) std::mutex;
+    new (&wake_) std::condition_variable;
+  }
+
+  ~Pool() { stop_workers(); }
+
+ private:
+  void share(const Job& job) {
+    job_ = job;
+    next_.store(0, std::memory_order_relaxed);
+    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    generation_.fetch_add(1, std::memory_order_seq_cst);
+    if (num_sleeping_.load(std::memory_order_seq_cst) > 0) {
+      std::lock_guard<std::mutex> lock(sleep_);
+      wake_.notify_all();
+    }
+    in_task_ = true;
+    take_tasks();
+    in_task_ = false;
+    for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; ++spins) {
+      relax();
+      if (spins > kSpins) std::this_thread::yield();
+    }
+  }
+
+  void take_tasks() {
+    for (;;) {
+      int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
+      if (task >= job_.num_tasks) return;
+      job_.body(job_.context, task);
+    }
+  }
+
+  void work() {
+    in_task_ = true;
+    for (uint64_t seen = start_generation_;;) {
+      seen = wait_beyond(seen);
+      if (stopping_.load(std::memory_order_acquire)) return;
+      take_tasks();
+      busy_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  uint64_t wait_beyond(uint64_t seen) {
+    for (int spins = 0; spins < kSpins; ++spins) {
+      uint64_t now = generation_.load(std::memory_order_acquire);
+      if (now != seen) return now;
+      relax();
+    }
+    std::unique_lock<std::mutex> lock(sleep_);
+    num_sleeping_.fetch_add(1, std::memory_order_seq_cst);
+    wake_.wait(lock, [&] { return generation_.load(std::memory_order_seq_cst) != seen; });
+    num_sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+    return generation_.load(std::memory_order_acquire);
+  }
+
+  void stop_workers() {
+    stopping_.store(true, std::memory_order_release);
+    {
+      std::lock_guard<std::mutex> lock(sleep_);
+      generation_.fetch_add(1, std::memory_order_seq_cst);
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+    workers_.clear();
+    stopping_.store(false, std::memory_order_release);
+    start_generation_ = generation_.load();
+  }
+
+  std::mutex use_;  // held by the thread whose job the workers do
+  Job job_;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int> busy_{0};
+  alignas(64) std::atomic<uint64_t> generation_{0};
+  std::atomic<int> num_sleeping_{0};
+  std::atomic<bool> stopping_{false};
+  uint64_t start_generation_ = 0;
+  std::mutex sleep_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+  static thread_local bool in_task_;
+};
+
+thread_local bool Pool::in_task_ = false;
+
+// Never destroyed: workers may outlive static destructors at exit.
+Pool& pool() {
+  static Pool* instance = [] {
+    auto* made = new Pool;
+    pthread_atfork(nullptr, nullptr, [] { pool().forget_workers(); });
+    return made;
+  }();
+  return *instance;
+}
+
+struct Scratch {
+  void* data = nullptr;
+  int64_t bytes = 0;
+  ~Scratch() { free(data); }
+};
+
+}  // namespace
+
+void run_tasks(int64_t num_tasks, void (*body)(void*, int64_t), void* context) { pool().run(num_tasks, body, context); }
+
+void set_num_threads(int count) {
+  if (count != pool().size()) pool().resize(count);
+}
+
+int num_threads() { return pool().size(); }
+
+void* scratch(int slot, int64_t bytes) {
+  static thread_local Scratch slots[kScratchSlots];
+  Scratch& place = slots[slot];
+  if (place.bytes < bytes) {
+    free(place.data);
+    place.bytes = 0;
+    place.data = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (place.data == nullptr) throw std::bad_alloc();
+    place.bytes = bytes;
+  }
+  return place.data;
+}
+
+}  // namespace qnext

@@ -1,0 +1,283 @@
+// Sixteen-lane vectors for every instruction set that the kernels are compiled for.
+//
+// The sources of the kernels are compiled once per instruction set (see CMakeLists.txt), each time in a namespace of its
+// own: QNEXT_ISA. Vectors are the compiler's own (GCC and Clang), so every target compiles, ARM included; intrinsics
+// stand only where the compiler cannot find the instruction by itself. Nothing here may be contracted or reassociated
+// (-ffp-contract=off): equal code must give equal bits wherever it is inlined.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef QNEXT_ISA
+#error "compile with -DQNEXT_ISA=<name of the instruction set>"
+#endif
+
+#define QNEXT_INLINE inline __attribute__((always_inline))
+
+namespace qnext::QNEXT_ISA {
+
+constexpr int kLanes = 16;
+constexpr int64_t kPrefetchBytes = 4096;  // how far ahead a stream of weights is asked for
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint8_t u8x64 __attribute__((vector_size(64)));
+
+template <typename T>
+QNEXT_INLINE T smaller(T a, T b) { return a < b ? a : b; }
+template <typename T>
+QNEXT_INLINE T larger(T a, T b) { return a > b ? a : b; }
+
+QNEXT_INLINE f32x16 splat(float x) { return f32x16{} + x; }
+QNEXT_INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }
+
+QNEXT_INLINE f32x16 load(const float* p) {
+  f32x16 v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+QNEXT_INLINE void store(float* p, f32x16 v) { memcpy(p, &v, sizeof v); }
+
+QNEXT_INLINE u8x64 load_bytes(const uint8_t* p) {
+  u8x64 v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+QNEXT_INLINE void store_bytes(uint8_t* p, u8x64 v) { memcpy(p, &v, sizeof v); }
+
+QNEXT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// a * b + c, rounded once where the CPU can.
+QNEXT_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  __m256 parts[3][2];
+  memcpy(parts[0], &a, 64);
+  memcpy(parts[1], &b, 64);
+  memcpy(parts[2], &c, 64);
+  __m256 sums[2] = {_mm256_fmadd_ps(parts[0][0], parts[1][0], parts[2][0]),
+                    _mm256_fmadd_ps(parts[0][1], parts[1][1], parts[2][1])};
+  f32x16 out;
+  memcpy(&out, sums, 64);
+  return out;
+#else
+  return a * b + c;
+#endif
+}
+
+QNEXT_INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+
+// Sum of all lanes: halves are added, then quarters, and so on. One order for every caller.
+QNEXT_INLINE float sum(f32x16 v) {
+  float x[16];
+  memcpy(x, &v, 64);
+#if defined(__AVX512F__)
+  __m256 low = _mm512_castps512_ps256((__m512)v);
+  __m256 high = _mm512_extractf32x8_ps((__m512)v, 1);
+  __m256 s8 = _mm256_add_ps(low, high);
+  __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
+  return _mm_cvtss_f32(_mm_add_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
+#else
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+#endif
+}
+
+QNEXT_INLINE float max_lane(f32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float best = v[0];
+  for (int i = 1; i < 16; ++i) best = larger(best, (float)v[i]);
+  return best;
+#endif
+}
+
+QNEXT_INLINE f32x16 vmax(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+QNEXT_INLINE f32x16 vmin(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+QNEXT_INLINE f32x16 vabs(f32x16 v) { return (f32x16)((u32x16)v & (u32x16{} + 0x7fffffffu)); }
+
+// To the nearest integer, ties to even.
+QNEXT_INLINE i32x16 round_to_int(f32x16 v) {
+#if defined(__AVX512F__)
+  return (i32x16)_mm512_cvtps_epi32((__m512)v);
+#else
+  i32x16 out;
+  for (int i = 0; i < 16; ++i) out[i] = (int32_t)__builtin_nearbyintf(v[i]);
+  return out;
+#endif
+}
+
+// ---- 16-bit floats ----
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+QNEXT_INLINE f32x16 load(const bf16* p) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+  u16x16 v;
+  memcpy(&v, p, sizeof v);
+  return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
+#endif
+}
+
+QNEXT_INLINE float to_float(bf16 x) {
+  uint32_t bits = (uint32_t)x.bits << 16;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+QNEXT_INLINE bf16 to_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{(uint16_t)((bits >> 16) | 0x40)};
+  return bf16{(uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
+}
+
+QNEXT_INLINE void store(bf16* p, f32x16 v) {
+#if defined(__AVX512BF16__)
+  __m256bh out = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &out, 32);
+#else
+  u32x16 bits = (u32x16)v;
+  u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+  u32x16 is_nan = (u32x16)((i32x16)(bits & 0x7fffffffu) > (i32x16{} + 0x7f800000));
+  rounded = (is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded);
+  u16x16 out = __builtin_convertvector(rounded, u16x16);
+  memcpy(p, &out, 32);
+#endif
+}
+
+QNEXT_INLINE f32x16 load(const f16* p) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  __m256 parts[2] = {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+                     _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+  f32x16 out;
+  memcpy(&out, parts, 64);
+  return out;
+#else
+  f32x16 out;
+  for (int i = 0; i < 16; ++i) {
+    uint32_t half = p[i].bits, sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu, bits;
+    if (magnitude >= 0x7c00u) {
+      bits = sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+    } else {  // shifting the exponent as if it were a float's, then scaling, gives subnormals too
+      bits = magnitude << 13;
+      float scaled;
+      memcpy(&scaled, &bits, 4);
+      scaled *= 0x1p112f;
+      memcpy(&bits, &scaled, 4);
+      bits |= sign;
+    }
+    float value;
+    memcpy(&value, &bits, 4);
+    out[i] = value;
+  }
+  return out;
+#endif
+}
+
+// ---- products of narrow numbers ----
+
+// acc[i] += sum over j < 4 of codes[4 i + j] * x[j]: unsigned codes, signed x, exact in int32.
+QNEXT_INLINE i32x16 dot_codes(i32x16 acc, u8x64 codes, int32_t x4) {
+#if defined(__AVX512VNNI__)
+  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, _mm512_set1_epi32(x4));
+#elif defined(__AVX2__)
+  // Even and odd bytes apart: products of full bytes would saturate the 16-bit sums of maddubs.
+  __m256i x = _mm256_set1_epi32(x4);
+  __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
+  const __m256i low = _mm256_set1_epi16(0xff);
+  __m256i halves[2], sums[2];
+  memcpy(halves, &codes, 64);
+  memcpy(sums, &acc, 64);
+  for (int h = 0; h < 2; ++h) {
+    sums[h] = _mm256_add_epi32(sums[h], _mm256_madd_epi16(_mm256_and_si256(halves[h], low), x_even));
+    sums[h] = _mm256_add_epi32(sums[h], _mm256_madd_epi16(_mm256_srli_epi16(halves[h], 8), x_odd));
+  }
+  memcpy(&acc, sums, 64);
+  return acc;
+#else
+  int8_t x[4];
+  memcpy(x, &x4, 4);
+  for (int i = 0; i < 16; ++i)
+    acc[i] += codes[4 * i] * x[0] + codes[4 * i + 1] * x[1] + codes[4 * i + 2] * x[2] + codes[4 * i + 3] * x[3];
+  return acc;
+#endif
+}
+
+// acc[i] += w[2 i] * x[2 i] + w[2 i + 1] * x[2 i + 1] for 32 bf16 numbers each.
+#if defined(__AVX512BF16__)
+constexpr bool kHasBf16 = true;
+QNEXT_INLINE f32x16 dot_bf16(f32x16 acc, const bf16* w, const bf16* x) {
+  __m512bh a, b;
+  memcpy(&a, w, 64);
+  memcpy(&b, x, 64);
+  return (f32x16)_mm512_dpbf16_ps((__m512)acc, a, b);
+}
+#else
+constexpr bool kHasBf16 = false;
+#endif
+
+// ---- functions ----
+
+// e^x for x <= 88; 0 below -87.3. Relative error about 2e-7. NaN stays NaN.
+QNEXT_INLINE f32x16 exp(f32x16 x) {
+  f32x16 bounded = vmin(vmax(x, splat(-87.33654f)), splat(88.37626f));
+  i32x16 n = round_to_int(bounded * splat(1.44269504f));
+  f32x16 nf = to_float(n);
+  f32x16 r = fma(nf, splat(-0.693359375f), bounded);
+  r = fma(nf, splat(2.12194440e-4f), r);
+  f32x16 p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  f32x16 y = fma(p, r * r, r) + splat(1.0f);
+  f32x16 scale = (f32x16)((n + 127) << 23);
+  f32x16 out = y * scale;
+  out = (f32x16)((u32x16)out & ~(u32x16)(x < splat(-87.33654f)));
+  u32x16 is_nan = (u32x16)(x != x);
+  return (f32x16)(((u32x16)out & ~is_nan) | ((u32x16)x & is_nan));
+}
+
+QNEXT_INLINE f32x16 sigmoid(f32x16 x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
+QNEXT_INLINE f32x16 silu(f32x16 x) { return x * sigmoid(x); }
+QNEXT_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+QNEXT_INLINE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+}  // namespace qnext::QNEXT_ISA
