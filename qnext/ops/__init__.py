@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from qnext.ops.backend import set_num_threads
+from qnext.ops.backend import is_native, set_num_threads
 from qnext.ops.dispatch import embedding, experts_swiglu, linear, rms_norm, route
+from qnext.ops.memory import empty_weight, keep_freed_memory
 from qnext.ops.packing import Packing
 from qnext.ops.quantized import QuantizedWeight
 from qnext.ops.reference.attention import attention, paged_attention, write_kv
@@ -33,9 +34,12 @@ __all__ = [
     "dequantize",
     "embedding",
     "empty_quantized",
+    "empty_weight",
     "experts_swiglu",
     "gated_delta_rule",
     "gated_rms_norm",
+    "is_native",
+    "keep_freed_memory",
     "l2_norm",
     "linear",
     "paged_attention",

@@ -55,6 +55,11 @@ def set_num_threads(count: int) -> None:
         module.set_num_threads(count)
 
 
+def is_native(device: torch.device) -> bool:
+    """Whether inference on `device` runs the native kernels."""
+    return device.type == "cpu" and native_module() is not None
+
+
 def runs_native(x: Tensor, *others: Tensor | None) -> bool:
     """Whether native kernels take this call: fp32 activations `x` on the CPU, and nobody wants gradients."""
     if x.dtype != torch.float32 or x.device.type != "cpu" or native_module() is None:
