@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qnext.ops.delta_mixer import DeltaCache, gated_delta_mixer
 from qnext.ops.packing import Packing
 from qnext.ops.reference.attention import attention, paged_attention, write_kv
 from qnext.ops.reference.conv import causal_conv1d_silu
@@ -18,6 +19,7 @@ from qnext.ops.reference.rope import apply_rope, rope_cos_sin, rope_frequencies,
 
 __all__ = [
     "DELTA_CHUNK_SIZE",
+    "DeltaCache",
     "Packing",
     "Routing",
     "apply_rope",
@@ -25,6 +27,7 @@ __all__ = [
     "causal_conv1d_silu",
     "chunk_gated_delta_rule",
     "experts_swiglu",
+    "gated_delta_mixer",
     "gated_delta_rule",
     "gated_rms_norm",
     "l2_norm",
