@@ -21,8 +21,9 @@ BLOCK_SIZE = 16
 class Cache:
     """Pages for every full-attention layer and slots for every linear layer of the trunk.
 
-    Keys, values and convolution inputs are kept in `dtype`, the delta state in fp32. With `poison`, memory that has
-    no owner is filled with NaN, so that reading it shows (for tests).
+    Keys and values are kept in `dtype`, both states of the linear layers in fp32: native activations have that width
+    whatever the weights are, and a rounded state would make the cuts of a prefill visible. With `poison`, memory that
+    has no owner is filled with NaN, so that reading it shows (for tests).
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Cache:
         )  # fmt: skip
         self.delta = {
             index: DeltaSlots(
-                torch.empty(conv_shape, dtype=dtype, device=device),
+                torch.empty(conv_shape, dtype=torch.float32, device=device),
                 torch.empty(state_shape, dtype=torch.float32, device=device),
             )
             for index, kind in kinds

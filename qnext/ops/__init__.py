@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qnext.ops.backend import is_native, set_num_threads
+from qnext.ops.delta_mixer import DeltaCache, gated_delta_mixer
 from qnext.ops.dispatch import embedding, experts_swiglu, linear, rms_norm, route
 from qnext.ops.memory import empty_weight, keep_freed_memory
 from qnext.ops.packing import Packing
@@ -22,6 +23,7 @@ from qnext.ops.weights import Weight, dequantize, empty_quantized, write_quantiz
 
 __all__ = [
     "DELTA_CHUNK_SIZE",
+    "DeltaCache",
     "Packing",
     "QuantizedWeight",
     "Routing",
@@ -36,6 +38,7 @@ __all__ = [
     "empty_quantized",
     "empty_weight",
     "experts_swiglu",
+    "gated_delta_mixer",
     "gated_delta_rule",
     "gated_rms_norm",
     "is_native",
