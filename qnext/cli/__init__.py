@@ -20,6 +20,7 @@ VERBS = {
     "chat": "talk to a model",
     "train": "train by a recipe",
     "eval": "bits per byte on text files",
+    "convert": "a model folder to GGUF, for llama.cpp, and back",
 }
 
 _USAGE = """usage: qnext VERB [options]        qnext VERB --help for the options of a verb
