@@ -20,6 +20,7 @@ VERBS = {
     "chat": "talk to a model",
     "train": "train by a recipe",
     "eval": "bits per byte on text files",
+    "quantize": "a model folder in four or eight bits, and what that cost",
     "convert": "a model folder to GGUF, for llama.cpp, and back",
 }
 
