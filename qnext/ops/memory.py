@@ -55,7 +55,9 @@ def empty_weight(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
 
 
 def _map(num_bytes: int) -> Tensor:
-    mapping = mmap.mmap(-1, num_bytes + _HUGE_PAGE)
+    mapping = mmap.mmap(
+        -1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # shared has no huge pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)
