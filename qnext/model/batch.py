@@ -13,14 +13,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qnext.ops import Packing
+from qnext.ops import AttentionCache, Packing
 
 
 class KVPages(NamedTuple):
-    """Keys and values of one full-attention layer, [num_pages, P, G, K] each."""
+    """Keys and values of one full-attention layer, [num_pages, P, G, K] each.
+
+    In int8 they are codes; scales [num_pages, P, G] fp32 stand beside them, one per token and KV head.
+    """
 
     k: Tensor
     v: Tensor
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in self if tensor is not None]
 
 
 class DeltaSlots(NamedTuple):
@@ -45,6 +54,12 @@ class CacheView:
     context_lengths: tuple[int, ...]  # tokens of each sequence, this step included
     write_index_T: Tensor  # int64 page * P + offset for every token of the step
     has_fresh: bool = True  # whether any of is_fresh_N may be true; false saves a pass over the states
+
+    def attention(self, layer_index: int) -> AttentionCache:
+        """What the attention of one layer reads and writes."""
+        return AttentionCache(
+            *self.kv[layer_index], self.block_tables_NM, self.context_lengths, self.write_index_T
+        )  # fmt: skip
 
     def read_slots(self, stored: Tensor) -> Tensor:
         """Rows of `stored` for the sequences of the step, zero for the fresh ones."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from qnext.ops.attention_mixer import attention_mixer
 from qnext.ops.packing import Packing
 from qnext.ops.reference.attention import attention, paged_attention, write_kv
+from qnext.ops.reference.attention_mixer import AttentionCache
 from qnext.ops.reference.conv import causal_conv1d_silu
 from qnext.ops.reference.delta import (
     DELTA_CHUNK_SIZE,
@@ -18,10 +20,12 @@ from qnext.ops.reference.rope import apply_rope, rope_cos_sin, rope_frequencies,
 
 __all__ = [
     "DELTA_CHUNK_SIZE",
+    "AttentionCache",
     "Packing",
     "Routing",
     "apply_rope",
     "attention",
+    "attention_mixer",
     "causal_conv1d_silu",
     "chunk_gated_delta_rule",
     "experts_swiglu",
