@@ -21,9 +21,10 @@ BLOCK_SIZE = 16
 class Cache:
     """Pages for every full-attention layer and slots for every linear layer of the trunk.
 
-    Keys and values are kept in `dtype`, both states of the linear layers in fp32: native activations have that width
-    whatever the weights are, and a rounded state would make the cuts of a prefill visible. With `poison`, memory that
-    has no owner is filled with NaN, so that reading it shows (for tests).
+    Keys and values are kept in `dtype` unless `kv_dtype` says otherwise; in int8 they have an fp32 scale per token and
+    head. Both states of the linear layers are fp32: native activations have that width whatever the weights are, and a
+    rounded state would make the cuts of a prefill visible. With `poison`, memory that has no owner is filled with NaN,
+    so that reading it shows (for tests).
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Cache:
         num_slots: int,
         max_model_len: int,
         dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         block_size: int = BLOCK_SIZE,
         poison: bool = False,
@@ -44,7 +46,7 @@ class Cache:
         kinds = list(enumerate(config.layer_types))
         kv_shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
         self.kv = {
-            index: KVPages(*(torch.empty(kv_shape, dtype=dtype, device=device) for _ in range(2)))
+            index: _make_pages(kv_shape, kv_dtype or dtype, self.device)
             for index, kind in kinds
             if kind == FULL_ATTENTION
         }
@@ -70,7 +72,7 @@ class Cache:
     @property
     def kv_bytes(self) -> int:
         """Bytes that the pages of all layers occupy."""
-        return sum(tensor.nbytes for pages in self.kv.values() for tensor in pages)
+        return sum(tensor.nbytes for pages in self.kv.values() for tensor in pages.tensors)
 
     @property
     def state_bytes(self) -> int:
@@ -121,9 +123,17 @@ class Cache:
 
     def _fill_nan(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         for ids, tensors in (
-            (blocks, [tensor for pages in self.kv.values() for tensor in pages]),
+            # codes of int8 have no NaN, their scales do
+            (blocks, [tensor for pages in self.kv.values() for tensor in pages.tensors]),
             (slots, [tensor for slots_ in self.delta.values() for tensor in slots_]),
         ):
             index = torch.tensor(list(ids), dtype=torch.long, device=self.device)
             for tensor in tensors:
-                tensor.index_fill_(0, index, float("nan"))
+                tensor.index_fill_(0, index, float("nan") if tensor.is_floating_point() else 0)
+
+
+def _make_pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> KVPages:
+    k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    if dtype != torch.int8:
+        return KVPages(k, v)
+    return KVPages(k, v, *(torch.empty(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)))

@@ -6,6 +6,8 @@ import secrets
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from qnext.engine.cache import BLOCK_SIZE, Cache
 from qnext.engine.memory import MemoryPlan, available_bytes, weight_bytes
 from qnext.engine.request import FinishReason, Request, SampledToken, SamplingParams, checked_prompt, output_allowance
@@ -37,7 +39,8 @@ class Engine:
     request together. KV memory is
     `num_blocks` blocks of 16 tokens, or as many as `kv_budget_bytes` holds, or by default what `max_num_seqs` requests
     of full length can use, at most half of the free memory. `eos_token_ids` (default: the config's) end a request
-    unless it says ignore_eos. `poison` fills freed memory with NaN (for tests).
+    unless it says ignore_eos. Keys and values are kept in `kv_dtype` (default: the model's; int8 has an fp32 scale per
+    token and head). `poison` fills freed memory with NaN (for tests).
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Engine:
         max_model_len: int | None = None,
         num_blocks: int | None = None,
         kv_budget_bytes: int | None = None,
+        kv_dtype: torch.dtype | None = None,
         eos_token_ids: Collection[int] | None = None,
         poison: bool = False,
     ) -> None:
@@ -63,7 +67,7 @@ class Engine:
         self.eos_token_ids = frozenset(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         blocks = _choose_num_blocks(
             model, max_num_seqs=max_num_seqs, max_model_len=self.max_model_len, num_blocks=num_blocks,
-            kv_budget_bytes=kv_budget_bytes,
+            kv_budget_bytes=kv_budget_bytes, kv_dtype=kv_dtype or model.dtype,
         )  # fmt: skip
         has_blocks = config.num_full_layers > 0
         if has_blocks:
@@ -81,7 +85,7 @@ class Engine:
         )
         self.cache = Cache(
             config, num_blocks=blocks, num_slots=max_num_seqs, max_model_len=self.max_model_len, dtype=model.dtype,
-            device=model.device, poison=poison,
+            kv_dtype=kv_dtype, device=model.device, poison=poison,
         )  # fmt: skip
         self.runner = Runner(model, self.cache)
         self._requests: dict[str, Request] = {}
@@ -215,9 +219,10 @@ def _completion(request: Request) -> Completion:
 
 
 def _choose_num_blocks(
-    model: CausalLM, *, max_num_seqs: int, max_model_len: int, num_blocks: int | None, kv_budget_bytes: int | None
-) -> int:
-    dtype = str(model.dtype).removeprefix("torch.")
+    model: CausalLM, *, max_num_seqs: int, max_model_len: int, num_blocks: int | None, kv_budget_bytes: int | None,
+    kv_dtype: torch.dtype,
+) -> int:  # fmt: skip
+    dtype = str(kv_dtype).removeprefix("torch.")
     block_bytes = BLOCK_SIZE * kv_bytes_per_token(model.config, dtype=dtype)
     if block_bytes == 0:
         return 0

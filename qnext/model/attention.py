@@ -1,11 +1,10 @@
 """Gated attention: grouped-query attention with per-head norms and an elementwise output gate.
 
-Legend: T tokens, D hidden, H query heads, G KV heads, K head dim.
+Legend: T tokens, D hidden, X = query heads * head dim.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from qnext import ops
@@ -36,33 +35,20 @@ class Attention(nn.Module):
         self.k_norm = make_norm(config, config.head_dim)
 
     def forward(self, x_TD: Tensor, batch: Batch, rope: tuple[Tensor, Tensor]) -> Tensor:
-        num_tokens = x_TD.shape[0]
-        q_THK = self.q_proj(x_TD).view(num_tokens, -1, self.head_dim * (2 if self.has_gate else 1))
-        gate_THK = None
-        if self.has_gate:
-            q_THK, gate_THK = q_THK.chunk(2, dim=-1)
-        k_TGK = self.k_proj(x_TD).view(num_tokens, -1, self.head_dim)
-        v_TGK = self.v_proj(x_TD).view(num_tokens, -1, self.head_dim)
-        q_THK = ops.apply_rope(self.q_norm(q_THK), *rope)
-        k_TGK = ops.apply_rope(self.k_norm(k_TGK), *rope)
-        out_THK = self._attend(q_THK, k_TGK, v_TGK, batch)
-        if gate_THK is not None:
-            out_THK = out_THK * torch.sigmoid(gate_THK)
-        return self.o_proj(out_THK.flatten(1))
-
-    def _attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: Batch) -> Tensor:
-        scale = self.head_dim**-0.5
-        cache = batch.cache
-        if cache is None:
-            return ops.attention(q_THK, k_TGK, v_TGK, packing=batch.packing, scale=scale)
-        pages = cache.kv[self.layer_index]
-        ops.write_kv(k_TGK, v_TGK, pages.k, pages.v, write_index_T=cache.write_index_T)
-        return ops.paged_attention(
-            q_THK,
-            pages.k,
-            pages.v,
+        cos, sin = rope
+        mixed_TX = ops.attention_mixer(
+            self.q_proj(x_TD),
+            self.k_proj(x_TD),
+            self.v_proj(x_TD),
+            q_norm_weight_K=self.q_norm.weight,
+            k_norm_weight_K=self.k_norm.weight,
+            eps=self.q_norm.eps,
+            zero_centered=self.q_norm.zero_centered,
+            has_gate=self.has_gate,
+            cos=cos,
+            sin=sin,
             packing=batch.packing,
-            block_tables_NM=cache.block_tables_NM,
-            context_lengths=cache.context_lengths,
-            scale=scale,
+            scale=self.head_dim**-0.5,
+            cache=None if batch.cache is None else batch.cache.attention_cache(self.layer_index),
         )
+        return self.o_proj(mixed_TX)

@@ -12,14 +12,23 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from qnext.ops import DeltaCache, Packing
+from qnext.ops import AttentionCache, DeltaCache, Packing
 
 
 class KVPages(NamedTuple):
-    """Keys and values of one full-attention layer, [num_pages, P, G, K] each."""
+    """Keys and values of one full-attention layer, [num_pages, P, G, K] each.
+
+    In int8 they are codes; scales [num_pages, P, G] fp32 stand beside them, one per token and KV head.
+    """
 
     k: Tensor
     v: Tensor
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in self if tensor is not None]
 
 
 class DeltaSlots(NamedTuple):
@@ -49,6 +58,12 @@ class CacheView:
         """Slots of one layer with the slot numbers of the step's sequences."""
         slots = self.delta[layer_index]
         return DeltaCache(slots.conv, slots.state, self.slots_N, self.is_fresh_N, self.has_fresh)
+
+    def attention_cache(self, layer_index: int) -> AttentionCache:
+        """What the attention of one layer reads and writes."""
+        return AttentionCache(
+            *self.kv[layer_index], self.block_tables_NM, self.context_lengths, self.write_index_T
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qnext.ops.attention_mixer import attention_mixer
 from qnext.ops.backend import is_native, set_num_threads
 from qnext.ops.delta_mixer import DeltaCache, gated_delta_mixer
 from qnext.ops.dispatch import embedding, experts_swiglu, linear, rms_norm, route
@@ -9,6 +10,7 @@ from qnext.ops.memory import empty_weight, keep_freed_memory
 from qnext.ops.packing import Packing
 from qnext.ops.quantized import QuantizedWeight
 from qnext.ops.reference.attention import attention, paged_attention, write_kv
+from qnext.ops.reference.attention_mixer import AttentionCache
 from qnext.ops.reference.conv import causal_conv1d_silu
 from qnext.ops.reference.delta import (
     DELTA_CHUNK_SIZE,
@@ -23,6 +25,7 @@ from qnext.ops.weights import Weight, dequantize, empty_quantized, write_quantiz
 
 __all__ = [
     "DELTA_CHUNK_SIZE",
+    "AttentionCache",
     "DeltaCache",
     "Packing",
     "QuantizedWeight",
@@ -31,6 +34,7 @@ __all__ = [
     "Weight",
     "apply_rope",
     "attention",
+    "attention_mixer",
     "causal_conv1d_silu",
     "chunk_gated_delta_rule",
     "dequantize",

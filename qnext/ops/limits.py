@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -40,18 +41,16 @@ def peak_arithmetic(*, seconds: float = 0.1, passes: int = 5) -> dict[str, float
     if native is None:
         return {"float32": _torch_peak(torch.float32, passes), "bfloat16": _torch_peak(torch.bfloat16, passes),
                 "int8": None}  # fmt: skip
-    found: dict[str, float | None] = {}
-    for kind, name in enumerate(ARITHMETIC):
-        rounds = 1 << 14
-        operations = native.multiply(kind, rounds)
-        if operations:
-            once = _best(lambda kind=kind, rounds=rounds: native.multiply(kind, rounds), 3)
-            factor = max(1, int(seconds / passes / once))
-            best = _best(lambda kind=kind, rounds=rounds * factor: native.multiply(kind, rounds), passes)
-            found[name] = operations * factor / best
-        else:
-            found[name] = None
-    return found
+    return {name: _native_peak(native, kind, seconds, passes) for kind, name in enumerate(ARITHMETIC)}
+
+
+def _native_peak(native: Any, kind: int, seconds: float, passes: int) -> float | None:
+    rounds = 1 << 14
+    operations = native.multiply(kind, rounds)
+    if not operations:
+        return None
+    factor = max(1, int(seconds / passes / _best(lambda: native.multiply(kind, rounds), 3)))
+    return operations * factor / _best(lambda: native.multiply(kind, rounds * factor), passes)
 
 
 def _torch_peak(dtype: torch.dtype, passes: int) -> float:

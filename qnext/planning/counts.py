@@ -9,7 +9,8 @@ from qnext.config import ModelConfig
 from qnext.planning.shapes import parameter_shapes
 
 # Bytes of one element, under the names that torch and config.json use.
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+KV_SCALE_BYTES = 4  # int8 keys and values: an fp32 scale per token and head
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def weight_bytes(config: ModelConfig, *, dtype: str = "bfloat16") -> int:
 def kv_bytes_per_token(config: ModelConfig, *, dtype: str = "bfloat16", with_mtp: bool = False) -> int:
     """Bytes of keys and values per token over all full-attention layers; `with_mtp` adds the MTP layer's."""
     layers = config.num_full_layers + (config.num_nextn_predict_layers if with_mtp else 0)
-    return layers * 2 * config.num_key_value_heads * config.head_dim * DTYPE_BYTES[dtype]
+    head_bytes = config.head_dim * DTYPE_BYTES[dtype] + (KV_SCALE_BYTES if dtype == "int8" else 0)
+    return layers * 2 * config.num_key_value_heads * head_bytes
 
 
 def state_bytes_per_sequence(

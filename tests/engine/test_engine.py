@@ -294,6 +294,20 @@ def test_memory_plan_counts_what_is_allocated(kind: str) -> None:
     assert len(plan.describe().splitlines()) == 2
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
+def test_keys_and_values_have_a_dtype_of_their_own(kv_dtype: torch.dtype) -> None:
+    model, prompt = tiny_model("full"), random_prompt(40, seed=0)
+    engine = Engine(model, max_num_seqs=2, num_blocks=8, kv_dtype=kv_dtype, poison=True)
+    runner = RecordingRunner(engine)
+    engine.runner = runner
+    (done,) = engine.generate([prompt], GREEDY)
+    expected = reference_logits(model, [*prompt, *done.output_ids[:-1]])[len(prompt) - 1 :]
+    # Keys and values are rounded to 8 bits or 7.
+    assert (torch.stack(runner.rows[done.request_id]) - expected).norm() < 0.05 * expected.norm()
+    name = str(kv_dtype).removeprefix("torch.")
+    assert engine.memory_plan.kv_bytes == 8 * 16 * kv_bytes_per_token(model.config, dtype=name)
+
+
 def test_a_cache_smaller_than_the_context_bounds_it() -> None:
     engine = Engine(tiny_model("hybrid"), max_num_seqs=1, num_blocks=4)
     assert engine.max_model_len == engine.memory_plan.max_model_len == 64
