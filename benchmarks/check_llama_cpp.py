@@ -122,7 +122,7 @@ def compare(server: Server, model: CausalLM, tokenizer: Tokenizer, *, num_tokens
 def serve_and_compare(options: argparse.Namespace, gguf: Path, work: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """llama.cpp on a file against us on the same file, imported in fp32."""
     folder = work / f"{gguf.stem}-imported"
-    import_gguf(gguf, folder, dtype=torch.float32)
+    import_gguf(gguf, folder, dtype=torch.float32, dequantize=True)
     model = load_model(folder)
     server = Server(options.server, gguf, options.port)
     try:

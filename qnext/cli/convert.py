@@ -20,8 +20,11 @@ def command(
         str | None, typer.Option("--type", metavar="|".join(_KINDS), help="of the matrices in OUT.gguf; else bf16")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="|".join(_DTYPES), help="of the folder OUT; else that of the file")
+        str | None, typer.Option(metavar="|".join(_DTYPES), help="of what is not packed in OUT; else the file's")
     ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="make Q8_0 and Q4_0 of IN.gguf plain numbers too")
+    ] = False,
 ) -> None:
     """Write a folder as GGUF for llama.cpp, or a GGUF file as a Hugging Face folder, and print its path."""
     from qnext.errors import UsageError
@@ -34,10 +37,10 @@ def command(
             raise UsageError("--type is for OUT.gguf; a folder has --dtype")
         if dtype is not None and dtype not in _DTYPES:
             raise UsageError(f"--dtype {dtype}: must be one of {', '.join(_DTYPES)}")
-        _import(Path(model), out, dtype)
+        _import(Path(model), out, dtype, dequantize)
     else:
-        if dtype is not None:
-            raise UsageError("--dtype is for a folder; OUT.gguf has --type")
+        if dtype is not None or dequantize:
+            raise UsageError("--dtype and --dequantize are for a folder; OUT.gguf has --type")
         if kind is not None and kind not in _KINDS:
             raise UsageError(f"--type {kind}: must be one of {', '.join(_KINDS)}")
         _export(model, out, kind or "bf16")
@@ -59,7 +62,7 @@ def _export(model: str, out: Path, kind: str) -> None:
         export_gguf(folder, out, kind=kind, tokenizer_keys=keys, progress=progress)
 
 
-def _import(path: Path, out: Path, dtype: str | None) -> None:
+def _import(path: Path, out: Path, dtype: str | None, dequantize: bool) -> None:
     import torch
 
     from qnext.checkpoint.gguf import import_gguf, read_gguf
@@ -73,10 +76,12 @@ def _import(path: Path, out: Path, dtype: str | None) -> None:
         write_vocabulary(file.keys, made, source=str(path), model_max_length=config.max_position_embeddings)
         with byte_progress("reading") as progress:
             report = import_gguf(
-                path, out, dtype=None if dtype is None else getattr(torch, dtype), tokenizer_folder=made,
-                progress=progress,
+                path, out, dtype=None if dtype is None else getattr(torch, dtype), dequantize=dequantize,
+                tokenizer_folder=made, progress=progress,
             )  # fmt: skip
     name = str(report.dtype).removeprefix("torch.")
+    if report.packed:
+        print(f"{len(report.packed)} quantised tensors keep their codes and scales", file=sys.stderr)
     if report.dequantized:
         print(f"{len(report.dequantized)} quantised tensors were made {name}", file=sys.stderr)
     if report.rounded:

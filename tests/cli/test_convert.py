@@ -35,7 +35,7 @@ def test_types(tmp_path: Path, capsys: Capture, kind: str) -> None:
     file, back = tmp_path / "m.gguf", tmp_path / "back"
     assert run(capsys, "convert", make_model(tmp_path), file, "--type", kind).code == 0
     assert read_gguf(file).tensors["blk.0.ssm_out.weight"].block.name == kind.upper()
-    result = run(capsys, "convert", file, back, "--dtype", "float32")
+    result = run(capsys, "convert", file, back, "--dtype", "float32", "--dequantize")
     assert result.code == 0
     assert ("quantised tensors were made float32" in result.err) == kind.startswith("q")
     assert "rounded" not in result.err
@@ -63,7 +63,7 @@ def _float32() -> object:
         (("model", "out"), 2, "must be a GGUF file that ends in .gguf"),
         (("m.gguf", "n.gguf"), 2, "must be a GGUF file that ends in .gguf"),
         (("model", "n.gguf", "--type", "q2"), 2, "--type q2: must be one of f32"),
-        (("model", "n.gguf", "--dtype", "float32"), 2, "--dtype is for a folder"),
+        (("model", "n.gguf", "--dtype", "float32"), 2, "--dtype and --dequantize are for a folder"),
         (("m.gguf", "out", "--type", "f32"), 2, "--type is for OUT.gguf"),
         (("m.gguf", "out", "--dtype", "int8"), 2, "--dtype int8: must be one of"),
         (("model", "m.gguf"), 2, "m.gguf: exists"),

@@ -17,6 +17,7 @@ from qnext.checkpoint.gguf.blocks import encode
 from qnext.checkpoint.gguf.container import BLOCK_TYPES, BlockType, GgufSpec, GgufWriter, Value, new_file
 from qnext.checkpoint.gguf.keys import config_to_keys
 from qnext.checkpoint.gguf.names import Change, Entry, gguf_entries, matrix_shape, slabs
+from qnext.checkpoint.header import load_json
 from qnext.checkpoint.names import scale_name
 from qnext.checkpoint.values import dequantize, is_finite
 from qnext.config import ModelConfig
@@ -47,6 +48,7 @@ def export_gguf(
     """
     name, file_type = EXPORT_TYPES[kind]
     with TensorFiles(folder) as files:
+        _refuse_packed(files.folder)
         layout = read_layout(files.folder, files.tensors)
         for problem in structure_problems(layout, files.tensors, files.folder):
             raise CorruptCheckpoint(problem)
@@ -69,6 +71,13 @@ def export_gguf(
                 if progress is not None:
                     progress(done, total)
             writer.finish()
+
+
+def _refuse_packed(folder: Path) -> None:
+    path = folder / "config.json"
+    block = load_json(path.read_bytes(), path).get("quantization_config") if path.is_file() else None
+    if isinstance(block, dict) and block.get("quant_method") != "fp8":
+        raise UsageError(f"{folder}: is quantised already; export the original weights")
 
 
 def _block_type(config: ModelConfig, entry: Entry, wanted: BlockType) -> BlockType:

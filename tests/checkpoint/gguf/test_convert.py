@@ -58,7 +58,7 @@ def test_bf16_round_trip_is_exact(tmp_path: Path, name: str) -> None:
     folder = folder_of(tmp_path / "m", name)
     export_gguf(folder, tmp_path / "m.gguf", kind="bf16", tokenizer_keys=KEYS)
     report = import_gguf(tmp_path / "m.gguf", tmp_path / "back", max_shard_bytes=50_000)
-    assert report == (torch.bfloat16, (), ())
+    assert report == (torch.bfloat16, (), (), ())
     assert_same(tensors_of(tmp_path / "back"), tensors_of(folder))
     assert read_config(tmp_path / "back") == GGUF_CONFIGS[name]
     load_model(tmp_path / "back")
@@ -71,7 +71,7 @@ def test_other_floats_round_trip(tmp_path: Path, kind: str) -> None:
     folder = folder_of(tmp_path / "m", dtype=dtype)
     export_gguf(folder, tmp_path / "m.gguf", kind=kind, tokenizer_keys=KEYS)
     report = import_gguf(tmp_path / "m.gguf", tmp_path / "back")
-    assert report == (dtype, (), ())
+    assert report == (dtype, (), (), ())
     actual, expected = tensors_of(tmp_path / "back"), tensors_of(folder)
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -116,7 +116,8 @@ def test_quantised_files(tmp_path: Path, name: str, kind: str) -> None:
         if any(part in tensor.name for part in ("norm", "ssm_ba", "ssm_a", "ssm_dt", "conv1d", "gate_inp")):
             assert block.name == "F32", tensor.name
     assert counts[kind.upper()] >= 6
-    report = import_gguf(tmp_path / "q.gguf", tmp_path / "back", dtype=torch.float32)
+    report = import_gguf(tmp_path / "q.gguf", tmp_path / "back", dtype=torch.float32, dequantize=True)
+    assert not report.packed
     assert len(report.dequantized) == sum(counts.get(block, 0) for block in ("Q8_0", "Q4_0"))
     assert not report.rounded
     # The imported folder, written again without quantising, holds the same numbers.
