@@ -21,6 +21,7 @@ VERBS = {
     "train": "train by a recipe",
     "eval": "bits per byte on text files",
     "quantize": "a model folder in four or eight bits, and what that cost",
+    "bench": "speed, loading and memory, beside peers and the limits of the machine",
     "convert": "a model folder to GGUF, for llama.cpp, and back",
 }
 
