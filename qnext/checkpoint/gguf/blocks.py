@@ -45,6 +45,22 @@ def integer_codes(raw_RB: Tensor, block: BlockType) -> tuple[Tensor, Tensor]:
     return _nibbles(raw_RNB[..., 2:]).flatten(1), scale_RN
 
 
+def encode_codes(codes_RI: Tensor, scale_RG: Tensor, block: BlockType, *, bits: int) -> Tensor:
+    """Codes of `bits` bits (uint8, offset by half their range) and their scales as bytes of Q8_0 or Q4_0.
+
+    The codes stay what they are; scales go to f16, those of longer groups to every block of their group. Codes of four
+    bits may become Q8_0.
+    """
+    codes_RNJ = codes_RI.unflatten(-1, (-1, block.num_items))
+    scale_RN1 = scale_RG.repeat_interleave(codes_RNJ.shape[-2] // scale_RG.shape[-1], dim=-1)[..., None]
+    if block.name == "Q8_0":
+        packed = (codes_RNJ + (128 - 2 ** (bits - 1))) ^ 0x80
+    else:
+        assert (block.name, bits) == ("Q4_0", 4)
+        packed = codes_RNJ[..., :16] | (codes_RNJ[..., 16:] << 4)
+    return torch.cat((_scale_bytes(scale_RN1.contiguous()), packed), dim=-1).flatten(-2)
+
+
 def _encode_q8_0(x_RNJ: Tensor) -> Tensor:
     scale_RN1 = x_RNJ.abs().amax(-1, keepdim=True) / 127
     scaled = x_RNJ * _inverse(scale_RN1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from qnext.checkpoint.gguf.blocks import ENCODED, decode, encode, integer_codes
+from qnext.checkpoint.gguf.blocks import ENCODED, decode, encode, encode_codes, integer_codes
 from qnext.checkpoint.gguf.container import BLOCK_TYPES
 
 QUANTIZED = [name for name, block in BLOCK_TYPES.items() if block.num_items > 1]
@@ -88,3 +88,26 @@ def test_codes_times_scales_are_the_numbers(name: str) -> None:
     grouped = codes_RI.unflatten(-1, (-1, 32)).float() - (128 if name == "Q8_0" else 8)
     values = (grouped * scales_RN.float()[..., None]).flatten(1)
     assert torch.equal(values, decode(raw_RB, block))
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])
+def test_codes_go_back_as_they_came(name: str) -> None:
+    """Any codes, scales of both signs."""
+    block = BLOCK_TYPES[name]
+    rng = np.random.default_rng(4)
+    raw = rng.integers(0, 256, (5, 3, block.num_bytes), dtype=np.uint8)
+    raw[..., :2] = rng.standard_normal((5, 3, 1)).astype(np.float16).view(np.uint8)
+    raw_RB = torch.from_numpy(raw).flatten(1)
+    codes_RI, scales_RN = integer_codes(raw_RB, block)
+    bits = 8 if name == "Q8_0" else 4
+    assert torch.equal(encode_codes(codes_RI, scales_RN.float(), block, bits=bits), raw_RB)
+    if name == "Q4_0":
+        wide_RB = encode_codes(codes_RI, scales_RN.float(), BLOCK_TYPES["Q8_0"], bits=4)
+        assert torch.equal(decode(wide_RB, BLOCK_TYPES["Q8_0"]), decode(raw_RB, block))
+
+
+def test_a_scale_of_a_long_group_goes_to_each_block() -> None:
+    codes_RI = torch.arange(128, dtype=torch.uint8).view(1, 128) % 16
+    scale_RG = torch.tensor([[0.5, -2.0]])
+    values = decode(encode_codes(codes_RI, scale_RG, BLOCK_TYPES["Q4_0"], bits=4), BLOCK_TYPES["Q4_0"])
+    assert torch.equal(values, (codes_RI.float() - 8) * scale_RG.repeat_interleave(64, dim=1))

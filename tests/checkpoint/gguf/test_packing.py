@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 
+from qnext.checkpoint import load_model
 from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.gguf import export_gguf, import_gguf, read_gguf
 from qnext.checkpoint.gguf.container import BLOCK_TYPES, GgufSpec, GgufWriter, new_file
 from qnext.checkpoint.gguf.names import gguf_entries
 from qnext.checkpoint.gguf.packing import packed_parameters, quantization_config
 from qnext.checkpoint.names import expected_tensors
-from qnext.errors import CorruptCheckpoint
+from qnext.checkpoint.quantize import quantize_folder
+from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.quant.formats import from_pack_quantized
+from qnext.quant.scheme import make_policy
+from tests.checkpoint.folders import rewrite
 
 from .files import GGUF_CONFIGS
 from .test_convert import KEYS, folder_of, poke
@@ -37,7 +41,7 @@ def numbers_of(folder: Path) -> dict[str, torch.Tensor]:
                 bits = codes.shape[1] * 32 // shape[1]
                 assert bits in {group["weights"]["num_bits"] for group in groups.values()}
                 weight = from_pack_quantized(codes, scales, num_inputs=shape[1], bits=bits)
-                assert (list(weight.shape), weight.group_size, scales.dtype) == (shape, 32, torch.float16)
+                assert list(weight.shape) == shape
                 numbers[f"{module}.weight"] = weight.dequantize()
             elif not name.endswith(("_scale", "_shape")):
                 numbers[name] = files.read(name).float().clone()
@@ -58,10 +62,13 @@ def test_packed_weights_are_the_numbers_of_the_file(tmp_path: Path, name: str, k
     exact = 0
     with TensorFiles(tmp_path / "packed") as files:
         for weight, values in expected.items():
+            module = weight.removesuffix(".weight")
             if weight in files.tensors:
                 assert torch.allclose(packed[weight], values, rtol=2.0**-8, atol=1e-7), weight
             else:
                 assert torch.equal(packed[weight], values), weight
+                scales = files.tensors[f"{module}.weight_scale"]
+                assert (scales.dtype, scales.shape[1] * 32) == ("F16", values.shape[1])
                 exact += 1
     assert exact >= 6
 
@@ -139,3 +146,64 @@ def test_other_types_are_dequantised(tmp_path: Path) -> None:
     expected = gguf.quants.dequantize(raw.reshape(64, -1), gguf.GGMLQuantizationType.Q5_1)
     with TensorFiles(tmp_path / "back") as files:
         assert np.array_equal(files.read("model.layers.1.self_attn.o_proj.weight").numpy(), expected)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_a_packed_folder_is_exported_code_by_code(tmp_path: Path, kind: str) -> None:
+    """GGUF to packed folder to GGUF: the bytes of every packed tensor are the same; so are the numbers of the model."""
+    export_gguf(folder_of(tmp_path / "m"), tmp_path / "a.gguf", kind=kind, tokenizer_keys=KEYS)
+    report = import_gguf(tmp_path / "a.gguf", tmp_path / "packed")
+    export_gguf(tmp_path / "packed", tmp_path / "b.gguf", kind=kind, tokenizer_keys=KEYS)
+    first, second = ({t.name: t for t in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors} for name in "ab")
+    for name in report.packed:
+        assert first[name].tensor_type == second[name].tensor_type, name
+        assert np.array_equal(first[name].data, second[name].data), name
+    # In a wider type the codes are others and the numbers the same.
+    for other in ("q8_0", "f32"):
+        export_gguf(tmp_path / "packed", tmp_path / f"{other}.gguf", kind=other, tokenizer_keys=KEYS)
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / f"{other}.gguf").tensors}
+        for name in report.packed:
+            numbers = [
+                gguf.quants.dequantize(t.data, t.tensor_type).reshape(-1) for t in (first[name], tensors[name])
+            ]  # fmt: skip
+            assert np.array_equal(*numbers), (name, other)
+    load_model(tmp_path / "packed")
+    numbers_there = numbers_of(tmp_path / "packed")["model.layers.0.mlp.shared_expert.down_proj.weight"]
+    assert np.array_equal(numbers_there.numpy(), _values(first["blk.0.ffn_down_shexp.weight"]))
+
+
+def _values(tensor: gguf.ReaderTensor) -> np.ndarray:
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+
+
+def packed_folder(tmp_path: Path, scheme: str) -> Path:
+    """Quantised by the package itself, to the nearest code."""
+    policy = make_policy(scheme, head=None, is_tied=False)
+    quantize_folder(folder_of(tmp_path / "m"), tmp_path / "q", policy=policy, is_calibrated=False)
+    return tmp_path / "q"
+
+
+@pytest.mark.parametrize(("scheme", "block"), [("int4-g32", "Q4_0"), ("int4-g64", "Q4_0"), ("int8-g32", "Q8_0")])
+def test_our_own_schemes_fit(tmp_path: Path, scheme: str, block: str) -> None:
+    folder = packed_folder(tmp_path, scheme)
+    export_gguf(folder, tmp_path / "q.gguf", kind="q4_0", tokenizer_keys=KEYS)
+    tensor = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "q.gguf").tensors}[
+        "blk.0.ffn_down_shexp.weight"
+    ]  # fmt: skip
+    assert tensor.tensor_type.name == block
+    numbers = numbers_of(folder)["model.layers.0.mlp.shared_expert.down_proj.weight"]
+    assert np.array_equal(_values(tensor), numbers.numpy())
+
+
+@pytest.mark.parametrize(("value", "error"), [(torch.inf, CorruptCheckpoint), (1e6, UsageError)])
+def test_bad_scales_of_a_folder(tmp_path: Path, value: float, error: type[Exception]) -> None:
+    folder = packed_folder(tmp_path, "int8-g32")
+    name = "model.layers.0.mlp.shared_expert.down_proj"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{name}.weight_scale"][3, 1] = value
+
+    rewrite(folder, change)
+    with pytest.raises(error, match=name):
+        export_gguf(folder, tmp_path / "q.gguf", kind="q8_0", tokenizer_keys=KEYS)
+    assert not (tmp_path / "q.gguf").exists()
