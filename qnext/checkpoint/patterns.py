@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import Iterable
 
 MAX_PATTERN_LENGTH = 500
@@ -60,7 +61,9 @@ def _compile(pattern: str) -> re.Pattern[str]:
     if len(pattern) > MAX_PATTERN_LENGTH:
         raise PatternError(f"pattern {shown} has {len(pattern)} letters, at most {MAX_PATTERN_LENGTH} are allowed")
     try:
-        compiled = re.compile(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of sets that a later Python may read otherwise
+            compiled = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise PatternError(f"{shown} is no regular expression ({error})") from None
     if _most_steps(pattern) > _MAX_STEPS:

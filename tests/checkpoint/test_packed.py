@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli.command import Capture, run
 from torch import Tensor
 
 from qnext import ops
@@ -314,3 +316,29 @@ def test_mtp_may_be_plain_beside_a_packed_trunk(tmp_path: Path, form: PackedForm
     weights = weights_of(load_model(folder))
     assert all(isinstance(weights[name], Tensor) for name in weights if name.startswith("mtp."))
     assert not isinstance(weights["model.layers.0.mlp.experts.down_proj"], Tensor)
+
+
+@pytest.mark.parametrize("form", [GROUPED, AWQ, GPTQ], ids=str)
+def test_inspect_counts_numbers_and_not_words(tmp_path: Path, capsys: Capture, form: PackedForm) -> None:
+    expected = packed_folder(tmp_path / "m", form)
+    result = run(capsys, "inspect", tmp_path / "m", "--json")
+    assert (result.code, result.err) == (0, "")
+    document = json.loads(result.out)
+    layout = "pack-quantized" if form is GROUPED else form.layout
+    assert document["packed"] == {f"{layout} int4-g16": sum(weight.numel() for weight in expected.values())}
+    assert "packed weights: " in run(capsys, "inspect", tmp_path / "m").out
+
+
+def test_verify_reads_packed_values(tmp_path: Path, capsys: Capture) -> None:
+    """The folder has no tokenizer, which is a line of its own."""
+    packed_folder(tmp_path / "m", GPTQ)
+    assert len(json.loads(run(capsys, "verify", tmp_path / "m", "--json").out)["problems"]) == 1
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{DOWN}.g_idx"] = tensors[f"{DOWN}.g_idx"].flip(0).contiguous()
+        tensors[f"{DOWN}.scales"][0, 0] = float("inf")
+
+    rewrite(tmp_path / "m", damage)
+    problems = "\n".join(json.loads(run(capsys, "verify", tmp_path / "m", "--json").out)["problems"])
+    assert f"{DOWN}.g_idx does not list" in problems
+    assert f"{DOWN}.scales holds NaN or infinity" in problems
