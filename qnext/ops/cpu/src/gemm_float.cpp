@@ -6,7 +6,7 @@ namespace qnext::QNEXT_ISA {
 namespace {
 
 constexpr int kTileOutputs = 4;
-constexpr int kRowTileOutputs = 8;  // for a single row, enough chains to hide the latency of an addition
+constexpr int kRowTileOutputs = 4;  // the tile and the next one, already on its way, share a level-1 cache
 
 // How a weight of type T meets a prepared row.
 template <typename T>
