@@ -6,10 +6,12 @@ A worker answers step(kind, ...): "prefill" and "decode" with seconds, "facts" w
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from qnext.errors import DoesNotFit, UsageError
 from qnext.eval.contest import Step, peak_memory
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def qnext_worker(*, folder: str, dtype: str | None, threads: int, decode_tokens:
     from qnext.eval.speed import SpeedMeter
 
     ops.set_num_threads(threads)
+    _require_memory(folder, dtype)
     before = peak_memory()
     start = time.perf_counter()
     model = load_model(folder, dtype=None if dtype is None else getattr(torch, dtype), check_finite=False)
@@ -75,13 +78,37 @@ def qnext_worker(*, folder: str, dtype: str | None, threads: int, decode_tokens:
 
 
 def transformers_worker(*, folder: str, dtype: str | None, threads: int, decode_tokens: int) -> Step:
-    """The same by transformers. A sequence at a depth grows from call to call, since its cache cannot go back."""
+    """The same by transformers. What it cannot do with a model is a UsageError."""
+    try:
+        step = _transformers_step(folder, dtype, threads, decode_tokens)
+    except DoesNotFit:
+        raise
+    except Exception as error:
+        raise _refused(error) from error
+
+    def checked(*arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except Exception as error:
+            raise _refused(error) from error
+
+    return checked
+
+
+def _refused(error: Exception) -> UsageError:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return UsageError(f"peer transformers cannot run this model: {type(error).__name__}: {first}")
+
+
+def _transformers_step(folder: str, dtype: str | None, threads: int, decode_tokens: int) -> Step:
+    """A sequence at a depth grows from call to call, since transformers' cache cannot go back."""
     import torch
 
     from qnext.eval.speed import random_tokens
 
     # By name, since the package itself must never need it: only this comparison does.
     hf = importlib.import_module("transformers")
+    _require_memory(folder, dtype)
     torch.set_num_threads(threads)
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
@@ -120,6 +147,23 @@ def transformers_worker(*, folder: str, dtype: str | None, threads: int, decode_
         prefill(1)
     loaded = {"load_seconds": time.perf_counter() - start, "peak_bytes_loaded": peak_memory()}
     return torch.inference_mode()(lambda kind, *arguments: actions[kind](*arguments))
+
+
+def _require_memory(folder: str, dtype: str | None) -> None:
+    """Raises DoesNotFit before weights are read that memory cannot hold beside what is loaded already."""
+    import torch
+
+    from qnext.checkpoint.header import read_index
+    from qnext.engine.memory import available_bytes, format_bytes
+
+    needed = 0
+    for info in read_index(folder).tensors.values():
+        needed += info.num_bytes if dtype is None else math.prod(info.shape) * getattr(torch, dtype).itemsize
+    available = available_bytes(torch.device("cpu"))
+    if needed > available:
+        raise DoesNotFit(
+            f"{folder}: weights of {format_bytes(needed)}, but {format_bytes(available)} of memory are free"
+        )
 
 
 def _bytes_by_part(model: CausalLM) -> Counter[str]:

@@ -16,9 +16,9 @@ from qnext.checkpoint import load_model
 from qnext.cli._bench_files import BenchFiles, cached_share, gguf_type, stored_scheme
 from qnext.cli._bench_llama import LlamaBench, find_tools
 from qnext.cli._bench_table import format_table
-from qnext.cli._bench_workers import _bytes_by_part, _read_bytes
+from qnext.cli._bench_workers import _bytes_by_part, _read_bytes, qnext_worker, transformers_worker
 from qnext.config import read_config
-from qnext.errors import UsageError
+from qnext.errors import DoesNotFit, UsageError
 from qnext.ops.quantized import pack_codes
 from qnext.planning import count_active, count_parameters, forward_flops_per_token
 
@@ -226,14 +226,33 @@ def test_a_failing_llama_bench_is_one_line(tmp_path: Path, script: str, message:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("worker", [qnext_worker, transformers_worker])
+def test_what_memory_cannot_hold_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch, worker: Any) -> None:
+    monkeypatch.setattr("qnext.engine.memory.available_bytes", lambda device: 1000)
+    threads = torch.get_num_threads()
+    with pytest.raises(DoesNotFit, match="1000 B of memory are free"):
+        worker(folder=str(folder), dtype=None, threads=threads, decode_tokens=2)
+
+
 @pytest.mark.slow
-def test_against_transformers(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_against_transformers(tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("transformers")
+    folder = tmp_path / "model"  # transformers multiplies experts only where rows are multiples of 16 bytes
+    assert run(capsys, "init", "nano-5m", folder).code == 0
+    options = ["--prefill", 32, "--depths", "0,16", "--decode", 4, "--rounds", 1, "--threads", 1]
     result = run(
-        capsys, "bench", folder, "--peer", "transformers", "--prefill", 32, "--depths", "0,16", "--decode", 4,
-        "--rounds", 1, "--threads", 1, "--cache", tmp_path, "--json",
+        capsys, "bench", folder, "--peer", "transformers", *options, "--cache", tmp_path, "--json",
     )  # fmt: skip
     assert result.code == 0, result.err
     (peer,) = json.loads(result.out)["schemes"][0]["peers"]
     assert len(peer["figures"]) == 3 and all(figure["ratio"]["median"] > 0 for figure in peer["figures"])
     assert peer["load"]["seconds"]["median"] > 0 and peer["peak_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_what_transformers_cannot_run_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text('{"model_type": "no such type"}')
+    with pytest.raises(UsageError, match="peer transformers cannot run this model") as caught:
+        transformers_worker(folder=str(tmp_path), dtype="bfloat16", threads=1, decode_tokens=2)
+    assert "\n" not in str(caught.value)
