@@ -42,6 +42,13 @@ class Linear(nn.Linear):
         return ops.linear(x_TD, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    """torch's layer, looked up by ops.embedding."""
+
+    def forward(self, token_ids_T: Tensor) -> Tensor:
+        return ops.embedding(token_ids_T, self.weight)
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
