@@ -8,6 +8,7 @@ namespace qnext::QNEXT_ISA {
 namespace {
 
 constexpr int64_t kTokensAtOnce = 64;  // q, k, v of a block of tokens stay in a level-2 cache
+constexpr int64_t kRowsAhead = 3;      // rows lie pages apart, where the CPU does not look ahead by itself
 constexpr float kNormEps = 1e-6f;      // of the L2 norm of q and k
 
 enum Slot : int { kMixedSlot = 16, kGatesSlot, kWeightSlot, kHistorySlot, kStateSlot };
@@ -221,7 +222,9 @@ struct Group {
     const float* inputs[kMaxConvWidth];
     const int64_t width = a.conv_width;
     for (int64_t j = 0; j < width; ++j) inputs[j] = input(t - width + 1 + j);
+    const float* ahead = x + smaller(t + kRowsAhead, num_tokens() - 1) * row_size;
     for (int64_t i = 0; i < channels; i += kLanes) {
+      prefetch(ahead + i);
       f32x16 y = load(inputs[0] + i) * load(taps + i);
       for (int64_t j = 1; j < width; ++j) y = fma(load(inputs[j] + i), load(taps + j * channels + i), y);
       store(to + i, silu(y));
@@ -252,6 +255,8 @@ struct Group {
     for (int64_t t = 0; t < count; ++t) {
       const float *o = mixed + t * channels + 2 * key_dim, *z = x + (first + t) * row_size + channels;
       float* to = a.out + ((a.starts[sequence] + first + t) * a.num_key_heads + head) * value_width;
+      const float* ahead = x + smaller(first + t + kRowsAhead, num_tokens() - 1) * row_size + channels;
+      for (int64_t i = 0; i < value_width; i += kLanes) prefetch(ahead + i);
       for (int64_t r = 0; r < repeats; ++r, o += size, z += size, to += size) {
         const f32x16 inverse = splat(1.0f / sqrtf(dot(o, o, size) / static_cast<float>(size) + a.eps));
         for (int64_t i = 0; i < size; i += kLanes)
