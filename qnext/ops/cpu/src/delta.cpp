@@ -142,6 +142,12 @@ void scale_row(float* x, int64_t size, float factor) {
   for (int64_t i = 0; i < size; i += kLanes) store(x + i, load(x + i) * splat(factor));
 }
 
+// [count, width] -> [width, count] with rows of `stride` floats.
+QNEXT_INLINE void transpose(const float* from, int64_t count, int64_t width, float* __restrict to, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < width; ++j) to[j * stride + i] = from[i * width + j];
+}
+
 // One sequence and one key head with its value heads. Channels of the convolution are counted within the group, as they
 // lie in qkvz: q, k, v.
 struct Group {
@@ -182,11 +188,12 @@ struct Group {
 
   const float* transposed_taps() const {
     auto* to = static_cast<float*>(scratch(kWeightSlot, a.conv_width * channels * 4));
-    const int64_t width = a.conv_width;
     for_each_part([&](int64_t channel, int64_t layer_channel, int64_t count) {
-      const float* from = a.conv_weight + layer_channel * width;
-      for (int64_t j = 0; j < width; ++j)
-        for (int64_t i = 0; i < count; ++i) to[j * channels + channel + i] = from[i * width + j];
+      const float* from = a.conv_weight + layer_channel * a.conv_width;
+      if (a.conv_width == 4)  // a width that the compiler knows makes vectors of it
+        transpose(from, count, 4, to + channel, channels);
+      else
+        transpose(from, count, a.conv_width, to + channel, channels);
     });
     return to;
   }
