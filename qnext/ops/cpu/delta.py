@@ -48,6 +48,7 @@ def gated_delta_mixer(
     num_heads, value_dim = A_log_H.shape[0], norm_weight_V.shape[0]
     num_channels, width = conv_weight_CW.shape
     num_tokens, num_sequences = qkvz_TX.shape[0], packing.num_sequences
+    assert packing.device.type == "cpu"
     if (
         num_heads % num_key_heads
         or num_channels != 2 * num_key_heads * key_head_dim + num_heads * value_dim
@@ -91,12 +92,13 @@ def _check_cache(
         raise ValueError(
             f"slots of {tuple(conv.shape)} and {tuple(state.shape)} numbers, not of {conv_shape} and {state_shape}"
         )
-    assert slots_N.dtype == torch.int64 and slots_N.shape == (num_sequences,) and slots_N.is_contiguous()
-    assert is_fresh_N.dtype == torch.bool and is_fresh_N.shape == (num_sequences,) and is_fresh_N.is_contiguous()
+    for numbers_N, dtype in ((slots_N, torch.int64), (is_fresh_N, torch.bool)):
+        assert numbers_N.dtype == dtype and numbers_N.shape == (num_sequences,)
+        assert numbers_N.is_contiguous() and numbers_N.is_cpu
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
+    return tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.is_cpu
 
 
 def _plain(tensor: Tensor) -> Tensor:

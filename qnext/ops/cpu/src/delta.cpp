@@ -8,6 +8,7 @@ namespace qnext::QNEXT_ISA {
 namespace {
 
 constexpr int64_t kTokensAtOnce = 64;  // q, k, v of a block of tokens stay in a level-2 cache
+constexpr int64_t kRowsAhead = 3;      // rows lie pages apart, where the CPU does not look ahead by itself
 constexpr float kNormEps = 1e-6f;      // of the L2 norm of q and k
 
 enum Slot : int { kMixedSlot = 16, kGatesSlot, kWeightSlot, kHistorySlot, kStateSlot };
@@ -37,13 +38,13 @@ struct HeadTokens {
 // reads[c] = sum over rows of S[row, c] k[row], and the same for q. With `copy`, S is written there, rows side by side.
 template <int kVectors>
 QNEXT_INLINE void read_state(const float* state, int64_t stride, float* copy, int64_t rows, const float* k,
-                             const float* q, f32x16* key_reads, f32x16* query_reads) {
-  for (int c = 0; c < kVectors; ++c) key_reads[c] = query_reads[c] = splat(0.0f);
+                             const float* q, f32reg* key_reads, f32reg* query_reads) {
+  for (int c = 0; c < kVectors; ++c) key_reads[c] = query_reads[c] = f32reg{};
   for (int64_t row = 0; row < rows; ++row) {
-    const f32x16 key = splat(k[row]), query = splat(q[row]);
+    const f32reg key = splat_register(k[row]), query = splat_register(q[row]);
     for (int c = 0; c < kVectors; ++c) {
-      const f32x16 s = load(state + row * stride + c * kLanes);
-      if (copy) store(copy + (row * kVectors + c) * kLanes, s);
+      const f32reg s = load_register(state + row * stride + c * kRegisterLanes);
+      if (copy) store(copy + (row * kVectors + c) * kRegisterLanes, s);
       key_reads[c] = fma(s, key, key_reads[c]);
       query_reads[c] = fma(s, query, query_reads[c]);
     }
@@ -52,15 +53,15 @@ QNEXT_INLINE void read_state(const float* state, int64_t stride, float* copy, in
 
 // S <- decay S + k u^T, then as read_state with the next token's k and q.
 template <int kVectors>
-QNEXT_INLINE void step_state(float* state, int64_t rows, float decay, const float* k, const f32x16* u,
-                             const float* next_k, const float* next_q, f32x16* key_reads, f32x16* query_reads) {
-  const f32x16 g = splat(decay);
-  for (int c = 0; c < kVectors; ++c) key_reads[c] = query_reads[c] = splat(0.0f);
+QNEXT_INLINE void step_state(float* state, int64_t rows, float decay, const float* k, const f32reg* u,
+                             const float* next_k, const float* next_q, f32reg* key_reads, f32reg* query_reads) {
+  const f32reg g = splat_register(decay);
+  for (int c = 0; c < kVectors; ++c) key_reads[c] = query_reads[c] = f32reg{};
   for (int64_t row = 0; row < rows; ++row) {
-    const f32x16 now = splat(k[row]), key = splat(next_k[row]), query = splat(next_q[row]);
+    const f32reg now = splat_register(k[row]), key = splat_register(next_k[row]), query = splat_register(next_q[row]);
     for (int c = 0; c < kVectors; ++c) {
-      const f32x16 s = fma(now, u[c], g * load(state + (row * kVectors + c) * kLanes));
-      store(state + (row * kVectors + c) * kLanes, s);
+      const f32reg s = fma(now, u[c], g * load_register(state + (row * kVectors + c) * kRegisterLanes));
+      store(state + (row * kVectors + c) * kRegisterLanes, s);
       key_reads[c] = fma(s, key, key_reads[c]);
       query_reads[c] = fma(s, query, query_reads[c]);
     }
@@ -70,31 +71,31 @@ QNEXT_INLINE void step_state(float* state, int64_t rows, float decay, const floa
 // to <- decay from + k u^T
 template <int kVectors>
 QNEXT_INLINE void write_state(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
-                              float decay, const float* k, const f32x16* u) {
-  const f32x16 g = splat(decay);
+                              float decay, const float* k, const f32reg* u) {
+  const f32reg g = splat_register(decay);
   for (int64_t row = 0; row < rows; ++row) {
-    const f32x16 now = splat(k[row]);
+    const f32reg now = splat_register(k[row]);
     for (int c = 0; c < kVectors; ++c)
-      store(to + row * to_stride + c * kLanes, fma(now, u[c], g * load(from + row * from_stride + c * kLanes)));
+      store(to + row * to_stride + c * kRegisterLanes, fma(now, u[c], g * load_register(from + row * from_stride + c * kRegisterLanes)));
   }
 }
 
 // What a token writes, and its output in the place of v.
 template <int kVectors>
-QNEXT_INLINE void finish_token(const Gates& gates, const f32x16* key_reads, const f32x16* query_reads, float* v,
-                               f32x16* u) {
-  const f32x16 g = splat(gates.decay), beta = splat(gates.beta), key_query = splat(gates.key_query);
+QNEXT_INLINE void finish_token(const Gates& gates, const f32reg* key_reads, const f32reg* query_reads, float* v,
+                               f32reg* u) {
+  const f32reg g = splat_register(gates.decay), beta = splat_register(gates.beta), key_query = splat_register(gates.key_query);
   for (int c = 0; c < kVectors; ++c) {
-    u[c] = beta * (load(v + c * kLanes) - g * key_reads[c]);
-    store(v + c * kLanes, fma(key_query, u[c], g * query_reads[c]));
+    u[c] = beta * (load_register(v + c * kRegisterLanes) - g * key_reads[c]);
+    store(v + c * kRegisterLanes, fma(key_query, u[c], g * query_reads[c]));
   }
 }
 
-// All tokens for kVectors * 16 columns. The block of the state moves to `block`, side by side, so that it stays in the
+// All tokens for kVectors registers of columns. The block of the state moves to `block`, side by side, so that it stays in the
 // level-1 cache; a single token works in place.
 template <int kVectors>
-void walk_columns(const HeadTokens& tokens, float* state, int64_t value_dim, int64_t column, float* block) {
-  f32x16 key_reads[kVectors], query_reads[kVectors], u[kVectors];
+__attribute__((noinline)) void walk_columns(const HeadTokens& tokens, float* state, int64_t value_dim, int64_t column, float* block) {
+  f32reg key_reads[kVectors], query_reads[kVectors], u[kVectors];
   const int64_t rows = tokens.key_dim, last = tokens.count - 1, stride = tokens.stride;
   float* v = tokens.v + column;
   state += column;
@@ -109,27 +110,24 @@ void walk_columns(const HeadTokens& tokens, float* state, int64_t value_dim, int
   const Gates& gates = tokens.gates[last * tokens.gate_stride];
   finish_token<kVectors>(gates, key_reads, query_reads, v + last * stride, u);
   const float* from = last > 0 ? block : state;
-  write_state<kVectors>(from, last > 0 ? kVectors * kLanes : value_dim, state, value_dim, rows, gates.decay,
+  write_state<kVectors>(from, last > 0 ? kVectors * kRegisterLanes : value_dim, state, value_dim, rows, gates.decay,
                         tokens.k + last * stride, u);
 }
 
-#if defined(__AVX512F__)
-constexpr int64_t kMostVectors = 4;  // 64 columns of 128 rows are 32 KiB
-#else
-constexpr int64_t kMostVectors = 1;  // more would not stay in the registers
-#endif
+// 64 columns of 128 rows are 32 KiB. With sixteen registers, half as many columns as they hold lanes.
+constexpr int64_t kMostVectors = kRegisterLanes == 16 ? 4 : 2;
 
 void walk_head(const HeadTokens& tokens, float* state, int64_t value_dim) {
-  auto* block = static_cast<float*>(scratch(kStateSlot, tokens.key_dim * kMostVectors * kLanes * 4));
+  auto* block = static_cast<float*>(scratch(kStateSlot, tokens.key_dim * kMostVectors * kRegisterLanes * 4));
   int64_t column = 0;
-  const auto remains = [&](int64_t vectors) { return column + vectors * kLanes <= value_dim; };
+  const auto remains = [&](int64_t vectors) { return column + vectors * kRegisterLanes <= value_dim; };
   if constexpr (kMostVectors >= 4) {
     if (tokens.count == 1)  // whole rows: the state is read once, from first to last
-      for (; remains(8); column += 8 * kLanes) walk_columns<8>(tokens, state, value_dim, column, block);
-    for (; remains(4); column += 4 * kLanes) walk_columns<4>(tokens, state, value_dim, column, block);
-    for (; remains(2); column += 2 * kLanes) walk_columns<2>(tokens, state, value_dim, column, block);
+      for (; remains(8); column += 8 * kRegisterLanes) walk_columns<8>(tokens, state, value_dim, column, block);
+    for (; remains(4); column += 4 * kRegisterLanes) walk_columns<4>(tokens, state, value_dim, column, block);
   }
-  for (; remains(1); column += kLanes) walk_columns<1>(tokens, state, value_dim, column, block);
+  for (; remains(2); column += 2 * kRegisterLanes) walk_columns<2>(tokens, state, value_dim, column, block);
+  for (; remains(1); column += kRegisterLanes) walk_columns<1>(tokens, state, value_dim, column, block);
 }
 
 // ---- around the recurrence ----
@@ -142,6 +140,12 @@ float dot(const float* a, const float* b, int64_t size) {
 
 void scale_row(float* x, int64_t size, float factor) {
   for (int64_t i = 0; i < size; i += kLanes) store(x + i, load(x + i) * splat(factor));
+}
+
+// [count, width] -> [width, count] with rows of `stride` floats.
+QNEXT_INLINE void transpose(const float* from, int64_t count, int64_t width, float* __restrict to, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < width; ++j) to[j * stride + i] = from[i * width + j];
 }
 
 // One sequence and one key head with its value heads. Channels of the convolution are counted within the group, as they
@@ -184,11 +188,12 @@ struct Group {
 
   const float* transposed_taps() const {
     auto* to = static_cast<float*>(scratch(kWeightSlot, a.conv_width * channels * 4));
-    const int64_t width = a.conv_width;
     for_each_part([&](int64_t channel, int64_t layer_channel, int64_t count) {
-      const float* from = a.conv_weight + layer_channel * width;
-      for (int64_t j = 0; j < width; ++j)
-        for (int64_t i = 0; i < count; ++i) to[j * channels + channel + i] = from[i * width + j];
+      const float* from = a.conv_weight + layer_channel * a.conv_width;
+      if (a.conv_width == 4)  // a width that the compiler knows makes vectors of it
+        transpose(from, count, 4, to + channel, channels);
+      else
+        transpose(from, count, a.conv_width, to + channel, channels);
     });
     return to;
   }
@@ -224,7 +229,9 @@ struct Group {
     const float* inputs[kMaxConvWidth];
     const int64_t width = a.conv_width;
     for (int64_t j = 0; j < width; ++j) inputs[j] = input(t - width + 1 + j);
+    const float* ahead = x + smaller(t + kRowsAhead, num_tokens() - 1) * row_size;
     for (int64_t i = 0; i < channels; i += kLanes) {
+      prefetch(ahead + i);
       f32x16 y = load(inputs[0] + i) * load(taps + i);
       for (int64_t j = 1; j < width; ++j) y = fma(load(inputs[j] + i), load(taps + j * channels + i), y);
       store(to + i, silu(y));
@@ -255,6 +262,8 @@ struct Group {
     for (int64_t t = 0; t < count; ++t) {
       const float *o = mixed + t * channels + 2 * key_dim, *z = x + (first + t) * row_size + channels;
       float* to = a.out + ((a.starts[sequence] + first + t) * a.num_key_heads + head) * value_width;
+      const float* ahead = x + smaller(first + t + kRowsAhead, num_tokens() - 1) * row_size + channels;
+      for (int64_t i = 0; i < value_width; i += kLanes) prefetch(ahead + i);
       for (int64_t r = 0; r < repeats; ++r, o += size, z += size, to += size) {
         const f32x16 inverse = splat(1.0f / sqrtf(dot(o, o, size) / static_cast<float>(size) + a.eps));
         for (int64_t i = 0; i < size; i += kLanes)
