@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qnext.ops.backend import native_module
+from qnext.ops.backend import native_module, wide
 from qnext.ops.packing import Packing
 from qnext.ops.reference.attention_mixer import AttentionCache
 
@@ -57,7 +57,7 @@ def attention_mixer(
     _check(k_norm_weight_K.shape == q_norm_weight_K.shape, "norm weights", (head_dim,))
     if not scale > 0.0:
         raise ValueError(f"scale must be positive, not {scale}")
-    q_norm_weight_K, k_norm_weight_K = q_norm_weight_K.float(), k_norm_weight_K.float()
+    q_norm_weight_K, k_norm_weight_K = wide(q_norm_weight_K), wide(k_norm_weight_K)
     q_TX, k_TY, v_TY = q_TX.contiguous(), k_TY.contiguous(), v_TY.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     for x in (q_TX, k_TY, v_TY, q_norm_weight_K, k_norm_weight_K, cos, sin):

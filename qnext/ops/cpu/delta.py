@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from qnext.ops.backend import wide
 from qnext.ops.packing import Packing
 from qnext.ops.reference.delta_mixer import DeltaCache
 
@@ -70,7 +71,7 @@ def gated_delta_mixer(
         )
     _check_cache(cache, num_sequences, (width - 1, num_channels), (num_heads, key_head_dim, value_dim))
     qkvz_TX, ba_TY, conv_weight_CW = _plain(qkvz_TX), _plain(ba_TY), _plain(conv_weight_CW)
-    A_log_H, dt_bias_H, norm_weight_V = _plain(A_log_H), _plain(dt_bias_H), _plain(norm_weight_V)
+    A_log_H, dt_bias_H, norm_weight_V = wide(A_log_H), wide(dt_bias_H), wide(norm_weight_V)
     out_TZ = torch.empty((num_tokens, num_heads * value_dim), dtype=torch.float32)
     is_valid = native.gated_delta_mixer(
         qkvz_TX.data_ptr(), ba_TY.data_ptr(), conv_weight_CW.data_ptr(), A_log_H.data_ptr(), dt_bias_H.data_ptr(),

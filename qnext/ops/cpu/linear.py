@@ -30,15 +30,19 @@ def fits_weight(weight: Weight) -> bool:
 
 
 def handle_of(native: Any, weight: Weight) -> Any:
-    """What the module calls a weight. The caller keeps `weight` alive."""
+    """What the module calls a weight; kept beside a tensor until its memory moves. The caller keeps `weight` alive."""
     if isinstance(weight, PanelWeight):
         return weight.handle
     assert isinstance(weight, Tensor), "ask fits_weight first"
-    shape = weight.shape
-    num_experts = shape[0] if len(shape) == 3 else 1
-    return native.Weight(
-        KIND_OF_FLOAT[weight.dtype], num_experts, shape[-2], shape[-1], weight.data_ptr(), 0, 0, 0, _LANES
-    )
+    address = weight.data_ptr()
+    kept: tuple[int, Any] | None = getattr(weight, "_native", None)
+    if kept is None or kept[0] != address:
+        shape = weight.shape
+        num_experts = shape[0] if len(shape) == 3 else 1
+        kind = KIND_OF_FLOAT[weight.dtype]
+        kept = (address, native.Weight(kind, num_experts, shape[-2], shape[-1], address, 0, 0, 0, _LANES))
+        weight._native = kept  # type: ignore[attr-defined]
+    return kept[1]
 
 
 def linear(native: Any, x_TD: Tensor, weight_FD: Weight) -> Tensor:
