@@ -6,7 +6,6 @@ namespace qnext::QNEXT_ISA {
 namespace {
 
 constexpr int kTileOutputs = 4;
-constexpr int kRowTileOutputs = 4;  // the tile and the next one, already on its way, share a level-1 cache
 
 // How a weight of type T meets a prepared row.
 template <typename T>
@@ -90,12 +89,8 @@ void multiply_as(const Weight& weight, int64_t expert, int64_t begin, int64_t en
     auto aim = [&] {
       for (int r = 0; r < count; ++r) places[r] = out + (first + r) * out_stride + o;
     };
-    if (count == 1)
-      for (; o + kRowTileOutputs <= end; o += kRowTileOutputs) {
-        aim();
-        tile<T, 1, kRowTileOutputs>(matrix + o * num_inputs, num_inputs, x, places);
-      }
-    for (; o + kTileOutputs <= end; o += kTileOutputs) {
+    // A single row is bound by memory, which gives most when one stream after the other is read.
+    for (; count > 1 && o + kTileOutputs <= end; o += kTileOutputs) {
       aim();
       tile_rows<T, kTileOutputs>(count, matrix + o * num_inputs, num_inputs, x, places);
     }
