@@ -73,7 +73,7 @@ def attention_mixer(
         q_TX.data_ptr(), k_TY.data_ptr(), v_TY.data_ptr(), out.data_ptr(), num_tokens, num_heads, num_kv_heads,
         head_dim, 2 * half, has_gate, q_norm_weight_K.data_ptr(), k_norm_weight_K.data_ptr(), eps, zero_centered,
         cos.data_ptr(), sin.data_ptr(), scale, _PAGE_KINDS[cache.k_pages.dtype], cache.k_pages.data_ptr(),
-        cache.v_pages.data_ptr(), k_scales, v_scales, cache.k_pages.shape[0], cache.k_pages.shape[1], packing.lengths,
+        cache.v_pages.data_ptr(), k_scales, v_scales, cache.k_pages.shape[0], cache.k_pages.shape[2], packing.lengths,
         cache.context_lengths, tables_NM.data_ptr(), tables_NM.shape[1], cache.write_index_T.data_ptr(),
     )  # fmt: skip
     return out
@@ -82,7 +82,7 @@ def attention_mixer(
 def _make_cache(packing: Packing, k_TY: Tensor, head_dim: int) -> AttentionCache:
     """A page per token: keys and values of the call itself."""
     num_tokens = k_TY.shape[0]
-    k_pages, v_pages = torch.empty(2, num_tokens, 1, k_TY.shape[1] // head_dim, head_dim).unbind(0)
+    k_pages, v_pages = torch.empty(2, num_tokens, k_TY.shape[1] // head_dim, 1, head_dim).unbind(0)
     tables_NM = packing.cu_seqlens[:-1, None] + torch.arange(packing.max_length)
     return AttentionCache(
         k_pages, v_pages, None, None, tables_NM, packing.lengths, torch.arange(num_tokens)
@@ -94,7 +94,7 @@ def _check_cache(
 ) -> tuple[int, int]:
     """Addresses of the scales, zero where there are none."""
     pages, tables_NM = cache.k_pages, cache.block_tables_NM
-    shape = (pages.shape[0], pages.shape[1], num_kv_heads, head_dim)
+    shape = (pages.shape[0], num_kv_heads, pages.shape[2], head_dim)
     _check(pages.shape == shape == cache.v_pages.shape, "pages", shape)
     _check_memory(pages, pages.dtype)
     _check_memory(cache.v_pages, pages.dtype)
