@@ -57,11 +57,8 @@ def attention_mixer(
     _check(k_norm_weight_K.shape == q_norm_weight_K.shape, "norm weights", (head_dim,))
     if not scale > 0.0:
         raise ValueError(f"scale must be positive, not {scale}")
-    q_norm_weight_K, k_norm_weight_K = q_norm_weight_K.float(), k_norm_weight_K.float()
-    q_TX, k_TY, v_TY = q_TX.contiguous(), k_TY.contiguous(), v_TY.contiguous()
-    cos, sin = cos.contiguous(), sin.contiguous()
-    for x in (q_TX, k_TY, v_TY, q_norm_weight_K, k_norm_weight_K, cos, sin):
-        _check_memory(x, torch.float32)
+    q_norm_weight_K, k_norm_weight_K = _ready(q_norm_weight_K), _ready(k_norm_weight_K)
+    q_TX, k_TY, v_TY, cos, sin = _ready(q_TX), _ready(k_TY), _ready(v_TY), _ready(cos), _ready(sin)
     k_scales, v_scales = _check_cache(cache, packing, num_tokens, num_kv_heads, head_dim)
     tables_NM = cache.block_tables_NM
     if not tables_NM.is_contiguous():
@@ -101,7 +98,7 @@ def _check_cache(
     _check(tables_NM.dim() == 2 and tables_NM.shape[0] == packing.num_sequences, "block tables", ("N", "M"))
     _check(cache.write_index_T.shape == (num_tokens,), "write index", (num_tokens,))
     _check_memory(cache.write_index_T, torch.int64)
-    if tables_NM.dtype != torch.int64 or tables_NM.device.type != "cpu":
+    if tables_NM.dtype is not torch.int64 or not tables_NM.is_cpu:
         raise ValueError("block tables must be int64 on the CPU")
     if pages.dtype != torch.int8:
         return 0, 0
@@ -118,6 +115,13 @@ def _check(fits: bool, name: str, shape: tuple[int | str, ...]) -> None:
         raise ValueError(f"{name} do not have the shape {list(shape)}")
 
 
+def _ready(x: Tensor) -> Tensor:
+    """fp32, contiguous; the common case costs no operation."""
+    if not x.is_cpu:
+        raise ValueError(f"expected a tensor on the CPU, not on {x.device}")
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
 def _check_memory(x: Tensor, dtype: torch.dtype) -> None:
-    if x.dtype != dtype or x.device.type != "cpu" or not x.is_contiguous():
+    if x.dtype is not dtype or not x.is_cpu or not x.is_contiguous():
         raise ValueError(f"expected {dtype}, contiguous, on the CPU, not {x.dtype} on {x.device}")
