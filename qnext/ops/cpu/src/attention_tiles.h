@@ -18,9 +18,13 @@ constexpr float kLowest = -1e30f;  // below every score; finite, so that differe
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 
 QNEXT_INLINE f32x16 load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return to_float((i32x16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
   i8x16 v;
   memcpy(&v, p, sizeof v);
   return to_float(__builtin_convertvector(v, i32x16));
+#endif
 }
 
 // Numbers that are multiplied: fp32, or pairs of bf16 where the CPU multiplies those.
