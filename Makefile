@@ -5,6 +5,7 @@ DEMO_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+NATIVE := $(wildcard qnext/ops/cpu/CMakeLists.txt qnext/ops/cpu/src/*)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -55,12 +56,12 @@ $(BIN)/pip:
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/pip
 	@echo "installing qnext into $(VENV); torch makes the first time take minutes"
 	@$(PIP) -e .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/pip
 	@echo "installing qnext and its test tools into $(VENV); torch makes the first time take minutes"
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.installed

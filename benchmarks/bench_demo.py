@@ -21,9 +21,9 @@ from _pair import machine, print_json
 from qnext.config import to_hf
 from qnext.eval import EvalDocument, Perplexity, evaluate_perplexity
 from qnext.model import CausalLM
+from qnext.ops import keep_freed_memory
 from qnext.recipes import demo
 from qnext.recipes.recipe import Run, prepare
-from qnext.training.allocator import keep_freed_memory
 from qnext.training.sources import take_bytes, tokenize
 
 ROWS, LENGTH = 8, 512

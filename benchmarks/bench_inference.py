@@ -1,141 +1,145 @@
-"""How fast are prefill and decode, against transformers on the same folder, dtype and threads?
+"""How fast is the standard CPU model in every scheme, against all peers that are here, and are the targets met?
 
-Prefill reads a prompt of random tokens; decode continues a prompt of 32 tokens greedily. Both sides keep their caches
-and compute the logits of the last position only. The models run in turn, each in its own process.
+Runs `qnext bench` once on everything, prints its table, and then the targets beside the figures. llama.cpp takes part
+where llama-bench is found, transformers where it is installed. The model is made on first use: released layer shapes,
+3.9 B parameters, random weights, 8 GB in runs/standard. Quantised folders and GGUF files go to runs/bench.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import importlib.util
+import json
+import operator
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from _pair import Contestants, Step, machine, print_json, ratios
+from qnext.cli._bench_table import format_ratio, format_table, name_of
 
-from qnext.checkpoint import create_folder
-from qnext.config import preset
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_WARM_PROMPT = 32
+STANDARD = ("80b-a3b", "--layers", "16", "--experts", "64", "--vocab-size", "32768", "--seed", "0")
+SCHEMES = ("bf16", "int8", "int4-g32", "int4-g128")
 
 
-def _standard_model() -> str:
-    """Released layer shapes, 3.9 B parameters, random weights: 8 GB in runs/standard."""
+class Target(NamedTuple):
+    """A figure of schemes that begin with `scheme`: ratio to a peer, within qnext, or of memory to weights."""
+
+    scheme: str
+    figure: str
+    over: str
+    limit: float
+    at_most: bool = False
+
+
+TARGETS = (
+    Target("int4", "decode at 0", "llama.cpp", 2.0),
+    Target("int8", "decode at 0", "llama.cpp", 1.7),
+    Target("bf16", "decode at 0", "llama.cpp", 1.6),
+    Target("int4", "prefill 512", "llama.cpp", 3.5),
+    Target("bf16", "prefill 512", "transformers", 1.5),
+    Target("", "decode at 8192", "decode at 0", 0.85),
+    Target("", "prefill 32768", "prefill 512", 0.5),
+    Target("", "peak memory without caches", "weights", 1.15, at_most=True),
+)
+
+
+def standard_model() -> str:
     folder = Path("runs/standard")
     if not (folder / "config.json").exists():
-        config = preset("80b-a3b").with_layers(16).with_(num_experts=64, vocab_size=32768)
-        print(f"making {folder}")
-        create_folder(config.with_(bos_token_id=None, eos_token_id=None), folder, seed=0)
+        preset, *options = STANDARD
+        subprocess.run([sys.executable, "-m", "qnext", "init", preset, str(folder), *options], check=True)
     return str(folder)
 
 
-def _prompt(vocab_size: int, length: int) -> list[int]:
-    generator = torch.Generator().manual_seed(length)
-    return torch.randint(0, vocab_size, (length,), generator=generator).tolist()
+def peers(options: argparse.Namespace) -> Iterator[str]:
+    """Arguments that name the peers that are here; what is missing is said."""
+    where = None if options.llama_cpp is None else str(options.llama_cpp)
+    if shutil.which("llama-bench", path=where):
+        yield from ("--peer", "llama.cpp")
+        if where:
+            yield from ("--llama-cpp", where)
+    else:
+        print("without llama.cpp: no llama-bench here; --llama-cpp names its folder", file=sys.stderr)
+    if "bf16" in options.schemes and importlib.util.find_spec("transformers"):
+        yield from ("--peer", "transformers")
 
 
-def _timed(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The document of `qnext bench`."""
+    command = [sys.executable, "-m", "qnext", "bench", options.folder or standard_model(), "--json", *peers(options)]
+    for scheme in options.schemes:
+        command += ["--scheme", scheme]
+    for gguf in options.gguf:
+        command += ["--gguf", gguf]
+    for name in ("threads", "prefill", "long_prefill", "depths", "decode", "rounds", "date"):
+        value = getattr(options, name)
+        if value is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout)
 
 
-def ours(*, folder: str, dtype: str, threads: int, kind: str, length: int) -> Step:
-    from qnext.checkpoint import load_model
-    from qnext.engine import Engine, SamplingParams
-
-    torch.set_num_threads(threads)
-    model = load_model(folder, dtype=_DTYPES[dtype], check_finite=False)
-    engine = Engine(model, max_num_seqs=1, max_model_len=length + 2 * _WARM_PROMPT)
-    prompt = _prompt(model.config.vocab_size, length if kind == "prefill" else _WARM_PROMPT)
-
-    def prefill() -> float:
-        return _timed(lambda: engine.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True)) and None)
-
-    def decode() -> float:
-        events = engine.stream(prompt, SamplingParams(max_tokens=length + 1, ignore_eos=True))
-        next(events)
-        return _timed(lambda: [None for _ in events] and None)
-
-    return prefill if kind == "prefill" else decode
+def figures(scheme: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """(figure, over what, ratio) of everything that a target may be about."""
+    for peer in scheme["peers"]:
+        for figure in peer["figures"]:
+            yield name_of(figure), peer["peer"], figure["ratio"]
+    for figure in scheme["within"]:
+        yield name_of(figure), name_of({**figure, "tokens": figure["over"], "depth": figure["over"]}), figure["ratio"]
+    memory = scheme["memory"]["peak_without_caches_over_weights"]
+    yield "peak memory without caches", "weights", {"median": memory, "min": memory, "max": memory}
 
 
-def transformers(*, folder: str, dtype: str, threads: int, kind: str, length: int) -> Step:
-    import transformers as hf
-
-    torch.set_num_threads(threads)
-    hf.logging.set_verbosity_error()
-    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype]).eval()
-    prompt = torch.tensor([_prompt(model.config.vocab_size, length if kind == "prefill" else _WARM_PROMPT)])
-
-    def read(tokens: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-        out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
-
-    @torch.inference_mode()
-    def prefill() -> float:
-        return _timed(lambda: read(prompt, None) and None)
-
-    @torch.inference_mode()
-    def decode() -> float:
-        token, cache = read(prompt, None)
-
-        def run() -> None:
-            nonlocal token, cache
-            for _ in range(length):
-                token, cache = read(token, cache)
-
-        return _timed(run)
-
-    return prefill if kind == "prefill" else decode
-
-
-def measure(folder: str, *, dtype: str, threads: int, kind: str, length: int, rounds: int) -> dict[str, Any]:
-    arguments = {"folder": folder, "dtype": dtype, "threads": threads, "kind": kind, "length": length}
-    contestants = Contestants({"qnext": (ours, arguments), "transformers": (transformers, arguments)})
-    _, seconds = contestants.run(warmup=1, rounds=rounds)  # a step returns the part that counts
-    contestants.close()
-    ours_s, theirs_s = seconds["qnext"][1:], seconds["transformers"][1:]
-    return {
-        "kind": kind,
-        "tokens": length,
-        "tokens_per_second": {
-            "qnext": length / statistics.median(ours_s),
-            "transformers": length / statistics.median(theirs_s),
-        },
-        "speedup": ratios(theirs_s, ours_s),
-    }
+def judge(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every target for every scheme that it is about, where it was measured."""
+    found = []
+    for target in TARGETS:
+        for scheme in document["schemes"]:
+            if not scheme["scheme"].startswith(target.scheme):
+                continue
+            for figure, over, ratio in figures(scheme):
+                if (figure, over) == (target.figure, target.over):
+                    meets = operator.le if target.at_most else operator.ge
+                    found.append(
+                        {
+                            "scheme": scheme["scheme"], "figure": figure, "over": over, "ratio": ratio,
+                            "target": target.limit, "at_most": target.at_most,
+                            "met": meets(ratio["median"], target.limit),
+                        }
+                    )  # fmt: skip
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="model folder; default: the standard CPU model, made if need be")
-    parser.add_argument("--dtype", choices=list(_DTYPES), default="bfloat16")
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's programs; default: those on the PATH")
+    parser.add_argument("--gguf", action="append", default=[], help="SCHEME=FILE instead of a file that is made")
     parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--long-prefill", type=int, help="default: 32768 for the standard model")
+    parser.add_argument("--depths", help="default: that of `qnext bench`")
     parser.add_argument("--decode", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--date", help="noted in the result")
     options = parser.parse_args()
-    if options.folder is None:
-        options.folder = _standard_model()
-    print(f"{machine()['cpu']}, {options.threads} threads, {options.dtype}, {options.folder}")
-    results = []
-    for kind, length in (("prefill", options.prefill), ("decode", options.decode)):
-        result = measure(
-            options.folder, dtype=options.dtype, threads=options.threads, kind=kind, length=length,
-            rounds=options.rounds,
-        )  # fmt: skip
-        speed, speedup = result["tokens_per_second"], result["speedup"]
-        print(
-            f"{kind:<8}{length:5}  qnext {speed['qnext']:7.1f} tok/s   transformers {speed['transformers']:7.1f} "
-            f"tok/s   ratio {speedup['median']:.2f} ({speedup['min']:.2f}-{speedup['max']:.2f})"
-        )
-        results.append(result)
-    print_json({"benchmark": "inference", "dtype": options.dtype, "threads": options.threads, "results": results})
+    if options.folder is None and options.long_prefill is None:
+        options.long_prefill = 32768
+    document = measure(options)
+    judged = judge(document)
+    print(format_table(document))
+    print("\ntargets")
+    for row in judged:
+        sign, word = ("<=" if row["at_most"] else ">="), ("met" if row["met"] else "MISSED")
+        what = f"{row['scheme']}, {row['figure']} over {row['over']}"
+        print(f"  {what:<55} {sign} {row['target']:<5} {format_ratio(row['ratio']):<22} {word}")
+    print(json.dumps({"benchmark": "inference", "targets": judged, **document}))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def _tokens(name: str, sequences: int, length: int) -> torch.Tensor:
 
 
 def ours(*, name: str, sequences: int, length: int, threads: int) -> Step:
-    from qnext.training.allocator import keep_freed_memory
+    from qnext.ops import keep_freed_memory
     from qnext.training.losses import Losses, cross_entropy_sum
     from qnext.training.threads import BackwardThreads
 

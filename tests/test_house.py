@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quant": {"config", "ops", "model"},
     "diagnostics": {"config", "model"},
     "engine": {"config", "planning", "ops", "model"},
-    "checkpoint": {"config", "planning", "model", "quant"},
+    "checkpoint": {"config", "planning", "ops", "model", "quant"},
     "eval": {"config", "text", "model", "engine"},
     "server": {"engine", "text", "diagnostics"},
     "training": {"config", "planning", "text", "ops", "model", "checkpoint", "diagnostics", "eval"},

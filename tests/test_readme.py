@@ -83,7 +83,19 @@ def test_qnext_commands_and_python_run_in_order(tmp_path: Path, monkeypatch: pyt
 
 SMALL_BENCHMARKS = {
     "bench_train_step.py": ["--models", "nano-5m", "--sequences", "2", "--length", "64", "--rounds", "1"],
-    "bench_inference.py": ["MODEL", "--prefill", "32", "--decode", "4", "--rounds", "1"],
+    "bench_inference.py": [
+        "MODEL",
+        "--schemes",
+        "bf16",
+        "--prefill",
+        "32",
+        "--depths",
+        "0,16",
+        "--decode",
+        "4",
+        "--rounds",
+        "1",
+    ],
     "bench_demo.py": ["--seconds", "3"],
 }
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from qnext.checkpoint.header import TensorInfo, load_json
-from qnext.checkpoint.names import Part, disk_parts, is_leftover, scale_name
+from qnext.checkpoint.header import TensorInfo
+from qnext.checkpoint.names import Part, disk_parts, is_leftover, num_disk_parts, scale_name
+from qnext.checkpoint.packed import PackedWeight, PackedWeights, find_packed, packed_problems
+from qnext.checkpoint.quantization import FP8_BLOCK, Quantization, read_quantization
 from qnext.config import ModelConfig, read_config
 from qnext.errors import ConfigError
 from qnext.planning import parameter_shapes
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 SCALE_DTYPES = ("F32", "BF16")
-FP8_BLOCK = 128
+# A folder that lacks more tensors than this has another configuration; their names are not even listed.
+_MANY = 1_000_000
 
 
 class Target(NamedTuple):
@@ -24,28 +28,69 @@ class Target(NamedTuple):
     part: Part
 
 
-class Layout(NamedTuple):
+class Role(NamedTuple):
+    """What a tensor is to a packed weight: its codes, scales, zeros, shape or index."""
+
+    weight: str
+    kind: str
+
+
+class Layout:
     """What a folder should hold."""
 
-    config: ModelConfig
-    is_fp8: bool
-    targets: dict[str, Target]  # by name on disk
+    def __init__(
+        self,
+        config: ModelConfig,
+        quantization: Quantization | None,
+        targets: dict[str, Target],
+        packed: PackedWeights,
+    ) -> None:
+        self.config = config
+        self.quantization = quantization
+        self.targets = targets  # by name on disk, of the weight also where it lies packed
+        self.packed: dict[str, PackedWeight] = packed.weights  # likewise
+        self.packing = packed
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.quantization is not None and self.quantization.is_fp8
+
+    @cached_property
+    def roles(self) -> dict[str, Role]:
+        """By name on disk: the tensors that packed weights consist of."""
+        return {
+            stored.name: Role(name, kind)
+            for name, packed in self.packed.items()
+            for kind, stored in packed.stored.items()
+        }
 
 
 def read_layout(folder: Path, tensors: dict[str, TensorInfo]) -> Layout:
-    """Configuration of a folder; where it is silent about MTP, the tensors that are there decide."""
+    """Configuration of a folder; where it is silent about MTP, the tensors that are there decide.
+
+    Raises ConfigError for a config.json that is not understood, its quantization_config included.
+    """
     config = read_config(folder, has_mtp=any(name.startswith("mtp.") for name in tensors))
-    targets = {
-        part.name: Target(name, part)
-        for name, shape in parameter_shapes(config).items()
-        for part in disk_parts(name, shape)
-    }
-    return Layout(config, _read_is_fp8(folder), targets)
+    shapes = parameter_shapes(config)
+    wanted = sum(num_disk_parts(name, shape) for name, shape in shapes.items())
+    if wanted > _MANY + 4 * len(tensors):
+        raise ConfigError(
+            f"{folder / 'config.json'}: num_experts: {config.num_experts} asks for {wanted} tensors, "
+            f"the folder holds {len(tensors)}"
+        )
+    targets = {part.name: Target(name, part) for name, shape in shapes.items() for part in disk_parts(name, shape)}
+    quantization = read_quantization(folder)
+    packed = find_packed(quantization, {name: target.part.shape for name, target in targets.items()}, tensors)
+    return Layout(config, quantization, targets, packed)
 
 
 def structure_problems(layout: Layout, tensors: dict[str, TensorInfo], folder: Path) -> Iterator[str]:
     """One line for each tensor that is missing, misshaped, of a wrong dtype, or surplus."""
-    missing = [name for name in layout.targets if name not in tensors]
+    yield from layout.packing.problems
+    disputed = layout.packing.disputed
+    missing = [
+        name for name in layout.targets if name not in tensors and name not in layout.packed and name not in disputed
+    ]
     if missing and all(name.startswith("mtp.") for name in missing):
         is_absent = not any(name.startswith("mtp.") for name in tensors)
         yield (
@@ -54,14 +99,16 @@ def structure_problems(layout: Layout, tensors: dict[str, TensorInfo], folder: P
         )
     else:
         yield from (f"{folder}: tensor {name} is missing" for name in missing)
-    known = set(layout.targets)
+    known = set(layout.targets) | set(layout.roles)
     for name, target in layout.targets.items():
-        if name not in tensors:
-            continue
-        yield from _tensor_problems(tensors[name], target.part.shape)
-        if tensors[name].dtype == "F8_E4M3":
-            known.add(scale_name(name))
-            yield from _scale_problems(layout, tensors, tensors[name])
+        if name in layout.packed:
+            yield from packed_problems(layout.packed[name], tensors)
+        elif name in tensors and name not in disputed:
+            yield from _tensor_problems(tensors[name], target.part.shape)
+            if tensors[name].dtype == "F8_E4M3":
+                known.add(scale_name(name))
+                yield from _scale_problems(layout, tensors, tensors[name])
+    yield from _stack_problems(layout, tensors)
     if layout.config.tie_word_embeddings:
         # A tied head that was written all the same is compared with the embedding when values are read.
         known.add("lm_head.weight")
@@ -71,7 +118,29 @@ def structure_problems(layout: Layout, tensors: dict[str, TensorInfo], folder: P
             )
     for name, info in tensors.items():
         if name not in known and not is_leftover(name):
-            yield f"{info.file}: tensor {name} is surplus: config.json describes no such tensor"
+            module = name.rpartition(".")[0]
+            if f"{module}.weight" not in disputed:
+                yield f"{info.file}: tensor {name} is surplus: config.json describes no such tensor"
+
+
+def _stack_problems(layout: Layout, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Experts of a layer are one weight in memory: all packed alike, or none."""
+    first: dict[str, tuple[str, tuple[object, ...]]] = {}
+    for name, target in layout.targets.items():
+        if target.part.expert is None or name in layout.packing.disputed:
+            continue
+        form: tuple[object, ...] = ()
+        if name in layout.packed:
+            packed = layout.packed[name]
+            scales = tensors.get(packed.stored["scales"].name)
+            form = (packed.form, None if scales is None else scales.dtype)
+        other, expected = first.setdefault(target.parameter, (name, form))
+        if form != expected:
+            stored = layout.packed[name].stored["codes"].name if name in layout.packed else name
+            place = f"{tensors[stored].file}: " if stored in tensors else ""
+            yield (
+                f"{place}tensor {name} is stored in another form than {other}, but both are part of {target.parameter}"
+            )
 
 
 def _tensor_problems(info: TensorInfo, shape: tuple[int, ...]) -> Iterator[str]:
@@ -95,29 +164,6 @@ def _scale_problems(layout: Layout, tensors: dict[str, TensorInfo], info: Tensor
             yield f"{scale.file}: tensor {name} has shape {list(scale.shape)}, its weight asks for {list(shape)}"
         if scale.dtype not in SCALE_DTYPES:
             yield f"{scale.file}: tensor {name} has dtype {scale.dtype}, only F32 and BF16 are supported"
-
-
-def _read_is_fp8(folder: Path) -> bool:
-    """Whether config.json declares the official FP8 form; ConfigError names any other quantization."""
-    path = folder / "config.json"
-    block = load_json(path.read_bytes(), path).get("quantization_config")
-    if block is None:
-        return False
-    if not isinstance(block, dict):
-        raise ConfigError(f"{path}: quantization_config: must be an object or null")
-    method = block.get("quant_method")
-    if method != "fp8":
-        raise ConfigError(f"{path}: quantization_config.quant_method: {method!r} is not supported, only 'fp8'")
-    for key, allowed in (
-        ("fmt", ("e4m3", None)),
-        ("activation_scheme", ("dynamic", None)),
-        ("weight_block_size", ([FP8_BLOCK, FP8_BLOCK],)),
-    ):
-        if block.get(key) not in allowed:
-            raise ConfigError(
-                f"{path}: quantization_config.{key}: {block.get(key)!r} is not supported, only {allowed[0]!r}"
-            )
-    return True
 
 
 def _scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from qnext import ops
 from qnext.checkpoint.check import Layout, read_layout, structure_problems
 from qnext.checkpoint.files import TORCH_DTYPES, TensorFiles
 from qnext.checkpoint.header import TensorInfo
-from qnext.checkpoint.names import scale_name
-from qnext.checkpoint.values import dequantize, is_finite, tensor_value_problems
+from qnext.checkpoint.values import is_finite, read_packed, read_weight, tensor_value_problems
 from qnext.config import ModelConfig
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.model import CausalLM
+from qnext.planning import parameter_shapes
 
 Progress = Callable[[int, int], None]
+# What the model reads as tensors: a gate is small, and its last bits choose experts.
+_ALWAYS_PLAIN = (".mlp.gate.weight", ".shared_expert_gate.weight")
+
+
+class Codes(NamedTuple):
+    """What must be known to make room for a quantised parameter."""
+
+    shape: tuple[int, ...]
+    bits: int
+    group_size: int
+    scale_dtype: torch.dtype
+    has_zeros: bool
 
 
 @torch.no_grad()
@@ -27,33 +41,47 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     check_finite: bool = True,
+    dequantize: bool = False,
     progress: Progress | None = None,
 ) -> CausalLM:
     """The model in a Hugging Face folder of safetensors files.
 
-    `dtype` None keeps what is stored; FP8 weights become bfloat16. `progress` is called with bytes read and bytes in
-    all. Files are mapped and their pages given back once copied, so memory stays near the weights alone. The model
-    holds exactly what the folder describes: a missing, surplus, misshaped or (with `check_finite`) non-finite tensor
-    raises CorruptCheckpoint naming file and tensor. Raises ModelNotFound where there is no model, ConfigError for a
-    bad config.json, UsageError where a value does not fit in `dtype`.
+    `dtype` None keeps what is stored; FP8 weights become bfloat16. Integer weights (compressed-tensors, AWQ, GPTQ)
+    keep their codes, on the CPU, as a QuantizedWeight or a PanelWeight in the place of the parameter, unless
+    `dequantize` asks for tensors; gates always become tensors. `progress` is called with bytes read and bytes in all.
+    Files are mapped and their pages given back once copied, so memory stays near the weights alone. The model holds
+    exactly what the folder describes: a missing, surplus, misshaped or (with `check_finite`) non-finite tensor raises
+    CorruptCheckpoint naming file and tensor. Raises ModelNotFound where there is no model, ConfigError for a bad
+    config.json, UsageError where a value does not fit in `dtype` or codes are wanted on another device.
     """
     with TensorFiles(folder) as files:
         layout = read_layout(files.folder, files.tensors)
         for problem in structure_problems(layout, files.tensors, files.folder):
             raise CorruptCheckpoint(problem)
-        dtypes = _parameter_dtypes(layout, files.tensors, dtype)
-        model = empty_model(layout.config, dtypes=dtypes, device=device)
-        parameters = dict(model.named_parameters())
+        codes = {} if dequantize else _quantized_parameters(layout, files.tensors)
+        if codes and torch.device(device).type != "cpu":
+            raise UsageError(
+                f"{files.folder}: integer weights are computed on the CPU only; dequantize to use {device}"
+            )
+        dtypes = _parameter_dtypes(layout, files.tensors, dtype, set(codes))
+        model = empty_model(layout.config, dtypes=dtypes, device=device, quantized=codes)
         total = sum(info.num_bytes for info in files.tensors.values())
         done = 0
         for name, info in files.tensors.items():
-            if check_finite:
-                for problem in tensor_value_problems(layout, files, info):
-                    raise CorruptCheckpoint(problem)
-            if name in layout.targets:
-                target = layout.targets[name]
-                _copy(files, info, parameters[target.parameter][target.part.place])
-            files.drop(name)
+            role = layout.roles.get(name)
+            if role is None:
+                _check(layout, files, name, check_finite)
+                if name in layout.targets:
+                    _copy(layout, files, name, model)
+                files.drop(name)
+            elif role.kind == "codes":
+                # The small tensors of a packed weight are read with its codes, wherever they lie.
+                stored = [wanted.name for wanted in layout.packed[role.weight].stored.values()]
+                for each in stored:
+                    _check(layout, files, each, check_finite)
+                _copy(layout, files, role.weight, model)
+                for each in stored:
+                    files.drop(each)
             done += info.num_bytes
             if progress is not None:
                 progress(done, total)
@@ -61,15 +89,27 @@ def load_model(
 
 
 def empty_model(
-    config: ModelConfig, *, dtypes: Mapping[str, torch.dtype] | torch.dtype, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    *,
+    dtypes: Mapping[str, torch.dtype] | torch.dtype,
+    device: torch.device | str = "cpu",
+    quantized: Mapping[str, Codes] | None = None,
 ) -> CausalLM:
-    """A model whose parameters have storage on `device` but no values yet; a tied head stays tied."""
+    """A model whose parameters have storage on `device` but no values yet; a tied head stays tied.
+
+    The parameters in `quantized` become plain attributes: room for codes, filled by ops.write_quantized.
+    """
     with torch.device("meta"):
         model = CausalLM(config)
     made: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
-        for key, parameter in module._parameters.items():
+        for key, parameter in list(module._parameters.items()):
             if parameter is None:
+                continue
+            if quantized and f"{prefix}.{key}" in quantized:
+                # A module refuses anything but a Parameter under the name of one.
+                del module._parameters[key]
+                setattr(module, key, _empty_codes(quantized[f"{prefix}.{key}"]))
                 continue
             if id(parameter) not in made:
                 dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes[f"{prefix}.{key}"]
@@ -78,23 +118,66 @@ def empty_model(
     return model
 
 
-def _copy(files: TensorFiles, info: TensorInfo, destination: Tensor) -> None:
-    source = files.read(info.name)
-    if source.dtype == torch.float8_e4m3fn:
-        source = dequantize(source, files.read(scale_name(info.name)), dtype=destination.dtype)
-    destination.copy_(source)
-    if destination.dtype == torch.float16 and info.dtype != "F16" and not is_finite(destination):
-        raise UsageError(f"{info.file}: tensor {info.name} holds numbers beyond the range of float16")
+def _check(layout: Layout, files: TensorFiles, name: str, check_finite: bool) -> None:
+    for problem in tensor_value_problems(layout, files, files.tensors[name], check_finite=check_finite):
+        raise CorruptCheckpoint(problem)
+
+
+def _empty_codes(codes: Codes) -> ops.Weight:
+    return ops.empty_quantized(
+        codes.shape,
+        bits=codes.bits,
+        group_size=codes.group_size,
+        scale_dtype=codes.scale_dtype,
+        has_zeros=codes.has_zeros,
+    )
+
+
+def _copy(layout: Layout, files: TensorFiles, name: str, model: CausalLM) -> None:
+    """One weight of the disk, by name, into its place."""
+    parameter, part = layout.targets[name]
+    prefix, _, key = parameter.rpartition(".")
+    destination = getattr(model.get_submodule(prefix), key)
+    if not isinstance(destination, Tensor):
+        row = 0 if part.rows is None else part.rows[0]
+        weight = read_packed(layout.packed[name], files)
+        ops.write_quantized(destination, weight, expert=part.expert, row=row)
+        return
+    place = destination.data[part.place]
+    place.copy_(read_weight(layout, files, name, dtype=place.dtype))
+    is_half = name in files.tensors and files.tensors[name].dtype == "F16"
+    if place.dtype == torch.float16 and not is_half and not is_finite(place):
+        stored = layout.packed[name].stored["codes"].name if name in layout.packed else name
+        raise UsageError(f"{files.tensors[stored].file}: tensor {stored} holds numbers beyond the range of float16")
+
+
+def _quantized_parameters(layout: Layout, tensors: Mapping[str, TensorInfo]) -> dict[str, Codes]:
+    """The parameters that stay codes. The parts of a stack agree in form, which structure_problems has checked."""
+    found: dict[str, Codes] = {}
+    shapes = parameter_shapes(layout.config)
+    for name, packed in layout.packed.items():
+        parameter = layout.targets[name].parameter
+        if parameter not in found and not parameter.endswith(_ALWAYS_PLAIN):
+            scale_dtype = TORCH_DTYPES[tensors[packed.stored["scales"].name].dtype]
+            found[parameter] = Codes(
+                shapes[parameter], packed.form.bits, packed.group_size, scale_dtype, not packed.form.is_symmetric
+            )
+    return found
 
 
 def _parameter_dtypes(
-    layout: Layout, tensors: Mapping[str, TensorInfo], wanted: torch.dtype | None
+    layout: Layout, tensors: Mapping[str, TensorInfo], wanted: torch.dtype | None, quantized: set[str]
 ) -> dict[str, torch.dtype]:
-    """dtype of each parameter. As stored, all matrices must agree, since one pass multiplies them all."""
+    """dtype of each parameter but those in `quantized`. As stored, all matrices must agree: one pass multiplies them.
+
+    Packed weights that become tensors take the embedding's, which is never packed.
+    """
     dtypes: dict[str, torch.dtype] = {}
     matrix: tuple[str, torch.dtype] | None = None
     for name, target in layout.targets.items():
-        info = tensors[name]
+        if target.parameter in quantized:
+            continue
+        info = tensors["model.embed_tokens.weight" if name in layout.packed else name]
         dtype = wanted or (torch.bfloat16 if info.dtype == "F8_E4M3" else TORCH_DTYPES[info.dtype])
         if len(info.shape) > 1:
             matrix = matrix or (name, dtype)

@@ -54,6 +54,12 @@ def disk_parts(name: str, shape: tuple[int, ...]) -> list[Part]:
     ]
 
 
+def num_disk_parts(name: str, shape: tuple[int, ...]) -> int:
+    """How many tensors disk_parts lists, without listing them."""
+    match = _STACKED.fullmatch(name)
+    return 1 if match is None else shape[0] * (1 if match[2] == "down_proj" else 2)
+
+
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a folder of this configuration must hold."""
     return {

@@ -1,4 +1,4 @@
-"""Numbers of a checkpoint: are they finite, and what do FP8 blocks stand for?
+"""Numbers of a checkpoint: are they sound, and what do FP8 blocks and packed weights stand for?
 
 Legend: O rows (out), I columns (in), b blocks.
 """
@@ -10,17 +10,33 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qnext.checkpoint.check import FP8_BLOCK, Layout
+from qnext.checkpoint.check import Layout
 from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.header import TensorInfo
 from qnext.checkpoint.names import scale_name
+from qnext.checkpoint.packed import PackedWeight
+from qnext.checkpoint.quantization import FP8_BLOCK
+from qnext.ops.quantized import QuantizedWeight
+from qnext.quant.formats import from_awq, from_gptq, from_int_quantized, from_pack_quantized, gptq_zeros
 
 _CHUNK = 1 << 24
 _LARGEST_E4M3 = 448.0
 
 
-def tensor_value_problems(layout: Layout, files: TensorFiles, info: TensorInfo) -> Iterator[str]:
-    """One line for each thing that is wrong with the numbers of one tensor."""
+def tensor_value_problems(
+    layout: Layout, files: TensorFiles, info: TensorInfo, *, check_finite: bool = True
+) -> Iterator[str]:
+    """One line for each thing that is wrong with the numbers of one tensor.
+
+    Without `check_finite` only those of packed weights that would change what others stand for.
+    """
+    role = layout.roles.get(info.name)
+    if role is not None and (role.kind != "scales" or check_finite):
+        problem = _packed_problem(layout.packed[role.weight], role.kind, files, info)
+        if problem is not None:
+            yield f"{info.file}: tensor {info.name} {problem}"
+    if role is not None or not check_finite:
+        return
     tensor = files.read(info.name)
     if not is_finite(tensor):
         yield f"{info.file}: tensor {info.name} holds NaN or infinity"
@@ -31,6 +47,59 @@ def tensor_value_problems(layout: Layout, files: TensorFiles, info: TensorInfo) 
     is_tied_head = layout.config.tie_word_embeddings and info.name == "lm_head.weight"
     if is_tied_head and not torch.equal(tensor, files.read("model.embed_tokens.weight")):
         yield f"{info.file}: tensor lm_head.weight differs from the embedding, but config.json ties them"
+
+
+def _packed_problem(packed: PackedWeight, kind: str, files: TensorFiles, info: TensorInfo) -> str | None:
+    wanted = packed.stored[kind]
+    if info.shape != wanted.shape or info.dtype not in wanted.dtypes:
+        return None  # said when headers were read
+    form, tensor = packed.form, files.read(info.name)
+    if kind == "scales":
+        if not is_finite(tensor):
+            return "holds NaN or infinity"
+        if not is_finite(tensor.to(torch.float32) * 2.0**form.bits):
+            return f"holds a scale beyond what codes of {form.bits} bits can be multiplied by"
+    elif kind == "shape" and tensor.tolist() != list(packed.shape):
+        return f"says {tensor.tolist()}, config.json asks for {list(packed.shape)}"
+    elif kind == "index" and not torch.equal(tensor, torch.arange(packed.shape[1]) // packed.group_size):
+        return "does not list the inputs' groups in order; activation order (desc_act) is not supported"
+    elif kind == "zeros" and form.is_symmetric:
+        zeros = gptq_zeros(tensor, bits=form.bits, is_v2=form.layout == "gptq_v2")
+        if bool((zeros != 2 ** (form.bits - 1)).any()):
+            return f"holds zeros other than {2 ** (form.bits - 1)}, but quantization_config.sym is true"
+    elif tensor.dtype == torch.int8 and form.bits < 8 and tensor.numel():
+        low, high = torch.aminmax(tensor)
+        limit = 2 ** (form.bits - 1)
+        if low < -limit or high >= limit:
+            return f"holds numbers beyond {form.bits} bits"
+    return None
+
+
+def read_packed(packed: PackedWeight, files: TensorFiles) -> QuantizedWeight:
+    """A weight [F, D] whose headers and values were checked. It may share memory with the files."""
+    form = packed.form
+    codes, scales = (files.read(packed.stored[kind].name) for kind in ("codes", "scales"))
+    zeros = None
+    if "zeros" in packed.stored and not form.is_symmetric:
+        zeros = files.read(packed.stored["zeros"].name)
+    if form.layout == "pack-quantized":
+        return from_pack_quantized(codes, scales, zeros, num_inputs=packed.shape[1], bits=form.bits)
+    if form.layout == "int-quantized":
+        return from_int_quantized(codes, scales, zeros, bits=form.bits)
+    if form.layout == "awq":
+        assert zeros is not None
+        return from_awq(codes, zeros, scales)
+    return from_gptq(codes, scales, zeros, bits=form.bits, is_v2=form.layout == "gptq_v2")
+
+
+def read_weight(layout: Layout, files: TensorFiles, name: str, *, dtype: torch.dtype) -> Tensor:
+    """The numbers of one weight in `dtype`, however it is stored; a view of the file where nothing changes."""
+    if name in layout.packed:
+        return read_packed(layout.packed[name], files).dequantize(dtype)
+    source = files.read(name)
+    if source.dtype == torch.float8_e4m3fn:
+        return dequantize(source, files.read(scale_name(name)), dtype=dtype)
+    return source.to(dtype)
 
 
 def is_finite(tensor: Tensor) -> bool:

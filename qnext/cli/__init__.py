@@ -20,6 +20,9 @@ VERBS = {
     "chat": "talk to a model",
     "train": "train by a recipe",
     "eval": "bits per byte on text files",
+    "quantize": "a model folder in four or eight bits, and what that cost",
+    "bench": "speed, loading and memory, beside peers and the limits of the machine",
+    "convert": "a model folder to GGUF, for llama.cpp, and back",
 }
 
 _USAGE = """usage: qnext VERB [options]        qnext VERB --help for the options of a verb

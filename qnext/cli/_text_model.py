@@ -46,8 +46,10 @@ def load_weights(folder: TextFolder, dtype: str | None) -> CausalLM:
     from qnext.checkpoint import load_model
     from qnext.cli._progress import byte_progress
     from qnext.engine.memory import available_bytes, format_bytes
+    from qnext.ops import keep_freed_memory
     from qnext.planning.counts import weight_bytes
 
+    keep_freed_memory()
     if dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"dtype must be float32 or bfloat16, not {dtype!r}")
     needed = folder.stored_bytes if dtype is None else weight_bytes(folder.config, dtype=dtype)

@@ -33,9 +33,9 @@ def command(
     Nothing is downloaded. Leaves the model in OUT/model, as a Hugging Face folder.
     """
     from qnext.cli._training import TrainingDisplay, interruptible
+    from qnext.ops import keep_freed_memory
     from qnext.recipes import demo
     from qnext.recipes.recipe import prepare
-    from qnext.training.allocator import keep_freed_memory
 
     recipe = demo(seconds=60.0 * minutes, seed=seed)
     keep_freed_memory()

@@ -33,6 +33,7 @@ class _Report:
     dtypes: dict[str, int] | None  # elements of each dtype on disk
     num_bytes: int | None
     tensors: list[_Tensors]
+    packed: dict[str, int] | None = None  # numbers in each packed form, such as "awq int4-g128"
 
 
 def command(
@@ -69,7 +70,10 @@ def _describe(model: str) -> _Report:
         dtypes[info.dtype] += prod(info.shape)
     num_bytes = sum(info.num_bytes for info in index.tensors.values())
     tensors = _distinct((info.name, info.shape, info.dtype) for info in index.tensors.values())
-    return _Report(model, layout.config, dict(dtypes), num_bytes, tensors)
+    packed: Counter[str] = Counter()
+    for weight in layout.packed.values():
+        packed[weight.form.describe()] += prod(weight.shape)
+    return _Report(model, layout.config, dict(dtypes), num_bytes, tensors, dict(packed) or None)
 
 
 def _distinct(rows: Iterable[tuple[str, tuple[int, ...], str | None]]) -> list[_Tensors]:
@@ -95,6 +99,7 @@ def _to_json(report: _Report) -> dict[str, Any]:
             "active_without_head": active.without_head, "active_with_head": active.with_head,
         },
         "dtypes": report.dtypes,
+        "packed": report.packed,
         "bytes": report.num_bytes,
         "tensors": [asdict(row) for row in report.tensors],
         "kv_bytes_per_1000_tokens": 1000 * kv_bytes_per_token(config),
@@ -126,6 +131,8 @@ def _print(report: _Report) -> None:
     if report.num_bytes is not None and report.dtypes is not None:
         dtypes = ", ".join(f"{name} {count:,}" for name, count in report.dtypes.items())
         print(f"on disk {report.num_bytes / 2**20:,.1f} MiB: {dtypes}")
+    if report.packed is not None:
+        print("packed weights: " + ", ".join(f"{form} {count:,}" for form, count in report.packed.items()))
     print(f"KV per 1,000 tokens {values['kv_bytes_per_1000_tokens'] / 2**20:.1f} MiB (bfloat16)")
     print(f"state per sequence {values['state_bytes_per_sequence']['total'] / 2**20:.1f} MiB")
     tensors = Table("tensor", "shape", "dtype", "count", box=None)

@@ -25,10 +25,10 @@ def command(
     Ctrl-C finishes the step, saves a snapshot and ends with exit code 130; --resume goes on from there.
     """
     from qnext.cli._training import TrainingDisplay, interruptible
+    from qnext.ops import keep_freed_memory
     from qnext.recipes import override
     from qnext.recipes import recipe as find_recipe
     from qnext.recipes.recipe import prepare
-    from qnext.training.allocator import keep_freed_memory
 
     chosen = override(find_recipe(recipe), settings or [])
     keep_freed_memory()

@@ -21,9 +21,10 @@ BLOCK_SIZE = 16
 class Cache:
     """Pages for every full-attention layer and slots for every linear layer of the trunk.
 
-    Convolution inputs are kept in `dtype`, keys and values too unless `kv_dtype` says otherwise, the delta state in
-    fp32. Keys and values in int8 have an fp32 scale per token and head. With `poison`, memory that has no owner is
-    filled with NaN, so that reading it shows (for tests).
+    Keys and values are kept in `dtype` unless `kv_dtype` says otherwise; in int8 they have an fp32 scale per token and
+    head. Both states of the linear layers are fp32: native activations have that width whatever the weights are, and a
+    rounded state would make the cuts of a prefill visible. With `poison`, memory that has no owner is filled with NaN,
+    so that reading it shows (for tests).
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Cache:
         )  # fmt: skip
         self.delta = {
             index: DeltaSlots(
-                torch.empty(conv_shape, dtype=dtype, device=device),
+                torch.empty(conv_shape, dtype=torch.float32, device=device),
                 torch.empty(state_shape, dtype=torch.float32, device=device),
             )
             for index, kind in kinds

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from qnext.model import CausalLM
+from qnext.ops import Weight
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,15 @@ def format_bytes(count: int) -> str:
 
 
 def weight_bytes(model: CausalLM) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    """Bytes of all parameters, buffers and quantised weights, shared ones once."""
+    quantized = (
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, get_args(Weight)) and not isinstance(value, torch.Tensor)
+    )
+    held = {id(weight): weight for weight in (*model.parameters(), *model.buffers(), *quantized)}
+    return sum(weight.nbytes for weight in held.values())
 
 
 def available_bytes(device: torch.device) -> int:

@@ -10,13 +10,13 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qnext.engine.cache import Cache
 from qnext.engine.request import Request
 from qnext.engine.scheduler import SequencePlan, StepPlan
 from qnext.model import Batch, CausalLM
-from qnext.ops import Packing
+from qnext.ops import Packing, is_native
 
 
 class RunnerOutput(NamedTuple):
@@ -32,19 +32,21 @@ class Runner:
     def __init__(self, model: CausalLM, cache: Cache) -> None:
         self.model = model
         self.cache = cache
+        if is_native(cache.device):
+            _widen_small(model)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> RunnerOutput:
         """Advance the caches by the plan's tokens; logits only where a token is to be chosen.
 
-        Sequences with one token and sequences with more run as two batches: the delta rule and attention have their
-        own paths for one token, and the others would pad it to a whole chunk.
+        Native kernels take all sequences in one batch, so that the weights are read once. For the reference, sequences
+        with one token and sequences with more are two batches: its delta rule and attention have their own paths for
+        one token, and the others would pad it to a whole chunk.
         """
         self.cache.apply_freed(plan)
         parts: list[Tensor] = []
         requests: list[Request] = []
-        for is_single in (True, False):
-            sequences = [s for s in plan.sequences if (len(s.token_ids) == 1) == is_single]
+        for sequences in self._batches(plan):
             if sequences:
                 wanted = [s.request for s in sequences if s.needs_sample]
                 logits_RY = self._run_batch(sequences)
@@ -54,6 +56,11 @@ class Runner:
         if not parts:
             return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [])
         return RunnerOutput(torch.cat(parts) if len(parts) > 1 else parts[0], requests)
+
+    def _batches(self, plan: StepPlan) -> list[list[SequencePlan]]:
+        if is_native(self.cache.device):
+            return [list(plan.sequences)]
+        return [[s for s in plan.sequences if (len(s.token_ids) == 1) == is_single] for is_single in (True, False)]
 
     def _run_batch(self, sequences: Sequence[SequencePlan]) -> Tensor:
         device = self.cache.device
@@ -73,3 +80,11 @@ class Runner:
             return hidden_TD.new_empty(0, self.model.config.vocab_size)
         last_R = packing.last_tokens_N[torch.tensor(rows, device=device)]
         return self.model.logits(hidden_TD.index_select(0, last_R)).to(torch.float32)
+
+
+def _widen_small(model: CausalLM) -> None:
+    """Vectors and convolutions in fp32, as the kernels want them: exact, and done once instead of in every step."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() == 1 or isinstance(module, nn.Conv1d):
+                parameter.data = parameter.data.float()

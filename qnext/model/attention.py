@@ -49,6 +49,6 @@ class Attention(nn.Module):
             sin=sin,
             packing=batch.packing,
             scale=self.head_dim**-0.5,
-            cache=None if batch.cache is None else batch.cache.attention(self.layer_index),
+            cache=None if batch.cache is None else batch.cache.attention_cache(self.layer_index),
         )
         return self.o_proj(mixed_TX)

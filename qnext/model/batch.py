@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from qnext.ops import AttentionCache, Packing
+from qnext.ops import AttentionCache, DeltaCache, Packing
 
 
 class KVPages(NamedTuple):
@@ -35,7 +34,7 @@ class KVPages(NamedTuple):
 class DeltaSlots(NamedTuple):
     """State of one Gated DeltaNet layer, a slot per sequence."""
 
-    conv: Tensor  # [num_slots, W - 1, C] last inputs of the convolution, oldest first
+    conv: Tensor  # [num_slots, W - 1, C] last inputs of the convolution, oldest first, fp32
     state: Tensor  # [num_slots, H, K, V] fp32
 
 
@@ -55,22 +54,16 @@ class CacheView:
     write_index_T: Tensor  # int64 page * P + offset for every token of the step
     has_fresh: bool = True  # whether any of is_fresh_N may be true; false saves a pass over the states
 
-    def attention(self, layer_index: int) -> AttentionCache:
+    def delta_cache(self, layer_index: int) -> DeltaCache:
+        """Slots of one layer with the slot numbers of the step's sequences."""
+        slots = self.delta[layer_index]
+        return DeltaCache(slots.conv, slots.state, self.slots_N, self.is_fresh_N, self.has_fresh)
+
+    def attention_cache(self, layer_index: int) -> AttentionCache:
         """What the attention of one layer reads and writes."""
         return AttentionCache(
             *self.kv[layer_index], self.block_tables_NM, self.context_lengths, self.write_index_T
         )  # fmt: skip
-
-    def read_slots(self, stored: Tensor) -> Tensor:
-        """Rows of `stored` for the sequences of the step, zero for the fresh ones."""
-        rows = stored.index_select(0, self.slots_N)
-        if not self.has_fresh:
-            return rows
-        fresh = self.is_fresh_N.view(-1, *(1,) * (rows.dim() - 1))
-        return torch.where(fresh, torch.zeros((), dtype=rows.dtype, device=rows.device), rows)
-
-    def write_slots(self, stored: Tensor, rows: Tensor) -> None:
-        stored.index_copy_(0, self.slots_N, rows.to(stored.dtype))
 
 
 @dataclass(frozen=True)

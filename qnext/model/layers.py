@@ -27,15 +27,12 @@ def make_norm(config: ModelConfig, size: int) -> RMSNorm:
 
 
 class GatedRMSNorm(nn.Module):
-    """The norm inside Gated DeltaNet: plain weight, normalise first, gate with silu after."""
+    """The weight of the norm inside Gated DeltaNet, a plain one; ops.gated_delta_mixer applies it."""
 
     def __init__(self, size: int, *, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return ops.gated_rms_norm(x, gate, self.weight, eps=self.eps)
 
 
 class Linear(nn.Linear):
@@ -43,6 +40,13 @@ class Linear(nn.Linear):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return ops.linear(x_TD, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """torch's layer, looked up by ops.embedding."""
+
+    def forward(self, token_ids_T: Tensor) -> Tensor:
+        return ops.embedding(token_ids_T, self.weight)
 
 
 class MLP(nn.Module):

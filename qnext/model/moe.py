@@ -45,8 +45,8 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
-    def forward(self, x_TD: Tensor, routing: ops.Routing) -> Tensor:
-        return ops.experts_swiglu(x_TD, self.gate_up_proj, self.down_proj, routing=routing)
+    def forward(self, x_TD: Tensor, routing: ops.Routing, shared: ops.SharedExpert | None) -> Tensor:
+        return ops.experts_swiglu(x_TD, self.gate_up_proj, self.down_proj, routing=routing, shared=shared)
 
 
 class SparseMoE(nn.Module):
@@ -62,7 +62,13 @@ class SparseMoE(nn.Module):
             self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        out_TD = self.experts(x_TD, self.gate(x_TD).routing)
-        if self.shared_expert is not None:
-            out_TD = out_TD + torch.sigmoid(self.shared_expert_gate(x_TD)) * self.shared_expert(x_TD)
-        return out_TD
+        return self.experts(x_TD, self.gate(x_TD).routing, self._shared())
+
+    def _shared(self) -> ops.SharedExpert | None:
+        """The shared expert's weights: one op multiplies them beside the routed ones."""
+        if self.shared_expert is None:
+            return None
+        mlp = self.shared_expert
+        return ops.SharedExpert(
+            mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, self.shared_expert_gate.weight
+        )

@@ -14,7 +14,7 @@ from qnext.config import LINEAR_ATTENTION, ModelConfig
 from qnext.model.attention import Attention
 from qnext.model.batch import Batch
 from qnext.model.delta_net import GatedDeltaNet
-from qnext.model.layers import MLP, Linear, RotaryEmbedding, make_norm
+from qnext.model.layers import MLP, Embedding, Linear, RotaryEmbedding, make_norm
 from qnext.model.moe import SparseMoE
 from qnext.model.mtp import MultiTokenPredictor
 
@@ -52,7 +52,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i, kind=kind, is_moe=config.is_moe_layer(i))
             for i, kind in enumerate(config.layer_types)
@@ -102,7 +102,7 @@ class CausalLM(nn.Module):
         return self.model(batch)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """[R, D] rows of TrunkOutput.hidden_TD or of the MTP output -> [R, Y] in the model's dtype."""
+        """[R, D] rows of TrunkOutput.hidden_TD or of the MTP output -> [R, Y] in the dtype of the rows."""
         return self.lm_head(hidden_RD)
 
     def draft_hidden(self, next_token_ids_T: Tensor, trunk: TrunkOutput, batch: Batch) -> Tensor:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from qnext.ops.attention_mixer import attention_mixer
+from qnext.ops.backend import is_native, set_num_threads
+from qnext.ops.delta_mixer import DeltaCache, gated_delta_mixer
+from qnext.ops.dispatch import embedding, experts_swiglu, linear, rms_norm, route
+from qnext.ops.memory import empty_weight, keep_freed_memory
 from qnext.ops.packing import Packing
+from qnext.ops.quantized import QuantizedWeight
 from qnext.ops.reference.attention import attention, paged_attention, write_kv
 from qnext.ops.reference.attention_mixer import AttentionCache
 from qnext.ops.reference.conv import causal_conv1d_silu
@@ -13,24 +18,35 @@ from qnext.ops.reference.delta import (
     gated_delta_rule,
     recurrent_gated_delta_rule,
 )
-from qnext.ops.reference.linear import linear
-from qnext.ops.reference.moe import Routing, experts_swiglu, route, swiglu
-from qnext.ops.reference.norm import gated_rms_norm, l2_norm, rms_norm
+from qnext.ops.reference.moe import Routing, SharedExpert, swiglu
+from qnext.ops.reference.norm import gated_rms_norm, l2_norm
 from qnext.ops.reference.rope import apply_rope, rope_cos_sin, rope_frequencies, yarn_frequencies
+from qnext.ops.weights import Weight, dequantize, empty_quantized, write_quantized
 
 __all__ = [
     "DELTA_CHUNK_SIZE",
     "AttentionCache",
+    "DeltaCache",
     "Packing",
+    "QuantizedWeight",
     "Routing",
+    "SharedExpert",
+    "Weight",
     "apply_rope",
     "attention",
     "attention_mixer",
     "causal_conv1d_silu",
     "chunk_gated_delta_rule",
+    "dequantize",
+    "embedding",
+    "empty_quantized",
+    "empty_weight",
     "experts_swiglu",
+    "gated_delta_mixer",
     "gated_delta_rule",
     "gated_rms_norm",
+    "is_native",
+    "keep_freed_memory",
     "l2_norm",
     "linear",
     "paged_attention",
@@ -39,7 +55,9 @@ __all__ = [
     "rope_cos_sin",
     "rope_frequencies",
     "route",
+    "set_num_threads",
     "swiglu",
     "write_kv",
+    "write_quantized",
     "yarn_frequencies",
 ]

@@ -7,6 +7,7 @@ import os
 import warnings
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,13 @@ def native_module() -> ModuleType | None:
     return module
 
 
+def native() -> Any:
+    """The compiled kernels, for a caller who knows that they are there."""
+    module = native_module()
+    assert module is not None, "ask runs_native first"
+    return module
+
+
 def set_num_threads(count: int) -> None:
     """Threads of torch and of the native kernels."""
     torch.set_num_threads(count)
@@ -47,8 +55,27 @@ def set_num_threads(count: int) -> None:
         module.set_num_threads(count)
 
 
+def is_native(device: torch.device) -> bool:
+    """Whether inference on `device` runs the native kernels."""
+    return device.type == "cpu" and native_module() is not None
+
+
 def runs_native(x: Tensor, *others: Tensor | None) -> bool:
     """Whether native kernels take this call: fp32 activations `x` on the CPU, and nobody wants gradients."""
     if x.dtype != torch.float32 or x.device.type != "cpu" or native_module() is None:
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
+
+
+def wide(parameter: Tensor) -> Tensor:
+    """A small parameter in fp32, converted once: kept beside it until it changes."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    if parameter.is_inference():  # it has no version to tell a change by
+        return parameter.float()
+    kept: tuple[int, int, Tensor] | None = getattr(parameter, "_wide", None)
+    stamp = (parameter._version, parameter.data_ptr())
+    if kept is None or kept[:2] != stamp:
+        kept = (*stamp, parameter.detach().float())
+        parameter._wide = kept  # type: ignore[attr-defined]
+    return kept[2]

@@ -53,6 +53,11 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
 
+    def __getitem__(self, expert: int) -> QuantizedWeight:
+        """One matrix of a stack."""
+        zeros = None if self.zeros is None else self.zeros[expert]
+        return QuantizedWeight(self.codes[expert], self.scales[expert], self.bits, self.group_size, zeros)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[..., F, D]: computed in fp32 and rounded once to `dtype`."""
         codes = self.codes

@@ -105,7 +105,7 @@ def kv_bytes_per_token(config: ModelConfig, *, dtype: str = "bfloat16", with_mtp
 
 
 def state_bytes_per_sequence(
-    config: ModelConfig, *, state_dtype: str = "float32", conv_dtype: str = "bfloat16"
+    config: ModelConfig, *, state_dtype: str = "float32", conv_dtype: str = "float32"
 ) -> StateBytes:
     """Bytes of recurrent and convolution state per sequence over all Gated DeltaNet layers."""
     layers = config.num_linear_layers

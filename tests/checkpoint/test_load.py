@@ -252,12 +252,12 @@ def test_damaged_fp8(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "awq", "bits": 4}, "quant_method: 'awq' is not supported"),
-        ({"quant_method": "fp8"}, "weight_block_size: None is not supported"),
+        ({"quant_method": "bitsandbytes", "bits": 4}, "quant_method: 'bitsandbytes' is not supported"),
+        ({"quant_method": "fp8"}, "weight_block_size: missing"),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"weight_block_size: \[64, 64\] is not supported"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}, "fmt: 'e5m2'"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "'static'"),
-        ({}, "quant_method: None"),
+        ({}, "quant_method: missing"),
         ([1], "must be an object"),
     ],
 )

@@ -285,7 +285,7 @@ def test_memory_plan_counts_what_is_allocated(kind: str) -> None:
     kv_per_token = config.num_full_layers * 2 * 2 * 10 * 4
     state = config.num_linear_layers * (3 * (2 * 14 + 30) + 6 * 7 * 5) * 4
     assert kv_per_token == kv_bytes_per_token(config, dtype="float32")
-    assert state == state_bytes_per_sequence(config, conv_dtype="float32").total
+    assert state == state_bytes_per_sequence(config).total
     assert plan.kv_bytes == 15 * 16 * kv_per_token
     assert plan.kv_bytes_per_1000_tokens == 1000 * kv_per_token
     assert (plan.state_bytes_per_sequence, plan.state_bytes) == (state, 3 * state)

@@ -80,7 +80,7 @@ def test_bf16_loses_no_more_than_theirs() -> None:
         tokens = random_tokens(config, 100, seed=seed)
         exact = logits_of(model, tokens)
         ours = logits_of(model.to(torch.bfloat16), tokens)
-        assert ours.dtype == torch.bfloat16
+        assert model.dtype == torch.bfloat16
         theirs = peer(tokens[None], use_cache=False).logits[0]
         for logits, errors in ((ours, our_errors), (theirs, their_errors)):
             errors.append(((logits - exact).square().mean() / exact.square().mean()).item() ** 0.5)

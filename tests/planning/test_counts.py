@@ -95,7 +95,7 @@ def test_released_model() -> None:
     assert kv_bytes_per_token(config, with_mtp=True) == 26 * 1024
     assert kv_bytes_per_token(config, dtype="float8_e4m3fn") == 12 * 1024
     state = state_bytes_per_sequence(config)
-    assert (state.recurrent, state.conv) == (72 << 20, 36 * 8192 * 3 * 2)
+    assert (state.recurrent, state.conv) == (72 << 20, 36 * 8192 * 3 * 4)
     assert state.total == state.recurrent + state.conv
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qnext.ops.backend import native_module
+from qnext.ops.backend import native_module, wide
 from qnext.ops.packing import Packing
 from qnext.ops.reference.attention_mixer import AttentionCache
 
@@ -57,7 +57,7 @@ def attention_mixer(
     _check(k_norm_weight_K.shape == q_norm_weight_K.shape, "norm weights", (head_dim,))
     if not scale > 0.0:
         raise ValueError(f"scale must be positive, not {scale}")
-    q_norm_weight_K, k_norm_weight_K = _ready(q_norm_weight_K), _ready(k_norm_weight_K)
+    q_norm_weight_K, k_norm_weight_K = _ready(wide(q_norm_weight_K)), _ready(wide(k_norm_weight_K))
     q_TX, k_TY, v_TY, cos, sin = _ready(q_TX), _ready(k_TY), _ready(v_TY), _ready(cos), _ready(sin)
     k_scales, v_scales = _check_cache(cache, packing, num_tokens, num_kv_heads, head_dim)
     tables_NM = cache.block_tables_NM

@@ -8,17 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qnext.ops.weights import Weight, dequantize
+
 _MIN_WIDENED_ROWS = 16  # below, widening the weight costs more than it saves
 _BLOCK_OUTPUTS = 1024  # outputs that are widened at a time: a few MB of scratch
 
 
-def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+def linear(x_TD: Tensor, weight_FD: Weight, bias_F: Tensor | None = None) -> Tensor:
     """x W^T + b in the dtype of x.
 
     For bf16 without gradients on the CPU, one row goes through torch's matrix-vector product, which reads weights
     half again as fast as its matrix product. On a CPU without bf16 arithmetic many rows are multiplied in fp32, the
     weight widened block by block: torch would emulate bf16 there, three times slower and no more exact.
     """
+    if not isinstance(weight_FD, Tensor) or not torch.is_grad_enabled():
+        weight_FD = dequantize(weight_FD, x_TD.dtype)
     if bias_F is None and is_bf16_inference(x_TD, weight_FD):
         if x_TD.shape[0] == 1:
             return torch.mv(weight_FD, x_TD[0])[None]

@@ -11,12 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qnext.ops.reference.linear import has_native_bf16, is_bf16_inference
+from qnext.ops.reference.linear import has_native_bf16, is_bf16_inference, linear
+from qnext.ops.weights import Weight, dequantize
 
 
 class Routing(NamedTuple):
     weights_TA: Tensor  # [T, top_k] fp32
     experts_TA: Tensor  # [T, top_k] int64
+
+
+class SharedExpert(NamedTuple):
+    """An expert that every token passes through; each weight is a tensor or quantised."""
+
+    gate_proj_FD: Weight
+    up_proj_FD: Weight
+    down_proj_DF: Weight
+    gate_1D: Tensor | None  # its output is scaled by sigmoid(gate x), or by one
+
+    @property
+    def weights(self) -> tuple[Weight, Weight, Weight]:
+        return self.gate_proj_FD, self.up_proj_FD, self.down_proj_DF
 
 
 def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool) -> Routing:
@@ -34,18 +48,41 @@ def swiglu(gate_and_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def experts_swiglu(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, *, routing: Routing) -> Tensor:
-    """[T, D]: sum over each token's experts of weight * down(silu(gate(x)) * up(x)).
+def experts_swiglu(
+    x_TD: Tensor, gate_up_E2FD: Weight, down_EDF: Weight, *, routing: Routing, shared: SharedExpert | None = None
+) -> Tensor:
+    """See ops.experts_swiglu."""
+    out_TD = _routed_experts(x_TD, gate_up_E2FD, down_EDF, routing)
+    if shared is None:
+        return out_TD
+    hidden_TF = F.silu(linear(x_TD, shared.gate_proj_FD)) * linear(x_TD, shared.up_proj_FD)
+    shared_TD = linear(hidden_TF, shared.down_proj_DF)
+    if shared.gate_1D is not None:
+        shared_TD = torch.sigmoid(linear(x_TD, shared.gate_1D)) * shared_TD
+    return out_TD + shared_TD
 
-    `gate_up_E2FD` holds the gate rows of each expert, then its up rows. Work is grouped by expert: experts without a
-    token cost nothing.
-    """
+
+def _routed_experts(x_TD: Tensor, gate_up_E2FD: Weight, down_EDF: Weight, routing: Routing) -> Tensor:
+    if not isinstance(gate_up_E2FD, Tensor) or not isinstance(down_EDF, Tensor):
+        return _quantized_experts(x_TD, gate_up_E2FD, down_EDF, routing)
     if is_bf16_inference(x_TD, gate_up_E2FD, down_EDF):
         if x_TD.shape[0] == 1:
             return _one_token(x_TD, gate_up_E2FD, down_EDF, routing)
         if not has_native_bf16():
             return _widened_experts(x_TD, gate_up_E2FD, down_EDF, routing)
     return _Experts.apply(x_TD, gate_up_E2FD, down_EDF, routing.weights_TA.to(x_TD.dtype), routing.experts_TA)
+
+
+def _quantized_experts(x_TD: Tensor, gate_up_E2FD: Weight, down_EDF: Weight, routing: Routing) -> Tensor:
+    """Each used expert's matrices dequantised in turn, in fp32."""
+    out_TD = torch.zeros(x_TD.shape, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    for expert in routing.experts_TA.unique().tolist():
+        tokens_A, place_A = (routing.experts_TA == expert).nonzero(as_tuple=True)
+        gate_up, down = (dequantize(weight[expert], out_TD.dtype) for weight in (gate_up_E2FD, down_EDF))
+        hidden_AF = swiglu(x_TD[tokens_A].to(out_TD.dtype) @ gate_up.t())
+        weights_A1 = routing.weights_TA[tokens_A, place_A, None].to(out_TD.dtype)
+        out_TD.index_add_(0, tokens_A, (hidden_AF @ down.t()) * weights_A1)
+    return out_TD.to(x_TD.dtype)
 
 
 def _one_token(x_1D: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, routing: Routing) -> Tensor:

@@ -16,5 +16,6 @@ void bind_linear(nanobind::module_& m);
 void bind_delta(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_memory(nanobind::module_& m);
+void bind_limits(nanobind::module_& m);
 
 }  // namespace qnext

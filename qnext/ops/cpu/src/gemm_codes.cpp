@@ -33,10 +33,14 @@ QNEXT_INLINE f32x16 load_scales(const uint8_t* base, ScaleKind kind, int64_t at)
 }
 
 QNEXT_INLINE i32x16 load_zeros(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (i32x16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
   typedef uint8_t u8x16 __attribute__((vector_size(16)));
   u8x16 v;
   memcpy(&v, p, 16);
   return __builtin_convertvector(v, i32x16);
+#endif
 }
 
 QNEXT_INLINE int32_t four(const int8_t* p) {
@@ -171,9 +175,11 @@ void multiply_codes(const Weight& weight, int64_t expert, int64_t begin, int64_t
   uint8_t* unpacked = nullptr;
   if (unpack_first) unpacked = static_cast<uint8_t*>(scratch(kUnpackedSlot, 4 * stored_bytes));
   w.panel_bytes = unpack_first ? 2 * stored_bytes : stored_bytes;
-  for (int64_t column = begin; column < end; column += 2 * kLanes) {
+  // A single row is bound by memory: panel after panel is one stream, whose start is always asked for in time.
+  const int64_t step = num_rows == 1 ? kLanes : 2 * kLanes;
+  for (int64_t column = begin; column < end; column += step) {
     const int64_t panel = expert * weight.num_panels() + column / kLanes;
-    const int num_panels = end - column > kLanes ? 2 : 1;
+    const int num_panels = step > kLanes && end - column > kLanes ? 2 : 1;
     w.codes = static_cast<const uint8_t*>(weight.data) + panel * stored_bytes;
     w.scales = static_cast<const uint8_t*>(weight.scales) + panel * panel_stride;
     w.zeros = weight.zeros ? weight.zeros + panel * w.panel_scales : nullptr;

@@ -6,7 +6,7 @@ namespace qnext::QNEXT_ISA {
 namespace {
 
 constexpr int kTileOutputs = 4;
-constexpr int kRowTileOutputs = 8;  // for a single row, enough chains to hide the latency of an addition
+constexpr int kRowTileOutputs = 4;  // the tile and the next one, already on its way, share a level-1 cache
 
 // How a weight of type T meets a prepared row.
 template <typename T>
@@ -49,7 +49,7 @@ void tile(const T* weight, int64_t num_inputs, const typename Operand<T>::Row* c
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
       const T* at = weight + o * num_inputs + d;
-      if constexpr (kRows == 1) prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes);
+      if constexpr (kRows == 1) prefetch(at + kOutputs * num_inputs);  // the same place in the next tile
       w[o] = fetch(at, (const Row*)nullptr);
     }
 #pragma GCC unroll 8

@@ -138,6 +138,14 @@ void linear(const Weight& weight, const float* x, int64_t num_rows, float* out, 
 
 constexpr int64_t kTokensAtOnce = 1024;  // bounds the memory between the two products
 constexpr int64_t kExpertColumns = 128;
+constexpr int64_t kStreamBytes = 192 << 10;  // of a task that is bound by memory: long enough to hide its start
+
+// Outputs of one task of a product.
+int64_t expert_columns(const Weight& weight, int64_t num_rows) {
+  if (num_rows > 4) return kExpertColumns;
+  const int64_t bits = weight.kind == WeightKind::codes4 ? 4 : weight.kind == WeightKind::codes8 ? 8 : 16;
+  return larger<int64_t>(2 * kLanes, kStreamBytes * 8 / (bits * weight.num_inputs) / (2 * kLanes) * (2 * kLanes));
+}
 
 // One product of an operation that consists of several: a matrix with the rows that go through it.
 struct Product {
@@ -149,6 +157,7 @@ struct Product {
   float* out;
   int64_t out_stride;
   int64_t first_task;
+  int64_t columns;  // per task
 };
 
 // All tasks of all products in one parallel loop.
@@ -156,7 +165,8 @@ void run_products(Product* products, int64_t count) {
   int64_t num_tasks = 0;
   for (int64_t i = 0; i < count; ++i) {
     products[i].first_task = num_tasks;
-    num_tasks += (products[i].weight->num_outputs + kExpertColumns - 1) / kExpertColumns;
+    products[i].columns = expert_columns(*products[i].weight, products[i].num_rows);
+    num_tasks += (products[i].weight->num_outputs + products[i].columns - 1) / products[i].columns;
   }
   parallel_for(num_tasks, [&](int64_t task) {
     int64_t low = 0, high = count;  // the last product that starts at or before the task
@@ -165,8 +175,8 @@ void run_products(Product* products, int64_t count) {
       (products[middle].first_task <= task ? low : high) = middle;
     }
     const Product& p = products[low];
-    const int64_t begin = (task - p.first_task) * kExpertColumns;
-    multiply(*p.weight, p.expert, begin, smaller(p.weight->num_outputs, begin + kExpertColumns), *p.rows, p.index,
+    const int64_t begin = (task - p.first_task) * p.columns;
+    multiply(*p.weight, p.expert, begin, smaller(p.weight->num_outputs, begin + p.columns), *p.rows, p.index,
              p.num_rows, p.out, p.out_stride);
   });
 }
@@ -234,13 +244,13 @@ struct Experts {
     for (int64_t e = 0; e < a.gate_up->num_experts; ++e)
       if (starts[e + 1] > starts[e])
         products[count++] = {a.gate_up, e, &x_rows, tokens + starts[e], starts[e + 1] - starts[e],
-                             gate_up + starts[e] * 2 * width, 2 * width, 0};
+                             gate_up + starts[e] * 2 * width, 2 * width, 0, 0};
     if (a.shared) {
       const Weight &gate = *a.shared->gate, &up = *a.shared->up;
       shared_x_rows = share_rows(*a.gate_up, gate) ? x_rows : prepare_rows(gate, x, num_tokens, kSharedRowsSlot);
-      products[count++] = {&gate, 0, &shared_x_rows, nullptr, num_tokens, shared_gate_up, 2 * shared_width, 0};
+      products[count++] = {&gate, 0, &shared_x_rows, nullptr, num_tokens, shared_gate_up, 2 * shared_width, 0, 0};
       products[count++] = {&up, 0, &shared_x_rows, nullptr, num_tokens, shared_gate_up + shared_width, 2 * shared_width,
-                           0};
+                           0, 0};
     }
     run_products(products, count);
   }
@@ -271,9 +281,9 @@ struct Experts {
     for (int64_t e = 0; e < a.down->num_experts; ++e)
       if (starts[e + 1] > starts[e])
         products[count++] = {a.down, e, &hidden_rows, identity + starts[e], starts[e + 1] - starts[e],
-                             down + starts[e] * hidden, hidden, 0};
+                             down + starts[e] * hidden, hidden, 0, 0};
     if (a.shared)
-      products[count++] = {a.shared->down, 0, &shared_hidden_rows, nullptr, num_tokens, shared_down, hidden, 0};
+      products[count++] = {a.shared->down, 0, &shared_hidden_rows, nullptr, num_tokens, shared_down, hidden, 0, 0};
     run_products(products, count);
   }
 

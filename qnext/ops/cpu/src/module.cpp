@@ -18,4 +18,5 @@ NB_MODULE(_native, m) {
   qnext::bind_delta(m);
   qnext::bind_attention(m);
   qnext::bind_memory(m);
+  qnext::bind_limits(m);
 }

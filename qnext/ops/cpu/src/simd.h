@@ -36,7 +36,7 @@ QNEXT_INLINE T smaller(T a, T b) { return a < b ? a : b; }
 template <typename T>
 QNEXT_INLINE T larger(T a, T b) { return a > b ? a : b; }
 
-QNEXT_INLINE f32x16 splat(float x) { return f32x16{} + x; }
+QNEXT_INLINE f32x16 splat(float x) { return f32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 QNEXT_INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }
 
 QNEXT_INLINE f32x16 load(const float* p) {
@@ -75,6 +75,42 @@ QNEXT_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 }
 
 QNEXT_INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+
+// The widest vector that a register holds, for loops whose sums must stay in registers: sixteen lanes are two or four
+// registers elsewhere, and the compiler moves those through memory.
+#if defined(__AVX512F__)
+constexpr int kRegisterLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kRegisterLanes = 8;
+#else
+constexpr int kRegisterLanes = 4;
+#endif
+typedef float f32reg __attribute__((vector_size(4 * kRegisterLanes)));
+
+QNEXT_INLINE f32reg load_register(const float* p) {
+  f32reg v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+QNEXT_INLINE f32reg splat_register(float x) {
+#if defined(__AVX512F__)
+  return splat(x);
+#elif defined(__AVX2__)
+  return f32reg{x, x, x, x, x, x, x, x};
+#else
+  return f32reg{x, x, x, x};
+#endif
+}
+#if !defined(__AVX512F__)
+QNEXT_INLINE void store(float* p, f32reg v) { memcpy(p, &v, sizeof v); }
+QNEXT_INLINE f32reg fma(f32reg a, f32reg b, f32reg c) {
+#if defined(__FMA__)
+  return (f32reg)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+#endif
 
 // Sum of all lanes: halves are added, then quarters, and so on. One order for every caller.
 QNEXT_INLINE float sum(f32x16 v) {

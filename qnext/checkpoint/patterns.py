@@ -1,0 +1,113 @@
+"""Module names and patterns that a quantization_config lists. No torch.
+
+A pattern comes from a file that nobody vouches for, so one that could take exponential time is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections.abc import Iterable
+
+MAX_PATTERN_LENGTH = 500
+# Steps that one pattern may take on one name: four times "any number of anything" and a few choices.
+_MAX_STEPS = 2e8
+_REPEAT_STEPS = 40.0  # about what a repeat can be tried on: a name has some forty to seventy letters
+_MAX_SECONDS = 30.0
+
+
+class PatternError(ValueError):
+    """A pattern that is no regular expression or would take too long."""
+
+
+class ModuleNames:
+    """Exact names, and patterns that match from the beginning of a name, as compressed-tensors and GPTQModel do."""
+
+    def __init__(self, names: Iterable[str], patterns: Iterable[str]) -> None:
+        self.names = frozenset(names)
+        self._patterns = [_compile(pattern) for pattern in patterns]
+        self._seconds = 0.0
+
+    def __contains__(self, name: object) -> bool:
+        assert isinstance(name, str)
+        if name in self.names:
+            return True
+        if not self._patterns:
+            return False
+        begin = time.monotonic()
+        found = any(pattern.match(name) is not None for pattern in self._patterns)
+        self._seconds += time.monotonic() - begin
+        if self._seconds > _MAX_SECONDS:
+            raise PatternError(f"{len(self._patterns)} patterns took more than {_MAX_SECONDS:.0f} seconds")
+        return found
+
+
+class NamePieces:
+    """Names that stand for every module on whose path they lie, at whole pieces: mlp.gate is not mlp.gate_proj."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(tuple(name.strip(".").split(".")) for name in names)
+
+    def __contains__(self, name: object) -> bool:
+        assert isinstance(name, str)
+        pieces = name.split(".")
+        ends = range(1, len(pieces) + 1)
+        return any(tuple(pieces[start:end]) in self._names for end in ends for start in range(end))
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    shown = repr(pattern[:80])
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        raise PatternError(f"pattern {shown} has {len(pattern)} letters, at most {MAX_PATTERN_LENGTH} are allowed")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of sets that a later Python may read otherwise
+            compiled = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise PatternError(f"{shown} is no regular expression ({error})") from None
+    if _most_steps(pattern) > _MAX_STEPS:
+        raise PatternError(f"pattern {shown} is refused: it could take too long to match")
+    return compiled
+
+
+def _most_steps(pattern: str) -> float:
+    """How often a backtracking matcher may try: the product over all repeats, options and choices."""
+    steps = 1.0
+    choices = [1]
+    i = 0
+    while i < len(pattern):
+        letter = pattern[i]
+        if letter == "\\":
+            i += 1
+        elif letter == "[":
+            i = _end_of_set(pattern, i)
+        elif letter == "(":
+            choices.append(1)
+            if pattern[i + 1 : i + 2] == "?":
+                if pattern[i + 2 : i + 3].isalpha() and pattern[i + 2] != "P":
+                    return float("inf")  # flags change how the rest is read
+                i += 1
+        elif letter == ")":
+            steps *= choices.pop()
+            if pattern[i + 1 : i + 2] in ("*", "+", "{"):
+                return float("inf")
+        elif letter == "|":
+            choices[-1] += 1
+        elif letter in "*+{":
+            steps *= _REPEAT_STEPS
+        elif letter == "?":
+            steps *= 2
+        i += 1
+    return steps * choices[0]
+
+
+def _end_of_set(pattern: str, start: int) -> int:
+    """Index of the ] that closes the set which begins at `start`; a ] in the first place is one of its letters."""
+    i = start + 1
+    if pattern[i : i + 1] == "^":
+        i += 1
+    i += 1
+    while pattern[i] != "]":
+        i += 2 if pattern[i] == "\\" else 1
+    return i

@@ -1,0 +1,92 @@
+"""`qnext convert`: a model folder to a GGUF file, and a GGUF file to a model folder."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL|IN.gguf", help="a folder, a hub name, or a GGUF file")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.gguf|OUT", help="the file or folder to make; must be new")],
+    kind: Annotated[
+        str | None, typer.Option("--type", metavar="|".join(_KINDS), help="of the matrices in OUT.gguf; else bf16")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="|".join(_DTYPES), help="of what is not packed in OUT; else the file's")
+    ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="make Q8_0 and Q4_0 of IN.gguf plain numbers too")
+    ] = False,
+) -> None:
+    """Write a folder as GGUF for llama.cpp, or a GGUF file as a Hugging Face folder, and print its path."""
+    from qnext.errors import UsageError
+
+    is_import = model.endswith(".gguf") and Path(model).is_file()
+    if is_import == (out.suffix == ".gguf"):
+        raise UsageError("one of the two must be a GGUF file that ends in .gguf: `convert MODEL OUT.gguf` or back")
+    if is_import:
+        if kind is not None:
+            raise UsageError("--type is for OUT.gguf; a folder has --dtype")
+        if dtype is not None and dtype not in _DTYPES:
+            raise UsageError(f"--dtype {dtype}: must be one of {', '.join(_DTYPES)}")
+        _import(Path(model), out, dtype, dequantize)
+    else:
+        if dtype is not None or dequantize:
+            raise UsageError("--dtype and --dequantize are for a folder; OUT.gguf has --type")
+        if kind is not None and kind not in _KINDS:
+            raise UsageError(f"--type {kind}: must be one of {', '.join(_KINDS)}")
+        _export(model, out, kind or "bf16")
+    print(out)
+
+
+def _export(model: str, out: Path, kind: str) -> None:
+    from qnext.checkpoint.check import read_layout
+    from qnext.checkpoint.gguf import export_gguf
+    from qnext.checkpoint.header import read_index
+    from qnext.checkpoint.resolve import resolve_model
+    from qnext.cli._progress import byte_progress
+    from qnext.text.gguf import vocabulary_keys
+
+    folder = resolve_model(model)
+    config = read_layout(folder, read_index(folder).tensors).config
+    keys = vocabulary_keys(folder, num_rows=config.vocab_size)
+    with byte_progress("writing") as progress:
+        export_gguf(folder, out, kind=kind, tokenizer_keys=keys, progress=progress)
+
+
+def _import(path: Path, out: Path, dtype: str | None, dequantize: bool) -> None:
+    import torch
+
+    from qnext.checkpoint.gguf import import_gguf, read_gguf
+    from qnext.checkpoint.gguf.keys import config_from_keys
+    from qnext.cli._progress import byte_progress
+    from qnext.text.gguf import write_vocabulary
+
+    file = read_gguf(path)
+    config = config_from_keys(file)
+    with tempfile.TemporaryDirectory(prefix="qnext-") as made:
+        write_vocabulary(file.keys, made, source=str(path), model_max_length=config.max_position_embeddings)
+        with byte_progress("reading") as progress:
+            report = import_gguf(
+                path, out, dtype=None if dtype is None else getattr(torch, dtype), dequantize=dequantize,
+                tokenizer_folder=made, progress=progress,
+            )  # fmt: skip
+    name = str(report.dtype).removeprefix("torch.")
+    if report.packed:
+        print(f"{len(report.packed)} quantised tensors keep their codes and scales", file=sys.stderr)
+    if report.dequantized:
+        print(f"{len(report.dequantized)} quantised tensors were made {name}", file=sys.stderr)
+    if report.rounded:
+        print(
+            f"{len(report.rounded)} tensors were rounded to {name}, {report.rounded[0]} the first; "
+            "--dtype float32 keeps them exact",
+            file=sys.stderr,
+        )

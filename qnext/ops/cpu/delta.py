@@ -1,0 +1,106 @@
+"""The token mixer of Gated DeltaNet by a native kernel. Legend: see qnext.ops.reference.delta_mixer."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from qnext.ops.backend import wide
+from qnext.ops.packing import Packing
+from qnext.ops.reference.delta_mixer import DeltaCache
+
+_LANES = 16
+
+
+def fits_mixer(
+    native: ModuleType, conv_weight_CW: Tensor, norm_weight_V: Tensor, key_head_dim: int, cache: DeltaCache | None
+) -> bool:
+    """Whether the kernel can run these sizes and write these slots."""
+    return (
+        key_head_dim % _LANES == 0
+        and norm_weight_V.shape[0] % _LANES == 0
+        and 1 <= conv_weight_CW.shape[1] <= native.MAX_CONV_WIDTH
+        and (cache is None or (_is_plain(cache.conv) and _is_plain(cache.state)))
+    )
+
+
+def gated_delta_mixer(
+    native: ModuleType,
+    qkvz_TX: Tensor,
+    ba_TY: Tensor,
+    *,
+    conv_weight_CW: Tensor,
+    A_log_H: Tensor,
+    dt_bias_H: Tensor,
+    norm_weight_V: Tensor,
+    eps: float,
+    num_key_heads: int,
+    key_head_dim: int,
+    packing: Packing,
+    cache: DeltaCache | None,
+) -> Tensor:
+    """[T, H * V] fp32. See ops.gated_delta_mixer.
+
+    The same bits however the tokens of a sequence are cut into calls and whatever sequences run beside it. Raises
+    IndexError for a slot that is none.
+    """
+    num_heads, value_dim = A_log_H.shape[0], norm_weight_V.shape[0]
+    num_channels, width = conv_weight_CW.shape
+    num_tokens, num_sequences = qkvz_TX.shape[0], packing.num_sequences
+    assert packing.device.type == "cpu"
+    if (
+        num_heads % num_key_heads
+        or num_channels != 2 * num_key_heads * key_head_dim + num_heads * value_dim
+        or qkvz_TX.shape[1] != num_channels + num_heads * value_dim
+        or ba_TY.shape != (num_tokens, 2 * num_heads)
+        or dt_bias_H.shape[0] != num_heads
+        or num_tokens != packing.num_tokens
+    ):
+        raise ValueError(
+            f"projections {tuple(qkvz_TX.shape)} and {tuple(ba_TY.shape)} do not fit {num_key_heads} key heads of "
+            f"{key_head_dim}, {num_heads} value heads of {value_dim} and {num_channels} channels"
+        )
+    if cache is None:
+        cache = DeltaCache(
+            conv=torch.empty((num_sequences, width - 1, num_channels), dtype=torch.float32),
+            state=torch.empty((num_sequences, num_heads, key_head_dim, value_dim), dtype=torch.float32),
+            slots_N=torch.arange(num_sequences),
+            is_fresh_N=torch.ones(num_sequences, dtype=torch.bool),
+        )
+    _check_cache(cache, num_sequences, (width - 1, num_channels), (num_heads, key_head_dim, value_dim))
+    qkvz_TX, ba_TY, conv_weight_CW = _plain(qkvz_TX), _plain(ba_TY), _plain(conv_weight_CW)
+    A_log_H, dt_bias_H, norm_weight_V = wide(A_log_H), wide(dt_bias_H), wide(norm_weight_V)
+    out_TZ = torch.empty((num_tokens, num_heads * value_dim), dtype=torch.float32)
+    is_valid = native.gated_delta_mixer(
+        qkvz_TX.data_ptr(), ba_TY.data_ptr(), conv_weight_CW.data_ptr(), A_log_H.data_ptr(), dt_bias_H.data_ptr(),
+        norm_weight_V.data_ptr(), eps, num_key_heads, num_heads, key_head_dim, value_dim, width, num_sequences,
+        packing.cu_seqlens.data_ptr(), cache.slots_N.data_ptr(),
+        cache.is_fresh_N.data_ptr() if cache.has_fresh else 0,
+        cache.state.shape[0], cache.conv.data_ptr(), cache.state.data_ptr(), out_TZ.data_ptr(),
+    )  # fmt: skip
+    if not is_valid:
+        raise IndexError(f"slots {cache.slots_N.tolist()} of {cache.state.shape[0]}")
+    return out_TZ
+
+
+def _check_cache(
+    cache: DeltaCache, num_sequences: int, conv_shape: tuple[int, ...], state_shape: tuple[int, ...]
+) -> None:
+    conv, state, slots_N, is_fresh_N, _ = cache
+    if conv.shape[1:] != conv_shape or state.shape[1:] != state_shape or conv.shape[0] != state.shape[0]:
+        raise ValueError(
+            f"slots of {tuple(conv.shape)} and {tuple(state.shape)} numbers, not of {conv_shape} and {state_shape}"
+        )
+    for numbers_N, dtype in ((slots_N, torch.int64), (is_fresh_N, torch.bool)):
+        assert numbers_N.dtype == dtype and numbers_N.shape == (num_sequences,)
+        assert numbers_N.is_contiguous() and numbers_N.is_cpu
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.is_cpu
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor if _is_plain(tensor) else tensor.detach().to("cpu", torch.float32).contiguous()

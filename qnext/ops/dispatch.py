@@ -1,0 +1,84 @@
+"""The public ops that have more than one implementation: each asks qnext.ops.backend who runs.
+
+Legend: T tokens, D hidden or inputs, F outputs or expert width, E experts, Y vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qnext.ops.backend import native, native_module, runs_native, wide
+from qnext.ops.cpu import linear as cpu
+from qnext.ops.reference import linear as reference_linear
+from qnext.ops.reference import moe as reference_moe
+from qnext.ops.reference import norm as reference_norm
+from qnext.ops.reference.moe import Routing, SharedExpert
+from qnext.ops.weights import Weight
+
+
+def _grad_source(weight: Weight) -> Tensor | None:
+    return weight if isinstance(weight, Tensor) else None
+
+
+def embedding(token_ids_T: Tensor, weight_YD: Tensor) -> Tensor:
+    """[T, D]: the rows of the tokens. Native inference computes in fp32 from here on, whatever the weights are."""
+    rows = F.embedding(token_ids_T, weight_YD)
+    if rows.dtype == torch.bfloat16 and not rows.requires_grad and rows.device.type == "cpu" and native_module():
+        return rows.to(torch.float32)
+    return rows
+
+
+def linear(x_TD: Tensor, weight_FD: Weight, bias_F: Tensor | None = None) -> Tensor:
+    """x W^T + b in the dtype of x. `weight_FD` is a tensor or quantised.
+
+    Native kernels round x as the weight asks: to bf16 for bf16, to int8 with a scale per group for integer codes. Each
+    row of the result depends on its own row of x alone, to the last bit.
+    """
+    if runs_native(x_TD, _grad_source(weight_FD), bias_F) and x_TD.dim() == 2 and cpu.fits_weight(weight_FD):
+        out_TF = cpu.linear(native(), x_TD, weight_FD)
+        return out_TF if bias_F is None else out_TF.add_(wide(bias_F))
+    return reference_linear.linear(x_TD, weight_FD, bias_F)
+
+
+def experts_swiglu(
+    x_TD: Tensor, gate_up_E2FD: Weight, down_EDF: Weight, *, routing: Routing, shared: SharedExpert | None = None
+) -> Tensor:
+    """[T, D]: sum over each token's experts of weight * down(silu(gate(x)) * up(x)), plus the shared expert's part.
+
+    `gate_up_E2FD` holds the gate rows of each expert, then its up rows. Work is grouped by expert: experts without a
+    token cost nothing.
+    """
+    shared_weights = () if shared is None else shared.weights
+    sources = (_grad_source(weight) for weight in (gate_up_E2FD, down_EDF, *shared_weights))
+    if (
+        runs_native(x_TD, routing.weights_TA, *sources)
+        and cpu.fits_experts(gate_up_E2FD, down_EDF)
+        and all(cpu.fits_weight(weight) for weight in shared_weights)
+    ):
+        fused = None
+        if shared is not None:
+            vector = None if shared.gate_1D is None else wide(shared.gate_1D)
+            fused = (*shared.weights, vector)
+        weights_TA, experts_TA = routing
+        return cpu.experts(native(), x_TD, gate_up_E2FD, down_EDF, weights_TA, experts_TA, fused)
+    return reference_moe.experts_swiglu(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
+
+
+def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool) -> Routing:
+    """Softmax over all experts in fp32, the best `top_k`, renormalised to sum one where `norm_topk_prob`."""
+    if runs_native(logits_TE):
+        return Routing(*cpu.route(native(), logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob))
+    return reference_moe.route(logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) -> Tensor:
+    """x / sqrt(mean(x^2) + eps), times (1 + weight) where `zero_centered`, times weight otherwise.
+
+    Computed in fp32 (fp64 for fp64 input) and cast once, at the end. Qwen3-Next uses the zero-centred form for every
+    norm but the one inside Gated DeltaNet; Qwen3 uses the plain form throughout.
+    """
+    if runs_native(x, weight_D) and x.shape[-1] % 16 == 0:
+        return cpu.rms_norm(native(), x, wide(weight_D), eps=eps, zero_centered=zero_centered)
+    return reference_norm.rms_norm(x, weight_D, eps=eps, zero_centered=zero_centered)

@@ -1,0 +1,151 @@
+"""Matrices to integer codes: nearest with a search for the scales, or GPTQ with the second moment of the inputs.
+
+GPTQ is arXiv 2210.17323: inputs are rounded one after another, and what rounding one did wrong is made good by the
+inputs that are still open.
+
+Legend: ... stacked matrices or nothing, F outputs, D inputs, G groups of inputs, S inputs of a group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qnext.ops import QuantizedWeight
+from qnext.ops.quantized import pack_codes
+from qnext.quant.scheme import QuantScheme
+
+_BLOCK_ELEMENTS = 1 << 22  # of the weight, at a time: the search keeps a few copies
+_BLOCK_INPUTS = 128  # inputs whose errors are applied to the later ones in one product
+DAMPING = 0.01  # of the mean of the diagonal, as in the paper
+
+
+def round_nearest(
+    weight_FD: Tensor, scheme: QuantScheme, *, scale_dtype: torch.dtype, importance_D: Tensor | None = None
+) -> QuantizedWeight:
+    """Each weight at its nearest code, under scales that search_scales chose. `weight_FD` is [F, D] of any float."""
+    rows = max(1, _BLOCK_ELEMENTS // weight_FD.shape[1])
+    codes, scales = [], []
+    for block in weight_FD.split(rows):
+        wide = block.to(torch.float32)
+        scales.append(search_scales(wide, scheme, scale_dtype=scale_dtype, importance_D=importance_D))
+        grouped = wide.unflatten(-1, (-1, scheme.group_size))
+        codes.append(pack_codes(_codes(grouped, scales[-1].float()[..., None], scheme).flatten(-2), bits=scheme.bits))
+    return QuantizedWeight(torch.cat(codes), torch.cat(scales), scheme.bits, scheme.group_size)
+
+
+def search_scales(
+    weight_FD: Tensor, scheme: QuantScheme, *, scale_dtype: torch.dtype, importance_D: Tensor | None = None
+) -> Tensor:
+    """[F, G] in `scale_dtype`: of some candidates the scale with the least squared error, `importance_D` weighing it.
+
+    Candidates put the group's extreme value near the outermost code of either side, a little outside (the extreme is
+    clipped) to a little inside; a least-squares fit to the best candidate's codes is one more. A scale may be
+    negative: codes reach one step further below zero than above, and the extreme goes there whatever its sign.
+    """
+    groups_FGS = weight_FD.unflatten(-1, (-1, scheme.group_size))
+    weights_S: Tensor | float = 1.0 if importance_D is None else importance_D.view(-1, scheme.group_size)
+    extreme = groups_FGS.gather(-1, groups_FGS.abs().argmax(-1, keepdim=True))
+    best = torch.ones_like(extreme)
+    least = torch.full_like(extreme, torch.inf)
+
+    def consider(candidate: Tensor) -> None:
+        nonlocal best, least
+        # Codes are chosen for the scale as it is stored, so that its own rounding costs next to nothing.
+        scale = candidate.to(scale_dtype).float()
+        scale = torch.where((scale == 0) | ~scale.isfinite(), 1.0, scale)
+        error = (_values(groups_FGS, scale, scheme) - groups_FGS).square_().mul_(weights_S).sum(-1, keepdim=True)
+        is_better = error < least
+        best, least = torch.where(is_better, scale, best), torch.where(is_better, error, least)
+
+    for divisor in _divisors(scheme.bits):
+        consider(extreme / divisor)
+    steps = _codes(groups_FGS, best, scheme).float() - 2 ** (scheme.bits - 1)
+    weighted = steps * weights_S
+    consider((weighted * groups_FGS).sum(-1, keepdim=True) / (weighted * steps).sum(-1, keepdim=True))
+    return best.squeeze(-1).to(scale_dtype)
+
+
+def _divisors(bits: int) -> list[float]:
+    """Steps from zero to the extreme value; negative ones put it on the side that has one code more."""
+    if bits == 8:
+        return [-128.0, 127.0]
+    reach = 2.0 ** (bits - 1)
+    return [sign * (reach - offset) for sign, offsets in (
+        (-1.0, (-1.6, -1.2, -0.8, -0.4, 0.0, 0.25, 0.5, 0.75)),
+        (1.0, (-0.4, 0.0, 0.5, 1.0, 1.25, 1.5)),
+    ) for offset in offsets]  # fmt: skip
+
+
+def _codes(weight: Tensor, scale: Tensor, scheme: QuantScheme) -> Tensor:
+    zero = 2 ** (scheme.bits - 1)
+    return (weight / scale).round_().add_(zero).clamp_(0, 2 * zero - 1).to(torch.uint8)
+
+
+def _values(weight: Tensor, scale: Tensor, scheme: QuantScheme) -> Tensor:
+    """What the nearest codes stand for."""
+    zero = 2 ** (scheme.bits - 1)
+    return (weight / scale).round_().clamp_(-zero, zero - 1).mul_(scale)
+
+
+def round_calibrated(
+    weight_FD: Tensor, moment_DD: Tensor, scheme: QuantScheme, *, scale_dtype: torch.dtype, damping: float = DAMPING
+) -> QuantizedWeight:
+    """Codes that keep the outputs of the inputs behind `moment_DD` (fp32, the mean of x x^T; its size is irrelevant).
+
+    Scales are chosen first, each input weighing as its mean square; then inputs are rounded in the order of their
+    mean squares, the largest first, while most others can still make good for them.
+    """
+    factor_DD, order_D = _inverse_factor(moment_DD, damping)
+    diagonal_D = moment_DD.diagonal()
+    importance_D = diagonal_D + damping * diagonal_D.mean() + 1e-30
+    group_D = order_D // scheme.group_size
+    rows = max(1, _BLOCK_ELEMENTS // weight_FD.shape[1])
+    codes, scales = [], []
+    for block in weight_FD.split(rows):
+        wide = block.to(torch.float32)
+        scale_FG = search_scales(wide, scheme, scale_dtype=scale_dtype, importance_D=importance_D)
+        ordered = _round_in_order(wide[:, order_D], scale_FG.float()[:, group_D], factor_DD, scheme)
+        codes.append(pack_codes(torch.empty_like(ordered).index_copy_(1, order_D, ordered), bits=scheme.bits))
+        scales.append(scale_FG)
+    return QuantizedWeight(torch.cat(codes), torch.cat(scales), scheme.bits, scheme.group_size)
+
+
+def _inverse_factor(moment_DD: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Upper triangle U with U^T U = inverse of the damped moment, inputs in the order that is returned with it."""
+    diagonal_D = moment_DD.diagonal()
+    mean = diagonal_D.mean()
+    if not mean > 0:
+        moment_DD, mean = torch.eye(len(moment_DD)), torch.ones(())
+        diagonal_D = moment_DD.diagonal()
+    order_D = diagonal_D.argsort(descending=True, stable=True)
+    ordered = moment_DD[order_D][:, order_D] / mean
+    identity = torch.eye(len(ordered))
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(ordered + damping * identity)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return upper, order_D
+        damping *= 10.0  # inputs so dependent that fp32 sees a singular matrix
+
+
+def _round_in_order(weight_FD: Tensor, scale_FD: Tensor, factor_DD: Tensor, scheme: QuantScheme) -> Tensor:
+    """uint8 codes [F, D] of inputs rounded from left to right; `weight_FD` is overwritten."""
+    codes_FD = torch.empty(weight_FD.shape, dtype=torch.uint8)
+    num_inputs = weight_FD.shape[1]
+    zero = 2 ** (scheme.bits - 1)
+    for start in range(0, num_inputs, _BLOCK_INPUTS):
+        end = min(start + _BLOCK_INPUTS, num_inputs)
+        # Inputs lie in rows here: one input of all outputs is contiguous.
+        block = weight_FD[:, start:end].t().contiguous()
+        scale = scale_FD[:, start:end].t().contiguous()
+        inner = factor_DD[start:end, start:end]
+        errors, codes = torch.empty_like(block), torch.empty_like(block)
+        for i in range(end - start):
+            steps = torch.div(block[i], scale[i], out=codes[i]).round_().clamp_(-zero, zero - 1)
+            errors[i] = torch.addcmul(block[i], steps, scale[i], value=-1.0).div_(inner[i, i])
+            block[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1.0)
+        codes_FD[:, start:end] = codes.add_(zero).to(torch.uint8).t()
+        weight_FD[:, end:].addmm_(errors.t(), factor_DD[start:end, end:], alpha=-1.0)
+    return codes_FD

@@ -1,0 +1,146 @@
+"""Vocabularies as keys of GGUF files, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qnext.errors import CorruptCheckpoint, UsageError
+from qnext.text.gguf import vocabulary_keys, write_vocabulary
+from qnext.text.templates import INSTRUCT_TEMPLATE
+from qnext.text.tokenizer import Tokenizer
+from qnext.text.train import DEFAULT_SPECIAL_TOKENS, SpecialToken, build_tokenizer, save_tokenizer, train_bpe
+
+TEXTS = ["the cat sat on the mat, the hat", "def f(x):\n    return x + 1\n", "Grüße, 2026 and 42"] * 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = train_bpe(TEXTS, vocab_size=300 + len(DEFAULT_SPECIAL_TOKENS))
+    path = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(tokenizer, path, model_max_length=77, chat_template=INSTRUCT_TEMPLATE)
+    assert tokenizer.token_to_id("<|im_end|>") == tokenizer.get_vocab_size() - len(DEFAULT_SPECIAL_TOKENS) + 2
+    return path
+
+
+def keys_of(folder: Path) -> dict[str, Any]:
+    tokenizer = Tokenizer.from_folder(folder)
+    keys = vocabulary_keys(folder, num_rows=tokenizer.vocab_size + 5)
+    return keys | {"tokenizer.ggml.eos_token_id": tokenizer.token_id("<|im_end|>")}
+
+
+def test_keys(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    keys = keys_of(folder)
+    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == tokenizer.vocab_size + 5
+    assert tokens[-1] == f"[PAD{len(tokens) - 1}]"
+    assert types[-5:] == [5] * 5
+    assert types[:256] == [1] * 256
+    by_name = dict(zip(tokens, types, strict=True))
+    # Markup that looks like a control token is one for llama.cpp; what does not, is not.
+    assert (by_name["<|im_end|>"], by_name["<|fim_prefix|>"], by_name["<think>"]) == (3, 3, 4)
+    assert keys["tokenizer.ggml.merges"]
+    assert keys["tokenizer.chat_template"] == INSTRUCT_TEMPLATE
+
+
+def test_round_trip(folder: Path, tmp_path: Path) -> None:
+    write_vocabulary(keys_of(folder), tmp_path, source="m.gguf", model_max_length=77)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / name).read_text()) == json.loads((folder / name).read_text())
+    assert (tmp_path / "chat_template.jinja").read_text() == INSTRUCT_TEMPLATE
+    ours, theirs = Tokenizer.from_folder(tmp_path), Tokenizer.from_folder(folder)
+    for text in [*TEXTS, "<|im_start|>user\n<think>é</think><|im_end|>"]:
+        for allow in (False, True):
+            assert ours.encode(text, allow_special=allow) == theirs.encode(text, allow_special=allow)
+    assert ours.eos_ids == theirs.eos_ids | {theirs.token_id("<|endoftext|>")}
+
+
+def test_ids_that_are_left_out(folder: Path, tmp_path: Path) -> None:
+    """Unused ids between the merges and the added tokens, as a padded model may have them."""
+    keys = keys_of(folder)
+    tokens, types = list(keys["tokenizer.ggml.tokens"]), list(keys["tokenizer.ggml.token_type"])
+    first = types.index(3)
+    tokens[first:first], types[first:first] = ["[PADx]", "[PADy]"], [5, 5]
+    moved = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    moved["tokenizer.ggml.eos_token_id"] = keys["tokenizer.ggml.eos_token_id"] + 2
+    write_vocabulary(keys | moved, tmp_path, source="m.gguf", model_max_length=77)
+    ours, theirs = Tokenizer.from_folder(tmp_path), Tokenizer.from_folder(folder)
+    assert ours.token_id("<|im_end|>") == theirs.token_id("<|im_end|>") + 2
+    assert ours.encode(TEXTS[0]) == theirs.encode(TEXTS[0])
+    assert ours.encode("<think>", allow_special=True) == [theirs.token_id("<think>") + 2]
+
+
+def test_another_family_is_refused(folder: Path, tmp_path: Path) -> None:
+    description = json.loads((folder / "tokenizer.json").read_text())
+    description["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "\\w+"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(UsageError, match=r"tokenizer.json splits text in another way"):
+        vocabulary_keys(tmp_path, num_rows=1000)
+
+
+def test_more_tokens_than_rows(folder: Path) -> None:
+    with pytest.raises(CorruptCheckpoint, match="the model 100"):
+        vocabulary_keys(folder, num_rows=100)
+
+
+def change(key: str, value: Any) -> dict[str, Any]:
+    return {f"tokenizer.ggml.{key}": value}
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "model": (change("model", "llama"), "tokenizer.ggml.model: 'llama' is not supported, only 'gpt2'"),
+    "splitting": (change("pre", "llama-bpe"), "tokenizer.ggml.pre: 'llama-bpe' is not supported"),
+    "no tokens": (change("tokens", None), "tokenizer.ggml.tokens: must be a list of str"),
+    "numbers as tokens": (change("tokens", [1, 2]), "tokenizer.ggml.tokens: must be a list of str"),
+    "types": (change("token_type", [1]), "tokenizer.ggml.token_type: 1 types of"),
+    "truth as types": (change("token_type", [True]), "tokenizer.ggml.token_type: must be a list of int"),
+    "merge": (change("merges", ["a b c"]), "tokenizer.ggml.merges: 'a b c' is no pair"),
+    "merge of nothing": (change("merges", ["ab "]), "tokenizer.ggml.merges: 'ab ' is no pair"),
+    "merge of strangers": (change("merges", ["Å Æ"]), "tokenizer.ggml.merges: "),
+    "end": (change("eos_token_id", 10**6), "tokenizer.ggml.eos_token_id: 1000000 is no token"),
+    "padding": (change("padding_token_id", -1), "tokenizer.ggml.padding_token_id: -1 is no token"),
+    "template": ({"tokenizer.chat_template": 3}, "tokenizer.chat_template: must be text"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_key_is_refused_by_name(folder: Path, tmp_path: Path, name: str) -> None:
+    changes, message = WRONG[name]
+    with pytest.raises(CorruptCheckpoint, match=r"^m\.gguf: ") as caught:
+        write_vocabulary(keys_of(folder) | changes, tmp_path, source="m.gguf", model_max_length=77)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["twice", "byte", "not byte-level"])
+def test_wrong_tokens(folder: Path, tmp_path: Path, kind: str) -> None:
+    keys = keys_of(folder)
+    tokens, types = list(keys["tokenizer.ggml.tokens"]), list(keys["tokenizer.ggml.token_type"])
+    if kind == "twice":
+        tokens[5] = tokens[6]
+    elif kind == "byte":
+        types[5] = 6
+    else:
+        tokens[5] = "€"
+    with pytest.raises(CorruptCheckpoint, match=r"^m\.gguf: "):
+        write_vocabulary(
+            keys | change("tokens", tokens) | change("token_type", types) | change("merges", []), tmp_path,
+            source="m.gguf", model_max_length=77,
+        )  # fmt: skip
+
+
+def test_no_end_token_at_all(tmp_path: Path) -> None:
+    from qnext.text.train import byte_alphabet
+
+    backend = build_tokenizer(
+        {name: i for i, name in enumerate(byte_alphabet())}, [], special_tokens=[SpecialToken("<a>", True)]
+    )
+    save_tokenizer(backend, tmp_path, model_max_length=7, eos_token="<a>", pad_token="<a>")
+    keys = vocabulary_keys(tmp_path, num_rows=257)
+    with pytest.raises(CorruptCheckpoint, match="no token is known to end a text"):
+        write_vocabulary(keys, tmp_path / "out", source="m.gguf", model_max_length=7)
+    write_vocabulary(keys | change("eos_token_id", 256), tmp_path / "out", source="m.gguf", model_max_length=7)
+    assert Tokenizer.from_folder(tmp_path / "out").eos_ids == {256}
