@@ -44,7 +44,7 @@ class Cache:
         self.poison = poison
         self.device = torch.device(device)
         kinds = list(enumerate(config.layer_types))
-        kv_shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        kv_shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
         self.kv = {
             index: _make_pages(kv_shape, kv_dtype or dtype, self.device)
             for index, kind in kinds

@@ -16,9 +16,9 @@ from qnext.ops import AttentionCache, DeltaCache, Packing
 
 
 class KVPages(NamedTuple):
-    """Keys and values of one full-attention layer, [num_pages, P, G, K] each.
+    """Keys and values of one full-attention layer, [num_pages, G, P, K] each.
 
-    In int8 they are codes; scales [num_pages, P, G] fp32 stand beside them, one per token and KV head.
+    In int8 they are codes; scales [num_pages, G, P] fp32 stand beside them, one per token and KV head.
     """
 
     k: Tensor

@@ -120,7 +120,7 @@ class OneRequest:
         num_pages = -(-max_tokens // PAGE)
         order = torch.randperm(2 * num_pages, generator=torch.Generator().manual_seed(3))
         self.table_M = order[:num_pages]
-        kv_shape = (2 * num_pages, PAGE, config.num_key_value_heads, config.head_dim)
+        kv_shape = (2 * num_pages, config.num_key_value_heads, PAGE, config.head_dim)
         full = [i for i, kind in enumerate(config.layer_types) if kind == FULL_ATTENTION]
         if model.mtp is not None:
             full.append(config.num_hidden_layers)

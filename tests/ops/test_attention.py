@@ -65,7 +65,7 @@ class Pages:
     def __init__(self, contexts: list[int], dtype: torch.dtype) -> None:
         counts = [-(-context // PAGE) for context in contexts]
         order = torch.randperm(sum(counts) + 5, generator=torch.Generator().manual_seed(0))
-        self.k = torch.full((len(order), PAGE, KV_HEADS, HEAD_DIM), float("nan"), dtype=dtype)
+        self.k = torch.full((len(order), KV_HEADS, PAGE, HEAD_DIM), float("nan"), dtype=dtype)
         self.v = self.k.clone()
         tables = order[: sum(counts)].split(counts)
         width = max(counts) + 1
@@ -112,9 +112,9 @@ def test_keys_are_kept_in_the_dtype_of_the_pages() -> None:
     k, v = randn(3, KV_HEADS, HEAD_DIM, seed=0), randn(3, KV_HEADS, HEAD_DIM, seed=1)
     pages.write(0, 0, k, v)
     page = pages.tables[0, 0]
-    assert torch.equal(pages.k[page, :3], k.to(torch.bfloat16))
-    assert torch.equal(pages.v[page, :3], v.to(torch.bfloat16))
-    assert pages.k[page, 3:].isnan().all()
+    assert torch.equal(pages.k[page, :, :3], k.transpose(0, 1).to(torch.bfloat16))
+    assert torch.equal(pages.v[page, :, :3], v.transpose(0, 1).to(torch.bfloat16))
+    assert pages.k[page, :, 3:].isnan().all()
     q = randn(1, QUERY_HEADS, HEAD_DIM, seed=2, dtype=torch.float32)
     out = ops.paged_attention(
         q, pages.k, pages.v, packing=Packing([1]), block_tables_NM=pages.tables, context_lengths=(3,), scale=SCALE

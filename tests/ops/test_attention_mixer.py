@@ -65,7 +65,7 @@ class Sequences:
         # Behind its own pages a table may name any page: here one that nobody wrote.
         padded = [torch.cat([t, order[-1:].expand(max(counts) + 1 - len(t))]) for t in order[:-3].split(counts)]
         self.tables_NM = torch.stack(padded)
-        shape = (len(order), PAGE, kv_heads, dim)
+        shape = (len(order), kv_heads, PAGE, dim)
         self.pages: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
         if dtype == torch.int8:
             codes, scales = torch.full(shape, 111, dtype=dtype), torch.full(shape[:-1], float("nan"))
@@ -251,8 +251,8 @@ def test_places_outside_of_the_pages_are_refused(field: str, bad: int) -> None:
         ({"write_index_T": torch.zeros(19, dtype=torch.long)}, ValueError),
         ({"write_index_T": torch.zeros(20, dtype=torch.int32)}, ValueError),
         ({"block_tables_NM": torch.zeros(2, 2, dtype=torch.long)}, ValueError),
-        ({"v_pages": torch.zeros(5, PAGE, 2, 32)}, ValueError),
-        ({"k_pages": torch.zeros(5, PAGE, 2, 64, dtype=torch.int8)}, ValueError),
+        ({"v_pages": torch.zeros(5, 2, PAGE, 32)}, ValueError),
+        ({"k_pages": torch.zeros(5, 2, PAGE, 64, dtype=torch.int8)}, ValueError),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], error: type[Exception]) -> None:

@@ -57,11 +57,8 @@ def attention_mixer(
     _check(k_norm_weight_K.shape == q_norm_weight_K.shape, "norm weights", (head_dim,))
     if not scale > 0.0:
         raise ValueError(f"scale must be positive, not {scale}")
-    q_norm_weight_K, k_norm_weight_K = wide(q_norm_weight_K), wide(k_norm_weight_K)
-    q_TX, k_TY, v_TY = q_TX.contiguous(), k_TY.contiguous(), v_TY.contiguous()
-    cos, sin = cos.contiguous(), sin.contiguous()
-    for x in (q_TX, k_TY, v_TY, q_norm_weight_K, k_norm_weight_K, cos, sin):
-        _check_memory(x, torch.float32)
+    q_norm_weight_K, k_norm_weight_K = _ready(wide(q_norm_weight_K)), _ready(wide(k_norm_weight_K))
+    q_TX, k_TY, v_TY, cos, sin = _ready(q_TX), _ready(k_TY), _ready(v_TY), _ready(cos), _ready(sin)
     k_scales, v_scales = _check_cache(cache, packing, num_tokens, num_kv_heads, head_dim)
     tables_NM = cache.block_tables_NM
     if not tables_NM.is_contiguous():
@@ -73,7 +70,7 @@ def attention_mixer(
         q_TX.data_ptr(), k_TY.data_ptr(), v_TY.data_ptr(), out.data_ptr(), num_tokens, num_heads, num_kv_heads,
         head_dim, 2 * half, has_gate, q_norm_weight_K.data_ptr(), k_norm_weight_K.data_ptr(), eps, zero_centered,
         cos.data_ptr(), sin.data_ptr(), scale, _PAGE_KINDS[cache.k_pages.dtype], cache.k_pages.data_ptr(),
-        cache.v_pages.data_ptr(), k_scales, v_scales, cache.k_pages.shape[0], cache.k_pages.shape[1], packing.lengths,
+        cache.v_pages.data_ptr(), k_scales, v_scales, cache.k_pages.shape[0], cache.k_pages.shape[2], packing.lengths,
         cache.context_lengths, tables_NM.data_ptr(), tables_NM.shape[1], cache.write_index_T.data_ptr(),
     )  # fmt: skip
     return out
@@ -82,7 +79,7 @@ def attention_mixer(
 def _make_cache(packing: Packing, k_TY: Tensor, head_dim: int) -> AttentionCache:
     """A page per token: keys and values of the call itself."""
     num_tokens = k_TY.shape[0]
-    k_pages, v_pages = torch.empty(2, num_tokens, 1, k_TY.shape[1] // head_dim, head_dim).unbind(0)
+    k_pages, v_pages = torch.empty(2, num_tokens, k_TY.shape[1] // head_dim, 1, head_dim).unbind(0)
     tables_NM = packing.cu_seqlens[:-1, None] + torch.arange(packing.max_length)
     return AttentionCache(
         k_pages, v_pages, None, None, tables_NM, packing.lengths, torch.arange(num_tokens)
@@ -94,14 +91,14 @@ def _check_cache(
 ) -> tuple[int, int]:
     """Addresses of the scales, zero where there are none."""
     pages, tables_NM = cache.k_pages, cache.block_tables_NM
-    shape = (pages.shape[0], pages.shape[1], num_kv_heads, head_dim)
+    shape = (pages.shape[0], num_kv_heads, pages.shape[2], head_dim)
     _check(pages.shape == shape == cache.v_pages.shape, "pages", shape)
     _check_memory(pages, pages.dtype)
     _check_memory(cache.v_pages, pages.dtype)
     _check(tables_NM.dim() == 2 and tables_NM.shape[0] == packing.num_sequences, "block tables", ("N", "M"))
     _check(cache.write_index_T.shape == (num_tokens,), "write index", (num_tokens,))
     _check_memory(cache.write_index_T, torch.int64)
-    if tables_NM.dtype != torch.int64 or tables_NM.device.type != "cpu":
+    if tables_NM.dtype is not torch.int64 or not tables_NM.is_cpu:
         raise ValueError("block tables must be int64 on the CPU")
     if pages.dtype != torch.int8:
         return 0, 0
@@ -118,6 +115,13 @@ def _check(fits: bool, name: str, shape: tuple[int | str, ...]) -> None:
         raise ValueError(f"{name} do not have the shape {list(shape)}")
 
 
+def _ready(x: Tensor) -> Tensor:
+    """fp32, contiguous; the common case costs no operation."""
+    if not x.is_cpu:
+        raise ValueError(f"expected a tensor on the CPU, not on {x.device}")
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
 def _check_memory(x: Tensor, dtype: torch.dtype) -> None:
-    if x.dtype != dtype or x.device.type != "cpu" or not x.is_contiguous():
+    if x.dtype is not dtype or not x.is_cpu or not x.is_contiguous():
         raise ValueError(f"expected {dtype}, contiguous, on the CPU, not {x.dtype} on {x.device}")

@@ -36,9 +36,11 @@ def _pad(x_THK: Tensor, packing: Packing) -> Tensor:
 
 
 def write_kv(k_TGK: Tensor, v_TGK: Tensor, k_pages: Tensor, v_pages: Tensor, *, write_index_T: Tensor) -> None:
-    """Store keys and values at flat places (page * P + offset) of pages [num_pages, P, G, K], in place."""
-    k_pages.flatten(0, 1).index_copy_(0, write_index_T, k_TGK.to(k_pages.dtype))
-    v_pages.flatten(0, 1).index_copy_(0, write_index_T, v_TGK.to(v_pages.dtype))
+    """Store keys and values at flat places (page * P + offset) of pages [num_pages, G, P, K], in place."""
+    page_size = k_pages.shape[2]
+    pages_T, offsets_T = write_index_T // page_size, write_index_T % page_size
+    k_pages[pages_T, :, offsets_T] = k_TGK.to(k_pages.dtype)
+    v_pages[pages_T, :, offsets_T] = v_TGK.to(v_pages.dtype)
 
 
 def paged_attention(
@@ -68,9 +70,9 @@ def paged_attention(
 
 def _read_pages(pages: Tensor, table_M: Tensor, context: int) -> Tensor:
     """[1, G, S, K] of one sequence."""
-    num_pages = -(-context // pages.shape[1])
-    rows = pages.index_select(0, table_M[:num_pages]).flatten(0, 1)[:context]
-    return rows.transpose(0, 1)[None]
+    num_pages = -(-context // pages.shape[2])
+    rows = pages.index_select(0, table_M[:num_pages]).transpose(0, 1).flatten(1, 2)
+    return rows[None, :, :context]
 
 
 def _suffix_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -89,11 +91,11 @@ def _decode_attention(
     scale: float,
 ) -> Tensor:  # fmt: skip
     """One query per sequence: all contexts gathered, padded to the longest, and masked."""
-    page_size = k_pages.shape[1]
+    page_size = k_pages.shape[2]
     tables = block_tables_NM[:, : -(-max(context_lengths) // page_size)]
     longest = tables.shape[1] * page_size
     k, v = (
-        pages.index_select(0, tables.flatten()).view(len(tables), longest, *pages.shape[2:]).transpose(1, 2)
+        pages.index_select(0, tables.flatten()).unflatten(0, tables.shape).transpose(1, 2).flatten(2, 3)
         for pages in (k_pages, v_pages)
     )
     contexts_N = torch.tensor(context_lengths, device=q_THK.device)

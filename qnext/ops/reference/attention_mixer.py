@@ -20,8 +20,8 @@ from qnext.ops.reference.rope import apply_rope
 class AttentionCache(NamedTuple):
     """Pages of one layer and where a step reads and writes them.
 
-    Pages are [num_pages, P, G, K] in fp32, bf16 or int8. With int8, a number is its code times the scale of its token
-    and KV head, which lies in [num_pages, P, G] fp32.
+    Pages are [num_pages, G, P, K] in fp32, bf16 or int8. With int8, a number is its code times the scale of its token
+    and KV head, which lies in [num_pages, G, P] fp32.
     """
 
     k_pages: Tensor
@@ -95,8 +95,9 @@ def _write_codes(x_TGK: Tensor, pages: Tensor, scales: Tensor, write_index_T: Te
     x_TGK = x_TGK.float()
     scales_TG = x_TGK.abs().amax(-1) / 127
     codes = (x_TGK / scales_TG[..., None].clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-127, 127)
-    pages.flatten(0, 1).index_copy_(0, write_index_T, codes.to(torch.int8))
-    scales.flatten(0, 1).index_copy_(0, write_index_T, scales_TG)
+    pages_T, offsets_T = write_index_T // pages.shape[2], write_index_T % pages.shape[2]
+    pages[pages_T, :, offsets_T] = codes.to(torch.int8)
+    scales[pages_T, :, offsets_T] = scales_TG
 
 
 def _read_codes(pages: Tensor, scales: Tensor, tables_NM: Tensor) -> Tensor:

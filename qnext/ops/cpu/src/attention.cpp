@@ -145,7 +145,8 @@ class Mixer {
     const float offset = a.zero_centered ? 1.0f : 0.0f;
     const float *cos = a.cos + t * half, *sin = a.sin + t * half;
     auto* buffer = static_cast<float*>(scratch(kHeadSlot, size * 4));
-    const int64_t row = t * a.num_kv_heads + head, place = a.write_index[t] * a.num_kv_heads + head;
+    const int64_t row = t * a.num_kv_heads + head, index = a.write_index[t];
+    const int64_t place = (index / a.page_size * a.num_kv_heads + head) * a.page_size + index % a.page_size;
     normalize(a.k + row * size, a.k_norm_weight, size, a.eps, offset, buffer);
     rotate(buffer, cos, sin, half);
     store_head<Page>(buffer, size, a.k_pages, place, a.k_scales);
@@ -193,11 +194,12 @@ class Mixer {
     const int64_t end = smaller((chunk + 1) * kKeyChunk, last + 1);
     for (int64_t block = chunk * kKeyChunk; block < end; block += kKeyBlock) {
       Block keys;
-      gather(a.tables + tile.sequence * a.table_stride, head, block, smaller<int64_t>(kKeyBlock, last + 1 - block),
-             rows > kGroupRows, keys);
+      const int64_t* table = a.tables + tile.sequence * a.table_stride;
+      gather(table, head, block, smaller<int64_t>(kKeyBlock, last + 1 - block), rows > kGroupRows, keys);
+      aim(table, head, block + kKeyBlock, smaller<int64_t>(kKeyBlock, last + 1 - block - kKeyBlock), keys);
       for (int64_t first = 0; first < rows; first += kGroupRows) {
         const int count = static_cast<int>(smaller<int64_t>(kGroupRows, rows - first));
-        meet(keys, block, count, queries + first, positions + first,
+        meet(keys, block, count, queries + first, positions + first, first == 0,
              Sums{sums.values + first * a.head_dim, sums.total + first * kLanes, sums.highest + first});
       }
     }
@@ -208,7 +210,21 @@ class Mixer {
     const A* values;  // packed, see value_tile
     alignas(64) float key_scales[kKeyBlock];
     alignas(64) float value_scales[kKeyBlock];
+    const char* next_keys[kKeyBlock];  // of the following block, to be asked for in time
+    const char* next_values[kKeyBlock];
   };
+
+  // Places of positions [first, first + count) among the rows of one head, walked page by page: divisions are slow.
+  void find(const int64_t* table, int64_t head, int64_t first, int64_t count, int64_t* places) const {
+    int64_t page = first / a.page_size, offset = first % a.page_size;
+    for (int64_t i = 0; i < count; ++i) {
+      places[i] = (table[page] * a.num_kv_heads + head) * a.page_size + offset;
+      if (++offset == a.page_size) {
+        ++page;
+        offset = 0;
+      }
+    }
+  }
 
   // `count` keys and values from position `first` on. Keys are copied where many rows will read them: among the pages
   // their addresses lie so that they would push one another out of the cache.
@@ -220,15 +236,16 @@ class Mixer {
     A *keys = memory, *values = memory + kKeyBlock * size, *converted = values + kKeyBlock * size;
     block.values = values;
     const A* pair[2] = {nullptr, nullptr};
+    int64_t places[kKeyBlock];
+    find(table, head, first, count, places);
     for (int64_t i = 0; i < kKeyBlock; ++i) {
       if (i >= count) {
         block.keys[i] = block.keys[count - 1];
         block.key_scales[i] = block.value_scales[i] = 0.0f;
       } else {
-        const int64_t position = first + i;
-        const int64_t place = (table[position / a.page_size] * a.page_size + position % a.page_size) * a.num_kv_heads + head;
-        const Page* key = static_cast<const Page*>(a.k_pages) + place * size;
-        const Page* value = static_cast<const Page*>(a.v_pages) + place * size;
+        const int64_t at = places[i];
+        const Page* key = static_cast<const Page*>(a.k_pages) + at * size;
+        const Page* value = static_cast<const Page*>(a.v_pages) + at * size;
         if constexpr (is_converted) {
           convert(key, size, keys + i * size);
           convert(value, size, converted + i % kEach * size);
@@ -240,8 +257,8 @@ class Mixer {
           pair[i % kEach] = value;
         }
         if constexpr (sizeof(Page) == 1) {
-          block.key_scales[i] = a.k_scales[place];
-          block.value_scales[i] = a.v_scales[place];
+          block.key_scales[i] = a.k_scales[at];
+          block.value_scales[i] = a.v_scales[at];
         }
       }
       if (i % kEach == kEach - 1) {
@@ -251,23 +268,36 @@ class Mixer {
     }
   }
 
+  // The block that comes after, as far as there is one.
+  void aim(const int64_t* table, int64_t head, int64_t first, int64_t count, Block& block) const {
+    int64_t places[kKeyBlock];
+    find(table, head, first, count, places);
+    for (int i = 0; i < kKeyBlock; ++i) {
+      const int64_t at = i < count ? places[i] * a.head_dim * static_cast<int64_t>(sizeof(Page)) : 0;
+      block.next_keys[i] = static_cast<const char*>(a.k_pages) + at;
+      block.next_values[i] = static_cast<const char*>(a.v_pages) + at;
+    }
+  }
+
   // One block of keys and up to kGroupRows rows: scores, weights, weighted values.
   void meet(const Block& block, int64_t first_key, int count, const A* const* queries, const int64_t* positions,
-            const Sums& sums) {
+            bool ahead, const Sums& sums) {
     const int num_keys = static_cast<int>(smaller<int64_t>(kKeyBlock, positions[count - 1] + 1 - first_key));
     if (num_keys <= 0) return;
     auto* scores = static_cast<float*>(scratch(kGroupSlot, kGroupRows * kKeyBlock * (4 + sizeof(A))));
     A* weights = reinterpret_cast<A*>(scores + kGroupRows * kKeyBlock);
-    for (int key = 0; key < num_keys; key += 4)
+    for (int key = 0; key < num_keys; key += 4) {
       for (int row = 0; row < count; row += 4)
-        score_tile<A>(queries + row, block.keys + key, a.head_dim, scores + row * kKeyBlock + key);
+        score_tile<A, Page>(queries + row, block.keys + key, a.head_dim, scores + row * kKeyBlock + key,
+                            ahead && row < 8 ? block.next_keys + key + row / 2 : nullptr);
+    }
     alignas(64) float factors[kGroupRows];
     weigh(block, first_key, count, (num_keys + kLanes - 1) / kLanes, positions, scores, weights, factors, sums);
     const int num_steps = (num_keys + Product<A>::kKeysEach - 1) / Product<A>::kKeysEach;
     for (int64_t d = 0; d < a.head_dim; d += kSliceDims)
       for (int row = 0; row < count; row += kValueRows)
-        value_tile<A>(weights + row * kKeyBlock, block.values + d * kKeyBlock, num_steps, factors + row,
-                      sums.values + row * a.head_dim + d, a.head_dim);
+        value_tile<A, Page>(weights + row * kKeyBlock, block.values + d * kKeyBlock, num_steps, factors + row,
+                            sums.values + row * a.head_dim + d, a.head_dim, ahead && row == 0 ? block.next_values : nullptr, d);
   }
 
   // Scores to weights 2^(steepness * (score - highest)), and the factors that earlier sums take.

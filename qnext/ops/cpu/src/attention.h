@@ -27,10 +27,10 @@ struct AttentionArguments {
   const float* sin;  // [T, R / 2]
   float scale;       // positive
   PageKind kind;
-  void* k_pages;    // [num_pages, P, G, K]
-  void* v_pages;    // [num_pages, P, G, K]
-  float* k_scales;  // [num_pages, P, G] for int8, else null
-  float* v_scales;  // [num_pages, P, G] for int8, else null
+  void* k_pages;    // [num_pages, G, P, K]
+  void* v_pages;    // [num_pages, G, P, K]
+  float* k_scales;  // [num_pages, G, P] for int8, else null
+  float* v_scales;  // [num_pages, G, P] for int8, else null
   int64_t page_size;
   int64_t num_sequences;
   const int64_t* lengths;      // [N] tokens of this call, the last ones of each context

@@ -18,9 +18,13 @@ constexpr float kLowest = -1e30f;  // below every score; finite, so that differe
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 
 QNEXT_INLINE f32x16 load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return to_float((i32x16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
   i8x16 v;
   memcpy(&v, p, sizeof v);
   return to_float(__builtin_convertvector(v, i32x16));
+#endif
 }
 
 // Numbers that are multiplied: fp32, or pairs of bf16 where the CPU multiplies those.
@@ -107,13 +111,17 @@ constexpr int kScoreTile = 4;
 constexpr int kScoreTile = 2;
 #endif
 
-// Products of four rows and four keys into scores[row * kKeyBlock + key].
-template <typename A>
-QNEXT_INLINE void score_tile(const A* const* rows, const A* const* keys, int64_t head_dim, float* scores) {
+template <typename A, typename Page, bool kAhead>
+QNEXT_INLINE void score_tile_(const A* const* rows, const A* const* keys, int64_t head_dim, float* scores,
+                              const char* ahead0, const char* ahead1) {
   for (int r = 0; r < 4; r += kScoreTile)
     for (int t = 0; t < 4; t += kScoreTile) {
       f32x16 acc[kScoreTile * kScoreTile] = {};
       for (int64_t d = 0; d < head_dim; d += Product<A>::kStep) {
+        if constexpr (kAhead) {
+          prefetch(ahead0 + d * sizeof(Page));
+          prefetch(ahead1 + d * sizeof(Page));
+        }
         typename Product<A>::Vector key[kScoreTile];
 #pragma GCC unroll 4
         for (int j = 0; j < kScoreTile; ++j) key[j] = Product<A>::fetch(keys[t + j] + d);
@@ -135,6 +143,14 @@ QNEXT_INLINE void score_tile(const A* const* rows, const A* const* keys, int64_t
     }
 }
 
+// Products of four rows and four keys into scores[row * kKeyBlock + key]. `ahead`, unless null, names two keys among the
+// pages that are asked for on the way.
+template <typename A, typename Page>
+QNEXT_INLINE void score_tile(const A* const* rows, const A* const* keys, int64_t head_dim, float* scores,
+                             const char* const* ahead) {
+  if (ahead) return score_tile_<A, Page, true>(rows, keys, head_dim, scores, ahead[0], ahead[1]);
+  score_tile_<A, Page, false>(rows, keys, head_dim, scores, nullptr, nullptr);
+}
 // ---- values ----
 
 #if defined(__AVX512F__)
@@ -145,15 +161,18 @@ constexpr int kValueRows = 2;
 
 // acc[row, 32 dims] = acc * factor + sum over keys of weight * value, for kValueRows rows and one slice of packed
 // values [num_steps][2][Product<A>::kStep].
-template <typename A>
-QNEXT_INLINE void value_tile(const A* weights, const A* values, int num_steps, const float* factors, float* acc,
-                             int64_t acc_stride) {
+template <typename A, typename Page, bool kAhead>
+QNEXT_INLINE void value_tile_(const A* weights, const A* values, int num_steps, const float* factors, float* acc,
+                              int64_t acc_stride, const char* const* ahead, int64_t d) {
   f32x16 sums[kValueRows][2];
 #pragma GCC unroll 8
   for (int r = 0; r < kValueRows; ++r)
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) sums[r][j] = load(acc + r * acc_stride + j * kLanes) * splat(factors[r]);
   for (int step = 0; step < num_steps; ++step) {
+    if constexpr (kAhead)
+      for (int i = 0; i < Product<A>::kKeysEach; ++i)
+        prefetch(ahead[step * Product<A>::kKeysEach + i] + d * static_cast<int64_t>(sizeof(Page)));
     auto first = Product<A>::fetch(values + step * 2 * Product<A>::kStep);
     auto second = Product<A>::fetch(values + (step * 2 + 1) * Product<A>::kStep);
 #pragma GCC unroll 8
@@ -167,6 +186,13 @@ QNEXT_INLINE void value_tile(const A* weights, const A* values, int num_steps, c
   for (int r = 0; r < kValueRows; ++r)
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) store(acc + r * acc_stride + j * kLanes, sums[r][j]);
+}
+
+template <typename A, typename Page>
+QNEXT_INLINE void value_tile(const A* weights, const A* values, int num_steps, const float* factors, float* acc,
+                             int64_t acc_stride, const char* const* ahead, int64_t d) {
+  if (ahead) return value_tile_<A, Page, true>(weights, values, num_steps, factors, acc, acc_stride, ahead, d);
+  value_tile_<A, Page, false>(weights, values, num_steps, factors, acc, acc_stride, ahead, d);
 }
 
 // Values of one step (a key, or a pair of keys for bf16) into every slice of the packed block. A key that is null
