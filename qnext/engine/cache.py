@@ -13,7 +13,7 @@ from torch import Tensor
 from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
 from qnext.engine.scheduler import SequencePlan, StepPlan
 from qnext.model import CacheView, DeltaSlots, KVPages
-from qnext.ops import Packing
+from qnext.ops import Packing, empty_huge
 
 BLOCK_SIZE = 16
 
@@ -56,8 +56,8 @@ class Cache:
         )  # fmt: skip
         self.delta = {
             index: DeltaSlots(
-                torch.empty(conv_shape, dtype=torch.float32, device=device),
-                torch.empty(state_shape, dtype=torch.float32, device=device),
+                empty_huge(conv_shape, dtype=torch.float32, device=device),
+                empty_huge(state_shape, dtype=torch.float32, device=device),
             )
             for index, kind in kinds
             if kind == LINEAR_ATTENTION
@@ -133,7 +133,7 @@ class Cache:
 
 
 def _make_pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> KVPages:
-    k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    k, v = (empty_huge(shape, dtype=dtype, device=device) for _ in range(2))
     if dtype != torch.int8:
         return KVPages(k, v)
-    return KVPages(k, v, *(torch.empty(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)))
+    return KVPages(k, v, *(empty_huge(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)))

@@ -6,7 +6,7 @@ from qnext.ops.attention_mixer import attention_mixer
 from qnext.ops.backend import is_native, set_num_threads
 from qnext.ops.delta_mixer import DeltaCache, gated_delta_mixer
 from qnext.ops.dispatch import embedding, experts_swiglu, linear, rms_norm, route
-from qnext.ops.memory import empty_weight, keep_freed_memory
+from qnext.ops.memory import empty_huge, keep_freed_memory
 from qnext.ops.packing import Packing
 from qnext.ops.quantized import QuantizedWeight
 from qnext.ops.reference.attention import attention, paged_attention, write_kv
@@ -39,8 +39,8 @@ __all__ = [
     "chunk_gated_delta_rule",
     "dequantize",
     "embedding",
+    "empty_huge",
     "empty_quantized",
-    "empty_weight",
     "experts_swiglu",
     "gated_delta_mixer",
     "gated_delta_rule",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qnext.ops.backend import native_module
-from qnext.ops.memory import empty_weight
+from qnext.ops.memory import empty_huge
 
 ARITHMETIC = ("float32", "bfloat16", "int8")
 _TORCH_SIZE = 1024
@@ -23,7 +23,7 @@ def read_bandwidth(*, num_bytes: int = 1 << 30, passes: int = 5) -> float:
 
     Without native kernels torch sums the numbers, which may not reach the limit of the memory.
     """
-    memory = empty_weight((num_bytes,), dtype=torch.uint8).fill_(1)
+    memory = empty_huge((num_bytes,), dtype=torch.uint8).fill_(1)
     native = native_module()
     if native is None:
         numbers = memory.view(torch.float32)

@@ -1,4 +1,4 @@
-"""Memory for weights, in huge pages where the system has them, and for temporaries, kept when freed.
+"""Memory for weights and caches, in huge pages where the system has them, and for temporaries, kept when freed.
 
 Weights are read once per token from the first byte to the last. In ordinary pages of 4 KiB that loses a third of the
 memory bandwidth to address translation, and touching them for the first time takes five times as long.
@@ -46,8 +46,10 @@ class _Slabs:
 _slabs = _Slabs()
 
 
-def empty_weight(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
-    """Like torch.empty on the CPU, in huge pages when it is large."""
+def empty_huge(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Like torch.empty; on the CPU in huge pages when it is large."""
+    if torch.device(device).type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < _SMALLEST:
         return torch.empty(shape, dtype=dtype)

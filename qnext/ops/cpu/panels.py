@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from qnext.ops.memory import empty_weight
+from qnext.ops.memory import empty_huge
 from qnext.ops.quantized import QuantizedWeight
 
 PANEL = 16
@@ -42,9 +42,9 @@ class PanelWeight:
         self._num_experts = shape[0] if len(shape) == 3 else 1
         num_panels = -(-shape[-2] // PANEL)
         groups = shape[-1] // group_size
-        self._panels = empty_weight((self._num_experts, num_panels, PANEL * shape[-1] * bits // 8), dtype=torch.uint8)
-        self._scales = empty_weight((self._num_experts, num_panels, groups, PANEL), dtype=scale_dtype)
-        self._zeros = empty_weight(self._scales.shape, dtype=torch.uint8) if has_zeros else None
+        self._panels = empty_huge((self._num_experts, num_panels, PANEL * shape[-1] * bits // 8), dtype=torch.uint8)
+        self._scales = empty_huge((self._num_experts, num_panels, groups, PANEL), dtype=scale_dtype)
+        self._zeros = empty_huge(self._scales.shape, dtype=torch.uint8) if has_zeros else None
         if shape[-2] % PANEL:  # the last panel is padded
             for tensor in (self._panels, self._scales, self._zeros):
                 if tensor is not None:
