@@ -26,6 +26,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+ifeq ($(strip $(PYTEST_ARGS)),)
+	@echo "once more without the native kernels"
+	QNEXT_BACKEND=reference $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/ops tests/model tests/engine
+endif
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -113,7 +113,7 @@ def empty_model(
                 continue
             if id(parameter) not in made:
                 dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes[f"{prefix}.{key}"]
-                made[id(parameter)] = nn.Parameter(empty_huge(parameter.shape, dtype=dtype, device=device))
+                made[id(parameter)] = nn.Parameter(ops.empty_huge(parameter.shape, dtype=dtype, device=device))
             module._parameters[key] = made[id(parameter)]
     return model
 
