@@ -26,21 +26,19 @@ struct TileRows {
 
 QNEXT_INLINE int64_t scale_bytes(ScaleKind kind) { return kind == ScaleKind::f32 ? 4 : 2; }
 
-QNEXT_INLINE f32x16 load_scales(const uint8_t* base, ScaleKind kind, int64_t at) {
-  if (kind == ScaleKind::bf16) return load(reinterpret_cast<const bf16*>(base) + at);
-  if (kind == ScaleKind::f16) return load(reinterpret_cast<const f16*>(base) + at);
-  return load(reinterpret_cast<const float*>(base) + at);
+QNEXT_INLINE f32reg load_scales(const Panels& w, int64_t at) {
+  if (w.scale_kind == ScaleKind::bf16) return load_register(reinterpret_cast<const bf16*>(w.scales) + at);
+  if (w.scale_kind == ScaleKind::f16) return load_register(reinterpret_cast<const f16*>(w.scales) + at);
+  return load_register(reinterpret_cast<const float*>(w.scales) + at);
 }
 
+#if defined(__AVX512VNNI__)
+constexpr bool kUnpackPays = true;
+// A single row is bound by memory: panel after panel is one stream, whose start is always asked for in time.
+QNEXT_INLINE int64_t parts_of_tile(int64_t num_rows) { return num_rows == 1 ? 1 : 2; }
+
 QNEXT_INLINE i32x16 load_zeros(const uint8_t* p) {
-#if defined(__AVX512F__)
   return (i32x16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-#else
-  typedef uint8_t u8x16 __attribute__((vector_size(16)));
-  u8x16 v;
-  memcpy(&v, p, 16);
-  return __builtin_convertvector(v, i32x16);
-#endif
 }
 
 QNEXT_INLINE int32_t four(const int8_t* p) {
@@ -49,102 +47,187 @@ QNEXT_INLINE int32_t four(const int8_t* p) {
   return v;
 }
 
-// Products of kRows rows with kPanels panels. With kIsPacked a byte holds two 4-bit codes, otherwise one code.
-template <bool kIsPacked, int kRows, int kPanels>
-void tile(const Panels& w, const TileRows& rows, f32x16 (*out)[kPanels]) {
-  f32x16 acc[kRows][kPanels];
+// Products of kRows rows with kParts registers of outputs: panels. With kIsPacked a byte holds two 4-bit codes, otherwise one code.
+template <bool kIsPacked, int kRows, int kParts>
+void tile(const Panels& w, const TileRows& rows, f32x16 (*out)[kParts]) {
+  f32x16 acc[kRows][kParts];
   for (int r = 0; r < kRows; ++r)
-    for (int p = 0; p < kPanels; ++p) acc[r][p] = splat(0.0f);
+    for (int p = 0; p < kParts; ++p) acc[r][p] = splat(0.0f);
   const int64_t num_groups = w.num_inputs / w.group_size;
   const uint8_t* at = w.codes;
   int64_t d = 0;
   for (int64_t g = 0; g < num_groups; ++g) {
-    i32x16 dots[kRows][kPanels];
+    i32x16 dots[kRows][kParts];
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       i32x16 correction = splat(rows.corrections[r][g]);
 #pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) {
+      for (int p = 0; p < kParts; ++p) {
         dots[r][p] = correction;
         if (w.zeros) dots[r][p] *= load_zeros(w.zeros + p * w.panel_scales + g * kLanes);
       }
     }
     for (const int64_t end = d + w.group_size; d < end; d += kIsPacked ? 8 : 4, at += 64) {
-      u8x64 codes[kPanels];
+      u8x64 codes[kParts];
 #pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) {
+      for (int p = 0; p < kParts; ++p) {
         const uint8_t* from = at + p * w.panel_bytes;
         if constexpr (kRows <= 2) prefetch(from + kPrefetchBytes);
         codes[p] = load_bytes(from);
       }
       if constexpr (kIsPacked) {
-        u8x64 low[kPanels];
+        u8x64 low[kParts];
 #pragma GCC unroll 2
-        for (int p = 0; p < kPanels; ++p) low[p] = codes[p] & (u8x64{} + (uint8_t)15);
+        for (int p = 0; p < kParts; ++p) low[p] = codes[p] & (u8x64{} + (uint8_t)15);
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-          for (int p = 0; p < kPanels; ++p) dots[r][p] = dot_codes(dots[r][p], low[p], four(rows.codes[r] + d));
+          for (int p = 0; p < kParts; ++p) dots[r][p] = dot_codes(dots[r][p], low[p], four(rows.codes[r] + d));
 #pragma GCC unroll 2
-        for (int p = 0; p < kPanels; ++p) codes[p] = (u8x64)((u32x16)codes[p] >> 4) & (u8x64{} + (uint8_t)15);
+        for (int p = 0; p < kParts; ++p) codes[p] = (u8x64)((u32x16)codes[p] >> 4) & (u8x64{} + (uint8_t)15);
       }
       const int64_t second = d + (kIsPacked ? 4 : 0);
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-        for (int p = 0; p < kPanels; ++p) dots[r][p] = dot_codes(dots[r][p], codes[p], four(rows.codes[r] + second));
+        for (int p = 0; p < kParts; ++p) dots[r][p] = dot_codes(dots[r][p], codes[p], four(rows.codes[r] + second));
     }
 #pragma GCC unroll 2
-    for (int p = 0; p < kPanels; ++p) {
-      f32x16 scale = load_scales(w.scales, w.scale_kind, p * w.panel_scales + g * kLanes);
+    for (int p = 0; p < kParts; ++p) {
+      f32x16 scale = load_scales(w, p * w.panel_scales + g * kLanes);
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r)
         acc[r][p] = fma(to_float(dots[r][p]), scale * splat(rows.scales[r][g]), acc[r][p]);
     }
   }
   for (int r = 0; r < kRows; ++r)
-    for (int p = 0; p < kPanels; ++p) out[r][p] = acc[r][p];
+    for (int p = 0; p < kParts; ++p) out[r][p] = acc[r][p];
+}
+#else
+constexpr bool kUnpackPays = false;
+// The sums of six rows leave no registers for a second part.
+QNEXT_INLINE int64_t parts_of_tile(int64_t num_rows) { return num_rows <= 2 ? 2 : 1; }
+
+QNEXT_INLINE i32reg load_zeros(const uint8_t* p) {
+#if defined(__AVX2__)
+  return (i32reg)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  i32reg zeros;
+  for (int i = 0; i < kRegisterLanes; ++i) zeros[i] = p[i];
+  return zeros;
+#endif
 }
 
+// Products of kRows rows with kParts registers of outputs, neighbours in a panel. With kIsPacked a byte holds two 4-bit
+// codes; otherwise one code, whose nibbles are multiplied apart: products of whole bytes would not fit into 16 bits.
+template <bool kIsPacked, int kRows, int kParts>
+void tile(const Panels& w, const TileRows& rows, f32reg (*out)[kParts]) {
+  constexpr int64_t kInputsIn16Bits = 32;
+  constexpr int kSums = kIsPacked ? 1 : 2;  // one for all nibbles, or those of low and high nibbles
+  f32reg acc[kRows][kParts];
+  for (int r = 0; r < kRows; ++r)
+    for (int p = 0; p < kParts; ++p) acc[r][p] = f32reg{};
+  const int64_t num_groups = w.num_inputs / w.group_size;
+  const uint8_t* at = w.codes;
+  int64_t d = 0;
+  for (int64_t g = 0; g < num_groups; ++g) {
+    i32reg dots[kRows][kParts];
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int p = 0; p < kParts; ++p) {
+        dots[r][p] = i32reg{} + rows.corrections[r][g];
+        if (w.zeros) dots[r][p] *= load_zeros(w.zeros + g * kLanes + p * kRegisterLanes);
+      }
+    for (const int64_t group_end = d + w.group_size; d < group_end;) {
+      i16reg sums[kRows][kParts][kSums];
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts; ++p)
+#pragma GCC unroll 2
+          for (int s = 0; s < kSums; ++s) sums[r][p][s] = i16reg{};
+      for (const int64_t end = smaller(group_end, d + kInputsIn16Bits); d < end; d += kIsPacked ? 8 : 4, at += 64) {
+        if constexpr (kRows <= 2) prefetch(at + kPrefetchBytes);
+        u8reg low[kParts], high[kParts];
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts; ++p) {
+          u8reg codes;
+          memcpy(&codes, at + p * sizeof codes, sizeof codes);
+          low[p] = codes & 15;
+          high[p] = (u8reg)((u16reg)codes >> 4) & 15;
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) {
+          const FourBytes x = four_bytes(rows.codes[r] + d);
+          const FourBytes x_high = kIsPacked ? four_bytes(rows.codes[r] + d + 4) : x;
+#pragma GCC unroll 2
+          for (int p = 0; p < kParts; ++p) {
+            sums[r][p][0] = dot_nibbles(sums[r][p][0], low[p], x);
+            sums[r][p][kSums - 1] = dot_nibbles(sums[r][p][kSums - 1], high[p], x_high);
+          }
+        }
+      }
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts; ++p) {
+          dots[r][p] += add_pairs(sums[r][p][0], 1);
+          if constexpr (!kIsPacked) dots[r][p] += add_pairs(sums[r][p][1], 16);
+        }
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < kParts; ++p) {
+      const f32reg scale = load_scales(w, g * kLanes + p * kRegisterLanes);
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r)
+        acc[r][p] = fma(__builtin_convertvector(dots[r][p], f32reg), scale * splat_register(rows.scales[r][g]), acc[r][p]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int p = 0; p < kParts; ++p) out[r][p] = acc[r][p];
+}
+#endif
+
 struct Target {
-  float* out;  // of the first row and the first panel
+  float* out;  // of the first row and the first column
   int64_t stride;
-  int64_t num_columns;  // that are wanted, from the first panel on
+  int64_t num_columns;  // that are wanted, from the first on
 };
 
-template <bool kIsPacked, int kRows, int kPanels>
+template <bool kIsPacked, int kRows, int kParts>
 void tile_to(const Panels& w, const TileRows& rows, const Target& target) {
-  f32x16 result[kRows][kPanels];
-  tile<kIsPacked, kRows, kPanels>(w, rows, result);
+  f32reg result[kRows][kParts];
+  tile<kIsPacked, kRows, kParts>(w, rows, result);
   for (int r = 0; r < kRows; ++r)
-    for (int p = 0; p < kPanels; ++p) {
-      int64_t columns = smaller<int64_t>(kLanes, target.num_columns - p * kLanes);
-      float* place = target.out + r * target.stride + p * kLanes;
-      if (columns == kLanes)
+    for (int p = 0; p < kParts; ++p) {
+      int64_t columns = smaller<int64_t>(kRegisterLanes, target.num_columns - p * kRegisterLanes);
+      float* place = target.out + r * target.stride + p * kRegisterLanes;
+      if (columns == kRegisterLanes)
         store(place, result[r][p]);
-      else
+      else if (columns > 0)
         memcpy(place, &result[r][p], columns * sizeof(float));
     }
 }
 
-template <bool kIsPacked, int kPanels>
+template <bool kIsPacked, int kParts>
 void tile_rows(int num_rows, const Panels& w, const TileRows& rows, const Target& target) {
   switch (num_rows) {
-    case 1: return tile_to<kIsPacked, 1, kPanels>(w, rows, target);
-    case 2: return tile_to<kIsPacked, 2, kPanels>(w, rows, target);
-    case 3: return tile_to<kIsPacked, 3, kPanels>(w, rows, target);
-    case 4: return tile_to<kIsPacked, 4, kPanels>(w, rows, target);
-    case 5: return tile_to<kIsPacked, 5, kPanels>(w, rows, target);
-    default: return tile_to<kIsPacked, 6, kPanels>(w, rows, target);
+    case 1: return tile_to<kIsPacked, 1, kParts>(w, rows, target);
+    case 2: return tile_to<kIsPacked, 2, kParts>(w, rows, target);
+    case 3: return tile_to<kIsPacked, 3, kParts>(w, rows, target);
+    case 4: return tile_to<kIsPacked, 4, kParts>(w, rows, target);
+    case 5: return tile_to<kIsPacked, 5, kParts>(w, rows, target);
+    default: return tile_to<kIsPacked, 6, kParts>(w, rows, target);
   }
 }
 
-template <int kPanels>
+template <int kParts>
 void tile_any(bool is_packed, int num_rows, const Panels& w, const TileRows& rows, const Target& target) {
   if (is_packed)
-    tile_rows<true, kPanels>(num_rows, w, rows, target);
+    tile_rows<true, kParts>(num_rows, w, rows, target);
   else
-    tile_rows<false, kPanels>(num_rows, w, rows, target);
+    tile_rows<false, kParts>(num_rows, w, rows, target);
 }
 
 // 4-bit codes to one code per byte, in the order of 8-bit panels.
@@ -170,21 +253,20 @@ void multiply_codes(const Weight& weight, int64_t expert, int64_t begin, int64_t
   w.panel_scales = num_groups * kLanes;
   const int64_t stored_bytes = weight.num_inputs * kLanes / (is_packed_on_disk ? 2 : 1);
   const int64_t panel_stride = w.panel_scales * scale_bytes(w.scale_kind);
-  const bool unpack_first = is_packed_on_disk && num_rows > 2 * kMaxTileRows;
+  const bool unpack_first = kUnpackPays && is_packed_on_disk && num_rows > 2 * kMaxTileRows;
   const bool is_packed = is_packed_on_disk && !unpack_first;
   uint8_t* unpacked = nullptr;
   if (unpack_first) unpacked = static_cast<uint8_t*>(scratch(kUnpackedSlot, 4 * stored_bytes));
   w.panel_bytes = unpack_first ? 2 * stored_bytes : stored_bytes;
-  // A single row is bound by memory: panel after panel is one stream, whose start is always asked for in time.
-  const int64_t step = num_rows == 1 ? kLanes : 2 * kLanes;
+  const int64_t most_parts = parts_of_tile(num_rows), step = most_parts * kRegisterLanes;
   for (int64_t column = begin; column < end; column += step) {
-    const int64_t panel = expert * weight.num_panels() + column / kLanes;
-    const int num_panels = step > kLanes && end - column > kLanes ? 2 : 1;
-    w.codes = static_cast<const uint8_t*>(weight.data) + panel * stored_bytes;
-    w.scales = static_cast<const uint8_t*>(weight.scales) + panel * panel_stride;
-    w.zeros = weight.zeros ? weight.zeros + panel * w.panel_scales : nullptr;
+    const int64_t panel = expert * weight.num_panels() + column / kLanes, lane = column % kLanes;
+    const int num_parts = most_parts == 2 && end - column > kRegisterLanes ? 2 : 1;
+    w.codes = static_cast<const uint8_t*>(weight.data) + panel * stored_bytes + 4 * lane;
+    w.scales = static_cast<const uint8_t*>(weight.scales) + panel * panel_stride + lane * scale_bytes(w.scale_kind);
+    w.zeros = weight.zeros ? weight.zeros + panel * w.panel_scales + lane : nullptr;
     if (unpack_first) {
-      unpack(w.codes, num_panels * stored_bytes, unpacked);
+      unpack(w.codes, num_parts * stored_bytes, unpacked);
       w.codes = unpacked;
     }
     for (int64_t first = 0; first < num_rows; first += kMaxTileRows) {
@@ -197,7 +279,7 @@ void multiply_codes(const Weight& weight, int64_t expert, int64_t begin, int64_t
         tile_of.corrections[r] = rows.corrections + row * num_groups;
       }
       const Target target{out + first * out_stride + column, out_stride, end - column};
-      if (num_panels == 2)
+      if (num_parts == 2)
         tile_any<2>(is_packed, count, w, tile_of, target);
       else
         tile_any<1>(is_packed, count, w, tile_of, target);

@@ -1,17 +1,21 @@
-// Rows times float weights, both read along the inputs: sixteen (bf16: pairs of sixteen) inputs are summed side by side
-// and the lanes added up once at the end. Weights are read as they lie on disk.
+// Rows times float weights, both read along the inputs: a register of inputs (bf16 on AVX-512: pairs of sixteen) is
+// summed side by side and the lanes added up once at the end. Weights are read as they lie on disk.
 #include "gemm.h"
 
 namespace qnext::QNEXT_ISA {
 namespace {
 
-constexpr int kTileOutputs = 4;
+// Outputs of a tile: sums, weights and a row must fit into 32 registers on AVX-512 and into 16 elsewhere.
+constexpr int kTileOutputs = kRegisterLanes == 16 ? 4 : 2;
+// A single row is bound by memory, which gives most when one stream after the other is read. But narrow registers need
+// several sums at once to keep up with it.
+constexpr int kSingleRowOutputs = kRegisterLanes == 16 ? 1 : 4;
 
 // How a weight of type T meets a prepared row.
 template <typename T>
 struct Operand {
   using Row = float;
-  static constexpr int64_t kStep = 16;
+  static constexpr int64_t kStep = kRegisterLanes;
   static QNEXT_INLINE const Row* row(const Rows& rows, int64_t i) { return rows.f32 + i * rows.num_inputs; }
 };
 
@@ -32,17 +36,17 @@ QNEXT_INLINE Packed fetch(const bf16* p, const bf16*) {
 }
 QNEXT_INLINE f32x16 accumulate(f32x16 acc, Packed w, Packed x) { return (f32x16)_mm512_dpbf16_ps((__m512)acc, w, x); }
 #else
-QNEXT_INLINE f32x16 fetch(const bf16* p, const float*) { return load(p); }
+QNEXT_INLINE f32reg fetch(const bf16* p, const float*) { return load_register(p); }
 #endif
-QNEXT_INLINE f32x16 fetch(const float* p, const float*) { return load(p); }
-QNEXT_INLINE f32x16 accumulate(f32x16 acc, f32x16 w, f32x16 x) { return fma(w, x, acc); }
+QNEXT_INLINE f32reg fetch(const float* p, const float*) { return load_register(p); }
+QNEXT_INLINE f32reg accumulate(f32reg acc, f32reg w, f32reg x) { return fma(w, x, acc); }
 
 template <typename T, int kRows, int kOutputs>
 void tile(const T* weight, int64_t num_inputs, const typename Operand<T>::Row* const* x, float* const* out) {
   using Row = typename Operand<T>::Row;
-  f32x16 acc[kRows][kOutputs];
+  f32reg acc[kRows][kOutputs];
   for (int r = 0; r < kRows; ++r)
-    for (int o = 0; o < kOutputs; ++o) acc[r][o] = splat(0.0f);
+    for (int o = 0; o < kOutputs; ++o) acc[r][o] = f32reg{};
   for (int64_t d = 0; d < num_inputs; d += Operand<T>::kStep) {
     decltype(fetch(weight, (const Row*)nullptr)) w[kOutputs];
 #pragma GCC unroll 8
@@ -89,7 +93,10 @@ void multiply_as(const Weight& weight, int64_t expert, int64_t begin, int64_t en
     auto aim = [&] {
       for (int r = 0; r < count; ++r) places[r] = out + (first + r) * out_stride + o;
     };
-    // A single row is bound by memory, which gives most when one stream after the other is read.
+    for (; count == 1 && o + kSingleRowOutputs <= end; o += kSingleRowOutputs) {
+      aim();
+      tile<T, 1, kSingleRowOutputs>(matrix + o * num_inputs, num_inputs, x, places);
+    }
     for (; count > 1 && o + kTileOutputs <= end; o += kTileOutputs) {
       aim();
       tile_rows<T, kTileOutputs>(count, matrix + o * num_inputs, num_inputs, x, places);

@@ -130,28 +130,53 @@ QNEXT_INLINE float sum(f32x16 v) {
 #endif
 }
 
-QNEXT_INLINE float max_lane(f32x16 v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)v);
-#else
-  float best = v[0];
-  for (int i = 1; i < 16; ++i) best = larger(best, (float)v[i]);
-  return best;
-#endif
+#if !defined(__AVX512F__)
+// The same, of the register-wide vector.
+QNEXT_INLINE float sum(f32reg v) {
+  float x[kRegisterLanes];
+  memcpy(x, &v, sizeof v);
+  for (int width = kRegisterLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
 }
+
+// f of each register of a and b: comparisons of wider vectors would be made lane by lane.
+template <typename F>
+QNEXT_INLINE f32x16 by_register(f32x16 a, f32x16 b, F f) {
+  constexpr int kParts = kLanes / kRegisterLanes;
+  f32reg parts[2][kParts];
+  memcpy(parts[0], &a, sizeof a);
+  memcpy(parts[1], &b, sizeof b);
+  for (int i = 0; i < kParts; ++i) parts[0][i] = f(parts[0][i], parts[1][i]);
+  memcpy(&a, parts[0], sizeof a);
+  return a;
+}
+#endif
 
 QNEXT_INLINE f32x16 vmax(f32x16 a, f32x16 b) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
 #else
-  return a > b ? a : b;
+  return by_register(a, b, [](f32reg x, f32reg y) { return x > y ? x : y; });
 #endif
 }
 QNEXT_INLINE f32x16 vmin(f32x16 a, f32x16 b) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_min_ps((__m512)a, (__m512)b);
 #else
-  return a < b ? a : b;
+  return by_register(a, b, [](f32reg x, f32reg y) { return x < y ? x : y; });
+#endif
+}
+
+QNEXT_INLINE float max_lane(f32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float x[16];
+  memcpy(x, &v, 64);
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = larger(x[i], x[i + width]);
+  return x[0];
 #endif
 }
 QNEXT_INLINE f32x16 vabs(f32x16 v) { return (f32x16)((u32x16)v & (u32x16{} + 0x7fffffffu)); }
@@ -160,6 +185,21 @@ QNEXT_INLINE f32x16 vabs(f32x16 v) { return (f32x16)((u32x16)v & (u32x16{} + 0x7
 QNEXT_INLINE i32x16 round_to_int(f32x16 v) {
 #if defined(__AVX512F__)
   return (i32x16)_mm512_cvtps_epi32((__m512)v);
+#elif defined(__AVX2__)
+  __m256 parts[2];
+  memcpy(parts, &v, 64);
+  __m256i rounded[2] = {_mm256_cvtps_epi32(parts[0]), _mm256_cvtps_epi32(parts[1])};
+  i32x16 out;
+  memcpy(&out, rounded, 64);
+  return out;
+#elif defined(__SSE2__)
+  __m128 parts[4];
+  memcpy(parts, &v, 64);
+  __m128i rounded[4];
+  for (int i = 0; i < 4; ++i) rounded[i] = _mm_cvtps_epi32(parts[i]);
+  i32x16 out;
+  memcpy(&out, rounded, 64);
+  return out;
 #else
   i32x16 out;
   for (int i = 0; i < 16; ++i) out[i] = (int32_t)__builtin_nearbyintf(v[i]);
@@ -193,6 +233,20 @@ QNEXT_INLINE float to_float(bf16 x) {
   return out;
 }
 
+QNEXT_INLINE f32reg load_register(const bf16* p) {
+#if defined(__AVX512F__)
+  return load(p);
+#elif defined(__AVX2__)
+  return (f32reg)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#elif defined(__SSE2__)
+  return (f32reg)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i*)p));
+#else
+  f32reg v;
+  for (int i = 0; i < kRegisterLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
 // Round to nearest, ties to even; NaN stays NaN.
 QNEXT_INLINE bf16 to_bf16(float x) {
   uint32_t bits;
@@ -215,65 +269,90 @@ QNEXT_INLINE void store(bf16* p, f32x16 v) {
 #endif
 }
 
-QNEXT_INLINE f32x16 load(const f16* p) {
-#if defined(__AVX512F__)
-  return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__)
-  __m256 parts[2] = {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
-                     _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
-  f32x16 out;
-  memcpy(&out, parts, 64);
-  return out;
-#else
-  f32x16 out;
-  for (int i = 0; i < 16; ++i) {
-    uint32_t half = p[i].bits, sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu, bits;
-    if (magnitude >= 0x7c00u) {
-      bits = sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13);
-    } else {  // shifting the exponent as if it were a float's, then scaling, gives subnormals too
-      bits = magnitude << 13;
-      float scaled;
-      memcpy(&scaled, &bits, 4);
-      scaled *= 0x1p112f;
-      memcpy(&bits, &scaled, 4);
-      bits |= sign;
-    }
-    float value;
-    memcpy(&value, &bits, 4);
-    out[i] = value;
+QNEXT_INLINE float to_float(f16 x) {
+  uint32_t half = x.bits, sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu, bits;
+  if (magnitude >= 0x7c00u) {
+    bits = sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+  } else {  // shifting the exponent as if it were a float's, then scaling, gives subnormals too
+    bits = magnitude << 13;
+    float scaled;
+    memcpy(&scaled, &bits, 4);
+    scaled *= 0x1p112f;
+    memcpy(&bits, &scaled, 4);
+    bits |= sign;
   }
-  return out;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+QNEXT_INLINE f32reg load_register(const f16* p) {
+#if defined(__AVX512F__)
+  return (f32reg)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (f32reg)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  f32reg v;
+  for (int i = 0; i < kRegisterLanes; ++i) v[i] = to_float(p[i]);
+  return v;
 #endif
 }
 
 // ---- products of narrow numbers ----
 
+#if defined(__AVX512VNNI__)
 // acc[i] += sum over j < 4 of codes[4 i + j] * x[j]: unsigned codes, signed x, exact in int32.
 QNEXT_INLINE i32x16 dot_codes(i32x16 acc, u8x64 codes, int32_t x4) {
-#if defined(__AVX512VNNI__)
   return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, _mm512_set1_epi32(x4));
-#elif defined(__AVX2__)
-  // Even and odd bytes apart: products of full bytes would saturate the 16-bit sums of maddubs.
-  __m256i x = _mm256_set1_epi32(x4);
-  __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
-  const __m256i low = _mm256_set1_epi16(0xff);
-  __m256i halves[2], sums[2];
-  memcpy(halves, &codes, 64);
-  memcpy(sums, &acc, 64);
-  for (int h = 0; h < 2; ++h) {
-    sums[h] = _mm256_add_epi32(sums[h], _mm256_madd_epi16(_mm256_and_si256(halves[h], low), x_even));
-    sums[h] = _mm256_add_epi32(sums[h], _mm256_madd_epi16(_mm256_srli_epi16(halves[h], 8), x_odd));
-  }
-  memcpy(&acc, sums, 64);
-  return acc;
+}
 #else
-  int8_t x[4];
-  memcpy(x, &x4, 4);
-  for (int i = 0; i < 16; ++i)
-    acc[i] += codes[4 * i] * x[0] + codes[4 * i + 1] * x[1] + codes[4 * i + 2] * x[2] + codes[4 * i + 3] * x[3];
-  return acc;
+typedef int32_t i32reg __attribute__((vector_size(4 * kRegisterLanes)));
+typedef int16_t i16reg __attribute__((vector_size(4 * kRegisterLanes)));
+typedef uint32_t u32reg __attribute__((vector_size(4 * kRegisterLanes)));
+typedef uint16_t u16reg __attribute__((vector_size(4 * kRegisterLanes)));
+typedef uint8_t u8reg __attribute__((vector_size(4 * kRegisterLanes)));
+
+// Four signed bytes, ready to be multiplied with nibbles.
+struct FourBytes {
+#if defined(__AVX2__)
+  __m256i all;
+#else
+  i16reg even, odd;
+#endif
+};
+QNEXT_INLINE FourBytes four_bytes(const int8_t* p) {
+  int32_t word;
+  memcpy(&word, p, 4);
+#if defined(__AVX2__)
+  return {_mm256_set1_epi32(word)};
+#else
+  const i16reg both = (i16reg)(i32reg{} + word);
+  return {(i16reg)((u16reg)both << 8) >> 8, both >> 8};
 #endif
 }
+
+// sums[2 i] += codes[4 i] * x[0] + codes[4 i + 1] * x[1], sums[2 i + 1] likewise with 2 and 3: codes 0 to 15, so that
+// eight calls fit into 16 bits.
+QNEXT_INLINE i16reg dot_nibbles(i16reg sums, u8reg codes, FourBytes x) {
+#if defined(__AVX2__)
+  return sums + (i16reg)_mm256_maddubs_epi16((__m256i)codes, x.all);
+#else
+  return sums + (i16reg)((u16reg)codes & 0xff) * x.even + (i16reg)((u16reg)codes >> 8) * x.odd;
+#endif
+}
+
+// factor * (sums[2 i] + sums[2 i + 1]) in int32.
+QNEXT_INLINE i32reg add_pairs(i16reg sums, int16_t factor) {
+#if defined(__AVX2__)
+  return (i32reg)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(factor));
+#elif defined(__SSE2__)
+  return (i32reg)_mm_madd_epi16((__m128i)sums, _mm_set1_epi16(factor));
+#else
+  const i32reg words = (i32reg)sums;
+  return (((i32reg)((u32reg)words << 16) >> 16) + (words >> 16)) * factor;
+#endif
+}
+#endif
 
 // acc[i] += w[2 i] * x[2 i] + w[2 i + 1] * x[2 i + 1] for 32 bf16 numbers each.
 #if defined(__AVX512BF16__)
