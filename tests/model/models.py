@@ -63,7 +63,14 @@ PEER_CONFIGS: dict[str, ModelConfig] = {
     "next, more experts than tokens in a step": next_config(
         num_experts=64, num_experts_per_tok=10, moe_intermediate_size=12
     ),
+    "next, sizes of the native kernels": next_config(
+        hidden_size=64, head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
+        linear_value_head_dim=32, intermediate_size=96, moe_intermediate_size=32, shared_expert_intermediate_size=64,
+    ),
     "qwen3": plain_config(),
+    "qwen3_moe, sizes of the native kernels": plain_config(
+        **{**MOE, "moe_intermediate_size": 32}, hidden_size=64, head_dim=32, num_key_value_heads=2
+    ),
     "qwen3, tied head, bias, YaRN": plain_config(tie_word_embeddings=True, attention_bias=True, rope_scaling=YARN),
     "qwen3_moe": plain_config(**MOE),
     "qwen3_moe, raw top-k weights, dense layers": plain_config(
@@ -133,7 +140,7 @@ class OneRequest:
         state_shape = (3, config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
         wide = torch.promote_types(model.dtype, torch.float32)
         self.delta = {
-            i: DeltaSlots(torch.full(conv_shape, nan, dtype=model.dtype), torch.full(state_shape, nan, dtype=wide))
+            i: DeltaSlots(torch.full(conv_shape, nan, dtype=wide), torch.full(state_shape, nan, dtype=wide))
             for i, kind in enumerate(config.layer_types)
             if kind == LINEAR_ATTENTION
         }
