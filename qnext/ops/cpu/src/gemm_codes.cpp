@@ -35,7 +35,7 @@ QNEXT_INLINE f32reg load_scales(const Panels& w, int64_t at) {
 #if defined(__AVX512VNNI__)
 constexpr bool kUnpackPays = true;
 // A single row is bound by memory: panel after panel is one stream, whose start is always asked for in time.
-QNEXT_INLINE int64_t parts_of_tile(int64_t num_rows) { return num_rows == 1 ? 1 : 2; }
+QNEXT_INLINE int64_t parts_of_tile(int64_t num_rows, bool) { return num_rows == 1 ? 1 : 2; }
 
 QNEXT_INLINE i32x16 load_zeros(const uint8_t* p) {
   return (i32x16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -105,8 +105,8 @@ void tile(const Panels& w, const TileRows& rows, f32x16 (*out)[kParts]) {
 }
 #else
 constexpr bool kUnpackPays = false;
-// The sums of six rows leave no registers for a second part.
-QNEXT_INLINE int64_t parts_of_tile(int64_t num_rows) { return num_rows <= 2 ? 2 : 1; }
+// Whole bytes take two sums each, which leaves no registers for a second part of six rows.
+QNEXT_INLINE int64_t parts_of_tile(int64_t num_rows, bool is_packed) { return is_packed || num_rows <= 2 ? 2 : 1; }
 
 QNEXT_INLINE i32reg load_zeros(const uint8_t* p) {
 #if defined(__AVX2__)
@@ -258,7 +258,7 @@ void multiply_codes(const Weight& weight, int64_t expert, int64_t begin, int64_t
   uint8_t* unpacked = nullptr;
   if (unpack_first) unpacked = static_cast<uint8_t*>(scratch(kUnpackedSlot, 4 * stored_bytes));
   w.panel_bytes = unpack_first ? 2 * stored_bytes : stored_bytes;
-  const int64_t most_parts = parts_of_tile(num_rows), step = most_parts * kRegisterLanes;
+  const int64_t most_parts = parts_of_tile(num_rows, is_packed), step = most_parts * kRegisterLanes;
   for (int64_t column = begin; column < end; column += step) {
     const int64_t panel = expert * weight.num_panels() + column / kLanes, lane = column % kLanes;
     const int num_parts = most_parts == 2 && end - column > kRegisterLanes ? 2 : 1;

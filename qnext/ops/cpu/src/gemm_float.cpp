@@ -58,6 +58,9 @@ void tile(const T* weight, int64_t num_inputs, const typename Operand<T>::Row* c
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       auto row = fetch(x[r] + d, (const Row*)nullptr);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+      asm("" : "+x"(row));  // else each product reads it again, and reads are what the loop waits for
+#endif
 #pragma GCC unroll 8
       for (int o = 0; o < kOutputs; ++o) acc[r][o] = accumulate(acc[r][o], w[o], row);
     }

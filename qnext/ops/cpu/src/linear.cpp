@@ -16,24 +16,22 @@ int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 // Rounds one group to int8: scale = largest magnitude / 127. A NaN or infinity makes the scale NaN.
 QNEXT_INLINE void quantize_group(const float* x, int64_t size, int32_t zero, int8_t* codes, float* scale,
                                  int32_t* correction) {
-  f32x16 largest = splat(0.0f), poison = splat(0.0f);
-  for (int64_t i = 0; i < size; i += kLanes) {
-    f32x16 v = load(x + i);
+  f32reg largest{}, poison{};
+  for (int64_t i = 0; i < size; i += kRegisterLanes) {
+    f32reg v = load_register(x + i);
     largest = vmax(largest, vabs(v));
-    poison = fma(v, splat(0.0f), poison);
+    poison = fma(v, f32reg{}, poison);
   }
   const float magnitude = max_lane(largest);
   const float inverse = magnitude > 0.0f ? 127.0f / magnitude : 0.0f;
-  i32x16 total = splat(0);
-  for (int64_t i = 0; i < size; i += kLanes) {
-    i32x16 q = round_to_int(load(x + i) * splat(inverse));
+  i32reg total{};
+  for (int64_t i = 0; i < size; i += kRegisterLanes) {
+    i32reg q = round_to_int(load_register(x + i) * splat_register(inverse));
     total += q;
-    typedef int8_t i8x16 __attribute__((vector_size(16)));
-    i8x16 narrow = __builtin_convertvector(q, i8x16);
-    memcpy(codes + i, &narrow, 16);
+    store(codes + i, q);
   }
   int32_t sum_of_codes = 0;
-  for (int i = 0; i < kLanes; ++i) sum_of_codes += total[i];
+  for (int i = 0; i < kRegisterLanes; ++i) sum_of_codes += total[i];
   *scale = magnitude / 127.0f + sum(poison);
   *correction = -zero * sum_of_codes;
 }

@@ -86,6 +86,8 @@ constexpr int kRegisterLanes = 8;
 constexpr int kRegisterLanes = 4;
 #endif
 typedef float f32reg __attribute__((vector_size(4 * kRegisterLanes)));
+typedef int32_t i32reg __attribute__((vector_size(4 * kRegisterLanes)));
+typedef uint32_t u32reg __attribute__((vector_size(4 * kRegisterLanes)));
 
 QNEXT_INLINE f32reg load_register(const float* p) {
   f32reg v;
@@ -140,16 +142,32 @@ QNEXT_INLINE float sum(f32reg v) {
   return x[0];
 }
 
-// f of each register of a and b: comparisons of wider vectors would be made lane by lane.
-template <typename F>
-QNEXT_INLINE f32x16 by_register(f32x16 a, f32x16 b, F f) {
-  constexpr int kParts = kLanes / kRegisterLanes;
-  f32reg parts[2][kParts];
-  memcpy(parts[0], &a, sizeof a);
-  memcpy(parts[1], &b, sizeof b);
-  for (int i = 0; i < kParts; ++i) parts[0][i] = f(parts[0][i], parts[1][i]);
-  memcpy(&a, parts[0], sizeof a);
-  return a;
+QNEXT_INLINE f32reg vmax(f32reg a, f32reg b) { return a > b ? a : b; }
+QNEXT_INLINE f32reg vmin(f32reg a, f32reg b) { return a < b ? a : b; }
+QNEXT_INLINE f32reg vabs(f32reg v) { return (f32reg)((u32reg)v & 0x7fffffffu); }
+QNEXT_INLINE f32reg to_float(i32reg v) { return __builtin_convertvector(v, f32reg); }
+QNEXT_INLINE float max_lane(f32reg v) {
+  float x[kRegisterLanes];
+  memcpy(x, &v, sizeof v);
+  for (int width = kRegisterLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = larger(x[i], x[i + width]);
+  return x[0];
+}
+
+// f of each register of v and of `others`: the compiler makes comparisons of wider vectors lane by lane.
+template <typename F, typename... Others>
+QNEXT_INLINE f32x16 by_register(F f, f32x16 v, Others... others) {
+  float x[1 + sizeof...(others)][kLanes];
+  int count = 0;
+  memcpy(x[count++], &v, sizeof v);
+  (memcpy(x[count++], &others, sizeof others), ...);
+  for (int i = 0; i < kLanes; i += kRegisterLanes) {
+    if constexpr (sizeof...(others) == 0)
+      store(x[0] + i, f(load_register(x[0] + i)));
+    else
+      store(x[0] + i, f(load_register(x[0] + i), load_register(x[1] + i)));
+  }
+  return load(x[0]);
 }
 #endif
 
@@ -157,14 +175,14 @@ QNEXT_INLINE f32x16 vmax(f32x16 a, f32x16 b) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
 #else
-  return by_register(a, b, [](f32reg x, f32reg y) { return x > y ? x : y; });
+  return by_register([](f32reg x, f32reg y) { return vmax(x, y); }, a, b);
 #endif
 }
 QNEXT_INLINE f32x16 vmin(f32x16 a, f32x16 b) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_min_ps((__m512)a, (__m512)b);
 #else
-  return by_register(a, b, [](f32reg x, f32reg y) { return x < y ? x : y; });
+  return by_register([](f32reg x, f32reg y) { return vmin(x, y); }, a, b);
 #endif
 }
 
@@ -172,38 +190,54 @@ QNEXT_INLINE float max_lane(f32x16 v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
 #else
-  float x[16];
-  memcpy(x, &v, 64);
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] = larger(x[i], x[i + width]);
-  return x[0];
+  f32reg best = load_register((const float*)&v);
+  for (int i = kRegisterLanes; i < kLanes; i += kRegisterLanes) best = vmax(best, load_register((const float*)&v + i));
+  return max_lane(best);
 #endif
 }
 QNEXT_INLINE f32x16 vabs(f32x16 v) { return (f32x16)((u32x16)v & (u32x16{} + 0x7fffffffu)); }
 
 // To the nearest integer, ties to even.
-QNEXT_INLINE i32x16 round_to_int(f32x16 v) {
+QNEXT_INLINE i32reg round_to_int(f32reg v) {
 #if defined(__AVX512F__)
-  return (i32x16)_mm512_cvtps_epi32((__m512)v);
+  return (i32reg)_mm512_cvtps_epi32((__m512)v);
 #elif defined(__AVX2__)
-  __m256 parts[2];
-  memcpy(parts, &v, 64);
-  __m256i rounded[2] = {_mm256_cvtps_epi32(parts[0]), _mm256_cvtps_epi32(parts[1])};
-  i32x16 out;
-  memcpy(&out, rounded, 64);
-  return out;
+  return (i32reg)_mm256_cvtps_epi32((__m256)v);
 #elif defined(__SSE2__)
-  __m128 parts[4];
-  memcpy(parts, &v, 64);
-  __m128i rounded[4];
-  for (int i = 0; i < 4; ++i) rounded[i] = _mm_cvtps_epi32(parts[i]);
-  i32x16 out;
-  memcpy(&out, rounded, 64);
-  return out;
+  return (i32reg)_mm_cvtps_epi32((__m128)v);
 #else
-  i32x16 out;
-  for (int i = 0; i < 16; ++i) out[i] = (int32_t)__builtin_nearbyintf(v[i]);
+  i32reg out;
+  for (int i = 0; i < kRegisterLanes; ++i) out[i] = (int32_t)__builtin_nearbyintf(v[i]);
   return out;
+#endif
+}
+
+#if !defined(__AVX512F__)
+QNEXT_INLINE i32x16 round_to_int(f32x16 v) {
+  i32reg parts[kLanes / kRegisterLanes];
+  for (int i = 0; i < kLanes / kRegisterLanes; ++i)
+    parts[i] = round_to_int(load_register((const float*)&v + i * kRegisterLanes));
+  i32x16 out;
+  memcpy(&out, parts, sizeof out);
+  return out;
+}
+#endif
+
+// Numbers from -128 to 127.
+QNEXT_INLINE void store(int8_t* p, i32reg v) {
+#if defined(__AVX512F__)
+  __m128i narrow = _mm512_cvtepi32_epi8((__m512i)v);
+  memcpy(p, &narrow, 16);
+#elif defined(__AVX2__)
+  __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  words = _mm_packs_epi16(words, words);
+  memcpy(p, &words, 8);
+#elif defined(__SSE2__)
+  __m128i words = _mm_packs_epi32((__m128i)v, (__m128i)v);
+  words = _mm_packs_epi16(words, words);
+  memcpy(p, &words, 4);
+#else
+  for (int i = 0; i < kRegisterLanes; ++i) p[i] = (int8_t)v[i];
 #endif
 }
 
@@ -306,9 +340,7 @@ QNEXT_INLINE i32x16 dot_codes(i32x16 acc, u8x64 codes, int32_t x4) {
   return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, _mm512_set1_epi32(x4));
 }
 #else
-typedef int32_t i32reg __attribute__((vector_size(4 * kRegisterLanes)));
 typedef int16_t i16reg __attribute__((vector_size(4 * kRegisterLanes)));
-typedef uint32_t u32reg __attribute__((vector_size(4 * kRegisterLanes)));
 typedef uint16_t u16reg __attribute__((vector_size(4 * kRegisterLanes)));
 typedef uint8_t u8reg __attribute__((vector_size(4 * kRegisterLanes)));
 
@@ -370,25 +402,31 @@ constexpr bool kHasBf16 = false;
 // ---- functions ----
 
 // e^x for x <= 88; 0 below -87.3. Relative error about 2e-7. NaN stays NaN.
-QNEXT_INLINE f32x16 exp(f32x16 x) {
-  f32x16 bounded = vmin(vmax(x, splat(-87.33654f)), splat(88.37626f));
-  i32x16 n = round_to_int(bounded * splat(1.44269504f));
-  f32x16 nf = to_float(n);
-  f32x16 r = fma(nf, splat(-0.693359375f), bounded);
-  r = fma(nf, splat(2.12194440e-4f), r);
-  f32x16 p = splat(1.9875691500e-4f);
-  p = fma(p, r, splat(1.3981999507e-3f));
-  p = fma(p, r, splat(8.3334519073e-3f));
-  p = fma(p, r, splat(4.1665795894e-2f));
-  p = fma(p, r, splat(1.6666665459e-1f));
-  p = fma(p, r, splat(5.0000001201e-1f));
-  f32x16 y = fma(p, r * r, r) + splat(1.0f);
-  f32x16 scale = (f32x16)((n + 127) << 23);
-  f32x16 out = y * scale;
-  out = (f32x16)((u32x16)out & ~(u32x16)(x < splat(-87.33654f)));
-  u32x16 is_nan = (u32x16)(x != x);
-  return (f32x16)(((u32x16)out & ~is_nan) | ((u32x16)x & is_nan));
+QNEXT_INLINE f32reg exp(f32reg x) {
+  f32reg bounded = vmin(vmax(x, splat_register(-87.33654f)), splat_register(88.37626f));
+  i32reg n = round_to_int(bounded * splat_register(1.44269504f));
+  f32reg nf = to_float(n);
+  f32reg r = fma(nf, splat_register(-0.693359375f), bounded);
+  r = fma(nf, splat_register(2.12194440e-4f), r);
+  f32reg p = splat_register(1.9875691500e-4f);
+  p = fma(p, r, splat_register(1.3981999507e-3f));
+  p = fma(p, r, splat_register(8.3334519073e-3f));
+  p = fma(p, r, splat_register(4.1665795894e-2f));
+  p = fma(p, r, splat_register(1.6666665459e-1f));
+  p = fma(p, r, splat_register(5.0000001201e-1f));
+  f32reg y = fma(p, r * r, r) + splat_register(1.0f);
+  f32reg scale = (f32reg)((n + 127) << 23);
+  f32reg out = y * scale;
+  out = (f32reg)((u32reg)out & ~(u32reg)(x < splat_register(-87.33654f)));
+  u32reg is_nan = (u32reg)(x != x);
+  return (f32reg)(((u32reg)out & ~is_nan) | ((u32reg)x & is_nan));
 }
+
+#if !defined(__AVX512F__)
+QNEXT_INLINE f32x16 exp(f32x16 x) {
+  return by_register([](f32reg v) { return exp(v); }, x);
+}
+#endif
 
 QNEXT_INLINE f32x16 sigmoid(f32x16 x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
 QNEXT_INLINE f32x16 silu(f32x16 x) { return x * sigmoid(x); }
