@@ -18,6 +18,7 @@ from qnext.checkpoint.names import disk_parts
 from qnext.config import ModelConfig, to_hf
 from qnext.errors import UsageError
 from qnext.model import CausalLM
+from qnext.ops import PanelWeight, QuantizedWeight
 from qnext.planning import parameter_shapes
 
 # What belongs to a tokenizer in a model folder; everything else of `tokenizer_folder` stays where it is.
@@ -42,10 +43,13 @@ def save_model(
 
     `dtype` None keeps each parameter's own. Tokenizer files are copied from `tokenizer_folder`.
     `generation_config` None means: the file of `tokenizer_folder`, or the token ids of the configuration.
-    Raises UsageError when `folder` exists and is not empty, unless `overwrite` is set and it holds a config.json.
+    Raises UsageError for a model with quantised weights, and when `folder` exists and is not empty, unless `overwrite`
+    is set and it holds a config.json.
     """
     parameters = dict(model.named_parameters())
     shapes = parameter_shapes(model.config)
+    if any(isinstance(value, QuantizedWeight | PanelWeight) for m in model.modules() for value in vars(m).values()):
+        raise UsageError(f"{folder}: a model with quantised weights is not saved; load it with dequantize=True")
     assert shapes.keys() == parameters.keys(), shapes.keys() ^ parameters.keys()
     dtypes = {name: dtype or parameters[name].dtype for name in shapes}
     with new_folder(folder, overwrite=overwrite) as temporary:

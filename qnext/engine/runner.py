@@ -10,7 +10,7 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qnext.engine.cache import Cache
 from qnext.engine.request import Request
@@ -32,8 +32,6 @@ class Runner:
     def __init__(self, model: CausalLM, cache: Cache) -> None:
         self.model = model
         self.cache = cache
-        if is_native(cache.device):
-            _widen_small(model)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> RunnerOutput:
@@ -80,11 +78,3 @@ class Runner:
             return hidden_TD.new_empty(0, self.model.config.vocab_size)
         last_R = packing.last_tokens_N[torch.tensor(rows, device=device)]
         return self.model.logits(hidden_TD.index_select(0, last_R)).to(torch.float32)
-
-
-def _widen_small(model: CausalLM) -> None:
-    """Vectors and convolutions in fp32, as the kernels want them: exact, and done once instead of in every step."""
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.dim() == 1 or isinstance(module, nn.Conv1d):
-                parameter.data = parameter.data.float()

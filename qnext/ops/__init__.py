@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qnext.ops.attention_mixer import attention_mixer
 from qnext.ops.backend import is_native, set_num_threads
+from qnext.ops.cpu.panels import PanelWeight
 from qnext.ops.delta_mixer import DeltaCache, gated_delta_mixer
 from qnext.ops.dispatch import embedding, experts_swiglu, linear, rms_norm, route
 from qnext.ops.memory import empty_huge, keep_freed_memory
@@ -28,6 +29,7 @@ __all__ = [
     "AttentionCache",
     "DeltaCache",
     "Packing",
+    "PanelWeight",
     "QuantizedWeight",
     "Routing",
     "SharedExpert",

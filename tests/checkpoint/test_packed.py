@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from cli.command import Capture, run
+from model.models import PEER_CONFIGS, make_model
 from torch import Tensor
 
 from qnext import ops
-from qnext.checkpoint import load_model
+from qnext.checkpoint import load_model, save_model
 from qnext.checkpoint.check import read_layout
 from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.names import disk_parts
@@ -342,3 +343,13 @@ def test_verify_reads_packed_values(tmp_path: Path, capsys: Capture) -> None:
     problems = "\n".join(json.loads(run(capsys, "verify", tmp_path / "m", "--json").out)["problems"])
     assert f"{DOWN}.g_idx does not list" in problems
     assert f"{DOWN}.scales holds NaN or infinity" in problems
+
+
+def test_a_model_with_codes_is_not_saved(tmp_path: Path) -> None:
+    model = make_model(PEER_CONFIGS["next"])
+    del model.lm_head._parameters["weight"]
+    codes, scales = torch.zeros(101, 48, dtype=torch.uint8), torch.ones(101, 3)
+    model.lm_head.weight = ops.QuantizedWeight(codes, scales, bits=8, group_size=16)
+    with pytest.raises(UsageError, match="quantised weights is not saved; load it with dequantize=True"):
+        save_model(model, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()

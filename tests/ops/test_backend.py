@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -92,3 +93,10 @@ def test_huge_memory_is_memory() -> None:
         tensors = [ops.empty_huge((1000, 333), dtype=torch.bfloat16).fill_(i) for i in range(5)]
     assert all((tensor == i).all() and tensor.shape == (1000, 333) for i, tensor in enumerate(tensors))
     assert len({tensor.data_ptr() for tensor in tensors}) == 5
+
+
+@pytest.mark.skipif(os.environ.get("QNEXT_BACKEND") == "reference", reason="the reference is wanted")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="nothing to compile with")
+def test_where_there_is_a_compiler_the_kernels_are_built() -> None:
+    """A build that failed would let every native test be skipped and nobody know."""
+    assert backend.native_module() is not None

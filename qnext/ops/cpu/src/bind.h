@@ -15,7 +15,6 @@ T* pointer(uintptr_t address) {
 void bind_linear(nanobind::module_& m);
 void bind_delta(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
-void bind_memory(nanobind::module_& m);
 void bind_limits(nanobind::module_& m);
 
 }  // namespace qnext

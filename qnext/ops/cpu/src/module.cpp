@@ -17,6 +17,5 @@ NB_MODULE(_native, m) {
   qnext::bind_linear(m);
   qnext::bind_delta(m);
   qnext::bind_attention(m);
-  qnext::bind_memory(m);
   qnext::bind_limits(m);
 }
