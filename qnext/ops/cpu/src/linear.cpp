@@ -180,12 +180,13 @@ void run_products(Product* products, int64_t count) {
 }
 
 void swiglu_row(const float* gate, const float* up, int64_t size, float* out) {
-  for (int64_t i = 0; i < size; i += kLanes) store(out + i, silu(load(gate + i)) * load(up + i));
+  for (int64_t i = 0; i < size; i += kRegisterLanes)
+    store(out + i, silu(load_register(gate + i)) * load_register(up + i));
 }
 
 float dot(const float* a, const float* b, int64_t size) {
-  f32x16 acc = splat(0.0f);
-  for (int64_t i = 0; i < size; i += kLanes) acc = fma(load(a + i), load(b + i), acc);
+  f32reg acc{};
+  for (int64_t i = 0; i < size; i += kRegisterLanes) acc = fma(load_register(a + i), load_register(b + i), acc);
   return sum(acc);
 }
 
@@ -290,11 +291,12 @@ struct Experts {
     parallel_for(num_tokens, [&](int64_t t) {
       float shared_weight = 1.0f;
       if (a.shared && a.shared->gate_vector) shared_weight = sigmoid(dot(x + t * hidden, a.shared->gate_vector, hidden));
-      for (int64_t d = 0; d < hidden; d += kLanes) {
-        f32x16 acc = splat(0.0f);
+      for (int64_t d = 0; d < hidden; d += kRegisterLanes) {
+        f32reg acc{};
         for (int64_t j = 0; j < a.top_k; ++j)
-          acc = fma(splat(weights[t * a.top_k + j]), load(down + places[t * a.top_k + j] * hidden + d), acc);
-        if (a.shared) acc = fma(splat(shared_weight), load(shared_down + t * hidden + d), acc);
+          acc = fma(splat_register(weights[t * a.top_k + j]),
+                    load_register(down + places[t * a.top_k + j] * hidden + d), acc);
+        if (a.shared) acc = fma(splat_register(shared_weight), load_register(shared_down + t * hidden + d), acc);
         store(out + t * hidden + d, acc);
       }
     });
@@ -352,13 +354,14 @@ void route(const float* logits, int64_t num_tokens, int64_t num_experts, int64_t
 void rms_norm(const float* x, const float* weight, int64_t num_rows, int64_t size, float eps, bool zero_centered,
               float* out) {
   constexpr int64_t kPerTask = 16;
-  const f32x16 offset = splat(zero_centered ? 1.0f : 0.0f);
+  const f32reg offset = splat_register(zero_centered ? 1.0f : 0.0f);
   parallel_for((num_rows + kPerTask - 1) / kPerTask, [&](int64_t task) {
     for (int64_t row = task * kPerTask; row < smaller(num_rows, (task + 1) * kPerTask); ++row) {
       const float* from = x + row * size;
       const float inverse = 1.0f / sqrtf(dot(from, from, size) / static_cast<float>(size) + eps);
-      for (int64_t i = 0; i < size; i += kLanes)
-        store(out + row * size + i, load(from + i) * splat(inverse) * (load(weight + i) + offset));
+      for (int64_t i = 0; i < size; i += kRegisterLanes)
+        store(out + row * size + i,
+              load_register(from + i) * splat_register(inverse) * (load_register(weight + i) + offset));
     }
   });
 }

@@ -422,14 +422,13 @@ QNEXT_INLINE f32reg exp(f32reg x) {
   return (f32reg)(((u32reg)out & ~is_nan) | ((u32reg)x & is_nan));
 }
 
+QNEXT_INLINE f32reg sigmoid(f32reg x) { return splat_register(1.0f) / (splat_register(1.0f) + exp(-x)); }
+QNEXT_INLINE f32reg silu(f32reg x) { return x * sigmoid(x); }
 #if !defined(__AVX512F__)
-QNEXT_INLINE f32x16 exp(f32x16 x) {
-  return by_register([](f32reg v) { return exp(v); }, x);
-}
+QNEXT_INLINE f32x16 exp(f32x16 x) { return by_register([](f32reg v) { return exp(v); }, x); }
+QNEXT_INLINE f32x16 sigmoid(f32x16 x) { return by_register([](f32reg v) { return sigmoid(v); }, x); }
+QNEXT_INLINE f32x16 silu(f32x16 x) { return by_register([](f32reg v) { return silu(v); }, x); }
 #endif
-
-QNEXT_INLINE f32x16 sigmoid(f32x16 x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
-QNEXT_INLINE f32x16 silu(f32x16 x) { return x * sigmoid(x); }
 QNEXT_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 QNEXT_INLINE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
