@@ -24,7 +24,7 @@ from qnext.config import ModelConfig, to_hf
 from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError
 from qnext.ops import QuantizedWeight
 from qnext.planning import parameter_shapes
-from qnext.quant.formats import compressed_tensors_of, compressed_tensors_specs
+from qnext.quant.formats import PackedGroup, compressed_tensors_config, compressed_tensors_of, compressed_tensors_specs
 from qnext.quant.layer import Rounded
 from qnext.quant.report import QualityReport, TensorError, TextComparison, measure_error, summarize
 from qnext.quant.rounding import round_nearest
@@ -253,32 +253,16 @@ def _write_config(folder: Path, config: ModelConfig, out: QuantizedOutput) -> No
 
 
 def quantization_config(out: QuantizedOutput) -> dict[str, Any]:
-    """How compressed-tensors 0.20 describes the folder.
+    """How compressed-tensors describes the folder.
 
     `ignore` holds exact names of modules, as the tensors are called on disk: readers that fuse modules look up each
     part. The embedding is no Linear and need not be named.
     """
     scheme, head = out.schemes
-    groups = {"group_0": _config_group(scheme, ["Linear"])}
+    groups = [PackedGroup(scheme.bits, scheme.group_size, ["Linear"])]
     if head is not None and head != scheme:
-        groups["group_1"] = _config_group(head, ["lm_head"])
+        groups.append(PackedGroup(head.bits, head.group_size, ["lm_head"]))
     ignored = [name.removesuffix(".weight") for name in out.kept_matrices if name != "model.embed_tokens.weight"]
     if out.config.tie_word_embeddings:
         ignored.append("lm_head")
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ignored,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
-
-
-def _config_group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
-    weights = {
-        "num_bits": scheme.bits, "type": "int", "symmetric": True, "strategy": "group",
-        "group_size": scheme.group_size, "dynamic": False, "actorder": None, "block_structure": None,
-    }  # fmt: skip
-    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+    return compressed_tensors_config(groups, ignore=ignored)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qnext.ops.backend import native, native_module, runs_native, wide
+from qnext.ops.backend import is_native, native, runs_native, wide
 from qnext.ops.cpu import linear as cpu
 from qnext.ops.reference import linear as reference_linear
 from qnext.ops.reference import moe as reference_moe
@@ -25,7 +25,7 @@ def _grad_source(weight: Weight) -> Tensor | None:
 def embedding(token_ids_T: Tensor, weight_YD: Tensor) -> Tensor:
     """[T, D]: the rows of the tokens. Native inference computes in fp32 from here on, whatever the weights are."""
     rows = F.embedding(token_ids_T, weight_YD)
-    if rows.dtype == torch.bfloat16 and not rows.requires_grad and rows.device.type == "cpu" and native_module():
+    if rows.dtype == torch.bfloat16 and not rows.requires_grad and is_native(rows.device):
         return rows.to(torch.float32)
     return rows
 

@@ -10,6 +10,9 @@ Legend: F outputs, D inputs, G groups of inputs, W int32 words or bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -137,6 +140,35 @@ def compressed_tensors_specs(
     if has_zeros:
         specs[f"{name}.weight_zero_point"] = (torch.int32, (packed_width(num_outputs, bits=bits), groups))
     return specs
+
+
+class PackedGroup(NamedTuple):
+    """Modules, by exact name, pattern or class, whose weights share one symmetric form."""
+
+    bits: int
+    group_size: int
+    targets: list[str]
+
+
+def compressed_tensors_config(groups: Sequence[PackedGroup], *, ignore: list[str]) -> dict[str, Any]:
+    """How compressed-tensors 0.20 describes a pack-quantized folder; `ignore` names what is not packed."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{i}": _config_group(group) for i, group in enumerate(groups)},
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _config_group(group: PackedGroup) -> dict[str, Any]:
+    weights = {
+        "num_bits": group.bits, "type": "int", "symmetric": True, "strategy": "group",
+        "group_size": group.group_size, "dynamic": False, "actorder": None, "block_structure": None,
+    }  # fmt: skip
+    return {"targets": group.targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 
 def _view_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

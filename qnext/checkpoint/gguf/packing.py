@@ -21,7 +21,7 @@ from qnext.checkpoint.gguf.names import Entry
 from qnext.checkpoint.names import disk_parts
 from qnext.config import ModelConfig
 from qnext.planning import parameter_shapes
-from qnext.quant.formats import compressed_tensors_specs
+from qnext.quant.formats import PackedGroup, compressed_tensors_config, compressed_tensors_specs
 from qnext.quant.scheme import make_policy
 
 GROUP_SIZE = 32
@@ -84,14 +84,10 @@ def quantization_config(config: ModelConfig, packed: Mapping[str, BlockType]) ->
             elif len(part.shape) == 2 and module != "model.embed_tokens":
                 kept.append(module)
     common = Counter(bits.values()).most_common(1)[0][0]
-    groups = {"group_0": _group(common, ["Linear"])}
-    others = {width: targets for width in set(bits.values()) - {common} if (targets := _targets(bits, width))}
-    for width, targets in others.items():
-        groups["group_1"] = _group(width, targets)
-    return {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-        "config_groups": groups, "ignore": kept, "kv_cache_scheme": None, "global_compression_ratio": None,
-    }  # fmt: skip
+    groups = [PackedGroup(common, GROUP_SIZE, ["Linear"])]
+    for width in set(bits.values()) - {common}:
+        groups.append(PackedGroup(width, GROUP_SIZE, _targets(bits, width)))
+    return compressed_tensors_config(groups, ignore=kept)
 
 
 def _targets(bits: Mapping[str, int], width: int) -> list[str]:
@@ -104,11 +100,3 @@ def _targets(bits: Mapping[str, int], width: int) -> list[str]:
         else:
             targets[f"re:{re.escape(match[1])}\\d+{re.escape(match[2])}$"] = None
     return list(targets)
-
-
-def _group(bits: int, targets: list[str]) -> dict[str, Any]:
-    weights = {
-        "num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP_SIZE,
-        "dynamic": False, "actorder": None, "block_structure": None,
-    }  # fmt: skip
-    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}

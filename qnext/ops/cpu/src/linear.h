@@ -70,7 +70,7 @@ struct LinearKernels {
                 float* weights, int64_t* experts);
   void (*rms_norm)(const float* x, const float* weight, int64_t num_rows, int64_t size, float eps, bool zero_centered,
                    float* out);
-  // Rows of codes as on disk -> panels; see Weight. `first_output` is a multiple of 16.
+  // Rows of codes as on disk -> panels; see Weight. The last panel is padded with zeros.
   void (*write_panels)(const uint8_t* codes, int64_t num_outputs, int64_t row_bytes, int bits, uint8_t* panels);
 };
 

@@ -260,13 +260,6 @@ QNEXT_INLINE f32x16 load(const bf16* p) {
 #endif
 }
 
-QNEXT_INLINE float to_float(bf16 x) {
-  uint32_t bits = (uint32_t)x.bits << 16;
-  float out;
-  memcpy(&out, &bits, 4);
-  return out;
-}
-
 QNEXT_INLINE f32reg load_register(const bf16* p) {
 #if defined(__AVX512F__)
   return load(p);
