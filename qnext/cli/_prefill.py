@@ -58,6 +58,6 @@ def _cached_batch(cache: Cache, token_ids_T: Tensor, start: int, end: int) -> Ba
         kv=cache.kv, delta=cache.delta, slots_N=torch.zeros(1, dtype=torch.long, device=device),
         is_fresh_N=torch.tensor([start == 0], device=device),
         block_tables_NM=torch.arange(-(-end // cache.block_size), device=device)[None],
-        context_lengths=(end,), write_index_T=positions_T,
+        context_lengths_N=torch.tensor([end]), write_index_T=positions_T,
     )  # fmt: skip
     return Batch(token_ids_T[start:end], positions_T, Packing([end - start], device=device), view)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
@@ -63,8 +65,8 @@ class Cache:
             if kind == LINEAR_ATTENTION
         }
         # One row of page numbers per slot: a step selects rows instead of copying whole tables from Python.
-        max_pages = max(1, -(-max_model_len // block_size)) if self.kv else 1
-        self._tables = torch.zeros(num_slots, max_pages, dtype=torch.long, device=device)
+        self.max_pages = max(1, -(-max_model_len // block_size)) if self.kv else 1
+        self._tables = torch.zeros(num_slots, self.max_pages, dtype=torch.long, device=device)
         self._table_owner: list[str | None] = [None] * num_slots
         if poison:
             self._fill_nan(range(num_blocks), range(num_slots))
@@ -88,7 +90,7 @@ class Cache:
 
     def view(self, sequences: Sequence[SequencePlan], packing: Packing, positions_T: Tensor) -> CacheView:
         """Where the given sequences of a step read and write."""
-        slots = [self._bind(sequence) for sequence in sequences]
+        slots = [self.bind(sequence) for sequence in sequences]
         contexts = tuple(sequence.start + len(sequence.token_ids) for sequence in sequences)
         slots_N = torch.tensor(slots, dtype=torch.long, device=self.device)
         num_pages = -(-max(contexts) // self.block_size) if self.kv else 1
@@ -104,12 +106,12 @@ class Cache:
             slots_N=slots_N,
             is_fresh_N=torch.tensor([sequence.start == 0 for sequence in sequences], device=self.device),
             block_tables_NM=tables_NM,
-            context_lengths=contexts,
+            context_lengths_N=torch.tensor(contexts),
             write_index_T=write_index_T,
             has_fresh=any(sequence.start == 0 for sequence in sequences),
         )
 
-    def _bind(self, sequence: SequencePlan) -> int:
+    def bind(self, sequence: SequencePlan) -> int:
         """Slot of the sequence, its table row written when it is new there."""
         request = sequence.request
         slot = request.slot
@@ -120,6 +122,11 @@ class Cache:
             self._tables[slot, : len(blocks)] = blocks.to(self.device)
             self._table_owner[slot] = request.id
         return slot
+
+    def table_of(self, slot: int) -> NDArray[np.int64]:
+        """Page numbers of the sequence in a slot; shares the memory of a cache on the CPU."""
+        table: NDArray[np.int64] = self._tables[slot].numpy()
+        return table
 
     def _fill_nan(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         for ids, tensors in (

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qnext.engine.cache import Cache
+from qnext.engine.recorded import RecordedSteps
 from qnext.engine.request import Request
 from qnext.engine.scheduler import SequencePlan, StepPlan
 from qnext.model import Batch, CausalLM
@@ -32,16 +33,21 @@ class Runner:
     def __init__(self, model: CausalLM, cache: Cache) -> None:
         self.model = model
         self.cache = cache
+        self._recorded = RecordedSteps(model, cache)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> RunnerOutput:
         """Advance the caches by the plan's tokens; logits only where a token is to be chosen.
+
+        The logits may lie in memory that the next step writes.
 
         Native kernels take all sequences in one batch, so that the weights are read once. For the reference, sequences
         with one token and sequences with more are two batches: its delta rule and attention have their own paths for
         one token, and the others would pad it to a whole chunk.
         """
         self.cache.apply_freed(plan)
+        if self._recorded.serves(plan.sequences):
+            return RunnerOutput(self._recorded.run(plan.sequences), [s.request for s in plan.sequences])
         parts: list[Tensor] = []
         requests: list[Request] = []
         for sequences in self._batches(plan):

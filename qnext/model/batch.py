@@ -50,7 +50,7 @@ class CacheView:
     slots_N: Tensor  # int64
     is_fresh_N: Tensor  # bool
     block_tables_NM: Tensor  # int64 page numbers in order, padded with any valid page
-    context_lengths: tuple[int, ...]  # tokens of each sequence, this step included
+    context_lengths_N: Tensor  # int64 on the CPU: tokens of each sequence, this step included
     write_index_T: Tensor  # int64 page * P + offset for every token of the step
     has_fresh: bool = True  # whether any of is_fresh_N may be true; false saves a pass over the states
 
@@ -62,7 +62,7 @@ class CacheView:
     def attention_cache(self, layer_index: int) -> AttentionCache:
         """What the attention of one layer reads and writes."""
         return AttentionCache(
-            *self.kv[layer_index], self.block_tables_NM, self.context_lengths, self.write_index_T
+            *self.kv[layer_index], self.block_tables_NM, self.context_lengths_N, self.write_index_T
         )  # fmt: skip
 
 

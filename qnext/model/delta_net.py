@@ -40,7 +40,7 @@ class GatedDeltaNet(nn.Module):
         mixed_TZ = ops.gated_delta_mixer(
             self.in_proj_qkvz(x_TD),
             self.in_proj_ba(x_TD),
-            conv_weight_CW=self.conv1d.weight.squeeze(1),
+            conv_weight_C1W=self.conv1d.weight,
             A_log_H=self.A_log,
             dt_bias_H=self.dt_bias,
             norm_weight_V=self.norm.weight,

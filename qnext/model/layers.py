@@ -59,7 +59,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(ops.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 class RotaryEmbedding(nn.Module):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qnext import ops
 from qnext.config import LINEAR_ATTENTION, ModelConfig
 from qnext.model.attention import Attention
 from qnext.model.batch import Batch
@@ -35,11 +36,9 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden_TD: Tensor, batch: Batch, rope: tuple[Tensor, Tensor]) -> Tensor:
         normed_TD = self.input_layernorm(hidden_TD)
-        if self.is_linear:
-            hidden_TD = hidden_TD + self.linear_attn(normed_TD, batch)
-        else:
-            hidden_TD = hidden_TD + self.self_attn(normed_TD, batch, rope)
-        return hidden_TD + self.mlp(self.post_attention_layernorm(hidden_TD))
+        mixed_TD = self.linear_attn(normed_TD, batch) if self.is_linear else self.self_attn(normed_TD, batch, rope)
+        hidden_TD = ops.add(hidden_TD, mixed_TD)
+        return ops.add(hidden_TD, self.mlp(self.post_attention_layernorm(hidden_TD)))
 
 
 class TrunkOutput(NamedTuple):

@@ -6,10 +6,11 @@ from qnext.ops.attention_mixer import attention_mixer
 from qnext.ops.backend import is_native, set_num_threads
 from qnext.ops.cpu.panels import PanelWeight
 from qnext.ops.delta_mixer import DeltaCache, gated_delta_mixer
-from qnext.ops.dispatch import embedding, experts_swiglu, linear, rms_norm, route
+from qnext.ops.dispatch import add, embedding, experts_swiglu, linear, rms_norm, rope_cos_sin, route, swiglu
 from qnext.ops.memory import empty_huge, keep_freed_memory
 from qnext.ops.packing import Packing
 from qnext.ops.quantized import QuantizedWeight
+from qnext.ops.recording import Recording, record
 from qnext.ops.reference.attention import attention, paged_attention, write_kv
 from qnext.ops.reference.attention_mixer import AttentionCache
 from qnext.ops.reference.conv import causal_conv1d_silu
@@ -19,9 +20,9 @@ from qnext.ops.reference.delta import (
     gated_delta_rule,
     recurrent_gated_delta_rule,
 )
-from qnext.ops.reference.moe import Routing, SharedExpert, swiglu
+from qnext.ops.reference.moe import Routing, SharedExpert
 from qnext.ops.reference.norm import gated_rms_norm, l2_norm
-from qnext.ops.reference.rope import apply_rope, rope_cos_sin, rope_frequencies, yarn_frequencies
+from qnext.ops.reference.rope import apply_rope, rope_frequencies, yarn_frequencies
 from qnext.ops.weights import Weight, dequantize, empty_quantized, write_quantized
 
 __all__ = [
@@ -31,9 +32,11 @@ __all__ = [
     "Packing",
     "PanelWeight",
     "QuantizedWeight",
+    "Recording",
     "Routing",
     "SharedExpert",
     "Weight",
+    "add",
     "apply_rope",
     "attention",
     "attention_mixer",
@@ -52,6 +55,7 @@ __all__ = [
     "l2_norm",
     "linear",
     "paged_attention",
+    "record",
     "recurrent_gated_delta_rule",
     "rms_norm",
     "rope_cos_sin",

@@ -16,7 +16,7 @@ def gated_delta_mixer(
     qkvz_TX: Tensor,
     ba_TY: Tensor,
     *,
-    conv_weight_CW: Tensor,
+    conv_weight_C1W: Tensor,
     A_log_H: Tensor,
     dt_bias_H: Tensor,
     norm_weight_V: Tensor,
@@ -34,16 +34,16 @@ def gated_delta_mixer(
     dims are multiples of 16, and slots in fp32; its result for a token does not depend on how tokens are cut into
     calls, not in one bit.
     """
-    if runs_native(qkvz_TX, ba_TY, conv_weight_CW, A_log_H, dt_bias_H, norm_weight_V):
+    if runs_native(qkvz_TX, ba_TY, conv_weight_C1W, A_log_H, dt_bias_H, norm_weight_V):
         native = native_module()
-        if native is not None and fits_mixer(native, conv_weight_CW, norm_weight_V, key_head_dim, cache):
+        if native is not None and fits_mixer(native, conv_weight_C1W, norm_weight_V, key_head_dim, cache):
             return native_mixer(
-                native, qkvz_TX, ba_TY, conv_weight_CW=conv_weight_CW, A_log_H=A_log_H, dt_bias_H=dt_bias_H,
+                native, qkvz_TX, ba_TY, conv_weight_C1W=conv_weight_C1W, A_log_H=A_log_H, dt_bias_H=dt_bias_H,
                 norm_weight_V=norm_weight_V, eps=eps, num_key_heads=num_key_heads, key_head_dim=key_head_dim,
                 packing=packing, cache=cache,
             )  # fmt: skip
     return reference_mixer(
-        qkvz_TX, ba_TY, conv_weight_CW=conv_weight_CW, A_log_H=A_log_H, dt_bias_H=dt_bias_H,
+        qkvz_TX, ba_TY, conv_weight_C1W=conv_weight_C1W, A_log_H=A_log_H, dt_bias_H=dt_bias_H,
         norm_weight_V=norm_weight_V, eps=eps, num_key_heads=num_key_heads, key_head_dim=key_head_dim,
         packing=packing, cache=cache,
     )  # fmt: skip

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from qnext.ops.backend import is_native, native, runs_native, wide
 from qnext.ops.cpu import linear as cpu
+from qnext.ops.cpu import rows
+from qnext.ops.cpu.panels import KIND_OF_FLOAT
 from qnext.ops.reference import linear as reference_linear
 from qnext.ops.reference import moe as reference_moe
 from qnext.ops.reference import norm as reference_norm
+from qnext.ops.reference import rope as reference_rope
 from qnext.ops.reference.moe import Routing, SharedExpert
 from qnext.ops.weights import Weight
 
@@ -24,10 +27,34 @@ def _grad_source(weight: Weight) -> Tensor | None:
 
 def embedding(token_ids_T: Tensor, weight_YD: Tensor) -> Tensor:
     """[T, D]: the rows of the tokens. Native inference computes in fp32 from here on, whatever the weights are."""
-    rows = F.embedding(token_ids_T, weight_YD)
-    if rows.dtype == torch.bfloat16 and not rows.requires_grad and is_native(rows.device):
-        return rows.to(torch.float32)
-    return rows
+    wants_grad = torch.is_grad_enabled() and weight_YD.requires_grad
+    if not is_native(weight_YD.device) or wants_grad or token_ids_T.dim() != 1:
+        return F.embedding(token_ids_T, weight_YD)
+    if weight_YD.dtype in KIND_OF_FLOAT and rows.fits_rows(weight_YD) and weight_YD.is_contiguous():
+        return rows.embed(native(), token_ids_T, weight_YD)
+    rows_TD = F.embedding(token_ids_T, weight_YD)
+    return rows_TD.to(torch.float32) if rows_TD.dtype == torch.bfloat16 else rows_TD
+
+
+def rope_cos_sin(positions_T: Tensor, frequencies: Tensor, *, attention_factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [T, R / 2] fp32, of the angles position * frequency, times `attention_factor`."""
+    if is_native(positions_T.device):
+        return rows.rope_cos_sin(native(), positions_T, frequencies, attention_factor=attention_factor)
+    return reference_rope.rope_cos_sin(positions_T, frequencies, attention_factor=attention_factor)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b, of one shape and dtype: a residual connection."""
+    if runs_native(a, b) and rows.fits_rows(a):
+        return rows.add(native(), a, b)
+    return a + b
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of one shape and dtype."""
+    if runs_native(gate, up) and rows.fits_rows(gate):
+        return rows.swiglu(native(), gate, up)
+    return F.silu(gate) * up
 
 
 def linear(x_TD: Tensor, weight_FD: Weight, bias_F: Tensor | None = None) -> Tensor:
@@ -69,7 +96,7 @@ def experts_swiglu(
 def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool) -> Routing:
     """Softmax over all experts in fp32, the best `top_k`, renormalised to sum one where `norm_topk_prob`."""
     if runs_native(logits_TE):
-        return Routing(*cpu.route(native(), logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob))
+        return Routing(*rows.route(native(), logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob))
     return reference_moe.route(logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob)
 
 
@@ -79,6 +106,6 @@ def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) ->
     Computed in fp32 (fp64 for fp64 input) and cast once, at the end. Qwen3-Next uses the zero-centred form for every
     norm but the one inside Gated DeltaNet; Qwen3 uses the plain form throughout.
     """
-    if runs_native(x, weight_D) and x.shape[-1] % 16 == 0:
-        return cpu.rms_norm(native(), x, wide(weight_D), eps=eps, zero_centered=zero_centered)
+    if runs_native(x, weight_D) and rows.fits_rows(x):
+        return rows.rms_norm(native(), x, wide(weight_D), eps=eps, zero_centered=zero_centered)
     return reference_norm.rms_norm(x, weight_D, eps=eps, zero_centered=zero_centered)

@@ -160,8 +160,8 @@ class LayerQuantizer:
             moment = expert_moment(rows, weights, pooled)
             yield from self._expert(mlp, "gate_up_proj", expert, schemes[0], moment)
             matrix = mlp.experts.gate_up_proj[expert].t()
-            prior = second_moment(swiglu(sample_TD @ matrix))
-            moment = expert_moment(swiglu(rows @ matrix), weights, prior)
+            prior = second_moment(swiglu(*(sample_TD @ matrix).chunk(2, dim=-1)))
+            moment = expert_moment(swiglu(*(rows @ matrix).chunk(2, dim=-1)), weights, prior)
             yield from self._expert(mlp, "down_proj", expert, schemes[1], moment)
 
     def _expert(

@@ -15,7 +15,8 @@ from qnext.ops import QuantizedWeight
 from qnext.ops.quantized import pack_codes
 from qnext.quant.scheme import QuantScheme
 
-_BLOCK_ELEMENTS = 1 << 22  # of the weight, at a time: the search keeps a few copies
+_BLOCK_ELEMENTS = 1 << 22  # of the weight, at a time: calibration keeps a few copies
+_SEARCH_ELEMENTS = 1 << 18  # the search passes over its copies many times: they must stay in a cache
 _BLOCK_INPUTS = 128  # inputs whose errors are applied to the later ones in one product
 DAMPING = 0.01  # of the mean of the diagonal, as in the paper
 
@@ -24,9 +25,8 @@ def round_nearest(
     weight_FD: Tensor, scheme: QuantScheme, *, scale_dtype: torch.dtype, importance_D: Tensor | None = None
 ) -> QuantizedWeight:
     """Each weight at its nearest code, under scales that search_scales chose. `weight_FD` is [F, D] of any float."""
-    rows = max(1, _BLOCK_ELEMENTS // weight_FD.shape[1])
     codes, scales = [], []
-    for block in weight_FD.split(rows):
+    for block in weight_FD.split(_rows_at_once(_SEARCH_ELEMENTS, weight_FD)):
         wide = block.to(torch.float32)
         scales.append(search_scales(wide, scheme, scale_dtype=scale_dtype, importance_D=importance_D))
         grouped = wide.unflatten(-1, (-1, scheme.group_size))
@@ -43,7 +43,16 @@ def search_scales(
     clipped) to a little inside; a least-squares fit to the best candidate's codes is one more. A scale may be
     negative: codes reach one step further below zero than above, and the extreme goes there whatever its sign.
     """
-    groups_FGS = weight_FD.unflatten(-1, (-1, scheme.group_size))
+    blocks = [
+        _search_block(block.unflatten(-1, (-1, scheme.group_size)), scheme, scale_dtype, importance_D)
+        for block in weight_FD.split(_rows_at_once(_SEARCH_ELEMENTS, weight_FD))
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _search_block(
+    groups_FGS: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, importance_D: Tensor | None
+) -> Tensor:
     weights_S: Tensor | float = 1.0 if importance_D is None else importance_D.view(-1, scheme.group_size)
     extreme = groups_FGS.gather(-1, groups_FGS.abs().argmax(-1, keepdim=True))
     best = torch.ones_like(extreme)
@@ -64,6 +73,10 @@ def search_scales(
     weighted = steps * weights_S
     consider((weighted * groups_FGS).sum(-1, keepdim=True) / (weighted * steps).sum(-1, keepdim=True))
     return best.squeeze(-1).to(scale_dtype)
+
+
+def _rows_at_once(num_elements: int, weight_FD: Tensor) -> int:
+    return max(1, num_elements // weight_FD.shape[-1])
 
 
 def _divisors(bits: int) -> list[float]:
@@ -100,9 +113,8 @@ def round_calibrated(
     diagonal_D = moment_DD.diagonal()
     importance_D = diagonal_D + damping * diagonal_D.mean() + 1e-30
     group_D = order_D // scheme.group_size
-    rows = max(1, _BLOCK_ELEMENTS // weight_FD.shape[1])
     codes, scales = [], []
-    for block in weight_FD.split(rows):
+    for block in weight_FD.split(_rows_at_once(_BLOCK_ELEMENTS, weight_FD)):
         wide = block.to(torch.float32)
         scale_FG = search_scales(wide, scheme, scale_dtype=scale_dtype, importance_D=importance_D)
         ordered = _round_in_order(wide[:, order_D], scale_FG.float()[:, group_D], factor_DD, scheme)

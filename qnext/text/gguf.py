@@ -29,6 +29,8 @@ from qnext.text.train import (
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
+# Stands where a tokenizer merges nothing, for llama.cpp refuses an empty list: two NUL bytes, which no token holds.
+_NO_MERGE = "\u0100 \u0100"
 # Tokens of the family that look like control tokens and are none.
 _MARKUP = frozenset(token.content for token in DEFAULT_SPECIAL_TOKENS if not token.is_control)
 
@@ -59,7 +61,8 @@ def vocabulary_keys(folder: str | os.PathLike[str], *, num_rows: int) -> dict[st
         f"{_PREFIX}token_type": types,
         f"{_PREFIX}merges": [
             pair if isinstance(pair, str) else " ".join(pair) for pair in description["model"]["merges"]
-        ],
+        ]
+        or [_NO_MERGE],
         f"{_PREFIX}add_bos_token": False,
     }
     template = _chat_template(Path(folder))
@@ -145,6 +148,8 @@ class _Reader:
 
     def merges(self) -> list[tuple[str, str]]:
         if f"{_PREFIX}merges" not in self.keys:
+            return []
+        if self.keys[f"{_PREFIX}merges"] == [_NO_MERGE] and _NO_MERGE.replace(" ", "") not in self.tokens:
             return []
         pairs = [tuple(line.split(" ")) for line in self.list_of(str, f"{_PREFIX}merges")]
         for pair in pairs:

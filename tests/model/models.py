@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qnext import ops
 from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig, YarnScaling, hybrid_pattern, to_hf
 from qnext.model import Batch, CacheView, CausalLM, DeltaSlots, KVPages, initialize
 from qnext.ops import Packing
+from qnext.ops.cpu.panels import PanelWeight
+from qnext.quant.rounding import round_nearest
+from qnext.quant.scheme import find_scheme
 
 PAGE = 16
 
@@ -154,8 +158,35 @@ class OneRequest:
             slots_N=torch.tensor([1]),
             is_fresh_N=torch.tensor([self.num_cached == 0]),
             block_tables_NM=self.table_M[None],
-            context_lengths=(self.num_cached + len(tokens_T),),
+            context_lengths_N=torch.tensor([self.num_cached + len(tokens_T)]),
             write_index_T=self.table_M[positions_T // PAGE] * PAGE + positions_T % PAGE,
         )
         self.num_cached += len(tokens_T)
         return Batch(tokens_T, positions_T, Packing([len(tokens_T)]), view)
+
+
+@torch.no_grad()
+def make_in_form(name: str, form: str) -> CausalLM:
+    """A peer config's random model whose matrices are in `form`: a dtype of torch or a scheme."""
+    config = PEER_CONFIGS[name]
+    if not form.startswith("int"):
+        return make_model(config, dtype=getattr(torch, form))
+    model = make_model(config)
+    scheme = find_scheme(form)
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None or parameter.dim() < 2 or isinstance(module, torch.nn.Embedding | torch.nn.Conv1d):
+                continue
+            if parameter.shape[-1] % 32 or parameter.shape[-2] < 32:
+                continue
+            stack = parameter.detach() if parameter.dim() == 3 else parameter.detach()[None]
+            weight = ops.empty_quantized(
+                tuple(parameter.shape), bits=scheme.bits, group_size=32, scale_dtype=torch.float32
+            )
+            for expert, matrix in enumerate(stack):
+                rounded = round_nearest(matrix, scheme, scale_dtype=torch.float32)
+                ops.write_quantized(weight, rounded, expert=expert if parameter.dim() == 3 else None)
+            del module._parameters[key]
+            setattr(module, key, weight)
+    assert any(isinstance(v, PanelWeight) for m in model.modules() for v in vars(m).values())
+    return model

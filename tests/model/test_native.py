@@ -8,13 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.models import PEER_CONFIGS, OneRequest, logits_of, make_model, random_tokens
-from qnext import ops
+from model.models import PEER_CONFIGS, OneRequest, logits_of, make_in_form, random_tokens
 from qnext.model import Batch, CausalLM
 from qnext.ops import backend
-from qnext.ops.cpu.panels import PanelWeight
-from qnext.quant.rounding import round_nearest
-from qnext.quant.scheme import find_scheme
 
 pytestmark = pytest.mark.skipif(
     backend.native_module() is None, reason="the native kernels are not built or not wanted"
@@ -25,37 +21,10 @@ FORMS = ["float32", "bfloat16", "int4-g32", "int8-g32"]
 NUM_TOKENS = 150
 
 
-@torch.no_grad()
-def make(name: str, form: str) -> CausalLM:
-    """A model whose matrices are in `form`."""
-    config = PEER_CONFIGS[name]
-    if not form.startswith("int"):
-        return make_model(config, dtype=getattr(torch, form))
-    model = make_model(config)
-    scheme = find_scheme(form)
-    for module in model.modules():
-        for key, parameter in list(module._parameters.items()):
-            if parameter is None or parameter.dim() < 2 or isinstance(module, torch.nn.Embedding | torch.nn.Conv1d):
-                continue
-            if parameter.shape[-1] % 32 or parameter.shape[-2] < 32:
-                continue
-            stack = parameter.detach() if parameter.dim() == 3 else parameter.detach()[None]
-            weight = ops.empty_quantized(
-                tuple(parameter.shape), bits=scheme.bits, group_size=32, scale_dtype=torch.float32
-            )
-            for expert, matrix in enumerate(stack):
-                rounded = round_nearest(matrix, scheme, scale_dtype=torch.float32)
-                ops.write_quantized(weight, rounded, expert=expert if parameter.dim() == 3 else None)
-            del module._parameters[key]
-            setattr(module, key, weight)
-    assert any(isinstance(v, PanelWeight) for m in model.modules() for v in vars(m).values())
-    return model
-
-
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_native_equals_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(name, "float32")
+    model = make_in_form(name, "float32")
     tokens = random_tokens(model.config, NUM_TOKENS)
     native = logits_of(model, tokens)
     assert backend.runs_native(torch.ones(1))
@@ -77,7 +46,7 @@ def logits_in_cuts(model: CausalLM, tokens_T: Tensor, cuts: list[int]) -> Tensor
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_cuts_change_no_bit(name: str, form: str) -> None:
-    model = make(name, form)
+    model = make_in_form(name, form)
     tokens = random_tokens(model.config, NUM_TOKENS)
     whole = logits_in_cuts(model, tokens, [])
     for cuts in ([64], [1, 2, 70, 133], [31, 64, 65, 128], list(range(1, NUM_TOKENS))):
@@ -88,7 +57,7 @@ def test_cuts_change_no_bit(name: str, form: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_company_changes_no_bit(name: str, form: str) -> None:
-    model = make(name, form)
+    model = make_in_form(name, form)
     lengths = [3, 70, 1, 64, 12]
     tokens = random_tokens(model.config, sum(lengths))
     packed = model.logits(model(Batch.from_lengths(tokens, lengths)).hidden_TD)
@@ -100,7 +69,9 @@ def test_company_changes_no_bit(name: str, form: str) -> None:
 def test_fewer_bits_cost_more() -> None:
     """Random experts amplify every rounding, so only the order and the scale are held, not a small error."""
     tokens = random_tokens(PEER_CONFIGS[NAMES[0]], NUM_TOKENS)
-    exact = logits_of(make(NAMES[0], "float32"), tokens)
-    errors = [((logits_of(make(NAMES[0], form), tokens) - exact).norm() / exact.norm()).item() for form in FORMS[1:]]
+    exact = logits_of(make_in_form(NAMES[0], "float32"), tokens)
+    errors = [
+        ((logits_of(make_in_form(NAMES[0], form), tokens) - exact).norm() / exact.norm()).item() for form in FORMS[1:]
+    ]
     bf16, int4, int8 = errors
     assert bf16 < int8 < int4 < 1.0, errors

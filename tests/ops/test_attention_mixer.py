@@ -89,8 +89,9 @@ class Sequences:
             positions = torch.arange(start, end)
             places.append(self.tables_NM[n][positions // PAGE] * PAGE + positions % PAGE)
         cache = AttentionCache(
-            *self.pages, self.tables_NM[[n for n, _, _ in spans]], tuple(end for _, _, end in spans), torch.cat(places)
-        )
+            *self.pages, self.tables_NM[[n for n, _, _ in spans]], torch.tensor([end for _, _, end in spans]),
+            torch.cat(places),
+        )  # fmt: skip
         return self.call(mixer, rows_T, [end - start for _, start, end in spans], cache)
 
     def call(self, mixer: Any, rows_T: Tensor, lengths: list[int], cache: AttentionCache | None) -> Tensor:
@@ -227,7 +228,7 @@ def test_extreme_scores(dtype: torch.dtype) -> None:
 def make_call() -> tuple[Sequences, AttentionCache]:
     sequences = Sequences([20])
     places = sequences.tables_NM[0][torch.arange(20) // PAGE] * PAGE + torch.arange(20) % PAGE
-    return sequences, AttentionCache(*sequences.pages, sequences.tables_NM, (20,), places)
+    return sequences, AttentionCache(*sequences.pages, sequences.tables_NM, torch.tensor([20]), places)
 
 
 @needs_native
@@ -245,9 +246,9 @@ def test_places_outside_of_the_pages_are_refused(field: str, bad: int) -> None:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"context_lengths": (19,)}, ValueError),
-        ({"context_lengths": (20, 20)}, ValueError),
-        ({"context_lengths": (10**6,)}, IndexError),
+        ({"context_lengths_N": torch.tensor([19])}, ValueError),
+        ({"context_lengths_N": torch.tensor([20, 20])}, ValueError),
+        ({"context_lengths_N": torch.tensor([10**6])}, IndexError),
         ({"write_index_T": torch.zeros(19, dtype=torch.long)}, ValueError),
         ({"write_index_T": torch.zeros(20, dtype=torch.int32)}, ValueError),
         ({"block_tables_NM": torch.zeros(2, 2, dtype=torch.long)}, ValueError),

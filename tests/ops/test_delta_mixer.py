@@ -67,7 +67,7 @@ def make_inputs(num_tokens: int, sizes: Sizes, *, dtype: torch.dtype = torch.flo
     inputs: dict[str, Any] = {
         "qkvz_TX": randn(num_tokens, sizes.channels + sizes.heads * sizes.value_dim, seed=0),
         "ba_TY": randn(num_tokens, 2 * sizes.heads, seed=1),
-        "conv_weight_CW": randn(sizes.channels, sizes.width, seed=2, scale=0.5),
+        "conv_weight_C1W": randn(sizes.channels, 1, sizes.width, seed=2, scale=0.5),
         "A_log_H": torch.linspace(0.1, 16, sizes.heads, dtype=torch.float64).log(),
         "dt_bias_H": steps + (-(-steps).expm1()).log(),
         "norm_weight_V": 1 + randn(sizes.value_dim, seed=3, scale=0.2),
@@ -216,7 +216,7 @@ def test_without_a_cache_every_sequence_starts_from_zeros(isa: None) -> None:
 @needs_native
 def test_narrow_parameters_and_strided_projections(isa: None) -> None:
     inputs = make_inputs(5, SIZES[0])
-    names = ("conv_weight_CW", "A_log_H", "dt_bias_H", "norm_weight_V")
+    names = ("conv_weight_C1W", "A_log_H", "dt_bias_H", "norm_weight_V")
     narrow = {name: inputs[name].bfloat16() for name in names}
     strided = {name: torch.cat([inputs[name]] * 2, dim=1).chunk(2, dim=1)[1] for name in ("qkvz_TX", "ba_TY")}
     wanted = run({**inputs, **{name: x.float() for name, x in narrow.items()}}, [5], None)

@@ -12,7 +12,14 @@ from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.text.gguf import vocabulary_keys, write_vocabulary
 from qnext.text.templates import INSTRUCT_TEMPLATE
 from qnext.text.tokenizer import Tokenizer
-from qnext.text.train import DEFAULT_SPECIAL_TOKENS, SpecialToken, build_tokenizer, save_tokenizer, train_bpe
+from qnext.text.train import (
+    DEFAULT_SPECIAL_TOKENS,
+    SpecialToken,
+    build_tokenizer,
+    byte_level_tokenizer,
+    save_tokenizer,
+    train_bpe,
+)
 
 TEXTS = ["the cat sat on the mat, the hat", "def f(x):\n    return x + 1\n", "Grüße, 2026 and 42"] * 3
 
@@ -57,6 +64,16 @@ def test_round_trip(folder: Path, tmp_path: Path) -> None:
         for allow in (False, True):
             assert ours.encode(text, allow_special=allow) == theirs.encode(text, allow_special=allow)
     assert ours.eos_ids == theirs.eos_ids | {theirs.token_id("<|endoftext|>")}
+
+
+def test_a_tokenizer_without_merges_has_a_list_of_them(tmp_path: Path) -> None:
+    save_tokenizer(byte_level_tokenizer(), tmp_path / "bytes", model_max_length=77)
+    keys = keys_of(tmp_path / "bytes")
+    assert keys["tokenizer.ggml.merges"] == ["\u0100 \u0100"]
+    write_vocabulary(keys, tmp_path / "back", source="m.gguf", model_max_length=77)
+    ours, theirs = (Tokenizer.from_folder(tmp_path / name) for name in ("back", "bytes"))
+    for text in [*TEXTS, "\0\0\0"]:
+        assert ours.encode(text) == theirs.encode(text)
 
 
 def test_ids_that_are_left_out(folder: Path, tmp_path: Path) -> None:

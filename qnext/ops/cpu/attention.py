@@ -70,8 +70,9 @@ def attention_mixer(
         q_TX.data_ptr(), k_TY.data_ptr(), v_TY.data_ptr(), out.data_ptr(), num_tokens, num_heads, num_kv_heads,
         head_dim, 2 * half, has_gate, q_norm_weight_K.data_ptr(), k_norm_weight_K.data_ptr(), eps, zero_centered,
         cos.data_ptr(), sin.data_ptr(), scale, _PAGE_KINDS[cache.k_pages.dtype], cache.k_pages.data_ptr(),
-        cache.v_pages.data_ptr(), k_scales, v_scales, cache.k_pages.shape[0], cache.k_pages.shape[2], packing.lengths,
-        cache.context_lengths, tables_NM.data_ptr(), tables_NM.shape[1], cache.write_index_T.data_ptr(),
+        cache.v_pages.data_ptr(), k_scales, v_scales, cache.k_pages.shape[0], cache.k_pages.shape[2],
+        packing.num_sequences, packing.cu_seqlens.data_ptr(), cache.context_lengths_N.data_ptr(), tables_NM.data_ptr(),
+        tables_NM.shape[1], cache.write_index_T.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -82,7 +83,7 @@ def _make_cache(packing: Packing, k_TY: Tensor, head_dim: int) -> AttentionCache
     k_pages, v_pages = torch.empty(2, num_tokens, k_TY.shape[1] // head_dim, 1, head_dim).unbind(0)
     tables_NM = packing.cu_seqlens[:-1, None] + torch.arange(packing.max_length)
     return AttentionCache(
-        k_pages, v_pages, None, None, tables_NM, packing.lengths, torch.arange(num_tokens)
+        k_pages, v_pages, None, None, tables_NM, packing.lengths_N, torch.arange(num_tokens)
     )  # fmt: skip
 
 
@@ -97,7 +98,9 @@ def _check_cache(
     _check_memory(cache.v_pages, pages.dtype)
     _check(tables_NM.dim() == 2 and tables_NM.shape[0] == packing.num_sequences, "block tables", ("N", "M"))
     _check(cache.write_index_T.shape == (num_tokens,), "write index", (num_tokens,))
+    _check(cache.context_lengths_N.shape == (packing.num_sequences,), "context lengths", (packing.num_sequences,))
     _check_memory(cache.write_index_T, torch.int64)
+    _check_memory(cache.context_lengths_N, torch.int64)
     if tables_NM.dtype is not torch.int64 or not tables_NM.is_cpu:
         raise ValueError("block tables must be int64 on the CPU")
     if pages.dtype != torch.int8:

@@ -15,13 +15,13 @@ _LANES = 16
 
 
 def fits_mixer(
-    native: ModuleType, conv_weight_CW: Tensor, norm_weight_V: Tensor, key_head_dim: int, cache: DeltaCache | None
+    native: ModuleType, conv_weight_C1W: Tensor, norm_weight_V: Tensor, key_head_dim: int, cache: DeltaCache | None
 ) -> bool:
     """Whether the kernel can run these sizes and write these slots."""
     return (
         key_head_dim % _LANES == 0
         and norm_weight_V.shape[0] % _LANES == 0
-        and 1 <= conv_weight_CW.shape[1] <= native.MAX_CONV_WIDTH
+        and 1 <= conv_weight_C1W.shape[2] <= native.MAX_CONV_WIDTH
         and (cache is None or (_is_plain(cache.conv) and _is_plain(cache.state)))
     )
 
@@ -31,7 +31,7 @@ def gated_delta_mixer(
     qkvz_TX: Tensor,
     ba_TY: Tensor,
     *,
-    conv_weight_CW: Tensor,
+    conv_weight_C1W: Tensor,
     A_log_H: Tensor,
     dt_bias_H: Tensor,
     norm_weight_V: Tensor,
@@ -47,7 +47,7 @@ def gated_delta_mixer(
     IndexError for a slot that is none.
     """
     num_heads, value_dim = A_log_H.shape[0], norm_weight_V.shape[0]
-    num_channels, width = conv_weight_CW.shape
+    num_channels, _, width = conv_weight_C1W.shape
     num_tokens, num_sequences = qkvz_TX.shape[0], packing.num_sequences
     assert packing.device.type == "cpu"
     if (
@@ -70,18 +70,16 @@ def gated_delta_mixer(
             is_fresh_N=torch.ones(num_sequences, dtype=torch.bool),
         )
     _check_cache(cache, num_sequences, (width - 1, num_channels), (num_heads, key_head_dim, value_dim))
-    qkvz_TX, ba_TY, conv_weight_CW = _plain(qkvz_TX), _plain(ba_TY), _plain(conv_weight_CW)
+    qkvz_TX, ba_TY, conv_weight_C1W = _plain(qkvz_TX), _plain(ba_TY), _plain(wide(conv_weight_C1W))
     A_log_H, dt_bias_H, norm_weight_V = wide(A_log_H), wide(dt_bias_H), wide(norm_weight_V)
     out_TZ = torch.empty((num_tokens, num_heads * value_dim), dtype=torch.float32)
-    is_valid = native.gated_delta_mixer(
-        qkvz_TX.data_ptr(), ba_TY.data_ptr(), conv_weight_CW.data_ptr(), A_log_H.data_ptr(), dt_bias_H.data_ptr(),
+    native.gated_delta_mixer(
+        qkvz_TX.data_ptr(), ba_TY.data_ptr(), conv_weight_C1W.data_ptr(), A_log_H.data_ptr(), dt_bias_H.data_ptr(),
         norm_weight_V.data_ptr(), eps, num_key_heads, num_heads, key_head_dim, value_dim, width, num_sequences,
         packing.cu_seqlens.data_ptr(), cache.slots_N.data_ptr(),
         cache.is_fresh_N.data_ptr() if cache.has_fresh else 0,
         cache.state.shape[0], cache.conv.data_ptr(), cache.state.data_ptr(), out_TZ.data_ptr(),
     )  # fmt: skip
-    if not is_valid:
-        raise IndexError(f"slots {cache.slots_N.tolist()} of {cache.state.shape[0]}")
     return out_TZ
 
 

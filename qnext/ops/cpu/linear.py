@@ -1,4 +1,4 @@
-"""Dense layers, experts, routing and norms by native kernels.
+"""Dense layers and experts by native kernels.
 
 Legend: T tokens, D hidden or inputs, F outputs or expert width, E experts, A experts per token.
 """
@@ -79,12 +79,10 @@ def experts(
     if shared is not None:
         gate, up, down = (handle_of(native, weight) for weight in shared[:3])
         vector = 0 if shared[3] is None else shared[3].data_ptr()
-    is_valid = native.experts(
+    native.experts(
         x_TD.data_ptr(), num_tokens, top_k, weights_TA.data_ptr(), experts_TA.data_ptr(),
         handle_of(native, gate_up_E2FD), handle_of(native, down_EDF), gate, up, down, vector, out_TD.data_ptr(),
     )  # fmt: skip
-    if not is_valid:
-        raise IndexError(f"an expert id lies outside of 0 to {gate_up_E2FD.shape[0] - 1}")
     return out_TD
 
 
@@ -98,27 +96,3 @@ def fits_experts(gate_up_E2FD: Weight, down_EDF: Weight) -> bool:
     """Whether the kernels take these experts: whole vectors in hidden size and width."""
     sizes_fit = all(size % _LANES == 0 for size in down_EDF.shape[1:])
     return sizes_fit and fits_weight(gate_up_E2FD) and fits_weight(down_EDF)
-
-
-def route(native: Any, logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
-    """Weights [T, top_k] fp32 and experts [T, top_k] int64. See ops.route."""
-    num_tokens, num_experts = logits_TE.shape
-    if not 0 < top_k <= num_experts:
-        raise ValueError(f"cannot choose {top_k} of {num_experts} experts")
-    logits_TE = logits_TE.contiguous()
-    weights = torch.empty((num_tokens, top_k), dtype=torch.float32)
-    chosen = torch.empty((num_tokens, top_k), dtype=torch.int64)
-    native.route(
-        logits_TE.data_ptr(), num_tokens, num_experts, top_k, norm_topk_prob, weights.data_ptr(), chosen.data_ptr()
-    )
-    return weights, chosen
-
-
-def rms_norm(native: Any, x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) -> Tensor:
-    """Like ops.rms_norm for a size that is a multiple of 16 and an fp32 weight."""
-    x = x.contiguous()
-    size = x.shape[-1]
-    assert size == weight_D.shape[0] and size % _LANES == 0
-    out = torch.empty_like(x)
-    native.rms_norm(x.data_ptr(), weight_D.data_ptr(), x.numel() // size, size, eps, zero_centered, out.data_ptr())
-    return out

@@ -29,7 +29,7 @@ class AttentionCache(NamedTuple):
     k_scales: Tensor | None
     v_scales: Tensor | None
     block_tables_NM: Tensor  # int64 page numbers in order, padded with any valid page
-    context_lengths: tuple[int, ...]  # tokens of each sequence, this step included
+    context_lengths_N: Tensor  # int64 on the CPU: tokens of each sequence, this step included
     write_index_T: Tensor  # int64 page * P + offset for every token of the step
 
 
@@ -86,8 +86,8 @@ def _cached_attention(
         v_pages = _read_codes(v_pages, cache.v_scales, tables_NM)
         tables_NM = torch.arange(tables_NM.numel(), device=tables_NM.device).view(tables_NM.shape)
     return paged_attention(
-        q_THK, k_pages, v_pages, packing=packing, block_tables_NM=tables_NM, context_lengths=cache.context_lengths,
-        scale=scale,
+        q_THK, k_pages, v_pages, packing=packing, block_tables_NM=tables_NM,
+        context_lengths=tuple(cache.context_lengths_N.tolist()), scale=scale,
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def gated_delta_mixer(
     qkvz_TX: Tensor,
     ba_TY: Tensor,
     *,
-    conv_weight_CW: Tensor,
+    conv_weight_C1W: Tensor,
     A_log_H: Tensor,
     dt_bias_H: Tensor,
     norm_weight_V: Tensor,
@@ -68,7 +68,9 @@ def gated_delta_mixer(
     conv_state = delta_state = None
     if cache is not None:
         conv_state, delta_state = cache.read(cache.conv), cache.read(cache.state)
-    mixed_TC, conv_state = causal_conv1d_silu(qkv_TC, conv_weight_CW, packing=packing, initial_state_NWC=conv_state)
+    mixed_TC, conv_state = causal_conv1d_silu(
+        qkv_TC, conv_weight_C1W.squeeze(1), packing=packing, initial_state_NWC=conv_state
+    )
     qk_TC, v_TC = mixed_TC.split([2 * num_key_heads * key_head_dim, num_heads * value_dim], dim=-1)
     q_TJK, k_TJK = l2_norm(qk_TC.reshape(num_tokens, 2 * num_key_heads, key_head_dim)).chunk(2, dim=1)
     v_THV = v_TC.reshape(num_tokens, num_heads, value_dim)

@@ -42,7 +42,7 @@ def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool) -> Routing:
     return Routing(weights, experts)
 
 
-def swiglu(gate_and_up: Tensor) -> Tensor:
+def swiglu_halves(gate_and_up: Tensor) -> Tensor:
     """silu(gate) * up for a last dim that holds gate, then up."""
     gate, up = gate_and_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
@@ -79,7 +79,7 @@ def _quantized_experts(x_TD: Tensor, gate_up_E2FD: Weight, down_EDF: Weight, rou
     for expert in routing.experts_TA.unique().tolist():
         tokens_A, place_A = (routing.experts_TA == expert).nonzero(as_tuple=True)
         gate_up, down = (dequantize(weight[expert], out_TD.dtype) for weight in (gate_up_E2FD, down_EDF))
-        hidden_AF = swiglu(x_TD[tokens_A].to(out_TD.dtype) @ gate_up.t())
+        hidden_AF = swiglu_halves(x_TD[tokens_A].to(out_TD.dtype) @ gate_up.t())
         weights_A1 = routing.weights_TA[tokens_A, place_A, None].to(out_TD.dtype)
         out_TD.index_add_(0, tokens_A, (hidden_AF @ down.t()) * weights_A1)
     return out_TD.to(x_TD.dtype)
@@ -90,7 +90,7 @@ def _one_token(x_1D: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, routing: Ro
     x_D = x_1D[0]
     out_D = torch.zeros(x_D.shape, dtype=routing.weights_TA.dtype)
     for weight, expert in zip(routing.weights_TA[0].tolist(), routing.experts_TA[0].tolist(), strict=True):
-        hidden = swiglu(torch.mv(gate_up_E2FD[expert], x_D))
+        hidden = swiglu_halves(torch.mv(gate_up_E2FD[expert], x_D))
         out_D.add_(torch.mv(down_EDF[expert], hidden), alpha=weight)
     return out_D.to(x_1D.dtype)[None]
 
@@ -106,7 +106,7 @@ def _widened_experts(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, routi
     for expert, end in enumerate(groups.ends_E.tolist()):
         if end > start:
             rows = x_AD[start:end]
-            hidden = swiglu(rows @ gate_up.copy_(gate_up_E2FD[expert]).t()).mul_(weights_A[start:end, None])
+            hidden = swiglu_halves(rows @ gate_up.copy_(gate_up_E2FD[expert]).t()).mul_(weights_A[start:end, None])
             torch.mm(hidden, down.copy_(down_EDF[expert]).t(), out=rows)
         start = end
     return _sum_per_token(x_AD, groups).to(x_TD.dtype)
@@ -184,7 +184,7 @@ class _Experts(torch.autograd.Function):
         hidden = _grouped_mm(x_AD, gate_up.transpose(1, 2), groups)
         weights_A1 = torch.empty_like(weights).view(-1, 1)
         weights_A1[groups.places_TA.flatten()] = weights.view(-1, 1)
-        out_AD = _grouped_mm(swiglu(hidden).mul_(weights_A1), down.transpose(1, 2), groups)
+        out_AD = _grouped_mm(swiglu_halves(hidden).mul_(weights_A1), down.transpose(1, 2), groups)
         ctx.save_for_backward(x_AD, hidden, gate_up, down, weights_A1)
         ctx.groups = groups
         return _sum_per_token(out_AD, groups)

@@ -162,12 +162,12 @@ class Mixer {
   void plan() {
     const int64_t most = larger<int64_t>(1, kTileRows / group);
     int64_t count = 0;
-    for (int64_t n = 0; n < a.num_sequences; ++n) count += (a.lengths[n] + most - 1) / most;
+    for (int64_t n = 0; n < a.num_sequences; ++n) count += (a.length(n) + most - 1) / most;
     tiles = static_cast<Tile*>(scratch(kTilesSlot, larger<int64_t>(1, count) * sizeof(Tile)));
-    for (int64_t n = 0, start = 0; n < a.num_sequences; start += a.lengths[n], ++n)
-      for (int64_t first = (a.lengths[n] - 1) / most * most; first >= 0; first -= most)
-        tiles[num_tiles++] = Tile{n, start + first, smaller(most, a.lengths[n] - first),
-                                  a.contexts[n] - a.lengths[n] + first};
+    for (int64_t n = 0; n < a.num_sequences; ++n)
+      for (int64_t first = (a.length(n) - 1) / most * most; first >= 0; first -= most)
+        tiles[num_tiles++] = Tile{n, a.starts[n] + first, smaller(most, a.length(n) - first),
+                                  a.contexts[n] - a.length(n) + first};
   }
 
   int64_t num_rows(const Tile& tile) const { return pad(tile.num_tokens * group, kRowPad); }

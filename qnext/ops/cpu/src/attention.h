@@ -33,12 +33,14 @@ struct AttentionArguments {
   float* v_scales;  // [num_pages, G, P] for int8, else null
   int64_t page_size;
   int64_t num_sequences;
-  const int64_t* lengths;      // [N] tokens of this call, the last ones of each context
+  const int64_t* starts;       // [N + 1] first row of each sequence; its rows are the last ones of its context
   const int64_t* contexts;     // [N]
   const int64_t* tables;       // [N, table_stride] page numbers, checked to lie in the pool
   int64_t table_stride;
   const int64_t* write_index;  // [T] page * P + offset, checked to lie in the pool
   float* out;                  // [T, H, K]
+
+  int64_t length(int64_t sequence) const { return starts[sequence + 1] - starts[sequence]; }
 };
 
 struct AttentionKernels {

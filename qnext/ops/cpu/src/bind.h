@@ -12,6 +12,8 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_recording(nanobind::module_& m);
+void bind_row_ops(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_delta(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);

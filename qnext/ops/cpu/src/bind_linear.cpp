@@ -1,5 +1,9 @@
+#include <stdexcept>
+#include <string>
+
 #include "bind.h"
 #include "linear.h"
+#include "recording.h"
 
 namespace nb = nanobind;
 
@@ -16,7 +20,9 @@ void bind_linear(nb::module_& m) {
   m.def(
       "linear",
       [](const Weight& weight, uintptr_t x, int64_t num_rows, uintptr_t out, int64_t out_stride) {
-        active_linear_kernels().linear(weight, pointer<const float>(x), num_rows, pointer<float>(out), out_stride);
+        perform([=] {
+          active_linear_kernels().linear(weight, pointer<const float>(x), num_rows, pointer<float>(out), out_stride);
+        });
       },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
@@ -24,33 +30,23 @@ void bind_linear(nb::module_& m) {
       [](uintptr_t x, int64_t num_tokens, int64_t top_k, uintptr_t routing_weights, uintptr_t routed_experts,
          const Weight& gate_up, const Weight& down, const Weight* gate, const Weight* up, const Weight* shared_down,
          uintptr_t gate_vector, uintptr_t out) {
-        const auto* ids = pointer<const int64_t>(routed_experts);
-        for (int64_t i = 0; i < num_tokens * top_k; ++i)
-          if (ids[i] < 0 || ids[i] >= gate_up.num_experts) return false;
-        const SharedExpert shared{gate, up, shared_down, pointer<const float>(gate_vector)};
-        active_linear_kernels().experts(ExpertsArguments{
-            pointer<const float>(x), num_tokens, top_k, pointer<const float>(routing_weights), ids, &gate_up, &down,
-            gate ? &shared : nullptr, pointer<float>(out)});
-        return true;
+        const bool has_shared = gate != nullptr;
+        perform([=, gate = has_shared ? *gate : Weight{}, up = has_shared ? *up : Weight{},
+                 shared_down = has_shared ? *shared_down : Weight{}] {
+          const auto* ids = pointer<const int64_t>(routed_experts);
+          for (int64_t i = 0; i < num_tokens * top_k; ++i)
+            if (ids[i] < 0 || ids[i] >= gate_up.num_experts)
+              throw std::out_of_range("expert " + std::to_string(ids[i]) + " lies outside of 0 to " +
+                                      std::to_string(gate_up.num_experts - 1));
+          const SharedExpert shared{&gate, &up, &shared_down, pointer<const float>(gate_vector)};
+          active_linear_kernels().experts(ExpertsArguments{
+              pointer<const float>(x), num_tokens, top_k, pointer<const float>(routing_weights), ids, &gate_up, &down,
+              has_shared ? &shared : nullptr, pointer<float>(out)});
+        });
       },
       nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
       nb::arg().none(), nb::arg(), nb::arg(), nb::call_guard<nb::gil_scoped_release>(),
-      "False where an expert id is out of range; nothing is written then.");
-  m.def(
-      "route",
-      [](uintptr_t logits, int64_t num_tokens, int64_t num_experts, int64_t top_k, bool renormalize, uintptr_t weights,
-         uintptr_t experts) {
-        active_linear_kernels().route(pointer<const float>(logits), num_tokens, num_experts, top_k, renormalize,
-                                      pointer<float>(weights), pointer<int64_t>(experts));
-      },
-      nb::call_guard<nb::gil_scoped_release>());
-  m.def(
-      "rms_norm",
-      [](uintptr_t x, uintptr_t weight, int64_t num_rows, int64_t size, float eps, bool zero_centered, uintptr_t out) {
-        active_linear_kernels().rms_norm(pointer<const float>(x), pointer<const float>(weight), num_rows, size, eps,
-                                         zero_centered, pointer<float>(out));
-      },
-      nb::call_guard<nb::gil_scoped_release>());
+      "IndexError where an expert id is out of range; nothing is written then.");
   m.def(
       "write_panels",
       [](uintptr_t codes, int64_t num_outputs, int64_t row_bytes, int bits, uintptr_t panels) {

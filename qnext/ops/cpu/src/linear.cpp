@@ -184,12 +184,6 @@ void swiglu_row(const float* gate, const float* up, int64_t size, float* out) {
     store(out + i, silu(load_register(gate + i)) * load_register(up + i));
 }
 
-float dot(const float* a, const float* b, int64_t size) {
-  f32reg acc{};
-  for (int64_t i = 0; i < size; i += kRegisterLanes) acc = fma(load_register(a + i), load_register(b + i), acc);
-  return sum(acc);
-}
-
 // The buffers of one call, all in the caller's scratch.
 struct Experts {
   const ExpertsArguments& a;
@@ -290,7 +284,7 @@ struct Experts {
   void combine(const float* x, const float* weights, float* out) {
     parallel_for(num_tokens, [&](int64_t t) {
       float shared_weight = 1.0f;
-      if (a.shared && a.shared->gate_vector) shared_weight = sigmoid(dot(x + t * hidden, a.shared->gate_vector, hidden));
+      if (a.shared && a.shared->gate_vector) shared_weight = sigmoid(dot_registers(x + t * hidden, a.shared->gate_vector, hidden));
       for (int64_t d = 0; d < hidden; d += kRegisterLanes) {
         f32reg acc{};
         for (int64_t j = 0; j < a.top_k; ++j)
@@ -314,56 +308,6 @@ void experts(const ExpertsArguments& a) {
     work.run_down();
     work.combine(x, a.routing_weights + first * a.top_k, a.out + first * hidden);
   }
-}
-
-// ---- small operations ----
-
-void route_token(const float* logits, int64_t num_experts, int64_t top_k, bool renormalize, float* weights,
-                 int64_t* experts) {
-  int64_t count = 0;
-  for (int64_t e = 0; e < num_experts; ++e) {
-    if (count == top_k && !(logits[e] > weights[count - 1])) continue;
-    int64_t at = count < top_k ? count++ : count - 1;
-    for (; at > 0 && logits[e] > weights[at - 1]; --at) {
-      weights[at] = weights[at - 1];
-      experts[at] = experts[at - 1];
-    }
-    weights[at] = logits[e];
-    experts[at] = e;
-  }
-  const float largest = weights[0];
-  float total = 0.0f, chosen = 0.0f;
-  for (int64_t e = 0; e < num_experts; ++e) total += expf(logits[e] - largest);
-  for (int64_t j = 0; j < top_k; ++j) {
-    weights[j] = expf(weights[j] - largest) / total;
-    chosen += weights[j];
-  }
-  if (renormalize)
-    for (int64_t j = 0; j < top_k; ++j) weights[j] /= chosen;
-}
-
-void route(const float* logits, int64_t num_tokens, int64_t num_experts, int64_t top_k, bool renormalize,
-           float* weights, int64_t* experts) {
-  constexpr int64_t kPerTask = 16;
-  parallel_for((num_tokens + kPerTask - 1) / kPerTask, [&](int64_t task) {
-    for (int64_t t = task * kPerTask; t < smaller(num_tokens, (task + 1) * kPerTask); ++t)
-      route_token(logits + t * num_experts, num_experts, top_k, renormalize, weights + t * top_k, experts + t * top_k);
-  });
-}
-
-void rms_norm(const float* x, const float* weight, int64_t num_rows, int64_t size, float eps, bool zero_centered,
-              float* out) {
-  constexpr int64_t kPerTask = 16;
-  const f32reg offset = splat_register(zero_centered ? 1.0f : 0.0f);
-  parallel_for((num_rows + kPerTask - 1) / kPerTask, [&](int64_t task) {
-    for (int64_t row = task * kPerTask; row < smaller(num_rows, (task + 1) * kPerTask); ++row) {
-      const float* from = x + row * size;
-      const float inverse = 1.0f / sqrtf(dot(from, from, size) / static_cast<float>(size) + eps);
-      for (int64_t i = 0; i < size; i += kRegisterLanes)
-        store(out + row * size + i,
-              load_register(from + i) * splat_register(inverse) * (load_register(weight + i) + offset));
-    }
-  });
 }
 
 // ---- panels ----
@@ -404,6 +348,6 @@ void write_panels(const uint8_t* codes, int64_t num_outputs, int64_t row_bytes, 
 }  // namespace
 
 extern const LinearKernels linear_kernels;
-const LinearKernels linear_kernels{linear, experts, route, rms_norm, write_panels};
+const LinearKernels linear_kernels{linear, experts, write_panels};
 
 }  // namespace qnext::QNEXT_ISA

@@ -65,11 +65,6 @@ struct LinearKernels {
   // out[t, f] = sum over d of x[t, d] * w[f, d]; out has a row stride of its own.
   void (*linear)(const Weight& weight, const float* x, int64_t num_rows, float* out, int64_t out_stride);
   void (*experts)(const ExpertsArguments& arguments);
-  // Softmax over E scores, the top_k best in falling order (ties: the lower index first), renormalised on demand.
-  void (*route)(const float* logits, int64_t num_tokens, int64_t num_experts, int64_t top_k, bool renormalize,
-                float* weights, int64_t* experts);
-  void (*rms_norm)(const float* x, const float* weight, int64_t num_rows, int64_t size, float eps, bool zero_centered,
-                   float* out);
   // Rows of codes as on disk -> panels; see Weight. The last panel is padded with zeros.
   void (*write_panels)(const uint8_t* codes, int64_t num_outputs, int64_t row_bytes, int bits, uint8_t* panels);
 };

@@ -425,4 +425,11 @@ QNEXT_INLINE f32x16 silu(f32x16 x) { return by_register([](f32reg v) { return si
 QNEXT_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 QNEXT_INLINE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
+// Sum of products of a multiple of 16 numbers.
+QNEXT_INLINE float dot_registers(const float* a, const float* b, int64_t size) {
+  f32reg acc{};
+  for (int64_t i = 0; i < size; i += kRegisterLanes) acc = fma(load_register(a + i), load_register(b + i), acc);
+  return sum(acc);
+}
+
 }  // namespace qnext::QNEXT_ISA

@@ -1,0 +1,88 @@
+"""Operations on rows that multiply with no matrix, by native kernels.
+
+Legend: T tokens, D hidden, E experts, A experts per token, Y vocabulary, R rotated dims.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LANES = 16
+
+
+def fits_rows(x: Tensor) -> bool:
+    """Whether rows of this size are whole vectors."""
+    return x.shape[-1] % _LANES == 0
+
+
+def embed(native: Any, token_ids_T: Tensor, weight_YD: Tensor) -> Tensor:
+    """[T, D] fp32 rows of an fp32 or bf16 table. Raises IndexError for a token that is none."""
+    assert token_ids_T.dtype == torch.int64 and token_ids_T.dim() == 1 and weight_YD.is_contiguous()
+    token_ids_T = token_ids_T.contiguous()
+    num_entries, size = weight_YD.shape
+    out_TD = torch.empty((token_ids_T.shape[0], size), dtype=torch.float32)
+    native.embed(
+        weight_YD.data_ptr(), weight_YD.dtype == torch.bfloat16, num_entries, size, token_ids_T.data_ptr(),
+        token_ids_T.shape[0], out_TD.data_ptr(),
+    )  # fmt: skip
+    return out_TD
+
+
+def rope_cos_sin(
+    native: Any, positions_T: Tensor, frequencies: Tensor, *, attention_factor: float
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, R / 2] fp32. See ops.rope_cos_sin."""
+    assert positions_T.dtype == torch.int64 and frequencies.dtype == torch.float32
+    positions_T, frequencies = positions_T.contiguous(), frequencies.contiguous()
+    sizes = (positions_T.shape[0], frequencies.shape[0])
+    cos, sin = torch.empty(sizes, dtype=torch.float32), torch.empty(sizes, dtype=torch.float32)
+    native.rope(
+        positions_T.data_ptr(), sizes[0], frequencies.data_ptr(), sizes[1], attention_factor, cos.data_ptr(),
+        sin.data_ptr(),
+    )  # fmt: skip
+    return cos, sin
+
+
+def rms_norm(native: Any, x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) -> Tensor:
+    """Like ops.rms_norm for rows that fit and an fp32 weight."""
+    x = x.contiguous()
+    size = x.shape[-1]
+    assert size == weight_D.shape[0] and fits_rows(x)
+    out = torch.empty_like(x)
+    native.rms_norm(x.data_ptr(), weight_D.data_ptr(), x.numel() // size, size, eps, zero_centered, out.data_ptr())
+    return out
+
+
+def add(native: Any, a: Tensor, b: Tensor) -> Tensor:
+    """a + b, of one shape, for rows that fit."""
+    assert a.shape == b.shape and fits_rows(a)
+    a, b = a.contiguous(), b.contiguous()
+    out = torch.empty_like(a)
+    native.add(a.data_ptr(), b.data_ptr(), a.numel(), out.data_ptr())
+    return out
+
+
+def swiglu(native: Any, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of one shape, for rows that fit."""
+    assert gate.shape == up.shape and fits_rows(gate)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    native.swiglu(gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr())
+    return out
+
+
+def route(native: Any, logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+    """Weights [T, A] fp32 and experts [T, A] int64. See ops.route."""
+    num_tokens, num_experts = logits_TE.shape
+    if not 0 < top_k <= num_experts:
+        raise ValueError(f"cannot choose {top_k} of {num_experts} experts")
+    logits_TE = logits_TE.contiguous()
+    weights = torch.empty((num_tokens, top_k), dtype=torch.float32)
+    chosen = torch.empty((num_tokens, top_k), dtype=torch.int64)
+    native.route(
+        logits_TE.data_ptr(), num_tokens, num_experts, top_k, norm_topk_prob, weights.data_ptr(), chosen.data_ptr()
+    )
+    return weights, chosen

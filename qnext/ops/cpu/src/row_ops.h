@@ -1,0 +1,27 @@
+// Operations on rows that multiply with no matrix. Each row of a result is made by one thread from its own row alone.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace qnext {
+
+struct RowKernels {
+  // out[t] = table[ids[t]], widened to fp32; ids are checked to lie in the table. Sizes are multiples of 16.
+  void (*embed)(const void* table, bool is_bf16, int64_t size, const int64_t* ids, int64_t num_rows, float* out);
+  // cos and sin [T, half] of position * frequency, times `factor`.
+  void (*rope)(const int64_t* positions, int64_t num_rows, const float* frequencies, int64_t half, float factor,
+               float* cos, float* sin);
+  void (*rms_norm)(const float* x, const float* weight, int64_t num_rows, int64_t size, float eps, bool zero_centered,
+                   float* out);
+  void (*add)(const float* a, const float* b, int64_t count, float* out);       // a + b; multiples of 16
+  void (*swiglu)(const float* gate, const float* up, int64_t count, float* out);  // silu(gate) up; multiples of 16
+  // Softmax over E scores, the top_k best in falling order (ties: the lower index first), renormalised on demand.
+  void (*route)(const float* logits, int64_t num_tokens, int64_t num_experts, int64_t top_k, bool renormalize,
+                float* weights, int64_t* experts);
+};
+
+}  // namespace qnext
+
+QNEXT_DISPATCH(RowKernels, row_kernels)

@@ -1,0 +1,94 @@
+"""Recorded decoding steps give the very bits of those that run in Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qnext.engine import Engine, SamplingParams
+from qnext.engine.runner import Runner
+from qnext.engine.scheduler import StepPlan
+from qnext.model import CausalLM
+from qnext.ops import backend
+from tests.model.models import make_in_form
+
+pytestmark = pytest.mark.skipif(
+    backend.native_module() is None, reason="the native kernels are not built or not wanted"
+)
+
+NAMES = ["next, sizes of the native kernels", "qwen3_moe, sizes of the native kernels"]
+GREEDY = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.0)
+
+
+class KeepingRunner(Runner):
+    """Keeps the logits of every chosen token, and how many steps were recorded ones."""
+
+    def __init__(self, engine: Engine, *, may_record: bool) -> None:
+        super().__init__(engine.model, engine.cache)
+        self.rows: dict[str, list[Tensor]] = {}
+        self.num_recorded = 0
+        self.may_record = may_record
+
+    def run(self, plan: StepPlan):  # type: ignore[no-untyped-def]
+        if not self.may_record:
+            self._recorded._num_failures = 10**9
+        self.num_recorded += self._recorded.serves(plan.sequences)
+        output = super().run(plan)
+        for row, request in zip(output.logits_RY, output.requests, strict=True):
+            self.rows.setdefault(request.id, []).append(row.clone())
+        return output
+
+
+def generate(model: CausalLM, lengths: list[int], *, may_record: bool) -> tuple[list[Tensor], KeepingRunner]:
+    engine = Engine(model, max_num_seqs=3, max_model_len=256, poison=True)
+    engine.runner = runner = KeepingRunner(engine, may_record=may_record)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    completions = engine.generate(prompts, GREEDY)
+    return [torch.stack(runner.rows[c.request_id]) for c in completions], runner
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int4-g32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_bits(name: str, form: str) -> None:
+    """Five requests through three places: 1, 2 and 3 sequences, slots and pages change owners, pages fill up."""
+    model = make_in_form(name, form)
+    lengths = [5, 17, 64, 1, 30]
+    recorded, runner = generate(model, lengths, may_record=True)
+    plain, other = generate(model, lengths, may_record=False)
+    assert runner.num_recorded > 40 and other.num_recorded == 0
+    assert set(runner._recorded._steps) >= {2, 3}
+    for ours, theirs in zip(recorded, plain, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_model_with_hooks_runs_in_python() -> None:
+    model = make_in_form(NAMES[0], "float32")
+    seen = []
+    plain, _ = generate(model, [9], may_record=True)
+    hook = model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    hooked, _ = generate(model, [9], may_record=True)
+    assert len(seen) == GREEDY.max_tokens
+    hook.remove()
+    assert torch.equal(plain[0], hooked[0])
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_changed_weights_are_seen(form: str) -> None:
+    """An engine outlives an update of its model's weights, of those that calls read as copies too."""
+    model = make_in_form(NAMES[0], form)
+    engine = Engine(model, max_num_seqs=1, max_model_len=64)
+    params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.0, logprobs=0)
+
+    def logprobs() -> list[float | None]:
+        return [token.logprob for token in engine.generate([[1, 2, 3]], params)[0].sampled]
+
+    before = logprobs()
+    with torch.no_grad():
+        model.model.norm.weight.add_(0.5)
+        model.lm_head.weight.mul_(1.5)
+    after = logprobs()
+    assert before != after
+    fresh = Engine(model, max_num_seqs=1, max_model_len=64)
+    assert after == [token.logprob for token in fresh.generate([[1, 2, 3]], params)[0].sampled]
