@@ -7,7 +7,7 @@ from qnext.ops.backend import is_native, set_num_threads
 from qnext.ops.cpu.panels import PanelWeight
 from qnext.ops.delta_mixer import DeltaCache, gated_delta_mixer
 from qnext.ops.dispatch import embedding, experts_swiglu, linear, rms_norm, route
-from qnext.ops.memory import empty_huge, keep_freed_memory
+from qnext.ops.memory import empty_huge, keep_freed_memory, touch
 from qnext.ops.packing import Packing
 from qnext.ops.quantized import QuantizedWeight
 from qnext.ops.reference.attention import attention, paged_attention, write_kv
@@ -59,6 +59,7 @@ __all__ = [
     "route",
     "set_num_threads",
     "swiglu",
+    "touch",
     "write_kv",
     "write_quantized",
     "yarn_frequencies",
