@@ -136,7 +136,7 @@ void linear(const Weight& weight, const float* x, int64_t num_rows, float* out, 
 
 // ---- experts ----
 
-constexpr int64_t kTokensAtOnce = 1024;  // bounds the memory between the two products
+constexpr int64_t kTokensAtOnce = 256;  // bounds the memory between the two products
 constexpr int64_t kExpertColumns = 128;
 constexpr int64_t kStreamBytes = 192 << 10;  // of a task that is bound by memory: long enough to hide its start
 
