@@ -35,8 +35,8 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
 
-# torch's layers draw random weights when they are made. Here weights come from a folder or from `initialize`, and on the
-# meta device the drawing alone imports 80 MB of torch's compiler.
+# torch's layers draw random weights when they are made. Here weights come from a folder or from `initialize`, and on
+# the meta device the drawing alone imports torch's compiler: 80 MB.
 
 
 class Linear(nn.Linear):
