@@ -7,7 +7,7 @@ import mmap
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple
@@ -24,6 +24,9 @@ TORCH_DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 MAX_SHARD_BYTES = 5_000_000_000
+PIECE_BYTES = 8 << 20
+# Touching one page of a file may map what lies around it, but nothing beyond the table of its page, on x86-64 2 MiB.
+_PAGE_TABLE_BYTES = 2 << 20
 
 assert sys.byteorder == "little", "safetensors files are little-endian and are mapped as they are"
 
@@ -52,17 +55,43 @@ class TensorFiles:
     def read(self, name: str) -> Tensor:
         """The tensor as a view of the file. It must not be written to."""
         info = self.tensors[name]
-        bytes_B = self._map(info.file)[1][info.start : info.end]
-        if info.start % ITEM_SIZES[info.dtype]:
-            bytes_B = bytes_B.clone()
-        return bytes_B.view(TORCH_DTYPES[info.dtype]).view(info.shape)
+        return self._view(info, info.start, info.end).view(info.shape)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The tensor flattened, in views of piece_items(name) numbers. The pages of each are given back after it."""
+        info = self.tensors[name]
+        step = self.piece_items(name) * ITEM_SIZES[info.dtype]
+        for start in range(info.start, max(info.end, info.start + 1), step):
+            end = min(start + step, info.end)
+            yield self._view(info, start, end)
+            if info.num_bytes > step:  # the pages of small tensors are mostly read again at once
+                self._drop(info.file, start, end)
+
+    def piece_items(self, name: str) -> int:
+        """Numbers in each of the pieces of a tensor but the last."""
+        return PIECE_BYTES // ITEM_SIZES[self.tensors[name].dtype]
 
     def drop(self, name: str) -> None:
         """Give the pages of a tensor back to the system; reading it again reads the file again."""
         info = self.tensors[name]
-        if info.num_bytes and hasattr(mmap, "MADV_DONTNEED"):
-            start = info.start - info.start % mmap.PAGESIZE
-            self._map(info.file)[0].madvise(mmap.MADV_DONTNEED, start, info.end - start)
+        if info.num_bytes:
+            self._drop(info.file, info.start, info.end)
+
+    def _view(self, info: TensorInfo, start: int, end: int) -> Tensor:
+        bytes_B = self._map(info.file)[1][start:end]
+        if start % ITEM_SIZES[info.dtype]:
+            bytes_B = bytes_B.clone()
+        return bytes_B.view(TORCH_DTYPES[info.dtype])
+
+    def _drop(self, path: Path, start: int, end: int) -> None:
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        mapped, bytes_B = self._map(path)
+        address = bytes_B.data_ptr()
+        first = address + start
+        start = max(0, first - first % _PAGE_TABLE_BYTES - address)
+        end += -(address + end) % _PAGE_TABLE_BYTES
+        mapped.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def _map(self, path: Path) -> tuple[mmap.mmap, Tensor]:
         if path not in self._maps:

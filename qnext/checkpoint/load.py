@@ -13,7 +13,7 @@ from qnext import ops
 from qnext.checkpoint.check import Layout, read_layout, structure_problems
 from qnext.checkpoint.files import TORCH_DTYPES, TensorFiles
 from qnext.checkpoint.header import TensorInfo
-from qnext.checkpoint.values import is_finite, read_packed, read_weight, tensor_value_problems
+from qnext.checkpoint.values import is_finite, read_packed, read_weight, row_blocks, tensor_value_problems
 from qnext.config import ModelConfig
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.model import CausalLM
@@ -102,6 +102,7 @@ def empty_model(
     with torch.device("meta"):
         model = CausalLM(config)
     made: dict[int, nn.Parameter] = {}
+    storage: list[Tensor] = []
     for prefix, module in model.named_modules():
         for key, parameter in list(module._parameters.items()):
             if parameter is None:
@@ -109,12 +110,16 @@ def empty_model(
             if quantized and f"{prefix}.{key}" in quantized:
                 # A module refuses anything but a Parameter under the name of one.
                 del module._parameters[key]
-                setattr(module, key, _empty_codes(quantized[f"{prefix}.{key}"]))
+                weight = _empty_codes(quantized[f"{prefix}.{key}"])
+                setattr(module, key, weight)
+                storage += weight.tensors
                 continue
             if id(parameter) not in made:
                 dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes[f"{prefix}.{key}"]
                 made[id(parameter)] = nn.Parameter(ops.empty_huge(parameter.shape, dtype=dtype, device=device))
+                storage.append(made[id(parameter)])
             module._parameters[key] = made[id(parameter)]
+    ops.touch(storage)
     return model
 
 
@@ -123,7 +128,7 @@ def _check(layout: Layout, files: TensorFiles, name: str, check_finite: bool) ->
         raise CorruptCheckpoint(problem)
 
 
-def _empty_codes(codes: Codes) -> ops.Weight:
+def _empty_codes(codes: Codes) -> ops.QuantizedWeight | ops.PanelWeight:
     return ops.empty_quantized(
         codes.shape,
         bits=codes.bits,
@@ -140,11 +145,18 @@ def _copy(layout: Layout, files: TensorFiles, name: str, model: CausalLM) -> Non
     destination = getattr(model.get_submodule(prefix), key)
     if not isinstance(destination, Tensor):
         row = 0 if part.rows is None else part.rows[0]
-        weight = read_packed(layout.packed[name], files)
-        ops.write_quantized(destination, weight, expert=part.expert, row=row)
+        packed = layout.packed[name]
+        for first, rows in row_blocks(read_packed(packed, files)):
+            ops.write_quantized(destination, rows, expert=part.expert, row=row + first)
+            files.drop(packed.stored["codes"].name)
         return
     place = destination.data[part.place]
-    place.copy_(read_weight(layout, files, name, dtype=place.dtype))
+    if name in layout.packed or files.tensors[name].dtype == "F8_E4M3":
+        place.copy_(read_weight(layout, files, name, dtype=place.dtype))
+    else:
+        parts = place.view(-1).split(files.piece_items(name))
+        for to, piece in zip(parts, files.pieces(name), strict=True):
+            to.copy_(piece)
     is_half = name in files.tensors and files.tensors[name].dtype == "F16"
     if place.dtype == torch.float16 and not is_half and not is_finite(place):
         stored = layout.packed[name].stored["codes"].name if name in layout.packed else name

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qnext.checkpoint.check import Layout
-from qnext.checkpoint.files import TensorFiles
+from qnext.checkpoint.files import PIECE_BYTES, TensorFiles
 from qnext.checkpoint.header import TensorInfo
 from qnext.checkpoint.names import scale_name
 from qnext.checkpoint.packed import PackedWeight
@@ -37,15 +37,13 @@ def tensor_value_problems(
             yield f"{info.file}: tensor {info.name} {problem}"
     if role is not None or not check_finite:
         return
-    tensor = files.read(info.name)
-    if not is_finite(tensor):
+    is_fp8_scale = layout.is_fp8 and info.name.endswith(scale_name(""))
+    if not _is_finite(files, info.name):
         yield f"{info.file}: tensor {info.name} holds NaN or infinity"
-    elif (
-        layout.is_fp8 and info.name.endswith(scale_name("")) and not is_finite(tensor.to(torch.float32) * _LARGEST_E4M3)
-    ):
+    elif is_fp8_scale and not _stays_finite(files, info.name, _LARGEST_E4M3):
         yield f"{info.file}: tensor {info.name} holds a scale beyond what FP8 weights can be multiplied by"
     is_tied_head = layout.config.tie_word_embeddings and info.name == "lm_head.weight"
-    if is_tied_head and not torch.equal(tensor, files.read("model.embed_tokens.weight")):
+    if is_tied_head and not _are_equal(files, info.name, "model.embed_tokens.weight"):
         yield f"{info.file}: tensor lm_head.weight differs from the embedding, but config.json ties them"
 
 
@@ -55,9 +53,9 @@ def _packed_problem(packed: PackedWeight, kind: str, files: TensorFiles, info: T
         return None  # said when headers were read
     form, tensor = packed.form, files.read(info.name)
     if kind == "scales":
-        if not is_finite(tensor):
+        if not _is_finite(files, info.name):
             return "holds NaN or infinity"
-        if not is_finite(tensor.to(torch.float32) * 2.0**form.bits):
+        if not _stays_finite(files, info.name, 2.0**form.bits):
             return f"holds a scale beyond what codes of {form.bits} bits can be multiplied by"
     elif kind == "shape" and tensor.tolist() != list(packed.shape):
         return f"says {tensor.tolist()}, config.json asks for {list(packed.shape)}"
@@ -75,6 +73,22 @@ def _packed_problem(packed: PackedWeight, kind: str, files: TensorFiles, info: T
     return None
 
 
+def _is_finite(files: TensorFiles, name: str) -> bool:
+    return all(is_finite(piece) for piece in files.pieces(name))
+
+
+def _stays_finite(files: TensorFiles, name: str, factor: float) -> bool:
+    """Whether every number times `factor` is finite in fp32."""
+    return all(is_finite(piece.to(torch.float32) * factor) for piece in files.pieces(name))
+
+
+def _are_equal(files: TensorFiles, name: str, other: str) -> bool:
+    infos = files.tensors[name], files.tensors[other]
+    if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):
+        return False
+    return all(torch.equal(*pieces) for pieces in zip(*map(files.pieces, (name, other)), strict=True))
+
+
 def read_packed(packed: PackedWeight, files: TensorFiles) -> QuantizedWeight:
     """A weight [F, D] whose headers and values were checked. It may share memory with the files."""
     form = packed.form
@@ -90,6 +104,15 @@ def read_packed(packed: PackedWeight, files: TensorFiles) -> QuantizedWeight:
         assert zeros is not None
         return from_awq(codes, zeros, scales)
     return from_gptq(codes, scales, zeros, bits=form.bits, is_v2=form.layout == "gptq_v2")
+
+
+def row_blocks(weight: QuantizedWeight) -> Iterator[tuple[int, QuantizedWeight]]:
+    """A matrix [F, D] in blocks of rows, each with the number of its first row, a multiple of 64."""
+    num_rows = max(64, PIECE_BYTES // weight.codes.shape[1] // 64 * 64)
+    for first in range(0, weight.shape[0], num_rows):
+        rows = slice(first, first + num_rows)
+        zeros = None if weight.zeros is None else weight.zeros[rows]
+        yield first, QuantizedWeight(weight.codes[rows], weight.scales[rows], weight.bits, weight.group_size, zeros)
 
 
 def read_weight(layout: Layout, files: TensorFiles, name: str, *, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qnext import ops
 from qnext.config import ModelConfig
 from qnext.model.batch import Batch
-from qnext.model.layers import GatedRMSNorm, Linear
+from qnext.model.layers import Conv1d, GatedRMSNorm, Linear
 
 
 class GatedDeltaNet(nn.Module):
@@ -30,7 +30,7 @@ class GatedDeltaNet(nn.Module):
         hidden, conv_dim = config.hidden_size, config.linear_conv_dim
         self.in_proj_qkvz = Linear(hidden, 2 * config.linear_key_dim + 2 * value_dim, bias=False)
         self.in_proj_ba = Linear(hidden, 2 * num_value_heads, bias=False)
-        self.conv1d = nn.Conv1d(conv_dim, conv_dim, config.linear_conv_kernel_dim, groups=conv_dim, bias=False)
+        self.conv1d = Conv1d(conv_dim, conv_dim, config.linear_conv_kernel_dim, groups=conv_dim, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(num_value_heads))
         self.A_log = nn.Parameter(torch.empty(num_value_heads))
         self.norm = GatedRMSNorm(config.linear_value_head_dim, eps=config.rms_norm_eps)

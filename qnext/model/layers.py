@@ -35,18 +35,35 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
 
+# torch's layers draw random weights when they are made. Here weights come from a folder or from `initialize`, and on
+# the meta device the drawing alone imports torch's compiler: 80 MB.
+
+
 class Linear(nn.Linear):
-    """torch's layer, multiplied by ops.linear."""
+    """torch's layer, multiplied by ops.linear; its weights have no values yet."""
+
+    def reset_parameters(self) -> None:
+        pass
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return ops.linear(x_TD, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
-    """torch's layer, looked up by ops.embedding."""
+    """torch's layer, looked up by ops.embedding; its weights have no values yet."""
+
+    def reset_parameters(self) -> None:
+        pass
 
     def forward(self, token_ids_T: Tensor) -> Tensor:
         return ops.embedding(token_ids_T, self.weight)
+
+
+class Conv1d(nn.Conv1d):
+    """torch's layer as a place for weights, which have no values yet."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 class MLP(nn.Module):

@@ -7,7 +7,7 @@ from qnext.ops.backend import is_native, set_num_threads
 from qnext.ops.cpu.panels import PanelWeight
 from qnext.ops.delta_mixer import DeltaCache, gated_delta_mixer
 from qnext.ops.dispatch import add, embedding, experts_swiglu, linear, rms_norm, rope_cos_sin, route, swiglu
-from qnext.ops.memory import empty_huge, keep_freed_memory
+from qnext.ops.memory import empty_huge, keep_freed_memory, touch
 from qnext.ops.packing import Packing
 from qnext.ops.quantized import QuantizedWeight
 from qnext.ops.recording import Recording, record
@@ -63,6 +63,7 @@ __all__ = [
     "route",
     "set_num_threads",
     "swiglu",
+    "touch",
     "write_kv",
     "write_quantized",
     "yarn_frequencies",

@@ -11,8 +11,10 @@ import ctypes
 import math
 import mmap
 import platform
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ _HUGE_PAGE = 2 << 20
 _SLAB_BYTES = 256 << 20
 _ALIGNMENT = 256
 _SMALLEST = 64 << 10  # what is smaller comes from torch's allocator
+_TOUCHED_AT_ONCE = 16 << 20
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
 
 
 class _Slabs:
@@ -54,6 +58,30 @@ def empty_huge(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device
     if num_bytes < _SMALLEST:
         return torch.empty(shape, dtype=dtype)
     return _slabs.take(num_bytes).view(dtype).view(shape)
+
+
+def touch(tensors: Iterable[Tensor]) -> None:
+    """Have the system find the memory of new tensors that are filled next, on all of torch's threads.
+
+    Threads that fill a tensor together would meet at the same huge page, and each would clear one of its own for it.
+    """
+    ranges: list[list[int]] = []
+    for start, num_bytes in sorted((t.data_ptr(), t.nbytes) for t in tensors if t.device.type == "cpu"):
+        if num_bytes < _SMALLEST:
+            continue
+        if ranges and start - ranges[-1][1] < _HUGE_PAGE:
+            ranges[-1][1] = start + num_bytes
+        else:
+            ranges.append([start - start % mmap.PAGESIZE, start + num_bytes])
+    parts = [
+        (at, min(_TOUCHED_AT_ONCE, end - at)) for first, end in ranges for at in range(first, end, _TOUCHED_AT_ONCE)
+    ]
+    if parts and sys.platform == "linux":
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            # What an old system refuses is found when it is filled.
+            list(pool.map(lambda part: madvise(*part, _MADV_POPULATE_WRITE), parts))
 
 
 def _map(num_bytes: int) -> Tensor:

@@ -50,8 +50,13 @@ class QuantizedWeight:
         return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.bits))
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All that it keeps in memory."""
+        return [tensor for tensor in (self.codes, self.scales, self.zeros) if tensor is not None]
+
+    @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def __getitem__(self, expert: int) -> QuantizedWeight:
         """One matrix of a stack."""

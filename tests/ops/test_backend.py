@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +95,22 @@ def test_huge_memory_is_memory() -> None:
         tensors = [ops.empty_huge((1000, 333), dtype=torch.bfloat16).fill_(i) for i in range(5)]
     assert all((tensor == i).all() and tensor.shape == (1000, 333) for i, tensor in enumerate(tensors))
     assert len({tensor.data_ptr() for tensor in tensors}) == 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's account of memory")
+def test_touched_memory_is_there_and_keeps_what_it_held() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    written = ops.empty_huge((300_000,), dtype=torch.int64).copy_(torch.arange(300_000))
+    tensors = [ops.empty_huge((7 << 20,), dtype=torch.uint8) for _ in range(5)]
+    small = torch.ones(3)
+    before = resident()
+    ops.touch([*tensors, small, written, torch.empty(9, device="meta")])
+    # the pages that they share with `written` were there before
+    assert resident() - before > 30 << 20
+    assert torch.equal(written, torch.arange(300_000)) and torch.equal(small, torch.ones(3))
+    ops.touch([])
 
 
 @pytest.mark.skipif(os.environ.get("QNEXT_BACKEND") == "reference", reason="the reference is wanted")

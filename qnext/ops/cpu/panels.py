@@ -46,9 +46,8 @@ class PanelWeight:
         self._scales = empty_huge((self._num_experts, num_panels, groups, PANEL), dtype=scale_dtype)
         self._zeros = empty_huge(self._scales.shape, dtype=torch.uint8) if has_zeros else None
         if shape[-2] % PANEL:  # the last panel is padded
-            for tensor in (self._panels, self._scales, self._zeros):
-                if tensor is not None:
-                    tensor[:, -1].zero_()
+            for tensor in self.tensors:
+                tensor[:, -1].zero_()
         self.handle = native.Weight(
             _KIND_OF_BITS[bits],
             self._num_experts,
@@ -74,8 +73,13 @@ class PanelWeight:
         return self._scales.dtype
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All that it keeps in memory."""
+        return [tensor for tensor in (self._panels, self._scales, self._zeros) if tensor is not None]
+
+    @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self._panels, self._scales, self._zeros) if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def has_zeros(self) -> bool:

@@ -9,7 +9,7 @@ namespace qnext::QNEXT_ISA {
 
 namespace {
 
-enum Slot : int { kUnpacked = 0, kRowsSlot, kSharedRowsSlot, kGateUpSlot, kHiddenSlot, kPreparedSlot, kDownSlot, kListSlot };
+enum Slot : int { kUnpacked = 0, kRowsSlot, kSharedRowsSlot, kProductsSlot, kHiddenSlot, kPreparedSlot, kListSlot };
 
 int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -42,6 +42,8 @@ int32_t zero_code(const Weight& weight) {
 }
 
 bool wants_bf16(const Weight& weight) { return kHasBf16 && weight.kind == WeightKind::bf16; }
+
+bool wants_f32(const Weight& weight) { return weight.is_float() && !wants_bf16(weight); }
 
 }  // namespace
 
@@ -90,7 +92,7 @@ void prepare_row(const Weight& weight, const float* x, int64_t row, const Rows& 
 Rows prepare_rows(const Weight& weight, const float* x, int64_t num_rows, int slot) {
   void* buffer = scratch(slot, larger<int64_t>(64, prepared_bytes(weight, num_rows)));
   const Rows rows = prepared_rows_at(weight, num_rows, buffer, x);
-  if (weight.is_float() && !wants_bf16(weight)) return rows;
+  if (wants_f32(weight)) return rows;
   constexpr int64_t kRowsPerTask = 8;
   parallel_for((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
     const int64_t end = smaller(num_rows, (task + 1) * kRowsPerTask);
@@ -134,7 +136,7 @@ void linear(const Weight& weight, const float* x, int64_t num_rows, float* out, 
 
 // ---- experts ----
 
-constexpr int64_t kTokensAtOnce = 1024;  // bounds the memory between the two products
+constexpr int64_t kRowsOfExpert = 32;  // on average in a pass: enough to read each weight seldom
 constexpr int64_t kExpertColumns = 128;
 constexpr int64_t kStreamBytes = 192 << 10;  // of a task that is bound by memory: long enough to hide its start
 
@@ -194,7 +196,9 @@ struct Experts {
   int32_t* identity;  // [A] 0, 1, 2, ...
   Product* products;
   Rows x_rows, shared_x_rows, hidden_rows, shared_hidden_rows;
-  float *gate_up, *shared_gate_up, *activated, *shared_activated, *down, *shared_down;
+  float *gate_up, *shared_gate_up;
+  float *activated = nullptr, *shared_activated = nullptr;  // only for kernels that read fp32; else in gate_up's place
+  float *down, *shared_down;                                // where gate_up was, which is no longer needed then
 
   Experts(const ExpertsArguments& arguments, int64_t count)
       : a(arguments), num_tokens(count), num_rows(count * arguments.top_k), width(arguments.down->num_inputs),
@@ -208,12 +212,16 @@ struct Experts {
     identity = places + num_rows;
     products = reinterpret_cast<Product*>(list + ints);
     const int64_t shared_rows = a.shared ? num_tokens : 0;
-    gate_up = static_cast<float*>(scratch(kGateUpSlot, 8 * (num_rows * width + shared_rows * shared_width)));
+    const int64_t inner = 8 * (num_rows * width + shared_rows * shared_width);
+    const int64_t outer = 4 * (num_rows + shared_rows) * hidden;
+    gate_up = static_cast<float*>(scratch(kProductsSlot, larger(inner, outer)));
     shared_gate_up = gate_up + num_rows * 2 * width;
-    activated = static_cast<float*>(scratch(kHiddenSlot, 4 * (num_rows * width + shared_rows * shared_width)));
-    shared_activated = activated + num_rows * width;
-    down = static_cast<float*>(scratch(kDownSlot, 4 * (num_rows + shared_rows) * hidden));
+    down = gate_up;
     shared_down = down + num_rows * hidden;
+    if (wants_f32(*a.down) || (a.shared && wants_f32(*a.shared->down))) {
+      activated = static_cast<float*>(scratch(kHiddenSlot, inner / 2));
+      shared_activated = activated + num_rows * width;
+    }
   }
 
   void sort(const int64_t* routed) {
@@ -257,14 +265,16 @@ struct Experts {
       shared_hidden_rows = prepared_rows_at(*a.shared->down, num_tokens, buffer + routed_bytes, shared_activated);
     parallel_for(num_rows + (a.shared ? num_tokens : 0), [&](int64_t row) {
       if (row < num_rows) {
-        const float* gate = gate_up + row * 2 * width;
-        swiglu_row(gate, gate + width, width, activated + row * width);
-        prepare_row(*a.down, activated + row * width, row, hidden_rows);
+        float* gate = gate_up + row * 2 * width;
+        float* to = activated ? activated + row * width : gate;
+        swiglu_row(gate, gate + width, width, to);
+        prepare_row(*a.down, to, row, hidden_rows);
       } else {
         row -= num_rows;
-        const float* gate = shared_gate_up + row * 2 * shared_width;
-        swiglu_row(gate, gate + shared_width, shared_width, shared_activated + row * shared_width);
-        prepare_row(*a.shared->down, shared_activated + row * shared_width, row, shared_hidden_rows);
+        float* gate = shared_gate_up + row * 2 * shared_width;
+        float* to = activated ? shared_activated + row * shared_width : gate;
+        swiglu_row(gate, gate + shared_width, shared_width, to);
+        prepare_row(*a.shared->down, to, row, shared_hidden_rows);
       }
     });
   }
@@ -297,10 +307,16 @@ struct Experts {
   }
 };
 
+// Tokens of a pass, which bound the memory between the two products.
+int64_t tokens_at_once(const ExpertsArguments& a) {
+  const int64_t wanted = kRowsOfExpert * a.gate_up->num_experts / a.top_k;
+  return smaller<int64_t>(2048, larger<int64_t>(256, wanted));
+}
+
 void experts(const ExpertsArguments& a) {
-  const int64_t hidden = a.down->num_outputs;
-  for (int64_t first = 0; first < a.num_tokens; first += kTokensAtOnce) {
-    Experts work(a, smaller(kTokensAtOnce, a.num_tokens - first));
+  const int64_t hidden = a.down->num_outputs, step = tokens_at_once(a);
+  for (int64_t first = 0; first < a.num_tokens; first += step) {
+    Experts work(a, smaller(step, a.num_tokens - first));
     const float* x = a.x + first * hidden;
     work.sort(a.routed_experts + first * a.top_k);
     work.run_gate_up(x);
