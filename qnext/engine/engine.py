@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qnext.config import ModelConfig
 from qnext.engine.cache import BLOCK_SIZE, Cache
 from qnext.engine.memory import MemoryPlan, available_bytes, weight_bytes
 from qnext.engine.request import FinishReason, Request, SampledToken, SamplingParams, checked_prompt, output_allowance
@@ -36,7 +37,8 @@ class Engine:
     """Generates with one model on its device; token ids only. Not thread-safe: one thread owns it.
 
     `max_model_len` (default: the model's context; never more than the cache holds) bounds prompt and answer of a
-    request together. KV memory is
+    request together. A step takes `max_num_batched_tokens` at most, by default between 512 and 2,048: more where many
+    experts share them. KV memory is
     `num_blocks` blocks of 16 tokens, or as many as `kv_budget_bytes` holds, or by default what `max_num_seqs` requests
     of full length can use, at most half of the free memory. `eos_token_ids` (default: the config's) end a request
     unless it says ignore_eos. Keys and values are kept in `kv_dtype` (default: the model's; int8 has an fp32 scale per
@@ -48,7 +50,7 @@ class Engine:
         model: CausalLM,
         *,
         max_num_seqs: int = 8,
-        max_num_batched_tokens: int = 2048,
+        max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         num_blocks: int | None = None,
         kv_budget_bytes: int | None = None,
@@ -76,7 +78,7 @@ class Engine:
         self.scheduler = Scheduler(
             Limits(
                 max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_batched_tokens=max_num_batched_tokens or _default_batched_tokens(config, max_num_seqs),
                 block_size=BLOCK_SIZE,
                 num_blocks=blocks if has_blocks else None,
                 num_slots=max_num_seqs,
@@ -216,6 +218,12 @@ def _completion(request: Request) -> Completion:
         seed=request.seed,
         sampled=tuple(request.sampled),
     )
+
+
+def _default_batched_tokens(config: ModelConfig, max_num_seqs: int) -> int:
+    """So many that each expert of a layer sees some forty rows on average, and its weights are read for those."""
+    wanted = 40 * config.num_experts // max(1, config.num_experts_per_tok)
+    return max(512, min(2048, wanted), max_num_seqs - 1 + DELTA_CHUNK_SIZE)
 
 
 def _choose_num_blocks(
