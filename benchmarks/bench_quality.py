@@ -22,13 +22,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from _pair import machine, print_json
+from torch import Tensor
 
 from qnext.checkpoint import load_model, save_model
 from qnext.checkpoint.check import read_layout
@@ -38,7 +39,7 @@ from qnext.checkpoint.header import read_index
 from qnext.config import ModelConfig, hybrid_pattern
 from qnext.errors import UsageError
 from qnext.eval import EvalDocument, Perplexity, evaluate_perplexity
-from qnext.model import CausalLM
+from qnext.model import Batch, CausalLM
 from qnext.ops import keep_freed_memory
 from qnext.quant.scheme import make_policy
 from qnext.recipes import demo
@@ -49,6 +50,7 @@ from qnext.training.sources import take_bytes, tokenize
 
 LENGTH = 512
 _PIECE, _CHARACTERS_PER_TOKEN = 2000, 5  # a token has about four characters
+_ROWS = 1024  # of logits at a time
 # Ours: what `qnext quantize` is told, {text} standing for the calibration text.
 SCHEMES = {
     "int8 nearest": "--scheme int8",
@@ -64,12 +66,10 @@ RIVALS = ("int4-g32 calibrated", "int4-g32 calibrated, head too")
 LLAMA_TYPES = {
     "Q4_K_M": "{source} {out} Q4_K_M",
     "Q4_K_M, embedding kept": "--token-embedding-type bf16 {source} {out} Q4_K_M",
-    "Q4_K_S, embedding kept": "--token-embedding-type bf16 {source} {out} Q4_K_S",
     "Q4_K --pure, embedding kept": "--pure --token-embedding-type bf16 {source} {out} Q4_K",
     "Q4_0": "{source} {out} Q4_0",
     "Q4_K_M, imatrix": "--imatrix {imatrix} {source} {out} Q4_K_M",
     "Q4_K_M, imatrix, embedding kept": "--imatrix {imatrix} --token-embedding-type bf16 {source} {out} Q4_K_M",
-    "Q4_K_S, imatrix, embedding kept": "--imatrix {imatrix} --token-embedding-type bf16 {source} {out} Q4_K_S",
 }
 
 
@@ -129,20 +129,64 @@ def calibration_text(run: Run, *, tokens: int) -> str:
     return "\n".join(text[start : start + _PIECE] for start in range(0, len(text), stride))
 
 
-def measure(model: CausalLM, documents: Sequence[EvalDocument]) -> list[Perplexity]:
-    """One for each document."""
-    return [evaluate_perplexity(model, [document], sequence_length=LENGTH) for document in documents]
+class Reference:
+    """What the bf16 weights, computed in fp32, say about the documents: the end of their forward pass is kept."""
+
+    def __init__(self, folder: Path, documents: Sequence[EvalDocument]) -> None:
+        self._model = load_model(folder, dtype=torch.float32)
+        self._documents = documents
+        self._hidden = [_hidden(self._model, document) for document in documents]
+
+    def perplexity(self) -> Perplexity:
+        return evaluate_perplexity(self._model, self._documents, sequence_length=LENGTH)
+
+    def measure(self, model: CausalLM) -> Scores:
+        """Of `model`, document by document."""
+        rows = []
+        for document, base_TD in zip(self._documents, self._hidden, strict=True):
+            targets_T = torch.as_tensor(document.token_ids[1:])
+            sums = torch.zeros(2, dtype=torch.float64)
+            chunks = (tensor.split(_ROWS) for tensor in (base_TD, _hidden(model, document), targets_T))
+            for base_RD, hidden_RD, targets_R in zip(*chunks, strict=True):
+                p_RY, q_RY = (
+                    m.logits(h).float().log_softmax(-1) for m, h in ((self._model, base_RD), (model, hidden_RD))
+                )
+                sums[0] -= q_RY.gather(1, targets_R[:, None]).sum(dtype=torch.float64)
+                sums[1] += (p_RY.exp() * (p_RY - q_RY)).sum(dtype=torch.float64)
+            rows.append([float(sums[0]), float(sums[1]), len(targets_T)])
+        return Scores(*torch.tensor(rows, dtype=torch.float64).unbind(1))
 
 
-def change(results: Sequence[Perplexity], base: Sequence[Perplexity]) -> dict[str, float]:
-    """Change of perplexity in per cent and its standard error: of a ratio of sums over documents."""
-    count = sum(b.num_tokens for b in base)
-    nats = [(r.nats_per_token - b.nats_per_token) * b.num_tokens for r, b in zip(results, base, strict=True)]
-    mean = sum(nats) / count
-    square = sum((n - mean * b.num_tokens) ** 2 for n, b in zip(nats, base, strict=True))
-    ratio = math.exp(mean)
-    error = math.sqrt(square * len(base) / (len(base) - 1)) / count
-    return {"percent": 100 * (ratio - 1), "error": 100 * ratio * error}
+def _hidden(model: CausalLM, document: EvalDocument) -> Tensor:
+    """[T, D], for every token but the last; pieces of LENGTH do not see each other."""
+    ids_T = torch.as_tensor(document.token_ids[:-1])
+    return model(Batch.from_lengths(ids_T, [len(piece) for piece in ids_T.split(LENGTH)])).hidden_TD
+
+
+class Scores(NamedTuple):
+    """Sums over each document: -log p of its tokens and KL divergence from the reference, in nats; and its tokens."""
+
+    nats_N: Tensor
+    divergence_N: Tensor
+    tokens_N: Tensor
+
+
+def change(scores: Scores, base: Scores) -> dict[str, float]:
+    """Changes from `base`, with standard errors over documents: perplexity in per cent, mean divergence in nats."""
+    nats, nats_error = _ratio(scores.nats_N - base.nats_N, base.tokens_N)
+    divergence, divergence_error = _ratio(scores.divergence_N - base.divergence_N, base.tokens_N)
+    return {
+        "percent": 100 * math.expm1(nats), "error": 100 * math.exp(nats) * nats_error,
+        "divergence": divergence, "divergence_error": divergence_error,
+    }  # fmt: skip
+
+
+def _ratio(values_N: Tensor, tokens_N: Tensor) -> tuple[float, float]:
+    """Sum over sum, and its standard error."""
+    mean = values_N.sum() / tokens_N.sum()
+    count = len(values_N)
+    square = (values_N - mean * tokens_N).square().sum() * count / (count - 1)
+    return float(mean), float(square.sqrt() / tokens_N.sum())
 
 
 class Matrices:
@@ -235,6 +279,7 @@ def _call(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
 
 
+@torch.no_grad()
 def compare(options: argparse.Namespace, run: Run, work: Path) -> dict[str, Any]:
     model = work / "bf16"
     save_model(run.trainer.model, model, dtype=torch.bfloat16, tokenizer_folder=run.folder / "tokenizer")
@@ -246,30 +291,29 @@ def compare(options: argparse.Namespace, run: Run, work: Path) -> dict[str, Any]
         our_variants(model, text, work, matrices, tokens=options.tokens),
         llama_variants(model, text, work, matrices, options),
     )
+    reference = Reference(model, documents)
     rows: list[dict[str, Any]] = []
-    measured: dict[str, list[Perplexity]] = {}
-    print("bits a weight: of the quantised matrices, of all; change of perplexity: weights, native")
+    measured: dict[str, Scores] = {}
+    print("bits a weight: of the quantised matrices, of all; changes of perplexity and KL: weights, then native")
     for variant in variants:
-        results = measure(load_model(variant.weights, dtype=torch.float32, dequantize=True), documents)
-        measured[variant.name] = results
-        changes = {"weights": change(results, measured["bf16"])}
+        scores = reference.measure(load_model(variant.weights, dtype=torch.float32, dequantize=True))
+        measured[variant.name] = scores
+        changes = {"weights": change(scores, measured["bf16"])}
         if variant.codes is not None:
-            changes["native"] = change(measure(load_model(variant.codes), documents), measured["bf16"])
+            changes["native"] = change(reference.measure(load_model(variant.codes)), measured["bf16"])
         else:
-            changes |= {f"{name} over it": change(measured[name], results) for name in RIVALS}
+            changes |= {f"{name} over it": change(measured[name], scores) for name in RIVALS}
         rows.append({"name": variant.name, "bits": variant.bits._asdict(), "types": variant.types, **changes})
         print(_line(variant, changes), flush=True)
-    base = measured["bf16"]
-    num_tokens = sum(result.num_tokens for result in base)
-    return {
-        "perplexity": math.exp(sum(result.nats_per_token * result.num_tokens for result in base) / num_tokens),
-        "bits_per_byte": sum(r.bits_per_byte * r.num_bytes for r in base) / sum(r.num_bytes for r in base),
-        "tokens": num_tokens, "documents": len(documents), "variants": rows,
-    }  # fmt: skip
+    return {**asdict(reference.perplexity()), "variants": rows}
 
 
 def _line(variant: Variant, changes: dict[str, dict[str, float]]) -> str:
-    figures = "  ".join(f"{change['percent']:+7.3f} % ± {change['error']:.3f}" for change in changes.values())
+    figures = "  ".join(
+        f"{change['percent']:+6.3f} % ± {change['error']:.3f} {1e3 * change['divergence']:+7.3f}e-3 ± "
+        f"{1e3 * change['divergence_error']:.3f}"
+        for change in changes.values()
+    )
     return f"{variant.name:32} {variant.bits.matrices:6.3f} {variant.bits.all:6.3f}  {figures}"
 
 
