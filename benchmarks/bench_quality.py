@@ -61,15 +61,17 @@ SCHEMES = {
 }
 # Those of ours that each of llama.cpp's is compared with directly.
 RIVALS = ("int4-g32 calibrated", "int4-g32 calibrated, head too")
-# llama.cpp's: what llama-quantize is told. Ours keep the embedding, so its own choice is not all that differs. An
-# importance matrix is what llama.cpp calibrates with.
+# llama.cpp's: what llama-quantize is told. "Kept" rows keep what we keep, the embedding and the projection of the gates
+# of DeltaNet, so that only the same matrices differ. An importance matrix is what llama.cpp calibrates with.
+_KEPT = "--token-embedding-type bf16 --tensor-type ssm_ba=bf16"
 LLAMA_TYPES = {
     "Q4_K_M": "{source} {out} Q4_K_M",
-    "Q4_K_M, embedding kept": "--token-embedding-type bf16 {source} {out} Q4_K_M",
-    "Q4_K --pure, embedding kept": "--pure --token-embedding-type bf16 {source} {out} Q4_K",
+    "Q4_K_M, kept": f"{_KEPT} {{source}} {{out}} Q4_K_M",
+    "Q4_K --pure, kept": f"--pure {_KEPT} {{source}} {{out}} Q4_K",
     "Q4_0": "{source} {out} Q4_0",
     "Q4_K_M, imatrix": "--imatrix {imatrix} {source} {out} Q4_K_M",
-    "Q4_K_M, imatrix, embedding kept": "--imatrix {imatrix} --token-embedding-type bf16 {source} {out} Q4_K_M",
+    "Q4_K_M, imatrix, kept": f"--imatrix {{imatrix}} {_KEPT} {{source}} {{out}} Q4_K_M",
+    "Q4_K --pure, imatrix, kept": f"--imatrix {{imatrix}} --pure {_KEPT} {{source}} {{out}} Q4_K",
 }
 
 
@@ -305,7 +307,10 @@ def compare(options: argparse.Namespace, run: Run, work: Path) -> dict[str, Any]
             changes |= {f"{name} over it": change(measured[name], scores) for name in RIVALS}
         rows.append({"name": variant.name, "bits": variant.bits._asdict(), "types": variant.types, **changes})
         print(_line(variant, changes), flush=True)
-    return {**asdict(reference.perplexity()), "variants": rows}
+    whole, base = reference.perplexity(), measured["bf16"]
+    if not math.isclose(whole.nats_per_token, float(base.nats_N.sum() / base.tokens_N.sum()), rel_tol=1e-5):
+        raise RuntimeError("documents measured alone and evaluate_perplexity disagree")
+    return {**asdict(whole), "variants": rows}
 
 
 def _line(variant: Variant, changes: dict[str, dict[str, float]]) -> str:
