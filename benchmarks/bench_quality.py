@@ -49,7 +49,7 @@ from qnext.training import Hooks
 from qnext.training.sources import take_bytes, tokenize
 
 LENGTH = 512
-_PIECE, _CHARACTERS_PER_TOKEN = 2000, 5  # a token has about four characters
+_PIECE, _CHARACTERS_PER_TOKEN = 2000, 5  # more than a token has, so that enough of them come
 _ROWS = 1024  # of logits at a time
 # Ours: what `qnext quantize` is told, {text} standing for the calibration text.
 SCHEMES = {
