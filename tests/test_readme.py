@@ -97,6 +97,7 @@ SMALL_BENCHMARKS = {
         "1",
     ],
     "bench_demo.py": ["--seconds", "3"],
+    "bench_quality.py": ["--minutes", "0.02", "--tokens", "2048", "--eval-bytes", "20000"],
 }
 
 
