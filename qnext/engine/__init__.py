@@ -5,7 +5,7 @@ from __future__ import annotations
 from qnext.engine.engine import Completion, Engine
 from qnext.engine.memory import MemoryPlan
 from qnext.engine.request import FinishReason, Request, SampledToken, SamplingParams
-from qnext.engine.scheduler import TokenEvent
+from qnext.engine.step import TokenEvent
 
 __all__ = [
     "Completion",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
-from qnext.engine.scheduler import SequencePlan, StepPlan
+from qnext.engine.step import SequencePlan, StepPlan
 from qnext.model import CacheView, DeltaSlots, KVPages
 from qnext.ops import Packing, empty_huge
 
@@ -68,6 +68,7 @@ class Cache:
         self.max_pages = max(1, -(-max_model_len // block_size)) if self.kv else 1
         self._tables = torch.zeros(num_slots, self.max_pages, dtype=torch.long, device=device)
         self._table_owner: list[str | None] = [None] * num_slots
+        self._table_length = [0] * num_slots
         if poison:
             self._fill_nan(range(num_blocks), range(num_slots))
 
@@ -81,12 +82,21 @@ class Cache:
         """Bytes that the slots of all layers occupy."""
         return sum(tensor.nbytes for slots in self.delta.values() for tensor in slots)
 
-    def apply_freed(self, plan: StepPlan) -> None:
-        """Forget the owners of freed slots; with `poison`, overwrite what was freed."""
+    @torch.inference_mode()
+    def prepare(self, plan: StepPlan) -> None:
+        """Before the tokens of a step: forget what was freed (with `poison`, overwrite it), then make the copies."""
         for slot in plan.freed_slots:
             self._table_owner[slot] = None
         if self.poison:
             self._fill_nan(plan.freed_blocks, plan.freed_slots)
+        for source, target in plan.block_copies:
+            for pages in self.kv.values():
+                for tensor in pages.tensors:
+                    tensor[target].copy_(tensor[source])
+        for source, target in plan.slot_copies:
+            for slots in self.delta.values():
+                for tensor in slots:
+                    tensor[target].copy_(tensor[source])
 
     def view(self, sequences: Sequence[SequencePlan], packing: Packing, positions_T: Tensor) -> CacheView:
         """Where the given sequences of a step read and write."""
@@ -112,15 +122,18 @@ class Cache:
         )
 
     def bind(self, sequence: SequencePlan) -> int:
-        """Slot of the sequence, its table row written when it is new there."""
+        """Slot of the sequence, whose table row is written when it is new there and goes on as blocks are added."""
         request = sequence.request
         slot = request.slot
         assert slot is not None
         if self._table_owner[slot] != request.id:
             assert self._table_owner[slot] is None, f"slot {slot} is still bound to {self._table_owner[slot]}"
-            blocks = torch.tensor(request.blocks, dtype=torch.long)
-            self._tables[slot, : len(blocks)] = blocks.to(self.device)
-            self._table_owner[slot] = request.id
+            self._table_owner[slot], self._table_length[slot] = request.id, 0
+        known, count = self._table_length[slot], len(request.blocks)
+        if known < count:
+            blocks = torch.tensor(request.blocks[known:], dtype=torch.long)
+            self._tables[slot, known:count] = blocks.to(self.device)
+            self._table_length[slot] = count
         return slot
 
     def table_of(self, slot: int) -> NDArray[np.int64]:

@@ -14,16 +14,23 @@ from qnext.engine.memory import MemoryPlan, available_bytes, weight_bytes
 from qnext.engine.request import FinishReason, Request, SampledToken, SamplingParams, checked_prompt, output_allowance
 from qnext.engine.runner import Runner
 from qnext.engine.sampler import sample
-from qnext.engine.scheduler import Limits, Scheduler, StepResult, TokenEvent
+from qnext.engine.scheduler import Scheduler
+from qnext.engine.step import Limits, StepResult, TokenEvent
 from qnext.errors import UsageError
 from qnext.model import CausalLM
-from qnext.ops import DELTA_CHUNK_SIZE
+from qnext.ops import DELTA_CHUNK_SIZE, is_native
 from qnext.planning import kv_bytes_per_token
+
+
+_SPARE_CHECKPOINTS = 4
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of one prompt. `sampled` holds log-probabilities when they were asked for, else nothing."""
+    """What became of one prompt. `sampled` holds log-probabilities when they were asked for, else nothing.
+
+    `num_cached_tokens` of the prompt were not computed for this request.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -31,6 +38,7 @@ class Completion:
     finish_reason: FinishReason
     seed: int
     sampled: tuple[SampledToken, ...]
+    num_cached_tokens: int = 0
 
 
 class Engine:
@@ -55,6 +63,9 @@ class Engine:
         num_blocks: int | None = None,
         kv_budget_bytes: int | None = None,
         kv_dtype: torch.dtype | None = None,
+        prefix_cache: bool = True,
+        num_checkpoints: int | None = None,
+        checkpoint_interval: int = 4096,
         eos_token_ids: Collection[int] | None = None,
         poison: bool = False,
     ) -> None:
@@ -75,18 +86,25 @@ class Engine:
         if has_blocks:
             # A cache smaller than the context is the context.
             self.max_model_len = min(self.max_model_len, blocks * BLOCK_SIZE)
+        has_states = config.num_linear_layers > 0
+        if num_checkpoints is None:
+            num_checkpoints = max_num_seqs + _SPARE_CHECKPOINTS
+        num_slots = max_num_seqs + (num_checkpoints if has_states and prefix_cache else 0)
         self.scheduler = Scheduler(
             Limits(
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens or _default_batched_tokens(config, max_num_seqs),
                 block_size=BLOCK_SIZE,
                 num_blocks=blocks if has_blocks else None,
-                num_slots=max_num_seqs,
-                chunk_size=DELTA_CHUNK_SIZE,
+                num_slots=num_slots,
+                chunk_size=1 if is_native(model.device) else DELTA_CHUNK_SIZE,
+                has_states=has_states,
+                has_prefix_cache=prefix_cache,
+                checkpoint_interval=checkpoint_interval,
             )
         )
         self.cache = Cache(
-            config, num_blocks=blocks, num_slots=max_num_seqs, max_model_len=self.max_model_len, dtype=model.dtype,
+            config, num_blocks=blocks, num_slots=num_slots, max_model_len=self.max_model_len, dtype=model.dtype,
             kv_dtype=kv_dtype, device=model.device, poison=poison,
         )  # fmt: skip
         self.runner = Runner(model, self.cache)
@@ -111,7 +129,12 @@ class Engine:
         )
 
     def add_request(
-        self, prompt_ids: Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        salt: str = "",
     ) -> Request:
         """Queue a prompt; `step` brings it forward. The request ends by itself or by `abort`.
 
@@ -132,6 +155,7 @@ class Engine:
             seed=secrets.randbits(53) if params.seed is None else params.seed,
             max_tokens=output_allowance(len(prompt), params, max_model_len=self.max_model_len),
             stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_token_ids,
+            salt=salt,
         )
         self.scheduler.add(request)
         self._requests[request_id] = request
@@ -160,7 +184,7 @@ class Engine:
             for request in self.scheduler.discard_step():
                 self._requests.pop(request.id, None)
             raise
-        result = StepResult({request.id: token for request, token in zip(output.requests, tokens, strict=True)})
+        result = StepResult({request.id: (token,) for request, token in zip(output.requests, tokens, strict=True)})
         events = self.scheduler.commit(result)
         for event in events:
             if event.finish_reason is not None:
@@ -217,6 +241,7 @@ def _completion(request: Request) -> Completion:
         finish_reason=request.finish_reason,
         seed=request.seed,
         sampled=tuple(request.sampled),
+        num_cached_tokens=request.num_cached_tokens or 0,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qnext.engine.cache import Cache
-from qnext.engine.scheduler import SequencePlan
+from qnext.engine.step import SequencePlan
 from qnext.model import Batch, CacheView, CausalLM
 from qnext.ops import Packing, Recording, is_native, record
 

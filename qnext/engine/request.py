@@ -11,6 +11,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+from qnext.engine.flights import Flight, Wait
 from qnext.errors import DoesNotFit, UsageError
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -117,6 +118,11 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     slot: int | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
+    salt: str = ""  # only requests of one salt share cached prefixes
+    drafts: tuple[int, ...] = ()  # tokens that may follow the last one, to be verified in the next step
+    num_cached_tokens: int | None = None  # of the prompt, found in the cache on admission
+    flight: Flight | None = None  # its prompt on the way to the cache; the scheduler's
+    wait: Wait | None = None  # for whom it waits; the scheduler's
 
     @property
     def num_tokens(self) -> int:

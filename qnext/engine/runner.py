@@ -15,7 +15,7 @@ from torch import Tensor
 from qnext.engine.cache import Cache
 from qnext.engine.recorded import RecordedSteps
 from qnext.engine.request import Request
-from qnext.engine.scheduler import SequencePlan, StepPlan
+from qnext.engine.step import SequencePlan, StepPlan
 from qnext.model import Batch, CausalLM
 from qnext.ops import Packing, is_native
 
@@ -45,7 +45,9 @@ class Runner:
         with one token and sequences with more are two batches: its delta rule and attention have their own paths for
         one token, and the others would pad it to a whole chunk.
         """
-        self.cache.apply_freed(plan)
+        self.cache.prepare(plan)
+        if not plan.sequences:
+            return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [])
         if self._recorded.serves(plan.sequences):
             return RunnerOutput(self._recorded.run(plan.sequences), [s.request for s in plan.sequences])
         parts: list[Tensor] = []

@@ -10,7 +10,7 @@ import time
 import torch
 
 from qnext.engine import Engine, Request, SamplingParams
-from qnext.engine.scheduler import SequencePlan, StepPlan
+from qnext.engine.step import SequencePlan, StepPlan
 from qnext.model import CausalLM
 
 

@@ -9,7 +9,7 @@ import torch
 
 from qnext.engine import Engine, Request, SamplingParams
 from qnext.engine.runner import Runner
-from qnext.engine.scheduler import StepPlan
+from qnext.engine.step import StepPlan
 from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError
 from qnext.ops import DELTA_CHUNK_SIZE
 from qnext.planning import kv_bytes_per_token, state_bytes_per_sequence

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qnext.engine import Engine, SamplingParams
 from qnext.engine.runner import Runner
-from qnext.engine.scheduler import StepPlan
+from qnext.engine.step import StepPlan
 from qnext.model import CausalLM
 from qnext.ops import backend
 from tests.model.models import make_in_form

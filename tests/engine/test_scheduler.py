@@ -9,7 +9,8 @@ import pytest
 
 from qnext.engine.blocks import IdPool
 from qnext.engine.request import Request, SampledToken, SamplingParams
-from qnext.engine.scheduler import Limits, Scheduler, StepPlan, StepResult
+from qnext.engine.scheduler import Scheduler
+from qnext.engine.step import Limits, StepPlan, StepResult
 from qnext.errors import DoesNotFit, UsageError
 
 CHUNK = 64
