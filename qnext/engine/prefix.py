@@ -62,8 +62,8 @@ class PrefixCache:
        states `insert(tokens so far, ...)` after every chunk instead.
     5. The prompt is computed, or the request ends before: `land(flight)`.
     6. The request ends well: `add_checkpoint` (or `insert`) with all computed tokens, prompt and answer, and its own
-       slot, no copy; after that its blocks and slot are freed as ever. A step that failed: land and
-       free, slots for copies too, and add nothing.
+       slot, no copy; after that its blocks and slot are freed as ever. A step that failed: land and free, slots
+       for copies too, and add nothing.
 
     Ids that come back may be lent again in the same plan. So sources are released only after the commit, and what the
     pools report by `drain_freed` is made unreadable before the copies and the step. A hit needs one slot and one block
