@@ -20,7 +20,10 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class SampledToken(NamedTuple):
-    """One token of an answer or a prompt. Log-probabilities are those of the raw logits, in nats, before penalties and temperature."""
+    """One token of an answer or a prompt.
+
+    Log-probabilities are those of the raw logits, in nats, before penalties and temperature.
+    """
 
     token_id: int
     logprob: float | None = None  # None unless asked for

@@ -81,7 +81,7 @@ def verify(logits_RY: Tensor, windows: Sequence[Window]) -> list[Verdict]:
 
 @torch.inference_mode()
 def draft(logits_RY: Tensor, requests: Sequence[Request], indices: Sequence[int]) -> list[int]:
-    """A guess for each row of draft logits: what `requests[r]` would choose from it as token `indices[r]` of its output.
+    """A guess for each row of draft logits: what `requests[r]` would choose from it as output token `indices[r]`.
 
     It uses the number that `verify` will use there, so that alike distributions choose the same token. Counts of the
     penalties are those of the tokens known now; constraints are not asked.

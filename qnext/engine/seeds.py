@@ -8,7 +8,7 @@ _CHILD = 0xD1B54A32D192ED03  # keeps the seeds of children apart from the number
 
 
 def uniform(seed: int, index: int) -> float:
-    """Number `index` of the stream `seed`, in [0, 1 - 2^-48]: SplitMix64 (Steele, Lea and Flood, 2014) as a function."""
+    """Number `index` of the stream `seed`, in [0, 1 - 2^-48]: SplitMix64 (Steele, Lea, Flood, 2014) as a function."""
     return (_mix(_mix(seed & _MASK) + index * _GOLDEN & _MASK) >> 16) * 2.0**-48
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qnext.engine.filters import candidates, scaled
-from qnext.engine.request import SampledToken, SamplingParams
+from qnext.engine.request import SamplingParams
 from qnext.engine.seeds import uniform
 from qnext.errors import CorruptCheckpoint
 from tests.engine.sampling import VOCAB_SIZE, logits, request, sample
