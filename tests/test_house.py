@@ -45,7 +45,20 @@ WITHOUT_TORCH = ["config", "text", "planning"]
 MODULES_WITHOUT_TORCH = [
     "qnext.errors",
     "qnext.cli",
-    *(f"qnext.engine.{name}" for name in ("request", "blocks", "scheduler", "flights", "prefix_trie", "prefix")),
+    *(
+        f"qnext.engine.{name}"
+        for name in (
+            "params",
+            "seeds",
+            "request",
+            "step",
+            "blocks",
+            "scheduler",
+            "flights",
+            "prefix_trie",
+            "prefix",
+        )
+    ),
 ]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from qnext.engine.engine import Completion, Engine
 from qnext.engine.memory import MemoryPlan
-from qnext.engine.request import FinishReason, Request, SampledToken, SamplingParams
+from qnext.engine.params import SamplingParams
+from qnext.engine.request import FinishReason, Request, SampledToken
 from qnext.engine.step import TokenEvent
 
 __all__ = [

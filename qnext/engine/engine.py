@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,23 +13,25 @@ from qnext.engine.cache import BLOCK_SIZE, Cache
 from qnext.engine.memory import MemoryPlan, available_bytes, weight_bytes
 from qnext.engine.request import FinishReason, Request, SampledToken, SamplingParams, checked_prompt, output_allowance
 from qnext.engine.runner import Runner
-from qnext.engine.sampler import sample
+from qnext.engine.sampler import Window, verify
 from qnext.engine.scheduler import Scheduler
+from qnext.engine.seeds import child_seed
 from qnext.engine.step import Limits, StepResult, TokenEvent
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 from qnext.ops import DELTA_CHUNK_SIZE, is_native
 from qnext.planning import kv_bytes_per_token
 
-
 _SPARE_CHECKPOINTS = 4
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of one prompt. `sampled` holds log-probabilities when they were asked for, else nothing.
+    """What became of one prompt, or of completion `index` of those that were asked for.
 
-    `num_cached_tokens` of the prompt were not computed for this request.
+    `sampled` and `prompt_sampled` hold log-probabilities when they were asked for, else nothing; of several
+    completions the first alone has the prompt's. The first token of a prompt has none. `num_cached_tokens` of the
+    prompt were not computed for this request.
     """
 
     request_id: str
@@ -39,6 +41,8 @@ class Completion:
     seed: int
     sampled: tuple[SampledToken, ...]
     num_cached_tokens: int = 0
+    prompt_sampled: tuple[SampledToken, ...] = ()
+    index: int = 0
 
 
 class Engine:
@@ -138,29 +142,63 @@ class Engine:
     ) -> Request:
         """Queue a prompt; `step` brings it forward. The request ends by itself or by `abort`.
 
-        Raises UsageError for an empty prompt, a token outside the vocabulary or an id in use, DoesNotFit for a prompt
-        and answer longer than the context or the cache. Other requests are not touched by a refused one.
+        Raises UsageError for an empty prompt, a token outside the vocabulary, parameters that leave nothing to choose,
+        n other than 1 or an id in use, DoesNotFit for a prompt and answer longer than the context or the cache. Other
+        requests are not touched by a refused one.
         """
         params = params or SamplingParams()
+        if params.n != 1:
+            raise UsageError(f"n is {params.n}: several completions are several requests")
         prompt = checked_prompt(prompt_ids, vocab_size=self.model.config.vocab_size)
         if request_id is None:
             request_id = f"request-{self._num_added}"
         if request_id in self._requests:
             raise UsageError(f"request id {request_id!r} is in use")
         stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= self.eos_token_ids
+        params.check_vocabulary(vocab_size=self.model.config.vocab_size, stop_ids=stop_ids)
         request = Request(
             id=request_id,
             prompt_ids=prompt,
             params=params,
             seed=secrets.randbits(53) if params.seed is None else params.seed,
             max_tokens=output_allowance(len(prompt), params, max_model_len=self.max_model_len),
-            stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_token_ids,
+            stop_ids=stop_ids,
             salt=salt,
         )
         self.scheduler.add(request)
         self._requests[request_id] = request
         self._num_added += 1
         return request
+
+    def add_requests(
+        self, prompt_ids: Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> list[Request]:
+        """Queue `params.n` requests for one prompt, all or none. Errors as add_request.
+
+        Request i has the seed `child_seed(seed, i)`, the first one the seed itself, and answers as it would if asked
+        for alone with that seed. With n above 1, ids are the request id with "-0", "-1" and so on. The prompt's
+        log-probabilities come with the first.
+        """
+        params = params or SamplingParams()
+        if params.n == 1:
+            return [self.add_request(prompt_ids, params, request_id=request_id)]
+        seed = secrets.randbits(53) if params.seed is None else params.seed
+        name = f"request-{self._num_added}" if request_id is None else request_id
+        requests: list[Request] = []
+        try:
+            for index in range(params.n):
+                child = replace(
+                    params, n=1, seed=child_seed(seed, index),
+                    prompt_logprobs=params.prompt_logprobs if index == 0 else None,
+                )  # fmt: skip
+                requests.append(self.add_request(prompt_ids, child, request_id=f"{name}-{index}"))
+        except BaseException:
+            for request in requests:
+                self.abort(request.id)
+            raise
+        return requests
 
     def abort(self, request_id: str) -> None:
         """End a request now. An id that is not running is ignored: it may have finished a moment ago."""
@@ -171,6 +209,8 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """One step of the model: the tokens that it brought, one at most for each request; [] when idle.
 
+        A request for which no token may be chosen is aborted.
+
         When the model raises, the requests of the step are aborted (their caches are spoiled), the others live on,
         and the error goes to the caller.
         """
@@ -179,13 +219,20 @@ class Engine:
             return []
         try:
             output = self.runner.run(plan)
-            tokens = sample(output.logits_RY, output.requests)
+            verdicts = verify(output.logits_RY, [Window(request) for request in output.requests])
         except BaseException:
             for request in self.scheduler.discard_step():
                 self._requests.pop(request.id, None)
             raise
-        result = StepResult({request.id: (token,) for request, token in zip(output.requests, tokens, strict=True)})
-        events = self.scheduler.commit(result)
+        for request, found in output.prompt_tokens:
+            request.prompt_sampled += found
+        tokens: dict[str, Sequence[SampledToken]] = {}
+        for request, verdict in zip(output.requests, verdicts, strict=True):
+            if verdict.failure is None:
+                tokens[request.id] = verdict.tokens
+            else:
+                self.abort(request.id)
+        events = self.scheduler.commit(StepResult(tokens))
         for event in events:
             if event.finish_reason is not None:
                 self._requests.pop(event.request_id, None)
@@ -194,20 +241,26 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """Complete all prompts; `params` is one for all or one for each. Errors as add_request, before any runs."""
+        """Complete all prompts; `params` is one for all or one for each. Errors as add_request, before any runs.
+
+        A prompt has `n` completions, one after another.
+        """
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise UsageError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
         requests: list[Request] = []
+        indices: list[int] = []
         try:
             for prompt, chosen in zip(prompts, each, strict=True):
-                requests.append(self.add_request(prompt, chosen))
+                children = self.add_requests(prompt, chosen)
+                requests += children
+                indices += range(len(children))
             while any(request.finish_reason is None for request in requests):
                 self.step()
         finally:
             for request in requests:
                 self.abort(request.id)
-        return [_completion(request) for request in requests]
+        return [_completion(request, index) for request, index in zip(requests, indices, strict=True)]
 
     def stream(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None
@@ -232,7 +285,7 @@ class Engine:
         assert len(self._requests) == self.scheduler.num_waiting + self.scheduler.num_running
 
 
-def _completion(request: Request) -> Completion:
+def _completion(request: Request, index: int) -> Completion:
     assert request.finish_reason is not None
     return Completion(
         request_id=request.id,
@@ -242,6 +295,8 @@ def _completion(request: Request) -> Completion:
         seed=request.seed,
         sampled=tuple(request.sampled),
         num_cached_tokens=request.num_cached_tokens or 0,
+        prompt_sampled=tuple(request.prompt_sampled),
+        index=index,
     )
 
 

@@ -244,6 +244,10 @@ class PrefixCache:
         self.statistics.num_checkpoints_evicted += len(evicted.slots)
         return evicted
 
+    def clear(self) -> None:
+        """Forget all that is cached; who holds a hit still holds it."""
+        self._trie.clear()
+
     def check_integrity(self) -> None:
         """All that the cache holds hangs together, and both pools know of its shares."""
         self._trie.check_integrity()

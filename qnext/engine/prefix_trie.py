@@ -255,6 +255,15 @@ class PrefixTrie:
             if not self.blocks.num_owners(block):
                 evicted.blocks.append(block)
 
+    def clear(self) -> None:
+        """Let go of everything, pinned or not."""
+        if self.blocks is not None:
+            self.blocks.free(self.num_shares.elements())
+        if self.slots is not None:
+            self.slots.free(self.checkpoints)
+        for held in (self.roots, self.checkpoints, self.num_shares, self._bare):
+            held.clear()
+
     def _remove_checkpoint(self, checkpoint: Checkpoint, evicted: Evicted) -> None:
         """Together with all blocks that nothing needs then."""
         assert self.slots is not None

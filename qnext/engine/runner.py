@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from qnext.engine.cache import Cache
+from qnext.engine.logprobs import prompt_logprobs
 from qnext.engine.recorded import RecordedSteps
-from qnext.engine.request import Request
+from qnext.engine.request import Request, SampledToken
 from qnext.engine.step import SequencePlan, StepPlan
 from qnext.model import Batch, CausalLM
 from qnext.ops import Packing, is_native
 
 
 class RunnerOutput(NamedTuple):
-    """fp32 logits [R, Y] and the requests that the rows belong to."""
+    """fp32 logits [R, Y] and the requests that the rows belong to; what the step tells of prompts that ask for it."""
 
     logits_RY: Tensor
     requests: list[Request]
+    prompt_tokens: Sequence[tuple[Request, list[SampledToken]]] = ()
 
 
 class Runner:
@@ -52,23 +54,26 @@ class Runner:
             return RunnerOutput(self._recorded.run(plan.sequences), [s.request for s in plan.sequences])
         parts: list[Tensor] = []
         requests: list[Request] = []
+        prompt_tokens: list[tuple[Request, list[SampledToken]]] = []
         for sequences in self._batches(plan):
             if sequences:
                 wanted = [s.request for s in sequences if s.needs_sample]
-                logits_RY = self._run_batch(sequences)
+                logits_RY = self._run_batch(sequences, prompt_tokens)
                 if wanted:
                     parts.append(logits_RY)
                     requests.extend(wanted)
         if not parts:
-            return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [])
-        return RunnerOutput(torch.cat(parts) if len(parts) > 1 else parts[0], requests)
+            return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [], prompt_tokens)
+        return RunnerOutput(torch.cat(parts) if len(parts) > 1 else parts[0], requests, prompt_tokens)
 
     def _batches(self, plan: StepPlan) -> list[list[SequencePlan]]:
         if is_native(self.cache.device):
             return [list(plan.sequences)]
         return [[s for s in plan.sequences if (len(s.token_ids) == 1) == is_single] for is_single in (True, False)]
 
-    def _run_batch(self, sequences: Sequence[SequencePlan]) -> Tensor:
+    def _run_batch(
+        self, sequences: Sequence[SequencePlan], prompt_tokens: list[tuple[Request, list[SampledToken]]]
+    ) -> Tensor:
         device = self.cache.device
         packing = Packing([len(s.token_ids) for s in sequences], device=device)
         tokens = list(chain.from_iterable(s.token_ids for s in sequences))
@@ -81,6 +86,11 @@ class Runner:
             cache=self.cache.view(sequences, packing, positions_T),
         )
         hidden_TD = self.model(batch).hidden_TD
+        parts_TD = hidden_TD.split([len(s.token_ids) for s in sequences])
+        for part_TD, (request, _, start, _) in zip(parts_TD, sequences, strict=True):
+            if request.params.prompt_logprobs is not None and start < len(request.prompt_ids):
+                found = prompt_logprobs(self.model.logits, part_TD, request, start)
+                prompt_tokens.append((request, found))
         rows = [n for n, s in enumerate(sequences) if s.needs_sample]
         if not rows:
             return hidden_TD.new_empty(0, self.model.config.vocab_size)

@@ -72,9 +72,7 @@ class Scheduler:
         sequences: list[SequencePlan] = []
         num_preemptions = self.num_preemptions
         budget = self._plan_decoding(sequences, self.limits.max_num_batched_tokens)
-        budget = self._plan_reading(sequences, budget)
-        if num_preemptions == self.num_preemptions:
-            self._plan_admissions(sequences, budget)
+        self._plan_prompts(sequences, budget, may_admit=num_preemptions == self.num_preemptions)
         if not sequences and not self._slot_copies:
             assert not self.has_unfinished, "requests wait, yet nothing can run"
             return None
@@ -157,21 +155,30 @@ class Scheduler:
             drafts = request.drafts[: max(0, min(spare, request.max_cached_tokens - request.num_tokens))]
             if drafts and not self._make_room(self._num_missing(request, request.num_tokens + len(drafts)), 0):
                 drafts = ()
+            if request.flight is not None:
+                request.flight.num_planned = request.num_tokens  # the last token of a prompt
             if self._grow(request, request.num_tokens + len(drafts)):
                 sequences.append(_sequence_plan(request, request.num_tokens, drafts))
                 budget -= 1 + len(drafts)
         return budget
 
-    def _plan_reading(self, sequences: list[SequencePlan], budget: int) -> int:
-        """Chunks of prompts: equal shares, and what a short rest does not need goes to the longer ones."""
+    def _plan_prompts(self, sequences: list[SequencePlan], budget: int, *, may_admit: bool) -> None:
+        """Chunks of prompts. The oldest has half of the budget, so that it comes to an end; of the others the shortest
+        go first, and half of what they could take is for new ones. What nobody needs is the oldest's."""
         reading = [r for r in self._running if r.num_tokens - r.num_computed_tokens > 1]
-        reading.sort(key=lambda r: r.num_tokens - r.num_computed_tokens)
-        for n, request in enumerate(reading):
-            share = max(budget // (len(reading) - n), min(budget, self.limits.chunk_size))
-            budget -= self._plan_chunk(request, share, sequences)
-        return budget
+        admits = may_admit and bool(self._waiting) and len(self._running) < self.limits.max_num_seqs
+        reserve = 0
+        if reading and (admits or len(reading) > 1):
+            reserve = max(budget // 2, min(budget, self.limits.chunk_size))
+        rest = budget - reserve
+        for request in sorted(reading[1:], key=lambda r: r.num_tokens - r.num_computed_tokens):
+            rest -= self._plan_chunk(request, rest // 2 if admits else rest, sequences)
+        if admits:
+            rest = self._plan_admissions(sequences, rest)
+        if reading:
+            self._plan_chunk(reading[0], reserve + rest, sequences)
 
-    def _plan_admissions(self, sequences: list[SequencePlan], budget: int) -> None:
+    def _plan_admissions(self, sequences: list[SequencePlan], budget: int) -> int:
         """Requests from the queue, in order; those that wait for another's prefix let others pass."""
         passed: list[Request] = []
         while self._waiting and len(self._running) < self.limits.max_num_seqs:
@@ -185,6 +192,7 @@ class Scheduler:
                 break
             budget -= self._plan_chunk(request, budget, sequences)
         self._waiting.extendleft(reversed(passed))
+        return budget
 
     def _plan_chunk(self, request: Request, budget: int, sequences: list[SequencePlan]) -> int:
         start = request.num_computed_tokens
@@ -241,7 +249,7 @@ class Scheduler:
         self._waiting.appendleft(request)
 
     def _must_wait(self, request: Request) -> bool:
-        if self.prefixes is None:
+        if self.prefixes is None or _hit_limit(request) < request.num_tokens - 1:
             return False
         if request.wait is None or not request.wait.is_open:
             tokens = request.token_range(0, request.num_tokens)
@@ -253,7 +261,7 @@ class Scheduler:
         tokens = request.token_range(0, request.num_tokens)
         hit = _NO_HIT
         if self.prefixes is not None:
-            hit = self.prefixes.acquire(tokens, salt=request.salt, limit=len(tokens) - 1)
+            hit = self.prefixes.acquire(tokens, salt=request.salt, limit=_hit_limit(request))
             if hit.num_tokens and not self._has_room_for(len(tokens), hit):
                 # What is to be copied takes room too: without it there may be enough.
                 self.prefixes.release(hit)
@@ -280,7 +288,7 @@ class Scheduler:
         return True
 
     def _has_room_for(self, num_tokens: int, hit: Hit) -> bool:
-        """A new sequence needs its blocks, and one more for every other that is running, lest it be sent back at once."""
+        """A new sequence needs its blocks, and one more for each other that runs, lest it be sent back at once."""
         spare = len(self._running) if self.limits.num_blocks is not None else 0
         return self._make_room(self._num_blocks(num_tokens) - len(hit.blocks) + spare, 1)
 
@@ -295,7 +303,7 @@ class Scheduler:
         tokens = flight.tokens[: flight.num_computed]
         if self.prefixes.slots is None:
             self.prefixes.insert(tokens, request.blocks, salt=request.salt)
-        elif flight.is_at_stop and self._make_room(0, 1):
+        elif flight.num_computed in flight.stops and self._make_room(0, 1):
             (slot,) = self.slots.allocate(1)
             # Both ends are held until the copy was made, at the start of the next step.
             self.slots.share([request.slot])
@@ -369,6 +377,13 @@ def _make_prefixes(limits: Limits, blocks: RefPool, slots: RefPool) -> PrefixCac
         grid=limits.chunk_size,
         min_tokens=limits.min_prefix_tokens,
     )
+
+
+def _hit_limit(request: Request) -> int:
+    """The most tokens that need not be computed again: the last one must be, and those whose logits are asked for."""
+    if request.params.prompt_logprobs is None:
+        return request.num_tokens - 1
+    return min(request.num_tokens - 1, max(0, len(request.prompt_sampled) - 1))
 
 
 def _sequence_plan(request: Request, end: int, drafts: tuple[int, ...]) -> SequencePlan:

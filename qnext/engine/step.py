@@ -35,8 +35,6 @@ class Limits:
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
             raise UsageError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
-        if self.num_slots < self.max_num_seqs:
-            raise UsageError(f"{self.max_num_seqs} sequences need as many slots, not {self.num_slots}")
         least = self.max_num_seqs - 1 + self.chunk_size
         if self.max_num_batched_tokens < least:
             raise UsageError(
