@@ -1,4 +1,4 @@
-"""Cached prefixes: exactly the tokens that were computed, nobody else's, and nothing lost, doubled or taken from use."""
+"""Cached prefixes: exactly what was computed, nobody else's; nothing lost, doubled or taken from use."""
 
 from __future__ import annotations
 
