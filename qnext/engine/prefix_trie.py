@@ -38,9 +38,9 @@ FIRST_HIT = -3.0  # log2 of what the first hit of a checkpoint counts
 
 
 class Duplicate(NamedTuple):
-    """Block number `index` of a request holds the same as `kept`, which the cache had already."""
+    """Block number `place` of a request holds the same as `kept`, which the cache had already."""
 
-    index: int
+    place: int
     block: int
     kept: int
 

@@ -230,13 +230,13 @@ class Traffic:
             assert slot is not None
             duplicates = self.cache.add_checkpoint(tokens, request.blocks, salt=salt, slot=slot, is_shared=is_shared)
             self.naive.setdefault((salt, tokens), slot)
-        for index, block, kept in duplicates:
-            assert request.blocks[index] == block != kept
+        for place, block, kept in duplicates:
+            assert request.blocks[place] == block != kept
             assert all(self.kv[block, i] == self.kv[kept, i] for i in range(BLOCK))
             if self.rng.random() < 0.5 and self.blocks is not None:
                 self.blocks.share([kept])
                 self.blocks.free([block])
-                request.blocks[index] = kept
+                request.blocks[place] = kept
             self.seen["duplicate"] += 1
 
     def commit(self, request: Running) -> None:

@@ -158,7 +158,7 @@ def test_discarded_steps_free_everything() -> None:
 
 def test_short_and_long_prompts_share_a_step_fairly() -> None:
     """A short prompt that comes beside a long one does not wait until that is read."""
-    scheduler = Scheduler(limits(max_num_batched_tokens=256))
+    scheduler = Scheduler(limits(max_num_batched_tokens=256, num_blocks=100))
     scheduler.add(request("long", 500, 2))
     step(scheduler)
     scheduler.add(request("short", 100, 2, first=1000))
