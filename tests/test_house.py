@@ -45,7 +45,7 @@ WITHOUT_TORCH = ["config", "text", "planning"]
 MODULES_WITHOUT_TORCH = [
     "qnext.errors",
     "qnext.cli",
-    *(f"qnext.engine.{name}" for name in ("request", "blocks", "scheduler")),
+    *(f"qnext.engine.{name}" for name in ("request", "blocks", "scheduler", "constraint")),
 ]
 
 
