@@ -43,15 +43,17 @@ class GrammarLimits:
     max_schema_nodes: int = 2_000  # objects and lists of the schema
     max_schema_depth: int = 32
     max_enum_values: int = 2_048  # of all enums together
+    max_pattern_properties: int = 32  # together: the library compares every two of an object
     max_regex_length: int = 1_024  # characters, also of each pattern in a schema
     max_choices: int = 2_048
     max_choice_bytes: int = 16 << 10  # of all choices together
     max_lark_bytes: int = 32 << 10
     max_lark_rules: int = 500
+    max_lark_marks: int = 2_000  # colons and opening brackets, wherever they stand
     max_whitespace: int = 64  # characters in a row between the parts of a JSON text
     compile_seconds: float = 2.0
     compile_threads: int = 2
-    step_seconds: float = 1.0  # of the thread's own time, for one mask; fuel ends nearly every case far below
+    step_seconds: float = 0.5  # of the thread's own time, for one mask; fuel ends nearly every case far below
     max_cached_grammars: int = 64
     max_cached_bytes: int = 4 << 20  # of grammar text
     max_lexer_states: int = 20_000  # 1 to 2 kB each, for every request
@@ -113,7 +115,7 @@ def _checked_schema(value: object, limits: GrammarLimits) -> dict[str, Any]:
 def _check_nodes(schema: Mapping[str, Any], limits: GrammarLimits) -> None:
     """Depth, nodes, enum values and lengths of patterns, without recursion."""
     waiting: list[tuple[Any, int]] = [(schema, 1)]
-    num_nodes = num_values = 0
+    num_nodes = num_values = num_keyed = 0
     while waiting:
         value, depth = waiting.pop()
         num_nodes += 1
@@ -127,6 +129,9 @@ def _check_nodes(schema: Mapping[str, Any], limits: GrammarLimits) -> None:
             if num_values > limits.max_enum_values:
                 raise UsageError(f"json_schema: more than {limits.max_enum_values} enum values")
             keyed = value.get("patternProperties")
+            num_keyed += len(keyed) if isinstance(keyed, Mapping) else 0
+            if num_keyed > limits.max_pattern_properties:
+                raise UsageError(f"json_schema: more than {limits.max_pattern_properties} pattern properties")
             for pattern in [value.get("pattern"), *(keyed if isinstance(keyed, Mapping) else ())]:
                 if isinstance(pattern, str) and len(pattern) > limits.max_regex_length:
                     raise UsageError(f"json_schema: a pattern is longer than {limits.max_regex_length} characters")
@@ -175,9 +180,11 @@ def _lark_text(text: str, limits: GrammarLimits) -> str:
     _check_size("lark", text, limits.max_lark_bytes)
     if not text.strip():
         raise UsageError("lark: the grammar is empty")
-    # Rules are resolved by recursion: a chain of thousands would overflow the stack.
-    if len(_RULE.findall(text)) > limits.max_lark_rules or text.count(":") > 4 * limits.max_lark_rules:
+    # Rules and brackets are resolved by recursion: a chain of thousands of them would overflow the stack.
+    if len(_RULE.findall(text)) > limits.max_lark_rules:
         raise UsageError(f"lark: more than {limits.max_lark_rules} rules")
+    if sum(map(text.count, ":([")) > limits.max_lark_marks:
+        raise UsageError(f"lark: more than {limits.max_lark_marks} colons and brackets")
     return f"{text}\n{_OPTIONS}"  # at the end, so that line numbers in messages are the user's
 
 

@@ -28,6 +28,9 @@ Mask = NDArray[np.int32]
 
 _MARKER = 0xFF  # how the library marks names of special tokens; no UTF-8 text holds this byte
 _MESSAGE_LENGTH = 200
+_SLICE = 0.05  # seconds
+_STACK_BYTES = 64 << 20  # the library recurses along rules
+_STACK_LOCK = threading.Lock()  # the size holds for the next threads of the whole process
 
 
 class Vocabulary:
@@ -53,7 +56,9 @@ class Vocabulary:
         if not all(0 <= token < self.size for token in self.special_ids):
             raise UsageError(f"end tokens and special tokens must be below the vocabulary size {self.size}")
         self.token_bytes = [*token_bytes, *([b""] * (self.size - len(token_bytes)))]
-        usable = [bool(text) and (text[0] != _MARKER or i in self.special_ids) for i, text in enumerate(self.token_bytes)]
+        usable = [
+            bool(text) and (text[0] != _MARKER or i in self.special_ids) for i, text in enumerate(self.token_bytes)
+        ]
         self.eos_mask = self._mask([token in self.eos_ids for token in range(self.size)])
         self.text_mask = self._mask(usable) & ~self.eos_mask  # everything that may stand in an output
 
@@ -69,7 +74,7 @@ class Vocabulary:
         return mask
 
 
-class _Tokenizer:
+class _Tokenizer(llguidance.TokenizerWrapper):
     """What llguidance reads of a vocabulary."""
 
     is_tokenizer_wrapper = True
@@ -85,8 +90,10 @@ class _Tokenizer:
             for i, text in enumerate(vocabulary.token_bytes)
         ]
 
-    def __call__(self, text: str | bytes) -> list[int]:
+    def _encode_string(self, s: str) -> list[int]:
         return []  # masks force no token, so nothing is ever tokenized
+
+    __call__ = _encode_string
 
 
 class CompiledGrammar:
@@ -230,7 +237,9 @@ class GrammarState:
         if self.is_finished:
             return vocabulary.eos_mask.copy()
         start = time.thread_time()
-        words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)[
+            : vocabulary.num_words
+        ]  # one more where it fits exactly
         if self._matcher.is_error():
             raise ConstraintFailed(f"the output constraint cannot be followed further: {self._reason()}")
         if time.thread_time() - start > self._limits.step_seconds:
@@ -338,8 +347,15 @@ class GrammarCompiler:
                 self._slots.release()
 
         thread = threading.Thread(target=work, name="grammar-compiler", daemon=True)
-        thread.start()
-        thread.join(seconds)
+        with _STACK_LOCK:
+            usual = threading.stack_size(_STACK_BYTES)
+            thread.start()
+            threading.stack_size(usual)
+        # In slices, so that a machine that was suspended does not count as a grammar that was slow.
+        for _ in range(math.ceil(seconds / _SLICE)):
+            thread.join(_SLICE)
+            if not thread.is_alive():
+                break
         if not found:
             raise UsageError(f"the output constraint takes longer than {seconds:g} s to compile")
         return found[0]
