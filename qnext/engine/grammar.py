@@ -237,9 +237,8 @@ class GrammarState:
         if self.is_finished:
             return vocabulary.eos_mask.copy()
         start = time.thread_time()
-        words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)[
-            : vocabulary.num_words
-        ]  # one more where it fits exactly
+        bits = self._matcher.compute_bitmask()  # a word too many where the vocabulary fills the last one
+        words = np.frombuffer(bits, dtype=np.int32, count=vocabulary.num_words)
         if self._matcher.is_error():
             raise ConstraintFailed(f"the output constraint cannot be followed further: {self._reason()}")
         if time.thread_time() - start > self._limits.step_seconds:
