@@ -52,6 +52,7 @@ MODULES_WITHOUT_TORCH = [
             "seeds",
             "request",
             "step",
+            "constraint",
             "blocks",
             "scheduler",
             "flights",
