@@ -33,6 +33,7 @@ from qnext.engine.disk_entry import (
     PrefixHasher,
     encode_body,
     encode_header,
+    is_kind,
     make_header,
     prefix_of,
     read_body,
@@ -129,7 +130,7 @@ class DiskStore:
 
         An entry that is there stays as it is and counts as used. `kind` is an identifier in ASCII.
         """
-        assert tokens and kind.isascii() and kind.isidentifier(), kind
+        assert len(tokens) and is_kind(kind), kind
         data = token_bytes(tokens)
         name = PrefixHasher(self._fingerprint, kind, salt).name(data)
         header = make_header(kind, salt, len(tokens), tensors)

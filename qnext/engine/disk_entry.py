@@ -203,9 +203,13 @@ def _parse_header(text: bytes, fingerprint: bytes) -> Header:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedEntry("header cannot be read") from error
     sizes = [header.num_tokens, *(size for spec in specs for size in spec.shape)]
-    if not isinstance(header.kind, str) or any(type(size) is not int or size < 0 for size in sizes):
+    if not is_kind(header.kind) or any(type(size) is not int or size < 0 for size in sizes):
         raise DamagedEntry("header has values of other types")
     return header
+
+
+def is_kind(value: object) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isidentifier()
 
 
 def _aligned(position: int) -> int:

@@ -52,6 +52,10 @@ def random_tensors(seed: int) -> dict[str, Tensor]:
     }
 
 
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
 def same_bits(left: dict[str, Tensor] | None, right: dict[str, Tensor]) -> bool:
     return (
         left is not None
@@ -59,7 +63,7 @@ def same_bits(left: dict[str, Tensor] | None, right: dict[str, Tensor]) -> bool:
         and all(
             left[name].dtype == right[name].dtype
             and left[name].shape == right[name].shape
-            and left[name].contiguous().view(-1).view(torch.uint8).equal(right[name].contiguous().view(-1).view(torch.uint8))
+            and bits(left[name]).equal(bits(right[name]))
             for name in right
         )
     )  # fmt: skip
@@ -227,7 +231,9 @@ def test_random_traffic_against_a_naive_model(tmp_path: Path, seed: int) -> None
             assert got is None or set(got["x"].tolist()) == {value}
         limit = chance.randint(0, 8)
         assert store.lengths(kind, salt, tokens, limit=limit) == naive.lengths(kind, salt, tokens, limit)
-        assert store.longest(kind, salt, tokens, limit=limit) == max(naive.lengths(kind, salt, tokens, limit), default=0)
+        assert store.longest(kind, salt, tokens, limit=limit) == max(
+            naive.lengths(kind, salt, tokens, limit), default=0
+        )
         assert folder_bytes(tmp_path) <= max_bytes  # also while the writer is at work
         if turn % 50 == 49:
             store.close()
@@ -273,7 +279,7 @@ def test_longest_of_many_tokens_and_lengths(tmp_path: Path) -> None:
         assert store.lengths("state", b"", tokens, limit=10**9) == [1, 16, 4_000, 70_001, 262_144]
         assert store.longest("state", b"", tokens, limit=262_143) == 70_001
         assert store.longest("state", b"", other + tokens[70_001:], limit=262_144) == 70_001
-        assert store.longest("state", b"", other[:-1] + [6], limit=262_144) == 4_000
+        assert store.longest("state", b"", [*other[:-1], 6], limit=262_144) == 4_000
 
 
 # Damage.
@@ -376,7 +382,12 @@ def test_names_of_the_store_on_other_files(filled: Path) -> None:
     (path,) = entries(filled)
     other = PrefixHasher(MODEL, "state", b"salt").name(token_bytes(range(2, 23)))
     path.rename(filled / (other + ENTRY_SUFFIX))
-    for name in ("0" * 40 + ENTRY_SUFFIX, "short" + ENTRY_SUFFIX, "1" * 40 + PARTIAL_SUFFIX, ENTRY_SUFFIX + ENTRY_SUFFIX):
+    for name in (
+        "0" * 40 + ENTRY_SUFFIX,
+        "short" + ENTRY_SUFFIX,
+        "1" * 40 + PARTIAL_SUFFIX,
+        ENTRY_SUFFIX + ENTRY_SUFFIX,
+    ):
         (filled / name).write_bytes(b"rubbish")
     with open_store(filled) as store:
         assert store.statistics().num_damaged == 4
@@ -410,7 +421,21 @@ def headers() -> Iterator[object]:
     good = {
         "fingerprint": MODEL.hex(), "kind": "state", "salt": "", "num_tokens": 3, "tensors": [["x", "int8", [2, 2]]],
     }  # fmt: skip
-    wrong = [None, -1, 1.5, True, "x", "é", "\ud800", [], {}, [[]], [["x", "int8"]], [["x", [], [1]]], [["x", "int8", "12"]]]
+    wrong = [
+        None,
+        -1,
+        1.5,
+        True,
+        "x",
+        "é",
+        "\ud800",
+        [],
+        {},
+        [[]],
+        [["x", "int8"]],
+        [["x", [], [1]]],
+        [["x", "int8", "12"]],
+    ]
     wrong += [[["x", "int8", [-2, -2]]], [["x", "int8", [True]]], [["x", "object", [1]]], [["x", "int8", 4]], 10**30]
     for name in good:
         yield {key: value for key, value in good.items() if key != name}
