@@ -1,4 +1,4 @@
-"""Kills processes that write into a store and checks what they leave: `disk_kills.py FOLDER calls|moments`.
+"""Kills processes that write into a store and checks what they leave: `python -m tests.engine.disk_kills FOLDER calls|moments`.
 
 A program of its own, so that it can fork: it has no thread. Prints counts as one JSON line.
 """
@@ -49,7 +49,7 @@ def check(folder: Path) -> Counter[str]:
     with DiskStore(folder, max_bytes=MAX_BYTES, fingerprint=b"m") as store:
         assert store.statistics().num_damaged == half_written
         num_entries = store.statistics().num_entries
-        for token in range(1, 61):
+        for token in range(1, 62):
             got = store.get("kv", b"", [token])
             if got is not None:
                 found += 1
@@ -57,7 +57,7 @@ def check(folder: Path) -> Counter[str]:
         assert found == num_entries, (found, num_entries)
         assert store.statistics().num_damaged == half_written
         assert sum(path.stat().st_size for path in folder.iterdir()) == store.statistics().entry_bytes <= MAX_BYTES
-        assert store.put("kv", b"", [61], {"x": torch.ones(3)})
+        assert store.put("kv", b"", [61], contents(61))
         store.flush()
         assert store.get("kv", b"", [61]) is not None
     return Counter(half_written=half_written, entries=found)

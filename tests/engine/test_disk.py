@@ -26,7 +26,7 @@ from qnext.engine.disk_entry import PREFIX, PrefixHasher, make_fingerprint, toke
 from qnext.errors import UsageError
 
 MODEL = make_fingerprint(b"weights", version="1", block_size=16)
-KILLS = Path(__file__).parent / "disk_kills.py"
+ROOT = Path(__file__).parent.parent.parent
 
 
 def open_store(folder: Path, *, max_bytes: int = 1 << 24, fingerprint: bytes = MODEL, **options: int) -> DiskStore:
@@ -655,7 +655,7 @@ def test_threads_side_by_side(tmp_path: Path) -> None:
 
 def kills(folder: Path, how: str) -> dict[str, int]:
     done = subprocess.run(
-        [sys.executable, str(KILLS), str(folder), how], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-m", "tests.engine.disk_kills", str(folder), how], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
