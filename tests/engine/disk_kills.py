@@ -1,4 +1,4 @@
-"""Kills processes that write into a store and checks what they leave: `python -m tests.engine.disk_kills FOLDER calls|moments`.
+"""Kills processes that write into a store and checks what they leave. Arguments: FOLDER calls|moments.
 
 A program of its own, so that it can fork: it has no thread. Prints counts as one JSON line.
 """

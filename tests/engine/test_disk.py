@@ -215,7 +215,7 @@ def test_random_traffic_against_a_naive_model(tmp_path: Path, seed: int) -> None
     chance, max_bytes = random.Random(seed), 12_000
     naive, store = NaiveStore(max_bytes), open_store(tmp_path, max_bytes=max_bytes)
     found = evictions = 0
-    for turn in range(600):
+    for turn in range(1200):
         kind, salt = chance.choice(["kv", "state"]), chance.choice([b"", b"s"])
         tokens = tuple(chance.randint(0, 1) for _ in range(chance.randint(1, 7)))
         if chance.random() < 0.5:
@@ -655,7 +655,8 @@ def test_threads_side_by_side(tmp_path: Path) -> None:
 
 def kills(folder: Path, how: str) -> dict[str, int]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.disk_kills", str(folder), how], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-m", "tests.engine.disk_kills", str(folder), how],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
