@@ -15,7 +15,6 @@ import stat
 import threading
 import time
 import warnings
-from bisect import bisect_right, insort
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from qnext.engine.disk_entry import (
     PREFIX,
     DamagedEntry,
     Header,
+    Lengths,
     PrefixHasher,
     encode_body,
     encode_header,
@@ -107,7 +107,7 @@ class DiskStore:
         self._queue_bytes = queue_bytes
         self._fingerprint = fingerprint
         self._index: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
-        self._lengths: dict[tuple[str, bytes], _Lengths] = {}
+        self._lengths: dict[tuple[str, bytes], Lengths] = {}
         self._used_bytes = self._queued_bytes = self._stuck_bytes = 0
         self._counts: Counter[str] = Counter()
         self._has_warned = self._is_closing = self._is_busy = False
@@ -231,7 +231,7 @@ class DiskStore:
         self._index[entry.name] = entry
         self._used_bytes += entry.num_bytes
         key = (entry.header.kind, entry.header.salt)
-        self._lengths.setdefault(key, _Lengths()).add(entry.header.num_tokens)
+        self._lengths.setdefault(key, Lengths()).add(entry.header.num_tokens)
 
     def _forget(self, entry: _Entry) -> None:
         del self._index[entry.name]
@@ -386,30 +386,6 @@ class DiskStore:
             os.close(descriptor)
         # The folder itself is not synchronised: a name that a power failure takes back is an entry less.
         os.replace(partial, final, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
-
-
-class _Lengths:
-    """The different lengths among some entries."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[int] = Counter()
-        self._sorted: list[int] = []
-
-    def add(self, length: int) -> None:
-        if not self._counts[length]:
-            insort(self._sorted, length)
-        self._counts[length] += 1
-
-    def remove(self, length: int) -> bool:
-        """Says whether none is left."""
-        self._counts[length] -= 1
-        if not self._counts[length]:
-            del self._counts[length]
-            self._sorted.remove(length)
-        return not self._sorted
-
-    def up_to(self, limit: int) -> list[int]:
-        return self._sorted[: bisect_right(self._sorted, limit)]
 
 
 def _open_folder(folder: Path) -> int:

@@ -16,6 +16,8 @@ import struct
 import sys
 import zlib
 from array import array
+from bisect import bisect_right, insort
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import BinaryIO, NamedTuple
@@ -106,6 +108,30 @@ class PrefixHasher:
 
     def name(self, tokens: bytes) -> str:
         return next(self.names(tokens, [len(tokens) // TOKEN_BYTES]))[1]
+
+
+class Lengths:
+    """The different lengths among some entries."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+        self._sorted: list[int] = []
+
+    def add(self, length: int) -> None:
+        if not self._counts[length]:
+            insort(self._sorted, length)
+        self._counts[length] += 1
+
+    def remove(self, length: int) -> bool:
+        """Says whether none is left."""
+        self._counts[length] -= 1
+        if not self._counts[length]:
+            del self._counts[length]
+            self._sorted.remove(length)
+        return not self._sorted
+
+    def up_to(self, limit: int) -> list[int]:
+        return self._sorted[: bisect_right(self._sorted, limit)]
 
 
 def token_bytes(tokens: Sequence[int]) -> bytes:
