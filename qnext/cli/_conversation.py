@@ -60,6 +60,7 @@ class Conversation:
         return self._answer(self.last_input, self.turns[:-2], write)
 
     def _answer(self, text: str, history: list[Message], write: Write) -> str:
+        from qnext.engine import TokenEvent
         from qnext.text.messages import Message
         from qnext.text.stream import TextStream
 
@@ -78,7 +79,7 @@ class Conversation:
             with _interrupt_flag() as is_interrupted:
                 while request.finish_reason is None and stream.stop_string is None and not is_interrupted():
                     for event in self.engine.step():
-                        if event.finish_reason != "stop":
+                        if isinstance(event, TokenEvent) and event.finish_reason != "stop":
                             emit(stream.push(event.token.token_id))
         finally:
             self.engine.abort(request.id)

@@ -6,10 +6,11 @@ from qnext.engine.engine import Completion, Engine
 from qnext.engine.memory import MemoryPlan
 from qnext.engine.params import SamplingParams
 from qnext.engine.request import FinishReason, Request, SampledToken
-from qnext.engine.step import TokenEvent
+from qnext.engine.step import EndEvent, TokenEvent
 
 __all__ = [
     "Completion",
+    "EndEvent",
     "Engine",
     "FinishReason",
     "MemoryPlan",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,12 +12,21 @@ import torch
 from qnext.config import ModelConfig
 from qnext.engine.cache import BLOCK_SIZE, Cache
 from qnext.engine.memory import MemoryPlan, available_bytes, weight_bytes
-from qnext.engine.request import FinishReason, Request, SampledToken, SamplingParams, checked_prompt, output_allowance
+from qnext.engine.params import SamplingParams
+from qnext.engine.request import (
+    FinishReason,
+    Guide,
+    Request,
+    RequestTimes,
+    SampledToken,
+    checked_prompt,
+    output_allowance,
+)
 from qnext.engine.runner import Runner
 from qnext.engine.sampler import Window, verify
 from qnext.engine.scheduler import Scheduler
 from qnext.engine.seeds import child_seed
-from qnext.engine.step import Limits, StepResult, TokenEvent
+from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 from qnext.ops import DELTA_CHUNK_SIZE, is_native
@@ -139,8 +149,13 @@ class Engine:
         *,
         request_id: str | None = None,
         salt: str = "",
+        guide: Guide | None = None,
+        timeout: float | None = None,
     ) -> Request:
-        """Queue a prompt; `step` brings it forward. The request ends by itself or by `abort`.
+        """Queue a prompt; `step` brings it forward. The request ends by itself, by `abort`, or after `timeout` seconds.
+
+        Only requests of one `salt` share cached prefixes. `guide` says which tokens may be chosen, for this request
+        alone; it must come to an end, so it does not go together with ignore_eos.
 
         Raises UsageError for an empty prompt, a token outside the vocabulary, parameters that leave nothing to choose,
         n other than 1 or an id in use, DoesNotFit for a prompt and answer longer than the context or the cache. Other
@@ -149,11 +164,16 @@ class Engine:
         params = params or SamplingParams()
         if params.n != 1:
             raise UsageError(f"n is {params.n}: several completions are several requests")
+        if guide is not None and params.ignore_eos:
+            raise UsageError("a constraint ends with the answer's end, which ignore_eos forbids")
+        if timeout is not None and not timeout > 0:
+            raise UsageError(f"timeout must be positive, not {timeout}")
         prompt = checked_prompt(prompt_ids, vocab_size=self.model.config.vocab_size)
         if request_id is None:
             request_id = f"request-{self._num_added}"
         if request_id in self._requests:
             raise UsageError(f"request id {request_id!r} is in use")
+        now = time.monotonic()
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self.eos_token_ids
@@ -166,6 +186,9 @@ class Engine:
             max_tokens=output_allowance(len(prompt), params, max_model_len=self.max_model_len),
             stop_ids=stop_ids,
             salt=salt,
+            guide=guide,
+            deadline=None if timeout is None else now + timeout,
+            times=RequestTimes(arrived=now),
         )
         self.scheduler.add(request)
         self._requests[request_id] = request
@@ -173,9 +196,16 @@ class Engine:
         return request
 
     def add_requests(
-        self, prompt_ids: Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        salt: str = "",
+        guide: Guide | None = None,
+        timeout: float | None = None,
     ) -> list[Request]:
-        """Queue `params.n` requests for one prompt, all or none. Errors as add_request.
+        """Queue `params.n` requests for one prompt, all or none. Arguments and errors as add_request.
 
         Request i has the seed `child_seed(seed, i)`, the first one the seed itself, and answers as it would if asked
         for alone with that seed. With n above 1, ids are the request id with "-0", "-1" and so on. The prompt's
@@ -183,7 +213,9 @@ class Engine:
         """
         params = params or SamplingParams()
         if params.n == 1:
-            return [self.add_request(prompt_ids, params, request_id=request_id)]
+            return [
+                self.add_request(prompt_ids, params, request_id=request_id, salt=salt, guide=guide, timeout=timeout)
+            ]
         seed = secrets.randbits(53) if params.seed is None else params.seed
         name = f"request-{self._num_added}" if request_id is None else request_id
         requests: list[Request] = []
@@ -193,7 +225,12 @@ class Engine:
                     params, n=1, seed=child_seed(seed, index),
                     prompt_logprobs=params.prompt_logprobs if index == 0 else None,
                 )  # fmt: skip
-                requests.append(self.add_request(prompt_ids, child, request_id=f"{name}-{index}"))
+                requests.append(
+                    self.add_request(
+                        prompt_ids, child, request_id=f"{name}-{index}", salt=salt,
+                        guide=None if guide is None else guide.copy(), timeout=timeout,
+                    )
+                )  # fmt: skip
         except BaseException:
             for request in requests:
                 self.abort(request.id)
@@ -206,20 +243,22 @@ class Engine:
         if request is not None:
             self.scheduler.abort(request)
 
-    def step(self) -> list[TokenEvent]:
-        """One step of the model: the tokens that it brought, one at most for each request; [] when idle.
+    def step(self) -> list[TokenEvent | EndEvent]:
+        """One step of the model: the tokens that it brought; [] when idle.
 
-        A request for which no token may be chosen is aborted.
+        A request whose time is over, or for which no token may be chosen, ends with an EndEvent.
 
         When the model raises, the requests of the step are aborted (their caches are spoiled), the others live on,
         and the error goes to the caller.
         """
+        ended: list[TokenEvent | EndEvent] = self._end_late()
         plan = self.scheduler.plan()
         if plan is None:
-            return []
+            return ended
         try:
             output = self.runner.run(plan)
-            verdicts = verify(output.logits_RY, [Window(request) for request in output.requests])
+            windows = [Window(request, guide=request.guide) for request in output.requests]
+            verdicts = verify(output.logits_RY, windows)
         except BaseException:
             for request in self.scheduler.discard_step():
                 self._requests.pop(request.id, None)
@@ -228,15 +267,31 @@ class Engine:
             request.prompt_sampled += found
         tokens: dict[str, Sequence[SampledToken]] = {}
         for request, verdict in zip(output.requests, verdicts, strict=True):
-            if verdict.failure is None:
-                tokens[request.id] = verdict.tokens
-            else:
-                self.abort(request.id)
+            tokens[request.id] = verdict.tokens
+            if verdict.failure is not None:
+                request.failure = verdict.failure
+                ended.append(self._end(request, "error"))
         events = self.scheduler.commit(StepResult(tokens))
+        now = time.monotonic()
         for event in events:
+            request = self._requests[event.request_id]
+            if request.times.first_token is None:
+                request.times.first_token = now
             if event.finish_reason is not None:
-                self._requests.pop(event.request_id, None)
-        return events
+                request.times.finished = now
+                del self._requests[event.request_id]
+        return [*events, *ended]
+
+    def _end_late(self) -> list[TokenEvent | EndEvent]:
+        now = time.monotonic()
+        late = [r for r in self._requests.values() if r.deadline is not None and r.deadline <= now]
+        return [self._end(request, "deadline") for request in late]
+
+    def _end(self, request: Request, reason: FinishReason) -> EndEvent:
+        del self._requests[request.id]
+        self.scheduler.abort(request, reason)
+        request.times.finished = time.monotonic()
+        return EndEvent(request.id, reason)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -275,7 +330,11 @@ class Engine:
     def _stream(self, request: Request) -> Generator[TokenEvent, None, None]:
         try:
             while request.finish_reason is None:
-                yield from (event for event in self.step() if event.request_id == request.id)
+                for event in self.step():
+                    if isinstance(event, TokenEvent) and event.request_id == request.id:
+                        yield event
+            if request.failure is not None:
+                raise request.failure
         finally:
             self.abort(request.id)
 

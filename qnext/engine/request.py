@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qnext.engine.flights import Flight, Wait
 from qnext.engine.params import SamplingParams
-from qnext.errors import DoesNotFit, UsageError
+from qnext.errors import DoesNotFit, QnextError, UsageError
 
-FinishReason = Literal["stop", "length", "abort"]
+# "error": nothing may be chosen, see `failure`; "deadline": out of time
+FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
 
 
 class SampledToken(NamedTuple):
@@ -29,6 +30,32 @@ class SampledToken(NamedTuple):
     token_id: int
     logprob: float | None = None  # None unless asked for
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+
+
+class Guide(Protocol):
+    """What a request may say next. It is asked once for each token and told of each token that is chosen.
+
+    Either may raise a QnextError, which ends this request only.
+    """
+
+    def allowed(self) -> NDArray[np.int32] | None:
+        """Bit t % 32 of word t // 32 is set when token t may be chosen; None when all may."""
+
+    def accept(self, token_id: int) -> None:
+        """The token was chosen; also called with one that ends the request."""
+
+    def copy(self) -> Guide:
+        """One for another answer, from where this one is."""
+
+
+@dataclass
+class RequestTimes:
+    """Seconds on the engine's clock; None for what has not happened."""
+
+    arrived: float = 0.0
+    admitted: float | None = None  # the first time
+    first_token: float | None = None
+    finished: float | None = None
 
 
 class RequestStatus(Enum):
@@ -59,6 +86,10 @@ class Request:
     slot: int | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
     salt: str = ""  # only requests of one salt share cached prefixes
+    guide: Guide | None = None  # says which tokens may be chosen
+    deadline: float | None = None  # on the engine's clock
+    failure: QnextError | None = None
+    times: RequestTimes = field(default_factory=lambda: RequestTimes())
     drafts: tuple[int, ...] = ()  # tokens that may follow the last one, to be verified in the next step
     num_cached_tokens: int | None = None  # of the prompt, found in the cache on admission
     flight: Flight | None = None  # its prompt on the way to the cache; the scheduler's

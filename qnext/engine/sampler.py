@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,22 +22,9 @@ from torch import Tensor
 
 from qnext.engine.filters import Row, draw
 from qnext.engine.logprobs import check_finite, with_logprobs
-from qnext.engine.request import Request, SampledToken
+from qnext.engine.request import Guide, Request, SampledToken
 from qnext.engine.seeds import uniform
 from qnext.errors import QnextError, UsageError
-
-
-class Guide(Protocol):
-    """What a request may say next. It is asked once for each token and told of each token that is chosen.
-
-    Either may raise a QnextError, which ends the window of this request only.
-    """
-
-    def allowed(self) -> NDArray[np.int32] | None:
-        """Bit t % 32 of word t // 32 is set when token t may be chosen; None when all may."""
-
-    def accept(self, token_id: int) -> None:
-        """The token was chosen; also called with one that ends the request."""
 
 
 class Window(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from qnext.engine.blocks import RefPool
 from qnext.engine.prefix import Hit, PrefixCache
-from qnext.engine.request import Request, RequestStatus
+from qnext.engine.request import FinishReason, Request, RequestStatus
 from qnext.engine.step import Limits, SequencePlan, StepPlan, StepResult, TokenEvent
 from qnext.errors import DoesNotFit
 
@@ -109,11 +109,11 @@ class Scheduler:
                 self._release(request)
         return events
 
-    def abort(self, request: Request) -> None:
+    def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """End a request at once, in whatever phase; what it holds is free before the next plan."""
         if request.finish_reason is not None:
             return
-        request.finish_reason = "abort"
+        request.finish_reason = reason
         if request.status is RequestStatus.WAITING:
             self._waiting.remove(request)
             request.status = RequestStatus.FINISHED

@@ -76,3 +76,10 @@ class TokenEvent(NamedTuple):
     request_id: str
     token: SampledToken
     finish_reason: FinishReason | None
+
+
+class EndEvent(NamedTuple):
+    """A request ended without another token: by "error", see its `failure`, or by "deadline"."""
+
+    request_id: str
+    finish_reason: FinishReason
