@@ -74,12 +74,16 @@ struct SlotGroup {
     return memory.pending.decay + (slot * memory.pending.num_drafts + t) * memory.num_value_heads + head * repeats;
   }
 
-  HeadPending pending_of(int64_t repeat, int64_t num_accepted, bool is_draft) const {
-    if (!memory.pending.num_drafts) return {};
+  float* pending_u(int64_t repeat) const {
     const int64_t first = slot * memory.pending.num_drafts * memory.num_value_heads + head * repeats + repeat;
-    return {num_accepted, is_draft, pending_k(0), memory.pending.u + first * memory.value_dim,
-            pending_decay(0) + repeat, memory.num_key_heads * key_dim, memory.num_value_heads * memory.value_dim,
-            memory.num_value_heads};
+    return memory.pending.u + first * memory.value_dim;
+  }
+
+  // The first `count` pending tokens of one value head.
+  Updates pending_updates(int64_t repeat, int64_t count) const {
+    if (!memory.pending.num_drafts) return {};
+    return {count, pending_k(0), pending_u(repeat), pending_decay(0) + repeat, memory.num_key_heads * key_dim,
+            memory.num_value_heads * memory.value_dim, memory.num_value_heads};
   }
 
   // The accepted pending tokens become a part of the carried states.
@@ -91,7 +95,7 @@ struct SlotGroup {
         memcpy(conv_row(row) + channel, conv_row(row + count) + channel, size * 4);
       });
     for (int64_t r = 0; r < repeats; ++r)
-      apply_head(pending_of(r, count, false), state(r), key_dim, memory.value_dim);
+      update_head(pending_updates(r, count), state(r), key_dim, memory.value_dim);
   }
 };
 
@@ -218,7 +222,7 @@ struct Group : SlotGroup {
       for (int64_t r = 0; r < repeats; ++r)
         walk_head({count, key_dim, mixed, mixed + key_dim, mixed + 2 * key_dim + r * a.value_dim, channels, gates + r,
                    repeats},
-                  pending_of(r, accepted, is_draft()), state(r), a.value_dim);
+                  pending_updates(r, accepted), is_draft() ? pending_u(r) : nullptr, state(r), a.value_dim);
       finish(first, count);
     }
     if (is_draft()) {

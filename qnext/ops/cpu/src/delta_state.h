@@ -32,12 +32,11 @@ struct HeadTokens {
   int64_t gate_stride;
 };
 
-// What lies beside the state of the same head: pending tokens, a row of k, u and decay each.
-struct HeadPending {
-  int64_t num_accepted;  // rows that come before the tokens of the call
-  bool is_draft;         // whether these tokens become pending themselves, and leave the state as it is
+// Tokens that were computed and are not part of S: S <- decay S + k u^T for each, in order.
+struct Updates {
+  int64_t count;
   const float* k;
-  float* u;
+  const float* u;
   const float* decay;
   int64_t k_stride, u_stride, decay_stride;
 };
@@ -58,19 +57,19 @@ QNEXT_INLINE void read_state(const float* state, int64_t stride, float* copy, in
   }
 }
 
-// As read_state, after the accepted pending tokens. S after them is written where it was, if `writes`, and to `copy`.
+// As read_state, after `updates`. S after them is written where it was, if `writes`, and to `copy`.
 template <int kVectors>
-QNEXT_INLINE void catch_up(float* state, int64_t stride, bool writes, float* copy, int64_t rows,
-                           const HeadPending& pending, int64_t column, const float* k, const float* q,
-                           f32reg* key_reads, f32reg* query_reads) {
+QNEXT_INLINE void read_updated(float* state, int64_t stride, bool writes, float* copy, int64_t rows,
+                               const Updates& updates, int64_t column, const float* k, const float* q,
+                               f32reg* key_reads, f32reg* query_reads) {
   for (int c = 0; c < kVectors; ++c) key_reads[c] = query_reads[c] = f32reg{};
   for (int64_t row = 0; row < rows; ++row) {
     f32reg s[kVectors];
     for (int c = 0; c < kVectors; ++c) s[c] = load_register(state + row * stride + c * kRegisterLanes);
-    for (int64_t t = 0; t < pending.num_accepted; ++t) {
-      const f32reg now = splat_register(pending.k[t * pending.k_stride + row]);
-      const f32reg g = splat_register(pending.decay[t * pending.decay_stride]);
-      const float* u = pending.u + t * pending.u_stride + column;
+    for (int64_t t = 0; t < updates.count; ++t) {
+      const f32reg now = splat_register(updates.k[t * updates.k_stride + row]);
+      const f32reg g = splat_register(updates.decay[t * updates.decay_stride]);
+      const float* u = updates.u + t * updates.u_stride + column;
       for (int c = 0; c < kVectors; ++c) s[c] = fma(now, load_register(u + c * kRegisterLanes), g * s[c]);
     }
     const f32reg key = splat_register(k[row]), query = splat_register(q[row]);
@@ -83,18 +82,17 @@ QNEXT_INLINE void catch_up(float* state, int64_t stride, bool writes, float* cop
   }
 }
 
-// S <- decay S + k u^T, then as read_state with the next token's k and q. S is written only if `kWrites`.
-template <int kVectors, bool kWrites>
-QNEXT_INLINE void step_state(float* state, int64_t stride, int64_t rows, float decay, const float* k, const f32reg* u,
+// S <- decay S + k u^T, then as read_state with the next token's k and q.
+template <int kVectors>
+QNEXT_INLINE void step_state(float* state, int64_t rows, float decay, const float* k, const f32reg* u,
                              const float* next_k, const float* next_q, f32reg* key_reads, f32reg* query_reads) {
   const f32reg g = splat_register(decay);
   for (int c = 0; c < kVectors; ++c) key_reads[c] = query_reads[c] = f32reg{};
   for (int64_t row = 0; row < rows; ++row) {
     const f32reg now = splat_register(k[row]), key = splat_register(next_k[row]), query = splat_register(next_q[row]);
     for (int c = 0; c < kVectors; ++c) {
-      float* at = state + row * stride + c * kRegisterLanes;
-      const f32reg s = fma(now, u[c], g * load_register(at));
-      if constexpr (kWrites) store(at, s);
+      const f32reg s = fma(now, u[c], g * load_register(state + (row * kVectors + c) * kRegisterLanes));
+      store(state + (row * kVectors + c) * kRegisterLanes, s);
       key_reads[c] = fma(s, key, key_reads[c]);
       query_reads[c] = fma(s, query, query_reads[c]);
     }
@@ -127,61 +125,54 @@ QNEXT_INLINE void finish_token(const Gates& gates, const f32reg* key_reads, cons
 // All tokens for kVectors registers of columns. The block of the state moves to `block`, side by side, so that it stays in the
 // level-1 cache; a single token works in place.
 template <int kVectors>
-__attribute__((noinline)) void walk_columns(const HeadTokens& tokens, const HeadPending& pending, float* state,
+__attribute__((noinline)) void walk_columns(const HeadTokens& tokens, const Updates& accepted, float* state,
                                             int64_t value_dim, int64_t column, float* block) {
-  constexpr int64_t kBlockStride = kVectors * kRegisterLanes;
   f32reg key_reads[kVectors], query_reads[kVectors], u[kVectors];
   const int64_t rows = tokens.key_dim, last = tokens.count - 1, stride = tokens.stride;
   float *v = tokens.v + column, *copy = last > 0 ? block : nullptr;
   state += column;
-  if (pending.num_accepted > 0)
-    catch_up<kVectors>(state, value_dim, last == 0, copy, rows, pending, column, tokens.k, tokens.q, key_reads,
-                       query_reads);
+  if (accepted.count > 0)
+    read_updated<kVectors>(state, value_dim, last == 0, copy, rows, accepted, column, tokens.k, tokens.q, key_reads,
+                           query_reads);
   else
     read_state<kVectors>(state, value_dim, copy, rows, tokens.k, tokens.q, key_reads, query_reads);
   for (int64_t t = 0; t < last; ++t) {
     const Gates& gates = tokens.gates[t * tokens.gate_stride];
     const float* k = tokens.k + t * stride;
     finish_token<kVectors>(gates, key_reads, query_reads, v + t * stride, u);
-    step_state<kVectors, true>(block, kBlockStride, rows, gates.decay, k, u, k + stride, tokens.q + (t + 1) * stride,
-                               key_reads, query_reads);
+    step_state<kVectors>(block, rows, gates.decay, k, u, k + stride, tokens.q + (t + 1) * stride, key_reads,
+                         query_reads);
   }
   const Gates& gates = tokens.gates[last * tokens.gate_stride];
   finish_token<kVectors>(gates, key_reads, query_reads, v + last * stride, u);
   const float* from = last > 0 ? block : state;
-  write_state<kVectors>(from, last > 0 ? kBlockStride : value_dim, state, value_dim, rows, gates.decay,
+  write_state<kVectors>(from, last > 0 ? kVectors * kRegisterLanes : value_dim, state, value_dim, rows, gates.decay,
                         tokens.k + last * stride, u);
 }
 
-// The same for a draft: the state takes up accepted tokens and no others, every token's u is kept. What follows the
-// last token but one is read and never written, so one or two tokens need no block.
+// The same for a draft: the state takes up what was accepted and nothing else, and every token's u is kept in rows of
+// `drafted`. A token makes those before it again in registers: for a few tokens cheaper than a second state.
 template <int kVectors>
-__attribute__((noinline)) void draft_columns(const HeadTokens& tokens, const HeadPending& pending, float* state,
-                                             int64_t value_dim, int64_t column, float* block) {
+__attribute__((noinline)) void draft_columns(const HeadTokens& tokens, const Updates& accepted, float* drafted,
+                                             float* state, int64_t value_dim, int64_t column) {
   f32reg key_reads[kVectors], query_reads[kVectors], u[kVectors];
-  const int64_t rows = tokens.key_dim, last = tokens.count - 1, stride = tokens.stride;
-  const bool has_block = last > 1;
+  const int64_t rows = tokens.key_dim, stride = tokens.stride;
+  constexpr int64_t kGateFloats = sizeof(Gates) / sizeof(float);
   state += column;
-  if (pending.num_accepted > 0)
-    catch_up<kVectors>(state, value_dim, true, has_block ? block : nullptr, rows, pending, column, tokens.k, tokens.q,
-                       key_reads, query_reads);
-  else
-    read_state<kVectors>(state, value_dim, has_block ? block : nullptr, rows, tokens.k, tokens.q, key_reads,
-                         query_reads);
-  float* from = has_block ? block : state;
-  const int64_t from_stride = has_block ? kVectors * kRegisterLanes : value_dim;
-  for (int64_t t = 0; t <= last; ++t) {
-    const Gates& gates = tokens.gates[t * tokens.gate_stride];
-    const float *k = tokens.k + t * stride, *next_q = tokens.q + (t + 1) * stride;
-    finish_token<kVectors>(gates, key_reads, query_reads, tokens.v + t * stride + column, u);
-    float* kept = pending.u + t * pending.u_stride + column;
+  for (int64_t t = 0; t < tokens.count; ++t) {
+    const float *k = tokens.k + t * stride, *q = tokens.q + t * stride;
+    if (t > 0) {
+      const Updates before{t,      tokens.k,          drafted, &tokens.gates->decay,
+                           stride, accepted.u_stride, tokens.gate_stride * kGateFloats};
+      read_updated<kVectors>(state, value_dim, false, nullptr, rows, before, column, k, q, key_reads, query_reads);
+    } else if (accepted.count > 0) {
+      read_updated<kVectors>(state, value_dim, true, nullptr, rows, accepted, column, k, q, key_reads, query_reads);
+    } else {
+      read_state<kVectors>(state, value_dim, nullptr, rows, k, q, key_reads, query_reads);
+    }
+    finish_token<kVectors>(tokens.gates[t * tokens.gate_stride], key_reads, query_reads, tokens.v + t * stride + column, u);
+    float* kept = drafted + t * accepted.u_stride + column;
     for (int c = 0; c < kVectors; ++c) store(kept + c * kRegisterLanes, u[c]);
-    if (t < last - 1)
-      step_state<kVectors, true>(from, from_stride, rows, gates.decay, k, u, k + stride, next_q, key_reads,
-                                 query_reads);
-    else if (t < last)
-      step_state<kVectors, false>(from, from_stride, rows, gates.decay, k, u, k + stride, next_q, key_reads,
-                                  query_reads);
   }
 }
 
@@ -204,27 +195,28 @@ QNEXT_INLINE void for_each_columns(int64_t value_dim, bool in_whole_rows, Body&&
   take(std::integral_constant<int, 1>{});
 }
 
-void walk_head(const HeadTokens& tokens, const HeadPending& pending, float* state, int64_t value_dim) {
+// With `drafted`, rows for u as far apart as those of `accepted`, the tokens are a draft.
+void walk_head(const HeadTokens& tokens, const Updates& accepted, float* drafted, float* state, int64_t value_dim) {
   auto* block = static_cast<float*>(scratch(kStateSlot, tokens.key_dim * kMostVectors * kRegisterLanes * 4));
   // Whole rows, where no block is needed: the state is read once, from first to last.
-  for_each_columns(value_dim, tokens.count <= (pending.is_draft ? 2 : 1), [&](int64_t column, auto vectors) {
-    if (pending.is_draft)
-      draft_columns<decltype(vectors)::value>(tokens, pending, state, value_dim, column, block);
+  for_each_columns(value_dim, tokens.count == 1 || drafted, [&](int64_t column, auto vectors) {
+    if (drafted)
+      draft_columns<decltype(vectors)::value>(tokens, accepted, drafted, state, value_dim, column);
     else
-      walk_columns<decltype(vectors)::value>(tokens, pending, state, value_dim, column, block);
+      walk_columns<decltype(vectors)::value>(tokens, accepted, state, value_dim, column, block);
   });
 }
 
-// S after the accepted pending tokens, written where it was.
-void apply_head(const HeadPending& pending, float* state, int64_t key_dim, int64_t value_dim) {
+// S after the updates, written where it was.
+void update_head(const Updates& updates, float* state, int64_t key_dim, int64_t value_dim) {
   for_each_columns(value_dim, false, [&](int64_t column, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
     f32reg u[kVectors];
-    for (int64_t t = 0; t < pending.num_accepted; ++t) {
+    for (int64_t t = 0; t < updates.count; ++t) {
       for (int c = 0; c < kVectors; ++c)
-        u[c] = load_register(pending.u + t * pending.u_stride + column + c * kRegisterLanes);
+        u[c] = load_register(updates.u + t * updates.u_stride + column + c * kRegisterLanes);
       write_state<kVectors>(state + column, value_dim, state + column, value_dim, key_dim,
-                            pending.decay[t * pending.decay_stride], pending.k + t * pending.k_stride, u);
+                            updates.decay[t * updates.decay_stride], updates.k + t * updates.k_stride, u);
     }
   });
 }
