@@ -90,10 +90,8 @@ class Cache:
             for pages in self.kv.values():
                 for tensor in pages.tensors:
                     tensor[target].copy_(tensor[source])
-        for source, target in plan.slot_copies:
-            for slots in self.delta.values():
-                for tensor in slots:
-                    tensor[target].copy_(tensor[source])
+        for source, target in plan.slot_copies:  # one by one: the target of one may be the source of the next
+            self.copy_slots([source], [target])
 
     def view(
         self,

@@ -80,6 +80,7 @@ class Engine:
         prefix_cache: bool = True,
         num_checkpoints: int | None = None,
         checkpoint_interval: int = 4096,
+        max_draft_tokens: int = 0,
         eos_token_ids: Collection[int] | None = None,
         poison: bool = False,
     ) -> None:
@@ -115,11 +116,13 @@ class Engine:
                 has_states=has_states,
                 has_prefix_cache=prefix_cache,
                 checkpoint_interval=checkpoint_interval,
+                max_draft_tokens=max_draft_tokens,
             )
         )
         self.cache = Cache(
             config, num_blocks=blocks, num_slots=num_slots, max_model_len=self.max_model_len, dtype=model.dtype,
             kv_dtype=kv_dtype, device=model.device, poison=poison,
+            num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0,
         )  # fmt: skip
         self.runner = Runner(model, self.cache)
         self._requests: dict[str, Request] = {}
@@ -257,7 +260,7 @@ class Engine:
             return ended
         try:
             output = self.runner.run(plan)
-            windows = [Window(request, guide=request.guide) for request in output.requests]
+            windows = [Window(s.request, s.drafts, s.request.guide) for s in output.sequences]
             verdicts = verify(output.logits_RY, windows)
         except BaseException:
             for request in self.scheduler.discard_step():
@@ -266,8 +269,10 @@ class Engine:
         for request, found in output.prompt_tokens:
             request.prompt_sampled += found
         tokens: dict[str, Sequence[SampledToken]] = {}
-        for request, verdict in zip(output.requests, verdicts, strict=True):
+        for (request, drafts, _), verdict in zip(windows, verdicts, strict=True):
             tokens[request.id] = verdict.tokens
+            if drafts and request.slot is not None:
+                self.cache.commit(request.slot, len(verdict.tokens))
             if verdict.failure is not None:
                 request.failure = verdict.failure
                 ended.append(self._end(request, "error"))

@@ -22,10 +22,11 @@ from qnext.ops import Packing, is_native
 
 
 class RunnerOutput(NamedTuple):
-    """fp32 logits [R, Y] and the requests that the rows belong to; what the step tells of prompts that ask for it."""
+    """fp32 logits [R, Y] of the sequences that need a token, a row for the last known one and one for each draft; what
+    the step tells of prompts that ask for it."""
 
     logits_RY: Tensor
-    requests: list[Request]
+    sequences: list[SequencePlan]
     prompt_tokens: Sequence[tuple[Request, list[SampledToken]]] = ()
 
 
@@ -51,20 +52,20 @@ class Runner:
         if not plan.sequences:
             return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [])
         if self._recorded.serves(plan.sequences):
-            return RunnerOutput(self._recorded.run(plan.sequences), [s.request for s in plan.sequences])
+            return RunnerOutput(self._recorded.run(plan.sequences), list(plan.sequences))
         parts: list[Tensor] = []
-        requests: list[Request] = []
+        chosen: list[SequencePlan] = []
         prompt_tokens: list[tuple[Request, list[SampledToken]]] = []
         for sequences in self._batches(plan):
             if sequences:
-                wanted = [s.request for s in sequences if s.needs_sample]
+                wanted = [s for s in sequences if s.needs_sample]
                 logits_RY = self._run_batch(sequences, prompt_tokens)
                 if wanted:
                     parts.append(logits_RY)
-                    requests.extend(wanted)
+                    chosen.extend(wanted)
         if not parts:
             return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [], prompt_tokens)
-        return RunnerOutput(torch.cat(parts) if len(parts) > 1 else parts[0], requests, prompt_tokens)
+        return RunnerOutput(torch.cat(parts) if len(parts) > 1 else parts[0], chosen, prompt_tokens)
 
     def _batches(self, plan: StepPlan) -> list[list[SequencePlan]]:
         if is_native(self.cache.device):
@@ -83,16 +84,21 @@ class Runner:
             token_ids_T=torch.tensor(tokens, dtype=torch.long, device=device),
             positions_T=positions_T,
             packing=packing,
-            cache=self.cache.view(sequences, packing, positions_T),
+            cache=self.cache.view(sequences, packing, positions_T, is_draft=[bool(s.drafts) for s in sequences]),
         )
         hidden_TD = self.model(batch).hidden_TD
         parts_TD = hidden_TD.split([len(s.token_ids) for s in sequences])
-        for part_TD, (request, _, start, _) in zip(parts_TD, sequences, strict=True):
+        rows: list[int] = []
+        end = 0
+        for part_TD, sequence in zip(parts_TD, sequences, strict=True):
+            request, start = sequence.request, sequence.start
+            end += len(sequence.token_ids)
             if request.params.prompt_logprobs is not None and start < len(request.prompt_ids):
                 found = prompt_logprobs(self.model.logits, part_TD, request, start)
                 prompt_tokens.append((request, found))
-        rows = [n for n, s in enumerate(sequences) if s.needs_sample]
+            if sequence.needs_sample:
+                rows.extend(range(end - 1 - len(sequence.drafts), end))
         if not rows:
             return hidden_TD.new_empty(0, self.model.config.vocab_size)
-        last_R = packing.last_tokens_N[torch.tensor(rows, device=device)]
-        return self.model.logits(hidden_TD.index_select(0, last_R)).to(torch.float32)
+        rows_R = torch.tensor(rows, device=device)
+        return self.model.logits(hidden_TD.index_select(0, rows_R)).to(torch.float32)

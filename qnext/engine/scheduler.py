@@ -152,7 +152,8 @@ class Scheduler:
             if request.status is not RequestStatus.RUNNING:
                 continue  # it had to make room for an older one
             spare = budget - (len(decoding) - n)
-            drafts = request.drafts[: max(0, min(spare, request.max_cached_tokens - request.num_tokens))]
+            most = min(self.limits.max_draft_tokens, spare, request.max_cached_tokens - request.num_tokens)
+            drafts = request.drafts[: max(0, most)]
             if drafts and not self._make_room(self._num_missing(request, request.num_tokens + len(drafts)), 0):
                 drafts = ()
             if request.flight is not None:

@@ -31,6 +31,7 @@ class Limits:
     has_prefix_cache: bool = False
     checkpoint_interval: int = 0
     min_prefix_tokens: int = 64
+    max_draft_tokens: int = 0  # of a sequence in a step
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:

@@ -35,7 +35,7 @@ class RecordingRunner(Runner):
 
     def run(self, plan: StepPlan):  # type: ignore[no-untyped-def]
         output = super().run(plan)
-        for row, request in zip(output.logits_RY, output.requests, strict=True):
+        for row, (request, *_) in zip(output.logits_RY, output.sequences, strict=True):
             self.rows.setdefault(request.id, []).append(row.clone())
         return output
 

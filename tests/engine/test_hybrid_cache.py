@@ -6,12 +6,13 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from qnext.engine import Completion, Engine, SamplingParams
+from qnext.engine import Engine, Request, SamplingParams
 from qnext.engine.runner import Runner, RunnerOutput
 from qnext.engine.step import StepPlan
 from qnext.model import CausalLM
@@ -32,7 +33,7 @@ class KeepingRunner(Runner):
 
     def run(self, plan: StepPlan) -> RunnerOutput:
         output = super().run(plan)
-        for row, request in zip(output.logits_RY, output.requests, strict=True):
+        for row, (request, *_) in zip(output.logits_RY, output.sequences, strict=True):
             self.rows.setdefault(request.id, []).append(row.clone())
         return output
 
@@ -67,39 +68,49 @@ class Conversations:
         )  # fmt: skip
 
 
+class Answer(NamedTuple):
+    request: Request
+    wanted: list[int]  # what it gets alone
+    wanted_rows: Tensor
+    rows: list[Tensor]
+
+
 def run_traffic(
-    model: CausalLM, *, seed: int, num_requests: int, min_prefix_tokens: int
-) -> tuple[list[tuple[list[int], SamplingParams, Completion, Tensor]], Engine]:
-    """Requests that come, go and are aborted at random on an engine that is far too small for them."""
+    model: CausalLM, *, seed: int, num_requests: int, max_draft_tokens: int = 0
+) -> tuple[list[Answer], Engine]:
+    """Requests that come, go and are aborted at random on an engine that is far too small for them.
+
+    Drafts are what the request would get alone, now and then spoiled.
+    """
     rng = random.Random(seed)
     engine = Engine(
         model, max_num_seqs=rng.randint(2, 5), max_model_len=MAX_LEN, num_blocks=rng.randint(17, 40),
         num_checkpoints=rng.randint(1, 8), max_num_batched_tokens=rng.choice((70, 100, 300)),
-        checkpoint_interval=rng.choice((0, 50)), poison=True,
+        checkpoint_interval=rng.choice((0, 50)), max_draft_tokens=max_draft_tokens, poison=True,
     )  # fmt: skip
     if engine.scheduler.prefixes is not None:
-        engine.scheduler.prefixes.min_tokens = min_prefix_tokens
+        engine.scheduler.prefixes.min_tokens = 4
     engine.runner = runner = KeepingRunner(engine)
     conversations = Conversations(rng, model.config.vocab_size)
-    pending: dict[str, tuple[list[int], SamplingParams, object]] = {}
-    done = []
-    while len(done) < num_requests or pending:
-        for _ in range(rng.randint(0, 3) if len(done) + len(pending) < num_requests else 0):
+    answers: list[Answer] = []
+    while len(answers) < num_requests or engine.has_unfinished:
+        for _ in range(rng.randint(0, 3) if len(answers) < num_requests else 0):
             prompt, params = conversations.prompt(), conversations.params()
+            assert params.max_tokens is not None
+            wanted, wanted_rows = alone(model, prompt, params, params.max_tokens)
             request = engine.add_request(prompt, params, salt=rng.choice(("", "", "b")))
-            pending[request.id] = (prompt, params, request)
-        if pending and rng.random() < 0.05:
-            engine.abort(rng.choice(list(pending)))
+            answers.append(Answer(request, wanted, wanted_rows, runner.rows.setdefault(request.id, [])))
+            conversations.history.append(prompt + wanted)
+        if rng.random() < 0.05 and engine.has_unfinished:
+            engine.abort(rng.choice([a.request.id for a in answers[-8:]]))
+        for request, wanted, _, _ in answers[-20:]:
+            if max_draft_tokens and request.output_ids:
+                next_ids = wanted[len(request.output_ids) :][: rng.randint(0, max_draft_tokens)]
+                spoiled = rng.randrange(2 * max_draft_tokens)
+                request.drafts = tuple(3 if i == spoiled else t for i, t in enumerate(next_ids))
         engine.step()
         engine.check_integrity()
-        for key, (prompt, params, request) in list(pending.items()):
-            if request.finish_reason is not None:  # type: ignore[attr-defined]
-                del pending[key]
-                output = list(request.output_ids)  # type: ignore[attr-defined]
-                conversations.history.append(prompt + output)
-                rows = runner.rows.get(key, [])[: len(output)]
-                done.append((prompt, params, output, torch.stack(rows) if rows else None))
-    return done, engine  # type: ignore[return-value]
+    return answers, engine
 
 
 def alone(model: CausalLM, prompt: list[int], params: SamplingParams, num_tokens: int) -> tuple[list[int], Tensor]:
@@ -116,28 +127,56 @@ needs_native = pytest.mark.skipif(
 
 @needs_native
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "int4-g32"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_schedules_give_the_same_bits(form: str, seed: int) -> None:
-    model = make_in_form(NATIVE, form)
-    done, engine = run_traffic(model, seed=seed, num_requests=40, min_prefix_tokens=4)
-    statistics = engine.scheduler.prefixes.statistics  # type: ignore[union-attr]
+    answers, engine = run_traffic(make_in_form(NATIVE, form), seed=seed, num_requests=30)
+    assert engine.scheduler.prefixes is not None
+    statistics = engine.scheduler.prefixes.statistics
     assert statistics.tokens_hit > 0 and statistics.num_checkpoints_evicted > 0
-    for prompt, params, output, rows in done:
-        if output:
-            wanted, wanted_rows = alone(model, prompt, params, len(output))
-            assert output == wanted
-            assert torch.equal(rows, wanted_rows)
+    check(answers)
+    for answer in answers:
+        if answer.rows:
+            assert torch.equal(torch.stack(answer.rows), answer.wanted_rows[: len(answer.rows)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_schedules_of_every_kind_of_model(kind: str) -> None:
-    model = tiny_model(kind)
-    done, _ = run_traffic(model, seed=len(kind), num_requests=30, min_prefix_tokens=4)
-    for prompt, params, output, rows in done:
-        if output:
-            wanted, wanted_rows = alone(model, prompt, params, len(output))
-            assert output == wanted
-            torch.testing.assert_close(rows, wanted_rows, rtol=1e-4, atol=1e-4)
+    answers, _ = run_traffic(tiny_model(kind), seed=len(kind), num_requests=25)
+    check(answers)
+    for answer in answers:
+        if answer.rows:
+            wanted = answer.wanted_rows[: len(answer.rows)]
+            torch.testing.assert_close(torch.stack(answer.rows), wanted, rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int4-g32"])
+def test_drafts_right_and_wrong_change_no_answer(form: str) -> None:
+    """Greedy and random answers, with shared prefixes, requests sent back, and windows cut short."""
+    answers, engine = run_traffic(make_in_form(NATIVE, form), seed=7, num_requests=30, max_draft_tokens=3)
+    check(answers)
+    assert any(size[1] > size[0] for size in engine.runner._recorded._steps), "windows are recorded as well"
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "linear"])
+def test_drafts_on_the_reference(kind: str) -> None:
+    check(run_traffic(tiny_model(kind), seed=11, num_requests=20, max_draft_tokens=3)[0])
+
+
+@needs_native
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int4-g32"])
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_many_random_schedules(form: str, seed: int) -> None:
+    check(run_traffic(make_in_form(NATIVE, form), seed=seed, num_requests=150, max_draft_tokens=seed % 4)[0])
+
+
+def check(answers: list[Answer]) -> None:
+    assert sum(answer.request.finish_reason == "length" for answer in answers) > len(answers) // 2
+    for request, wanted, _, _ in answers:
+        assert request.output_ids == (
+            wanted if request.finish_reason == "length" else wanted[: len(request.output_ids)]
+        )
 
 
 def test_a_request_that_was_sent_back_answers_alike() -> None:

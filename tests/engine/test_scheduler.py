@@ -19,7 +19,7 @@ CHUNK = 64
 def limits(**changes: int | None) -> Limits:
     values: dict[str, int | None] = {
         "max_num_seqs": 4, "max_num_batched_tokens": 200, "block_size": 16, "num_blocks": 40, "num_slots": 4,
-        "chunk_size": CHUNK,
+        "chunk_size": CHUNK, "max_draft_tokens": 4,
     }  # fmt: skip
     return Limits(**{**values, **changes})  # type: ignore[arg-type]
 
