@@ -82,6 +82,11 @@ class _Witness(TorchDispatchMode):
         self.has_computed = False
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch asks. Skipping its compiler would mean importing it: 70 MB and a second."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _EMPTY or func is _EMPTY_LIKE:

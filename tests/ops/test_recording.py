@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,6 +101,16 @@ def test_a_changed_parameter_ends_a_recording() -> None:
         with torch.no_grad():
             change(stack.weights[-1])
         assert not recording.is_current()
+
+
+def test_recording_does_not_import_a_compiler() -> None:
+    code = (
+        "import sys, torch; from qnext import ops; x = torch.ones(2, 64); "
+        "_, recording = torch.no_grad()(ops.record)(lambda: ops.add(x, x)); recording.replay(); "
+        "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_errors_of_a_replay_and_after_it() -> None:
