@@ -59,7 +59,7 @@ class Engine:
     """Generates with one model on its device; token ids only. Not thread-safe: one thread owns it.
 
     `max_model_len` (default: the model's context; never more than the cache holds) bounds prompt and answer of a
-    request together. A step takes `max_num_batched_tokens` at most, by default between 256 and 2,048: more where many
+    request together. A step takes `max_num_batched_tokens` at most, by default between 512 and 2,048: more where many
     experts share them. KV memory is
     `num_blocks` blocks of 16 tokens, or as many as `kv_budget_bytes` holds, or by default what `max_num_seqs` requests
     of full length can use, at most half of the free memory. `eos_token_ids` (default: the config's) end a request
@@ -367,7 +367,7 @@ def _completion(request: Request, index: int) -> Completion:
 def _default_batched_tokens(config: ModelConfig, max_num_seqs: int) -> int:
     """So many that each expert of a layer sees some forty rows on average, and its weights are read for those."""
     wanted = 40 * config.num_experts // max(1, config.num_experts_per_tok)
-    return max(256, min(2048, wanted), max_num_seqs - 1 + DELTA_CHUNK_SIZE)
+    return max(512, min(2048, wanted), max_num_seqs - 1 + DELTA_CHUNK_SIZE)
 
 
 def _choose_num_blocks(
