@@ -43,7 +43,8 @@ class RecordedSteps:
         size = (len(sequences), sum(len(s.token_ids) for s in sequences))
         step = self._steps.get(size)
         if step is None or not step.is_current():
-            step = self._steps[size] = _Step(self._model, self._cache, *size)
+            lengths = [len(s.token_ids) for s in sequences]
+            step = self._steps[size] = _Step(self._model, self._cache, lengths)
         logits_TY = step.run(sequences)
         if not step.is_recorded:
             self._num_failures += 1
@@ -54,9 +55,10 @@ class RecordedSteps:
 class _Step:
     """Input of a step at fixed places, and the recording that reads it."""
 
-    def __init__(self, model: CausalLM, cache: Cache, num_sequences: int, num_tokens: int) -> None:
+    def __init__(self, model: CausalLM, cache: Cache, lengths: Sequence[int]) -> None:
         self._model, self._cache = model, cache
         self._recording: Recording | None = None
+        num_sequences, num_tokens = len(lengths), sum(lengths)
         # token ids, positions, places in the pages
         self._of_tokens = torch.zeros(3, num_tokens, dtype=torch.long)
         # slots, context lengths
@@ -65,8 +67,8 @@ class _Step:
         self._tables_NM = torch.zeros(num_sequences, cache.max_pages, dtype=torch.long)
         token_ids_T, positions_T, write_index_T = self._of_tokens.unbind(0)
         slots_N, context_lengths_N = self._of_sequences.unbind(0)
-        # Kernels read where sequences start from memory; only the sizes are fixed.
-        packing = Packing([num_tokens - num_sequences + 1, *[1] * (num_sequences - 1)])
+        # The lengths are those of the first step. Later ones differ: kernels read where sequences start from memory.
+        packing = Packing(lengths)
         self._starts_N = packing.cu_seqlens
         view = CacheView(
             kv=cache.kv,

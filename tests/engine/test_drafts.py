@@ -174,7 +174,7 @@ def test_a_slot_forgets_its_last_owner() -> None:
     sequences.step([(0, 4, True, 4)])
     first, second = sequences.requests
     assert first.slot is not None
-    sequences.cache.apply_freed(StepPlan((), tuple(first.blocks), (first.slot,)))
+    sequences.cache.prepare(StepPlan((), tuple(first.blocks), (first.slot,)))
     second.slot, second.blocks = first.slot, first.blocks
     sequences.step([(1, 3, True, 3)])
     sequences.step([(1, 27, False, 27)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-
 from qnext.engine import EndEvent, Engine, SamplingParams
 from qnext.engine.constraint import Constraint
 from qnext.engine.grammar import GrammarCompiler, Vocabulary

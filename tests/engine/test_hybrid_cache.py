@@ -25,7 +25,7 @@ MAX_LEN = 256
 
 
 class KeepingRunner(Runner):
-    """Keeps the logits of every chosen token."""
+    """Keeps the logits of every chosen token of steps without drafts."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine.model, engine.cache)
@@ -33,8 +33,9 @@ class KeepingRunner(Runner):
 
     def run(self, plan: StepPlan) -> RunnerOutput:
         output = super().run(plan)
-        for row, (request, *_) in zip(output.logits_RY, output.sequences, strict=True):
-            self.rows.setdefault(request.id, []).append(row.clone())
+        if not any(sequence.drafts for sequence in plan.sequences):
+            for row, (request, *_) in zip(output.logits_RY, output.sequences, strict=True):
+                self.rows.setdefault(request.id, []).append(row.clone())
         return output
 
 
