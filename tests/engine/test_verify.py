@@ -261,3 +261,11 @@ def test_broken_logits_stop_everything_before_a_guide_is_asked(value: float) -> 
 def test_nothing_to_do() -> None:
     assert verify(torch.empty(0, VOCAB_SIZE), []) == []
     assert draft(torch.empty(0, VOCAB_SIZE), [], []) == []
+
+
+def test_min_tokens_are_reached_inside_a_window() -> None:
+    rows = torch.zeros(4, VOCAB_SIZE)
+    rows[:, 5], rows[:, 6] = 2.0, 1.0
+    made = request(SamplingParams(min_tokens=3), output=(9,), stop=(5,))
+    (verdict,) = verify(rows, [Window(made, (6, 6, 6))])
+    assert [token.token_id for token in verdict.tokens] == [6, 6, 5]
