@@ -266,6 +266,6 @@ def test_nothing_to_do() -> None:
 def test_min_tokens_are_reached_inside_a_window() -> None:
     rows = torch.zeros(4, VOCAB_SIZE)
     rows[:, 5], rows[:, 6] = 2.0, 1.0
-    made = request(SamplingParams(min_tokens=3), output=(9,), stop=(5,))
+    made = request(SamplingParams(min_tokens=3, logit_bias={0: 0.5}), output=(9,), stop=(5,))
     (verdict,) = verify(rows, [Window(made, (6, 6, 6))])
     assert [token.token_id for token in verdict.tokens] == [6, 6, 5]
