@@ -120,7 +120,7 @@ def _nucleus_of_all(scores_Y: Row, top_p: float) -> Candidates:
     # All tokens below the second floor hold at most 1 - top_p together; half of that leaves room for rounding.
     sure = math.log((1 - top_p) * total / len(scores_Y) / 2) if top_p < 1 - 1e-5 else -math.inf
     guess = floor_of_most_likely(scores_Y, min(_FIRST_GUESS, len(scores_Y)))
-    for floor in (np.float32(max(sure, guess)), np.float32(sure)):
+    for floor in (np.float32(max(sure, float(guess))), np.float32(sure)):
         kept = _at_least(scores_Y, floor)
         mass = float(np.exp(kept.scores_C.astype(np.float64)).sum())
         if mass > top_p * total * (1 + 1e-6):

@@ -80,7 +80,7 @@ def test_ties_at_the_border_are_kept() -> None:
     assert kept([1.0, 3.0, 3.0, 3.0, 0.0], top_p=0.4) == [1, 2, 3]
     assert kept([1.0, 3.0, 3.0, 3.0, 0.0], min_p=1.0) == [1, 2, 3]
     # Logits that differ can tie once they are scaled.
-    assert kept([2.0, 1.0, 0.5, 0.0], top_k=2, temperature=1e-36) == [0, 1, 2, 3]
+    assert kept([200.0, 100.0, 50.0, 0.0], top_k=2, temperature=1e-37) == [0, 1, 2, 3]
     long = [0.0] * 5000
     long[7] = long[4999] = 2.0
     assert kept(long, top_k=2) == [7, 4999]

@@ -73,7 +73,7 @@ def book(made: Request, verdict: Verdict) -> str | None:
 
 
 def fresh(params: SamplingParams) -> Request:
-    return request(params, prompt=(1, 5, 5, 7), stop=(13, 17), max_tokens=24)
+    return request(params, prompt=(1, 5, 5, 7), stop=(13, *range(17, 4500, 60)), max_tokens=24)
 
 
 def decoded(model: Table, params: SamplingParams, guide: Alternating | None = None) -> tuple[Request, str]:
@@ -152,8 +152,8 @@ def test_min_tokens_bias_and_lists() -> None:
     assert chosen(SamplingParams(banned_token_ids=(0, 2))) == 1
     assert chosen(SamplingParams(allowed_token_ids=(2, 4), banned_token_ids=(2,))) == 4
     assert chosen(SamplingParams(allowed_token_ids=(3, 4), logit_bias={4: 1.5, 0: 100.0})) == 4
-    # The bias comes before the penalties: (5 + 3) / 2 is still the best, 5 / 2 + 3 would be as well, -1 x 2 not.
-    assert chosen(SamplingParams(logit_bias={0: -6.0, 4: 0.5}, repetition_penalty=2.0), 1) == 1
+    # The bias comes before the penalties: (4 + 3.5) / 2 is below 5, while 4 / 2 + 3.5 would be above.
+    assert chosen(SamplingParams(logit_bias={1: 3.5}, repetition_penalty=2.0)) == 0
     drawn = {
         sample(rows, [request(SamplingParams(temperature=3.0, min_tokens=99), output=[4] * n, stop=(0, 1))])[0].token_id
         for n in range(60)
@@ -261,3 +261,11 @@ def test_broken_logits_stop_everything_before_a_guide_is_asked(value: float) -> 
 def test_nothing_to_do() -> None:
     assert verify(torch.empty(0, VOCAB_SIZE), []) == []
     assert draft(torch.empty(0, VOCAB_SIZE), [], []) == []
+
+
+def test_min_tokens_are_reached_inside_a_window() -> None:
+    rows = torch.zeros(4, VOCAB_SIZE)
+    rows[:, 5], rows[:, 6] = 2.0, 1.0
+    made = request(SamplingParams(min_tokens=3, logit_bias={0: 0.5}), output=(9,), stop=(5,))
+    (verdict,) = verify(rows, [Window(made, (6, 6, 6))])
+    assert [token.token_id for token in verdict.tokens] == [6, 6, 5]
