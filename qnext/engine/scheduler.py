@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 
 from qnext.engine.blocks import RefPool
 from qnext.engine.prefix import Hit, PrefixCache
@@ -191,6 +192,8 @@ class Scheduler:
                 continue
             if not self._admit(request):
                 break
+            for other in islice(self._waiting, self.limits.max_num_seqs):
+                self._must_wait(other)  # before the chunk is planned: it should end where another's prompt parts
             budget -= self._plan_chunk(request, budget, sequences)
         self._waiting.extendleft(reversed(passed))
         return budget

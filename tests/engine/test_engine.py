@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qnext.engine import Engine, Request, SampledToken, SamplingParams
+from qnext.engine.prefix import Hit
 from qnext.engine.runner import Runner
 from qnext.engine.seeds import child_seed
 from qnext.engine.step import StepPlan
@@ -108,12 +109,21 @@ def test_freed_memory_never_changes_an_answer(kind: str) -> None:
 def test_poison_would_be_seen(kind: str) -> None:
     """The poison of the tests above is real: whoever reads memory that was not written gets NaN."""
     engine = Engine(tiny_model(kind), max_num_seqs=1, max_num_batched_tokens=64, poison=True)
-    request = engine.add_request(random_prompt(20, seed=1), GREEDY)
-    request.num_computed_tokens = 5  # claims that five tokens are cached
+    engine.add_request(random_prompt(20, seed=1), GREEDY)
+    assert engine.scheduler.prefixes is not None
+    engine.scheduler.prefixes.acquire = lambda *_, **__: Hit(5, (), None, None)  # claims that five tokens are cached
     with pytest.raises(CorruptCheckpoint, match="not finite"):
         while engine.has_unfinished:
             engine.step()
     engine.check_integrity()
+
+
+def assert_nothing_is_held(engine: Engine) -> None:
+    """But by the prefix cache."""
+    engine.step()  # copies that are left
+    if engine.scheduler.prefixes is not None:
+        engine.scheduler.prefixes.clear()
+    assert engine.scheduler.blocks.num_used == engine.scheduler.slots.num_used == 0
 
 
 def test_seed_decides_whatever_the_company(kind: str) -> None:
@@ -173,7 +183,7 @@ def test_abort_in_every_phase_leaks_nothing(kind: str) -> None:
     while engine.has_unfinished:
         engine.step()
         engine.check_integrity()
-    assert engine.scheduler.blocks.num_used == engine.scheduler.slots.num_used == 0
+    assert_nothing_is_held(engine)
     assert tuple(survivor.output_ids) == reference_greedy(tiny_model(kind), list(survivor.prompt_ids), 8)
 
 
@@ -195,7 +205,7 @@ def test_random_traffic_leaks_nothing_and_answers_alike() -> None:
             engine.abort(rng.choice(requests[-20:]).id)
         engine.step()
         engine.check_integrity()
-    assert engine.scheduler.blocks.num_used == engine.scheduler.slots.num_used == 0
+    assert_nothing_is_held(engine)
     assert {r.finish_reason for r in requests} >= {"length", "abort"}
     alone = Engine(tiny_model("dense"), max_num_seqs=1)
     for request in [r for r in requests if r.finish_reason != "abort"][::25]:
@@ -282,7 +292,10 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 def test_memory_plan_counts_what_is_allocated(kind: str) -> None:
     model = tiny_model(kind)
     config = model.config
-    engine = Engine(model, max_num_seqs=3, max_model_len=100, num_blocks=15)
+    assert Engine(model, max_num_seqs=3, num_blocks=15, num_checkpoints=4).memory_plan.num_slots == (
+        7 if config.num_linear_layers else 3
+    )
+    engine = Engine(model, max_num_seqs=3, max_model_len=100, num_blocks=15, prefix_cache=False)
     plan = engine.memory_plan
     kv_per_token = config.num_full_layers * 2 * 2 * 10 * 4
     state = config.num_linear_layers * (3 * (2 * 14 + 30) + 6 * 7 * 5) * 4
@@ -328,7 +341,7 @@ def test_kv_budget_is_kept() -> None:
     ("sizes", "message"),
     [
         ({"max_num_seqs": 0}, "max_num_seqs"),
-        ({"max_num_seqs": 8, "max_num_batched_tokens": 6 + DELTA_CHUNK_SIZE}, "starve"),
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 7}, "starve"),
         ({"max_model_len": 513}, "512"),
         ({"num_blocks": 3, "kv_budget_bytes": 3}, "not both"),
     ],
@@ -422,6 +435,6 @@ def test_a_request_without_any_choice_is_aborted_alone() -> None:
     engine.runner.run = spoiled  # type: ignore[method-assign]
     only_five = SamplingParams(allowed_token_ids=(5,), max_tokens=4)
     lost, good = engine.generate([[1, 2], [1, 2]], [only_five, GREEDY])
-    assert (lost.finish_reason, lost.output_ids) == ("abort", ())
+    assert (lost.finish_reason, lost.output_ids) == ("error", ())
     assert good.finish_reason == "length" and len(good.output_ids) == 8
     engine.check_integrity()
