@@ -60,9 +60,15 @@ class Engine:
 
     `max_model_len` (default: the model's context; never more than the cache holds) bounds prompt and answer of a
     request together. A step takes `max_num_batched_tokens` at most, by default between 512 and 2,048: more where many
-    experts share them. KV memory is
-    `num_blocks` blocks of 16 tokens, or as many as `kv_budget_bytes` holds, or by default what `max_num_seqs` requests
-    of full length can use, at most half of the free memory. `eos_token_ids` (default: the config's) end a request
+    experts share them. KV memory is `num_blocks` blocks of 16 tokens, or as many as `kv_budget_bytes` holds, or by
+    default what `max_num_seqs` requests of full length can use, at most half of the free memory.
+
+    With `prefix_cache`, requests of one salt share what they have in common: `num_checkpoints` states beside those of
+    running requests (default: `max_num_seqs` and four more) say from where others can go on, of long prompts one every
+    `checkpoint_interval` tokens; docs/hybrid-cache.md tells how. `max_draft_tokens` is the most that `Request.drafts`
+    may hold: tokens that are verified in the next step instead of being computed one by one.
+
+    `eos_token_ids` (default: the config's) end a request
     unless it says ignore_eos. Keys and values are kept in `kv_dtype` (default: the model's; int8 has an fp32 scale per
     token and head). `poison` fills freed memory with NaN (for tests).
     """
@@ -142,6 +148,7 @@ class Engine:
             block_size=BLOCK_SIZE,
             state_bytes=self.cache.state_bytes,
             num_slots=self.scheduler.slots.size,
+            max_num_seqs=self.scheduler.limits.max_num_seqs,
             max_model_len=self.max_model_len,
         )
 
