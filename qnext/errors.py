@@ -35,3 +35,9 @@ class CorruptCheckpoint(QnextError):
 
 class ConfigError(CorruptCheckpoint):
     """A configuration value is unknown, missing or contradictory; the message names file and key."""
+
+
+class ConstraintFailed(QnextError):
+    """The output of one request cannot follow its constraint any further; only that request ends."""
+
+    exit_code = 2

@@ -45,7 +45,21 @@ WITHOUT_TORCH = ["config", "text", "planning"]
 MODULES_WITHOUT_TORCH = [
     "qnext.errors",
     "qnext.cli",
-    *(f"qnext.engine.{name}" for name in ("request", "blocks", "scheduler")),
+    *(
+        f"qnext.engine.{name}"
+        for name in (
+            "params",
+            "seeds",
+            "request",
+            "step",
+            "constraint",
+            "blocks",
+            "scheduler",
+            "flights",
+            "prefix_trie",
+            "prefix",
+        )
+    ),
 ]
 
 

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 Write = Callable[[str], None]
 
+_NOT_IN_CHAT = {
+    "stop_token_ids", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "banned_token_ids", "n",
+}  # fmt: skip
+
 
 @dataclass
 class Conversation:
@@ -56,6 +60,7 @@ class Conversation:
         return self._answer(self.last_input, self.turns[:-2], write)
 
     def _answer(self, text: str, history: list[Message], write: Write) -> str:
+        from qnext.engine import TokenEvent
         from qnext.text.messages import Message
         from qnext.text.stream import TextStream
 
@@ -74,7 +79,7 @@ class Conversation:
             with _interrupt_flag() as is_interrupted:
                 while request.finish_reason is None and stream.stop_string is None and not is_interrupted():
                     for event in self.engine.step():
-                        if event.finish_reason != "stop":
+                        if isinstance(event, TokenEvent) and event.finish_reason != "stop":
                             emit(stream.push(event.token.token_id))
         finally:
             self.engine.abort(request.id)
@@ -95,7 +100,7 @@ class Conversation:
 
     def set_parameter(self, name: str, value: str) -> None:
         """Change one sampling parameter. Raises UsageError for an unknown name or an impossible value."""
-        known = {item.name for item in fields(self.params)} - {"stop_token_ids", "logprobs"}
+        known = {item.name for item in fields(self.params)} - _NOT_IN_CHAT
         if name == "stop":
             self.stop = (value,) if value else ()
             return
@@ -111,8 +116,8 @@ class Conversation:
 
     def show(self) -> str:
         """Settings and length of the conversation, one per line."""
-        lines = [f"{item.name} {getattr(self.params, item.name)}" for item in fields(self.params)]
-        lines = [line for line in lines if not line.startswith(("stop_token_ids", "logprobs"))]
+        names = [item.name for item in fields(self.params) if item.name not in _NOT_IN_CHAT]
+        lines = [f"{name} {getattr(self.params, name)}" for name in names]
         lines += [f"stop {list(self.stop)}", f"system {self.system!r}"]
         kind = "completion, no memory" if self.chat_format is None else f"chat format {self.chat_format.name}"
         return "\n".join([*lines, kind, f"{len(self.turns)} turns, context of {self.engine.max_model_len} tokens"])

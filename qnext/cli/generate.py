@@ -81,7 +81,7 @@ def command(
     network = load_weights(folder, dtype)
     assert params.max_tokens is not None
     engine = Engine(
-        network, max_num_seqs=1, max_model_len=len(prompt_ids) + params.max_tokens,
+        network, max_num_seqs=1, max_model_len=len(prompt_ids) + params.max_tokens, prefix_cache=False,
         eos_token_ids=end_token_ids(folder.tokenizer, folder.config),
     )  # fmt: skip
     print(engine.memory_plan.describe(), file=sys.stderr)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from qnext.engine.engine import Completion, Engine
 from qnext.engine.memory import MemoryPlan
-from qnext.engine.request import FinishReason, Request, SampledToken, SamplingParams
-from qnext.engine.scheduler import TokenEvent
+from qnext.engine.params import SamplingParams
+from qnext.engine.request import FinishReason, Request, SampledToken
+from qnext.engine.step import EndEvent, TokenEvent
 
 __all__ = [
     "Completion",
+    "EndEvent",
     "Engine",
     "FinishReason",
     "MemoryPlan",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 
 
@@ -53,3 +53,40 @@ class IdPool:
         assert set(owned) == self._used, f"{self.name}: owners hold {sorted(owned)}, lent are {sorted(self._used)}"
         assert free.isdisjoint(self._used), f"{self.name}: an id is free and lent"
         assert len(free) + len(self._used) == self.size, f"{self.name}: an id is lost"
+
+
+class RefPool(IdPool):
+    """An `IdPool` whose ids may have several owners; an id comes back when the last of them lets go."""
+
+    def __init__(self, size: int, *, name: str) -> None:
+        super().__init__(size, name=name)
+        self._num_owners: dict[int, int] = {}
+
+    def num_owners(self, index: int) -> int:
+        return self._num_owners.get(index, 0)
+
+    def allocate(self, count: int) -> list[int]:
+        ids = super().allocate(count)
+        self._num_owners.update(dict.fromkeys(ids, 1))
+        return ids
+
+    def share(self, ids: Iterable[int]) -> None:
+        """One more owner for each id, all of which must be lent."""
+        for index in ids:
+            assert index in self._used, f"{self.name} {index} is shared but not lent"
+            self._num_owners[index] += 1
+
+    def free(self, ids: Iterable[int]) -> None:
+        """One owner of each id lets go."""
+        for index in ids:
+            assert index in self._used, f"{self.name} {index} is freed but not lent"
+            self._num_owners[index] -= 1
+            if not self._num_owners[index]:
+                del self._num_owners[index]
+                super().free([index])
+
+    def check_integrity(self, owned: Iterable[int]) -> None:
+        """As in `IdPool`, but `owned` names an id once for each of its owners."""
+        owners = Counter(owned)
+        super().check_integrity(owners)
+        assert owners == self._num_owners, f"{self.name}: owners are {dict(owners)}, counted are {self._num_owners}"

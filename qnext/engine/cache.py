@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
-from qnext.engine.scheduler import SequencePlan, StepPlan
+from qnext.engine.step import SequencePlan, StepPlan
 from qnext.model import CacheView, DeltaSlots, KVPages
-from qnext.ops import Packing, empty_huge
+from qnext.ops import Packing, PendingTokens, apply_pending, empty_huge
 
 BLOCK_SIZE = 16
 
@@ -25,8 +25,9 @@ class Cache:
 
     Keys and values are kept in `dtype` unless `kv_dtype` says otherwise; in int8 they have an fp32 scale per token and
     head. Both states of the linear layers are fp32: native activations have that width whatever the weights are, and a
-    rounded state would make the cuts of a prefill visible. With `poison`, memory that has no owner is filled with NaN,
-    so that reading it shows (for tests).
+    rounded state would make the cuts of a prefill visible. With `num_draft_tokens`, a step may compute up to that many
+    tokens of a sequence before it is known how many of them it keeps: see `commit`. With `poison`, memory that has no
+    owner is filled with NaN, so that reading it shows (for tests).
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class Cache:
         kv_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         block_size: int = BLOCK_SIZE,
+        num_draft_tokens: int = 0,
         poison: bool = False,
     ) -> None:
         self.block_size = block_size
         self.poison = poison
+        self.num_draft_tokens = num_draft_tokens
         self.device = torch.device(device)
         kinds = list(enumerate(config.layer_types))
         kv_shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
@@ -52,22 +55,17 @@ class Cache:
             for index, kind in kinds
             if kind == FULL_ATTENTION
         }
-        conv_shape = (num_slots, config.linear_conv_kernel_dim - 1, config.linear_conv_dim)
-        state_shape = (
-            num_slots, config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim,
-        )  # fmt: skip
+        linear = [index for index, kind in kinds if kind == LINEAR_ATTENTION]
+        self._num_accepted = torch.zeros(len(linear), num_slots, dtype=torch.long, device=device)
         self.delta = {
-            index: DeltaSlots(
-                empty_huge(conv_shape, dtype=torch.float32, device=device),
-                empty_huge(state_shape, dtype=torch.float32, device=device),
-            )
-            for index, kind in kinds
-            if kind == LINEAR_ATTENTION
+            index: _make_slots(config, num_slots, num_draft_tokens, accepted, self.device)
+            for index, accepted in zip(linear, self._num_accepted.unbind(), strict=True)
         }
         # One row of page numbers per slot: a step selects rows instead of copying whole tables from Python.
         self.max_pages = max(1, -(-max_model_len // block_size)) if self.kv else 1
         self._tables = torch.zeros(num_slots, self.max_pages, dtype=torch.long, device=device)
         self._table_owner: list[str | None] = [None] * num_slots
+        self._table_length = [0] * num_slots
         if poison:
             self._fill_nan(range(num_blocks), range(num_slots))
 
@@ -79,17 +77,31 @@ class Cache:
     @property
     def state_bytes(self) -> int:
         """Bytes that the slots of all layers occupy."""
-        return sum(tensor.nbytes for slots in self.delta.values() for tensor in slots)
+        return sum(tensor.nbytes for slots in self.delta.values() for tensor in slots.tensors)
 
-    def apply_freed(self, plan: StepPlan) -> None:
-        """Forget the owners of freed slots; with `poison`, overwrite what was freed."""
+    @torch.inference_mode()
+    def prepare(self, plan: StepPlan) -> None:
+        """Before the tokens of a step: forget what was freed (with `poison`, overwrite it), then make the copies."""
         for slot in plan.freed_slots:
             self._table_owner[slot] = None
         if self.poison:
             self._fill_nan(plan.freed_blocks, plan.freed_slots)
+        for source, target in plan.block_copies:
+            for pages in self.kv.values():
+                for tensor in pages.tensors:
+                    tensor[target].copy_(tensor[source])
+        for source, target in plan.slot_copies:  # one by one: the target of one may be the source of the next
+            self.copy_slots([source], [target])
 
-    def view(self, sequences: Sequence[SequencePlan], packing: Packing, positions_T: Tensor) -> CacheView:
-        """Where the given sequences of a step read and write."""
+    def view(
+        self,
+        sequences: Sequence[SequencePlan],
+        packing: Packing,
+        positions_T: Tensor,
+        *,
+        is_draft: Sequence[bool] | None = None,
+    ) -> CacheView:
+        """Where the given sequences of a step read and write, and which of them may yet reject their tokens."""
         slots = [self.bind(sequence) for sequence in sequences]
         contexts = tuple(sequence.start + len(sequence.token_ids) for sequence in sequences)
         slots_N = torch.tensor(slots, dtype=torch.long, device=self.device)
@@ -109,18 +121,49 @@ class Cache:
             context_lengths_N=torch.tensor(contexts),
             write_index_T=write_index_T,
             has_fresh=any(sequence.start == 0 for sequence in sequences),
+            is_draft_N=torch.tensor(is_draft, device=self.device) if is_draft is not None and any(is_draft) else None,
         )
 
+    def commit(self, slot: int, num_accepted: int) -> None:
+        """The first `num_accepted` tokens of the slot's last step, a draft, belong to its sequence, the others do not.
+
+        Costs one small write: the next step of the sequence, or `flush`, applies them. Until then they count as zero.
+        """
+        if not 0 <= num_accepted <= self.num_draft_tokens:
+            raise ValueError(f"{num_accepted} accepted tokens of a draft of at most {self.num_draft_tokens}")
+        self._num_accepted[:, slot] = num_accepted
+
+    def flush(self, slots: Sequence[int]) -> None:
+        """Bring the states of these slots, all different, up to what was committed: before they are read or copied."""
+        if not self.num_draft_tokens or not slots:
+            return
+        slots_N = torch.tensor(list(slots), dtype=torch.long, device=self.device)
+        for conv, state, pending in self.delta.values():
+            if pending is not None:
+                apply_pending(conv, state, pending, slots_N)
+
+    def copy_slots(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Recurrent states of `sources` to `targets`, one after another. Pages are not copied."""
+        self.flush(sorted(set(sources)))
+        for layer in self.delta.values():
+            for source, target in zip(sources, targets, strict=True):
+                layer.conv[target].copy_(layer.conv[source])
+                layer.state[target].copy_(layer.state[source])
+        self._num_accepted[:, list(targets)] = 0
+
     def bind(self, sequence: SequencePlan) -> int:
-        """Slot of the sequence, its table row written when it is new there."""
+        """Slot of the sequence, whose table row is written when it is new there and goes on as blocks are added."""
         request = sequence.request
         slot = request.slot
         assert slot is not None
         if self._table_owner[slot] != request.id:
             assert self._table_owner[slot] is None, f"slot {slot} is still bound to {self._table_owner[slot]}"
-            blocks = torch.tensor(request.blocks, dtype=torch.long)
-            self._tables[slot, : len(blocks)] = blocks.to(self.device)
-            self._table_owner[slot] = request.id
+            self._table_owner[slot], self._table_length[slot] = request.id, 0
+        known, count = self._table_length[slot], len(request.blocks)
+        if known < count:
+            blocks = torch.tensor(request.blocks[known:], dtype=torch.long)
+            self._tables[slot, known:count] = blocks.to(self.device)
+            self._table_length[slot] = count
         return slot
 
     def table_of(self, slot: int) -> NDArray[np.int64]:
@@ -130,9 +173,9 @@ class Cache:
 
     def _fill_nan(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         for ids, tensors in (
-            # codes of int8 have no NaN, their scales do
+            # codes of int8 have no NaN, their scales do; of numbers of accepted tokens, none is left
             (blocks, [tensor for pages in self.kv.values() for tensor in pages.tensors]),
-            (slots, [tensor for slots_ in self.delta.values() for tensor in slots_]),
+            (slots, [tensor for slots_ in self.delta.values() for tensor in slots_.tensors]),
         ):
             index = torch.tensor(list(ids), dtype=torch.long, device=self.device)
             for tensor in tensors:
@@ -144,3 +187,19 @@ def _make_pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     if dtype != torch.int8:
         return KVPages(k, v)
     return KVPages(k, v, *(empty_huge(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)))
+
+
+def _make_slots(
+    config: ModelConfig, num_slots: int, num_draft_tokens: int, num_accepted: Tensor, device: torch.device
+) -> DeltaSlots:
+    state_shape = (config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
+    conv_shape = (num_slots, config.linear_conv_kernel_dim - 1, config.linear_conv_dim)
+    conv = empty_huge(conv_shape, dtype=torch.float32, device=device)
+    state = empty_huge((num_slots, *state_shape), dtype=torch.float32, device=device)
+    if not num_draft_tokens:
+        return DeltaSlots(conv, state)
+    pending = PendingTokens.empty(
+        num_slots, num_draft_tokens, num_channels=config.linear_conv_dim, num_key_heads=config.linear_num_key_heads,
+        state_shape=state_shape, device=device,
+    )  # fmt: skip
+    return DeltaSlots(conv, state, pending._replace(num_accepted=num_accepted))

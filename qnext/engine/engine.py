@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from qnext.config import ModelConfig
 from qnext.engine.cache import BLOCK_SIZE, Cache
 from qnext.engine.memory import MemoryPlan, available_bytes, weight_bytes
-from qnext.engine.request import FinishReason, Request, SampledToken, SamplingParams, checked_prompt, output_allowance
+from qnext.engine.params import SamplingParams
+from qnext.engine.request import (
+    FinishReason,
+    Guide,
+    Request,
+    RequestTimes,
+    SampledToken,
+    checked_prompt,
+    output_allowance,
+)
 from qnext.engine.runner import Runner
-from qnext.engine.sampler import sample
-from qnext.engine.scheduler import Limits, Scheduler, StepResult, TokenEvent
+from qnext.engine.sampler import Window, verify
+from qnext.engine.scheduler import Scheduler
+from qnext.engine.seeds import child_seed
+from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
 from qnext.errors import UsageError
 from qnext.model import CausalLM
-from qnext.ops import DELTA_CHUNK_SIZE
+from qnext.ops import DELTA_CHUNK_SIZE, is_native
 from qnext.planning import kv_bytes_per_token
+
+_SPARE_CHECKPOINTS = 4
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of one prompt. `sampled` holds log-probabilities when they were asked for, else nothing."""
+    """What became of one prompt, or of completion `index` of those that were asked for.
+
+    `sampled` and `prompt_sampled` hold log-probabilities when they were asked for, else nothing; of several
+    completions the first alone has the prompt's. The first token of a prompt has none. `num_cached_tokens` of the
+    prompt were not computed for this request.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -31,6 +50,9 @@ class Completion:
     finish_reason: FinishReason
     seed: int
     sampled: tuple[SampledToken, ...]
+    num_cached_tokens: int = 0
+    prompt_sampled: tuple[SampledToken, ...] = ()
+    index: int = 0
 
 
 class Engine:
@@ -38,9 +60,15 @@ class Engine:
 
     `max_model_len` (default: the model's context; never more than the cache holds) bounds prompt and answer of a
     request together. A step takes `max_num_batched_tokens` at most, by default between 512 and 2,048: more where many
-    experts share them. KV memory is
-    `num_blocks` blocks of 16 tokens, or as many as `kv_budget_bytes` holds, or by default what `max_num_seqs` requests
-    of full length can use, at most half of the free memory. `eos_token_ids` (default: the config's) end a request
+    experts share them. KV memory is `num_blocks` blocks of 16 tokens, or as many as `kv_budget_bytes` holds, or by
+    default what `max_num_seqs` requests of full length can use, at most half of the free memory.
+
+    With `prefix_cache`, requests of one salt share what they have in common: `num_checkpoints` states beside those of
+    running requests (default: `max_num_seqs` and four more) say from where others can go on, of long prompts one every
+    `checkpoint_interval` tokens; docs/hybrid-cache.md tells how. `max_draft_tokens` is the most that `Request.drafts`
+    may hold: tokens that are verified in the next step instead of being computed one by one.
+
+    `eos_token_ids` (default: the config's) end a request
     unless it says ignore_eos. Keys and values are kept in `kv_dtype` (default: the model's; int8 has an fp32 scale per
     token and head). `poison` fills freed memory with NaN (for tests).
     """
@@ -55,6 +83,10 @@ class Engine:
         num_blocks: int | None = None,
         kv_budget_bytes: int | None = None,
         kv_dtype: torch.dtype | None = None,
+        prefix_cache: bool = True,
+        num_checkpoints: int | None = None,
+        checkpoint_interval: int = 4096,
+        max_draft_tokens: int = 0,
         eos_token_ids: Collection[int] | None = None,
         poison: bool = False,
     ) -> None:
@@ -75,19 +107,28 @@ class Engine:
         if has_blocks:
             # A cache smaller than the context is the context.
             self.max_model_len = min(self.max_model_len, blocks * BLOCK_SIZE)
+        has_states = config.num_linear_layers > 0
+        if num_checkpoints is None:
+            num_checkpoints = max_num_seqs + _SPARE_CHECKPOINTS
+        num_slots = max_num_seqs + (num_checkpoints if has_states and prefix_cache else 0)
         self.scheduler = Scheduler(
             Limits(
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens or _default_batched_tokens(config, max_num_seqs),
                 block_size=BLOCK_SIZE,
                 num_blocks=blocks if has_blocks else None,
-                num_slots=max_num_seqs,
-                chunk_size=DELTA_CHUNK_SIZE,
+                num_slots=num_slots,
+                chunk_size=1 if is_native(model.device) else DELTA_CHUNK_SIZE,
+                has_states=has_states,
+                has_prefix_cache=prefix_cache,
+                checkpoint_interval=checkpoint_interval,
+                max_draft_tokens=max_draft_tokens,
             )
         )
         self.cache = Cache(
-            config, num_blocks=blocks, num_slots=max_num_seqs, max_model_len=self.max_model_len, dtype=model.dtype,
+            config, num_blocks=blocks, num_slots=num_slots, max_model_len=self.max_model_len, dtype=model.dtype,
             kv_dtype=kv_dtype, device=model.device, poison=poison,
+            num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0,
         )  # fmt: skip
         self.runner = Runner(model, self.cache)
         self._requests: dict[str, Request] = {}
@@ -107,36 +148,104 @@ class Engine:
             block_size=BLOCK_SIZE,
             state_bytes=self.cache.state_bytes,
             num_slots=self.scheduler.slots.size,
+            max_num_seqs=self.scheduler.limits.max_num_seqs,
             max_model_len=self.max_model_len,
         )
 
     def add_request(
-        self, prompt_ids: Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        salt: str = "",
+        guide: Guide | None = None,
+        timeout: float | None = None,
     ) -> Request:
-        """Queue a prompt; `step` brings it forward. The request ends by itself or by `abort`.
+        """Queue a prompt; `step` brings it forward. The request ends by itself, by `abort`, or after `timeout` seconds.
 
-        Raises UsageError for an empty prompt, a token outside the vocabulary or an id in use, DoesNotFit for a prompt
-        and answer longer than the context or the cache. Other requests are not touched by a refused one.
+        Only requests of one `salt` share cached prefixes. `guide` says which tokens may be chosen, for this request
+        alone; it must come to an end, so it does not go together with ignore_eos.
+
+        Raises UsageError for an empty prompt, a token outside the vocabulary, parameters that leave nothing to choose,
+        n other than 1 or an id in use, DoesNotFit for a prompt and answer longer than the context or the cache. Other
+        requests are not touched by a refused one.
         """
         params = params or SamplingParams()
+        if params.n != 1:
+            raise UsageError(f"n is {params.n}: several completions are several requests")
+        if guide is not None and params.ignore_eos:
+            raise UsageError("a constraint ends with the answer's end, which ignore_eos forbids")
+        if timeout is not None and not timeout > 0:
+            raise UsageError(f"timeout must be positive, not {timeout}")
         prompt = checked_prompt(prompt_ids, vocab_size=self.model.config.vocab_size)
         if request_id is None:
             request_id = f"request-{self._num_added}"
         if request_id in self._requests:
             raise UsageError(f"request id {request_id!r} is in use")
+        now = time.monotonic()
         stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= self.eos_token_ids
+        params.check_vocabulary(vocab_size=self.model.config.vocab_size, stop_ids=stop_ids)
         request = Request(
             id=request_id,
             prompt_ids=prompt,
             params=params,
             seed=secrets.randbits(53) if params.seed is None else params.seed,
             max_tokens=output_allowance(len(prompt), params, max_model_len=self.max_model_len),
-            stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_token_ids,
+            stop_ids=stop_ids,
+            salt=salt,
+            guide=guide,
+            deadline=None if timeout is None else now + timeout,
+            times=RequestTimes(arrived=now),
         )
         self.scheduler.add(request)
         self._requests[request_id] = request
         self._num_added += 1
         return request
+
+    def add_requests(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        salt: str = "",
+        guide: Guide | None = None,
+        timeout: float | None = None,
+    ) -> list[Request]:
+        """Queue `params.n` requests for one prompt, all or none. Arguments and errors as add_request.
+
+        Request i has the seed `child_seed(seed, i)`, the first one the seed itself, and answers as it would if asked
+        for alone with that seed. With n above 1, ids are the request id with "-0", "-1" and so on. The prompt's
+        log-probabilities come with the first.
+        """
+        params = params or SamplingParams()
+        if params.n == 1:
+            return [
+                self.add_request(prompt_ids, params, request_id=request_id, salt=salt, guide=guide, timeout=timeout)
+            ]
+        seed = secrets.randbits(53) if params.seed is None else params.seed
+        name = f"request-{self._num_added}" if request_id is None else request_id
+        requests: list[Request] = []
+        try:
+            for index in range(params.n):
+                child = replace(
+                    params, n=1, seed=child_seed(seed, index),
+                    prompt_logprobs=params.prompt_logprobs if index == 0 else None,
+                )  # fmt: skip
+                requests.append(
+                    self.add_request(
+                        prompt_ids, child, request_id=f"{name}-{index}", salt=salt,
+                        guide=None if guide is None else guide.copy(), timeout=timeout,
+                    )
+                )  # fmt: skip
+        except BaseException:
+            for request in requests:
+                self.abort(request.id)
+            raise
+        return requests
 
     def abort(self, request_id: str) -> None:
         """End a request now. An id that is not running is ignored: it may have finished a moment ago."""
@@ -144,46 +253,81 @@ class Engine:
         if request is not None:
             self.scheduler.abort(request)
 
-    def step(self) -> list[TokenEvent]:
-        """One step of the model: the tokens that it brought, one at most for each request; [] when idle.
+    def step(self) -> list[TokenEvent | EndEvent]:
+        """One step of the model: the tokens that it brought; [] when idle.
+
+        A request whose time is over, or for which no token may be chosen, ends with an EndEvent.
 
         When the model raises, the requests of the step are aborted (their caches are spoiled), the others live on,
         and the error goes to the caller.
         """
+        ended: list[TokenEvent | EndEvent] = self._end_late()
         plan = self.scheduler.plan()
         if plan is None:
-            return []
+            return ended
         try:
             output = self.runner.run(plan)
-            tokens = sample(output.logits_RY, output.requests)
+            windows = [Window(s.request, s.drafts, s.request.guide) for s in output.sequences]
+            verdicts = verify(output.logits_RY, windows)
         except BaseException:
             for request in self.scheduler.discard_step():
                 self._requests.pop(request.id, None)
             raise
-        result = StepResult({request.id: token for request, token in zip(output.requests, tokens, strict=True)})
-        events = self.scheduler.commit(result)
+        for request, found in output.prompt_tokens:
+            request.prompt_sampled += found
+        tokens: dict[str, Sequence[SampledToken]] = {}
+        for (request, drafts, _), verdict in zip(windows, verdicts, strict=True):
+            tokens[request.id] = verdict.tokens
+            if drafts and request.slot is not None:
+                self.cache.commit(request.slot, len(verdict.tokens))
+            if verdict.failure is not None:
+                request.failure = verdict.failure
+                ended.append(self._end(request, "error"))
+        events = self.scheduler.commit(StepResult(tokens))
+        now = time.monotonic()
         for event in events:
+            request = self._requests[event.request_id]
+            if request.times.first_token is None:
+                request.times.first_token = now
             if event.finish_reason is not None:
-                self._requests.pop(event.request_id, None)
-        return events
+                request.times.finished = now
+                del self._requests[event.request_id]
+        return [*events, *ended]
+
+    def _end_late(self) -> list[TokenEvent | EndEvent]:
+        now = time.monotonic()
+        late = [r for r in self._requests.values() if r.deadline is not None and r.deadline <= now]
+        return [self._end(request, "deadline") for request in late]
+
+    def _end(self, request: Request, reason: FinishReason) -> EndEvent:
+        del self._requests[request.id]
+        self.scheduler.abort(request, reason)
+        request.times.finished = time.monotonic()
+        return EndEvent(request.id, reason)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """Complete all prompts; `params` is one for all or one for each. Errors as add_request, before any runs."""
+        """Complete all prompts; `params` is one for all or one for each. Errors as add_request, before any runs.
+
+        A prompt has `n` completions, one after another.
+        """
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise UsageError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
         requests: list[Request] = []
+        indices: list[int] = []
         try:
             for prompt, chosen in zip(prompts, each, strict=True):
-                requests.append(self.add_request(prompt, chosen))
+                children = self.add_requests(prompt, chosen)
+                requests += children
+                indices += range(len(children))
             while any(request.finish_reason is None for request in requests):
                 self.step()
         finally:
             for request in requests:
                 self.abort(request.id)
-        return [_completion(request) for request in requests]
+        return [_completion(request, index) for request, index in zip(requests, indices, strict=True)]
 
     def stream(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None
@@ -198,7 +342,11 @@ class Engine:
     def _stream(self, request: Request) -> Generator[TokenEvent, None, None]:
         try:
             while request.finish_reason is None:
-                yield from (event for event in self.step() if event.request_id == request.id)
+                for event in self.step():
+                    if isinstance(event, TokenEvent) and event.request_id == request.id:
+                        yield event
+            if request.failure is not None:
+                raise request.failure
         finally:
             self.abort(request.id)
 
@@ -208,7 +356,7 @@ class Engine:
         assert len(self._requests) == self.scheduler.num_waiting + self.scheduler.num_running
 
 
-def _completion(request: Request) -> Completion:
+def _completion(request: Request, index: int) -> Completion:
     assert request.finish_reason is not None
     return Completion(
         request_id=request.id,
@@ -217,6 +365,9 @@ def _completion(request: Request) -> Completion:
         finish_reason=request.finish_reason,
         seed=request.seed,
         sampled=tuple(request.sampled),
+        num_cached_tokens=request.num_cached_tokens or 0,
+        prompt_sampled=tuple(request.prompt_sampled),
+        index=index,
     )
 
 

@@ -14,7 +14,10 @@ from qnext.ops import Weight
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that are allocated. `num_blocks` is 0 for a model without full attention."""
+    """Bytes that are allocated. `num_blocks` is 0 for a model without full attention.
+
+    Of `num_slots` states `max_num_seqs` are for running sequences, the others for cached prefixes.
+    """
 
     weight_bytes: int
     kv_bytes: int
@@ -22,6 +25,7 @@ class MemoryPlan:
     block_size: int
     state_bytes: int
     num_slots: int
+    max_num_seqs: int
     max_model_len: int
 
     @property
@@ -33,11 +37,15 @@ class MemoryPlan:
         return self.state_bytes // self.num_slots
 
     @property
+    def num_prefixes(self) -> int:
+        return self.num_slots - self.max_num_seqs
+
+    @property
     def num_full_sequences(self) -> int:
-        """How many sequences of `max_model_len` tokens run side by side; shorter ones up to `num_slots`."""
+        """How many sequences of `max_model_len` tokens run side by side; shorter ones up to `max_num_seqs`."""
         if not self.num_blocks:
-            return self.num_slots
-        return min(self.num_slots, self.num_blocks // -(-self.max_model_len // self.block_size))
+            return self.max_num_seqs
+        return min(self.max_num_seqs, self.num_blocks // -(-self.max_model_len // self.block_size))
 
     def describe(self) -> str:
         """Two lines for people."""
@@ -45,8 +53,9 @@ class MemoryPlan:
             f"weights {format_bytes(self.weight_bytes)}, KV {format_bytes(self.kv_bytes_per_1000_tokens)} per 1,000 "
             f"tokens, state {format_bytes(self.state_bytes_per_sequence)} per sequence\n"
             f"cache {format_bytes(self.kv_bytes + self.state_bytes)}: {self.num_blocks * self.block_size:,} tokens of "
-            f"KV; {self.num_full_sequences} of {self.num_slots} sequences at the full length of "
+            f"KV; {self.num_full_sequences} of {self.max_num_seqs} sequences at the full length of "
             f"{self.max_model_len:,} tokens"
+            + (f"; {self.num_prefixes} states of cached prefixes" if self.num_prefixes else "")
         )
 
 

@@ -1,6 +1,6 @@
 """Decoding steps of the native kernels with no Python between the layers.
 
-Legend: N sequences with one token each, M pages of a sequence, Y vocabulary.
+Legend: N sequences, T tokens, one of each sequence and its drafts, M pages of a sequence, Y vocabulary.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from qnext.engine.cache import Cache
-from qnext.engine.scheduler import SequencePlan
+from qnext.engine.step import SequencePlan
 from qnext.model import Batch, CacheView, CausalLM
 from qnext.ops import Packing, Recording, is_native, record
 
 _MAX_ATTEMPTS = 4  # the first may meet conversions that are made once
+_MAX_TOKENS = 64  # of a step: in longer ones the time of Python no longer counts, but the memory does
 
 
 class RecordedSteps:
-    """Runs steps in which every sequence goes on by one token, each number of sequences recorded on first use."""
+    """Runs steps in which every sequence goes on from its last token, each size of a step recorded on first use."""
 
     def __init__(self, model: CausalLM, cache: Cache) -> None:
         self._model, self._cache = model, cache
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[tuple[int, int], _Step] = {}
         self._num_failures = 0
         self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
@@ -32,34 +33,43 @@ class RecordedSteps:
         return (
             self._num_failures < _MAX_ATTEMPTS
             and is_native(self._cache.device)
-            and all(len(s.token_ids) == 1 and s.start > 0 and s.needs_sample for s in sequences)
+            and all(len(s.token_ids) == 1 + len(s.drafts) and s.start > 0 and s.needs_sample for s in sequences)
+            and sum(len(s.token_ids) for s in sequences) <= _MAX_TOKENS
             and not any(self._hooks)
         )
 
     def run(self, sequences: Sequence[SequencePlan]) -> Tensor:
-        """fp32 logits [N, Y], in memory that the next step of as many sequences writes again."""
-        step = self._steps.get(len(sequences))
+        """fp32 logits [T, Y], in memory that the next step of this size writes again."""
+        size = (len(sequences), sum(len(s.token_ids) for s in sequences))
+        step = self._steps.get(size)
         if step is None or not step.is_current():
-            step = self._steps[len(sequences)] = _Step(self._model, self._cache, len(sequences))
-        logits_NY = step.run(sequences)
+            lengths = [len(s.token_ids) for s in sequences]
+            step = self._steps[size] = _Step(self._model, self._cache, lengths)
+        logits_TY = step.run(sequences)
         if not step.is_recorded:
             self._num_failures += 1
-            del self._steps[len(sequences)]
-        return logits_NY
+            del self._steps[size]
+        return logits_TY
 
 
 class _Step:
     """Input of a step at fixed places, and the recording that reads it."""
 
-    def __init__(self, model: CausalLM, cache: Cache, num_sequences: int) -> None:
+    def __init__(self, model: CausalLM, cache: Cache, lengths: Sequence[int]) -> None:
         self._model, self._cache = model, cache
         self._recording: Recording | None = None
-        # token ids, positions, slots, places in the pages, context lengths
-        self._numbers = torch.zeros(5, num_sequences, dtype=torch.long)
+        num_sequences, num_tokens = len(lengths), sum(lengths)
+        # token ids, positions, places in the pages
+        self._of_tokens = torch.zeros(3, num_tokens, dtype=torch.long)
+        # slots, context lengths
+        self._of_sequences = torch.zeros(2, num_sequences, dtype=torch.long)
+        self._is_draft_N = torch.zeros(num_sequences, dtype=torch.bool)
         self._tables_NM = torch.zeros(num_sequences, cache.max_pages, dtype=torch.long)
-        token_ids_T, positions_T, slots_N, write_index_T, context_lengths_N = self._numbers.unbind(0)
-        packing = Packing([1] * num_sequences)
-        assert packing.cu_seqlens.shape[0] == num_sequences + 1  # made now: later it would be a computation of torch
+        token_ids_T, positions_T, write_index_T = self._of_tokens.unbind(0)
+        slots_N, context_lengths_N = self._of_sequences.unbind(0)
+        # The lengths are those of the first step. Later ones differ: kernels read where sequences start from memory.
+        packing = Packing(lengths)
+        self._starts_N = packing.cu_seqlens
         view = CacheView(
             kv=cache.kv,
             delta=cache.delta,
@@ -69,6 +79,7 @@ class _Step:
             context_lengths_N=context_lengths_N,
             write_index_T=write_index_T,
             has_fresh=False,
+            is_draft_N=self._is_draft_N if cache.num_draft_tokens else None,
         )
         self._batch = Batch(token_ids_T, positions_T, packing, view)
 
@@ -84,21 +95,30 @@ class _Step:
         if self._recording is not None:
             self._recording.replay()
         else:
-            self._logits_NY, self._recording = record(self._compute, parameters=self._model.parameters())
-        return self._logits_NY
+            self._logits_TY, self._recording = record(self._compute, parameters=self._model.parameters())
+        return self._logits_TY
 
     def _compute(self) -> Tensor:
         return self._model.logits(self._model(self._batch).hidden_TD)
 
     def _fill(self, sequences: Sequence[SequencePlan]) -> None:
         cache, tables_NM = self._cache, self._tables_NM.numpy()
-        columns = []
+        of_tokens: list[tuple[int, int, int]] = []
+        of_sequences: list[tuple[int, int]] = []
+        starts = [0]
         for n, sequence in enumerate(sequences):
-            position, slot, place = sequence.start, cache.bind(sequence), 0
+            slot, end = cache.bind(sequence), sequence.start + len(sequence.token_ids)
+            pages_M = cache.table_of(slot)
             if cache.kv:
-                pages_M = cache.table_of(slot)
-                last_page, offset = divmod(position, cache.block_size)
-                tables_NM[n, : last_page + 1] = pages_M[: last_page + 1]
-                place = int(pages_M[last_page]) * cache.block_size + offset
-            columns.append((sequence.token_ids[0], position, slot, place, position + 1))
-        self._numbers.numpy()[:] = list(zip(*columns, strict=True))
+                num_pages = -(-end // cache.block_size)
+                tables_NM[n, :num_pages] = pages_M[:num_pages]
+            for position, token_id in enumerate(sequence.token_ids, start=sequence.start):
+                page, offset = divmod(position, cache.block_size)
+                place = int(pages_M[page]) * cache.block_size + offset if cache.kv else 0
+                of_tokens.append((token_id, position, place))
+            of_sequences.append((slot, end))
+            starts.append(len(of_tokens))
+        self._of_tokens.numpy()[:] = list(zip(*of_tokens, strict=True))
+        self._of_sequences.numpy()[:] = list(zip(*of_sequences, strict=True))
+        self._starts_N.numpy()[:] = starts
+        self._is_draft_N.numpy()[:] = [bool(s.drafts) for s in sequences]

@@ -2,92 +2,60 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-from qnext.errors import DoesNotFit, UsageError
+import numpy as np
+from numpy.typing import NDArray
 
-FinishReason = Literal["stop", "length", "abort"]
+from qnext.engine.flights import Flight, Wait
+from qnext.engine.params import SamplingParams
+from qnext.errors import DoesNotFit, QnextError, UsageError
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen. Raises UsageError naming the field for a value that is not finite or out of range.
-
-    temperature 0 is greedy: the exact argmax. Filters apply to the temperature-scaled distribution in the order
-    min_p, top_k, top_p; tokens that tie with the last one kept are kept too. The repetition penalty counts tokens of
-    prompt and output, presence and frequency penalties those of the output only.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0  # 0 or -1: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None  # None: the engine draws one
-    max_tokens: int | None = None  # None: as many as the context holds
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None  # how many alternatives to report beside the chosen token
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            _check_number(item.name, getattr(self, item.name))
-        _require(self, "temperature", self.temperature >= 0, "at least 0")
-        _require(self, "top_k", self.top_k >= -1, "at least 1, or 0 for off")
-        _require(self, "top_p", 0 < self.top_p <= 1, "in (0, 1]")
-        _require(self, "min_p", 0 <= self.min_p <= 1, "in [0, 1]")
-        _require(self, "repetition_penalty", self.repetition_penalty > 0, "positive")
-        _require(self, "presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]")
-        _require(self, "frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]")
-        _require(self, "seed", self.seed is None or -(2**63) <= self.seed < 2**64, "a 64-bit integer")
-        _require(self, "max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
-        _require(self, "logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0")
-        if any(not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in self.stop_token_ids):
-            raise UsageError(f"stop_token_ids must be token ids, not {list(self.stop_token_ids)}")
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def has_penalties(self) -> bool:
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-
-_INTEGERS = ("top_k", "seed", "max_tokens", "logprobs")
-_OPTIONAL = ("seed", "max_tokens", "logprobs")
-
-
-def _check_number(name: str, value: object) -> None:
-    if name in ("stop_token_ids", "ignore_eos") or (value is None and name in _OPTIONAL):
-        return
-    kinds: tuple[type, ...] = (int,) if name in _INTEGERS else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise UsageError(f"{name} must be {'an integer' if name in _INTEGERS else 'a number'}, not {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"{name} must be finite, not {value}")
-
-
-def _require(params: SamplingParams, name: str, is_valid: bool, rule: str) -> None:
-    if not is_valid:
-        raise UsageError(f"{name} must be {rule}, not {getattr(params, name)}")
+# "error": nothing may be chosen, see `failure`; "deadline": out of time
+FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
 
 
 class SampledToken(NamedTuple):
-    """One chosen token. Log-probabilities are those of the raw logits, in nats, before penalties and temperature."""
+    """One token of an answer or a prompt.
+
+    Log-probabilities are those of the raw logits, in nats, before penalties and temperature.
+    """
 
     token_id: int
     logprob: float | None = None  # None unless asked for
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+
+
+class Guide(Protocol):
+    """What a request may say next. It is asked once for each token and told of each token that is chosen.
+
+    Either may raise a QnextError, which ends this request only.
+    """
+
+    def allowed(self) -> NDArray[np.int32] | None:
+        """Bit t % 32 of word t // 32 is set when token t may be chosen; None when all may."""
+
+    def accept(self, token_id: int) -> None:
+        """The token was chosen; also called with one that ends the request."""
+
+    def copy(self) -> Guide:
+        """One for another answer, from where this one is."""
+
+
+@dataclass
+class RequestTimes:
+    """Seconds on the engine's clock; None for what has not happened."""
+
+    arrived: float = 0.0
+    admitted: float | None = None  # the first time
+    first_token: float | None = None
+    finished: float | None = None
 
 
 class RequestStatus(Enum):
@@ -117,6 +85,16 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     slot: int | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
+    salt: str = ""  # only requests of one salt share cached prefixes
+    guide: Guide | None = None  # says which tokens may be chosen
+    deadline: float | None = None  # on the engine's clock
+    failure: QnextError | None = None
+    times: RequestTimes = field(default_factory=lambda: RequestTimes())
+    drafts: tuple[int, ...] = ()  # tokens that may follow the last one, to be verified in the next step
+    num_cached_tokens: int | None = None  # of the prompt, found in the cache on admission
+    flight: Flight | None = None  # its prompt on the way to the cache; the scheduler's
+    wait: Wait | None = None  # for whom it waits; the scheduler's
+    prompt_sampled: list[SampledToken] = field(default_factory=list)  # only when prompt_logprobs are asked for
 
     @property
     def num_tokens(self) -> int:
@@ -128,8 +106,9 @@ class Request:
         return len(self.prompt_ids) + self.max_tokens - 1
 
     @cached_property
-    def prompt_id_set(self) -> frozenset[int]:
-        return frozenset(self.prompt_ids)
+    def prompt_tokens(self) -> NDArray[np.intp]:
+        """The prompt's tokens, each once."""
+        return np.unique(np.array(self.prompt_ids, dtype=np.intp))
 
     def token_range(self, start: int, end: int) -> tuple[int, ...]:
         """Tokens `start` to `end` of prompt and output together."""
@@ -143,9 +122,13 @@ class Request:
         self.output_counts[token.token_id] += 1
         if self.params.logprobs is not None:
             self.sampled.append(token)
-        if token.token_id in self.stop_ids:
+        return self.end_reason(token.token_id, len(self.output_ids))
+
+    def end_reason(self, token_id: int, num_output: int) -> FinishReason | None:
+        """Why the request ends, if it does, with this token as the last of `num_output`."""
+        if token_id in self.stop_ids:
             return "stop"
-        return "length" if len(self.output_ids) >= self.max_tokens else None
+        return "length" if num_output >= self.max_tokens else None
 
 
 def checked_prompt(prompt_ids: Sequence[int], *, vocab_size: int) -> tuple[int, ...]:
@@ -169,6 +152,11 @@ def output_allowance(num_prompt: int, params: SamplingParams, *, max_model_len: 
         raise DoesNotFit(
             f"prompt of {num_prompt} tokens does not fit the context of {max_model_len}; "
             f"at most {max_model_len - 1} tokens would fit"
+        )
+    if params.min_tokens > room:
+        raise DoesNotFit(
+            f"prompt of {num_prompt} tokens and min_tokens {params.min_tokens} do not fit the context of "
+            f"{max_model_len}; min_tokens {room} would fit"
         )
     if params.max_tokens is None:
         return room

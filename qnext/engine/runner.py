@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from qnext.engine.cache import Cache
+from qnext.engine.logprobs import prompt_logprobs
 from qnext.engine.recorded import RecordedSteps
-from qnext.engine.request import Request
-from qnext.engine.scheduler import SequencePlan, StepPlan
+from qnext.engine.request import Request, SampledToken
+from qnext.engine.step import SequencePlan, StepPlan
 from qnext.model import Batch, CausalLM
 from qnext.ops import Packing, is_native
 
 
 class RunnerOutput(NamedTuple):
-    """fp32 logits [R, Y] and the requests that the rows belong to."""
+    """fp32 logits [R, Y] of the sequences that need a token, a row for the last known one and one for each draft; what
+    the step tells of prompts that ask for it."""
 
     logits_RY: Tensor
-    requests: list[Request]
+    sequences: list[SequencePlan]
+    prompt_tokens: Sequence[tuple[Request, list[SampledToken]]] = ()
 
 
 class Runner:
@@ -45,28 +48,33 @@ class Runner:
         with one token and sequences with more are two batches: its delta rule and attention have their own paths for
         one token, and the others would pad it to a whole chunk.
         """
-        self.cache.apply_freed(plan)
+        self.cache.prepare(plan)
+        if not plan.sequences:
+            return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [])
         if self._recorded.serves(plan.sequences):
-            return RunnerOutput(self._recorded.run(plan.sequences), [s.request for s in plan.sequences])
+            return RunnerOutput(self._recorded.run(plan.sequences), list(plan.sequences))
         parts: list[Tensor] = []
-        requests: list[Request] = []
+        chosen: list[SequencePlan] = []
+        prompt_tokens: list[tuple[Request, list[SampledToken]]] = []
         for sequences in self._batches(plan):
             if sequences:
-                wanted = [s.request for s in sequences if s.needs_sample]
-                logits_RY = self._run_batch(sequences)
+                wanted = [s for s in sequences if s.needs_sample]
+                logits_RY = self._run_batch(sequences, prompt_tokens)
                 if wanted:
                     parts.append(logits_RY)
-                    requests.extend(wanted)
+                    chosen.extend(wanted)
         if not parts:
-            return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [])
-        return RunnerOutput(torch.cat(parts) if len(parts) > 1 else parts[0], requests)
+            return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [], prompt_tokens)
+        return RunnerOutput(torch.cat(parts) if len(parts) > 1 else parts[0], chosen, prompt_tokens)
 
     def _batches(self, plan: StepPlan) -> list[list[SequencePlan]]:
         if is_native(self.cache.device):
             return [list(plan.sequences)]
         return [[s for s in plan.sequences if (len(s.token_ids) == 1) == is_single] for is_single in (True, False)]
 
-    def _run_batch(self, sequences: Sequence[SequencePlan]) -> Tensor:
+    def _run_batch(
+        self, sequences: Sequence[SequencePlan], prompt_tokens: list[tuple[Request, list[SampledToken]]]
+    ) -> Tensor:
         device = self.cache.device
         packing = Packing([len(s.token_ids) for s in sequences], device=device)
         tokens = list(chain.from_iterable(s.token_ids for s in sequences))
@@ -76,11 +84,21 @@ class Runner:
             token_ids_T=torch.tensor(tokens, dtype=torch.long, device=device),
             positions_T=positions_T,
             packing=packing,
-            cache=self.cache.view(sequences, packing, positions_T),
+            cache=self.cache.view(sequences, packing, positions_T, is_draft=[bool(s.drafts) for s in sequences]),
         )
         hidden_TD = self.model(batch).hidden_TD
-        rows = [n for n, s in enumerate(sequences) if s.needs_sample]
+        parts_TD = hidden_TD.split([len(s.token_ids) for s in sequences])
+        rows: list[int] = []
+        end = 0
+        for part_TD, sequence in zip(parts_TD, sequences, strict=True):
+            request, start = sequence.request, sequence.start
+            end += len(sequence.token_ids)
+            if request.params.prompt_logprobs is not None and start < len(request.prompt_ids):
+                found = prompt_logprobs(self.model.logits, part_TD, request, start)
+                prompt_tokens.append((request, found))
+            if sequence.needs_sample:
+                rows.extend(range(end - 1 - len(sequence.drafts), end))
         if not rows:
             return hidden_TD.new_empty(0, self.model.config.vocab_size)
-        last_R = packing.last_tokens_N[torch.tensor(rows, device=device)]
-        return self.model.logits(hidden_TD.index_select(0, last_R)).to(torch.float32)
+        rows_R = torch.tensor(rows, device=device)
+        return self.model.logits(hidden_TD.index_select(0, rows_R)).to(torch.float32)

@@ -1,145 +1,205 @@
 """Logits to tokens. What a request gets depends on its own logits, parameters and seed only, never on its company.
 
-Order of operations, that of vLLM: log-probabilities are read off the raw logits; then repetition, frequency and
-presence penalties; temperature; min_p; top_k; top_p; one draw.
+Order of operations, that of vLLM: log-probabilities are read off the raw logits; then tokens that may not be chosen go
+to -inf; bias; repetition, frequency and presence penalties; temperature; min_p; top_k; top_p; one draw.
+
+Speculation changes nothing: each token of a window is drawn from the model's own logits with the request's own number
+for that place, and drafted tokens only decide how many rows of the window were computed for the right tokens.
 
 Legend: R rows, Y vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from qnext.engine.request import Request, SampledToken, SamplingParams
-from qnext.errors import CorruptCheckpoint
+from qnext.engine.filters import Row, draw
+from qnext.engine.logprobs import check_finite, with_logprobs
+from qnext.engine.request import Guide, Request, SampledToken
+from qnext.engine.seeds import uniform
+from qnext.errors import QnextError, UsageError
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
+
+class Window(NamedTuple):
+    """The rows of one request: one for its last known token and one for each drafted token after it."""
+
+    request: Request
+    draft_ids: tuple[int, ...] = ()
+    guide: Guide | None = None
+
+
+class Verdict(NamedTuple):
+    """The tokens that a window brought, in order: drafted ones that were right, then one more unless the request ends.
+
+    As many rows of the window as there are tokens were computed for the right input. A request with a `failure` cannot
+    go on after them; without one there is at least one token.
+    """
+
+    tokens: tuple[SampledToken, ...]
+    failure: QnextError | None = None
 
 
 @torch.inference_mode()
-def sample(logits_RY: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
-    """One token for each row of fp32 logits.
+def verify(logits_RY: Tensor, windows: Sequence[Window]) -> list[Verdict]:
+    """Choose the tokens of every window; R is the rows of all windows, one after another, in fp32.
 
-    Raises CorruptCheckpoint when a row holds NaN. Row r is the draw number len(output_ids) of requests[r].
+    Row i of a window is the draw number len(output_ids) + i of its request. A window ends with the first token that
+    differs from the draft, ends the answer or reaches its limit. Requests are not changed, guides are.
+    Raises CorruptCheckpoint, before any guide is asked, when a row holds NaN or no finite maximum.
     """
-    assert logits_RY.shape[0] == len(requests)
+    assert logits_RY.shape[0] == sum(len(window.draft_ids) + 1 for window in windows)
+    if not windows:
+        return []
+    best_ids = _checked_argmax(logits_RY)
+    verdicts, first = [], 0
+    for window in windows:
+        end = first + len(window.draft_ids) + 1
+        verdicts.append(_verified(logits_RY[first:end], best_ids[first:end], window))
+        first = end
+    return verdicts
+
+
+@torch.inference_mode()
+def draft(logits_RY: Tensor, requests: Sequence[Request], indices: Sequence[int]) -> list[int]:
+    """A guess for each row of draft logits: what `requests[r]` would choose from it as output token `indices[r]`.
+
+    It uses the number that `verify` will use there, so that alike distributions choose the same token. Counts of the
+    penalties are those of the tokens known now; constraints are not asked.
+    """
+    assert logits_RY.shape[0] == len(requests) == len(indices)
     if not requests:
         return []
-    _check_finite(logits_RY)
-    params = [request.params for request in requests]
-    adjusted_RY = _penalized(logits_RY, requests) if any(p.has_penalties for p in params) else logits_RY
-    token_ids: list[int] = adjusted_RY.argmax(dim=-1).tolist()
-    random_rows = [row for row, p in enumerate(params) if not p.is_greedy]
-    if random_rows:
-        scores = adjusted_RY if len(random_rows) == len(params) else adjusted_RY[random_rows]
-        uniforms = [uniform(requests[row].seed, len(requests[row].output_ids)) for row in random_rows]
-        drawn = _draw(filtered(scores, [params[row] for row in random_rows]), uniforms)
-        for row, token_id in zip(random_rows, drawn, strict=True):
-            token_ids[row] = token_id
-    return _with_logprobs(logits_RY, params, token_ids)
-
-
-def uniform(seed: int, index: int) -> float:
-    """Number `index` of the stream `seed`, in [0, 1 - 2^-48]: SplitMix64 (Steele, Lea and Flood, 2014) as a function.
-
-    A counter instead of a generator's state: a request that is run again from the middle draws the same numbers.
-    """
-    return (_mix(_mix(seed & _MASK) + index * _GOLDEN & _MASK) >> 16) * 2.0**-48
-
-
-def _mix(value: int) -> int:
-    value = value + _GOLDEN & _MASK
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
-    return value ^ value >> 31
-
-
-def filtered(scores_RY: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Temperature-scaled scores with everything that min_p, top_k and top_p exclude at -inf, maximum 0 per row.
-
-    Each filter keeps what is at least as likely as a threshold, so ties at the border are kept whatever the order in
-    which a sort leaves them.
-    """
-    device = scores_RY.device
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
-
-    # With the maximum at 0 no temperature, however small, overflows.
-    scores_RY = (scores_RY - scores_RY.amax(dim=-1, keepdim=True)) / column([p.temperature for p in params])
-    if any(p.min_p > 0 for p in params):
-        floor = column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params])
-        scores_RY = scores_RY.masked_fill(scores_RY < floor, -math.inf)
-    vocab_size = scores_RY.shape[-1]
-    top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
-    rows = [row for row, k in enumerate(top_k) if k < vocab_size]
-    if rows:
-        best = scores_RY[rows].topk(max(top_k[row] for row in rows)).values
-        last = torch.tensor([top_k[row] - 1 for row in rows], device=device)
-        scores_RY = _cut(scores_RY, rows, best.gather(1, last[:, None]))
-    rows = [row for row, p in enumerate(params) if p.top_p < 1]
-    if rows:
-        best = scores_RY[rows]
-        width = int((best > -math.inf).sum(dim=-1).max())
-        best = best.topk(width).values
-        before = best.to(torch.float64).softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
-        before[:, 0] = 0.0
-        kept = (before < column([params[row].top_p for row in rows])).sum(dim=-1, keepdim=True)
-        scores_RY = _cut(scores_RY, rows, best.gather(1, kept - 1))
-    return scores_RY
-
-
-def _cut(scores_RY: Tensor, rows: list[int], threshold: Tensor) -> Tensor:
-    """The scores with everything below the rows' thresholds at -inf."""
-    floor = scores_RY.new_full((scores_RY.shape[0], 1), -math.inf)
-    floor[rows] = threshold
-    return scores_RY.masked_fill(scores_RY < floor, -math.inf)
-
-
-def _draw(scores_RY: Tensor, uniforms: list[float]) -> list[int]:
-    """Invert the cumulative distribution in the order of the vocabulary."""
-    cumulative = scores_RY.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    target = torch.tensor(uniforms, dtype=torch.float64, device=scores_RY.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).tolist()
-
-
-def _penalized(logits_RY: Tensor, requests: Sequence[Request]) -> Tensor:
-    logits_RY = logits_RY.clone()
-    for row, request in zip(logits_RY, requests, strict=True):
-        params = request.params
-        if params.repetition_penalty != 1:
-            seen = torch.tensor(sorted(request.prompt_id_set.union(request.output_counts)), device=row.device)
-            values = row[seen]
-            factor = params.repetition_penalty
-            row[seen] = torch.where(values > 0, values / factor, values * factor)
-        if request.output_counts and (params.presence_penalty or params.frequency_penalty):
-            tokens = torch.tensor(list(request.output_counts), device=row.device)
-            counts = torch.tensor(list(request.output_counts.values()), dtype=torch.float32, device=row.device)
-            row[tokens] -= params.frequency_penalty * counts + params.presence_penalty
-    return logits_RY
-
-
-def _with_logprobs(logits_RY: Tensor, params: Sequence[SamplingParams], token_ids: list[int]) -> list[SampledToken]:
-    tokens = [SampledToken(token_id) for token_id in token_ids]
-    for row, p in enumerate(params):
-        if p.logprobs is None:
+    guesses = _checked_argmax(logits_RY)
+    for r, (request, index) in enumerate(zip(requests, indices, strict=True)):
+        if request.params.is_greedy and not _is_adjusted(request, index):
             continue
-        logprobs_Y = logits_RY[row].log_softmax(dim=-1)
-        top: tuple[tuple[int, float], ...] = ()
-        if p.logprobs:
-            values, ids = logprobs_Y.topk(min(p.logprobs, len(logprobs_Y)))
-            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        tokens[row] = SampledToken(token_ids[row], float(logprobs_Y[token_ids[row]]), top)
-    return tokens
+        row_Y = _numpy(logits_RY[r])
+        if _is_adjusted(request, index):
+            row_Y = _adjusted(row_Y, request, index, request.output_counts, None)
+        if row_Y.max() > -np.inf:
+            guesses[r] = _choose(row_Y, request, index)
+    return guesses
 
 
-def _check_finite(logits_RY: Tensor) -> None:
-    # The maximum is NaN where any entry is, so one number per row is enough to look at.
-    highest = logits_RY.amax(dim=-1)
-    if not bool(torch.isfinite(highest).all()):
-        raise CorruptCheckpoint("the model's logits are not finite: weights are damaged or overflow in this dtype")
+def _verified(logits_RY: Tensor, best_ids: list[int], window: Window) -> Verdict:
+    request, guide = window.request, window.guide
+    start = len(request.output_ids)
+    counts: Mapping[int, int] = request.output_counts
+    tokens: list[SampledToken] = []
+    for i in range(len(best_ids)):
+        try:
+            token = _token(logits_RY[i], best_ids[i], window, start + i, counts)
+            if guide is not None:
+                guide.accept(token.token_id)
+        except QnextError as failure:
+            return Verdict(tuple(tokens), failure)
+        tokens.append(token)
+        if i == len(window.draft_ids) or token.token_id != window.draft_ids[i]:
+            break
+        if request.end_reason(token.token_id, start + i + 1) is not None:
+            break
+        if request.params.has_penalties:
+            counts = Counter(counts)
+            counts[token.token_id] += 1
+    return Verdict(tuple(tokens))
+
+
+def _token(logits_Y: Tensor, best_id: int, window: Window, index: int, counts: Mapping[int, int]) -> SampledToken:
+    """Token `index` of the output, given the `counts` of those before it."""
+    request = window.request
+    words = None if window.guide is None else window.guide.allowed()
+    is_adjusted = words is not None or _is_adjusted(request, index)
+    num_top = request.params.logprobs
+    if request.params.is_greedy and not is_adjusted and num_top is None:
+        return SampledToken(best_id)
+    raw_Y = _numpy(logits_Y)
+    token_id = best_id
+    if is_adjusted:
+        row_Y = _adjusted(raw_Y, request, index, counts, words)
+        token_id = int(row_Y.argmax())
+        if row_Y[token_id] == -np.inf:
+            raise UsageError(f"request {request.id!r}: no token may be chosen as token {index} of the answer")
+    else:
+        row_Y = raw_Y
+    if not request.params.is_greedy:
+        token_id = _choose(row_Y, request, index)
+    return SampledToken(token_id) if num_top is None else with_logprobs(raw_Y, token_id, num_top)
+
+
+def _choose(row_Y: Row, request: Request, index: int) -> int:
+    if request.params.is_greedy:
+        return int(row_Y.argmax())
+    return draw(row_Y, request.params, uniform(request.seed, index))
+
+
+def _checked_argmax(logits_RY: Tensor) -> list[int]:
+    """The most likely token of every row, the lowest id of equal ones. Raises CorruptCheckpoint for NaN or inf."""
+    if logits_RY.device.type == "cpu":
+        logits = logits_RY.numpy()
+        best_R = logits.argmax(axis=-1)  # of a row with NaN: where the first is
+        check_finite(logits[np.arange(len(logits)), best_R].tolist())
+        return best_R.tolist()
+    best = logits_RY.argmax(dim=-1, keepdim=True)
+    check_finite(logits_RY.gather(1, best)[:, 0].tolist())
+    return best[:, 0].tolist()
+
+
+def _numpy(row_Y: Tensor) -> Row:
+    return row_Y.numpy(force=True)
+
+
+def _is_adjusted(request: Request, index: int) -> bool:
+    params = request.params
+    return (
+        params.has_penalties
+        or bool(params.logit_bias)
+        or bool(params.banned_token_ids)
+        or params.allowed_token_ids is not None
+        or index < params.min_tokens
+    )
+
+
+def _adjusted(
+    row_Y: Row, request: Request, index: int, counts: Mapping[int, int], words: NDArray[np.int32] | None
+) -> Row:
+    """A copy of the row with everything up to the penalties applied."""
+    params, vocab_size = request.params, len(row_Y)
+    if params.allowed_token_ids is None:
+        adjusted_Y = row_Y.copy()
+    else:
+        ids = list(params.allowed_token_ids)
+        adjusted_Y = np.full_like(row_Y, -np.inf)
+        adjusted_Y[ids] = row_Y[ids]
+    if words is not None:
+        assert len(words) == -(-vocab_size // 32), "the mask is not as long as the vocabulary"
+        words = np.ascontiguousarray(words, dtype="<i4")
+        is_allowed_Y = np.unpackbits(words.view(np.uint8), count=vocab_size, bitorder="little").view(bool)
+        np.putmask(adjusted_Y, ~is_allowed_Y, -np.inf)
+    adjusted_Y[list(params.banned_token_ids)] = -np.inf
+    if index < params.min_tokens:
+        adjusted_Y[[token for token in request.stop_ids if 0 <= token < vocab_size]] = -np.inf
+    if params.logit_bias:
+        adjusted_Y[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), dtype=np.float32)
+    if params.has_penalties:
+        _penalize(adjusted_Y, request, counts)
+    return adjusted_Y
+
+
+def _penalize(row_Y: Row, request: Request, counts: Mapping[int, int]) -> None:
+    params = request.params
+    tokens = np.fromiter(counts, dtype=np.intp, count=len(counts))
+    if params.repetition_penalty != 1:
+        seen = np.union1d(request.prompt_tokens, tokens)
+        values = row_Y[seen]
+        factor = np.float32(params.repetition_penalty)
+        row_Y[seen] = np.where(values > 0, values / factor, values * factor)
+    if params.presence_penalty or params.frequency_penalty:
+        times = np.fromiter(counts.values(), dtype=np.float32, count=len(counts))
+        row_Y[tokens] -= np.float32(params.frequency_penalty) * times + np.float32(params.presence_penalty)

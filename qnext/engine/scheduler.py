@@ -1,87 +1,46 @@
 """Which tokens of which requests run in the next step. Integers only, no torch.
 
-Continuous batching: every running request that is past its prompt advances by one token in every step, and what is
-left of the step's token budget reads prompts in chunks. A request is admitted when the pools hold all that it can
-ever need, so nothing that runs can run out.
+Continuous batching: every running request that is past its prompt goes on in every step, and what is left of the
+step's token budget reads prompts in chunks, in fair shares. Blocks are lent as a sequence grows; when they run out,
+what is cached goes first, and then the youngest request: it waits, and later goes on from where it was.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator
+from itertools import islice
 
-from qnext.engine.blocks import IdPool
-from qnext.engine.request import FinishReason, Request, RequestStatus, SampledToken
-from qnext.errors import DoesNotFit, UsageError
+from qnext.engine.blocks import RefPool
+from qnext.engine.prefix import Hit, PrefixCache
+from qnext.engine.request import FinishReason, Request, RequestStatus
+from qnext.engine.step import Limits, SequencePlan, StepPlan, StepResult, TokenEvent
+from qnext.errors import DoesNotFit
 
-
-@dataclass(frozen=True)
-class Limits:
-    """Sizes that bound a scheduler.
-
-    A prompt chunk that is not the prompt's last ends at a multiple of `chunk_size` tokens, the grid on which the
-    delta rule works. `num_blocks` is None for a model without full attention, which needs no blocks.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    block_size: int
-    num_blocks: int | None
-    num_slots: int
-    chunk_size: int
-
-    def __post_init__(self) -> None:
-        if self.max_num_seqs < 1:
-            raise UsageError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
-        least = self.max_num_seqs - 1 + self.chunk_size
-        if self.max_num_batched_tokens < least:
-            raise UsageError(
-                f"max_num_batched_tokens must be at least max_num_seqs - 1 + {self.chunk_size} = {least}, "
-                f"not {self.max_num_batched_tokens}: a prompt would starve beside running requests"
-            )
-
-
-class SequencePlan(NamedTuple):
-    """The tokens of one request in a step: positions `start` to `start + len(token_ids)`."""
-
-    request: Request
-    token_ids: tuple[int, ...]
-    start: int
-    needs_sample: bool  # the last token of the step is the last known one: its logits choose the next
-
-
-class StepPlan(NamedTuple):
-    sequences: tuple[SequencePlan, ...]
-    freed_blocks: tuple[int, ...]  # given back since the last step; nothing of them may be read again
-    freed_slots: tuple[int, ...]
-
-
-class StepResult(NamedTuple):
-    """The chosen token of every sequence of the plan that needed one, by request id."""
-
-    tokens: Mapping[str, SampledToken]
-
-
-class TokenEvent(NamedTuple):
-    """A request got a token. With finish_reason "stop" the token is the stop token itself."""
-
-    request_id: str
-    token: SampledToken
-    finish_reason: FinishReason | None
+_NO_HIT = Hit(0, (), None, None)
 
 
 class Scheduler:
-    """First come, first served. `plan`, then `commit` what came of it; one step at a time."""
+    """First come, first served, but nobody computes what another is just computing. `plan`, then `commit` what came of
+    it; one step at a time.
+
+    `prefixes` is None where nothing is cached. A request that could never run even alone is refused by `add`; any
+    other gets its turn.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.blocks = IdPool(limits.num_blocks or 0, name="block")
-        self.slots = IdPool(limits.num_slots, name="slot")
+        self.blocks = RefPool(limits.num_blocks or 0, name="block")
+        self.slots = RefPool(limits.num_slots, name="slot")
+        self.prefixes = _make_prefixes(limits, self.blocks, self.slots)
+        self.num_preemptions = 0
         self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
+        self._running: list[Request] = []  # in the order of their admission
         self._in_flight: StepPlan | None = None
+        self._slot_copies: list[tuple[int, int]] = []
+        self._block_copies: list[tuple[int, int]] = []
+        self._sources: list[Hit] = []  # what the copies read, held until they were made
+        self._held_slots: list[int] = []
 
     @property
     def num_waiting(self) -> int:
@@ -95,14 +54,9 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)
 
-    def blocks_needed(self, request: Request) -> int:
-        if self.limits.num_blocks is None:
-            return 0
-        return -(-request.max_cached_tokens // self.limits.block_size)
-
     def add(self, request: Request) -> None:
         """Queue a request. Raises DoesNotFit when it could not run even alone."""
-        needed = self.blocks_needed(request)
+        needed = self._num_blocks(request.max_cached_tokens)
         if needed > self.blocks.size:
             fits = self.blocks.size * self.limits.block_size
             raise DoesNotFit(
@@ -111,54 +65,56 @@ class Scheduler:
             )
         self._waiting.append(request)
 
+    # ---- one step ----
+
     def plan(self) -> StepPlan | None:
-        """The next step, or None when there is nothing to do."""
+        """The next step, or None when there is nothing to do. It may consist of copies alone."""
         assert self._in_flight is None, "the last plan was not committed"
-        budget = self.limits.max_num_batched_tokens
         sequences: list[SequencePlan] = []
-        reading: list[Request] = []
-        for request in self._running:
-            if request.num_tokens - request.num_computed_tokens == 1:
-                sequences.append(_sequence_plan(request, request.num_tokens))
-                budget -= 1
-            else:
-                reading.append(request)
-        for request in reading:
-            budget -= self._plan_chunk(request, budget, sequences)
-        while self._waiting and self._can_admit(self._waiting[0]) and self._chunk_end(self._waiting[0], budget):
-            request = self._admit()
-            budget -= self._plan_chunk(request, budget, sequences)
-        if not sequences:
+        num_preemptions = self.num_preemptions
+        budget = self._plan_decoding(sequences, self.limits.max_num_batched_tokens)
+        self._plan_prompts(sequences, budget, may_admit=num_preemptions == self.num_preemptions)
+        if not sequences and not self._slot_copies:
             assert not self.has_unfinished, "requests wait, yet nothing can run"
             return None
-        self._in_flight = StepPlan(tuple(sequences), self.blocks.drain_freed(), self.slots.drain_freed())
+        self._in_flight = StepPlan(
+            tuple(sequences), self.blocks.drain_freed(), self.slots.drain_freed(), tuple(self._block_copies),
+            tuple(self._slot_copies),
+        )  # fmt: skip
+        self._block_copies, self._slot_copies = [], []
         return self._in_flight
 
     def commit(self, result: StepResult) -> list[TokenEvent]:
         """Book the step that was planned last. Requests aborted meanwhile get nothing."""
-        assert self._in_flight is not None, "there is no plan to commit"
-        plan, self._in_flight = self._in_flight, None
+        plan = self._finish_plan()
         events: list[TokenEvent] = []
         for sequence in plan.sequences:
             request = sequence.request
             if request.finish_reason is not None:
                 self._release(request)
                 continue
-            request.num_computed_tokens += len(sequence.token_ids)
+            num_known = len(sequence.token_ids) - len(sequence.drafts)
+            kept = 0
             if sequence.needs_sample:
-                token = result.tokens[request.id]
-                reason = request.append(token)
-                if reason is not None:
-                    request.finish_reason = reason
-                    self._release(request)
-                events.append(TokenEvent(request.id, token, reason))
+                request.drafts = ()
+                for token in result.tokens[request.id]:
+                    kept += 1
+                    request.finish_reason = request.append(token)
+                    events.append(TokenEvent(request.id, token, request.finish_reason))
+                    if request.finish_reason is not None:
+                        break
+            request.num_computed_tokens += num_known + max(0, kept - 1)
+            self._keep_prefix(request)
+            if request.finish_reason is not None:
+                self._cache_all(request)
+                self._release(request)
         return events
 
-    def abort(self, request: Request) -> None:
+    def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """End a request at once, in whatever phase; what it holds is free before the next plan."""
         if request.finish_reason is not None:
             return
-        request.finish_reason = "abort"
+        request.finish_reason = reason
         if request.status is RequestStatus.WAITING:
             self._waiting.remove(request)
             request.status = RequestStatus.FINISHED
@@ -167,61 +123,274 @@ class Scheduler:
 
     def discard_step(self) -> list[Request]:
         """The planned step failed midway: abort its requests, whose caches are spoiled, and return them."""
-        assert self._in_flight is not None
-        plan, self._in_flight = self._in_flight, None
-        requests = [sequence.request for sequence in plan.sequences]
+        requests = [sequence.request for sequence in self._finish_plan().sequences]
+        if self.prefixes is not None:
+            self.prefixes.clear()  # copies of the step may not have been made
         for request in requests:
             request.finish_reason = request.finish_reason or "abort"
             self._release(request)
         return requests
 
     def check_integrity(self) -> None:
-        """No block or slot is lost, doubled or held by a request that does not run."""
-        self.blocks.check_integrity(block for request in self._running for block in request.blocks)
-        self.slots.check_integrity(request.slot for request in self._running if request.slot is not None)
+        """No block or slot is lost or doubled, or held by what neither runs nor is cached."""
+        self.blocks.check_integrity(self._block_owners())
+        self.slots.check_integrity(self._slot_owners())
+        if self.prefixes is not None:
+            self.prefixes.check_integrity()
         assert len(self._running) <= self.limits.max_num_seqs
         for request in self._running:
             assert request.status is RequestStatus.RUNNING and request.slot is not None
-            assert len(request.blocks) == self.blocks_needed(request)
+            assert len(request.blocks) >= self._num_blocks(request.num_computed_tokens)
+            assert len(request.blocks) <= self._num_blocks(request.max_cached_tokens)
         assert all(not request.blocks and request.slot is None for request in self._waiting)
 
-    def _can_admit(self, request: Request) -> bool:
-        return (
-            len(self._running) < self.limits.max_num_seqs
-            and self.slots.num_free > 0
-            and self.blocks_needed(request) <= self.blocks.num_free
-        )
+    # ---- parts of a plan; each returns what is left of the budget ----
 
-    def _admit(self) -> Request:
-        request = self._waiting.popleft()
-        request.blocks = self.blocks.allocate(self.blocks_needed(request))
-        (request.slot,) = self.slots.allocate(1)
-        request.status = RequestStatus.RUNNING
+    def _plan_decoding(self, sequences: list[SequencePlan], budget: int) -> int:
+        """The last token of every request that has read its prompt, and what was drafted to follow it."""
+        decoding = [r for r in self._running if r.num_tokens - r.num_computed_tokens == 1]
+        for n, request in enumerate(decoding):
+            if request.status is not RequestStatus.RUNNING:
+                continue  # it had to make room for an older one
+            spare = budget - (len(decoding) - n)
+            most = min(self.limits.max_draft_tokens, spare, request.max_cached_tokens - request.num_tokens)
+            drafts = request.drafts[: max(0, most)]
+            if drafts and not self._make_room(self._num_missing(request, request.num_tokens + len(drafts)), 0):
+                drafts = ()
+            if request.flight is not None:
+                request.flight.num_planned = request.num_tokens  # the last token of a prompt
+            if self._grow(request, request.num_tokens + len(drafts)):
+                sequences.append(_sequence_plan(request, request.num_tokens, drafts))
+                budget -= 1 + len(drafts)
+        return budget
+
+    def _plan_prompts(self, sequences: list[SequencePlan], budget: int, *, may_admit: bool) -> None:
+        """Chunks of prompts. The oldest has half of the budget, so that it comes to an end; of the others the shortest
+        go first, and half of what they could take is for new ones. What nobody needs is the oldest's."""
+        reading = [r for r in self._running if r.num_tokens - r.num_computed_tokens > 1]
+        admits = may_admit and bool(self._waiting) and len(self._running) < self.limits.max_num_seqs
+        reserve = 0
+        if reading and (admits or len(reading) > 1):
+            reserve = max(budget // 2, min(budget, self.limits.chunk_size))
+        rest = budget - reserve
+        for request in sorted(reading[1:], key=lambda r: r.num_tokens - r.num_computed_tokens):
+            rest -= self._plan_chunk(request, rest // 2 if admits else rest, sequences)
+        if admits:
+            rest = self._plan_admissions(sequences, rest)
+        if reading:
+            self._plan_chunk(reading[0], reserve + rest, sequences)
+
+    def _plan_admissions(self, sequences: list[SequencePlan], budget: int) -> int:
+        """Requests from the queue, in order; those that wait for another's prefix let others pass."""
+        passed: list[Request] = []
+        while self._waiting and len(self._running) < self.limits.max_num_seqs:
+            request = self._waiting[0]
+            if self._chunk_end(request, 0, budget) == 0:
+                break
+            if self._must_wait(request):
+                passed.append(self._waiting.popleft())
+                continue
+            if not self._admit(request):
+                break
+            for other in islice(self._waiting, self.limits.max_num_seqs):
+                self._must_wait(other)  # before the chunk is planned: it should end where another's prompt parts
+            budget -= self._plan_chunk(request, budget, sequences)
+        self._waiting.extendleft(reversed(passed))
+        return budget
+
+    def _plan_chunk(self, request: Request, budget: int, sequences: list[SequencePlan]) -> int:
+        start = request.num_computed_tokens
+        end = self._chunk_end(request, start, budget)
+        if not end:
+            return 0
+        if request.flight is not None:
+            request.flight.num_planned = end
+        sequences.append(_sequence_plan(request, end, ()))
+        return end - start
+
+    def _chunk_end(self, request: Request, start: int, budget: int) -> int:
+        """Where the next chunk of the prompt ends; 0 when the budget is too small for one."""
+        end = min(request.num_tokens, start + budget)
+        if end < request.num_tokens:
+            end -= end % self.limits.chunk_size
+        if request.flight is not None and request.flight.next_stop is not None:
+            end = min(end, request.flight.next_stop)
+        return end if end > start else 0
+
+    # ---- room ----
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return 0 if self.limits.num_blocks is None else -(-num_tokens // self.limits.block_size)
+
+    def _num_missing(self, request: Request, num_tokens: int) -> int:
+        return max(0, self._num_blocks(num_tokens) - len(request.blocks))
+
+    def _make_room(self, num_blocks: int, num_slots: int) -> bool:
+        """Whether so much is free, after evicting from the cache where that helps."""
+        blocks, slots = num_blocks - self.blocks.num_free, num_slots - self.slots.num_free
+        if (blocks > 0 or slots > 0) and self.prefixes is not None:
+            self.prefixes.evict(num_blocks=max(0, blocks), num_slots=max(0, slots))
+        return num_blocks <= self.blocks.num_free and num_slots <= self.slots.num_free
+
+    def _grow(self, request: Request, num_tokens: int) -> bool:
+        """Lend blocks for so many tokens. Younger requests make room; False where the request itself had to."""
+        missing = self._num_missing(request, num_tokens)
+        while not self._make_room(missing, 0):
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        request.blocks.extend(self.blocks.allocate(missing))
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the head of the queue. Its state stays in the cache as long as there is room."""
+        self.num_preemptions += 1
+        self._cache_all(request)
+        self._give_back(request)
+        request.num_computed_tokens, request.drafts = 0, ()
+        request.status = RequestStatus.WAITING
+        self._waiting.appendleft(request)
+
+    def _must_wait(self, request: Request) -> bool:
+        if self.prefixes is None or _hit_limit(request) < request.num_tokens - 1:
+            return False
+        if request.wait is None or not request.wait.is_open:
+            tokens = request.token_range(0, request.num_tokens)
+            request.wait = self.prefixes.wait(tokens, salt=request.salt, limit=len(tokens) - 1)
+        return request.wait is not None and request.wait.is_open
+
+    def _admit(self, request: Request) -> bool:
+        """Lend a slot and the blocks of all known tokens, those of a cached prefix among them."""
+        tokens = request.token_range(0, request.num_tokens)
+        hit = _NO_HIT
+        if self.prefixes is not None:
+            hit = self.prefixes.acquire(tokens, salt=request.salt, limit=_hit_limit(request))
+            if hit.num_tokens and not self._has_room_for(len(tokens), hit):
+                # What is to be copied takes room too: without it there may be enough.
+                self.prefixes.release(hit)
+                hit = _NO_HIT
+        if not self._has_room_for(len(tokens), hit):
+            return False
+        self._waiting.popleft()
         self._running.append(request)
-        return request
+        request.status, request.wait = RequestStatus.RUNNING, None
+        request.blocks = [*hit.blocks, *self.blocks.allocate(self._num_blocks(len(tokens)) - len(hit.blocks))]
+        (request.slot,) = self.slots.allocate(1)
+        request.num_computed_tokens = hit.num_tokens
+        if self.prefixes is not None:
+            interval = self.limits.checkpoint_interval
+            stops = range(interval, len(tokens), interval) if interval else ()
+            request.flight = self.prefixes.announce(tokens, salt=request.salt, hit=hit, stops=stops)
+            if request.num_cached_tokens is None:
+                request.num_cached_tokens = hit.num_tokens
+            self._sources.append(hit)
+            if hit.slot is not None:
+                self._slot_copies.append((hit.slot, request.slot))
+            if hit.tail_block is not None:
+                self._block_copies.append((hit.tail_block, request.blocks[len(hit.blocks)]))
+        return True
+
+    def _has_room_for(self, num_tokens: int, hit: Hit) -> bool:
+        """A new sequence needs its blocks, and one more for each other that runs, lest it be sent back at once."""
+        spare = len(self._running) if self.limits.num_blocks is not None else 0
+        return self._make_room(self._num_blocks(num_tokens) - len(hit.blocks) + spare, 1)
+
+    # ---- what stays, what goes ----
+
+    def _keep_prefix(self, request: Request) -> None:
+        """After a step: cache what the prompt has come to, where others may go on from."""
+        flight = request.flight
+        if flight is None or self.prefixes is None or request.slot is None:
+            return
+        flight.num_computed = min(request.num_computed_tokens, len(flight.tokens))
+        tokens = flight.tokens[: flight.num_computed]
+        if self.prefixes.slots is None:
+            self.prefixes.insert(tokens, request.blocks, salt=request.salt)
+        elif flight.num_computed in flight.stops and self._make_room(0, 1):
+            (slot,) = self.slots.allocate(1)
+            # Both ends are held until the copy was made, at the start of the next step.
+            self.slots.share([request.slot])
+            self._held_slots += [request.slot, slot]
+            self._slot_copies.append((request.slot, slot))
+            is_shared = flight.stops[flight.num_computed]
+            self.prefixes.add_checkpoint(tokens, request.blocks, salt=request.salt, slot=slot, is_shared=is_shared)
+        if request.num_computed_tokens >= len(flight.tokens):
+            self._land(request)
+
+    def _cache_all(self, request: Request) -> None:
+        """Share all that a request has computed, its slot too: no copy, for it is about to let go of that."""
+        if self.prefixes is None or request.slot is None:
+            return
+        tokens = request.token_range(0, request.num_computed_tokens)
+        if self.prefixes.slots is None:
+            self.prefixes.insert(tokens, request.blocks, salt=request.salt)
+        elif len(tokens) >= self.prefixes.min_tokens:
+            self.prefixes.add_checkpoint(tokens, request.blocks, salt=request.salt, slot=request.slot)
+
+    def _land(self, request: Request) -> None:
+        if request.flight is not None and self.prefixes is not None:
+            self.prefixes.land(request.flight)
+            request.flight = None
 
     def _release(self, request: Request) -> None:
+        self._give_back(request)
+        request.status = RequestStatus.FINISHED
+
+    def _give_back(self, request: Request) -> None:
+        self._land(request)
         self._running.remove(request)
         self.blocks.free(request.blocks)
         assert request.slot is not None
         self.slots.free([request.slot])
-        request.blocks, request.slot, request.status = [], None, RequestStatus.FINISHED
+        request.blocks, request.slot = [], None
 
-    def _chunk_end(self, request: Request, budget: int) -> int:
-        """Where the next chunk of the prompt ends; 0 when the budget is too small for one."""
-        end = min(request.num_tokens, request.num_computed_tokens + budget)
-        if end < request.num_tokens:
-            end -= end % self.limits.chunk_size
-        return end if end > request.num_computed_tokens else 0
+    def _finish_plan(self) -> StepPlan:
+        """The plan that is over; its copies were made, so nobody holds their ends any more."""
+        assert self._in_flight is not None, "there is no plan to commit"
+        plan, self._in_flight = self._in_flight, None
+        if self.prefixes is not None:
+            for hit in self._sources:
+                self.prefixes.release_sources(hit)
+        self.slots.free(self._held_slots)
+        self._sources, self._held_slots = [], []
+        return plan
 
-    def _plan_chunk(self, request: Request, budget: int, sequences: list[SequencePlan]) -> int:
-        end = self._chunk_end(request, budget)
-        if not end:
-            return 0
-        sequences.append(_sequence_plan(request, end))
-        return end - request.num_computed_tokens
+    def _block_owners(self) -> Iterator[int]:
+        for request in self._running:
+            yield from request.blocks
+        if self.prefixes is not None:
+            yield from self.prefixes.owned_blocks()
+        yield from (hit.tail_block for hit in self._sources if hit.tail_block is not None)
+
+    def _slot_owners(self) -> Iterator[int]:
+        yield from (request.slot for request in self._running if request.slot is not None)
+        if self.prefixes is not None:
+            yield from self.prefixes.owned_slots()
+        yield from (hit.slot for hit in self._sources if hit.slot is not None)
+        yield from self._held_slots
 
 
-def _sequence_plan(request: Request, end: int) -> SequencePlan:
+def _make_prefixes(limits: Limits, blocks: RefPool, slots: RefPool) -> PrefixCache | None:
+    if not limits.has_prefix_cache or (limits.num_blocks is None and not limits.has_states):
+        return None
+    return PrefixCache(
+        block_size=limits.block_size,
+        blocks=blocks if limits.num_blocks is not None else None,
+        slots=slots if limits.has_states else None,
+        grid=limits.chunk_size,
+        min_tokens=limits.min_prefix_tokens,
+    )
+
+
+def _hit_limit(request: Request) -> int:
+    """The most tokens that need not be computed again: the last one must be, and those whose logits are asked for."""
+    if request.params.prompt_logprobs is None:
+        return request.num_tokens - 1
+    return min(request.num_tokens - 1, max(0, len(request.prompt_sampled) - 1))
+
+
+def _sequence_plan(request: Request, end: int, drafts: tuple[int, ...]) -> SequencePlan:
     start = request.num_computed_tokens
-    return SequencePlan(request, request.token_range(start, end), start, needs_sample=end == request.num_tokens)
+    known = request.token_range(start, end)
+    return SequencePlan(request, known + drafts, start, end == request.num_tokens, drafts)

@@ -10,7 +10,7 @@ import time
 import torch
 
 from qnext.engine import Engine, Request, SamplingParams
-from qnext.engine.scheduler import SequencePlan, StepPlan
+from qnext.engine.step import SequencePlan, StepPlan
 from qnext.model import CausalLM
 
 
@@ -96,14 +96,15 @@ class SpeedMeter:
     def _engine(self, kind: str, length: int, max_model_len: int) -> Engine:
         key = (kind, length)
         if key not in self._engines:
-            self._engines[key] = Engine(self.model, max_num_seqs=1, max_model_len=max_model_len)
+            self._engines[key] = Engine(self.model, max_num_seqs=1, max_model_len=max_model_len, prefix_cache=False)
         return self._engines[key]
 
     def _at_depth(self, depth: int) -> tuple[Engine, Request]:
         """A request that has read `depth` tokens and chosen the next, and whose cache has room for all the steps."""
         if depth not in self._deep:
             num_prompt = max(depth, 1)
-            engine = Engine(self.model, max_num_seqs=1, max_model_len=num_prompt + self.decode_tokens + 1)
+            max_model_len = num_prompt + self.decode_tokens + 1
+            engine = Engine(self.model, max_num_seqs=1, max_model_len=max_model_len, prefix_cache=False)
             params = SamplingParams(max_tokens=self.decode_tokens + 1, ignore_eos=True)
             request = engine.add_request(self._tokens(num_prompt), params)
             start = time.perf_counter()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from qnext.ops import AttentionCache, DeltaCache, Packing
+from qnext.ops import AttentionCache, DeltaCache, Packing, PendingTokens
 
 
 class KVPages(NamedTuple):
@@ -36,6 +36,11 @@ class DeltaSlots(NamedTuple):
 
     conv: Tensor  # [num_slots, W - 1, C] last inputs of the convolution, oldest first, fp32
     state: Tensor  # [num_slots, H, K, V] fp32
+    pending: PendingTokens | None = None  # what drafts computed, where the cache allows them
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.conv, self.state, *(self.pending or ())]
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class CacheView:
     """Where one step reads and writes the caches. Layers are numbered as in the trunk; the MTP layer comes after.
 
     A sequence whose `is_fresh_N` is true starts in this step: what its slot held before is never read.
+    Tokens of a sequence whose `is_draft_N` is true may be rejected: its recurrent states stay as they are, and keys and
+    values of rejected tokens are overwritten before anything reads them.
     """
 
     kv: Mapping[int, KVPages]
@@ -53,11 +60,14 @@ class CacheView:
     context_lengths_N: Tensor  # int64 on the CPU: tokens of each sequence, this step included
     write_index_T: Tensor  # int64 page * P + offset for every token of the step
     has_fresh: bool = True  # whether any of is_fresh_N may be true; false saves a pass over the states
+    is_draft_N: Tensor | None = None  # bool; None where nothing is a draft
 
     def delta_cache(self, layer_index: int) -> DeltaCache:
         """Slots of one layer with the slot numbers of the step's sequences."""
         slots = self.delta[layer_index]
-        return DeltaCache(slots.conv, slots.state, self.slots_N, self.is_fresh_N, self.has_fresh)
+        return DeltaCache(
+            slots.conv, slots.state, self.slots_N, self.is_fresh_N, self.has_fresh, slots.pending, self.is_draft_N
+        )
 
     def attention_cache(self, layer_index: int) -> AttentionCache:
         """What the attention of one layer reads and writes."""

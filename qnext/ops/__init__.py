@@ -5,7 +5,7 @@ from __future__ import annotations
 from qnext.ops.attention_mixer import attention_mixer
 from qnext.ops.backend import is_native, set_num_threads
 from qnext.ops.cpu.panels import PanelWeight
-from qnext.ops.delta_mixer import DeltaCache, gated_delta_mixer
+from qnext.ops.delta_mixer import DeltaCache, PendingTokens, apply_pending, gated_delta_mixer
 from qnext.ops.dispatch import add, embedding, experts_swiglu, linear, rms_norm, rope_cos_sin, route, swiglu
 from qnext.ops.memory import empty_huge, keep_freed_memory, touch
 from qnext.ops.packing import Packing
@@ -31,12 +31,14 @@ __all__ = [
     "DeltaCache",
     "Packing",
     "PanelWeight",
+    "PendingTokens",
     "QuantizedWeight",
     "Recording",
     "Routing",
     "SharedExpert",
     "Weight",
     "add",
+    "apply_pending",
     "apply_rope",
     "attention",
     "attention_mixer",

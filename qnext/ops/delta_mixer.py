@@ -5,11 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from qnext.ops.backend import native_module, runs_native
-from qnext.ops.cpu.delta import fits_mixer
+from qnext.ops.cpu.delta import apply_pending as native_apply
+from qnext.ops.cpu.delta import fits_mixer, fits_slots
 from qnext.ops.cpu.delta import gated_delta_mixer as native_mixer
 from qnext.ops.packing import Packing
 from qnext.ops.reference.delta_mixer import DeltaCache
 from qnext.ops.reference.delta_mixer import gated_delta_mixer as reference_mixer
+from qnext.ops.reference.delta_pending import PendingTokens
+from qnext.ops.reference.delta_pending import apply_pending as reference_apply
 
 
 def gated_delta_mixer(
@@ -32,7 +35,7 @@ def gated_delta_mixer(
     convolution are all q, then all k, then all v. Every sequence of `packing` goes on from its slot of `cache`, which
     is updated in place, or starts from zeros. The native kernel takes fp32 on the CPU without gradients, heads whose
     dims are multiples of 16, and slots in fp32; its result for a token does not depend on how tokens are cut into
-    calls, not in one bit.
+    calls and on what was drafted and rejected between them, not in one bit. Drafts: see DeltaCache.
     """
     if runs_native(qkvz_TX, ba_TY, conv_weight_C1W, A_log_H, dt_bias_H, norm_weight_V):
         native = native_module()
@@ -47,3 +50,16 @@ def gated_delta_mixer(
         norm_weight_V=norm_weight_V, eps=eps, num_key_heads=num_key_heads, key_head_dim=key_head_dim,
         packing=packing, cache=cache,
     )  # fmt: skip
+
+
+def apply_pending(conv: Tensor, state: Tensor, pending: PendingTokens, slots_N: Tensor) -> None:
+    """Makes the accepted pending tokens of these slots, all different, a part of `conv` and `state`, in place.
+
+    For whoever wants to read or copy the states: a call of the mixer does it by itself. The native kernel gives the
+    bits that the states would have had without drafts.
+    """
+    native = native_module()
+    if native is not None and fits_slots(native, conv, state, pending):
+        native_apply(native, conv, state, pending, slots_N)
+    else:
+        reference_apply(conv, state, pending, slots_N)

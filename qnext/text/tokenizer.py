@@ -137,6 +137,10 @@ class Tokenizer:
             raise UsageError(f"token id {token_id} is negative")
         return self._bytes_by_id.get(token_id, b"")
 
+    def token_table(self) -> list[bytes]:
+        """The bytes of every id below `vocab_size`, empty for an id without a token."""
+        return [self._bytes_by_id.get(index, b"") for index in range(self.vocab_size)]
+
     def token_id(self, name: str) -> int:
         """Id of an added token such as `<|im_end|>`; raises CorruptCheckpoint where the folder has none."""
         try:

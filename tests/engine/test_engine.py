@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from qnext.engine import Engine, Request, SamplingParams
+from qnext.engine import Engine, Request, SampledToken, SamplingParams
+from qnext.engine.prefix import Hit
 from qnext.engine.runner import Runner
-from qnext.engine.scheduler import StepPlan
+from qnext.engine.seeds import child_seed
+from qnext.engine.step import StepPlan
 from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError
 from qnext.ops import DELTA_CHUNK_SIZE
 from qnext.planning import kv_bytes_per_token, state_bytes_per_sequence
@@ -33,7 +36,7 @@ class RecordingRunner(Runner):
 
     def run(self, plan: StepPlan):  # type: ignore[no-untyped-def]
         output = super().run(plan)
-        for row, request in zip(output.logits_RY, output.requests, strict=True):
+        for row, (request, *_) in zip(output.logits_RY, output.sequences, strict=True):
             self.rows.setdefault(request.id, []).append(row.clone())
         return output
 
@@ -106,12 +109,21 @@ def test_freed_memory_never_changes_an_answer(kind: str) -> None:
 def test_poison_would_be_seen(kind: str) -> None:
     """The poison of the tests above is real: whoever reads memory that was not written gets NaN."""
     engine = Engine(tiny_model(kind), max_num_seqs=1, max_num_batched_tokens=64, poison=True)
-    request = engine.add_request(random_prompt(20, seed=1), GREEDY)
-    request.num_computed_tokens = 5  # claims that five tokens are cached
+    engine.add_request(random_prompt(20, seed=1), GREEDY)
+    assert engine.scheduler.prefixes is not None
+    engine.scheduler.prefixes.acquire = lambda *_, **__: Hit(5, (), None, None)  # claims that five tokens are cached
     with pytest.raises(CorruptCheckpoint, match="not finite"):
         while engine.has_unfinished:
             engine.step()
     engine.check_integrity()
+
+
+def assert_nothing_is_held(engine: Engine) -> None:
+    """But by the prefix cache."""
+    engine.step()  # copies that are left
+    if engine.scheduler.prefixes is not None:
+        engine.scheduler.prefixes.clear()
+    assert engine.scheduler.blocks.num_used == engine.scheduler.slots.num_used == 0
 
 
 def test_seed_decides_whatever_the_company(kind: str) -> None:
@@ -171,7 +183,7 @@ def test_abort_in_every_phase_leaks_nothing(kind: str) -> None:
     while engine.has_unfinished:
         engine.step()
         engine.check_integrity()
-    assert engine.scheduler.blocks.num_used == engine.scheduler.slots.num_used == 0
+    assert_nothing_is_held(engine)
     assert tuple(survivor.output_ids) == reference_greedy(tiny_model(kind), list(survivor.prompt_ids), 8)
 
 
@@ -193,7 +205,7 @@ def test_random_traffic_leaks_nothing_and_answers_alike() -> None:
             engine.abort(rng.choice(requests[-20:]).id)
         engine.step()
         engine.check_integrity()
-    assert engine.scheduler.blocks.num_used == engine.scheduler.slots.num_used == 0
+    assert_nothing_is_held(engine)
     assert {r.finish_reason for r in requests} >= {"length", "abort"}
     alone = Engine(tiny_model("dense"), max_num_seqs=1)
     for request in [r for r in requests if r.finish_reason != "abort"][::25]:
@@ -280,7 +292,10 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 def test_memory_plan_counts_what_is_allocated(kind: str) -> None:
     model = tiny_model(kind)
     config = model.config
-    engine = Engine(model, max_num_seqs=3, max_model_len=100, num_blocks=15)
+    assert Engine(model, max_num_seqs=3, num_blocks=15, num_checkpoints=4).memory_plan.num_slots == (
+        7 if config.num_linear_layers else 3
+    )
+    engine = Engine(model, max_num_seqs=3, max_model_len=100, num_blocks=15, prefix_cache=False)
     plan = engine.memory_plan
     kv_per_token = config.num_full_layers * 2 * 2 * 10 * 4
     state = config.num_linear_layers * (3 * (2 * 14 + 30) + 6 * 7 * 5) * 4
@@ -326,7 +341,7 @@ def test_kv_budget_is_kept() -> None:
     ("sizes", "message"),
     [
         ({"max_num_seqs": 0}, "max_num_seqs"),
-        ({"max_num_seqs": 8, "max_num_batched_tokens": 6 + DELTA_CHUNK_SIZE}, "starve"),
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 7}, "starve"),
         ({"max_model_len": 513}, "512"),
         ({"num_blocks": 3, "kv_budget_bytes": 3}, "not both"),
     ],
@@ -334,3 +349,92 @@ def test_kv_budget_is_kept() -> None:
 def test_impossible_sizes_are_refused(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Engine(tiny_model("hybrid"), **sizes)
+
+
+def test_n_completions_are_n_requests_with_their_seeds() -> None:
+    engine = Engine(tiny_model("hybrid"), max_num_seqs=4)
+    prompts = [random_prompt(20, seed=1), random_prompt(33, seed=2)]
+    params = SamplingParams(temperature=1.4, seed=77, max_tokens=12, ignore_eos=True, n=3, prompt_logprobs=1)
+    found = engine.generate(prompts, params)
+    assert [c.index for c in found] == [0, 1, 2, 0, 1, 2]
+    assert [c.seed for c in found] == [child_seed(77, index) for index in range(3)] * 2 and found[0].seed == 77
+    assert len({c.output_ids for c in found}) == 6 and len({c.request_id for c in found}) == 6
+    assert [len(c.prompt_sampled) for c in found] == [20, 0, 0, 33, 0, 0]
+    for completion in found:
+        alone = replace(params, n=1, seed=completion.seed)
+        assert engine.generate([completion.prompt_ids], alone)[0].output_ids == completion.output_ids
+    drawn = engine.generate(prompts[:1], replace(params, seed=None, n=2))
+    assert drawn[1].seed == child_seed(drawn[0].seed, 1) and drawn[0].output_ids != drawn[1].output_ids
+    engine.check_integrity()
+
+
+def test_several_completions_are_queued_all_or_none() -> None:
+    engine = Engine(tiny_model("hybrid"), max_num_seqs=2)
+    requests = engine.add_requests([1, 2], SamplingParams(n=2, max_tokens=2), request_id="a")
+    assert [request.id for request in requests] == ["a-0", "a-1"]
+    engine.add_request([1], SamplingParams(max_tokens=1), request_id="b-1")
+    with pytest.raises(UsageError, match="b-1"):
+        engine.add_requests([1, 2], SamplingParams(n=2, max_tokens=2), request_id="b")
+    assert engine.scheduler.num_waiting == 3
+    for call in (engine.add_request, engine.stream):
+        with pytest.raises(UsageError, match="n is 2"):
+            call([1], SamplingParams(n=2))
+    (single,) = engine.add_requests([1], SamplingParams(max_tokens=1), request_id="c")
+    assert single.id == "c"
+    while engine.has_unfinished:
+        engine.step()
+    engine.check_integrity()
+
+
+def test_prompt_logprobs_are_those_of_the_bare_model(kind: str) -> None:
+    """In chunks and in company, over prompts of one token, of a chunk and of more than are computed at once."""
+    model = tiny_model(kind)
+    prompts = [random_prompt(length, seed=length) for length in (1, 64, 200, 65, 300)]
+    each = [SamplingParams(max_tokens=3, ignore_eos=True, prompt_logprobs=None if n == 1 else n) for n in range(5)]
+    completions = Engine(model, max_num_seqs=5, max_num_batched_tokens=140, poison=True).generate(prompts, each)
+    assert completions[1].prompt_sampled == ()
+    for prompt, params, done in zip(prompts, each, completions, strict=True):
+        if params.prompt_logprobs is None:
+            continue
+        first, *others = done.prompt_sampled
+        assert first == SampledToken(prompt[0])
+        assert [token.token_id for token in others] == prompt[1:]
+        expected = reference_logits(model, prompt).log_softmax(-1)
+        for token, row in zip(others, expected, strict=False):
+            assert token.logprob == pytest.approx(float(row[token.token_id]), abs=1e-4)
+            assert [value for _, value in token.top_logprobs] == pytest.approx(
+                row.topk(params.prompt_logprobs).values.tolist(), abs=1e-4
+            )
+            for other, value in token.top_logprobs:
+                assert value == pytest.approx(float(row[other]), abs=1e-4)
+
+
+def test_parameters_are_checked_against_vocabulary_and_stop_tokens() -> None:
+    engine = Engine(tiny_model("hybrid"), max_num_seqs=1)
+    with pytest.raises(UsageError, match=f"logit_bias: token {VOCAB_SIZE}"):
+        engine.add_request([1], SamplingParams(logit_bias={VOCAB_SIZE: 1.0}))
+    with pytest.raises(UsageError, match="min_tokens 1"):
+        engine.add_request([1], SamplingParams(allowed_token_ids=(3,), min_tokens=1))
+    params = SamplingParams(allowed_token_ids=(3,), min_tokens=1, max_tokens=2, ignore_eos=True)
+    assert engine.generate([[1]], params)[0].output_ids == (3, 3)
+    (done,) = engine.generate([[1]], SamplingParams(logit_bias={3: 100}, min_tokens=4, max_tokens=9))
+    assert len(done.output_ids) == 5 and done.output_ids[-1] == 3 and done.finish_reason == "stop"
+    assert 3 not in done.output_ids[:-1]
+
+
+def test_a_request_without_any_choice_is_aborted_alone() -> None:
+    engine = Engine(tiny_model("hybrid"), max_num_seqs=2)
+    run = engine.runner.run
+
+    def spoiled(plan: StepPlan):  # type: ignore[no-untyped-def]
+        output = run(plan)
+        logits = output.logits_RY.clone()
+        logits[:, 5] = -torch.inf
+        return output._replace(logits_RY=logits)
+
+    engine.runner.run = spoiled  # type: ignore[method-assign]
+    only_five = SamplingParams(allowed_token_ids=(5,), max_tokens=4)
+    lost, good = engine.generate([[1, 2], [1, 2]], [only_five, GREEDY])
+    assert (lost.finish_reason, lost.output_ids) == ("error", ())
+    assert good.finish_reason == "length" and len(good.output_ids) == 8
+    engine.check_integrity()

@@ -8,22 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from qnext.engine.request import Request, SampledToken, SamplingParams
-from qnext.engine.sampler import filtered, sample, uniform
+from qnext.engine.filters import candidates, scaled
+from qnext.engine.request import SamplingParams
+from qnext.engine.seeds import uniform
 from qnext.errors import CorruptCheckpoint
-
-VOCAB_SIZE = 41
-
-
-def request(params: SamplingParams, *, prompt: tuple[int, ...] = (1,), output: tuple[int, ...] = ()) -> Request:
-    made = Request("r", prompt, params, seed=params.seed or 0, max_tokens=10**6, stop_ids=frozenset())
-    for token in output:
-        made.append(SampledToken(token))
-    return made
-
-
-def logits(num_rows: int, *, seed: int = 0) -> torch.Tensor:
-    return torch.randn(num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 3
+from tests.engine.sampling import VOCAB_SIZE, logits, request, sample
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -63,17 +52,39 @@ PARAMS = [
 ]
 
 
-def test_filters_are_their_definitions() -> None:
-    scores = logits(len(PARAMS))
-    probabilities = filtered(scores, PARAMS).softmax(-1)
-    for row, params, got in zip(scores.numpy(), PARAMS, probabilities.numpy(), strict=True):
-        np.testing.assert_allclose(got, reference_probabilities(row, params), atol=2e-6)
+def probabilities(row: np.ndarray, params: SamplingParams) -> np.ndarray:
+    kept = candidates(row, params)
+    if kept is None:
+        return softmax(scaled(row, row.max(), params).astype(np.float64))
+    found = np.zeros(len(row))
+    assert (np.diff(kept.ids_C) > 0).all()
+    found[kept.ids_C] = softmax(kept.scores_C.astype(np.float64))
+    return found
+
+
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 5000])
+@pytest.mark.parametrize("width", [0.01, 3.0])
+def test_filters_are_their_definitions(vocab_size: int, width: float) -> None:
+    rows = np.random.default_rng(vocab_size).standard_normal((len(PARAMS), vocab_size)).astype(np.float32) * width
+    for row, params in zip(rows, PARAMS, strict=True):
+        np.testing.assert_allclose(probabilities(row, params), reference_probabilities(row, params), atol=2e-6)
 
 
 def test_ties_at_the_border_are_kept() -> None:
-    scores = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
-    kept = filtered(scores, [SamplingParams(temperature=1.0, top_k=2)])
-    assert torch.isfinite(kept).tolist() == [[False, True, True, True, False]]
+    def kept(row: list[float], **changes: float) -> list[int]:
+        found = candidates(np.array(row, dtype=np.float32), SamplingParams(**{"temperature": 1.0, **changes}))  # type: ignore[arg-type]
+        assert found is not None
+        return found.ids_C.tolist()
+
+    assert kept([1.0, 3.0, 3.0, 3.0, 0.0], top_k=2) == [1, 2, 3]
+    assert kept([1.0, 3.0, 3.0, 3.0, 0.0], top_p=0.4) == [1, 2, 3]
+    assert kept([1.0, 3.0, 3.0, 3.0, 0.0], min_p=1.0) == [1, 2, 3]
+    # Logits that differ can tie once they are scaled.
+    assert kept([200.0, 100.0, 50.0, 0.0], top_k=2, temperature=1e-37) == [0, 1, 2, 3]
+    long = [0.0] * 5000
+    long[7] = long[4999] = 2.0
+    assert kept(long, top_k=2) == [7, 4999]
+    assert kept(long, top_k=3) == list(range(5000))
 
 
 def test_frequencies_follow_the_probabilities() -> None:

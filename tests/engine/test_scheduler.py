@@ -9,7 +9,8 @@ import pytest
 
 from qnext.engine.blocks import IdPool
 from qnext.engine.request import Request, SampledToken, SamplingParams
-from qnext.engine.scheduler import Limits, Scheduler, StepPlan, StepResult
+from qnext.engine.scheduler import Scheduler
+from qnext.engine.step import Limits, SequencePlan, StepPlan, StepResult
 from qnext.errors import DoesNotFit, UsageError
 
 CHUNK = 64
@@ -18,18 +19,18 @@ CHUNK = 64
 def limits(**changes: int | None) -> Limits:
     values: dict[str, int | None] = {
         "max_num_seqs": 4, "max_num_batched_tokens": 200, "block_size": 16, "num_blocks": 40, "num_slots": 4,
-        "chunk_size": CHUNK,
+        "chunk_size": CHUNK, "max_draft_tokens": 4,
     }  # fmt: skip
     return Limits(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def request(name: str, num_prompt: int, max_tokens: int, *, stop: int = -1) -> Request:
-    prompt = tuple(range(num_prompt))
+def request(name: str, num_prompt: int, max_tokens: int, *, stop: int = -1, first: int = 0) -> Request:
+    prompt = tuple(range(first, first + num_prompt))
     return Request(name, prompt, SamplingParams(), seed=0, max_tokens=max_tokens, stop_ids=frozenset({stop}))
 
 
 def answer(plan: StepPlan, token_id: int = 7) -> StepResult:
-    return StepResult({s.request.id: SampledToken(token_id) for s in plan.sequences if s.needs_sample})
+    return StepResult({s.request.id: (SampledToken(token_id),) for s in plan.sequences if s.needs_sample})
 
 
 def step(scheduler: Scheduler, token_id: int = 7) -> StepPlan:
@@ -155,56 +156,148 @@ def test_discarded_steps_free_everything() -> None:
     assert not scheduler.has_unfinished and scheduler.blocks.num_used == 0
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_random_traffic(seed: int) -> None:
-    """Hundreds of requests each, arriving, finishing and aborted at random; checked after every step."""
+def test_short_and_long_prompts_share_a_step_fairly() -> None:
+    """A short prompt that comes beside a long one does not wait until that is read."""
+    scheduler = Scheduler(limits(max_num_batched_tokens=256, num_blocks=100))
+    requests = [request("long", 900, 2), request("short", 100, 9, first=1000), request("other", 90, 9, first=2000)]
+    scheduler.add(requests[0])
+    step(scheduler)
+    scheduler.add(requests[1])
+    scheduler.add(requests[2])
+    assert {s[0] for s in spans(step(scheduler))} == {"long", "short"}
+    assert {s[0] for s in spans(step(scheduler))} == {"long", "short", "other"}
+    assert [len(r.output_ids) for r in requests] == [0, 2, 1]
+
+
+def test_the_youngest_makes_room_and_comes_back() -> None:
+    scheduler = Scheduler(limits(num_blocks=7, has_prefix_cache=True, num_slots=8, min_prefix_tokens=1))
+    old, young = request("old", 40, 40), request("young", 40, 40, first=500)
+    scheduler.add(old)
+    scheduler.add(young)
+    while scheduler.has_unfinished:
+        step(scheduler)
+    assert scheduler.num_preemptions > 0
+    assert old.output_ids == young.output_ids == [7] * 40
+    assert young.num_cached_tokens == 0, "what it finds when it comes back is its own"
+
+
+def test_drafts_are_planned_where_they_fit_and_booked_as_accepted() -> None:
+    scheduler = Scheduler(limits())
+    one = request("a", 5, 6)
+    scheduler.add(one)
+    step(scheduler)
+    one.drafts = (8, 9, 10)
+    plan = scheduler.plan()
+    assert plan is not None and plan.sequences[0].token_ids == (7, 8, 9, 10)
+    scheduler.commit(StepResult({"a": (SampledToken(8), SampledToken(9), SampledToken(1))}))
+    assert one.output_ids == [7, 8, 9, 1] and one.num_computed_tokens == 8 and one.drafts == ()
+    one.drafts = (2, 3, 4, 5)
+    plan = scheduler.plan()
+    assert plan is not None and plan.sequences[0].token_ids == (1, 2), "the answer ends two tokens from here"
+    scheduler.commit(StepResult({"a": (SampledToken(2), SampledToken(3))}))
+    assert one.finish_reason == "length" and one.output_ids == [7, 8, 9, 1, 2, 3]
+    scheduler.check_integrity()
+
+
+def test_tokens_after_a_stop_token_are_dropped() -> None:
+    scheduler = Scheduler(limits(has_prefix_cache=True, num_slots=8, min_prefix_tokens=1))
+    one = request("a", 5, 9, stop=3)
+    scheduler.add(one)
+    step(scheduler)
+    one.drafts = (3, 4)
+    assert scheduler.plan() is not None
+    events = scheduler.commit(StepResult({"a": (SampledToken(3), SampledToken(4), SampledToken(5))}))
+    assert [e.token.token_id for e in events] == [3] and events[0].finish_reason == "stop"
+    assert one.num_computed_tokens == 6, "the stop token was drafted, not read: its state is not the request's"
+    scheduler.check_integrity()
+
+
+def random_traffic(seed: int, num_requests: int) -> None:
     rng = random.Random(seed)
     max_num_seqs = rng.randint(1, 9)
     bounds = limits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs - 1 + CHUNK + rng.randint(0, 300),
-        num_blocks=rng.randint(20, 60),
-        num_slots=rng.randint(1, max_num_seqs),
+        num_blocks=rng.randint(21, 60) if seed % 5 else None,
+        num_slots=max_num_seqs + rng.choice((0, 1, 10)),
+        chunk_size=rng.choice((1, CHUNK)),
+        has_states=bool(seed % 4) or not seed % 5,
+        has_prefix_cache=bool(seed % 3),
+        checkpoint_interval=rng.choice((0, 70)),
+        min_prefix_tokens=rng.choice((1, 64)),
     )
     scheduler = Scheduler(bounds)
     requests: list[Request] = []
-    num_read: dict[str, int] = {}
-    while len(requests) < 600 or scheduler.has_unfinished:
-        for _ in range(rng.randint(0, 3) if len(requests) < 600 else 0):
-            length = rng.randint(1, 20 * 16 - 30)
-            requests.append(request(str(len(requests)), length, rng.randint(1, 30), stop=5))
+    while len(requests) < num_requests or scheduler.has_unfinished:
+        for _ in range(rng.randint(0, 3) if len(requests) < num_requests else 0):
+            length, first = rng.randint(1, 20 * 16 - 30), rng.choice((0, 0, 1000, 10_000 * rng.randint(1, 99)))
+            requests.append(request(str(len(requests)), length, rng.randint(1, 30), stop=5, first=first))
+            requests[-1].salt = rng.choice(("", "b"))
             scheduler.add(requests[-1])
         if requests and rng.random() < 0.15:
             scheduler.abort(rng.choice(requests[-12:]))
             scheduler.check_integrity()
+        for r in requests[-20:]:
+            if r.output_ids and r.finish_reason is None:
+                r.drafts = tuple(rng.randint(0, 40) for _ in range(rng.randint(0, 4)))
         plan = scheduler.plan()
         if plan is None:
             assert not scheduler.has_unfinished
             continue
-        assert 0 < sum(len(s.token_ids) for s in plan.sequences) <= bounds.max_num_batched_tokens
-        assert len({s.request.id for s in plan.sequences}) == len(plan.sequences)
-        for s in plan.sequences:
-            end = s.start + len(s.token_ids)
-            assert s.start == num_read.get(s.request.id, 0)
-            assert s.needs_sample or end % CHUNK == 0
-            assert end <= len(s.request.blocks) * bounds.block_size
-            num_read[s.request.id] = end
-        decoding = [r for r in requests if r.blocks and 0 < r.num_computed_tokens == r.num_tokens - 1]
-        assert {r.id for r in decoding} <= {s.request.id for s in plan.sequences}
-        if rng.random() < 0.05:
+        check_plan(plan, bounds)
+        if rng.random() < 0.05 and plan.sequences:
             scheduler.abort(rng.choice(plan.sequences).request)
         if rng.random() < 0.02:
             scheduler.discard_step()
         else:
-            tokens = {s.request.id: SampledToken(rng.randint(0, 40)) for s in plan.sequences if s.needs_sample}
-            scheduler.commit(StepResult(tokens))
+            scheduler.commit(StepResult({s.request.id: window(rng, s) for s in plan.sequences if s.needs_sample}))
         scheduler.check_integrity()
+    if scheduler.prefixes is not None:
+        scheduler.prefixes.clear()
+    scheduler.plan()  # copies that are left, and then nothing
+    if scheduler._in_flight is not None:
+        scheduler.commit(StepResult({}))
     assert scheduler.blocks.num_used == scheduler.slots.num_used == 0
-    reasons = [r.finish_reason for r in requests]
-    assert set(reasons) == {"stop", "length", "abort"}
+    assert {r.finish_reason for r in requests} == {"stop", "length", "abort"}
     for r in requests:
         assert r.finish_reason != "length" or len(r.output_ids) == r.max_tokens
         assert r.finish_reason != "stop" or (r.output_ids[-1] == 5 and 5 not in r.output_ids[:-1])
+
+
+def window(rng: random.Random, sequence: SequencePlan) -> list[SampledToken]:
+    right = rng.randint(0, len(sequence.drafts))
+    return [SampledToken(t) for t in (*sequence.drafts[:right], rng.randint(0, 40))]
+
+
+def check_plan(plan: StepPlan, bounds: Limits) -> None:
+    """Within the budget, every request once, in blocks of its own, from where it is."""
+    assert sum(len(s.token_ids) for s in plan.sequences) <= bounds.max_num_batched_tokens
+    assert plan.sequences or plan.slot_copies
+    assert len({s.request.id for s in plan.sequences}) == len(plan.sequences)
+    slots = [s.request.slot for s in plan.sequences]
+    assert len(set(slots)) == len(slots)
+    written: list[int] = []
+    for s in plan.sequences:
+        end = s.start + len(s.token_ids)
+        assert s.start == s.request.num_computed_tokens and end > s.start
+        assert s.needs_sample or end % bounds.chunk_size == 0
+        assert s.token_ids == s.request.token_range(s.start, end - len(s.drafts)) + s.drafts
+        if bounds.num_blocks is not None:
+            assert end <= len(s.request.blocks) * bounds.block_size
+            written += s.request.blocks[s.start // bounds.block_size : -(-end // bounds.block_size)]
+    assert len(set(written)) == len(written), "two requests write to one block"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_traffic(seed: int) -> None:
+    """Hundreds of requests each, arriving, finishing and aborted at random; checked after every step."""
+    random_traffic(seed, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12, 24))
+def test_much_random_traffic(seed: int) -> None:
+    random_traffic(seed, 10_000)
 
 
 def test_the_pool_notices_wrong_bookkeeping() -> None:

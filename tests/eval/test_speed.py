@@ -7,7 +7,7 @@ import torch
 
 from qnext.config import ModelConfig, hybrid_pattern
 from qnext.engine import Engine, SamplingParams
-from qnext.engine.scheduler import StepPlan
+from qnext.engine.step import StepPlan
 from qnext.eval.speed import SpeedMeter, random_tokens
 from qnext.model import CausalLM, initialize
 

@@ -246,3 +246,14 @@ def test_exploding_split_pattern_is_a_clear_error(trained_folder: Path, tmp_path
     tokenizer = Tokenizer.from_folder(folder)
     with pytest.raises(CorruptCheckpoint, match="retry-limit"):
         tokenizer.encode("a" * 60)
+
+
+def test_the_table_of_bytes_spells_every_text(tokenizer: Tokenizer, byte_tokenizer: Tokenizer) -> None:
+    for made in (tokenizer, byte_tokenizer):
+        table = made.token_table()
+        assert len(table) == made.vocab_size
+        assert all(table[index] == name.encode() for name, index in made.added_ids.items())
+        assert {bytes([byte]) for byte in range(256)} <= set(table)
+        text = "naïve 🙂 你好\n\t<|im_end|>"
+        assert b"".join(table[index] for index in made.encode(text)) == text.encode()
+        assert table == [made.token_bytes(index) for index in range(made.vocab_size)]

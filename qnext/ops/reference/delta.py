@@ -78,6 +78,36 @@ def recurrent_gated_delta_rule(
     initial_state_NHKV: Tensor | None = None,
 ) -> DeltaOutput:
     """The definition: one step after another, sequences side by side. See gated_delta_rule."""
+    o_THV, _, state_NHKV = _walk(
+        q_TJK, k_TJK, v_THV, g_TH, beta_TH, packing=packing, initial_state_NHKV=initial_state_NHKV
+    )
+    return DeltaOutput(o_THV, state_NHKV)
+
+
+def delta_rule_updates(
+    k_TJK: Tensor,
+    v_THV: Tensor,
+    g_TH: Tensor,
+    beta_TH: Tensor,
+    *,
+    packing: Packing,
+    initial_state_NHKV: Tensor | None = None,
+) -> Tensor:
+    """u [T, H, V] of gated_delta_rule, wide: what each token adds to the state along its key."""
+    return _walk(k_TJK, k_TJK, v_THV, g_TH, beta_TH, packing=packing, initial_state_NHKV=initial_state_NHKV)[1]
+
+
+def _walk(
+    q_TJK: Tensor,
+    k_TJK: Tensor,
+    v_THV: Tensor,
+    g_TH: Tensor,
+    beta_TH: Tensor,
+    *,
+    packing: Packing,
+    initial_state_NHKV: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, updates and last states of the recurrence."""
     wide = torch.promote_types(v_THV.dtype, torch.float32)
     repeats = v_THV.shape[1] // k_TJK.shape[1]
     q_THK = q_TJK.to(wide).repeat_interleave(repeats, dim=1) * q_TJK.shape[-1] ** -0.5
@@ -88,7 +118,7 @@ def recurrent_gated_delta_rule(
     tokens = torch.empty_like(layout.rows)
     tokens[layout.rows] = torch.arange(packing.num_tokens, device=tokens.device)
     state = state[layout.order]
-    outputs = []
+    outputs, updates = [], []
     for step in range(packing.max_length):
         rows = tokens[layout.starts[step] : layout.starts[step + 1]]
         k, v = k_THK[rows], v_wide[rows]
@@ -96,10 +126,11 @@ def recurrent_gated_delta_rule(
         read = torch.einsum("nhkv,nhk->nhv", active, k)
         update = beta_wide[rows][..., None] * (v - read)
         active = active + k[..., None] * update[..., None, :]
+        updates.append(update)
         outputs.append(torch.einsum("nhkv,nhk->nhv", active, q_THK[rows]))
         state = torch.cat([active, state[len(rows) :]]) if len(rows) < len(state) else active
     o_THV = torch.cat(outputs)[layout.rows].to(v_THV.dtype)
-    return DeltaOutput(o_THV, _unsorted(state, layout))
+    return o_THV, torch.cat(updates)[layout.rows], _unsorted(state, layout)
 
 
 def chunk_gated_delta_rule(

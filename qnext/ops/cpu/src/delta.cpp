@@ -1,5 +1,6 @@
 #include "delta.h"
 
+#include "delta_state.h"
 #include "pool.h"
 #include "simd.h"
 
@@ -10,127 +11,10 @@ namespace {
 constexpr int64_t kTokensAtOnce = 64;  // q, k, v of a block of tokens stay in a level-2 cache
 constexpr int64_t kRowsAhead = 3;      // rows lie pages apart, where the CPU does not look ahead by itself
 constexpr float kNormEps = 1e-6f;      // of the L2 norm of q and k
+static_assert(kMaxDraftTokens <= kTokensAtOnce);
 
-enum Slot : int { kMixedSlot = 16, kGatesSlot, kWeightSlot, kHistorySlot, kStateSlot };
-
-// ---- the recurrence ----
-//
-// Per token and column of the state, with u = beta (v - g S^T k):
-//     o = g S^T q + (k . q) u,    S <- g S + k u^T
-// so one pass over S writes the update of a token and reads S^T k, S^T q for the next one: four operations per vector.
-// Sums run over the rows of S in order, whatever number of columns is taken at a time.
-
-struct Gates {
-  float decay, beta, key_query;
-};
-
-// Tokens of one sequence, ready for the recurrence of one value head.
-struct HeadTokens {
-  int64_t count, key_dim;
-  const float* q;  // rows of `stride` floats
-  const float* k;
-  float* v;  // replaced by the output
-  int64_t stride;
-  const Gates* gates;
-  int64_t gate_stride;
-};
-
-// reads[c] = sum over rows of S[row, c] k[row], and the same for q. With `copy`, S is written there, rows side by side.
-template <int kVectors>
-QNEXT_INLINE void read_state(const float* state, int64_t stride, float* copy, int64_t rows, const float* k,
-                             const float* q, f32reg* key_reads, f32reg* query_reads) {
-  for (int c = 0; c < kVectors; ++c) key_reads[c] = query_reads[c] = f32reg{};
-  for (int64_t row = 0; row < rows; ++row) {
-    const f32reg key = splat_register(k[row]), query = splat_register(q[row]);
-    for (int c = 0; c < kVectors; ++c) {
-      const f32reg s = load_register(state + row * stride + c * kRegisterLanes);
-      if (copy) store(copy + (row * kVectors + c) * kRegisterLanes, s);
-      key_reads[c] = fma(s, key, key_reads[c]);
-      query_reads[c] = fma(s, query, query_reads[c]);
-    }
-  }
-}
-
-// S <- decay S + k u^T, then as read_state with the next token's k and q.
-template <int kVectors>
-QNEXT_INLINE void step_state(float* state, int64_t rows, float decay, const float* k, const f32reg* u,
-                             const float* next_k, const float* next_q, f32reg* key_reads, f32reg* query_reads) {
-  const f32reg g = splat_register(decay);
-  for (int c = 0; c < kVectors; ++c) key_reads[c] = query_reads[c] = f32reg{};
-  for (int64_t row = 0; row < rows; ++row) {
-    const f32reg now = splat_register(k[row]), key = splat_register(next_k[row]), query = splat_register(next_q[row]);
-    for (int c = 0; c < kVectors; ++c) {
-      const f32reg s = fma(now, u[c], g * load_register(state + (row * kVectors + c) * kRegisterLanes));
-      store(state + (row * kVectors + c) * kRegisterLanes, s);
-      key_reads[c] = fma(s, key, key_reads[c]);
-      query_reads[c] = fma(s, query, query_reads[c]);
-    }
-  }
-}
-
-// to <- decay from + k u^T
-template <int kVectors>
-QNEXT_INLINE void write_state(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
-                              float decay, const float* k, const f32reg* u) {
-  const f32reg g = splat_register(decay);
-  for (int64_t row = 0; row < rows; ++row) {
-    const f32reg now = splat_register(k[row]);
-    for (int c = 0; c < kVectors; ++c)
-      store(to + row * to_stride + c * kRegisterLanes, fma(now, u[c], g * load_register(from + row * from_stride + c * kRegisterLanes)));
-  }
-}
-
-// What a token writes, and its output in the place of v.
-template <int kVectors>
-QNEXT_INLINE void finish_token(const Gates& gates, const f32reg* key_reads, const f32reg* query_reads, float* v,
-                               f32reg* u) {
-  const f32reg g = splat_register(gates.decay), beta = splat_register(gates.beta), key_query = splat_register(gates.key_query);
-  for (int c = 0; c < kVectors; ++c) {
-    u[c] = beta * (load_register(v + c * kRegisterLanes) - g * key_reads[c]);
-    store(v + c * kRegisterLanes, fma(key_query, u[c], g * query_reads[c]));
-  }
-}
-
-// All tokens for kVectors registers of columns. The block of the state moves to `block`, side by side, so that it stays in the
-// level-1 cache; a single token works in place.
-template <int kVectors>
-__attribute__((noinline)) void walk_columns(const HeadTokens& tokens, float* state, int64_t value_dim, int64_t column, float* block) {
-  f32reg key_reads[kVectors], query_reads[kVectors], u[kVectors];
-  const int64_t rows = tokens.key_dim, last = tokens.count - 1, stride = tokens.stride;
-  float* v = tokens.v + column;
-  state += column;
-  read_state<kVectors>(state, value_dim, last > 0 ? block : nullptr, rows, tokens.k, tokens.q, key_reads, query_reads);
-  for (int64_t t = 0; t < last; ++t) {
-    const Gates& gates = tokens.gates[t * tokens.gate_stride];
-    const float* k = tokens.k + t * stride;
-    finish_token<kVectors>(gates, key_reads, query_reads, v + t * stride, u);
-    step_state<kVectors>(block, rows, gates.decay, k, u, k + stride, tokens.q + (t + 1) * stride, key_reads,
-                         query_reads);
-  }
-  const Gates& gates = tokens.gates[last * tokens.gate_stride];
-  finish_token<kVectors>(gates, key_reads, query_reads, v + last * stride, u);
-  const float* from = last > 0 ? block : state;
-  write_state<kVectors>(from, last > 0 ? kVectors * kRegisterLanes : value_dim, state, value_dim, rows, gates.decay,
-                        tokens.k + last * stride, u);
-}
-
-// 64 columns of 128 rows are 32 KiB. With sixteen registers, half as many columns as they hold lanes.
-constexpr int64_t kMostVectors = kRegisterLanes == 16 ? 4 : 2;
-
-void walk_head(const HeadTokens& tokens, float* state, int64_t value_dim) {
-  auto* block = static_cast<float*>(scratch(kStateSlot, tokens.key_dim * kMostVectors * kRegisterLanes * 4));
-  int64_t column = 0;
-  const auto remains = [&](int64_t vectors) { return column + vectors * kRegisterLanes <= value_dim; };
-  if constexpr (kMostVectors >= 4) {
-    if (tokens.count == 1)  // whole rows: the state is read once, from first to last
-      for (; remains(8); column += 8 * kRegisterLanes) walk_columns<8>(tokens, state, value_dim, column, block);
-    for (; remains(4); column += 4 * kRegisterLanes) walk_columns<4>(tokens, state, value_dim, column, block);
-  }
-  for (; remains(2); column += 2 * kRegisterLanes) walk_columns<2>(tokens, state, value_dim, column, block);
-  for (; remains(1); column += kRegisterLanes) walk_columns<1>(tokens, state, value_dim, column, block);
-}
-
-// ---- around the recurrence ----
+enum Slot : int { kMixedSlot = 16, kGatesSlot, kWeightSlot, kHistorySlot };
+static_assert(kHistorySlot < kStateSlot);
 
 float dot(const float* a, const float* b, int64_t size) {
   f32x16 acc = splat(0.0f);
@@ -148,12 +32,77 @@ QNEXT_INLINE void transpose(const float* from, int64_t count, int64_t width, flo
     for (int64_t j = 0; j < width; ++j) to[j * stride + i] = from[i * width + j];
 }
 
-// One sequence and one key head with its value heads. Channels of the convolution are counted within the group, as they
-// lie in qkvz: q, k, v.
-struct Group {
+// What a slot holds for one key head with its value heads. Channels of the convolution are counted within the group, as
+// they lie in qkvz: q, k, v.
+struct SlotGroup {
+  const DeltaSlots& memory;
+  int64_t slot, head;
+  int64_t repeats, key_dim, value_width, channels;
+
+  SlotGroup(const DeltaSlots& slots, int64_t slot, int64_t head)
+      : memory(slots), slot(slot), head(head), repeats(slots.num_value_heads / slots.num_key_heads),
+        key_dim(slots.key_dim), value_width(repeats * slots.value_dim), channels(2 * key_dim + value_width) {}
+
+  // Calls body(channel in the group, channel of the layer, count) for q, k and v.
+  template <typename Body>
+  QNEXT_INLINE void for_each_part(Body&& body) const {
+    const int64_t key_channels = memory.num_key_heads * key_dim;
+    body(0, head * key_dim, key_dim);
+    body(key_dim, key_channels + head * key_dim, key_dim);
+    body(2 * key_dim, 2 * key_channels + head * value_width, value_width);
+  }
+
+  int64_t num_accepted() const { return memory.pending.num_drafts ? memory.pending.num_accepted[slot] : 0; }
+
+  float* state(int64_t repeat) const {
+    return memory.state + (slot * memory.num_value_heads + head * repeats + repeat) * key_dim * memory.value_dim;
+  }
+
+  // Carried inputs of the convolution, oldest first, and behind them the pending ones.
+  float* conv_row(int64_t row) const {
+    const int64_t layer_channels = 2 * memory.num_key_heads * key_dim + memory.num_value_heads * memory.value_dim;
+    const int64_t history = memory.conv_width - 1;
+    if (row < history) return memory.conv + (slot * history + row) * layer_channels;
+    return memory.pending.conv + (slot * memory.pending.num_drafts + row - history) * layer_channels;
+  }
+
+  float* pending_k(int64_t t) const {
+    return memory.pending.k + ((slot * memory.pending.num_drafts + t) * memory.num_key_heads + head) * key_dim;
+  }
+
+  float* pending_decay(int64_t t) const {
+    return memory.pending.decay + (slot * memory.pending.num_drafts + t) * memory.num_value_heads + head * repeats;
+  }
+
+  float* pending_u(int64_t repeat) const {
+    const int64_t first = slot * memory.pending.num_drafts * memory.num_value_heads + head * repeats + repeat;
+    return memory.pending.u + first * memory.value_dim;
+  }
+
+  // The first `count` pending tokens of one value head.
+  Updates pending_updates(int64_t repeat, int64_t count) const {
+    if (!memory.pending.num_drafts) return {};
+    return {count, pending_k(0), pending_u(repeat), pending_decay(0) + repeat, memory.num_key_heads * key_dim,
+            memory.num_value_heads * memory.value_dim, memory.num_value_heads};
+  }
+
+  // The accepted pending tokens become a part of the carried states.
+  void apply_pending() const {
+    const int64_t count = num_accepted();
+    if (count == 0) return;
+    for (int64_t row = 0; row < memory.conv_width - 1; ++row)
+      for_each_part([&](int64_t, int64_t channel, int64_t size) {
+        memcpy(conv_row(row) + channel, conv_row(row + count) + channel, size * 4);
+      });
+    for (int64_t r = 0; r < repeats; ++r)
+      update_head(pending_updates(r, count), state(r), key_dim, memory.value_dim);
+  }
+};
+
+// One sequence and one key head with its value heads.
+struct Group : SlotGroup {
   const DeltaMixerArguments& a;
-  int64_t sequence, head;
-  int64_t repeats, key_dim, value_width, channels, row_size;
+  int64_t sequence, row_size;
   const float* x;     // q, k, v, z of the sequence's first token
   const float* taps;  // [W, channels]
   float* history;     // [W - 1, channels] what lies to the left of the first token
@@ -161,9 +110,8 @@ struct Group {
   Gates* gates;       // [kTokensAtOnce, R]
 
   Group(const DeltaMixerArguments& arguments, int64_t task)
-      : a(arguments), sequence(task / a.num_key_heads), head(task % a.num_key_heads),
-        repeats(a.num_value_heads / a.num_key_heads), key_dim(a.key_dim), value_width(repeats * a.value_dim),
-        channels(2 * key_dim + value_width), row_size(a.num_key_heads * (channels + value_width)) {
+      : SlotGroup(arguments, arguments.slots[task / arguments.num_key_heads], task % arguments.num_key_heads),
+        a(arguments), sequence(task / a.num_key_heads), row_size(a.num_key_heads * (channels + value_width)) {
     x = a.qkvz + a.starts[sequence] * row_size + head * (channels + value_width);
     taps = transposed_taps();
     history = static_cast<float*>(scratch(kHistorySlot, (a.conv_width - 1) * channels * 4 + 64));
@@ -172,19 +120,8 @@ struct Group {
   }
 
   bool is_fresh() const { return a.is_fresh && a.is_fresh[sequence]; }
+  bool is_draft() const { return a.is_draft && a.is_draft[sequence]; }
   int64_t num_tokens() const { return a.starts[sequence + 1] - a.starts[sequence]; }
-  float* state() const {
-    return a.state + (a.slots[sequence] * a.num_value_heads + head * repeats) * key_dim * a.value_dim;
-  }
-
-  // Calls body(channel in the group, channel of the layer, count) for q, k and v.
-  template <typename Body>
-  QNEXT_INLINE void for_each_part(Body&& body) const {
-    const int64_t key_channels = a.num_key_heads * key_dim;
-    body(0, head * key_dim, key_dim);
-    body(key_dim, key_channels + head * key_dim, key_dim);
-    body(2 * key_dim, 2 * key_channels + head * value_width, value_width);
-  }
 
   const float* transposed_taps() const {
     auto* to = static_cast<float*>(scratch(kWeightSlot, a.conv_width * channels * 4));
@@ -198,31 +135,25 @@ struct Group {
     return to;
   }
 
-  float* conv_row(int64_t row) const {
-    const int64_t layer_channels = 2 * a.num_key_heads * key_dim + a.num_value_heads * a.value_dim;
-    return a.conv + (a.slots[sequence] * (a.conv_width - 1) + row) * layer_channels;
-  }
-
-  void read_history() {
+  void read_history(int64_t num_accepted) {
     for (int64_t row = 0; row < a.conv_width - 1; ++row)
       for_each_part([&](int64_t channel, int64_t layer_channel, int64_t count) {
         if (is_fresh())
           memset(history + row * channels + channel, 0, count * 4);
         else
-          memcpy(history + row * channels + channel, conv_row(row) + layer_channel, count * 4);
+          memcpy(history + row * channels + channel, conv_row(row + num_accepted) + layer_channel, count * 4);
       });
   }
 
   // Input of the convolution at token t of the sequence; before the first one it is history.
   const float* input(int64_t t) const { return t < 0 ? history + (a.conv_width - 1 + t) * channels : x + t * row_size; }
 
-  void write_history() const {
-    for (int64_t row = 0; row < a.conv_width - 1; ++row) {
-      const float* from = input(num_tokens() - (a.conv_width - 1) + row);
-      for_each_part([&](int64_t channel, int64_t layer_channel, int64_t count) {
-        memcpy(conv_row(row) + layer_channel, from + channel, count * 4);
+  // Inputs from token `first` of the sequence on to rows of the slot: carried ones, then pending ones.
+  void write_inputs(int64_t first, int64_t row, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i)
+      for_each_part([&](int64_t channel, int64_t layer_channel, int64_t size) {
+        memcpy(conv_row(row + i) + layer_channel, input(first + i) + channel, size * 4);
       });
-    }
   }
 
   void convolve(int64_t t, float* to) const {
@@ -272,30 +203,58 @@ struct Group {
     }
   }
 
+  // What the tokens of a draft computed, but for u, which stands there already.
+  void keep_draft() const {
+    for (int64_t t = 0; t < num_tokens(); ++t) {
+      memcpy(pending_k(t), mixed + t * channels + key_dim, key_dim * 4);
+      for (int64_t r = 0; r < repeats; ++r) pending_decay(t)[r] = gates[t * repeats + r].decay;
+    }
+  }
+
   void run() {
-    read_history();
-    if (is_fresh()) memset(state(), 0, repeats * key_dim * a.value_dim * 4);
-    const int64_t total = num_tokens();
-    for (int64_t first = 0; first < total; first += kTokensAtOnce) {
+    const int64_t total = num_tokens(), carried = a.conv_width - 1;
+    int64_t accepted = is_fresh() ? 0 : num_accepted();
+    read_history(accepted);
+    if (is_fresh()) memset(state(0), 0, repeats * key_dim * a.value_dim * 4);
+    for (int64_t first = 0; first < total; first += kTokensAtOnce, accepted = 0) {
       const int64_t count = smaller(kTokensAtOnce, total - first);
       prepare(first, count);
       for (int64_t r = 0; r < repeats; ++r)
         walk_head({count, key_dim, mixed, mixed + key_dim, mixed + 2 * key_dim + r * a.value_dim, channels, gates + r,
                    repeats},
-                  state() + r * key_dim * a.value_dim, a.value_dim);
+                  pending_updates(r, accepted), is_draft() ? pending_u(r) : nullptr, state(r), a.value_dim);
       finish(first, count);
     }
-    write_history();
+    if (is_draft()) {
+      keep_draft();
+      write_inputs(-carried, 0, carried + total);
+    } else {
+      write_inputs(total - carried, 0, carried);
+    }
   }
 };
 
+// Tasks of one slot share its number, so it changes when all are done.
+void forget_pending(const DeltaSlots& memory, const int64_t* slots, int64_t count) {
+  if (memory.pending.num_drafts)
+    for (int64_t n = 0; n < count; ++n) memory.pending.num_accepted[slots[n]] = 0;
+}
+
 void mixer(const DeltaMixerArguments& arguments) {
   parallel_for(arguments.num_sequences * arguments.num_key_heads, [&](int64_t task) { Group(arguments, task).run(); });
+  forget_pending(arguments, arguments.slots, arguments.num_sequences);
+}
+
+void apply_pending(const DeltaSlots& memory, const int64_t* slots, int64_t count) {
+  parallel_for(count * memory.num_key_heads, [&](int64_t task) {
+    SlotGroup(memory, slots[task / memory.num_key_heads], task % memory.num_key_heads).apply_pending();
+  });
+  forget_pending(memory, slots, count);
 }
 
 }  // namespace
 
 extern const DeltaKernels delta_kernels;
-const DeltaKernels delta_kernels{mixer};
+const DeltaKernels delta_kernels{mixer, apply_pending};
 
 }  // namespace qnext::QNEXT_ISA

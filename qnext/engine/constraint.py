@@ -1,0 +1,197 @@
+"""What an output constraint says, checked for size, and written as one grammar text. Neither torch nor a library.
+
+Everything becomes Lark: one language, one set of options, one place where limits are held.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qnext.errors import UsageError
+
+ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
+
+# Masks hold every token that fits, not only the one that a tokenizer would have chosen for bytes that are certain:
+# a draft that spells them otherwise is as right.
+_OPTIONS = '%llguidance {"no_forcing": true}\n'
+_RULE = re.compile(r"^[ \t]*[!?_]*[A-Za-z][\w-]*(?:\{[^}\n]*\}|\[[^\]\n]*\]|\.[+-]?\d+|::\w+)*[ \t]*:", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the output must look like.
+
+    `value` is a JSON schema (text, object or boolean), a regular expression that the whole output must match, the
+    choices, or a Lark grammar with the rule `start`; it is not read for "json_object". `starts_after` are the token
+    ids that end the reasoning: the constraint holds for what follows their first appearance in the output.
+    """
+
+    kind: ConstraintKind
+    value: str | bool | Mapping[str, Any] | tuple[str, ...] = ""
+    starts_after: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class GrammarLimits:
+    """How large a constraint may be, and what compiling it, one mask and the cache may cost."""
+
+    max_schema_bytes: int = 64 << 10
+    max_schema_nodes: int = 2_000  # objects and lists of the schema
+    max_schema_depth: int = 32
+    max_enum_values: int = 2_048  # of all enums together
+    max_pattern_properties: int = 32  # together: the library compares every two of an object
+    max_regex_length: int = 1_024  # characters, also of each pattern in a schema
+    max_choices: int = 2_048
+    max_choice_bytes: int = 16 << 10  # of all choices together
+    max_lark_bytes: int = 32 << 10
+    max_lark_rules: int = 500
+    max_lark_marks: int = 2_000  # colons and opening brackets, wherever they stand
+    max_whitespace: int = 64  # characters in a row between the parts of a JSON text
+    compile_seconds: float = 2.0
+    compile_threads: int = 2
+    step_seconds: float = 0.5  # of the thread's own time, for one mask; fuel ends nearly every case far below
+    max_cached_grammars: int = 64
+    max_cached_bytes: int = 4 << 20  # of grammar text
+    max_lexer_states: int = 20_000  # 1 to 2 kB each, for every request
+    max_grammar_size: int = 100_000
+    initial_lexer_fuel: int = 1_000_000
+    step_lexer_fuel: int = 200_000
+    step_max_items: int = 50_000
+    max_items_in_row: int = 2_000
+
+
+def grammar_text(constraint: Constraint, limits: GrammarLimits) -> str:
+    """The Lark grammar of a constraint. Raises UsageError, in one line, for what is malformed or too large."""
+    value = constraint.value
+    if constraint.kind == "json_schema":
+        return _json_text(_checked_schema(value, limits), limits)
+    if constraint.kind == "json_object":
+        return _json_text({"type": "object"}, limits)
+    if constraint.kind == "choice":
+        return _choice_text(value, limits)
+    if not isinstance(value, str):
+        raise UsageError(f"{constraint.kind}: must be a string, not {type(value).__name__}")
+    if constraint.kind == "regex":
+        return _regex_text(value, limits)
+    if constraint.kind == "lark":
+        return _lark_text(value, limits)
+    raise UsageError("the kind of an output constraint must be json_schema, json_object, regex, choice or lark")
+
+
+def _json_text(schema: dict[str, Any], limits: GrammarLimits) -> str:
+    # Unbounded white space is how a model that does not know what to write fills its whole allowance.
+    options = {"whitespace_pattern": rf"[ \t\n\r]{{1,{limits.max_whitespace}}}"}
+    return _OPTIONS + "start: %json " + json.dumps({**schema, "x-guidance": options}, allow_nan=False) + "\n"
+
+
+def _checked_schema(value: object, limits: GrammarLimits) -> dict[str, Any]:
+    if isinstance(value, str):
+        _check_size("json_schema", value, limits.max_schema_bytes)
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise UsageError("json_schema: not valid JSON") from None
+    if value is True:
+        return {}
+    if value is False:
+        raise UsageError("json_schema: the schema false allows no output")
+    if not isinstance(value, Mapping):
+        raise UsageError(f"json_schema: must be an object, not {type(value).__name__}")
+    _check_nodes(value, limits)
+    if "x-guidance" in value:
+        raise UsageError("json_schema: x-guidance is not supported")
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise UsageError("json_schema: not valid JSON") from None
+    _check_size("json_schema", text, limits.max_schema_bytes)
+    return dict(value)
+
+
+def _check_nodes(schema: Mapping[str, Any], limits: GrammarLimits) -> None:
+    """Depth, nodes, enum values and lengths of patterns, without recursion."""
+    waiting: list[tuple[Any, int]] = [(schema, 1)]
+    num_nodes = num_values = num_keyed = 0
+    while waiting:
+        value, depth = waiting.pop()
+        num_nodes += 1
+        if depth > limits.max_schema_depth:
+            raise UsageError(f"json_schema: nested deeper than {limits.max_schema_depth}")
+        if num_nodes > limits.max_schema_nodes:
+            raise UsageError(f"json_schema: more than {limits.max_schema_nodes} objects and lists")
+        if isinstance(value, Mapping):
+            values = value.get("enum")
+            num_values += len(values) if isinstance(values, list) else 0
+            if num_values > limits.max_enum_values:
+                raise UsageError(f"json_schema: more than {limits.max_enum_values} enum values")
+            keyed = value.get("patternProperties")
+            num_keyed += len(keyed) if isinstance(keyed, Mapping) else 0
+            if num_keyed > limits.max_pattern_properties:
+                raise UsageError(f"json_schema: more than {limits.max_pattern_properties} pattern properties")
+            for pattern in [value.get("pattern"), *(keyed if isinstance(keyed, Mapping) else ())]:
+                if isinstance(pattern, str) and len(pattern) > limits.max_regex_length:
+                    raise UsageError(f"json_schema: a pattern is longer than {limits.max_regex_length} characters")
+        children = value.values() if isinstance(value, Mapping) else value
+        waiting.extend((child, depth + 1) for child in children if isinstance(child, (Mapping, list, tuple)))
+
+
+def _regex_text(pattern: str, limits: GrammarLimits) -> str:
+    if len(pattern) > limits.max_regex_length:
+        raise UsageError(f"regex: longer than {limits.max_regex_length} characters")
+    _check_size("regex", pattern, 4 * limits.max_regex_length)
+    # The whole output must match, so an anchor at either end says nothing; the library knows none.
+    pattern = pattern.removeprefix("^")
+    if pattern.endswith("$") and (len(pattern) - len(pattern[:-1].rstrip("\\"))) % 2 == 1:
+        pattern = pattern[:-1]
+    return _OPTIONS + f"start: {_lark_regex(pattern)}\n"
+
+
+def _lark_regex(pattern: str) -> str:
+    """The pattern between slashes; no slash stands bare in it."""
+    if not pattern:
+        return '""'
+    parts = re.findall(r"\\.|.", pattern, re.DOTALL)
+    if parts[-1] == "\\":
+        raise UsageError("regex: ends in a single backslash")
+    return "/" + "".join(r"\/" if part == "/" else part for part in parts) + "/"
+
+
+def _choice_text(choices: object, limits: GrammarLimits) -> str:
+    """All choices in one expression: a single lexeme, whatever their number."""
+    if not isinstance(choices, (tuple, list)) or not all(isinstance(choice, str) for choice in choices):
+        raise UsageError("choice: must be a list of strings")
+    if not choices:
+        raise UsageError("choice: the list is empty")
+    if len(choices) > limits.max_choices:
+        raise UsageError(f"choice: more than {limits.max_choices} choices")
+    _check_size("choice", "".join(choices), limits.max_choice_bytes)
+    return _OPTIONS + "start: " + _lark_regex("|".join(f"(?:{_escaped(c)})" for c in dict.fromkeys(choices))) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c == " ") else f"\\x{{{ord(c):X}}}" for c in text)
+
+
+def _lark_text(text: str, limits: GrammarLimits) -> str:
+    _check_size("lark", text, limits.max_lark_bytes)
+    if not text.strip():
+        raise UsageError("lark: the grammar is empty")
+    # Rules and brackets are resolved by recursion: a chain of thousands of them would overflow the stack.
+    if len(_RULE.findall(text)) > limits.max_lark_rules:
+        raise UsageError(f"lark: more than {limits.max_lark_rules} rules")
+    if sum(map(text.count, ":([")) > limits.max_lark_marks:
+        raise UsageError(f"lark: more than {limits.max_lark_marks} colons and brackets")
+    return f"{text}\n{_OPTIONS}"  # at the end, so that line numbers in messages are the user's
+
+
+def _check_size(kind: str, text: str, limit: int) -> None:
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise UsageError(f"{kind}: holds a lone surrogate and is not valid Unicode") from None
+    if size > limit:
+        raise UsageError(f"{kind}: {size} bytes, at most {limit} are allowed")

@@ -1,0 +1,427 @@
+"""Tensors of prompt prefixes on disk, for an engine that comes back after a restart.
+
+An entry is a file, named by a hash of model, kind, salt and tokens; what it is of is in the file and compared when it
+is read. What fails any check is deleted and counted, and the engine computes the prefix anew: nothing here raises
+because of a file or a full disk. Writing is a thread's work, reading is the caller's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import threading
+import time
+import warnings
+from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple
+
+from torch import Tensor
+
+from qnext.engine.disk_entry import (
+    DIGEST_BYTES,
+    PREFIX,
+    DamagedEntry,
+    Header,
+    Lengths,
+    PrefixHasher,
+    encode_body,
+    encode_header,
+    is_kind,
+    make_header,
+    prefix_of,
+    read_body,
+    read_header,
+    token_bytes,
+)
+from qnext.errors import UsageError
+
+LOCK_FILE = "qnext-prefix-cache.lock"
+ENTRY_SUFFIX = ".entry"
+PARTIAL_SUFFIX = ".part"
+QUEUE_BYTES = 256 << 20
+# The process lacks something, the file may be good.
+_PASSING_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN}
+
+
+class DiskStatistics(NamedTuple):
+    """Counts since the store was opened; `num_entries` and the bytes are those of now.
+
+    `num_dropped` found the queue full, `num_refused` were larger than the whole store, `num_damaged` files were not
+    whole entries of this model and were deleted, `num_foreign` names in the folder are none of the store's and were
+    left alone.
+    """
+
+    num_entries: int
+    entry_bytes: int
+    max_bytes: int
+    queued_bytes: int
+    num_hits: int
+    num_misses: int
+    num_written: int
+    num_evicted: int
+    num_dropped: int
+    num_refused: int
+    num_damaged: int
+    num_foreign: int
+    num_failed_writes: int
+
+
+@dataclass(eq=False)
+class _Entry:
+    name: str
+    header: Header
+    num_bytes: int
+    body_B: Tensor | None = None  # until it is written
+
+
+class _Job(NamedTuple):
+    """Files to delete, then an entry to write: in this order the folder never holds more than it may."""
+
+    victims: list[_Entry]
+    entry: _Entry
+
+
+class DiskStore:
+    """Least recently used entries go first when `max_bytes` (lengths of the files) do not suffice.
+
+    `fingerprint` stands for everything that an entry's bits depend on (`make_fingerprint`); entries of another one are
+    deleted when the store is opened. The folder is new, empty or a store, and belongs to one store at a time. Raises
+    UsageError when it is another's, writable by others, a link, in use, or no store. Methods may be called from
+    several threads.
+    """
+
+    def __init__(
+        self, folder: Path | str, *, max_bytes: int, fingerprint: bytes, queue_bytes: int = QUEUE_BYTES
+    ) -> None:
+        if max_bytes <= 0:
+            raise UsageError(f"prefix cache {folder}: max_bytes is {max_bytes}, must be positive")
+        self.folder = Path(folder)
+        self._max_bytes = max_bytes
+        self._queue_bytes = queue_bytes
+        self._fingerprint = fingerprint
+        self._index: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._lengths: dict[tuple[str, bytes], Lengths] = {}
+        self._used_bytes = self._queued_bytes = self._stuck_bytes = 0
+        self._counts: Counter[str] = Counter()
+        self._has_warned = self._is_closing = self._is_busy = False
+        self._jobs: deque[_Job] = deque()
+        self._touched: dict[str, int] = {}
+        self._changed = threading.Condition(threading.RLock())
+        with contextlib.ExitStack() as stack:
+            self._folder_fd = _open_folder(self.folder)
+            stack.callback(os.close, self._folder_fd)
+            lock_fd = _lock_folder(self._folder_fd, self.folder)
+            stack.callback(os.close, lock_fd)
+            self._stamp = 0
+            self._scan()
+            self._descriptors = stack.pop_all()
+        self._writer = threading.Thread(target=self._write_jobs, name="prefix-cache-writer", daemon=True)
+        self._writer.start()
+
+    def put(self, kind: str, salt: bytes, tokens: Sequence[int], tensors: Mapping[str, Tensor]) -> bool:
+        """Copy the tensors and have them written. False when they do not fit the store or, now, its queue.
+
+        An entry that is there stays as it is and counts as used. `kind` is an identifier in ASCII.
+        """
+        assert len(tokens) and is_kind(kind), kind
+        data = token_bytes(tokens)
+        name = PrefixHasher(self._fingerprint, kind, salt).name(data)
+        header = make_header(kind, salt, len(tokens), tensors)
+        num_bytes = PREFIX.size + len(encode_header(header, self._fingerprint)) + header.body_bytes
+        with self._changed:
+            if self._is_closing:
+                return False
+            if name in self._index:
+                self._touch(name)
+                return True
+            if num_bytes > self._max_bytes - self._stuck_bytes:
+                self._counts["refused"] += 1
+                return False
+            # One entry is let into an empty queue whatever its size.
+            if self._queued_bytes and self._queued_bytes + num_bytes > self._queue_bytes:
+                self._counts["dropped"] += 1
+                return False
+            entry = _Entry(name, header, num_bytes, encode_body(header, data, tensors))
+            victims = self._make_room(num_bytes)
+            self._add(entry)
+            self._touch(name)
+            self._queued_bytes += num_bytes
+            self._jobs.append(_Job(victims, entry))
+            self._changed.notify_all()
+            return True
+
+    def get(self, kind: str, salt: bytes, tokens: Sequence[int]) -> dict[str, Tensor] | None:
+        """The tensors of exactly these tokens, on the CPU, the caller's own; they share one piece of memory."""
+        data = token_bytes(tokens)
+        name = PrefixHasher(self._fingerprint, kind, salt).name(data)
+        with self._changed:
+            entry = self._index.get(name)
+            if entry is None:
+                self._counts["misses"] += 1
+                return None
+            queued_B = entry.body_B
+        header, body_B = (entry.header, queued_B.clone()) if queued_B is not None else self._read(entry)
+        with self._changed:
+            if body_B is None or (header.kind, header.salt, header.tokens(body_B)) != (kind, salt, data):
+                self._counts["misses"] += 1
+                return None
+            self._counts["hits"] += 1
+            if self._index.get(name) is entry:
+                self._touch(name)
+        return header.tensors(body_B)
+
+    def lengths(self, kind: str, salt: bytes, tokens: Sequence[int], *, limit: int) -> list[int]:
+        """All p <= limit, ascending, for which the first p of the tokens are stored. Reads no file."""
+        with self._changed:
+            known = self._lengths.get((kind, salt))
+            candidates = known.up_to(min(limit, len(tokens))) if known else []
+            if not candidates:
+                return []
+            data = token_bytes(tokens[: candidates[-1]])
+            hasher = PrefixHasher(self._fingerprint, kind, salt)
+            return [length for length, name in hasher.names(data, candidates) if name in self._index]
+
+    def longest(self, kind: str, salt: bytes, tokens: Sequence[int], *, limit: int) -> int:
+        """The largest of `lengths`, or 0. `get` may still find that entry damaged."""
+        return max(self.lengths(kind, salt, tokens, limit=limit), default=0)
+
+    def statistics(self) -> DiskStatistics:
+        with self._changed:
+            counted = DiskStatistics._fields[4:]
+            counts = {name: self._counts[name.removeprefix("num_")] for name in counted}
+            return DiskStatistics(
+                len(self._index), self._used_bytes, self._max_bytes, self._queued_bytes, **counts
+            )  # fmt: skip
+
+    def flush(self) -> None:
+        """Wait until everything that was put is on disk, or has failed to be."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._jobs or self._touched or self._is_busy))
+
+    def close(self) -> None:
+        """Write what waits, then let the folder go. The store is empty from then on and takes nothing."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        self._writer.join()
+        with self._changed:
+            self._index.clear()
+            self._lengths.clear()
+            self._used_bytes = 0
+            self._descriptors.close()
+
+    def __enter__(self) -> DiskStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # The index. Called under the lock.
+
+    def _add(self, entry: _Entry) -> None:
+        self._index[entry.name] = entry
+        self._used_bytes += entry.num_bytes
+        key = (entry.header.kind, entry.header.salt)
+        self._lengths.setdefault(key, Lengths()).add(entry.header.num_tokens)
+
+    def _forget(self, entry: _Entry) -> None:
+        del self._index[entry.name]
+        self._used_bytes -= entry.num_bytes
+        key = (entry.header.kind, entry.header.salt)
+        if self._lengths[key].remove(entry.header.num_tokens):
+            del self._lengths[key]
+
+    def _touch(self, name: str) -> None:
+        """Last use is the file's time. The clock may step back; the order of uses may not."""
+        self._index.move_to_end(name)
+        self._stamp = max(time.time_ns(), self._stamp + 1)
+        self._touched[name] = self._stamp
+        self._changed.notify_all()
+
+    def _make_room(self, num_bytes: int) -> list[_Entry]:
+        victims: list[_Entry] = []
+        while self._index and self._used_bytes + num_bytes > self._max_bytes - self._stuck_bytes:
+            victims.append(next(iter(self._index.values())))
+            self._forget(victims[-1])
+        self._counts["evicted"] += len(victims)
+        return victims
+
+    # The folder.
+
+    def _scan(self) -> None:
+        found: list[tuple[int, str, _Entry]] = []
+        for file in os.listdir(self._folder_fd):
+            name, suffix = os.path.splitext(file)
+            if suffix not in (ENTRY_SUFFIX, PARTIAL_SUFFIX):
+                self._counts["foreign"] += file != LOCK_FILE
+                continue
+            try:
+                if suffix == PARTIAL_SUFFIX or len(name) != 2 * DIGEST_BYTES:
+                    raise DamagedEntry("half written, or named by another")
+                with self._open(name) as opened:
+                    status = os.fstat(opened.fileno())
+                    entry = _Entry(name, read_header(opened, self._fingerprint), status.st_size)
+                found.append((status.st_mtime_ns, name, entry))
+            except (DamagedEntry, OSError) as error:
+                if isinstance(error, OSError) and error.errno in _PASSING_ERRORS:
+                    raise UsageError(f"prefix cache {self.folder}: {error.strerror}") from error
+                self._counts["damaged"] += 1
+                self._remove(file)
+        for self._stamp, _, entry in sorted(found, key=lambda item: item[:2]):
+            self._add(entry)
+        for victim in self._make_room(0):
+            self._remove(victim.name + ENTRY_SUFFIX)
+
+    def _open(self, name: str) -> BinaryIO:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(name + ENTRY_SUFFIX, flags, dir_fd=self._folder_fd)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            os.close(descriptor)
+            raise DamagedEntry("not a private file")
+        return os.fdopen(descriptor, "rb", buffering=0)
+
+    def _read(self, entry: _Entry) -> tuple[Header, Tensor | None]:
+        """The file's own header and its verified body. Nothing where the file is gone; deletes what is damaged."""
+        try:
+            with self._open(entry.name) as file:
+                header = read_header(file, self._fingerprint)
+                body_B = read_body(file, header)
+            hasher = PrefixHasher(self._fingerprint, header.kind, header.salt)
+            if hasher.name(header.tokens(body_B)) != entry.name:
+                raise DamagedEntry("under the name of another")
+            return header, body_B
+        except (DamagedEntry, OSError, RuntimeError) as error:  # torch has a RuntimeError for lack of memory
+            if isinstance(error, RuntimeError) or getattr(error, "errno", None) in _PASSING_ERRORS:
+                return entry.header, None
+            with self._changed:
+                if self._index.get(entry.name) is entry:
+                    self._forget(entry)
+                    if not isinstance(error, FileNotFoundError):
+                        self._counts["damaged"] += 1
+                        self._remove(entry.name + ENTRY_SUFFIX)
+            return entry.header, None
+
+    def _remove(self, file: str) -> None:
+        """Delete a file of the folder. What stays is taken from the bytes that the store may use."""
+        try:
+            os.unlink(file, dir_fd=self._folder_fd)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            with contextlib.suppress(OSError), self._changed:
+                self._stuck_bytes += os.stat(file, dir_fd=self._folder_fd, follow_symlinks=False).st_size
+
+    # The writer's thread.
+
+    def _write_jobs(self) -> None:
+        while True:
+            with self._changed:
+                self._is_busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._jobs or self._touched or self._is_closing)
+                if not self._jobs and not self._touched:
+                    return
+                job = self._jobs.popleft() if self._jobs else None
+                self._is_busy = True
+            if job is not None:
+                for victim in job.victims:
+                    self._remove(victim.name + ENTRY_SUFFIX)
+                self._write(job.entry)
+                continue
+            with self._changed:
+                touched, self._touched = self._touched, {}
+            for name, stamp in touched.items():
+                with contextlib.suppress(OSError, OverflowError):
+                    os.utime(name + ENTRY_SUFFIX, ns=(stamp, stamp), dir_fd=self._folder_fd, follow_symlinks=False)
+
+    def _write(self, entry: _Entry) -> None:
+        error: OSError | None = None
+        with self._changed:
+            is_wanted = self._index.get(entry.name) is entry
+            fits = self._used_bytes <= self._max_bytes - self._stuck_bytes
+        try:
+            if is_wanted and not fits:
+                raise OSError(errno.EDQUOT, "evicted files cannot be deleted")
+            if is_wanted:
+                self._write_file(entry)
+        except OSError as caught:
+            error = caught
+            self._remove(entry.name + PARTIAL_SUFFIX)
+        with self._changed:
+            entry.body_B = None
+            self._queued_bytes -= entry.num_bytes
+            self._counts["written"] += is_wanted and error is None
+            self._counts["failed_writes"] += error is not None
+            if error is not None and self._index.get(entry.name) is entry:
+                self._forget(entry)
+        if error is not None and not self._has_warned:
+            self._has_warned = True
+            with contextlib.suppress(Warning):  # where warnings are errors the thread must live on
+                warnings.warn(f"prefix cache {self.folder}: {error.strerror}; entries are lost", stacklevel=2)
+
+    def _write_file(self, entry: _Entry) -> None:
+        """Under another name first: a file with an entry's name was written whole."""
+        assert entry.body_B is not None
+        header_bytes = encode_header(entry.header, self._fingerprint)
+        partial, final = entry.name + PARTIAL_SUFFIX, entry.name + ENTRY_SUFFIX
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(partial, flags, 0o600, dir_fd=self._folder_fd)
+        try:
+            for part in (prefix_of(header_bytes, entry.body_B) + header_bytes, entry.body_B.numpy().data):
+                waiting = memoryview(part)
+                while waiting.nbytes:
+                    waiting = waiting[os.write(descriptor, waiting) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        # The folder itself is not synchronised: a name that a power failure takes back is an entry less.
+        os.replace(partial, final, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
+
+
+def _open_folder(folder: Path) -> int:
+    """A descriptor of the folder, which is made where it lacks; every file is reached through it."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"prefix cache {folder}: {error.strerror} (it must be a folder and no link)") from error
+    status = os.fstat(descriptor)
+    wrong = ""
+    if status.st_uid != os.geteuid():
+        wrong = f"belongs to user {status.st_uid}"
+    elif status.st_mode & 0o022:
+        wrong = "is writable by others: chmod 700"
+    if wrong:
+        os.close(descriptor)
+        raise UsageError(f"prefix cache {folder}: {wrong}")
+    return descriptor
+
+
+def _lock_folder(folder_fd: int, folder: Path) -> int:
+    """A lock that ends with the process, however that ends. Its file marks the folder as a store."""
+    names = os.listdir(folder_fd)
+    if names and LOCK_FILE not in names:
+        raise UsageError(f"prefix cache {folder}: is neither empty nor a prefix cache")
+    descriptor = -1
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(LOCK_FILE, flags, 0o600, dir_fd=folder_fd)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.fchmod(folder_fd, 0o700)
+    except OSError as error:
+        if descriptor >= 0:
+            os.close(descriptor)
+        is_held = isinstance(error, BlockingIOError)
+        reason = "another engine uses it; give each its own" if is_held else f"{LOCK_FILE}: {error.strerror}"
+        raise UsageError(f"prefix cache {folder}: {reason}") from error
+    return descriptor

@@ -1,0 +1,57 @@
+"""Log-probabilities of raw logits: of one row, and of the tokens of a prompt. Y vocabulary, T tokens, D hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from qnext.engine.filters import Row, floor_of_most_likely
+from qnext.engine.request import Request, SampledToken
+from qnext.errors import CorruptCheckpoint
+
+_ROWS_AT_ONCE = 128  # 78 MB of logits with a vocabulary of 151,936
+
+
+def with_logprobs(row_Y: Row, token_id: int, num_top: int) -> SampledToken:
+    """The token with its log-probability and the `num_top` most likely ones; of equal ones the lower id comes first."""
+    best = row_Y.max()
+    offset = float(best) + float(np.log(np.exp(row_Y - best).sum(dtype=np.float64)))
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top:
+        num_top = min(num_top, len(row_Y))
+        ids = np.flatnonzero(row_Y >= floor_of_most_likely(row_Y, num_top))
+        ids = ids[np.argsort(-row_Y[ids], kind="stable")[:num_top]]
+        top = tuple((int(other), float(row_Y[other]) - offset) for other in ids)
+    return SampledToken(token_id, float(row_Y[token_id]) - offset, top)
+
+
+def prompt_logprobs(
+    logits: Callable[[Tensor], Tensor], hidden_TD: Tensor, request: Request, start: int
+) -> list[SampledToken]:
+    """What the hidden rows of positions `start` and on add to `request.prompt_sampled`; nothing is there twice.
+
+    The first token of a prompt has no log-probability. `logits` maps rows [T, D] to [T, Y]. Raises CorruptCheckpoint
+    for logits that are not finite.
+    """
+    prompt, num_top = request.prompt_ids, request.params.prompt_logprobs
+    assert num_top is not None
+    known = len(request.prompt_sampled)
+    found = [] if known else [SampledToken(prompt[0])]
+    first = max(known, start + 1)  # row t tells of token start + t + 1
+    assert first <= max(known, 1), "rows of the prompt were left out"
+    last = min(start + len(hidden_TD) + 1, len(prompt))
+    for begin in range(first, last, _ROWS_AT_ONCE):
+        targets = prompt[begin : min(begin + _ROWS_AT_ONCE, last)]
+        row = begin - start - 1
+        logits_TY = logits(hidden_TD[row : row + len(targets)]).float().numpy(force=True)
+        check_finite(logits_TY.max(axis=-1).tolist())
+        found += [with_logprobs(row_Y, token, num_top) for row_Y, token in zip(logits_TY, targets, strict=True)]
+    return found
+
+
+def check_finite(highest: Sequence[float]) -> None:
+    """The maximum of a row is NaN where any entry is, so one number per row is enough to look at."""
+    if not np.isfinite(highest).all():
+        raise CorruptCheckpoint("the model's logits are not finite: weights are damaged or overflow in this dtype")

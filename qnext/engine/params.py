@@ -1,0 +1,161 @@
+"""How tokens are chosen: every parameter of a request, checked. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from qnext.errors import UsageError
+
+MAX_LISTED_TOKENS = 1024
+MAX_LOGPROBS = 1024
+MAX_PROMPT_LOGPROBS = 20
+MAX_COMPLETIONS = 128
+
+_INTEGERS = ("top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "n")
+_NUMBERS = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", *_INTEGERS,
+)  # fmt: skip
+_OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. Raises UsageError naming the field for a value that is not finite or out of range.
+
+    temperature 0 is greedy: the exact argmax. Tokens that may not be chosen go first, then `logit_bias` is added, then
+    penalties apply: the repetition penalty counts tokens of prompt and output, presence and frequency penalties those
+    of the output only. Filters apply to the temperature-scaled distribution in the order min_p, top_k, top_p; tokens
+    that tie with the last one kept are kept too.
+
+    Before `min_tokens` tokens, none is chosen that would end the answer. Of `allowed_token_ids` (None: all) those in
+    `banned_token_ids` are never chosen. `logprobs` and `prompt_logprobs` say how many alternatives are reported beside
+    each token of answer and prompt. `n` completions are asked for; see Engine.add_requests.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0 or -1: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None  # None: the engine draws one
+    max_tokens: int | None = None  # None: as many as the context holds
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    min_tokens: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    allowed_token_ids: tuple[int, ...] | None = None
+    banned_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            _check_number(name, getattr(self, name))
+        if not isinstance(self.ignore_eos, bool):
+            raise UsageError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+        _require(self, "temperature", self.temperature >= 0, "at least 0")
+        _require(self, "top_k", self.top_k >= -1, "at least 1, or 0 for off")
+        _require(self, "top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        _require(self, "min_p", 0 <= self.min_p <= 1, "in [0, 1]")
+        _require(self, "repetition_penalty", self.repetition_penalty > 0, "positive")
+        _require(self, "presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]")
+        _require(self, "frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]")
+        _require(self, "seed", self.seed is None or -(2**63) <= self.seed < 2**64, "a 64-bit integer")
+        _require(self, "max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        _require(self, "min_tokens", self.min_tokens >= 0, "at least 0")
+        _require(self, "n", 1 <= self.n <= MAX_COMPLETIONS, f"between 1 and {MAX_COMPLETIONS}")
+        for name, most in (("logprobs", MAX_LOGPROBS), ("prompt_logprobs", MAX_PROMPT_LOGPROBS)):
+            value = getattr(self, name)
+            _require(self, name, value is None or 0 <= value <= most, f"between 0 and {most}")
+        for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids"):
+            object.__setattr__(self, name, _checked_ids(name, getattr(self, name)))
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise UsageError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise UsageError("allowed_token_ids must name at least one token")
+            if not set(self.allowed_token_ids).difference(self.banned_token_ids):
+                raise UsageError("banned_token_ids leaves nothing of allowed_token_ids")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def check_vocabulary(self, *, vocab_size: int, stop_ids: Collection[int]) -> None:
+        """Raise UsageError for listed tokens outside the vocabulary, and when no token could be chosen at some point.
+
+        `stop_ids` are all tokens that end the request. Those outside the vocabulary are ignored.
+        """
+        for name in ("logit_bias", "allowed_token_ids", "banned_token_ids"):
+            for token in getattr(self, name) or ():
+                if token >= vocab_size:
+                    raise UsageError(f"{name}: token {token} is outside the vocabulary of {vocab_size}")
+        if self._num_usable(vocab_size, ()) == 0:
+            raise UsageError("banned_token_ids leaves no token of the vocabulary")
+        if self.min_tokens and self._num_usable(vocab_size, stop_ids) == 0:
+            raise UsageError(f"min_tokens {self.min_tokens}: every token that may be chosen would end the answer")
+
+    def _num_usable(self, vocab_size: int, excluded: Collection[int]) -> int:
+        out = set(self.banned_token_ids).union(excluded)
+        if self.allowed_token_ids is not None:
+            return len(set(self.allowed_token_ids) - out)
+        return vocab_size - sum(token < vocab_size for token in out)
+
+
+def _check_number(name: str, value: object) -> None:
+    if value is None and name in _OPTIONAL:
+        return
+    kinds: tuple[type, ...] = (int,) if name in _INTEGERS else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise UsageError(f"{name} must be {'an integer' if name in _INTEGERS else 'a number'}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} must be finite, not {value}")
+
+
+def _require(params: SamplingParams, name: str, is_valid: bool, rule: str) -> None:
+    if not is_valid:
+        raise UsageError(f"{name} must be {rule}, not {getattr(params, name)}")
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _checked_ids(name: str, values: object) -> tuple[int, ...] | None:
+    if values is None and name == "allowed_token_ids":
+        return None
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping)):
+        raise UsageError(f"{name} must be a list of token ids, not {values!r}")
+    ids = tuple(values)
+    if len(ids) > MAX_LISTED_TOKENS:
+        raise UsageError(f"{name} must name at most {MAX_LISTED_TOKENS} tokens, not {len(ids)}")
+    for token in ids:
+        if not _is_token(token):
+            raise UsageError(f"{name} must be token ids, not {token!r}")
+    return ids
+
+
+def _checked_bias(bias: object) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise UsageError(f"logit_bias must map token ids to numbers, not {bias!r}")
+    if len(bias) > MAX_LISTED_TOKENS:
+        raise UsageError(f"logit_bias must name at most {MAX_LISTED_TOKENS} tokens, not {len(bias)}")
+    for token, value in bias.items():
+        if not _is_token(token):
+            raise UsageError(f"logit_bias must have token ids as keys, not {token!r}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -100 <= value <= 100:
+            raise UsageError(f"logit_bias of token {token} must be a number in [-100, 100], not {value!r}")
+    return dict(bias)

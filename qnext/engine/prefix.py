@@ -1,0 +1,263 @@
+"""Which prefixes can be continued, and what goes first when room is short. Integers only, no torch.
+
+Full blocks of computed tokens form a trie: a node is a block, its key the exact tokens in it (never a hash of them),
+and every `salt` has a root of its own, so that what one owner of a key sent never shortens another's wait. A recurrent
+state cannot be cut back, so a prefix of `p` tokens of a model with Gated DeltaNet layers is usable only where a
+checkpoint lies: a slot with the state after exactly `p` tokens, and for the `p % block_size` tokens behind the last
+full block a tail block that holds their keys and values.
+
+What goes first when room is short stands in `prefix_trie.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qnext.engine.blocks import RefPool
+from qnext.engine.flights import Flight, Wait
+from qnext.engine.prefix_trie import Duplicate, Evicted, PrefixTrie, Tokens, add_heat, common_prefix
+
+
+class Hit(NamedTuple):
+    """A usable prefix. `tail_block` and `slot` are to be copied into the request's own, never written to."""
+
+    num_tokens: int
+    blocks: tuple[int, ...]  # full blocks in order, shared
+    tail_block: int | None  # its first num_tokens % block_size tokens count
+    slot: int | None
+
+
+@dataclass
+class PrefixStatistics:
+    num_requests: int = 0
+    tokens_looked_up: int = 0
+    tokens_hit: int = 0
+    num_checkpoints_made: int = 0
+    num_checkpoints_evicted: int = 0
+    num_blocks_evicted: int = 0
+
+
+class PrefixCache:
+    """Prefixes of one model. `blocks` is None without full attention, `slots` is None without recurrent states.
+
+    The cache is one owner among others in both pools. It shares what it is shown and lets go of that only in `evict`;
+    callers let go of their own with `free`, whether the cache took a share or not.
+
+    The scheduler, for each request:
+
+    1. Before admission: `wait(...)`; while the `Wait` it gives is open, leave the request in the queue (others may
+       pass). Nothing to wait for: `acquire(prompt, salt=..., limit=len(prompt) - 1)`, which pins the hit, then
+       allocate what else the request needs, with `evict` before that where the pools are short. No room: `release` the
+       hit, and try again when something has been given back.
+    2. On admission: `announce(prompt, salt=..., hit=hit)` gives a `Flight`. The request's blocks are `hit.blocks` and
+       then its own; it starts at `hit.num_tokens`. Before its first step `hit.slot` is copied to its slot and
+       `hit.tail_block` to the first of its own blocks; when that step is committed, `release_sources(hit)`.
+    3. Each plan: end the chunk at `flight.next_stop` if that comes first, and set `flight.num_planned` at once, before
+       `wait` is asked for others. If the chunk `is_at_stop` and the model has states, allocate a slot in the same plan
+       (`evict` one if need be; without room just go on): the step copies the state there at its end.
+    4. Each commit: set `flight.num_computed`. Where a state was copied: `add_checkpoint(tokens so far, ...,
+       is_shared=flight.stops[n])`, then `free([slot])`: the cache has its own share, or did not want one. Without
+       states `insert(tokens so far, ...)` after every chunk instead.
+    5. The prompt is computed, or the request ends before: `land(flight)`.
+    6. The request ends well: `add_checkpoint` (or `insert`) with all computed tokens, prompt and answer, and its own
+       slot, no copy; after that its blocks and slot are freed as ever. A step that failed: land and free, slots
+       for copies too, and add nothing.
+
+    Ids that come back may be lent again in the same plan. So sources are released only after the commit, and what the
+    pools report by `drain_freed` is made unreadable before the copies and the step. A hit needs one slot and one block
+    more than the request alone while its sources are pinned: where nothing runs and there is still no room, release the
+    hit and admit the request with an empty one, `acquire(prompt, salt=..., limit=0)`.
+    Duplicates may be left alone: they go when the request ends. To swap one earlier (`share([kept])`, `free([block])`)
+    the runner's table of the request's blocks must be written anew before its next step.
+
+    >>> blocks, slots = RefPool(8, name="block"), RefPool(3, name="slot")
+    >>> cache = PrefixCache(block_size=4, blocks=blocks, slots=slots, min_tokens=1)
+    >>> own, (slot,) = blocks.allocate(2), slots.allocate(1)
+    >>> flight = cache.announce((1, 2, 3, 4, 5, 6), salt="a", hit=cache.acquire((1, 2, 3, 4, 5, 6), salt="a", limit=5))
+    >>> flight.next_stop, cache.land(flight)  # one token before the end, so that the same prompt again is a hit
+    (5, None)
+    >>> cache.add_checkpoint((1, 2, 3, 4, 5, 6), own, salt="a", slot=slot)  # the request has ended after 6 tokens
+    []
+    >>> blocks.free(own), slots.free([slot])
+    (None, None)
+    >>> cache.acquire((1, 2, 3, 4, 5, 6, 7, 8), salt="a", limit=7)
+    Hit(num_tokens=6, blocks=(0,), tail_block=1, slot=0)
+    >>> cache.lookup((1, 2, 3, 4, 5, 6, 7, 8), salt="b", limit=7).num_tokens
+    0
+    """
+
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        blocks: RefPool | None,
+        slots: RefPool | None,
+        grid: int = 1,
+        min_tokens: int = 64,
+        half_life: int = 256,
+    ) -> None:
+        """Stops lie on multiples of `grid`; for fewer than `min_tokens` tokens nobody stops or waits."""
+        assert block_size > 0 and grid > 0 and min_tokens > 0 and half_life > 0
+        assert blocks is not None or slots is not None
+        self.block_size = block_size
+        self.blocks = blocks
+        self.slots = slots
+        self.grid = grid
+        self.min_tokens = min_tokens
+        self.half_life = half_life
+        self.statistics = PrefixStatistics()
+        self._trie = PrefixTrie(block_size=block_size, blocks=blocks, slots=slots)
+        self._flights: dict[Flight, None] = {}  # in the order of their announcement
+
+    @property
+    def num_checkpoints(self) -> int:
+        return len(self._trie.checkpoints)
+
+    def owned_blocks(self) -> Iterator[int]:
+        """Every block once for each share of the cache, for the integrity check of the pool."""
+        return self._trie.num_shares.elements()
+
+    def owned_slots(self) -> Iterator[int]:
+        return iter(self._trie.checkpoints)
+
+    def lookup(self, tokens: Tokens, *, salt: str, limit: int) -> Hit:
+        """The longest usable prefix of at most `limit` tokens. Changes nothing and pins nothing."""
+        path = self._trie.walk(tokens, salt=salt, limit=limit)
+        slot = tail_block = None
+        if self.slots is not None:
+            checkpoint = self._trie.deepest_checkpoint(path, tokens, limit=limit)
+            if checkpoint is None:
+                return Hit(0, (), None, None)
+            path = path[: checkpoint.node.depth + 1]
+            num_tokens, slot, tail_block = checkpoint.num_tokens, checkpoint.slot, checkpoint.tail_block
+        else:
+            num_tokens = max(0, len(path) - 1) * self.block_size
+        return Hit(num_tokens, tuple(n.block for n in path if n.block is not None), tail_block, slot)
+
+    def acquire(self, tokens: Tokens, *, salt: str, limit: int) -> Hit:
+        """`lookup`, with the caller as one more owner of all that the hit names."""
+        hit = self.lookup(tokens, salt=salt, limit=limit)
+        if self.blocks is not None:
+            self.blocks.share(hit.blocks)
+            self.blocks.share(_optional(hit.tail_block))
+        if self.slots is not None:
+            self.slots.share(_optional(hit.slot))
+        return hit
+
+    def release(self, hit: Hit) -> None:
+        """Undo `acquire`."""
+        if self.blocks is not None:
+            self.blocks.free(hit.blocks)
+        self.release_sources(hit)
+
+    def release_sources(self, hit: Hit) -> None:
+        """Let go of what has been copied; the shared blocks stay with the request."""
+        if self.blocks is not None:
+            self.blocks.free(_optional(hit.tail_block))
+        if self.slots is not None:
+            self.slots.free(_optional(hit.slot))
+
+    def announce(self, tokens: Tokens, *, salt: str, hit: Hit, stops: Iterable[int] = ()) -> Flight:
+        """A request is admitted, with `hit` acquired. This is where its use of the prefix is counted.
+
+        With states the flight stops where these tokens leave a known path, one token before their end, and at `stops`
+        (ends of turns, every so many tokens), each rounded down to the grid.
+        """
+        self.statistics.num_requests += 1
+        self.statistics.tokens_looked_up += len(tokens)
+        self.statistics.tokens_hit += hit.num_tokens
+        flight = Flight(tokens, salt, hit.num_tokens, hit.num_tokens)
+        if self.slots is not None:
+            branch = self.branch_point(tokens, salt=salt)
+            for stop, is_shared in (*((stop, False) for stop in stops), (len(tokens) - 1, False), (branch, True)):
+                stop = min(stop, len(tokens) - 1) // self.grid * self.grid
+                if stop - hit.num_tokens >= self.min_tokens:
+                    flight.stops[stop] = flight.stops.get(stop, False) or is_shared
+            if hit.slot is not None:
+                self._trie.checkpoints[hit.slot].count_hit(self._now)
+        else:
+            for node in self._trie.walk(tokens, salt=salt, limit=hit.num_tokens):
+                node.heat = add_heat(node.heat, self._now)
+        self._flights[flight] = None
+        return flight
+
+    def land(self, flight: Flight) -> None:
+        """The prompt is computed, or never will be."""
+        flight.is_over = True
+        del self._flights[flight]
+
+    def wait(self, tokens: Tokens, *, salt: str, limit: int) -> Wait | None:
+        """Whether a running request is about to compute more of these tokens than `lookup` finds.
+
+        With states it is made to stop where the two part.
+        """
+        grid = self.block_size if self.slots is None else self.grid
+        least = self.lookup(tokens, salt=salt, limit=limit).num_tokens + self.min_tokens
+        best: Wait | None = None
+        for flight in self._flights:
+            if flight.salt != salt:
+                continue
+            parting = min(common_prefix(flight.tokens, tokens), limit) // grid * grid
+            can_wait = parting > flight.num_computed if self.slots is None else flight.can_stop_at(parting)
+            if can_wait and parting >= least and (best is None or parting > best.num_tokens):
+                best = Wait(flight, parting)
+        if best is not None and self.slots is not None:
+            best.flight.stops[best.num_tokens] = True
+        return best
+
+    def branch_point(self, tokens: Tokens, *, salt: str) -> int:
+        """The deepest token count at which these tokens leave a path that is cached or just being computed."""
+        in_flight = (common_prefix(flight.tokens, tokens) for flight in self._flights if flight.salt == salt)
+        return max(self._trie.num_known(tokens, salt=salt), *in_flight, 0)
+
+    def insert(self, tokens: Tokens, blocks: Sequence[int], *, salt: str) -> list[Duplicate]:
+        """Share the full blocks of computed tokens. `blocks` are the request's, in order. O(len(tokens))."""
+        if self.blocks is None or len(tokens) < self.block_size:
+            return []
+        return self._trie.extend(tokens, blocks, salt=salt, now=self._now)[1]
+
+    def add_checkpoint(
+        self, tokens: Tokens, blocks: Sequence[int], *, salt: str, slot: int, is_shared: bool = False
+    ) -> list[Duplicate]:
+        """`insert`, and share `slot`, which holds the state after exactly `tokens`; not where one lies there already.
+
+        The block of the last tokens is shared too where it is not full. The request may go on writing behind them.
+        """
+        assert tokens
+        path, duplicates = self._trie.extend(tokens, blocks, salt=salt, now=self._now)
+        num_full, num_rest = divmod(len(tokens), self.block_size)
+        tail_block = blocks[num_full] if num_rest and self.blocks is not None else None
+        self.statistics.num_checkpoints_made += self._trie.add_checkpoint(
+            path, tokens, slot=slot, tail_block=tail_block, is_shared=is_shared, now=self._now
+        )
+        return duplicates
+
+    def evict(self, *, num_blocks: int = 0, num_slots: int = 0) -> Evicted:
+        """Give back so many blocks and slots, or a few more; nothing at all where that much is surely not to be had.
+
+        It can still be less than was asked for, when blocks that nobody holds lie above some that a request holds.
+        """
+        evicted = self._trie.evict(num_blocks=num_blocks, num_slots=num_slots)
+        self.statistics.num_blocks_evicted += len(evicted.blocks)
+        self.statistics.num_checkpoints_evicted += len(evicted.slots)
+        return evicted
+
+    def clear(self) -> None:
+        """Forget all that is cached; who holds a hit still holds it."""
+        self._trie.clear()
+
+    def check_integrity(self) -> None:
+        """All that the cache holds hangs together, and both pools know of its shares."""
+        self._trie.check_integrity()
+        assert all(not flight.is_over for flight in self._flights)
+
+    @property
+    def _now(self) -> float:
+        """The heat of one use at this moment."""
+        return self.statistics.num_requests / self.half_life
+
+
+def _optional(index: int | None) -> list[int]:
+    return [] if index is None else [index]
