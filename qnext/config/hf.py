@@ -18,8 +18,6 @@ ARCHITECTURES = {
 }
 
 # Far above any model; a damaged file must not make a list of a billion layers.
-_TOO_LARGE = 2**53
-_MAX_LAYERS = 4096
 
 # Keys that say nothing about the arithmetic; quantization_config is read by the checkpoint loader.
 _IGNORED = frozenset((
