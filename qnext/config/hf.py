@@ -17,8 +17,6 @@ ARCHITECTURES = {
     "qnext": "QnextForCausalLM",
 }
 
-# Far above any model; a damaged file must not make a list of a billion layers.
-
 # Keys that say nothing about the arithmetic; quantization_config is read by the checkpoint loader.
 _IGNORED = frozenset((
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_router_logits",
