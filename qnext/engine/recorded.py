@@ -16,6 +16,7 @@ from qnext.model import Batch, CacheView, CausalLM
 from qnext.ops import Packing, Recording, is_native, record
 
 _MAX_ATTEMPTS = 4  # the first may meet conversions that are made once
+_MAX_RECORDINGS = 24  # kept; the one used longest ago goes first
 _MAX_TOKENS = 64  # of a step: in longer ones the time of Python no longer counts, but the memory does
 
 
@@ -41,14 +42,16 @@ class RecordedSteps:
     def run(self, sequences: Sequence[SequencePlan]) -> Tensor:
         """fp32 logits [T, Y], in memory that the next step of this size writes again."""
         size = (len(sequences), sum(len(s.token_ids) for s in sequences))
-        step = self._steps.get(size)
+        step = self._steps.pop(size, None)
         if step is None or not step.is_current():
-            lengths = [len(s.token_ids) for s in sequences]
-            step = self._steps[size] = _Step(self._model, self._cache, lengths)
+            step = _Step(self._model, self._cache, [len(s.token_ids) for s in sequences])
         logits_TY = step.run(sequences)
-        if not step.is_recorded:
+        if step.is_recorded:
+            self._steps[size] = step
+            if len(self._steps) > _MAX_RECORDINGS:
+                del self._steps[next(iter(self._steps))]
+        else:
             self._num_failures += 1
-            del self._steps[size]
         return logits_TY
 
 

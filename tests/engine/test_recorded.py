@@ -63,6 +63,15 @@ def test_the_same_bits(name: str, form: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_recordings_that_were_used_longest_ago_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qnext.engine.recorded._MAX_RECORDINGS", 2)
+    model = make_in_form(NAMES[0], "float32")
+    rows, runner = generate(model, [5, 17, 64, 1, 30], may_record=True)
+    assert len(runner._recorded._steps) == 2
+    plain, _ = generate(model, [5, 17, 64, 1, 30], may_record=False)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(rows, plain, strict=True))
+
+
 def test_a_model_with_hooks_runs_in_python() -> None:
     model = make_in_form(NAMES[0], "float32")
     seen = []
