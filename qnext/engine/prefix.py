@@ -31,6 +31,8 @@ class Hit(NamedTuple):
 
 @dataclass
 class PrefixStatistics:
+    """Counts since the cache was made. Looked up and hit are tokens of admitted requests."""
+
     num_requests: int = 0
     tokens_looked_up: int = 0
     tokens_hit: int = 0

@@ -53,7 +53,6 @@ class RequestTimes:
     """Seconds on the engine's clock; None for what has not happened."""
 
     arrived: float = 0.0
-    admitted: float | None = None  # the first time
     first_token: float | None = None
     finished: float | None = None
 
@@ -89,7 +88,7 @@ class Request:
     guide: Guide | None = None  # says which tokens may be chosen
     deadline: float | None = None  # on the engine's clock
     failure: QnextError | None = None
-    times: RequestTimes = field(default_factory=lambda: RequestTimes())
+    times: RequestTimes = field(default_factory=RequestTimes)
     drafts: tuple[int, ...] = ()  # tokens that may follow the last one, to be verified in the next step
     num_cached_tokens: int | None = None  # of the prompt, found in the cache on admission
     flight: Flight | None = None  # its prompt on the way to the cache; the scheduler's

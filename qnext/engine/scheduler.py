@@ -307,7 +307,7 @@ class Scheduler:
         tokens = flight.tokens[: flight.num_computed]
         if self.prefixes.slots is None:
             self.prefixes.insert(tokens, request.blocks, salt=request.salt)
-        elif flight.num_computed in flight.stops and self._make_room(0, 1):
+        elif flight.is_at_stop and self._make_room(0, 1):
             (slot,) = self.slots.allocate(1)
             # Both ends are held until the copy was made, at the start of the next step.
             self.slots.share([request.slot])

@@ -30,7 +30,7 @@ class Recording:
     def __init__(self, calls: Any, memory: list[Tensor], parameters: Iterable[nn.Parameter]) -> None:
         self._calls = calls
         self._memory = memory
-        # Parameters whose address, or the address of their copy in fp32, stands in a call.
+        # Of any of them the address, or that of its copy in fp32, may stand in a call.
         self._stamps = [
             (parameter, parameter._version, parameter.data_ptr())
             for parameter in parameters
