@@ -45,21 +45,12 @@ WITHOUT_TORCH = ["config", "text", "planning"]
 MODULES_WITHOUT_TORCH = [
     "qnext.errors",
     "qnext.cli",
-    *(
-        f"qnext.engine.{name}"
-        for name in (
-            "params",
-            "seeds",
-            "request",
-            "step",
-            "constraint",
-            "blocks",
-            "scheduler",
-            "flights",
-            "prefix_trie",
-            "prefix",
-        )
-    ),
+    "qnext.engine.params",
+    "qnext.engine.request",
+    "qnext.engine.step",
+    "qnext.engine.sampling.seeds",
+    "qnext.engine.sampling.constraint",
+    *(f"qnext.engine.scheduling.{name}" for name in ("blocks", "scheduler", "flights", "prefix_trie", "prefix")),
 ]
 
 

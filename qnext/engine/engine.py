@@ -23,9 +23,9 @@ from qnext.engine.request import (
     output_allowance,
 )
 from qnext.engine.runner import Runner
-from qnext.engine.sampler import Window, verify
-from qnext.engine.scheduler import Scheduler
-from qnext.engine.seeds import child_seed
+from qnext.engine.sampling.sampler import Window, verify
+from qnext.engine.sampling.seeds import child_seed
+from qnext.engine.scheduling.scheduler import Scheduler
 from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
 from qnext.errors import UsageError
 from qnext.model import CausalLM

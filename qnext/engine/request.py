@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qnext.engine.flights import Flight, Wait
 from qnext.engine.params import SamplingParams
+from qnext.engine.scheduling.flights import Flight, Wait
 from qnext.errors import DoesNotFit, QnextError, UsageError
 
 # "error": nothing may be chosen, see `failure`; "deadline": out of time

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from qnext.engine.cache import Cache
-from qnext.engine.logprobs import prompt_logprobs
 from qnext.engine.recorded import RecordedSteps
 from qnext.engine.request import Request, SampledToken
+from qnext.engine.sampling.logprobs import prompt_logprobs
 from qnext.engine.step import SequencePlan, StepPlan
 from qnext.model import Batch, CausalLM
 from qnext.ops import Packing, is_native

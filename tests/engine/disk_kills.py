@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from qnext.engine import disk
-from qnext.engine.disk import PARTIAL_SUFFIX, DiskStore
+from qnext.engine.storage import disk
+from qnext.engine.storage.disk import PARTIAL_SUFFIX, DiskStore
 
 MAX_BYTES = 2_000_000
 

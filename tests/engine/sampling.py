@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from qnext.engine.request import Request, SampledToken, SamplingParams
-from qnext.engine.sampler import Window, verify
+from qnext.engine.sampling.sampler import Window, verify
 
 VOCAB_SIZE = 41
 

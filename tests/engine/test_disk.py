@@ -20,9 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qnext.engine import disk, disk_entry
-from qnext.engine.disk import ENTRY_SUFFIX, LOCK_FILE, PARTIAL_SUFFIX, DiskStore
-from qnext.engine.disk_entry import PREFIX, PrefixHasher, make_fingerprint, token_bytes
+from qnext.engine.storage import disk, disk_entry
+from qnext.engine.storage.disk import ENTRY_SUFFIX, LOCK_FILE, PARTIAL_SUFFIX, DiskStore
+from qnext.engine.storage.disk_entry import PREFIX, PrefixHasher, make_fingerprint, token_bytes
 from qnext.errors import UsageError
 
 MODEL = make_fingerprint(b"weights", version="1", block_size=16)
@@ -506,7 +506,7 @@ def test_a_folder_that_others_may_read_is_closed_to_them(tmp_path: Path) -> None
 
 def test_one_store_at_a_time(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom qnext.engine.disk import DiskStore\nfrom qnext.errors import UsageError\n"
+        "import sys\nfrom qnext.engine.storage.disk import DiskStore\nfrom qnext.errors import UsageError\n"
         "try:\n    DiskStore(sys.argv[1], max_bytes=1000, fingerprint=b'').close()\n"
         "except UsageError as error:\n    sys.exit(str(error))\n"
     )

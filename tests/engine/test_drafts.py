@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qnext.engine.cache import BLOCK_SIZE, Cache
 from qnext.engine.request import Request, SamplingParams
-from qnext.engine.scheduler import SequencePlan, StepPlan
+from qnext.engine.scheduling.scheduler import SequencePlan, StepPlan
 from qnext.model import Batch, CausalLM
 from qnext.ops import Packing, backend
 from tests.engine.models import reference_logits, tiny_model

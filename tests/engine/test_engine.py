@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from qnext.engine import Engine, Request, SampledToken, SamplingParams
-from qnext.engine.prefix import Hit
 from qnext.engine.runner import Runner
-from qnext.engine.seeds import child_seed
+from qnext.engine.sampling.seeds import child_seed
+from qnext.engine.scheduling.prefix import Hit
 from qnext.engine.step import StepPlan
 from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError
 from qnext.ops import DELTA_CHUNK_SIZE

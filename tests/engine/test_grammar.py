@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from qnext.engine import grammar as grammar_module
-from qnext.engine.constraint import Constraint, GrammarLimits, grammar_text
-from qnext.engine.grammar import GrammarCompiler, GrammarState, Vocabulary, apply_masks
+from qnext.engine.sampling import grammar as grammar_module
+from qnext.engine.sampling.constraint import Constraint, GrammarLimits, grammar_text
+from qnext.engine.sampling.grammar import GrammarCompiler, GrammarState, Vocabulary, apply_masks
 from qnext.errors import ConstraintFailed, QnextError, UsageError
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import byte_level_tokenizer, train_bpe

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qnext.engine import EndEvent, Engine, SamplingParams
-from qnext.engine.constraint import Constraint
-from qnext.engine.grammar import GrammarCompiler, Vocabulary
+from qnext.engine.sampling.constraint import Constraint
+from qnext.engine.sampling.grammar import GrammarCompiler, Vocabulary
 from qnext.errors import QnextError, UsageError
 from tests.engine.models import VOCAB_SIZE, random_prompt, reference_greedy, tiny_model
 

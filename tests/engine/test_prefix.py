@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from qnext.engine import prefix
-from qnext.engine.blocks import RefPool
-from qnext.engine.flights import Flight, Wait
-from qnext.engine.prefix import Hit, PrefixCache
+from qnext.engine.scheduling import prefix
+from qnext.engine.scheduling.blocks import RefPool
+from qnext.engine.scheduling.flights import Flight, Wait
+from qnext.engine.scheduling.prefix import Hit, PrefixCache
 
 BLOCK = 4
 Tokens = tuple[int, ...]

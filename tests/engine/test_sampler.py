@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from qnext.engine.filters import candidates, scaled
 from qnext.engine.request import SamplingParams
-from qnext.engine.seeds import uniform
+from qnext.engine.sampling.filters import candidates, scaled
+from qnext.engine.sampling.seeds import uniform
 from qnext.errors import CorruptCheckpoint
 from tests.engine.sampling import VOCAB_SIZE, logits, request, sample
 

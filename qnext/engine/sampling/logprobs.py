@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from qnext.engine.filters import Row, floor_of_most_likely
 from qnext.engine.request import Request, SampledToken
+from qnext.engine.sampling.filters import Row, floor_of_most_likely
 from qnext.errors import CorruptCheckpoint
 
 _ROWS_AT_ONCE = 128  # 78 MB of logits with a vocabulary of 151,936

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from math import log2
 from typing import NamedTuple
 
-from qnext.engine.blocks import RefPool
+from qnext.engine.scheduling.blocks import RefPool
 
 Tokens = tuple[int, ...]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from qnext.engine.prefix_trie import Tokens
+from qnext.engine.scheduling.prefix_trie import Tokens
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from typing import BinaryIO, NamedTuple
 
 from torch import Tensor
 
-from qnext.engine.disk_entry import (
+from qnext.engine.storage.disk_entry import (
     DIGEST_BYTES,
     PREFIX,
     DamagedEntry,

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qnext.engine.constraint import Constraint, GrammarLimits, grammar_text
+from qnext.engine.sampling.constraint import Constraint, GrammarLimits, grammar_text
 from qnext.errors import ConstraintFailed, UsageError
 
 Mask = NDArray[np.int32]

@@ -1,0 +1,1 @@
+"""From logits to tokens: parameters applied, windows of drafts verified, constraints kept."""

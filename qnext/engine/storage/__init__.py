@@ -1,0 +1,1 @@
+"""Prefixes that outlive their memory: entries on disk."""
