@@ -39,7 +39,13 @@ class CostEstimate:
     def seconds(self, size: int) -> float:
         """Needs `is_known`."""
         assert self._scale is not None
-        return self._scale * self._factors.get(size, 1.0) * self._shape(size)
+        return self._scale * self._factor(size) * self._shape(size)
+
+    def _factor(self, size: int) -> float:
+        """That of the nearest size that was seen, for one that was not."""
+        if size in self._factors or not self._factors:
+            return self._factors.get(size, 1.0)
+        return self._factors[min(self._factors, key=lambda seen: abs(seen - size))]
 
     def observe(self, size: int, seconds: float) -> None:
         """It took so long. The first two times of a size are no measure: they prepare what later ones use."""
@@ -47,12 +53,12 @@ class CostEstimate:
         if seen <= 2:
             return
         if self._scale is None:
-            self._scale = seconds / self._shape(size)
+            self._scale, self._factors[size] = seconds / self._shape(size), 1.0
             return
         ratio = min(2.0, max(0.5, seconds / self.seconds(size)))
         weight = max(0.1, 1.0 / (seen - 1))  # of the size's own factor; the first measures count for more
         self._scale *= ratio**0.05
-        self._factors[size] = self._factors.get(size, 1.0) * ratio**weight
+        self._factors[size] = self._factor(size) * ratio**weight
 
 
 class Acceptance:
@@ -69,10 +75,16 @@ class Acceptance:
         return self._trials[0]
 
     def observe(self, num_right: int, num_drafted: int) -> None:
-        """Of so many drafts, one after another, so many were right before the first wrong one."""
+        """Of so many drafts, one after another, so many were right before the first wrong one.
+
+        What is known of every depth fades, so that one which did badly is tried again some time.
+        """
+        for depth in range(len(self._trials)):
+            self._trials[depth] *= self._decay
+            self._right[depth] *= self._decay
         for depth in range(min(num_drafted, num_right + 1)):
-            self._trials[depth] = self._trials[depth] * self._decay + 1.0
-            self._right[depth] = self._right[depth] * self._decay + (depth < num_right)
+            self._trials[depth] += 1.0
+            self._right[depth] += depth < num_right
         if self._prior is not None:
             self._prior.observe(num_right, num_drafted)
 
