@@ -302,7 +302,7 @@ class Engine:
         events = self.scheduler.commit(StepResult(tokens))
         if self.drafter is not None:
             seconds = time.perf_counter() - started
-            self.drafter.learn(windows, verdicts, seconds=seconds, only_decodes=plan.only_decodes)
+            self.drafter.learn(windows, verdicts, seconds=seconds if output.was_prepared else None)
         now = time.monotonic()
         for event in events:
             request = self._requests[event.request_id]

@@ -119,6 +119,8 @@ class _Kept(NamedTuple, Generic[Result]):
 class RecordedBatches(Generic[Result]):
     """One function of batches, recorded for each size of a batch that recurs.
 
+    `was_prepared` says of the last batch that nothing was done for the first time: its time is that of the next ones.
+
     `compute` reads its inputs and writes nothing but the caches and the rows that the cache keeps for drafting.
     """
 
@@ -126,6 +128,7 @@ class RecordedBatches(Generic[Result]):
         self._model, self._cache, self._compute = model, cache, compute
         self._batches: dict[tuple[int, int], _Kept[Result]] = {}
         self._num_failures = 0
+        self.was_prepared = True
         self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def serves(self, num_tokens: int) -> bool:
@@ -144,10 +147,12 @@ class RecordedBatches(Generic[Result]):
         if not self.serves(num_tokens):
             inputs = StepInputs(self._cache, [len(part.token_ids) for part in rows])
             inputs.fill(rows)
+            self.was_prepared = True
             return self._compute(inputs)
         size = (len(rows), num_tokens)
         kept = self._batches.pop(size, None)
-        if kept is not None and kept.recording.is_current():
+        self.was_prepared = kept is not None and kept.recording.is_current()
+        if kept is not None and self.was_prepared:
             kept.inputs.fill(rows)
             kept.recording.replay()
         else:

@@ -28,6 +28,7 @@ class RunnerOutput(NamedTuple):
     logits_RY: Tensor
     sequences: list[SequencePlan]
     prompt_tokens: Sequence[tuple[Request, list[SampledToken]]] = ()
+    was_prepared: bool = False  # whether its time is that of the next steps of this kind
 
 
 class Runner:
@@ -54,7 +55,8 @@ class Runner:
             return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [])
         if plan.only_decodes and self._decoding.serves(sum(len(s.token_ids) for s in plan.sequences)):
             rows = [Rows(s.request, s.token_ids, s.start, bool(s.drafts)) for s in plan.sequences]
-            return RunnerOutput(self._decoding.run(rows), list(plan.sequences))
+            logits_TY = self._decoding.run(rows)
+            return RunnerOutput(logits_TY, list(plan.sequences), was_prepared=self._decoding.was_prepared)
         parts: list[Tensor] = []
         chosen: list[SequencePlan] = []
         prompt_tokens: list[tuple[Request, list[SampledToken]]] = []
@@ -67,7 +69,8 @@ class Runner:
                     chosen.extend(wanted)
         if not parts:
             return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [], prompt_tokens)
-        return RunnerOutput(torch.cat(parts) if len(parts) > 1 else parts[0], chosen, prompt_tokens)
+        logits_RY = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return RunnerOutput(logits_RY, chosen, prompt_tokens, was_prepared=plan.only_decodes)
 
     def _decode(self, inputs: StepInputs) -> Tensor:
         """fp32 logits of all rows [T, Y]."""

@@ -16,6 +16,7 @@ _LEAST_GAIN = 1.03  # less is within the error of the estimates
 _PRIOR_TRIALS = 4.0
 _MEMORY_OF_REQUEST, _MEMORY_OF_ALL = 32.0, 400.0  # trials after which an old one counts for a third
 _PROBE_SHARE = 0.008  # of the time, at most
+_ENOUGH_SEEN, _FORGET_AFTER, _FAVOUR = 5, 500, 0.75
 _FIRST_GUESS = 0.5  # acceptance before anything was seen
 
 
@@ -31,15 +32,17 @@ class CostEstimate:
         self._scale: float | None = None
         self._factors: dict[int, float] = {}
         self._num_seen: dict[int, int] = {}
+        self._num_observed = 0
 
     @property
     def is_known(self) -> bool:
         return self._scale is not None
 
     def seconds(self, size: int) -> float:
-        """Needs `is_known`."""
+        """Needs `is_known`. Favours a size that was hardly seen, or not for long, so that it is looked at."""
         assert self._scale is not None
-        return self._scale * self._factor(size) * self._shape(size)
+        favour = 1.0 if self._num_seen.get(size, 0) >= _ENOUGH_SEEN else _FAVOUR
+        return favour * self._scale * self._factor(size) * self._shape(size)
 
     def _factor(self, size: int) -> float:
         """That of the nearest size that was seen, for one that was not."""
@@ -48,17 +51,23 @@ class CostEstimate:
         return self._factors[min(self._factors, key=lambda seen: abs(seen - size))]
 
     def observe(self, size: int, seconds: float) -> None:
-        """It took so long. The first two times of a size are no measure: they prepare what later ones use."""
+        """It took so long. Of the first times the shortest counts: much can make a first time long."""
+        self._num_observed += 1
+        if self._num_observed % _FORGET_AFTER == 0:
+            self._num_seen = {size: min(count, _ENOUGH_SEEN - 2) for size, count in self._num_seen.items()}
         seen = self._num_seen[size] = self._num_seen.get(size, 0) + 1
-        if seen <= 2:
-            return
         if self._scale is None:
             self._scale, self._factors[size] = seconds / self._shape(size), 1.0
             return
-        ratio = min(2.0, max(0.5, seconds / self.seconds(size)))
-        weight = max(0.1, 1.0 / (seen - 1))  # of the size's own factor; the first measures count for more
-        self._scale *= ratio**0.05
-        self._factors[size] = self._factor(size) * ratio**weight
+        expected = self._scale * self._factor(size) * self._shape(size)
+        ratio = min(2.0, max(0.5, seconds / expected))
+        if size not in self._factors:
+            self._factors[size] = self._factor(size) * seconds / expected
+        elif seen < _ENOUGH_SEEN and ratio < 1:
+            self._factors[size] *= ratio
+        elif seen >= _ENOUGH_SEEN:
+            self._scale *= ratio**0.05
+            self._factors[size] *= ratio**0.1
 
 
 class Acceptance:
@@ -126,6 +135,7 @@ class DraftLengths:
     _seconds: float = field(default=0.0, init=False)
     _probe_seconds: float = field(default=0.0, init=False)
     _probe_cost: float = field(default=0.0, init=False)
+    _num_probes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.steps = CostEstimate(self.step_shape)
@@ -142,13 +152,15 @@ class DraftLengths:
 
     def observe_probe(self, seconds: float) -> None:
         """Finding out what drafts would be worth took so long."""
-        self._probe_seconds += seconds
-        self._probe_cost = seconds
+        self._num_probes += 1
+        if self._num_probes > 1:  # the first one does much for the first time
+            self._probe_seconds += seconds
+            self._probe_cost = seconds
 
     @property
     def may_probe(self) -> bool:
         """Whether a probe is due: the first one always, others when they take no more than their share of the time."""
-        return self._probe_seconds + self._probe_cost <= _PROBE_SHARE * self._seconds or not self._probe_cost
+        return not self._num_probes or self._probe_seconds + self._probe_cost <= _PROBE_SHARE * self._seconds
 
     def choose(self, requests: Sequence[Drafting], most: Sequence[int]) -> list[int]:
         """Drafts for each request, at most `most` of them, that bring the most tokens a second; all 0 if none gain.

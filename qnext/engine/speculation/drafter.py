@@ -67,11 +67,9 @@ class Drafter:
         else:
             self._drafted_at = (len(requests), self._num_steps)
 
-    def learn(
-        self, windows: Sequence[Window], verdicts: Sequence[Verdict], *, seconds: float, only_decodes: bool
-    ) -> None:
-        """What became of the drafts of a step that took so long."""
-        if only_decodes:
+    def learn(self, windows: Sequence[Window], verdicts: Sequence[Verdict], *, seconds: float | None) -> None:
+        """What became of the drafts of a step, which took so long if that is a measure for others."""
+        if seconds is not None:
             self.lengths.observe_step(sum(1 + len(window.draft_ids) for window in windows), seconds)
         for window, verdict in zip(windows, verdicts, strict=True):
             drafting = window.request.drafting
@@ -139,7 +137,8 @@ class Drafter:
             indices = [len(requests[n].output_ids) + len(drafts[n]) for n in active]
             for n, token in zip(active, draft(logits_NY, [requests[n] for n in active], indices), strict=True):
                 drafts[n].append(token)
-            self.lengths.passes.observe(len(active), time.perf_counter() - start)
+            if self._next_tokens.was_prepared:
+                self.lengths.passes.observe(len(active), time.perf_counter() - start)
             active = [n for n in active if len(drafts[n]) < wanted[n]]
             rows = [
                 self._rows_at(
