@@ -52,7 +52,7 @@ void tile(const T* weight, int64_t num_inputs, const typename Operand<T>::Row* c
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
       const T* at = weight + o * num_inputs + d;
-      if constexpr (kRows == 1) prefetch(at + kOutputs * num_inputs);  // the same place in the next tile
+      prefetch(at + kOutputs * num_inputs);  // the same place in the next tile
       w[o] = fetch(at, (const Row*)nullptr);
     }
 #pragma GCC unroll 8

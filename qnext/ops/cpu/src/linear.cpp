@@ -118,11 +118,13 @@ void multiply(const Weight& weight, int64_t expert, int64_t begin, int64_t end, 
 
 namespace {
 
+constexpr int64_t kFewRows = 32;  // up to here the weights cost about as much as the arithmetic
+
 // Outputs per task: enough tasks to share evenly, blocks large enough to stream, at most what fits in a level-2 cache.
 int64_t columns_per_task(int64_t num_outputs, int64_t num_rows) {
-  if (num_rows > 8) return 64;
-  int64_t even = num_outputs / (num_threads() * 6) / 32 * 32;
-  return larger<int64_t>(32, smaller<int64_t>(128, even));
+  const int64_t most = num_rows <= 2 ? 128 : num_rows <= kFewRows ? 256 : 64;
+  const int64_t even = num_outputs / (num_threads() * 6) / 32 * 32;
+  return larger<int64_t>(32, smaller(most, even));
 }
 
 void linear(const Weight& weight, const float* x, int64_t num_rows, float* out, int64_t out_stride) {
@@ -142,7 +144,7 @@ constexpr int64_t kStreamBytes = 192 << 10;  // of a task that is bound by memor
 
 // Outputs of one task of a product.
 int64_t expert_columns(const Weight& weight, int64_t num_rows) {
-  if (num_rows > 4) return kExpertColumns;
+  if (num_rows > kFewRows) return kExpertColumns;
   const int64_t bits = weight.kind == WeightKind::codes4 ? 4 : weight.kind == WeightKind::codes8 ? 8 : 16;
   return larger<int64_t>(2 * kLanes, kStreamBytes * 8 / (bits * weight.num_inputs) / (2 * kLanes) * (2 * kLanes));
 }
