@@ -1,7 +1,6 @@
 // Rows times integer weights in panels of sixteen outputs, one lane each. Inside a group the products are exact
 // integers; groups are added up in fp32 from the first to the last, whatever the shape of the tile.
 #include "gemm.h"
-#include "pool.h"
 
 namespace qnext::QNEXT_ISA {
 namespace {
@@ -251,7 +250,8 @@ void tile_rows(int num_rows, const Panels& w, const TileRows& rows, const Ahead&
 }
 
 template <int kParts>
-void tile_any(bool is_packed, int num_rows, const Panels& w, const TileRows& rows, const Ahead& ahead, const Target& target) {
+void tile_any(bool is_packed, int num_rows, const Panels& w, const TileRows& rows, const Ahead& ahead,
+              const Target& target) {
   if (is_packed)
     tile_rows<true, kParts>(num_rows, w, rows, ahead, target);
   else
@@ -273,8 +273,8 @@ void multiply_codes(const Weight& weight, int64_t expert, int64_t begin, int64_t
   w.panel_bytes = weight.num_inputs * kLanes / (is_packed ? 2 : 1);
   const int64_t most_parts = parts_of_tile(num_rows, is_packed), step = most_parts * kRegisterLanes;
   const int64_t num_tiles = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
-  Ahead ahead;
   const int64_t panels_at_once = larger<int64_t>(1, step / kLanes);
+  Ahead ahead;
   ahead.code_bytes = panels_at_once * w.panel_bytes / num_groups;
   ahead.scale_bytes = panels_at_once * kLanes * scale_bytes(w.scale_kind);
   for (int64_t column = begin; column < end; column += step) {
@@ -283,13 +283,15 @@ void multiply_codes(const Weight& weight, int64_t expert, int64_t begin, int64_t
     w.codes = static_cast<const uint8_t*>(weight.data) + panel * w.panel_bytes + 4 * lane;
     w.scales = static_cast<const uint8_t*>(weight.scales) + panel * panel_stride + lane * scale_bytes(w.scale_kind);
     w.zeros = weight.zeros ? weight.zeros + panel * w.panel_scales + lane : nullptr;
-    ahead.codes = lane == 0 && end - column > panels_at_once * kLanes ? w.codes + panels_at_once * w.panel_bytes : nullptr;
+    const bool has_next = lane == 0 && end - column > panels_at_once * kLanes;
+    ahead.codes = has_next ? w.codes + panels_at_once * w.panel_bytes : nullptr;
     ahead.scales = w.scales + panels_at_once * panel_stride;
-    for (int64_t first = 0, t = 0; first < num_rows; ++t) {
-      const int count = static_cast<int>((num_rows - first + num_tiles - t - 1) / (num_tiles - t));
-      ahead.take_turn(t, num_tiles);
+    int64_t turn = 0;
+    for (int64_t first = 0, count; first < num_rows; first += count) {
+      count = rows_of_tile(num_rows - first);
+      ahead.take_turn(turn++, num_tiles);
       TileRows tile_of;
-      for (int r = 0; r < count; ++r) {
+      for (int64_t r = 0; r < count; ++r) {
         const int64_t row = index ? index[first + r] : first + r;
         tile_of.codes[r] = rows.codes + row * rows.num_inputs;
         tile_of.scales[r] = rows.scales + row * num_groups;
@@ -300,7 +302,6 @@ void multiply_codes(const Weight& weight, int64_t expert, int64_t begin, int64_t
         tile_any<2>(is_packed, count, w, tile_of, ahead, target);
       else
         tile_any<1>(is_packed, count, w, tile_of, ahead, target);
-      first += count;
     }
   }
 }

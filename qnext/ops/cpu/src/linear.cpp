@@ -9,7 +9,7 @@ namespace qnext::QNEXT_ISA {
 
 namespace {
 
-enum Slot : int { kUnpacked = 0, kRowsSlot, kSharedRowsSlot, kProductsSlot, kHiddenSlot, kPreparedSlot, kListSlot };
+enum Slot : int { kRowsSlot, kSharedRowsSlot, kProductsSlot, kHiddenSlot, kPreparedSlot, kListSlot };
 
 int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -117,8 +117,6 @@ void multiply(const Weight& weight, int64_t expert, int64_t begin, int64_t end, 
 }
 
 namespace {
-
-constexpr int64_t kFewRows = 32;  // up to here the weights cost about as much as the arithmetic
 
 // Outputs per task: enough tasks to share evenly, blocks large enough to stream, at most what fits in a level-2 cache.
 int64_t columns_per_task(int64_t num_outputs, int64_t num_rows) {
