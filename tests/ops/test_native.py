@@ -106,6 +106,21 @@ def test_integer_products_are_exact(num_rows: int, bits: int) -> None:
     assert torch.equal(ops.linear(x_TD, as_panels(weight)).double(), expected)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [16, 48, 96])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_every_number_of_rows_and_many_tasks(bits: int, group: int, zeros: bool) -> None:
+    """Groups that are no multiple of 32, a last panel of eight outputs, and more outputs than a task takes."""
+    weight = random_quantized(1000, 96, bits=bits, group=group, scale=torch.float32, zeros=zeros)
+    weight.scales.fill_(0.25)
+    panels, value_FD = as_panels(weight), weight.dequantize(torch.float64)
+    x_TD = torch.randint(-127, 128, (34, 96), generator=torch.Generator().manual_seed(2)).float()
+    x_TD[:, ::16] = 127.0
+    expected = x_TD.double() @ value_FD.t()
+    for num_rows in range(1, 35):
+        assert torch.equal(ops.linear(x_TD[:num_rows], panels).double(), expected[:num_rows]), num_rows
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_outputs", [1, 8, 77])
 @pytest.mark.parametrize("num_rows", ROWS)
@@ -131,7 +146,7 @@ def test_a_row_does_not_depend_on_its_company(form: str) -> None:
     weight, _ = weights_of(form, 80, 256)
     x_TD = random_rows(40, 256)
     whole = ops.linear(x_TD, weight)
-    for size in (1, 2, 3, 6, 13, 39):
+    for size in (1, 2, 3, 4, 5, 6, 8, 13, 16, 32, 33, 39):
         assert torch.equal(torch.cat([ops.linear(part, weight) for part in x_TD.split(size)]), whole)
 
 

@@ -7,6 +7,13 @@
 namespace qnext::QNEXT_ISA {
 
 constexpr int kMaxTileRows = 6;
+constexpr int64_t kFewRows = 32;  // up to here reading the weights costs about as much as the arithmetic
+
+// Rows of the next tile of `rows` that are left: all tiles take about as many, since narrow ones cost more for a row.
+QNEXT_INLINE int64_t rows_of_tile(int64_t rows) {
+  const int64_t num_tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
+  return (rows + num_tiles - 1) / num_tiles;
+}
 
 // Make `num_rows` rows ready for `weight`, in parallel; buffers live in the caller's scratch `slot` until used again.
 Rows prepare_rows(const Weight& weight, const float* x, int64_t num_rows, int slot);

@@ -1,12 +1,9 @@
 // Rows times integer weights in panels of sixteen outputs, one lane each. Inside a group the products are exact
 // integers; groups are added up in fp32 from the first to the last, whatever the shape of the tile.
 #include "gemm.h"
-#include "pool.h"
 
 namespace qnext::QNEXT_ISA {
 namespace {
-
-constexpr int kUnpackedSlot = 0;
 
 struct Panels {
   const uint8_t* codes;
@@ -24,6 +21,27 @@ struct TileRows {
   const int32_t* corrections[kMaxTileRows];
 };
 
+// What the next tiles read, asked for while this one is computed: memory is a stream only if somebody looks ahead. Tiles
+// that share a weight ask for a part of every group each.
+struct Ahead {
+  const uint8_t* codes = nullptr;  // null: nothing
+  const uint8_t* scales = nullptr;
+  int64_t code_bytes = 0, scale_bytes = 0;  // per group
+  int64_t first_byte = 0, end_byte = 0;     // of a group's codes
+
+  // Tile number `turn` of `count`.
+  void take_turn(int64_t turn, int64_t count) {
+    first_byte = turn * (code_bytes / 64) / count * 64;
+    end_byte = (turn + 1) * (code_bytes / 64) / count * 64;
+  }
+
+  QNEXT_INLINE void ask(int64_t group) const {
+    if (codes == nullptr) return;
+    for (int64_t i = first_byte; i < end_byte; i += 64) prefetch(codes + group * code_bytes + i);
+    if (first_byte == 0) prefetch(scales + group * scale_bytes);
+  }
+};
+
 QNEXT_INLINE int64_t scale_bytes(ScaleKind kind) { return kind == ScaleKind::f32 ? 4 : 2; }
 
 QNEXT_INLINE f32reg load_scales(const Panels& w, int64_t at) {
@@ -33,7 +51,6 @@ QNEXT_INLINE f32reg load_scales(const Panels& w, int64_t at) {
 }
 
 #if defined(__AVX512VNNI__)
-constexpr bool kUnpackPays = true;
 // A single row is bound by memory: panel after panel is one stream, whose start is always asked for in time.
 QNEXT_INLINE int64_t parts_of_tile(int64_t num_rows, bool) { return num_rows == 1 ? 1 : 2; }
 
@@ -49,7 +66,9 @@ QNEXT_INLINE int32_t four(const int8_t* p) {
 
 // Products of kRows rows with kParts registers of outputs: panels. With kIsPacked a byte holds two 4-bit codes, otherwise one code.
 template <bool kIsPacked, int kRows, int kParts>
-void tile(const Panels& w, const TileRows& rows, f32x16 (*out)[kParts]) {
+void tile(const Panels& w, const TileRows& rows, const Ahead& ahead, f32x16 (*out)[kParts]) {
+  constexpr int64_t kStep = kIsPacked ? 8 : 4;  // inputs in a register of codes
+  constexpr int64_t kBlock = 32;                // inputs without a branch between them
   f32x16 acc[kRows][kParts];
   for (int r = 0; r < kRows; ++r)
     for (int p = 0; p < kParts; ++p) acc[r][p] = splat(0.0f);
@@ -57,6 +76,7 @@ void tile(const Panels& w, const TileRows& rows, f32x16 (*out)[kParts]) {
   const uint8_t* at = w.codes;
   int64_t d = 0;
   for (int64_t g = 0; g < num_groups; ++g) {
+    if constexpr (kRows > 1) ahead.ask(g);
     i32x16 dots[kRows][kParts];
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
@@ -67,12 +87,13 @@ void tile(const Panels& w, const TileRows& rows, f32x16 (*out)[kParts]) {
         if (w.zeros) dots[r][p] *= load_zeros(w.zeros + p * w.panel_scales + g * kLanes);
       }
     }
-    for (const int64_t end = d + w.group_size; d < end; d += kIsPacked ? 8 : 4, at += 64) {
+    const auto take = [&](int64_t step) __attribute__((always_inline)) {
+      const int64_t input = d + step * kStep;
       u8x64 codes[kParts];
 #pragma GCC unroll 2
       for (int p = 0; p < kParts; ++p) {
-        const uint8_t* from = at + p * w.panel_bytes;
-        if constexpr (kRows <= 2) prefetch(from + kPrefetchBytes);
+        const uint8_t* from = at + p * w.panel_bytes + step * 64;
+        if constexpr (kRows == 1) prefetch(from + kPrefetchBytes);
         codes[p] = load_bytes(from);
       }
       if constexpr (kIsPacked) {
@@ -82,16 +103,22 @@ void tile(const Panels& w, const TileRows& rows, f32x16 (*out)[kParts]) {
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-          for (int p = 0; p < kParts; ++p) dots[r][p] = dot_codes(dots[r][p], low[p], four(rows.codes[r] + d));
+          for (int p = 0; p < kParts; ++p) dots[r][p] = dot_codes(dots[r][p], low[p], four(rows.codes[r] + input));
 #pragma GCC unroll 2
         for (int p = 0; p < kParts; ++p) codes[p] = (u8x64)((u32x16)codes[p] >> 4) & (u8x64{} + (uint8_t)15);
       }
-      const int64_t second = d + (kIsPacked ? 4 : 0);
+      const int64_t second = input + (kIsPacked ? 4 : 0);
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
         for (int p = 0; p < kParts; ++p) dots[r][p] = dot_codes(dots[r][p], codes[p], four(rows.codes[r] + second));
+    };
+    const int64_t end = d + w.group_size;
+    for (; d + kBlock <= end; d += kBlock, at += 64 * (kBlock / kStep)) {
+#pragma GCC unroll 8
+      for (int64_t step = 0; step < kBlock / kStep; ++step) take(step);
     }
+    for (; d < end; d += kStep, at += 64) take(0);
 #pragma GCC unroll 2
     for (int p = 0; p < kParts; ++p) {
       f32x16 scale = load_scales(w, p * w.panel_scales + g * kLanes);
@@ -104,7 +131,6 @@ void tile(const Panels& w, const TileRows& rows, f32x16 (*out)[kParts]) {
     for (int p = 0; p < kParts; ++p) out[r][p] = acc[r][p];
 }
 #else
-constexpr bool kUnpackPays = false;
 // Whole bytes take two sums each, which leaves no registers for a second part of six rows.
 QNEXT_INLINE int64_t parts_of_tile(int64_t num_rows, bool is_packed) { return is_packed || num_rows <= 2 ? 2 : 1; }
 
@@ -121,7 +147,7 @@ QNEXT_INLINE i32reg load_zeros(const uint8_t* p) {
 // Products of kRows rows with kParts registers of outputs, neighbours in a panel. With kIsPacked a byte holds two 4-bit
 // codes; otherwise one code, whose nibbles are multiplied apart: products of whole bytes would not fit into 16 bits.
 template <bool kIsPacked, int kRows, int kParts>
-void tile(const Panels& w, const TileRows& rows, f32reg (*out)[kParts]) {
+void tile(const Panels& w, const TileRows& rows, const Ahead& ahead, f32reg (*out)[kParts]) {
   constexpr int64_t kInputsIn16Bits = 32;
   constexpr int kSums = kIsPacked ? 1 : 2;  // one for all nibbles, or those of low and high nibbles
   f32reg acc[kRows][kParts];
@@ -131,6 +157,7 @@ void tile(const Panels& w, const TileRows& rows, f32reg (*out)[kParts]) {
   const uint8_t* at = w.codes;
   int64_t d = 0;
   for (int64_t g = 0; g < num_groups; ++g) {
+    if constexpr (kRows > 2) ahead.ask(g);
     i32reg dots[kRows][kParts];
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
@@ -196,9 +223,9 @@ struct Target {
 };
 
 template <bool kIsPacked, int kRows, int kParts>
-void tile_to(const Panels& w, const TileRows& rows, const Target& target) {
+void tile_to(const Panels& w, const TileRows& rows, const Ahead& ahead, const Target& target) {
   f32reg result[kRows][kParts];
-  tile<kIsPacked, kRows, kParts>(w, rows, result);
+  tile<kIsPacked, kRows, kParts>(w, rows, ahead, result);
   for (int r = 0; r < kRows; ++r)
     for (int p = 0; p < kParts; ++p) {
       int64_t columns = smaller<int64_t>(kRegisterLanes, target.num_columns - p * kRegisterLanes);
@@ -211,68 +238,60 @@ void tile_to(const Panels& w, const TileRows& rows, const Target& target) {
 }
 
 template <bool kIsPacked, int kParts>
-void tile_rows(int num_rows, const Panels& w, const TileRows& rows, const Target& target) {
+void tile_rows(int num_rows, const Panels& w, const TileRows& rows, const Ahead& ahead, const Target& target) {
   switch (num_rows) {
-    case 1: return tile_to<kIsPacked, 1, kParts>(w, rows, target);
-    case 2: return tile_to<kIsPacked, 2, kParts>(w, rows, target);
-    case 3: return tile_to<kIsPacked, 3, kParts>(w, rows, target);
-    case 4: return tile_to<kIsPacked, 4, kParts>(w, rows, target);
-    case 5: return tile_to<kIsPacked, 5, kParts>(w, rows, target);
-    default: return tile_to<kIsPacked, 6, kParts>(w, rows, target);
+    case 1: return tile_to<kIsPacked, 1, kParts>(w, rows, ahead, target);
+    case 2: return tile_to<kIsPacked, 2, kParts>(w, rows, ahead, target);
+    case 3: return tile_to<kIsPacked, 3, kParts>(w, rows, ahead, target);
+    case 4: return tile_to<kIsPacked, 4, kParts>(w, rows, ahead, target);
+    case 5: return tile_to<kIsPacked, 5, kParts>(w, rows, ahead, target);
+    default: return tile_to<kIsPacked, 6, kParts>(w, rows, ahead, target);
   }
 }
 
 template <int kParts>
-void tile_any(bool is_packed, int num_rows, const Panels& w, const TileRows& rows, const Target& target) {
+void tile_any(bool is_packed, int num_rows, const Panels& w, const TileRows& rows, const Ahead& ahead,
+              const Target& target) {
   if (is_packed)
-    tile_rows<true, kParts>(num_rows, w, rows, target);
+    tile_rows<true, kParts>(num_rows, w, rows, ahead, target);
   else
-    tile_rows<false, kParts>(num_rows, w, rows, target);
-}
-
-// 4-bit codes to one code per byte, in the order of 8-bit panels.
-void unpack(const uint8_t* packed, int64_t bytes, uint8_t* codes) {
-  const u8x64 mask = u8x64{} + (uint8_t)15;
-  for (int64_t i = 0; i < bytes; i += 64) {
-    u8x64 v = load_bytes(packed + i);
-    store_bytes(codes + 2 * i, v & mask);
-    store_bytes(codes + 2 * i + 64, (u8x64)((u32x16)v >> 4) & mask);
-  }
+    tile_rows<false, kParts>(num_rows, w, rows, ahead, target);
 }
 
 }  // namespace
 
 void multiply_codes(const Weight& weight, int64_t expert, int64_t begin, int64_t end, const Rows& rows,
                     const int32_t* index, int64_t num_rows, float* out, int64_t out_stride) {
-  const bool is_packed_on_disk = weight.kind == WeightKind::codes4;
+  const bool is_packed = weight.kind == WeightKind::codes4;
   const int64_t num_groups = weight.num_groups();
   Panels w{};
   w.num_inputs = weight.num_inputs;
   w.group_size = weight.group_size;
   w.scale_kind = weight.scale_kind;
   w.panel_scales = num_groups * kLanes;
-  const int64_t stored_bytes = weight.num_inputs * kLanes / (is_packed_on_disk ? 2 : 1);
   const int64_t panel_stride = w.panel_scales * scale_bytes(w.scale_kind);
-  const bool unpack_first = kUnpackPays && is_packed_on_disk && num_rows > 2 * kMaxTileRows;
-  const bool is_packed = is_packed_on_disk && !unpack_first;
-  uint8_t* unpacked = nullptr;
-  if (unpack_first) unpacked = static_cast<uint8_t*>(scratch(kUnpackedSlot, 4 * stored_bytes));
-  w.panel_bytes = unpack_first ? 2 * stored_bytes : stored_bytes;
+  w.panel_bytes = weight.num_inputs * kLanes / (is_packed ? 2 : 1);
   const int64_t most_parts = parts_of_tile(num_rows, is_packed), step = most_parts * kRegisterLanes;
+  const int64_t num_tiles = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
+  const int64_t panels_at_once = larger<int64_t>(1, step / kLanes);
+  Ahead ahead;
+  ahead.code_bytes = panels_at_once * w.panel_bytes / num_groups;
+  ahead.scale_bytes = panels_at_once * kLanes * scale_bytes(w.scale_kind);
   for (int64_t column = begin; column < end; column += step) {
     const int64_t panel = expert * weight.num_panels() + column / kLanes, lane = column % kLanes;
     const int num_parts = most_parts == 2 && end - column > kRegisterLanes ? 2 : 1;
-    w.codes = static_cast<const uint8_t*>(weight.data) + panel * stored_bytes + 4 * lane;
+    w.codes = static_cast<const uint8_t*>(weight.data) + panel * w.panel_bytes + 4 * lane;
     w.scales = static_cast<const uint8_t*>(weight.scales) + panel * panel_stride + lane * scale_bytes(w.scale_kind);
     w.zeros = weight.zeros ? weight.zeros + panel * w.panel_scales + lane : nullptr;
-    if (unpack_first) {
-      unpack(w.codes, num_parts * stored_bytes, unpacked);
-      w.codes = unpacked;
-    }
-    for (int64_t first = 0; first < num_rows; first += kMaxTileRows) {
-      const int count = static_cast<int>(smaller<int64_t>(kMaxTileRows, num_rows - first));
+    const bool has_next = lane == 0 && end - column > panels_at_once * kLanes;
+    ahead.codes = has_next ? w.codes + panels_at_once * w.panel_bytes : nullptr;
+    ahead.scales = w.scales + panels_at_once * panel_stride;
+    int64_t turn = 0;
+    for (int64_t first = 0, count; first < num_rows; first += count) {
+      count = rows_of_tile(num_rows - first);
+      ahead.take_turn(turn++, num_tiles);
       TileRows tile_of;
-      for (int r = 0; r < count; ++r) {
+      for (int64_t r = 0; r < count; ++r) {
         const int64_t row = index ? index[first + r] : first + r;
         tile_of.codes[r] = rows.codes + row * rows.num_inputs;
         tile_of.scales[r] = rows.scales + row * num_groups;
@@ -280,9 +299,9 @@ void multiply_codes(const Weight& weight, int64_t expert, int64_t begin, int64_t
       }
       const Target target{out + first * out_stride + column, out_stride, end - column};
       if (num_parts == 2)
-        tile_any<2>(is_packed, count, w, tile_of, target);
+        tile_any<2>(is_packed, count, w, tile_of, ahead, target);
       else
-        tile_any<1>(is_packed, count, w, tile_of, target);
+        tile_any<1>(is_packed, count, w, tile_of, ahead, target);
     }
   }
 }

@@ -41,8 +41,9 @@ QNEXT_INLINE f32reg fetch(const bf16* p, const float*) { return load_register(p)
 QNEXT_INLINE f32reg fetch(const float* p, const float*) { return load_register(p); }
 QNEXT_INLINE f32reg accumulate(f32reg acc, f32reg w, f32reg x) { return fma(w, x, acc); }
 
+// With `asks` the next tile's weights are asked for.
 template <typename T, int kRows, int kOutputs>
-void tile(const T* weight, int64_t num_inputs, const typename Operand<T>::Row* const* x, float* const* out) {
+void tile(const T* weight, int64_t num_inputs, const typename Operand<T>::Row* const* x, bool asks, float* const* out) {
   using Row = typename Operand<T>::Row;
   f32reg acc[kRows][kOutputs];
   for (int r = 0; r < kRows; ++r)
@@ -52,7 +53,7 @@ void tile(const T* weight, int64_t num_inputs, const typename Operand<T>::Row* c
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
       const T* at = weight + o * num_inputs + d;
-      if constexpr (kRows == 1) prefetch(at + kOutputs * num_inputs);  // the same place in the next tile
+      if (kRows == 1 || asks) prefetch(at + kOutputs * num_inputs);  // the same place in the next tile
       w[o] = fetch(at, (const Row*)nullptr);
     }
 #pragma GCC unroll 8
@@ -71,14 +72,14 @@ void tile(const T* weight, int64_t num_inputs, const typename Operand<T>::Row* c
 
 template <typename T, int kOutputs>
 void tile_rows(int num_rows, const T* weight, int64_t num_inputs, const typename Operand<T>::Row* const* x,
-               float* const* out) {
+               bool asks, float* const* out) {
   switch (num_rows) {
-    case 1: return tile<T, 1, kOutputs>(weight, num_inputs, x, out);
-    case 2: return tile<T, 2, kOutputs>(weight, num_inputs, x, out);
-    case 3: return tile<T, 3, kOutputs>(weight, num_inputs, x, out);
-    case 4: return tile<T, 4, kOutputs>(weight, num_inputs, x, out);
-    case 5: return tile<T, 5, kOutputs>(weight, num_inputs, x, out);
-    default: return tile<T, 6, kOutputs>(weight, num_inputs, x, out);
+    case 1: return tile<T, 1, kOutputs>(weight, num_inputs, x, asks, out);
+    case 2: return tile<T, 2, kOutputs>(weight, num_inputs, x, asks, out);
+    case 3: return tile<T, 3, kOutputs>(weight, num_inputs, x, asks, out);
+    case 4: return tile<T, 4, kOutputs>(weight, num_inputs, x, asks, out);
+    case 5: return tile<T, 5, kOutputs>(weight, num_inputs, x, asks, out);
+    default: return tile<T, 6, kOutputs>(weight, num_inputs, x, asks, out);
   }
 }
 
@@ -87,26 +88,31 @@ void multiply_as(const Weight& weight, int64_t expert, int64_t begin, int64_t en
                  const int32_t* index, int64_t num_rows, float* out, int64_t out_stride) {
   const int64_t num_inputs = weight.num_inputs;
   const T* matrix = static_cast<const T*>(weight.data) + expert * weight.num_outputs * num_inputs;
-  for (int64_t first = 0; first < num_rows; first += kMaxTileRows) {
-    int count = static_cast<int>(smaller<int64_t>(kMaxTileRows, num_rows - first));
-    const typename Operand<T>::Row* x[kMaxTileRows];
-    for (int r = 0; r < count; ++r) x[r] = Operand<T>::row(rows, index ? index[first + r] : first + r);
-    float* places[kMaxTileRows];
-    int64_t o = begin;
-    auto aim = [&] {
-      for (int r = 0; r < count; ++r) places[r] = out + (first + r) * out_stride + o;
-    };
-    for (; count == 1 && o + kSingleRowOutputs <= end; o += kSingleRowOutputs) {
-      aim();
-      tile<T, 1, kSingleRowOutputs>(matrix + o * num_inputs, num_inputs, x, places);
-    }
-    for (; count > 1 && o + kTileOutputs <= end; o += kTileOutputs) {
-      aim();
-      tile_rows<T, kTileOutputs>(count, matrix + o * num_inputs, num_inputs, x, places);
-    }
-    for (; o < end; ++o) {
-      aim();
-      tile_rows<T, 1>(count, matrix + o * num_inputs, num_inputs, x, places);
+  // Few rows: all of them meet a few outputs at a time, so that weights are read once. Many: a few rows stay in the level-1
+  // cache and the task's weights in the level-2 cache.
+  const bool is_few = num_rows <= kFewRows;
+  const int64_t block = is_few ? num_rows : kMaxTileRows;
+  const int64_t most_outputs = num_rows == 1 ? kSingleRowOutputs : kTileOutputs;
+  for (int64_t start = 0; start < num_rows; start += block) {
+    const int64_t stop = smaller(num_rows, start + block);
+    for (int64_t o = begin, num_outputs; o < end; o += num_outputs) {
+      num_outputs = end - o < most_outputs ? 1 : most_outputs;
+      for (int64_t first = start, count; first < stop; first += count) {
+        count = rows_of_tile(stop - first);
+        const typename Operand<T>::Row* x[kMaxTileRows];
+        float* places[kMaxTileRows];
+        for (int64_t r = 0; r < count; ++r) {
+          x[r] = Operand<T>::row(rows, index ? index[first + r] : first + r);
+          places[r] = out + (first + r) * out_stride + o;
+        }
+        const bool asks = is_few && first == start;
+        if (num_outputs == 1)
+          tile_rows<T, 1>(count, matrix + o * num_inputs, num_inputs, x, asks, places);
+        else if (num_rows == 1)
+          tile<T, 1, kSingleRowOutputs>(matrix + o * num_inputs, num_inputs, x, asks, places);
+        else
+          tile_rows<T, kTileOutputs>(count, matrix + o * num_inputs, num_inputs, x, asks, places);
+      }
     }
   }
 }

@@ -9,7 +9,7 @@ namespace qnext::QNEXT_ISA {
 
 namespace {
 
-enum Slot : int { kUnpacked = 0, kRowsSlot, kSharedRowsSlot, kProductsSlot, kHiddenSlot, kPreparedSlot, kListSlot };
+enum Slot : int { kRowsSlot, kSharedRowsSlot, kProductsSlot, kHiddenSlot, kPreparedSlot, kListSlot };
 
 int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -120,9 +120,9 @@ namespace {
 
 // Outputs per task: enough tasks to share evenly, blocks large enough to stream, at most what fits in a level-2 cache.
 int64_t columns_per_task(int64_t num_outputs, int64_t num_rows) {
-  if (num_rows > 8) return 64;
-  int64_t even = num_outputs / (num_threads() * 6) / 32 * 32;
-  return larger<int64_t>(32, smaller<int64_t>(128, even));
+  const int64_t most = num_rows <= 2 ? 128 : num_rows <= kFewRows ? 256 : 64;
+  const int64_t even = num_outputs / (num_threads() * 6) / 32 * 32;
+  return larger<int64_t>(32, smaller(most, even));
 }
 
 void linear(const Weight& weight, const float* x, int64_t num_rows, float* out, int64_t out_stride) {
@@ -142,7 +142,7 @@ constexpr int64_t kStreamBytes = 192 << 10;  // of a task that is bound by memor
 
 // Outputs of one task of a product.
 int64_t expert_columns(const Weight& weight, int64_t num_rows) {
-  if (num_rows > 4) return kExpertColumns;
+  if (num_rows > kFewRows) return kExpertColumns;
   const int64_t bits = weight.kind == WeightKind::codes4 ? 4 : weight.kind == WeightKind::codes8 ? 8 : 16;
   return larger<int64_t>(2 * kLanes, kStreamBytes * 8 / (bits * weight.num_inputs) / (2 * kLanes) * (2 * kLanes));
 }
