@@ -15,7 +15,7 @@ from torch import Tensor
 from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
 from qnext.engine.step import SequencePlan, StepPlan
 from qnext.model import CacheView, DeltaSlots, KVPages
-from qnext.ops import Packing, PendingTokens, apply_pending, empty_huge
+from qnext.ops import Packing, PendingTokens, apply_pending, empty_huge, touch
 
 BLOCK_SIZE = 16
 
@@ -66,6 +66,9 @@ class Cache:
         self._tables = torch.zeros(num_slots, self.max_pages, dtype=torch.long, device=device)
         self._table_owner: list[str | None] = [None] * num_slots
         self._table_length = [0] * num_slots
+        # Memory that nobody wrote is only promised: it could run out in the middle of a step.
+        caches = (*self.kv.values(), *self.delta.values())
+        touch([self._tables, *(tensor for layer in caches for tensor in layer.tensors)])
         if poison:
             self._fill_nan(range(num_blocks), range(num_slots))
 

@@ -20,6 +20,16 @@ _MAX_RECORDINGS = 24  # kept; the one used longest ago goes first
 _MAX_TOKENS = 64  # of a step: in longer ones the time of Python no longer counts, but the memory does
 
 
+def largest_recordings(max_num_seqs: int, max_draft_tokens: int) -> list[int]:
+    """Tokens of the recorded steps that can be kept at a time, where these are the largest."""
+    sizes = (
+        num_tokens
+        for num_sequences in range(1, min(max_num_seqs, _MAX_TOKENS) + 1)
+        for num_tokens in range(num_sequences, min(_MAX_TOKENS, num_sequences * (1 + max_draft_tokens)) + 1)
+    )
+    return sorted(sizes, reverse=True)[:_MAX_RECORDINGS]
+
+
 class RecordedSteps:
     """Runs steps in which every sequence goes on from its last token, each size of a step recorded on first use."""
 
