@@ -106,9 +106,7 @@ def _plan(
     )  # fmt: skip
     for option, length in (("--prefill", prefill), ("--long-prefill", long_prefill)):
         if length is not None and not 1 <= length < config.context_length:
-            raise UsageError(
-                f"{option} {length}: a prompt has 1 to {config.context_length - 1} tokens in this context"
-            )
+            raise UsageError(f"{option} {length}: a prompt has 1 to {config.context_length - 1} tokens in this context")
     if TRANSFORMERS in peers:
         _require_transformers()
     for name in peers:

@@ -17,7 +17,7 @@ from qnext.ops import DELTA_CHUNK_SIZE, is_native
 from qnext.planning import StepSizes, kv_bytes_per_token, recorded_bytes, state_bytes_per_sequence, step_bytes
 
 _SPARE_CHECKPOINTS = 4
-_REFERENCE_FACTOR = 4  # torch's operations make several tensors where a kernel makes none
+_REFERENCE_FACTOR = 2  # torch's operations make several tensors where a kernel makes none
 _POLICY_BYTES = 128  # per token of the cache: ids, the trie of blocks, page numbers
 
 

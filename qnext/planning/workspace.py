@@ -44,7 +44,7 @@ def step_bytes(config: ModelConfig, sizes: StepSizes, *, num_threads: int) -> in
         + sizes.num_sequences * 8 * 2 * (sizes.max_model_len // 16 + 1)  # page tables
         + _widened_bytes(config)
     )
-    return used + used // 2 + _PYTHON_BYTES  # an allocator that keeps freed memory leaves holes: a quarter was measured
+    return used + used // 2 + _PYTHON_BYTES  # half for the holes that an allocator leaves
 
 
 def recorded_bytes(config: ModelConfig, num_tokens: int) -> int:
@@ -60,7 +60,9 @@ def _live_floats(config: ModelConfig) -> int:
     mixers = [sum(_delta_net(config))] if config.num_linear_layers else []
     mixers += [sum(_attention(config))] if config.num_full_layers else []
     # Mixer: input, normed, its tensors. Feed-forward: these two, the mixer's output, their sum, normed, its tensors.
-    widest = max(*(2 * config.hidden_size + mixer for mixer in mixers), 5 * config.hidden_size + sum(_feed_forward(config)))
+    widest = max(
+        *(2 * config.hidden_size + mixer for mixer in mixers), 5 * config.hidden_size + sum(_feed_forward(config))
+    )
     return widest + 2 * config.rotary_dim + config.hidden_size
 
 
@@ -129,6 +131,7 @@ def _logits_bytes(config: ModelConfig, sizes: StepSizes) -> int:
 def _widened_bytes(config: ModelConfig) -> int:
     """Small weights of a bf16 model that kernels read in fp32, converted once."""
     shapes = parameter_shapes(config).items()
-    return sum(
-        _FLOAT * prod(shape) for name, shape in shapes if len(shape) != 2 and "experts." not in name
-    ) + _FLOAT * config.hidden_size * config.num_hidden_layers
+    return (
+        sum(_FLOAT * prod(shape) for name, shape in shapes if len(shape) != 2 and "experts." not in name)
+        + _FLOAT * config.hidden_size * config.num_hidden_layers
+    )
