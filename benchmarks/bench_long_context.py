@@ -99,8 +99,8 @@ def main() -> None:
     grown = None if peak is None or before is None else peak - before
     print(f"engine made in {start_seconds:.2f} s")
     print(
-        f"prompt {options.tokens:,} tokens in {found['prefill_seconds']:.1f} s: {found['first_tokens_per_second']:,.0f} "
-        f"tokens/s at first, {found['last_tokens_per_second']:,.0f} at last; then "
+        f"prompt {options.tokens:,} tokens in {found['prefill_seconds']:.1f} s: "
+        f"{found['first_tokens_per_second']:,.0f} tokens/s at first, {found['last_tokens_per_second']:,.0f} at last; then "
         f"{found['decode_tokens_per_second']:.1f} tokens/s"
     )
     if grown is not None:

@@ -130,7 +130,7 @@ class Engine:
 
     @property
     def memory_plan(self) -> MemoryPlan:
-        """Where the memory goes: weights and caches as they are allocated, and a bound on what steps take beside them."""
+        """Where the memory goes: weights and caches as allocated, and a bound on what steps take beside."""
         return MemoryPlan(
             weight_bytes=weight_bytes(self.model),
             kv_bytes=self.cache.kv_bytes,

@@ -58,7 +58,8 @@ class MemoryPlan:
         """Two lines for people."""
         return (
             f"weights {format_bytes(self.weight_bytes)}, KV {format_bytes(self.kv_bytes_per_1000_tokens)} per 1,000 "
-            f"tokens, state {format_bytes(self.state_bytes_per_sequence)} per sequence, steps {format_bytes(self.workspace_bytes)}\n"
+            f"tokens, state {format_bytes(self.state_bytes_per_sequence)} per sequence, "
+            f"steps {format_bytes(self.workspace_bytes)}\n"
             f"cache {format_bytes(self.kv_bytes + self.state_bytes)}: {self.num_blocks * self.block_size:,} tokens of "
             f"KV; {self.num_full_sequences} of {self.max_num_seqs} sequences at the full length of "
             f"{self.max_model_len:,} tokens"
