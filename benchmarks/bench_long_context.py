@@ -100,8 +100,8 @@ def main() -> None:
     print(f"engine made in {start_seconds:.2f} s")
     print(
         f"prompt {options.tokens:,} tokens in {found['prefill_seconds']:.1f} s: "
-        f"{found['first_tokens_per_second']:,.0f} tokens/s at first, {found['last_tokens_per_second']:,.0f} at last; then "
-        f"{found['decode_tokens_per_second']:.1f} tokens/s"
+        f"{found['first_tokens_per_second']:,.0f} tokens/s at first, "
+        f"{found['last_tokens_per_second']:,.0f} at last; then {found['decode_tokens_per_second']:.1f} tokens/s"
     )
     if grown is not None:
         print(f"planned beside the weights {format_bytes(planned)}, the process grew by {format_bytes(grown)}")
