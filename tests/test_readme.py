@@ -96,6 +96,7 @@ SMALL_BENCHMARKS = {
         "--rounds",
         "1",
     ],
+    "bench_long_context.py": ["--tokens", "700", "--decode", "4", "--edge", "128", "--yarn", "4"],
     "bench_demo.py": ["--seconds", "3"],
     "bench_quality.py": ["--minutes", "0.02", "--tokens", "2048", "--eval-bytes", "20000"],
 }

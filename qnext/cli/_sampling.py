@@ -29,6 +29,10 @@ PresencePenalty = Annotated[float | None, typer.Option("--presence-penalty", met
 FrequencyPenalty = Annotated[float | None, typer.Option("--frequency-penalty", metavar="X", help="Over the answer.")]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Makes sampling repeatable.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; repeatable.")]
+Yarn = Annotated[
+    float | None,
+    typer.Option("--yarn", metavar="FACTOR", help="Stretch the context by static YaRN; may cost short texts a little."),
+]
 DType = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16; default: as stored.")]
 
 # Keys of generation_config.json that carry over; each is named like the field of SamplingParams.

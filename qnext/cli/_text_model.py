@@ -24,19 +24,28 @@ class TextFolder(NamedTuple):
     config: ModelConfig
     tokenizer: Tokenizer
     stored_bytes: int  # of all weights, as stored
+    yarn: float | None = None  # stretches the context; the configuration is stretched already
 
 
-def open_folder(model: str) -> TextFolder:
-    """Configuration and tokenizer of MODEL. Raises ModelNotFound, CorruptCheckpoint."""
+def open_folder(model: str, *, yarn: float | None = None) -> TextFolder:
+    """Configuration and tokenizer of MODEL, the context stretched by a factor of YaRN where one is given.
+
+    Raises ModelNotFound, CorruptCheckpoint, UsageError for a factor that is none.
+    """
     from qnext.checkpoint.check import read_layout
     from qnext.checkpoint.header import read_index
     from qnext.checkpoint.resolve import resolve_model
     from qnext.text.tokenizer import Tokenizer
 
+    if yarn is not None and not 1.0 <= yarn <= 64.0:
+        raise UsageError(f"--yarn must be between 1 and 64, not {yarn:g}")
     path = resolve_model(model)
     tensors = read_index(path).tensors
     config = read_layout(path, tensors).config
-    return TextFolder(path, config, Tokenizer.from_folder(path), sum(info.num_bytes for info in tensors.values()))
+    if yarn is not None:
+        config = config.with_yarn(yarn)
+    stored_bytes = sum(info.num_bytes for info in tensors.values())
+    return TextFolder(path, config, Tokenizer.from_folder(path), stored_bytes, yarn)
 
 
 def load_weights(folder: TextFolder, dtype: str | None) -> CausalLM:
@@ -61,7 +70,10 @@ def load_weights(folder: TextFolder, dtype: str | None) -> CausalLM:
             f"{folder.path}: weights of {format_bytes(needed)}, but {format_bytes(available)} of memory are free{hint}"
         )
     with byte_progress("loading") as progress:
-        return load_model(folder.path, dtype=None if dtype is None else getattr(torch, dtype), progress=progress)
+        model = load_model(folder.path, dtype=None if dtype is None else getattr(torch, dtype), progress=progress)
+    if folder.yarn is not None:
+        model.stretch(folder.yarn)
+    return model
 
 
 def end_token_ids(tokenizer: Tokenizer, config: ModelConfig) -> frozenset[int]:

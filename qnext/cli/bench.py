@@ -105,10 +105,8 @@ def _plan(
         ggufs=_ggufs(ggufs, schemes), date=date,
     )  # fmt: skip
     for option, length in (("--prefill", prefill), ("--long-prefill", long_prefill)):
-        if length is not None and not 1 <= length < config.max_position_embeddings:
-            raise UsageError(
-                f"{option} {length}: a prompt has 1 to {config.max_position_embeddings - 1} tokens in this context"
-            )
+        if length is not None and not 1 <= length < config.context_length:
+            raise UsageError(f"{option} {length}: a prompt has 1 to {config.context_length - 1} tokens in this context")
     if TRANSFORMERS in peers:
         _require_transformers()
     for name in peers:
@@ -138,7 +136,7 @@ def _depths(text: str | None, config: ModelConfig, decode_tokens: int) -> list[i
     """Depths in rising order; the default ones only as far as the context reaches."""
     from qnext.errors import UsageError
 
-    deepest = config.max_position_embeddings - decode_tokens - 1
+    deepest = config.context_length - decode_tokens - 1
     if text is None:
         return [depth for depth in _DEFAULT_DEPTHS if depth <= deepest]
     try:
@@ -149,7 +147,7 @@ def _depths(text: str | None, config: ModelConfig, decode_tokens: int) -> list[i
         if not 0 <= depth <= deepest:
             raise UsageError(
                 f"--depths: {depth} and {decode_tokens} decoded tokens are beyond the context of "
-                f"{config.max_position_embeddings}; at most {max(deepest, 0)}"
+                f"{config.context_length}; at most {max(deepest, 0)}"
             )
     return found
 

@@ -58,13 +58,14 @@ def command(
     context: Annotated[
         int | None, typer.Option("--context", metavar="N", help="Tokens of context; default: the model's.")
     ] = None,
+    yarn: options.Yarn = None,
     dtype: options.DType = None,
 ) -> None:
     """Talk to a model; /help lists the commands.
 
     A folder without chat format is used for completion. A flag counts first, then generation_config.json, then greedy.
     """
-    folder = open_folder(model)
+    folder = open_folder(model, yarn=yarn)
     params = options.resolve_sampling(
         folder.path,
         {

@@ -48,6 +48,7 @@ def command(
     special: Annotated[
         bool, typer.Option("--special", help="Names such as <|im_start|> in PROMPT are control tokens.")
     ] = False,
+    yarn: options.Yarn = None,
     dtype: options.DType = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
 ) -> None:
@@ -60,7 +61,7 @@ def command(
         raise UsageError("--logprobs needs --json")
     if chat and special:
         raise UsageError("--chat writes the control tokens itself; --special contradicts it")
-    folder = open_folder(model)
+    folder = open_folder(model, yarn=yarn)
     params = options.resolve_sampling(
         folder.path,
         {
@@ -168,7 +169,7 @@ def _fit(config: ModelConfig, num_prompt: int, params: SamplingParams) -> Sampli
     """The parameters with max_tokens set; refuses what exceeds the context before any weights are read."""
     from qnext.engine.request import output_allowance
 
-    room = output_allowance(num_prompt, params, max_model_len=config.max_position_embeddings)
+    room = output_allowance(num_prompt, params, max_model_len=config.context_length)
     return params if params.max_tokens is not None else replace(params, max_tokens=min(room, DEFAULT_MAX_TOKENS))
 
 

@@ -121,7 +121,7 @@ def _print(report: _Report) -> None:
         print(
             f"{config.num_experts} experts of width {config.moe_intermediate_size}, {config.num_experts_per_tok} chosen"
         )
-    print(f"vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}")
+    print(f"vocabulary {config.vocab_size:,}, context {config.context_length:,}")
     parts = Table("part", "parameters", box=None)
     parts.columns[1].justify = "right"
     for name, count in parameters.items():

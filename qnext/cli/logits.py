@@ -85,8 +85,8 @@ def _check_tokens(token_ids: list[int], config: ModelConfig) -> None:
     for place, token in enumerate(token_ids):
         if not 0 <= token < config.vocab_size:
             raise UsageError(f"--tokens: id {token} at place {place} is outside the vocabulary of {config.vocab_size}")
-    if len(token_ids) > config.max_position_embeddings:
-        raise DoesNotFit(f"{len(token_ids)} tokens, but the context is {config.max_position_embeddings}")
+    if len(token_ids) > config.context_length:
+        raise DoesNotFit(f"{len(token_ids)} tokens, but the context is {config.context_length}")
 
 
 def _write_npy(path: Path, rows: Iterable[Tensor], *, shape: tuple[int, int]) -> None:

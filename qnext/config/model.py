@@ -126,6 +126,14 @@ class ModelConfig:
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
+    def context_length(self) -> int:
+        """Positions that the model is for. A config.json that turns YaRN on rarely raises max_position_embeddings."""
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        stretched = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
+        return max(self.max_position_embeddings, stretched)
+
+    @property
     def linear_key_dim(self) -> int:
         return self.linear_num_key_heads * self.linear_key_head_dim
 

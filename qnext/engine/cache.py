@@ -16,7 +16,7 @@ from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
 from qnext.engine.request import Request
 from qnext.engine.step import SequencePlan, StepPlan
 from qnext.model import CacheView, DeltaSlots, KVPages
-from qnext.ops import Packing, PendingTokens, apply_pending, empty_huge, is_native
+from qnext.ops import Packing, PendingTokens, apply_pending, empty_huge, is_native, touch
 
 BLOCK_SIZE = 16
 NUM_SOURCES = 128
@@ -79,6 +79,10 @@ class Cache:
         self._tables = torch.zeros(num_slots, self.max_pages, dtype=torch.long, device=device)
         self._table_owner: list[str | None] = [None] * num_slots
         self._table_length = [0] * num_slots
+        # Memory that nobody wrote is only promised: it could run out in the middle of a step.
+        pages = [tensor for layer in self.kv.values() for tensor in layer.tensors]
+        states = [tensor for layer in self.delta.values() for tensor in layer.tensors]
+        touch([self._tables, self.sources, *pages, *states])
         if poison:
             self._fill_nan(range(num_blocks), range(num_slots))
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qnext.config import ModelConfig
 from qnext.engine.cache import BLOCK_SIZE, Cache
-from qnext.engine.memory import MemoryPlan, available_bytes, weight_bytes
+from qnext.engine.memory import MemoryPlan, weight_bytes
 from qnext.engine.params import SamplingParams
 from qnext.engine.request import (
     FinishReason,
@@ -26,14 +25,12 @@ from qnext.engine.runner import Runner
 from qnext.engine.sampling.sampler import Window, verify
 from qnext.engine.sampling.seeds import child_seed
 from qnext.engine.scheduling.scheduler import Scheduler
+from qnext.engine.sizes import WantedSizes, choose_sizes
 from qnext.engine.speculation.drafter import DEFAULT_DRAFT_TOKENS, Drafter
 from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 from qnext.ops import DELTA_CHUNK_SIZE, is_native
-from qnext.planning import kv_bytes_per_token
-
-_SPARE_CHECKPOINTS = 4
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,9 @@ class Engine:
     `max_model_len` (default: the model's context; never more than the cache holds) bounds prompt and answer of a
     request together. A step takes `max_num_batched_tokens` at most, by default between 512 and 2,048: more where many
     experts share them. KV memory is `num_blocks` blocks of 16 tokens, or as many as `kv_budget_bytes` holds, or by
-    default what `max_num_seqs` requests of full length can use, at most half of the free memory.
+    default what `max_num_seqs` requests of full length can use, at most half of the free memory. The caches get their
+    memory here and now; what is left must hold the largest step: sizes that are not given shrink until it does, and
+    given ones that are too large raise DoesNotFit.
 
     With `prefix_cache`, requests of one salt share what they have in common: `num_checkpoints` states beside those of
     running requests (default: `max_num_seqs` and four more) say from where others can go on, of long prompts one every
@@ -104,42 +103,34 @@ class Engine:
             max_draft_tokens = DEFAULT_DRAFT_TOKENS if has_drafter else 0
         if has_drafter and max_draft_tokens < 1:
             raise UsageError(f"max_draft_tokens must be at least 1 to speculate, not {max_draft_tokens}")
-        self.max_model_len = config.max_position_embeddings if max_model_len is None else max_model_len
-        if not 2 <= self.max_model_len <= config.max_position_embeddings:
-            raise UsageError(
-                f"max_model_len must be between 2 and the model's context of {config.max_position_embeddings}, "
-                f"not {self.max_model_len}"
-            )
         self.eos_token_ids = frozenset(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        blocks = _choose_num_blocks(
-            model, max_num_seqs=max_num_seqs, max_model_len=self.max_model_len, num_blocks=num_blocks,
-            kv_budget_bytes=kv_budget_bytes, kv_dtype=kv_dtype or model.dtype, has_drafter=has_drafter,
+        self._sizes = sizes = choose_sizes(
+            model,
+            WantedSizes(
+                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len,
+                num_blocks=num_blocks, kv_budget_bytes=kv_budget_bytes, kv_dtype=kv_dtype or model.dtype,
+                has_prefix_cache=prefix_cache, num_checkpoints=num_checkpoints, max_draft_tokens=max_draft_tokens,
+                has_drafter=has_drafter,
+            ),
         )  # fmt: skip
-        has_blocks = config.num_full_layers > 0 or has_drafter
-        if has_blocks:
-            # A cache smaller than the context is the context.
-            self.max_model_len = min(self.max_model_len, blocks * BLOCK_SIZE)
-        has_states = config.num_linear_layers > 0
-        if num_checkpoints is None:
-            num_checkpoints = max_num_seqs + _SPARE_CHECKPOINTS
-        num_slots = max_num_seqs + (num_checkpoints if has_states and prefix_cache else 0)
+        self.max_model_len = sizes.max_model_len
         self.scheduler = Scheduler(
             Limits(
                 max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens or _default_batched_tokens(config, max_num_seqs),
+                max_num_batched_tokens=sizes.max_num_batched_tokens,
                 block_size=BLOCK_SIZE,
-                num_blocks=blocks if has_blocks else None,
-                num_slots=num_slots,
+                num_blocks=sizes.num_blocks or None,
+                num_slots=sizes.num_slots,
                 chunk_size=1 if is_native(model.device) else DELTA_CHUNK_SIZE,
-                has_states=has_states,
+                has_states=config.num_linear_layers > 0,
                 has_prefix_cache=prefix_cache,
                 checkpoint_interval=checkpoint_interval,
                 max_draft_tokens=max_draft_tokens,
             )
         )
         self.cache = Cache(
-            config, num_blocks=blocks, num_slots=num_slots, max_model_len=self.max_model_len, dtype=model.dtype,
-            kv_dtype=kv_dtype, device=model.device, poison=poison,
+            config, num_blocks=sizes.num_blocks, num_slots=sizes.num_slots, max_model_len=self.max_model_len,
+            dtype=model.dtype, kv_dtype=kv_dtype, device=model.device, poison=poison,
             num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0, has_drafter=has_drafter,
         )  # fmt: skip
         self.runner = Runner(model, self.cache)
@@ -153,7 +144,7 @@ class Engine:
 
     @property
     def memory_plan(self) -> MemoryPlan:
-        """Where the memory goes, from what is really allocated."""
+        """Where the memory goes: weights and caches as allocated, and a bound on what steps take beside."""
         return MemoryPlan(
             weight_bytes=weight_bytes(self.model),
             kv_bytes=self.cache.kv_bytes,
@@ -163,6 +154,7 @@ class Engine:
             num_slots=self.scheduler.slots.size,
             max_num_seqs=self.scheduler.limits.max_num_seqs,
             max_model_len=self.max_model_len,
+            workspace_bytes=self._sizes.workspace_bytes,
         )
 
     def add_request(
@@ -388,28 +380,3 @@ def _completion(request: Request, index: int) -> Completion:
         prompt_sampled=tuple(request.prompt_sampled),
         index=index,
     )
-
-
-def _default_batched_tokens(config: ModelConfig, max_num_seqs: int) -> int:
-    """So many that each expert of a layer sees some forty rows on average, and its weights are read for those."""
-    wanted = 40 * config.num_experts // max(1, config.num_experts_per_tok)
-    return max(512, min(2048, wanted), max_num_seqs - 1 + DELTA_CHUNK_SIZE)
-
-
-def _choose_num_blocks(
-    model: CausalLM, *, max_num_seqs: int, max_model_len: int, num_blocks: int | None, kv_budget_bytes: int | None,
-    kv_dtype: torch.dtype, has_drafter: bool,
-) -> int:  # fmt: skip
-    dtype = str(kv_dtype).removeprefix("torch.")
-    block_bytes = BLOCK_SIZE * kv_bytes_per_token(model.config, dtype=dtype, with_mtp=has_drafter)
-    if block_bytes == 0:
-        return 0
-    if num_blocks is not None and kv_budget_bytes is not None:
-        raise UsageError("give num_blocks or kv_budget_bytes, not both")
-    if num_blocks is None:
-        useful = max(1, max_num_seqs) * -(-max_model_len // BLOCK_SIZE)
-        budget = available_bytes(model.device) // 2 if kv_budget_bytes is None else kv_budget_bytes
-        num_blocks = min(useful, budget // block_bytes)
-    if num_blocks < 1:
-        raise UsageError(f"the KV cache needs at least one block of {block_bytes} bytes")
-    return num_blocks

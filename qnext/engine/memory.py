@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -14,7 +15,8 @@ from qnext.ops import Weight
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that are allocated. `num_blocks` is 0 for a model without full attention.
+    """Bytes that are allocated, and `workspace_bytes`, which steps take beside them at most. `num_blocks` is 0 for a
+    model without full attention.
 
     Of `num_slots` states `max_num_seqs` are for running sequences, the others for cached prefixes.
     """
@@ -27,6 +29,11 @@ class MemoryPlan:
     num_slots: int
     max_num_seqs: int
     max_model_len: int
+    workspace_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.state_bytes + self.workspace_bytes
 
     @property
     def kv_bytes_per_1000_tokens(self) -> int:
@@ -51,7 +58,8 @@ class MemoryPlan:
         """Two lines for people."""
         return (
             f"weights {format_bytes(self.weight_bytes)}, KV {format_bytes(self.kv_bytes_per_1000_tokens)} per 1,000 "
-            f"tokens, state {format_bytes(self.state_bytes_per_sequence)} per sequence\n"
+            f"tokens, state {format_bytes(self.state_bytes_per_sequence)} per sequence, "
+            f"steps {format_bytes(self.workspace_bytes)}\n"
             f"cache {format_bytes(self.kv_bytes + self.state_bytes)}: {self.num_blocks * self.block_size:,} tokens of "
             f"KV; {self.num_full_sequences} of {self.max_num_seqs} sequences at the full length of "
             f"{self.max_model_len:,} tokens"
@@ -90,9 +98,26 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return max(0, min([free, *_container_room(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))]))
+
+
+def _container_room(root: Path, membership: Path) -> list[int]:
+    """What the memory limits of the control groups (v2) around this process leave."""
+    found = []
+    try:
+        line = next(line for line in membership.read_text().splitlines() if line.startswith("0::"))
+        folder = root / line[3:].lstrip("/")
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(root) or not (group / "memory.max").is_file():
+                continue
+            limit = (group / "memory.max").read_text().strip()
+            if limit != "max":
+                stat = dict(each.split() for each in (group / "memory.stat").read_text().splitlines())
+                used = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+                found.append(int(limit) - used)
+    except (OSError, StopIteration, ValueError):
         pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return found

@@ -24,6 +24,16 @@ _MAX_TOKENS = 64  # of a batch: in longer ones the time of Python no longer coun
 Result = TypeVar("Result")
 
 
+def largest_recordings(max_num_seqs: int, max_draft_tokens: int) -> list[int]:
+    """Tokens of the recorded steps that can be kept at a time, where these are the largest."""
+    sizes = (
+        num_tokens
+        for num_sequences in range(1, min(max_num_seqs, _MAX_TOKENS) + 1)
+        for num_tokens in range(num_sequences, min(_MAX_TOKENS, num_sequences * (1 + max_draft_tokens)) + 1)
+    )
+    return sorted(sizes, reverse=True)[:_MAX_RECORDINGS]
+
+
 class Rows(NamedTuple):
     """Consecutive tokens of one sequence, from position `start` on. Attention sees its pages from `first_page` on."""
 

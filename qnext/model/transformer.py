@@ -96,6 +96,11 @@ class CausalLM(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.embed_tokens.weight.dtype
 
+    def stretch(self, factor: float) -> None:
+        """Go on with the context stretched by static YaRN. Weights stay as they are; caches made before do not fit."""
+        self.config = self.config.with_yarn(factor)
+        self.model.rotary = RotaryEmbedding(self.config)
+
     def forward(self, batch: Batch) -> TrunkOutput:
         """Hidden states of the trunk; `logits` turns the rows that are wanted into scores."""
         return self.model(batch)

@@ -48,6 +48,13 @@ def test_text_is_the_models_completion(plain_folder: Path, capsys: Captured) -> 
     assert "KV" in captured.err and "tokens/s" in captured.err
 
 
+def test_yarn_stretches_the_context(plain_folder: Path, capsys: Captured) -> None:
+    assert run(plain_folder, "a" * 300, "--max-tokens", "2") == 4
+    result = document(capsys, plain_folder, "a" * 300, "--max-tokens", "2", "--ignore-eos", "--yarn", "4")
+    assert len(result["token_ids"]) == 2
+    assert run(plain_folder, "a", "--yarn", "0.5") == 2
+
+
 def test_json_document(plain_folder: Path, capsys: Captured) -> None:
     tokenizer = Tokenizer.from_folder(plain_folder)
     result = document(capsys, plain_folder, "Hello", "--max-tokens", "6", "--logprobs", "2")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, PRESETS, hybrid_pattern, preset
+from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, PRESETS, YarnScaling, hybrid_pattern, preset
 from qnext.errors import ConfigError, ModelNotFound
 
 
@@ -55,6 +55,13 @@ def test_with_yarn_stretches_from_the_trained_length_also_when_repeated() -> Non
     assert again.max_position_embeddings == 2 * 262_144
     assert again.rope_scaling is not None
     assert again.rope_scaling.original_max_position_embeddings == 262_144
+
+
+def test_yarn_in_a_config_that_kept_its_length_stretches_the_context() -> None:
+    config = preset("80b-a3b")
+    assert config.context_length == 262_144
+    stretched = config.with_(rope_scaling=YarnScaling(factor=4.0, original_max_position_embeddings=262_144))
+    assert stretched.max_position_embeddings == 262_144 and stretched.context_length == 1_048_576 >= 1_010_000
 
 
 def test_sparse_step_counts_layers_from_one() -> None:

@@ -52,9 +52,13 @@ def yarn_frequencies(
 
 
 def rope_cos_sin(positions_T: Tensor, frequencies: Tensor, *, attention_factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [T, R / 2] fp32, of the angles position * frequency, times `attention_factor`."""
-    angles = positions_T[:, None].to(torch.float32) * frequencies[None, :]
-    return angles.cos() * attention_factor, angles.sin() * attention_factor
+    """cos and sin, each [T, R / 2] fp32, of the angles position * frequency, times `attention_factor`.
+
+    Angles are exact products of position and fp32 frequency.
+    """
+    # In fp32 the product of a million with a frequency below 1 would be wrong by up to 0.03.
+    angles = positions_T[:, None].to(torch.float64) * frequencies[None, :].to(torch.float64)
+    return (angles.cos() * attention_factor).to(torch.float32), (angles.sin() * attention_factor).to(torch.float32)
 
 
 def apply_rope(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ enum Slot { kQuerySlot = 8, kTilesSlot, kStateSlot, kBlockSlot, kGroupSlot, kRow
 
 constexpr int64_t kTileRows = 128;        // rows of a task: enough to pay for packing a block of keys and values
 constexpr int kGroupRows = 32;            // rows whose queries, scores and weights stay in the nearest cache
+constexpr int64_t kPartsBytes = 8 << 20;  // of chunks whose sums wait to be merged
+constexpr int64_t kLeastParts = 4;        // of a task, however large
 constexpr int64_t kPreparedTokens = 8;    // tokens of a task that prepares heads
 
 QNEXT_INLINE int64_t pad(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
@@ -111,23 +113,31 @@ class Mixer {
   }
 
  private:
-  // Few tiles with long contexts: chunks are tasks of their own, merged in the same order.
+  // Few tiles with long contexts: chunks are tasks of their own, merged in the same order. So many at a time that memory
+  // does not grow with the context; place 0 of a task holds what has been merged.
   void run_split(int64_t num_tasks, int64_t most_chunks) {
     int64_t size = 0;
     for (int64_t i = 0; i < num_tiles; ++i) size = larger(size, sums_floats(tiles[i]));
-    auto* memory = static_cast<float*>(scratch(kPartsSlot, num_tasks * most_chunks * size * 4));
-    parallel_for(num_tasks * most_chunks, [&](int64_t task) {
-      const Tile& tile = tiles[task / most_chunks / a.num_kv_heads];
-      const int64_t head = task / most_chunks % a.num_kv_heads, chunk = task % most_chunks;
-      if (chunk < num_chunks(tile)) attend(tile, head, chunk, sums_at(memory + task * size, tile));
-    });
-    parallel_for(num_tasks, [&](int64_t task) {
-      const Tile& tile = tiles[task / a.num_kv_heads];
-      float* parts = memory + task * most_chunks * size;
-      for (int64_t chunk = 1; chunk < num_chunks(tile); ++chunk)
-        merge(tile, sums_at(parts, tile), sums_at(parts + chunk * size, tile));
-      finish(tile, task % a.num_kv_heads, sums_at(parts, tile));
-    });
+    const int64_t places = smaller(most_chunks, larger<int64_t>(kLeastParts, kPartsBytes / (num_tasks * size * 4)));
+    auto* memory = static_cast<float*>(scratch(kPartsSlot, num_tasks * places * size * 4));
+    for (int64_t first = 0; first < most_chunks;) {
+      const int64_t merged = first > 0, count = smaller(places - merged, most_chunks - first);
+      parallel_for(num_tasks * count, [&](int64_t task) {
+        const Tile& tile = tiles[task / count / a.num_kv_heads];
+        const int64_t head = task / count % a.num_kv_heads, chunk = first + task % count;
+        float* place = memory + (task / count * places + merged + task % count) * size;
+        if (chunk < num_chunks(tile)) attend(tile, head, chunk, sums_at(place, tile));
+      });
+      const bool is_last = first + count == most_chunks;
+      parallel_for(num_tasks, [&](int64_t task) {
+        const Tile& tile = tiles[task / a.num_kv_heads];
+        float* parts = memory + task * places * size;
+        const int64_t end = merged + smaller(count, num_chunks(tile) - first);
+        for (int64_t place = 1; place < end; ++place) merge(tile, sums_at(parts, tile), sums_at(parts + place * size, tile));
+        if (is_last) finish(tile, task % a.num_kv_heads, sums_at(parts, tile));
+      });
+      first += count;
+    }
   }
 
   // Norms and rotation of all queries and keys; keys and values go to their pages.
