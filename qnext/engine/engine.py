@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qnext.config import ModelConfig
-from qnext.engine.cache import BLOCK_SIZE, Cache
+from qnext.engine.cache import BLOCK_SIZE, Cache, prompt_grid
 from qnext.engine.memory import MemoryPlan, available_bytes, weight_bytes
 from qnext.engine.params import SamplingParams
 from qnext.engine.request import (
@@ -29,7 +29,7 @@ from qnext.engine.scheduling.scheduler import Scheduler
 from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
 from qnext.errors import UsageError
 from qnext.model import CausalLM
-from qnext.ops import DELTA_CHUNK_SIZE, is_native
+from qnext.ops import DELTA_CHUNK_SIZE
 from qnext.planning import kv_bytes_per_token
 
 _SPARE_CHECKPOINTS = 4
@@ -70,7 +70,8 @@ class Engine:
 
     `eos_token_ids` (default: the config's) end a request
     unless it says ignore_eos. Keys and values are kept in `kv_dtype` (default: the model's; int8 has an fp32 scale per
-    token and head). `poison` fills freed memory with NaN (for tests).
+    token and head), recurrent states in `state_dtype`, fp32 or bf16 (docs/hybrid-cache.md tells what that changes).
+    `poison` fills freed memory with NaN (for tests).
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Engine:
         num_blocks: int | None = None,
         kv_budget_bytes: int | None = None,
         kv_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype = torch.float32,
         prefix_cache: bool = True,
         num_checkpoints: int | None = None,
         checkpoint_interval: int = 4096,
@@ -118,7 +120,7 @@ class Engine:
                 block_size=BLOCK_SIZE,
                 num_blocks=blocks if has_blocks else None,
                 num_slots=num_slots,
-                chunk_size=1 if is_native(model.device) else DELTA_CHUNK_SIZE,
+                chunk_size=prompt_grid(model.device, state_dtype),
                 has_states=has_states,
                 has_prefix_cache=prefix_cache,
                 checkpoint_interval=checkpoint_interval,
@@ -127,7 +129,7 @@ class Engine:
         )
         self.cache = Cache(
             config, num_blocks=blocks, num_slots=num_slots, max_model_len=self.max_model_len, dtype=model.dtype,
-            kv_dtype=kv_dtype, device=model.device, poison=poison,
+            kv_dtype=kv_dtype, state_dtype=state_dtype, device=model.device, poison=poison,
             num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0,
         )  # fmt: skip
         self.runner = Runner(model, self.cache)
