@@ -83,7 +83,7 @@ def run_traffic(
     num_requests: int,
     max_draft_tokens: int = 0,
     state_dtype: torch.dtype = torch.float32,
-    continues_answers: bool = True,
+    has_turns: bool = True,
 ) -> tuple[list[Answer], Engine]:
     """Requests that come, go and are aborted at random on an engine that is far too small for them.
 
@@ -108,7 +108,8 @@ def run_traffic(
             wanted, wanted_rows = alone(model, prompt, params, params.max_tokens, state_dtype)
             request = engine.add_request(prompt, params, salt=rng.choice(("", "", "b")))
             answers.append(Answer(request, wanted, wanted_rows, runner.rows.setdefault(request.id, [])))
-            conversations.history.append(prompt + wanted if continues_answers else prompt)
+            if has_turns:
+                conversations.history.append(prompt + wanted)
         if rng.random() < 0.05 and engine.has_unfinished:
             engine.abort(rng.choice([a.request.id for a in answers[-8:]]))
         for request, wanted, _, _ in answers[-20:]:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from qnext.engine import Engine, SamplingParams
+from qnext.engine.step import StepPlan
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 from qnext.ops import DELTA_CHUNK_SIZE, backend
 from qnext.planning import state_bytes_per_sequence
 from tests.engine.models import random_prompt, reference_logits, tiny_model
 from tests.engine.test_hybrid_cache import MAX_LEN, NATIVE, KeepingRunner, alone, check, run_traffic
-from tests.model.models import make_in_form
+from tests.model.models import PEER_CONFIGS, make_in_form, make_model
+from tests.ops.compare import relative_rms
 
 needs_native = pytest.mark.skipif(
     backend.native_module() is None, reason="the native kernels are not built or not wanted"
 )
 GREEDY = SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.0)
-# One rounding to bf16 changes a number by 2^-9 of it at most, half of that on average. Twenty of them, at random signs,
-# in both linear layers, and logits of order one: 20^0.5 * 2^-9 = 9e-3. Rounding at some other places is no more.
-TOLERANCE = 2e-2
+# Relative RMS of logits. One rounding to bf16 is 1e-3 of a state; after thirty in a row, which fade as slowly as their
+# tokens, the state is off by up to 1e-2, a layer's output, divided by its size in the gated norm, by some times more.
+# Measured up to 5.4e-2 on eight prompts.
+TOLERANCE = 0.1
 
 
 def rows_of(model: CausalLM, prompts: list[list[int]], params: SamplingParams, **options: object) -> list[Tensor]:
@@ -38,7 +43,7 @@ def rows_of(model: CausalLM, prompts: list[list[int]], params: SamplingParams, *
 def test_random_schedules_give_the_same_bits(form: str, seed: int) -> None:
     """In batches, from cached prompts, sent back and resumed: as alone and uncached."""
     answers, engine = run_traffic(
-        make_in_form(NATIVE, form), seed=seed, num_requests=40, state_dtype=torch.bfloat16, continues_answers=False
+        make_in_form(NATIVE, form), seed=seed, num_requests=40, state_dtype=torch.bfloat16, has_turns=False
     )
     assert engine.scheduler.prefixes is not None
     assert engine.scheduler.prefixes.statistics.tokens_hit > 0
@@ -54,7 +59,7 @@ def test_random_schedules_give_the_same_bits(form: str, seed: int) -> None:
 def test_drafts_right_and_wrong_change_no_answer(form: str) -> None:
     answers, engine = run_traffic(
         make_in_form(NATIVE, form), seed=7, num_requests=40, max_draft_tokens=3, state_dtype=torch.bfloat16,
-        continues_answers=False,
+        has_turns=False,
     )  # fmt: skip
     check(answers)
     assert any(size[1] > size[0] for size in engine.runner._recorded._steps), "windows are recorded as well"
@@ -92,22 +97,23 @@ def test_recorded_steps_give_the_bits_of_python() -> None:
 
 
 @needs_native
-def test_a_cached_answer_is_only_close() -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_a_cached_answer_is_only_close(seed: int) -> None:
     """The next turn goes on from a state that was rounded after every token of the answer; computed anew, those tokens
-    are a prompt's. In fp32 there is no difference."""
-    model = make_in_form(NATIVE, "float32")
-    first = random_prompt(70, seed=3)
+    are a prompt's. In fp32 there is no difference. Without experts: at near ties others would be chosen."""
+    model = make_model(replace(PEER_CONFIGS[NATIVE], num_experts=0))
+    first = random_prompt(70, seed=seed)
     params = SamplingParams(max_tokens=1, ignore_eos=True, temperature=0.0)
     differences = {}
     for dtype in (torch.float32, torch.bfloat16):
         engine = Engine(model, max_num_seqs=1, max_model_len=MAX_LEN, state_dtype=dtype)
         engine.runner = runner = KeepingRunner(engine)
         answer = engine.generate([first], GREEDY)[0].output_ids
-        second = [*first, *answer, *random_prompt(9, seed=4)]
+        second = [*first, *answer, *random_prompt(9, seed=seed + 10)]
         completion = engine.generate([second], params)[0]
         assert completion.num_cached_tokens == 99
         (uncached,) = rows_of(model, [second], params, state_dtype=dtype, prefix_cache=False)
-        differences[dtype] = (runner.rows[completion.request_id][0] - uncached[0]).abs().max().item()
+        differences[dtype] = relative_rms(runner.rows[completion.request_id][0], uncached[0])
     assert differences[torch.float32] == 0
     assert 0 < differences[torch.bfloat16] < TOLERANCE
 
@@ -134,7 +140,7 @@ def test_the_reference_rounds_little(kind: str) -> None:
     (rows,) = rows_of(model, [prompt], GREEDY, state_dtype=torch.bfloat16)
     tokens = [*prompt, *alone(model, prompt, GREEDY, 30, torch.bfloat16)[0]]
     wanted = reference_logits(model, tokens)[len(prompt) - 1 : -1]
-    assert 1e-4 < (rows - wanted).abs().max() < TOLERANCE * wanted.abs().max()
+    assert 1e-4 < relative_rms(rows, wanted) < TOLERANCE
 
 
 def test_bytes_are_those_of_the_plan() -> None:
@@ -159,8 +165,7 @@ def test_freed_states_are_filled_with_nan() -> None:
         assert len(completion.output_ids) == 2
         state = engine.cache.delta[0].state
         assert state.isfinite().all()
-        freed = (0,)
-        engine.cache._fill_nan((), freed)
+        engine.cache.prepare(StepPlan((), (), engine.scheduler.slots.drain_freed()))
         assert state.isnan().all()
 
 

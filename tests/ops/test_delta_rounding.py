@@ -23,8 +23,8 @@ needs_native = pytest.mark.skipif(native_module() is None, reason="the native ke
 __all__ = ["isa"]  # a fixture
 
 GRID = ops.DELTA_CHUNK_SIZE
-# A number in the middle between two of bf16, as far as fp32 can tell, may be rounded to the other one, 2^-8 away. One in
-# some thousand is, after a hundred tokens. Measured 3e-4; one rounding too many or too few makes 2e-3 of the state.
+# A number in the middle between two of bf16, as far as fp32 can tell, may be rounded to the other one, 2^-8 away. One
+# in some thousand is, after a hundred tokens. Measured 3e-4; one rounding too many or too few makes 2e-3 of the state.
 TOLERANCE = 5e-4
 
 
@@ -112,7 +112,12 @@ def test_cuts_on_the_grid_and_company_change_no_bit(sizes: Sizes, isa: None) -> 
 
 
 def run_schedule(
-    streams: list[dict[str, Any]], calls: list[list[Piece]], cache: DeltaCache, slots: list[int], op: Mixer, wrong: float
+    streams: list[dict[str, Any]],
+    calls: list[list[Piece]],
+    cache: DeltaCache,
+    slots: list[int],
+    op: Mixer,
+    wrong: float,
 ) -> list[Tensor]:
     """Outputs of the accepted tokens, per sequence; every token is behind the prompt."""
     assert cache.pending is not None
