@@ -15,11 +15,13 @@ from torch import Tensor
 from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
 from qnext.engine.request import Request
 from qnext.engine.step import SequencePlan, StepPlan
+from qnext.errors import UsageError
 from qnext.model import CacheView, DeltaSlots, KVPages
-from qnext.ops import Packing, PendingTokens, apply_pending, empty_huge, is_native, touch
+from qnext.ops import DELTA_CHUNK_SIZE, Packing, PendingTokens, apply_pending, empty_huge, is_native, touch
 
 BLOCK_SIZE = 16
 NUM_SOURCES = 128
+STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Cache:
@@ -30,10 +32,11 @@ class Cache:
     place p modulo their number.
 
     Keys and values are kept in `dtype` unless `kv_dtype` says otherwise; in int8 they have an fp32 scale per token and
-    head. Both states of the linear layers are fp32: native activations have that width whatever the weights are, and a
-    rounded state would make the cuts of a prefill visible. With `num_draft_tokens`, a step may compute up to that many
+    head. The recurrent states of the linear layers are kept in `state_dtype`: fp32, or bf16 for half the memory, which
+    is rounded where DeltaCache says; inputs of the convolution, a twentieth of it, are fp32: native activations have
+    that width whatever the weights are. With `num_draft_tokens`, a step may compute up to that many
     tokens of a sequence before it is known how many of them it keeps: see `commit`. With `poison`, memory that has no
-    owner is filled with NaN, so that reading it shows (for tests).
+    owner is filled with NaN, so that reading it shows (for tests). Raises UsageError for another `state_dtype`.
     """
 
     def __init__(
@@ -45,12 +48,16 @@ class Cache:
         max_model_len: int,
         dtype: torch.dtype,
         kv_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         block_size: int = BLOCK_SIZE,
         num_draft_tokens: int = 0,
         has_drafter: bool = False,
         poison: bool = False,
     ) -> None:
+        if state_dtype not in STATE_DTYPES:
+            raise UsageError(f"states are kept in float32 or bfloat16, not in {state_dtype}")
+        self.state_dtype = state_dtype
         self.block_size = block_size
         self.poison = poison
         self.num_draft_tokens = num_draft_tokens
@@ -71,7 +78,7 @@ class Cache:
         linear = [index for index, kind in kinds if kind == LINEAR_ATTENTION]
         self._num_accepted = torch.zeros(len(linear), num_slots, dtype=torch.long, device=device)
         self.delta = {
-            index: _make_slots(config, num_slots, num_draft_tokens, accepted, self.device)
+            index: _make_slots(config, num_slots, num_draft_tokens, accepted, self.device, state_dtype)
             for index, accepted in zip(linear, self._num_accepted.unbind(), strict=True)
         }
         # One row of page numbers per slot: a step selects rows instead of copying whole tables from Python.
@@ -125,6 +132,7 @@ class Cache:
         """Where the given sequences of a step read and write, and which of them may yet reject their tokens."""
         slots = [self.bind(sequence.request) for sequence in sequences]
         contexts = tuple(sequence.start + len(sequence.token_ids) for sequence in sequences)
+        prompts = [len(sequence.request.prompt_ids) for sequence in sequences]
         slots_N = torch.tensor(slots, dtype=torch.long, device=self.device)
         num_pages = -(-max(contexts) // self.block_size) if self.kv else 1
         tables_NM = self._tables[slots_N, :num_pages]
@@ -143,6 +151,7 @@ class Cache:
             write_index_T=write_index_T,
             has_fresh=any(sequence.start == 0 for sequence in sequences),
             is_draft_N=torch.tensor(is_draft, device=self.device) if is_draft is not None and any(is_draft) else None,
+            prompt_lengths_N=torch.tensor(prompts) if self.state_dtype != torch.float32 else None,
         )
 
     def commit(self, slot: int, num_accepted: int) -> None:
@@ -203,6 +212,14 @@ class Cache:
                 tensor.index_fill_(0, index, float("nan") if tensor.is_floating_point() else 0)
 
 
+def prompt_grid(device: torch.device, state_dtype: torch.dtype) -> int:
+    """Prompts are cut, and their states kept, at multiples of so many tokens, where no cut changes an answer.
+
+    Native kernels compute the same bits with any cut, unless a narrow state is rounded there.
+    """
+    return 1 if is_native(device) and state_dtype == torch.float32 else DELTA_CHUNK_SIZE
+
+
 def _make_pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> KVPages:
     k, v = (empty_huge(shape, dtype=dtype, device=device) for _ in range(2))
     if dtype != torch.int8:
@@ -211,12 +228,13 @@ def _make_pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 
 
 def _make_slots(
-    config: ModelConfig, num_slots: int, num_draft_tokens: int, num_accepted: Tensor, device: torch.device
-) -> DeltaSlots:
+    config: ModelConfig, num_slots: int, num_draft_tokens: int, num_accepted: Tensor, device: torch.device,
+    state_dtype: torch.dtype,
+) -> DeltaSlots:  # fmt: skip
     state_shape = (config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
     conv_shape = (num_slots, config.linear_conv_kernel_dim - 1, config.linear_conv_dim)
     conv = empty_huge(conv_shape, dtype=torch.float32, device=device)
-    state = empty_huge((num_slots, *state_shape), dtype=torch.float32, device=device)
+    state = empty_huge((num_slots, *state_shape), dtype=state_dtype, device=device)
     if not num_draft_tokens:
         return DeltaSlots(conv, state)
     pending = PendingTokens.empty(

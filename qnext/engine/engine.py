@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qnext.engine.cache import BLOCK_SIZE, Cache
+from qnext.engine.cache import BLOCK_SIZE, Cache, prompt_grid
 from qnext.engine.memory import MemoryPlan, weight_bytes
 from qnext.engine.params import SamplingParams
 from qnext.engine.request import (
@@ -30,7 +30,6 @@ from qnext.engine.speculation.drafter import DEFAULT_DRAFT_TOKENS, Drafter
 from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
 from qnext.errors import UsageError
 from qnext.model import CausalLM
-from qnext.ops import DELTA_CHUNK_SIZE, is_native
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ class Engine:
     for token. Without it, `max_draft_tokens` is how many whoever owns the engine may put into `Request.drafts`.
 
     `eos_token_ids` (default: the config's) end a request unless it says ignore_eos. Keys and values are kept in
-    `kv_dtype` (default: the model's; int8 has an fp32 scale per token and head). `poison` fills freed memory with NaN
-    (for tests).
+    `kv_dtype` (default: the model's; int8 has an fp32 scale per token and head), recurrent states in `state_dtype`,
+    fp32 or bf16 (docs/hybrid-cache.md tells what that changes). `poison` fills freed memory with NaN (for tests).
     """
 
     def __init__(
@@ -86,6 +85,7 @@ class Engine:
         num_blocks: int | None = None,
         kv_budget_bytes: int | None = None,
         kv_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype = torch.float32,
         prefix_cache: bool = True,
         num_checkpoints: int | None = None,
         checkpoint_interval: int = 4096,
@@ -110,7 +110,7 @@ class Engine:
                 max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len,
                 num_blocks=num_blocks, kv_budget_bytes=kv_budget_bytes, kv_dtype=kv_dtype or model.dtype,
                 has_prefix_cache=prefix_cache, num_checkpoints=num_checkpoints, max_draft_tokens=max_draft_tokens,
-                has_drafter=has_drafter,
+                has_drafter=has_drafter, state_dtype=state_dtype,
             ),
         )  # fmt: skip
         self.max_model_len = sizes.max_model_len
@@ -121,7 +121,7 @@ class Engine:
                 block_size=BLOCK_SIZE,
                 num_blocks=sizes.num_blocks or None,
                 num_slots=sizes.num_slots,
-                chunk_size=1 if is_native(model.device) else DELTA_CHUNK_SIZE,
+                chunk_size=prompt_grid(model.device, state_dtype),
                 has_states=config.num_linear_layers > 0,
                 has_prefix_cache=prefix_cache,
                 checkpoint_interval=checkpoint_interval,
@@ -130,7 +130,7 @@ class Engine:
         )
         self.cache = Cache(
             config, num_blocks=sizes.num_blocks, num_slots=sizes.num_slots, max_model_len=self.max_model_len,
-            dtype=model.dtype, kv_dtype=kv_dtype, device=model.device, poison=poison,
+            dtype=model.dtype, kv_dtype=kv_dtype, state_dtype=state_dtype, device=model.device, poison=poison,
             num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0, has_drafter=has_drafter,
         )  # fmt: skip
         self.runner = Runner(model, self.cache)

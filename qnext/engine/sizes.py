@@ -31,6 +31,7 @@ class WantedSizes:
     num_blocks: int | None
     kv_budget_bytes: int | None
     kv_dtype: torch.dtype
+    state_dtype: torch.dtype
     has_prefix_cache: bool
     num_checkpoints: int | None
     max_draft_tokens: int
@@ -140,8 +141,9 @@ def _state_bytes(config: ModelConfig, wanted: WantedSizes) -> int:
     per_token = config.linear_conv_dim + config.linear_key_dim + config.linear_value_dim + config.linear_num_value_heads
     pending = 4 * (per_token if config.num_linear_layers else 0) * config.num_linear_layers
     num_pending = wanted.max_draft_tokens + 1 if wanted.max_draft_tokens else 0
+    dtype = str(wanted.state_dtype).removeprefix("torch.")
     sources = 4 * NUM_SOURCES * config.hidden_size if wanted.has_drafter else 0
-    return state_bytes_per_sequence(config).total + num_pending * pending + sources
+    return state_bytes_per_sequence(config, state_dtype=dtype).total + num_pending * pending + sources
 
 
 def _what_does_not_fit(wanted: WantedSizes, num_tokens: int, kv_bytes: int, needed: int, available: int) -> str:

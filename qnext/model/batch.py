@@ -35,7 +35,7 @@ class DeltaSlots(NamedTuple):
     """State of one Gated DeltaNet layer, a slot per sequence."""
 
     conv: Tensor  # [num_slots, W - 1, C] last inputs of the convolution, oldest first, fp32
-    state: Tensor  # [num_slots, H, K, V] fp32
+    state: Tensor  # [num_slots, H, K, V] fp32 or bf16
     pending: PendingTokens | None = None  # what drafts computed, where the cache allows them
 
     @property
@@ -61,13 +61,15 @@ class CacheView:
     write_index_T: Tensor  # int64 page * P + offset for every token of the step
     has_fresh: bool = True  # whether any of is_fresh_N may be true; false saves a pass over the states
     is_draft_N: Tensor | None = None  # bool; None where nothing is a draft
+    prompt_lengths_N: Tensor | None = None  # int64 on the CPU, for states in bf16; None: no token is behind a prompt
 
     def delta_cache(self, layer_index: int) -> DeltaCache:
         """Slots of one layer with the slot numbers of the step's sequences."""
         slots = self.delta[layer_index]
         return DeltaCache(
-            slots.conv, slots.state, self.slots_N, self.is_fresh_N, self.has_fresh, slots.pending, self.is_draft_N
-        )
+            slots.conv, slots.state, self.slots_N, self.is_fresh_N, self.has_fresh, slots.pending, self.is_draft_N,
+            self.context_lengths_N, self.prompt_lengths_N,
+        )  # fmt: skip
 
     def attention_cache(self, layer_index: int) -> AttentionCache:
         """What the attention of one layer reads and writes."""

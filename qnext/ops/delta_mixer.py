@@ -34,8 +34,9 @@ def gated_delta_mixer(
     Per key head `qkvz_TX` holds q (K), k (K), v (R * V), z (R * V) and `ba_TY` b (R), a (R); the channels of the
     convolution are all q, then all k, then all v. Every sequence of `packing` goes on from its slot of `cache`, which
     is updated in place, or starts from zeros. The native kernel takes fp32 on the CPU without gradients, heads whose
-    dims are multiples of 16, and slots in fp32; its result for a token does not depend on how tokens are cut into
-    calls and on what was drafted and rejected between them, not in one bit. Drafts: see DeltaCache.
+    dims are multiples of 16, and slots in fp32, the state's in bf16 too; its result for a token does not depend on how
+    tokens are cut into calls and on what was drafted and rejected between them, not in one bit. Drafts, and which cuts
+    do matter for states in bf16: see DeltaCache.
     """
     if runs_native(qkvz_TX, ba_TY, conv_weight_C1W, A_log_H, dt_bias_H, norm_weight_V):
         native = native_module()

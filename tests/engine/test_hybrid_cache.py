@@ -77,7 +77,13 @@ class Answer(NamedTuple):
 
 
 def run_traffic(
-    model: CausalLM, *, seed: int, num_requests: int, max_draft_tokens: int = 0
+    model: CausalLM,
+    *,
+    seed: int,
+    num_requests: int,
+    max_draft_tokens: int = 0,
+    state_dtype: torch.dtype = torch.float32,
+    has_turns: bool = True,
 ) -> tuple[list[Answer], Engine]:
     """Requests that come, go and are aborted at random on an engine that is far too small for them.
 
@@ -87,7 +93,8 @@ def run_traffic(
     engine = Engine(
         model, max_num_seqs=rng.randint(2, 5), max_model_len=MAX_LEN, num_blocks=rng.randint(17, 40),
         num_checkpoints=rng.randint(1, 8), max_num_batched_tokens=rng.choice((70, 100, 300)),
-        checkpoint_interval=rng.choice((0, 50)), max_draft_tokens=max_draft_tokens, poison=True,
+        checkpoint_interval=rng.choice((0, 50)), max_draft_tokens=max_draft_tokens, state_dtype=state_dtype,
+        poison=True,
     )  # fmt: skip
     if engine.scheduler.prefixes is not None:
         engine.scheduler.prefixes.min_tokens = 4
@@ -98,10 +105,11 @@ def run_traffic(
         for _ in range(rng.randint(0, 3) if len(answers) < num_requests else 0):
             prompt, params = conversations.prompt(), conversations.params()
             assert params.max_tokens is not None
-            wanted, wanted_rows = alone(model, prompt, params, params.max_tokens)
+            wanted, wanted_rows = alone(model, prompt, params, params.max_tokens, state_dtype)
             request = engine.add_request(prompt, params, salt=rng.choice(("", "", "b")))
             answers.append(Answer(request, wanted, wanted_rows, runner.rows.setdefault(request.id, [])))
-            conversations.history.append(prompt + wanted)
+            if has_turns:
+                conversations.history.append(prompt + wanted)
         if rng.random() < 0.05 and engine.has_unfinished:
             engine.abort(rng.choice([a.request.id for a in answers[-8:]]))
         for request, wanted, _, _ in answers[-20:]:
@@ -114,8 +122,14 @@ def run_traffic(
     return answers, engine
 
 
-def alone(model: CausalLM, prompt: list[int], params: SamplingParams, num_tokens: int) -> tuple[list[int], Tensor]:
-    engine = Engine(model, max_num_seqs=1, max_model_len=MAX_LEN, prefix_cache=False)
+def alone(
+    model: CausalLM,
+    prompt: list[int],
+    params: SamplingParams,
+    num_tokens: int,
+    state_dtype: torch.dtype = torch.float32,
+) -> tuple[list[int], Tensor]:
+    engine = Engine(model, max_num_seqs=1, max_model_len=MAX_LEN, prefix_cache=False, state_dtype=state_dtype)
     engine.runner = runner = KeepingRunner(engine)
     completion = engine.generate([prompt], replace(params, max_tokens=num_tokens))[0]
     return list(completion.output_ids), torch.stack(runner.rows[completion.request_id])

@@ -14,6 +14,7 @@ from qnext.ops.reference.delta_mixer import DeltaCache
 from qnext.ops.reference.delta_pending import PendingTokens
 
 _LANES = 16
+_STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def fits_mixer(
@@ -24,7 +25,7 @@ def fits_mixer(
         key_head_dim % _LANES == 0
         and norm_weight_V.shape[0] % _LANES == 0
         and 1 <= conv_weight_C1W.shape[2] <= native.MAX_CONV_WIDTH
-        and (cache is None or (_is_plain(cache.conv) and _is_plain(cache.state)))
+        and (cache is None or (_is_plain(cache.conv) and _is_state(cache.state)))
         and (cache is None or cache.pending is None or _fits_pending(native, cache.pending))
     )
 
@@ -32,7 +33,7 @@ def fits_mixer(
 def fits_slots(native: ModuleType, conv: Tensor, state: Tensor, pending: PendingTokens) -> bool:
     """Whether the kernel can apply these pending tokens to these states."""
     return (
-        state.shape[3] % _LANES == 0 and _is_plain(conv) and _is_plain(state) and _fits_pending(native, pending)
+        state.shape[3] % _LANES == 0 and _is_plain(conv) and _is_state(state) and _fits_pending(native, pending)
     )  # fmt: skip
 
 
@@ -58,7 +59,8 @@ def gated_delta_mixer(
     """[T, H * V] fp32. See ops.gated_delta_mixer.
 
     The same bits however the tokens of a sequence are cut into calls, whichever of them were drafts and whatever
-    sequences run beside it. Raises IndexError for a slot that is none, ValueError for a draft that is too long.
+    sequences run beside it; for states in bf16 as far as DeltaCache says. Raises IndexError for a slot that is none,
+    ValueError for a draft that is too long.
     """
     num_heads, value_dim = A_log_H.shape[0], norm_weight_V.shape[0]
     num_channels, _, width = conv_weight_C1W.shape
@@ -86,12 +88,13 @@ def gated_delta_mixer(
     _check_cache(cache, num_sequences, (width - 1, num_channels), (num_heads, key_head_dim, value_dim))
     qkvz_TX, ba_TY, conv_weight_C1W = _plain(qkvz_TX), _plain(ba_TY), _plain(wide(conv_weight_C1W))
     A_log_H, dt_bias_H, norm_weight_V = wide(A_log_H), wide(dt_bias_H), wide(norm_weight_V)
+    facts = (cache.is_draft_N, cache.context_lengths_N, cache.prompt_lengths_N)
     out_TZ = torch.empty((num_tokens, num_heads * value_dim), dtype=torch.float32)
     native.gated_delta_mixer(
         qkvz_TX.data_ptr(), ba_TY.data_ptr(), conv_weight_C1W.data_ptr(), A_log_H.data_ptr(), dt_bias_H.data_ptr(),
         norm_weight_V.data_ptr(), eps, num_sequences, packing.cu_seqlens.data_ptr(), cache.slots_N.data_ptr(),
         cache.is_fresh_N.data_ptr() if cache.has_fresh else 0,
-        0 if cache.is_draft_N is None else cache.is_draft_N.data_ptr(),
+        *(0 if x is None else x.data_ptr() for x in facts),
         cache.state.shape[0], _slots(native, cache.conv, cache.state, cache.pending), out_TZ.data_ptr(),
     )  # fmt: skip
     return out_TZ
@@ -112,8 +115,9 @@ def _slots(native: ModuleType, conv: Tensor, state: Tensor, pending: PendingToke
     num_key_heads = (conv.shape[2] - num_heads * value_dim) // (2 * key_dim)
     addresses = [0] * 6 if pending is None else [pending.num_drafts, *(x.data_ptr() for x in pending)]
     return native.DeltaSlots(
-        num_key_heads, num_heads, key_dim, value_dim, conv.shape[1] + 1, conv.data_ptr(), state.data_ptr(), *addresses
-    )
+        num_key_heads, num_heads, key_dim, value_dim, conv.shape[1] + 1, conv.data_ptr(), state.data_ptr(),
+        state.dtype == torch.bfloat16, *addresses,
+    )  # fmt: skip
 
 
 def _check_cache(
@@ -129,6 +133,9 @@ def _check_cache(
     _check_numbers(cache.is_fresh_N, torch.bool, num_sequences)
     if cache.is_draft_N is not None:
         _check_numbers(cache.is_draft_N, torch.bool, num_sequences)
+    for lengths_N in (cache.context_lengths_N, cache.prompt_lengths_N):
+        if lengths_N is not None:
+            _check_numbers(lengths_N, torch.int64, num_sequences)
     if cache.pending is not None:
         _check_numbers(cache.pending.num_accepted, torch.int64, state.shape[0])
 
@@ -140,6 +147,10 @@ def _check_numbers(numbers: Tensor, dtype: torch.dtype, size: int) -> None:
 
 def _is_plain(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.is_cpu
+
+
+def _is_state(tensor: Tensor) -> bool:
+    return tensor.dtype in _STATE_DTYPES and tensor.is_contiguous() and tensor.is_cpu
 
 
 def _plain(tensor: Tensor) -> Tensor:

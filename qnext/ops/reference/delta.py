@@ -6,6 +6,7 @@ B chunks of C tokens. Arithmetic in fp32 (fp64 for fp64 inputs).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -84,6 +85,34 @@ def recurrent_gated_delta_rule(
     return DeltaOutput(o_THV, state_NHKV)
 
 
+def rounded_delta_rule(
+    q_TJK: Tensor,
+    k_TJK: Tensor,
+    v_THV: Tensor,
+    g_TH: Tensor,
+    beta_TH: Tensor,
+    *,
+    packing: Packing,
+    pieces: Sequence[Sequence[int]],
+    state_NHKV: Tensor,
+) -> DeltaOutput:
+    """gated_delta_rule from narrow states, rounded to their dtype after every piece of each sequence."""
+    arguments = (q_TJK, k_TJK, v_THV, g_TH, beta_TH)
+    o_THV, starts_N = torch.empty_like(v_THV), packing.cu_seqlens[:-1].clone()
+    for step in range(max(map(len, pieces))):
+        active = [n for n, lengths in enumerate(pieces) if step < len(lengths)]
+        part = Packing([pieces[n][step] for n in active], device=packing.device)
+        active_A = torch.tensor(active, device=packing.device)
+        rows = starts_N[active_A][part.sequence_ids_T] + part.offsets_T
+        out, state = gated_delta_rule(
+            *(x.index_select(0, rows) for x in arguments), packing=part, initial_state_NHKV=state_NHKV[active_A]
+        )
+        o_THV = o_THV.index_copy(0, rows, out)
+        state_NHKV = state_NHKV.index_copy(0, active_A, state.to(state_NHKV.dtype))
+        starts_N = starts_N.index_add(0, active_A, part.lengths_N)
+    return DeltaOutput(o_THV, state_NHKV)
+
+
 def delta_rule_updates(
     k_TJK: Tensor,
     v_THV: Tensor,
@@ -91,10 +120,16 @@ def delta_rule_updates(
     beta_TH: Tensor,
     *,
     packing: Packing,
-    initial_state_NHKV: Tensor | None = None,
+    initial_state_NHKV: Tensor,
 ) -> Tensor:
-    """u [T, H, V] of gated_delta_rule, wide: what each token adds to the state along its key."""
-    return _walk(k_TJK, k_TJK, v_THV, g_TH, beta_TH, packing=packing, initial_state_NHKV=initial_state_NHKV)[1]
+    """u [T, H, V] of gated_delta_rule, wide: what each token adds to the state along its key.
+
+    A narrow state is rounded to its dtype after every token.
+    """
+    return _walk(
+        k_TJK, k_TJK, v_THV, g_TH, beta_TH, packing=packing, initial_state_NHKV=initial_state_NHKV,
+        stored=initial_state_NHKV.dtype,
+    )[1]  # fmt: skip
 
 
 def _walk(
@@ -106,8 +141,9 @@ def _walk(
     *,
     packing: Packing,
     initial_state_NHKV: Tensor | None,
+    stored: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, updates and last states of the recurrence."""
+    """Outputs, updates and last states of the recurrence; with `stored`, states rounded to it after every token."""
     wide = torch.promote_types(v_THV.dtype, torch.float32)
     repeats = v_THV.shape[1] // k_TJK.shape[1]
     q_THK = q_TJK.to(wide).repeat_interleave(repeats, dim=1) * q_TJK.shape[-1] ** -0.5
@@ -128,6 +164,8 @@ def _walk(
         active = active + k[..., None] * update[..., None, :]
         updates.append(update)
         outputs.append(torch.einsum("nhkv,nhk->nhv", active, q_THK[rows]))
+        if stored is not None:
+            active = active.to(stored).to(state.dtype)
         state = torch.cat([active, state[len(rows) :]]) if len(rows) < len(state) else active
     o_THV = torch.cat(outputs)[layout.rows].to(v_THV.dtype)
     return o_THV, torch.cat(updates)[layout.rows], _unsorted(state, layout)

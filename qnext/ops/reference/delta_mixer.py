@@ -6,6 +6,7 @@ head dims, C = 2 J K + H V conv channels, W conv width, X = C + H V and Y = 2 H 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from qnext.ops.packing import Packing
 from qnext.ops.reference.conv import causal_conv1d_silu
-from qnext.ops.reference.delta import delta_rule_updates, gated_delta_rule
+from qnext.ops.reference.delta import DELTA_CHUNK_SIZE, delta_rule_updates, gated_delta_rule, rounded_delta_rule
 from qnext.ops.reference.delta_pending import PendingTokens, advance_history, advance_state, keep_first_tokens
 from qnext.ops.reference.norm import gated_rms_norm, l2_norm
 
@@ -27,15 +28,23 @@ class DeltaCache(NamedTuple):
     Slots with `pending` tokens allow drafts: where `is_draft_N` is true, the tokens of the call, at most
     `pending.num_drafts`, do not reach the carried states but become pending. In every call those pending tokens of its
     sequences that were accepted come first.
+
+    A state in bf16 is rounded, to nearest even, at the end of a call, and within one after every drafted or accepted
+    token, at multiples of 64 tokens of a prompt, and after every token behind the prompt. So calls that end elsewhere
+    in a prompt change later bits. Arithmetic stays fp32.
     """
 
     conv: Tensor  # [num_slots, W - 1, C] last inputs of the convolution, oldest first
-    state: Tensor  # [num_slots, H, K, V] fp32
+    state: Tensor  # [num_slots, H, K, V] fp32, fp64 for fp64 inputs, or bf16
     slots_N: Tensor  # int64
     is_fresh_N: Tensor  # bool: starts with this call, from zeros
     has_fresh: bool = True  # whether any of is_fresh_N may be true; false saves a pass over the states
     pending: PendingTokens | None = None
     is_draft_N: Tensor | None = None  # bool; None where nothing is a draft
+    # For states in bf16, int64 on the CPU: tokens of each sequence with those of the call, None where they begin at a
+    # multiple of 64; tokens of its prompt, None where the call has no others.
+    context_lengths_N: Tensor | None = None
+    prompt_lengths_N: Tensor | None = None
 
     def check_pending(self) -> None:
         """Raises ValueError for pending tokens of other sizes, or where drafts have no place."""
@@ -108,14 +117,35 @@ def gated_delta_mixer(
     qk_TC, v_TC = mixed_TC.split([2 * num_key_heads * key_head_dim, num_heads * value_dim], dim=-1)
     q_TJK, k_TJK = l2_norm(qk_TC.reshape(num_tokens, 2 * num_key_heads, key_head_dim)).chunk(2, dim=1)
     v_THV = v_TC.reshape(num_tokens, num_heads, value_dim)
-    o_THV, delta_state = gated_delta_rule(
-        q_TJK, k_TJK, v_THV, g_TH, beta_TH, packing=packing, initial_state_NHKV=carried and carried[1]
-    )
+    if cache is not None and carried is not None and cache.state.dtype == torch.bfloat16:
+        pieces = _stored_pieces(cache, packing)
+        o_THV, delta_state = rounded_delta_rule(
+            q_TJK, k_TJK, v_THV, g_TH, beta_TH, packing=packing, pieces=pieces, state_NHKV=carried[1]
+        )
+    else:
+        o_THV, delta_state = gated_delta_rule(
+            q_TJK, k_TJK, v_THV, g_TH, beta_TH, packing=packing, initial_state_NHKV=carried and carried[1]
+        )
     if cache is not None and carried is not None:
         if cache.is_draft_N is not None:
             _keep_drafts(cache, packing, carried[1], qkv_TC, k_TJK, v_THV, g_TH, beta_TH)
         cache.write_carried(carried, (conv_state, delta_state))
     return gated_rms_norm(o_THV, z_THV, norm_weight_V, eps=eps).flatten(1)
+
+
+def _stored_pieces(cache: DeltaCache, packing: Packing) -> list[list[int]]:
+    """Lengths of the pieces of every sequence after which a state in bf16 is rounded."""
+    lengths = packing.lengths
+    ends = lengths if cache.context_lengths_N is None else cache.context_lengths_N.tolist()
+    prompts = ends if cache.prompt_lengths_N is None else cache.prompt_lengths_N.tolist()
+    is_draft = [False] * len(lengths) if cache.is_draft_N is None else cache.is_draft_N.tolist()
+    pieces: list[list[int]] = []
+    for length, end, prompt, drafts in zip(lengths, ends, prompts, is_draft, strict=True):
+        behind = length if drafts else min(length, max(0, end - prompt))
+        grid = range(end - length, end - behind)
+        stops = [position for position in grid if position % DELTA_CHUNK_SIZE == 0 or position == grid.start]
+        pieces.append([b - a for a, b in pairwise([*stops, grid.stop])] + [1] * behind)
+    return pieces
 
 
 def _check_drafts(cache: DeltaCache, packing: Packing) -> None:

@@ -87,8 +87,18 @@ def advance_history(conv_NWC: Tensor, pending: PendingTokens, slots_N: Tensor, c
 
 
 def advance_state(state_NHKV: Tensor, pending: PendingTokens, slots_N: Tensor, counts_N: Tensor) -> Tensor:
-    """The states after `counts_N` pending tokens: each update fades by the decays that follow it."""
+    """The states after `counts_N` pending tokens: each update fades by the decays that follow it.
+
+    States in bf16 take up one after the other, rounded after each as they are without drafts.
+    """
     _, k_NLJK, u_NLHV, decay_NLH = (x.index_select(0, slots_N) for x in pending[:-1])
+    if state_NHKV.dtype == torch.bfloat16:
+        for t in range(pending.num_drafts):
+            k_NHK = k_NLJK[:, t].repeat_interleave(u_NLHV.shape[2] // k_NLJK.shape[2], dim=1)
+            update_NHKV = k_NHK[..., None] * u_NLHV[:, t, :, None]
+            after_NHKV = (state_NHKV * decay_NLH[:, t, :, None, None] + update_NHKV).to(state_NHKV.dtype)
+            state_NHKV = torch.where((t < counts_N)[:, None, None, None], after_NHKV, state_NHKV)
+        return state_NHKV
     is_accepted_NL1 = (torch.arange(pending.num_drafts, device=counts_N.device) < counts_N[:, None])[..., None]
     decay_NLH = torch.where(is_accepted_NL1, decay_NLH, 1.0)
     k_NLJK = torch.where(is_accepted_NL1[..., None], k_NLJK, 0.0)

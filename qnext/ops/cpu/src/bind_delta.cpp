@@ -42,11 +42,11 @@ void bind_delta(nb::module_& m) {
       .def(
           "__init__",
           [](DeltaSlots* self, int64_t num_key_heads, int64_t num_value_heads, int64_t key_dim, int64_t value_dim,
-             int64_t conv_width, uintptr_t conv, uintptr_t state, int64_t num_drafts, uintptr_t pending_conv,
+             int64_t conv_width, uintptr_t conv, uintptr_t state, bool has_bf16_state, int64_t num_drafts, uintptr_t pending_conv,
              uintptr_t k, uintptr_t u, uintptr_t decay, uintptr_t num_accepted) {
             new (self) DeltaSlots{
                 num_key_heads, num_value_heads, key_dim, value_dim, conv_width, pointer<float>(conv),
-                pointer<float>(state),
+                pointer<void>(state), has_bf16_state,
                 {num_drafts, pointer<float>(pending_conv), pointer<float>(k), pointer<float>(u), pointer<float>(decay),
                  pointer<int64_t>(num_accepted)}};
           });
@@ -54,12 +54,13 @@ void bind_delta(nb::module_& m) {
       "gated_delta_mixer",
       [](uintptr_t qkvz, uintptr_t ba, uintptr_t conv_weight, uintptr_t A_log, uintptr_t dt_bias, uintptr_t norm_weight,
          float eps, int64_t num_sequences, uintptr_t starts, uintptr_t slots, uintptr_t is_fresh, uintptr_t is_draft,
-         int64_t num_slots, const DeltaSlots& memory, uintptr_t out) {
+         uintptr_t context_lengths, uintptr_t prompt_lengths, int64_t num_slots, const DeltaSlots& memory, uintptr_t out) {
         const DeltaMixerArguments arguments{
             memory, pointer<const float>(qkvz), pointer<const float>(ba), pointer<const float>(conv_weight),
             pointer<const float>(A_log), pointer<const float>(dt_bias), pointer<const float>(norm_weight), eps,
             num_sequences, pointer<const int64_t>(starts), pointer<const int64_t>(slots),
-            pointer<const bool>(is_fresh), pointer<const bool>(is_draft), pointer<float>(out)};
+            pointer<const bool>(is_fresh), pointer<const bool>(is_draft), pointer<const int64_t>(context_lengths),
+            pointer<const int64_t>(prompt_lengths), pointer<float>(out)};
         perform([=] {
           check(arguments, num_slots);
           active_delta_kernels().mixer(arguments);

@@ -8,7 +8,6 @@ namespace qnext::QNEXT_ISA {
 
 namespace {
 
-constexpr int64_t kTokensAtOnce = 64;  // q, k, v of a block of tokens stay in a level-2 cache
 constexpr int64_t kRowsAhead = 3;      // rows lie pages apart, where the CPU does not look ahead by itself
 constexpr float kNormEps = 1e-6f;      // of the L2 norm of q and k
 static_assert(kMaxDraftTokens <= kTokensAtOnce);
@@ -54,8 +53,14 @@ struct SlotGroup {
 
   int64_t num_accepted() const { return memory.pending.num_drafts ? memory.pending.num_accepted[slot] : 0; }
 
-  float* state(int64_t repeat) const {
-    return memory.state + (slot * memory.num_value_heads + head * repeats + repeat) * key_dim * memory.value_dim;
+  // Calls body(address of the state of one value head), which is of the type of its numbers.
+  template <typename Body>
+  QNEXT_INLINE void with_state(int64_t repeat, Body&& body) const {
+    const int64_t first = (slot * memory.num_value_heads + head * repeats + repeat) * key_dim * memory.value_dim;
+    if (memory.has_bf16_state)
+      body(static_cast<bf16*>(memory.state) + first);
+    else
+      body(static_cast<float*>(memory.state) + first);
   }
 
   // Carried inputs of the convolution, oldest first, and behind them the pending ones.
@@ -95,7 +100,7 @@ struct SlotGroup {
         memcpy(conv_row(row) + channel, conv_row(row + count) + channel, size * 4);
       });
     for (int64_t r = 0; r < repeats; ++r)
-      update_head(pending_updates(r, count), state(r), key_dim, memory.value_dim);
+      with_state(r, [&](auto* state) { update_head(pending_updates(r, count), state, key_dim, memory.value_dim); });
   }
 };
 
@@ -211,18 +216,32 @@ struct Group : SlotGroup {
     }
   }
 
+  // Tokens of the block that begins with token `first` of the call. After a block the state is stored. In bf16 that
+  // rounds it, so those blocks end where the position in the sequence says: on a grid in its prompt, then at every token.
+  int64_t block_size(int64_t first) const {
+    const int64_t left = num_tokens() - first;
+    if (!memory.has_bf16_state || is_draft()) return smaller(kTokensAtOnce, left);
+    const int64_t position = a.context_lengths ? a.context_lengths[sequence] - left : first;
+    const int64_t to_grid = smaller(kTokensAtOnce - position % kTokensAtOnce, left);
+    if (!a.prompt_lengths) return to_grid;
+    return larger<int64_t>(1, smaller(to_grid, a.prompt_lengths[sequence] - position));
+  }
+
   void run() {
     const int64_t total = num_tokens(), carried = a.conv_width - 1;
     int64_t accepted = is_fresh() ? 0 : num_accepted();
     read_history(accepted);
-    if (is_fresh()) memset(state(0), 0, repeats * key_dim * a.value_dim * 4);
-    for (int64_t first = 0; first < total; first += kTokensAtOnce, accepted = 0) {
-      const int64_t count = smaller(kTokensAtOnce, total - first);
+    if (is_fresh())
+      with_state(0, [&](auto* state) { memset(state, 0, repeats * key_dim * a.value_dim * sizeof *state); });
+    for (int64_t first = 0, count; first < total; first += count, accepted = 0) {
+      count = block_size(first);
       prepare(first, count);
       for (int64_t r = 0; r < repeats; ++r)
-        walk_head({count, key_dim, mixed, mixed + key_dim, mixed + 2 * key_dim + r * a.value_dim, channels, gates + r,
-                   repeats},
-                  pending_updates(r, accepted), is_draft() ? pending_u(r) : nullptr, state(r), a.value_dim);
+        with_state(r, [&](auto* state) {
+          walk_head({count, key_dim, mixed, mixed + key_dim, mixed + 2 * key_dim + r * a.value_dim, channels, gates + r,
+                     repeats},
+                    pending_updates(r, accepted), is_draft() ? pending_u(r) : nullptr, state, a.value_dim);
+        });
       finish(first, count);
     }
     if (is_draft()) {

@@ -2,7 +2,8 @@
 //
 // One task walks all tokens of one sequence for one key head and the value heads that use it, and every number is made
 // in one order of operations: the bits do not depend on how tokens are cut into calls, on which of them were drafts, on
-// what else is in the batch, or on the number of threads.
+// what else is in the batch, or on the number of threads. A state in bf16 is rounded at fixed positions of its sequence,
+// and where a call ends: of the cuts, only those elsewhere can be seen.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,7 @@
 namespace qnext {
 
 constexpr int64_t kMaxConvWidth = 8;
+constexpr int64_t kTokensAtOnce = 64;    // q, k, v of a block of tokens stay in a level-2 cache
 constexpr int64_t kMaxDraftTokens = 64;  // a draft lies in one block of tokens
 
 // What drafts computed and nothing was decided about: the first num_accepted tokens of a slot are applied to its
@@ -29,7 +31,8 @@ struct DeltaSlots {
   int64_t num_key_heads, num_value_heads, key_dim, value_dim;  // J, H, K, V; K and V multiples of 16
   int64_t conv_width;                                          // W, at most kMaxConvWidth
   float* conv;                                                 // [slots, W - 1, C] last inputs, oldest first
-  float* state;                                                // [slots, H, K, V]
+  void* state;                                                 // [slots, H, K, V]
+  bool has_bf16_state;                                         // else fp32
   DeltaPending pending;
 };
 
@@ -47,6 +50,10 @@ struct DeltaMixerArguments : DeltaSlots {
   const int64_t* slots;   // [N], all different
   const bool* is_fresh;   // [N] sequences whose slot is not read, or null for none
   const bool* is_draft;   // [N] sequences whose tokens become pending, at most L of them, or null for none
+  // [N] tokens of each sequence with those of the call, or null where the call begins at a multiple of kTokensAtOnce,
+  // and tokens of its prompt, or null where the call has no others. Only for states in bf16.
+  const int64_t* context_lengths;
+  const int64_t* prompt_lengths;
   float* out;             // [T, H V]
 };
 

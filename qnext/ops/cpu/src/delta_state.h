@@ -4,6 +4,8 @@
 //     o = g S^T q + (k . q) u,    S <- g S + k u^T
 // so one pass over S writes the update of a token and reads S^T k, S^T q for the next one: four operations per vector.
 // Sums run over the rows of S in order, whatever number of columns is taken at a time.
+//
+// S lies in memory as fp32 or bf16. Arithmetic is fp32, and in bf16 it is rounded where it would have been stored.
 #pragma once
 
 #include <type_traits>
@@ -41,9 +43,13 @@ struct Updates {
   int64_t k_stride, u_stride, decay_stride;
 };
 
+// What a number of S is after it was stored and read.
+QNEXT_INLINE f32reg as_stored(const float*, f32reg s) { return s; }
+QNEXT_INLINE f32reg as_stored(const bf16*, f32reg s) { return round_to_bf16(s); }
+
 // reads[c] = sum over rows of S[row, c] k[row], and the same for q. With `copy`, S is written there, rows side by side.
-template <int kVectors>
-QNEXT_INLINE void read_state(const float* state, int64_t stride, float* copy, int64_t rows, const float* k,
+template <int kVectors, typename State>
+QNEXT_INLINE void read_state(const State* state, int64_t stride, float* copy, int64_t rows, const float* k,
                              const float* q, f32reg* key_reads, f32reg* query_reads) {
   for (int c = 0; c < kVectors; ++c) key_reads[c] = query_reads[c] = f32reg{};
   for (int64_t row = 0; row < rows; ++row) {
@@ -58,8 +64,8 @@ QNEXT_INLINE void read_state(const float* state, int64_t stride, float* copy, in
 }
 
 // As read_state, after `updates`. S after them is written where it was, if `writes`, and to `copy`.
-template <int kVectors>
-QNEXT_INLINE void read_updated(float* state, int64_t stride, bool writes, float* copy, int64_t rows,
+template <int kVectors, typename State>
+QNEXT_INLINE void read_updated(State* state, int64_t stride, bool writes, float* copy, int64_t rows,
                                const Updates& updates, int64_t column, const float* k, const float* q,
                                f32reg* key_reads, f32reg* query_reads) {
   for (int c = 0; c < kVectors; ++c) key_reads[c] = query_reads[c] = f32reg{};
@@ -70,7 +76,8 @@ QNEXT_INLINE void read_updated(float* state, int64_t stride, bool writes, float*
       const f32reg now = splat_register(updates.k[t * updates.k_stride + row]);
       const f32reg g = splat_register(updates.decay[t * updates.decay_stride]);
       const float* u = updates.u + t * updates.u_stride + column;
-      for (int c = 0; c < kVectors; ++c) s[c] = fma(now, load_register(u + c * kRegisterLanes), g * s[c]);
+      for (int c = 0; c < kVectors; ++c)
+        s[c] = as_stored(state, fma(now, load_register(u + c * kRegisterLanes), g * s[c]));
     }
     const f32reg key = splat_register(k[row]), query = splat_register(q[row]);
     for (int c = 0; c < kVectors; ++c) {
@@ -100,8 +107,8 @@ QNEXT_INLINE void step_state(float* state, int64_t rows, float decay, const floa
 }
 
 // to <- decay from + k u^T
-template <int kVectors>
-QNEXT_INLINE void write_state(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
+template <int kVectors, typename From, typename State>
+QNEXT_INLINE void write_state(const From* from, int64_t from_stride, State* to, int64_t to_stride, int64_t rows,
                               float decay, const float* k, const f32reg* u) {
   const f32reg g = splat_register(decay);
   for (int64_t row = 0; row < rows; ++row) {
@@ -124,8 +131,8 @@ QNEXT_INLINE void finish_token(const Gates& gates, const f32reg* key_reads, cons
 
 // All tokens for kVectors registers of columns. The block of the state moves to `block`, side by side, so that it stays in the
 // level-1 cache; a single token works in place.
-template <int kVectors>
-__attribute__((noinline)) void walk_columns(const HeadTokens& tokens, const Updates& accepted, float* state,
+template <int kVectors, typename State>
+__attribute__((noinline)) void walk_columns(const HeadTokens& tokens, const Updates& accepted, State* state,
                                             int64_t value_dim, int64_t column, float* block) {
   f32reg key_reads[kVectors], query_reads[kVectors], u[kVectors];
   const int64_t rows = tokens.key_dim, last = tokens.count - 1, stride = tokens.stride;
@@ -145,16 +152,18 @@ __attribute__((noinline)) void walk_columns(const HeadTokens& tokens, const Upda
   }
   const Gates& gates = tokens.gates[last * tokens.gate_stride];
   finish_token<kVectors>(gates, key_reads, query_reads, v + last * stride, u);
-  const float* from = last > 0 ? block : state;
-  write_state<kVectors>(from, last > 0 ? kVectors * kRegisterLanes : value_dim, state, value_dim, rows, gates.decay,
-                        tokens.k + last * stride, u);
+  const float* k = tokens.k + last * stride;
+  if (last > 0)
+    write_state<kVectors>(block, kVectors * kRegisterLanes, state, value_dim, rows, gates.decay, k, u);
+  else
+    write_state<kVectors>(state, value_dim, state, value_dim, rows, gates.decay, k, u);
 }
 
 // The same for a draft: the state takes up what was accepted and nothing else, and every token's u is kept in rows of
 // `drafted`. A token makes those before it again in registers: for a few tokens cheaper than a second state.
-template <int kVectors>
+template <int kVectors, typename State>
 __attribute__((noinline)) void draft_columns(const HeadTokens& tokens, const Updates& accepted, float* drafted,
-                                             float* state, int64_t value_dim, int64_t column) {
+                                             State* state, int64_t value_dim, int64_t column) {
   f32reg key_reads[kVectors], query_reads[kVectors], u[kVectors];
   const int64_t rows = tokens.key_dim, stride = tokens.stride;
   constexpr int64_t kGateFloats = sizeof(Gates) / sizeof(float);
@@ -196,7 +205,8 @@ QNEXT_INLINE void for_each_columns(int64_t value_dim, bool in_whole_rows, Body&&
 }
 
 // With `drafted`, rows for u as far apart as those of `accepted`, the tokens are a draft.
-void walk_head(const HeadTokens& tokens, const Updates& accepted, float* drafted, float* state, int64_t value_dim) {
+template <typename State>
+void walk_head(const HeadTokens& tokens, const Updates& accepted, float* drafted, State* state, int64_t value_dim) {
   auto* block = static_cast<float*>(scratch(kStateSlot, tokens.key_dim * kMostVectors * kRegisterLanes * 4));
   // Whole rows, where no block is needed: the state is read once, from first to last.
   for_each_columns(value_dim, tokens.count == 1 || drafted, [&](int64_t column, auto vectors) {
@@ -208,7 +218,8 @@ void walk_head(const HeadTokens& tokens, const Updates& accepted, float* drafted
 }
 
 // S after the updates, written where it was.
-void update_head(const Updates& updates, float* state, int64_t key_dim, int64_t value_dim) {
+template <typename State>
+void update_head(const Updates& updates, State* state, int64_t key_dim, int64_t value_dim) {
   for_each_columns(value_dim, false, [&](int64_t column, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
     f32reg u[kVectors];

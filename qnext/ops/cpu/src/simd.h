@@ -296,6 +296,26 @@ QNEXT_INLINE void store(bf16* p, f32x16 v) {
 #endif
 }
 
+// The same, widened again.
+QNEXT_INLINE f32reg round_to_bf16(f32reg v) {
+#if defined(__AVX512BF16__)
+  return (f32reg)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)), 16);
+#else
+  const u32reg bits = (u32reg)v;
+  const u32reg is_nan = (u32reg)((i32reg)(bits & 0x7fffffffu) > (i32reg{} + 0x7f800000));
+  const u32reg rounded = bits + 0x7fffu + ((bits >> 16) & 1);
+  return (f32reg)(((is_nan & (bits | 0x400000u)) | (~is_nan & rounded)) & 0xffff0000u);
+#endif
+}
+
+#if !defined(__AVX512F__)
+QNEXT_INLINE void store(bf16* p, f32reg v) {
+  typedef uint16_t u16half __attribute__((vector_size(2 * kRegisterLanes)));
+  const u16half out = __builtin_convertvector((u32reg)round_to_bf16(v) >> 16, u16half);
+  memcpy(p, &out, sizeof out);
+}
+#endif
+
 QNEXT_INLINE float to_float(f16 x) {
   uint32_t half = x.bits, sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu, bits;
   if (magnitude >= 0x7c00u) {
