@@ -5,7 +5,7 @@ Legend: N sequences of a step, T tokens of a step, M pages of a sequence, P toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class Cache:
     head. Both states of the linear layers are fp32: native activations have that width whatever the weights are, and a
     rounded state would make the cuts of a prefill visible. With `num_draft_tokens`, a step may compute up to that many
     tokens of a sequence before it is known how many of them it keeps: see `commit`. With `poison`, memory that has no
-    owner is filled with NaN, so that reading it shows (for tests).
+    owner is filled with NaN, so that reading it shows (for tests). `expert_load` has the counters of the views.
     """
 
     def __init__(
@@ -42,8 +42,10 @@ class Cache:
         device: torch.device | str = "cpu",
         block_size: int = BLOCK_SIZE,
         num_draft_tokens: int = 0,
+        expert_load: Mapping[int, Tensor] | None = None,
         poison: bool = False,
     ) -> None:
+        self.expert_load = expert_load or {}
         self.block_size = block_size
         self.poison = poison
         self.num_draft_tokens = num_draft_tokens
@@ -122,6 +124,7 @@ class Cache:
             write_index_T=write_index_T,
             has_fresh=any(sequence.start == 0 for sequence in sequences),
             is_draft_N=torch.tensor(is_draft, device=self.device) if is_draft is not None and any(is_draft) else None,
+            expert_load=self.expert_load,
         )
 
     def commit(self, slot: int, num_accepted: int) -> None:

@@ -83,6 +83,7 @@ class _Step:
             write_index_T=write_index_T,
             has_fresh=False,
             is_draft_N=self._is_draft_N if cache.num_draft_tokens else None,
+            expert_load=cache.expert_load,
         )
         self._batch = Batch(token_ids_T, positions_T, packing, view)
 

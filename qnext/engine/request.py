@@ -53,7 +53,9 @@ class RequestTimes:
     """Seconds on the engine's clock; None for what has not happened."""
 
     arrived: float = 0.0
+    scheduled: float | None = None  # its first step began
     first_token: float | None = None
+    last_token: float | None = None  # of those so far; tokens of one step share their time
     finished: float | None = None
 
 
@@ -90,6 +92,8 @@ class Request:
     failure: QnextError | None = None
     times: RequestTimes = field(default_factory=RequestTimes)
     drafts: tuple[int, ...] = ()  # tokens that may follow the last one, to be verified in the next step
+    num_drafted: int = 0  # tokens that were verified, and how many of them became the answer's
+    num_accepted: int = 0
     num_cached_tokens: int | None = None  # of the prompt, found in the cache on admission
     flight: Flight | None = None  # its prompt on the way to the cache; the scheduler's
     wait: Wait | None = None  # for whom it waits; the scheduler's
