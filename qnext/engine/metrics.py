@@ -6,7 +6,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ REQUEST_SECONDS = (*(n * 10**e / 10_000 for e in range(6) for n in (10, 25, 50))
 # finer where tokens come: 1 to 700 ms, then seconds
 TOKEN_SECONDS = (*(n * 10**e / 10_000 for e in range(3) for n in (10, 15, 20, 30, 50, 70)), 1.0, 2.5, 5.0, 10.0)
 STEP_TOKENS = tuple(float(2**e) for e in range(14))  # 1 to 8,192
+
+_NO_STATISTICS = vars(PrefixStatistics())
 
 
 @dataclass(frozen=True)
@@ -199,8 +201,8 @@ class MetricsRecorder:
                 time_to_first_token=self._time_to_first_token.snapshot(),
                 inter_token_latency=self._inter_token_latency.snapshot(),
                 end_to_end_time=self._end_to_end_time.snapshot(),
-                gauges=self._gauges,
-                prefix=replace(self._prefix),
+                gauges=Gauges(*self._gauges),
+                prefix=PrefixStatistics(**self._prefix),
             )
 
     def expert_load(self, num_steps: int) -> ExpertLoad | None:
@@ -240,20 +242,21 @@ class MetricsRecorder:
         self._finished[request.finish_reason] += 1
 
     def _observe_scheduler(self) -> None:
+        # After every step: only copies here, their names in `snapshot`.
         scheduler = self._scheduler
         blocks, slots, prefixes = scheduler.blocks, scheduler.slots, scheduler.prefixes
         self._num_preemptions = scheduler.num_preemptions
-        self._prefix = PrefixStatistics() if prefixes is None else replace(prefixes.statistics)
-        self._gauges = Gauges(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_blocks_used=blocks.num_used,
-            num_blocks=blocks.size,
-            num_blocks_cached=0 if prefixes is None else prefixes.num_blocks,
-            num_slots_used=slots.num_used,
-            num_slots=slots.size,
-            num_slots_running=scheduler.num_running,
-            num_slots_cached=0 if prefixes is None else prefixes.num_checkpoints,
+        self._prefix = _NO_STATISTICS if prefixes is None else vars(prefixes.statistics).copy()
+        self._gauges = (
+            scheduler.num_running,
+            scheduler.num_waiting,
+            blocks.num_used,
+            blocks.size,
+            0 if prefixes is None else prefixes.num_blocks,
+            slots.num_used,
+            slots.size,
+            scheduler.num_running,
+            0 if prefixes is None else prefixes.num_checkpoints,
         )
 
 
