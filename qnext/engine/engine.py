@@ -295,12 +295,14 @@ class Engine:
     def _end_late(self) -> list[TokenEvent | EndEvent]:
         now = time.monotonic()
         late = [r for r in self._requests.values() if r.deadline is not None and r.deadline <= now]
-        return [self._end(request, "deadline") for request in late]
+        events = [self._end(request, "deadline") for request in late]
+        for request in late:
+            self._recorder.end_request(request)
+        return [*events]
 
     def _end(self, request: Request, reason: FinishReason) -> EndEvent:
         del self._requests[request.id]
         self.scheduler.abort(request, reason)
-        self._recorder.end_request(request)
         return EndEvent(request.id, reason)
 
     def generate(

@@ -73,9 +73,9 @@ class Gauges:
 class EngineMetrics:
     """An engine's counters since it was made, which only grow, its gauges, and its distributions; times in seconds.
 
-    All numbers are plain Python's, and nothing changes them later. A step that failed adds its requests to `finished`
-    and nothing else. Prompt tokens that are computed again after a preemption count again. Drafted tokens count when
-    they are verified; accepted are those that the answer got.
+    All numbers are plain Python's, and nothing changes them later. A step that failed ends its requests and brings no
+    tokens. Prompt tokens that are computed again after a preemption count again. Drafted tokens count when they are
+    verified; accepted are those that the answer got.
 
     Distributions: `step_tokens` tokens per step, whose sum is the tokens computed; `queue_time` from a request's
     arrival to its first step; `time_to_first_token` from arrival; `inter_token_latency` between tokens of a request,
@@ -148,11 +148,14 @@ class MetricsRecorder:
         events: Iterable[TokenEvent],
         requests: Mapping[str, Request],
     ) -> None:
-        """The step is committed: `tokens` were chosen, `events` are those of them that `requests` got."""
+        """The step is committed: `tokens` were chosen, `events` are those of them that `requests` got. Requests of the
+        step that have a `failure` ended with it."""
         now = time.monotonic()
         with self._lock:
             for sequence in plan.sequences:
                 self._count_sequence(sequence, tokens)
+                if sequence.request.failure is not None:
+                    self._count_end(sequence.request, now)
             for event in events:
                 self._count_token(requests[event.request_id], now)
                 if event.finish_reason is not None:
@@ -176,7 +179,7 @@ class MetricsRecorder:
             self._observe_scheduler()
 
     def end_request(self, request: Request) -> None:
-        """It ended without another token."""
+        """It ended between two steps."""
         with self._lock:
             self._count_end(request, time.monotonic())
             self._observe_scheduler()
@@ -229,7 +232,7 @@ class MetricsRecorder:
     def _count_token(self, request: Request, now: float) -> None:
         times = request.times
         self._counts["output_tokens"] += 1
-        if times.first_token is None or times.last_token is None:
+        if times.last_token is None:
             times.first_token = now
             self._time_to_first_token.observe(now - times.arrived)
         else:
