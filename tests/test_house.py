@@ -48,6 +48,8 @@ MODULES_WITHOUT_TORCH = [
     "qnext.engine.params",
     "qnext.engine.request",
     "qnext.engine.step",
+    "qnext.engine.metrics",
+    "qnext.engine.completion",
     "qnext.engine.sampling.seeds",
     "qnext.engine.sampling.constraint",
     *(f"qnext.engine.scheduling.{name}" for name in ("blocks", "scheduler", "flights", "prefix_trie", "prefix")),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from qnext.engine.engine import Completion, Engine
+from qnext.engine.completion import Completion
+from qnext.engine.engine import Engine
+from qnext.engine.expert_load import ExpertLoad, LayerLoad
 from qnext.engine.memory import MemoryPlan
+from qnext.engine.metrics import EngineMetrics, FinishCounts, Gauges, Histogram
 from qnext.engine.params import SamplingParams
 from qnext.engine.request import FinishReason, Request, SampledToken
 from qnext.engine.step import EndEvent, TokenEvent
@@ -12,7 +15,13 @@ __all__ = [
     "Completion",
     "EndEvent",
     "Engine",
+    "EngineMetrics",
+    "ExpertLoad",
+    "FinishCounts",
     "FinishReason",
+    "Gauges",
+    "Histogram",
+    "LayerLoad",
     "MemoryPlan",
     "Request",
     "SampledToken",

@@ -5,7 +5,7 @@ Legend: N sequences of a step, T tokens of a step, M pages of a sequence, P toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ class Cache:
     is rounded where DeltaCache says; inputs of the convolution, a twentieth of it, are fp32: native activations have
     that width whatever the weights are. With `num_draft_tokens`, a step may compute up to that many
     tokens of a sequence before it is known how many of them it keeps: see `commit`. With `poison`, memory that has no
-    owner is filled with NaN, so that reading it shows (for tests). Raises UsageError for another `state_dtype`.
+    owner is filled with NaN, so that reading it shows (for tests). `expert_load` has the counters of the views. Raises
+    UsageError for another `state_dtype`.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class Cache:
         block_size: int = BLOCK_SIZE,
         num_draft_tokens: int = 0,
         has_drafter: bool = False,
+        expert_load: Mapping[int, Tensor] | None = None,
         poison: bool = False,
     ) -> None:
         if state_dtype not in STATE_DTYPES:
             raise UsageError(f"states are kept in float32 or bfloat16, not in {state_dtype}")
         self.state_dtype = state_dtype
+        self.expert_load = expert_load or {}
         self.block_size = block_size
         self.poison = poison
         self.num_draft_tokens = num_draft_tokens
@@ -152,6 +155,7 @@ class Cache:
             has_fresh=any(sequence.start == 0 for sequence in sequences),
             is_draft_N=torch.tensor(is_draft, device=self.device) if is_draft is not None and any(is_draft) else None,
             prompt_lengths_N=torch.tensor(prompts) if self.state_dtype != torch.float32 else None,
+            expert_load=self.expert_load,
         )
 
     def commit(self, slot: int, num_accepted: int) -> None:

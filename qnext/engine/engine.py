@@ -5,12 +5,15 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from qnext.engine.cache import BLOCK_SIZE, Cache, prompt_grid
+from qnext.engine.completion import Completion
+from qnext.engine.expert_load import ExpertCounter, ExpertLoad
 from qnext.engine.memory import MemoryPlan, weight_bytes
+from qnext.engine.metrics import EngineMetrics, MetricsRecorder
 from qnext.engine.params import SamplingParams
 from qnext.engine.request import (
     FinishReason,
@@ -30,26 +33,6 @@ from qnext.engine.speculation.drafter import DEFAULT_DRAFT_TOKENS, Drafter
 from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
 from qnext.errors import UsageError
 from qnext.model import CausalLM
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What became of one prompt, or of completion `index` of those that were asked for.
-
-    `sampled` and `prompt_sampled` hold log-probabilities when they were asked for, else nothing; of several
-    completions the first alone has the prompt's. The first token of a prompt has none. `num_cached_tokens` of the
-    prompt were not computed for this request.
-    """
-
-    request_id: str
-    prompt_ids: tuple[int, ...]
-    output_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    seed: int
-    sampled: tuple[SampledToken, ...]
-    num_cached_tokens: int = 0
-    prompt_sampled: tuple[SampledToken, ...] = ()
-    index: int = 0
 
 
 class Engine:
@@ -72,7 +55,8 @@ class Engine:
 
     `eos_token_ids` (default: the config's) end a request unless it says ignore_eos. Keys and values are kept in
     `kv_dtype` (default: the model's; int8 has an fp32 scale per token and head), recurrent states in `state_dtype`,
-    fp32 or bf16 (docs/hybrid-cache.md tells what that changes). `poison` fills freed memory with NaN (for tests).
+    fp32 or bf16 (docs/hybrid-cache.md tells what that changes). `count_experts` is for `expert_load`. `poison` fills
+    freed memory with NaN (for tests).
     """
 
     def __init__(
@@ -92,6 +76,7 @@ class Engine:
         speculation: bool | None = None,
         max_draft_tokens: int | None = None,
         eos_token_ids: Collection[int] | None = None,
+        count_experts: bool = True,
         poison: bool = False,
     ) -> None:
         config = model.config
@@ -128,19 +113,32 @@ class Engine:
                 max_draft_tokens=max_draft_tokens,
             )
         )
+        experts = ExpertCounter(config, model.device) if count_experts and config.num_experts else None
         self.cache = Cache(
             config, num_blocks=sizes.num_blocks, num_slots=sizes.num_slots, max_model_len=self.max_model_len,
             dtype=model.dtype, kv_dtype=kv_dtype, state_dtype=state_dtype, device=model.device, poison=poison,
             num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0, has_drafter=has_drafter,
+            expert_load=None if experts is None else experts.of_layer,
         )  # fmt: skip
         self.runner = Runner(model, self.cache)
         self.drafter = Drafter(model, self.cache, max_draft_tokens=max_draft_tokens) if has_drafter else None
+        self._recorder = MetricsRecorder(self.scheduler, experts)
         self._requests: dict[str, Request] = {}
         self._num_added = 0
 
     @property
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """What was done so far and is held now. Any thread may ask, at any time, and sees whole steps."""
+        return self._recorder.snapshot()
+
+    def expert_load(self, num_steps: int = 1) -> ExpertLoad | None:
+        """Tokens of each expert, from the first step on and in the last `num_steps`, at most 64. Any thread may ask, as
+        for `metrics`. None without experts or `count_experts`."""
+        return self._recorder.expert_load(num_steps)
 
     @property
     def memory_plan(self) -> MemoryPlan:
@@ -208,6 +206,7 @@ class Engine:
         self.scheduler.add(request)
         self._requests[request_id] = request
         self._num_added += 1
+        self._recorder.add_request()
         return request
 
     def add_requests(
@@ -257,6 +256,7 @@ class Engine:
         request = self._requests.pop(request_id, None)
         if request is not None:
             self.scheduler.abort(request)
+            self._recorder.end_request(request)
 
     def step(self) -> list[TokenEvent | EndEvent]:
         """One step of the model: the tokens that it brought; [] when idle.
@@ -273,13 +273,16 @@ class Engine:
         plan = self.scheduler.plan()
         if plan is None:
             return ended
+        self._recorder.begin_step(plan)
         try:
             output = self.runner.run(plan)
             windows = [Window(s.request, s.drafts, s.request.guide) for s in output.sequences]
             verdicts = verify(output.logits_RY, windows)
         except BaseException:
-            for request in self.scheduler.discard_step():
+            failed = self.scheduler.discard_step()
+            for request in failed:
                 self._requests.pop(request.id, None)
+            self._recorder.fail_step(failed)
             raise
         for request, found in output.prompt_tokens:
             request.prompt_sampled += found
@@ -295,25 +298,23 @@ class Engine:
         if self.drafter is not None:
             seconds = time.perf_counter() - started
             self.drafter.learn(windows, verdicts, seconds=seconds if output.was_prepared else None)
-        now = time.monotonic()
+        self._recorder.end_step(plan, tokens, events, self._requests)
         for event in events:
-            request = self._requests[event.request_id]
-            if request.times.first_token is None:
-                request.times.first_token = now
             if event.finish_reason is not None:
-                request.times.finished = now
                 del self._requests[event.request_id]
         return [*events, *ended]
 
     def _end_late(self) -> list[TokenEvent | EndEvent]:
         now = time.monotonic()
         late = [r for r in self._requests.values() if r.deadline is not None and r.deadline <= now]
-        return [self._end(request, "deadline") for request in late]
+        events = [self._end(request, "deadline") for request in late]
+        for request in late:
+            self._recorder.end_request(request)
+        return [*events]
 
     def _end(self, request: Request, reason: FinishReason) -> EndEvent:
         del self._requests[request.id]
         self.scheduler.abort(request, reason)
-        request.times.finished = time.monotonic()
         return EndEvent(request.id, reason)
 
     def generate(
@@ -338,7 +339,7 @@ class Engine:
         finally:
             for request in requests:
                 self.abort(request.id)
-        return [_completion(request, index) for request, index in zip(requests, indices, strict=True)]
+        return [Completion.of(request, index) for request, index in zip(requests, indices, strict=True)]
 
     def stream(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None
@@ -365,18 +366,3 @@ class Engine:
         """No block or slot is lost or owned twice, and the engine knows exactly the unfinished requests."""
         self.scheduler.check_integrity()
         assert len(self._requests) == self.scheduler.num_waiting + self.scheduler.num_running
-
-
-def _completion(request: Request, index: int) -> Completion:
-    assert request.finish_reason is not None
-    return Completion(
-        request_id=request.id,
-        prompt_ids=request.prompt_ids,
-        output_ids=tuple(request.output_ids),
-        finish_reason=request.finish_reason,
-        seed=request.seed,
-        sampled=tuple(request.sampled),
-        num_cached_tokens=request.num_cached_tokens or 0,
-        prompt_sampled=tuple(request.prompt_sampled),
-        index=index,
-    )

@@ -77,6 +77,7 @@ class StepInputs:
             write_index_T=write_index_T,
             has_fresh=False,
             is_draft_N=self._is_draft_N.to(cache.device) if cache.num_draft_tokens else None,
+            expert_load=cache.expert_load,
         )
         return Batch(token_ids_T, positions_T, self._packing, view)
 

@@ -54,7 +54,9 @@ class RequestTimes:
     """Seconds on the engine's clock; None for what has not happened."""
 
     arrived: float = 0.0
+    scheduled: float | None = None  # its first step began
     first_token: float | None = None
+    last_token: float | None = None  # of those so far; tokens of one step share their time
     finished: float | None = None
 
 
@@ -94,6 +96,8 @@ class Request:
     num_admissions: int = 0
     num_reused_tokens: int = 0  # whose states and keys were there when it was admitted last
     drafting: Drafting | None = None  # what its drafter knows of it; the drafter's
+    num_drafted: int = 0  # tokens that were verified, and how many of them became the answer's
+    num_accepted: int = 0
     num_cached_tokens: int | None = None  # of the prompt, found in the cache on admission
     flight: Flight | None = None  # its prompt on the way to the cache; the scheduler's
     wait: Wait | None = None  # for whom it waits; the scheduler's

@@ -1,13 +1,13 @@
 """What flows through a model: packed tokens of several sequences and, when serving, a view of their caches.
 
 Legend: T tokens, N sequences, M pages of a sequence, P tokens in a page, G KV heads, K head dim, W conv width,
-C conv channels, H value heads, V value head dim.
+C conv channels, H value heads, V value head dim, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -45,7 +45,7 @@ class DeltaSlots(NamedTuple):
 
 @dataclass(frozen=True)
 class CacheView:
-    """Where one step reads and writes the caches. Layers are numbered as in the trunk; the MTP layer comes after.
+    """Where one step reads, writes and counts. Layers are numbered as in the trunk; the MTP layer comes after.
 
     A sequence whose `is_fresh_N` is true starts in this step: what its slot held before is never read.
     Tokens of a sequence whose `is_draft_N` is true may be rejected: its recurrent states stay as they are, and keys and
@@ -62,6 +62,7 @@ class CacheView:
     has_fresh: bool = True  # whether any of is_fresh_N may be true; false saves a pass over the states
     is_draft_N: Tensor | None = None  # bool; None where nothing is a draft
     prompt_lengths_N: Tensor | None = None  # int64 on the CPU, for states in bf16; None: no token is behind a prompt
+    expert_load: Mapping[int, Tensor] = field(default_factory=dict)  # int64 [E] of a layer: routers add their tokens
 
     def delta_cache(self, layer_index: int) -> DeltaCache:
         """Slots of one layer with the slot numbers of the step's sequences."""

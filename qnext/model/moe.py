@@ -31,9 +31,10 @@ class Router(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
 
-    def forward(self, x_TD: Tensor) -> RouterOutput:
+    def forward(self, x_TD: Tensor, *, load_E: Tensor | None = None) -> RouterOutput:
         logits_TE = ops.linear(x_TD, self.weight)
-        return RouterOutput(logits_TE, ops.route(logits_TE, top_k=self.top_k, norm_topk_prob=self.norm_topk_prob))
+        routing = ops.route(logits_TE, top_k=self.top_k, norm_topk_prob=self.norm_topk_prob, load_E=load_E)
+        return RouterOutput(logits_TE, routing)
 
 
 class Experts(nn.Module):
@@ -61,8 +62,8 @@ class SparseMoE(nn.Module):
             self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
             self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.experts(x_TD, self.gate(x_TD).routing, self._shared())
+    def forward(self, x_TD: Tensor, *, load_E: Tensor | None = None) -> Tensor:
+        return self.experts(x_TD, self.gate(x_TD, load_E=load_E).routing, self._shared())
 
     def _shared(self) -> ops.SharedExpert | None:
         """The shared expert's weights: one op multiplies them beside the routed ones."""

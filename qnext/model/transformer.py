@@ -25,7 +25,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer_index: int, *, kind: str, is_moe: bool) -> None:
         super().__init__()
+        self.layer_index = layer_index
         self.is_linear = kind == LINEAR_ATTENTION
+        self.is_moe = is_moe
         if self.is_linear:
             self.linear_attn = GatedDeltaNet(config, layer_index)
         else:
@@ -38,7 +40,12 @@ class DecoderLayer(nn.Module):
         normed_TD = self.input_layernorm(hidden_TD)
         mixed_TD = self.linear_attn(normed_TD, batch) if self.is_linear else self.self_attn(normed_TD, batch, rope)
         hidden_TD = ops.add(hidden_TD, mixed_TD)
-        return ops.add(hidden_TD, self.mlp(self.post_attention_layernorm(hidden_TD)))
+        return ops.add(hidden_TD, self._feed_forward(self.post_attention_layernorm(hidden_TD), batch))
+
+    def _feed_forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
+        if not self.is_moe:
+            return self.mlp(x_TD)
+        return self.mlp(x_TD, load_E=None if batch.cache is None else batch.cache.expert_load.get(self.layer_index))
 
 
 class TrunkOutput(NamedTuple):

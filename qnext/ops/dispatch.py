@@ -108,11 +108,14 @@ def experts_swiglu(
     return reference_moe.experts_swiglu(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
 
 
-def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool) -> Routing:
-    """Softmax over all experts in fp32, the best `top_k`, renormalised to sum one where `norm_topk_prob`."""
+def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool, load_E: Tensor | None = None) -> Routing:
+    """Softmax over all experts in fp32, the best `top_k`, renormalised to sum one where `norm_topk_prob`.
+
+    `load_E`, int64, grows by the number of tokens that each expert got. Two calls at a time must not share one.
+    """
     if runs_native(logits_TE):
-        return Routing(*rows.route(native(), logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob))
-    return reference_moe.route(logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob)
+        return Routing(*rows.route(native(), logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob, load_E=load_E))
+    return reference_moe.route(logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob, load_E=load_E)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) -> Tensor:

@@ -117,7 +117,7 @@ def test_recorded_steps_take_what_is_planned_for_them(experts: int) -> None:
     initialize(model, seed=0)
     engine = Engine(model, max_num_seqs=3, max_model_len=64)
     engine.generate([[5], [6, 7], [8]], SamplingParams(max_tokens=6, ignore_eos=True))
-    recorded = engine.runner._recorded._steps
+    recorded = engine.runner._decoding._batches
     assert recorded
     for (_, num_tokens), step in recorded.items():
         assert step._recording is not None

@@ -47,7 +47,7 @@ def test_random_schedules_give_the_same_bits(form: str, seed: int) -> None:
     )
     assert engine.scheduler.prefixes is not None
     assert engine.scheduler.prefixes.statistics.tokens_hit > 0
-    assert engine.runner._recorded._steps, "steps are recorded as well"
+    assert engine.runner._decoding._batches, "steps are recorded as well"
     check(answers)
     for answer in answers:
         if answer.rows:
@@ -62,7 +62,7 @@ def test_drafts_right_and_wrong_change_no_answer(form: str) -> None:
         has_turns=False,
     )  # fmt: skip
     check(answers)
-    assert any(size[1] > size[0] for size in engine.runner._recorded._steps), "windows are recorded as well"
+    assert any(size[1] > size[0] for size in engine.runner._decoding._batches), "windows are recorded as well"
 
 
 @needs_native

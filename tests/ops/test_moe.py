@@ -36,6 +36,27 @@ def test_route_gradient() -> None:
         assert torch.autograd.gradcheck(lambda x, n=norm: ops.route(x, top_k=3, norm_topk_prob=n).weights_TA, (logits,))
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_route_adds_to_the_load(dtype: torch.dtype, num_threads: int) -> None:
+    """The native kernel takes fp32, the reference the others; the choice is that without a count."""
+    before = torch.get_num_threads()
+    ops.set_num_threads(num_threads)
+    try:
+        load_E = torch.arange(13)
+        for num_tokens in (1, 0, 15, 1000):
+            logits = randn(num_tokens, 13, seed=num_tokens, dtype=dtype)
+            expected = load_E.clone()
+            routing = ops.route(logits, top_k=4, norm_topk_prob=True, load_E=load_E)
+            for expert in routing.experts_TA.flatten().tolist():
+                expected[expert] += 1
+            assert torch.equal(load_E, expected)
+            plain = ops.route(logits, top_k=4, norm_topk_prob=True)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(plain, routing, strict=True))
+    finally:
+        ops.set_num_threads(before)
+
+
 def test_huge_scores_stay_finite() -> None:
     weights = ops.route(torch.tensor([[1e4, -1e4, 0.0, 1e4]]), top_k=2, norm_topk_prob=True).weights_TA
     assert_close(weights, torch.tensor([[0.5, 0.5]]), tolerance=1e-6)

@@ -34,6 +34,7 @@ class PrefixStatistics:
     """Counts since the cache was made. Looked up and hit are tokens of admitted requests."""
 
     num_requests: int = 0
+    num_hits: int = 0  # requests of which a prefix was cached
     tokens_looked_up: int = 0
     tokens_hit: int = 0
     num_checkpoints_made: int = 0
@@ -117,6 +118,10 @@ class PrefixCache:
     def num_checkpoints(self) -> int:
         return len(self._trie.checkpoints)
 
+    @property
+    def num_blocks(self) -> int:
+        return len(self._trie.num_shares)
+
     def owned_blocks(self) -> Iterator[int]:
         """Every block once for each share of the cache, for the integrity check of the pool."""
         return self._trie.num_shares.elements()
@@ -168,6 +173,7 @@ class PrefixCache:
         (ends of turns, every so many tokens), each rounded down to the grid.
         """
         self.statistics.num_requests += 1
+        self.statistics.num_hits += hit.num_tokens > 0
         self.statistics.tokens_looked_up += len(tokens)
         self.statistics.tokens_hit += hit.num_tokens
         flight = Flight(tokens, salt, hit.num_tokens, hit.num_tokens)

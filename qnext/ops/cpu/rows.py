@@ -96,15 +96,21 @@ def swiglu(native: Any, gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def route(native: Any, logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+def route(
+    native: Any, logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool, load_E: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Weights [T, A] fp32 and experts [T, A] int64. See ops.route."""
     num_tokens, num_experts = logits_TE.shape
     if not 0 < top_k <= num_experts:
         raise ValueError(f"cannot choose {top_k} of {num_experts} experts")
+    if load_E is not None:
+        assert load_E.shape == (num_experts,) and load_E.dtype == torch.int64
+        assert load_E.is_contiguous() and load_E.device == logits_TE.device
     logits_TE = logits_TE.contiguous()
     weights = torch.empty((num_tokens, top_k), dtype=torch.float32)
     chosen = torch.empty((num_tokens, top_k), dtype=torch.int64)
     native.route(
-        logits_TE.data_ptr(), num_tokens, num_experts, top_k, norm_topk_prob, weights.data_ptr(), chosen.data_ptr()
-    )
+        logits_TE.data_ptr(), num_tokens, num_experts, top_k, norm_topk_prob, weights.data_ptr(), chosen.data_ptr(),
+        0 if load_E is None else load_E.data_ptr(),
+    )  # fmt: skip
     return weights, chosen

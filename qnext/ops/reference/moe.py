@@ -33,12 +33,14 @@ class SharedExpert(NamedTuple):
         return self.gate_proj_FD, self.up_proj_FD, self.down_proj_DF
 
 
-def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool) -> Routing:
-    """Softmax over all experts in fp32, the best `top_k`, renormalised to sum one where `norm_topk_prob`."""
+def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool, load_E: Tensor | None = None) -> Routing:
+    """See ops.route."""
     wide = torch.promote_types(logits_TE.dtype, torch.float32)
     weights, experts = logits_TE.to(wide).softmax(-1).topk(top_k, dim=-1)
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
+    if load_E is not None:
+        load_E.index_add_(0, experts.flatten(), torch.ones_like(experts).flatten())
     return Routing(weights, experts)
 
 

@@ -85,10 +85,10 @@ void bind_row_ops(nb::module_& m) {
   m.def(
       "route",
       [](uintptr_t logits, int64_t num_tokens, int64_t num_experts, int64_t top_k, bool renormalize, uintptr_t weights,
-         uintptr_t experts) {
+         uintptr_t experts, uintptr_t load) {
         perform([=] {
           active_row_kernels().route(pointer<const float>(logits), num_tokens, num_experts, top_k, renormalize,
-                                     pointer<float>(weights), pointer<int64_t>(experts));
+                                     pointer<float>(weights), pointer<int64_t>(experts), pointer<int64_t>(load));
         });
       },
       without_lock);

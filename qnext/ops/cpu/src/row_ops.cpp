@@ -106,12 +106,15 @@ void route_token(const float* logits, int64_t num_experts, int64_t top_k, bool r
 }
 
 void route(const float* logits, int64_t num_tokens, int64_t num_experts, int64_t top_k, bool renormalize,
-           float* weights, int64_t* experts) {
+           float* weights, int64_t* experts, int64_t* load) {
   constexpr int64_t kPerTask = 16;
   parallel_for((num_tokens + kPerTask - 1) / kPerTask, [&](int64_t task) {
     for (int64_t t = task * kPerTask; t < smaller(num_tokens, (task + 1) * kPerTask); ++t)
       route_token(logits + t * num_experts, num_experts, top_k, renormalize, weights + t * top_k, experts + t * top_k);
   });
+  // By one thread: exact without atomics, and little beside the experts' work.
+  if (load)
+    for (int64_t i = 0; i < num_tokens * top_k; ++i) ++load[experts[i]];
 }
 
 }  // namespace

@@ -22,8 +22,9 @@ struct RowKernels {
   void (*add)(const float* a, const float* b, int64_t count, float* out);       // a + b; multiples of 16
   void (*swiglu)(const float* gate, const float* up, int64_t count, float* out);  // silu(gate) up; multiples of 16
   // Softmax over E scores, the top_k best in falling order (ties: the lower index first), renormalised on demand.
+  // load[e], unless load is null, grows by the number of tokens that chose expert e.
   void (*route)(const float* logits, int64_t num_tokens, int64_t num_experts, int64_t top_k, bool renormalize,
-                float* weights, int64_t* experts);
+                float* weights, int64_t* experts, int64_t* load);
 };
 
 }  // namespace qnext
