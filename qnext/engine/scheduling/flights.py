@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from qnext.engine.scheduling.prefix_trie import Tokens
+from qnext.engine.scheduling.prefix_node import Node, Tokens
 
 
 @dataclass(eq=False)
@@ -23,6 +23,7 @@ class Flight:
     num_planned: int
     stops: dict[int, bool] = field(default_factory=dict)
     is_over: bool = False
+    node: Node | None = None  # the last one that was cached of these tokens; the cache's
 
     @property
     def next_stop(self) -> int | None:
