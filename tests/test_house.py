@@ -53,6 +53,7 @@ MODULES_WITHOUT_TORCH = [
     "qnext.engine.scheduling.blocks",
     "qnext.engine.scheduling.flights",
     "qnext.engine.scheduling.prefix",
+    "qnext.engine.scheduling.prefix_check",
     "qnext.engine.scheduling.prefix_node",
     "qnext.engine.scheduling.prefix_trie",
     "qnext.engine.scheduling.ranking",

@@ -39,6 +39,10 @@ class IdPool:
             self._free.append(index)
             self._freed.append(index)
 
+    def free_again(self, ids: Iterable[int]) -> None:
+        """What `drain_freed` gave may not have been made unreadable: give it again where it is still free."""
+        self._freed += [index for index in ids if index not in self._used]
+
     def drain_freed(self) -> tuple[int, ...]:
         """Ids freed since the last call, so that the cache can make their old content unreadable."""
         freed = tuple(self._freed)
@@ -60,7 +64,7 @@ class RefPool(IdPool):
     """An `IdPool` whose ids may have several owners; an id comes back when the last of them lets go.
 
     One owner is the keeper: it holds on with `keep` and lets go with `drop`, and what only the keeper holds is loose.
-    `num_releases` counts how often the others let go of something: what there was no room for before need not be tried
+    `num_releases` counts what the others let go of: what there was no room for before need not be tried
     again until then, for what the keeper drops was loose and had been counted on.
     """
 
@@ -91,21 +95,23 @@ class RefPool(IdPool):
         """One more owner for each id, all of which must be lent."""
         for index in ids:
             assert index in self._used, f"{self.name} {index} is shared but not lent"
-            self.num_loose -= self.is_loose(index)
-            self._num_owners[index] += 1
+            num_owners = self._num_owners[index]
+            if num_owners == self._num_kept.get(index):
+                self.num_loose -= 1
+            self._num_owners[index] = num_owners + 1
 
     def free(self, ids: Iterable[int]) -> None:
         """One owner of each id, not the keeper, lets go."""
-        self.num_releases += 1
         gone = []
         for index in ids:
+            self.num_releases += 1
             assert self._num_owners.get(index), f"{self.name} {index} is freed but not lent"
-            self._num_owners[index] -= 1
-            if not self._num_owners[index]:
+            num_owners = self._num_owners[index] = self._num_owners[index] - 1
+            if not num_owners:
                 del self._num_owners[index]
                 gone.append(index)
-            else:
-                self.num_loose += self.is_loose(index)
+            elif num_owners == self._num_kept.get(index):
+                self.num_loose += 1
         super().free(gone)
 
     def keep(self, index: int) -> None:

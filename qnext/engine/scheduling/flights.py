@@ -35,6 +35,11 @@ class Flight:
         """Whether the step that is planned, or was committed last, ends where the state is wanted."""
         return self.num_planned in self.stops
 
+    def may_lead(self, tokens: Tokens, salt: str) -> bool:
+        """Whether these tokens are the same up to the first one that is still to be computed, asked there alone."""
+        place = slice(self.num_computed, self.num_computed + 1)
+        return salt == self.salt and self.tokens[place] == tokens[place] != ()
+
     def can_stop_at(self, num_tokens: int) -> bool:
         """Whether the state after `num_tokens` can still be caught."""
         return num_tokens > self.num_planned or (num_tokens > self.num_computed and num_tokens in self.stops)

@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 from qnext.engine.scheduling.blocks import RefPool
 from qnext.engine.scheduling.flights import Flight, Wait
+from qnext.engine.scheduling.prefix_check import check_trie
 from qnext.engine.scheduling.prefix_node import Node, Tokens, common_prefix
 from qnext.engine.scheduling.prefix_trie import Duplicate, Evicted, PrefixTrie
+from qnext.engine.step import Limits
 
 
 class Hit(NamedTuple):
@@ -118,6 +120,20 @@ class PrefixCache:
         self._trie = PrefixTrie(block_size=block_size, blocks=blocks, slots=slots, max_salt_fraction=max_salt_fraction)
         self._flights: dict[Flight, None] = {}  # in the order of their announcement
 
+    @classmethod
+    def of(cls, limits: Limits, blocks: RefPool, slots: RefPool) -> PrefixCache | None:
+        """The one of a scheduler; None where nothing is to be cached."""
+        if not limits.has_prefix_cache or (limits.num_blocks is None and not limits.has_states):
+            return None
+        return cls(
+            block_size=limits.block_size,
+            blocks=blocks if limits.num_blocks is not None else None,
+            slots=slots if limits.has_states else None,
+            grid=limits.chunk_size,
+            min_tokens=limits.min_prefix_tokens,
+            max_salt_fraction=limits.max_salt_fraction,
+        )
+
     @property
     def num_checkpoints(self) -> int:
         return len(self._trie.checkpoints)
@@ -204,10 +220,8 @@ class PrefixCache:
         grid = self.block_size if self.slots is None else self.grid
         best: Wait | None = None
         for flight in self._flights if flights is None else flights:
-            if flight.salt != salt or limit <= flight.num_computed:
-                continue
-            if flight.tokens[flight.num_computed : flight.num_computed + 1] != (tokens[flight.num_computed],):
-                continue  # they part before; this spares comparing all of a long prompt
+            if not flight.may_lead(tokens, salt):
+                continue  # nearly always told by one token, which spares comparing all of a long prompt
             parting = min(common_prefix(flight.tokens, tokens), limit) // grid * grid
             can_wait = parting > flight.num_computed if self.slots is None else flight.can_stop_at(parting)
             if can_wait and (best is None or parting > best.num_tokens):
@@ -295,7 +309,7 @@ class PrefixCache:
 
     def check_integrity(self) -> None:
         """All that the cache holds hangs together, and both pools know of its shares."""
-        self._trie.check_integrity()
+        check_trie(self._trie)
         assert all(not flight.is_over for flight in self._flights)
 
     @property

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
+import itertools
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import log2
 
 Tokens = tuple[int, ...]
+
+MANY_WAYS = 16  # from one node on, so many that they are kept in order
 
 
 @dataclass(eq=False, slots=True)
@@ -20,7 +23,7 @@ class Node:
     heat: float  # kept up to date only where there are no checkpoints
     children: dict[Tokens, Node] = field(default_factory=dict)
     checkpoints: dict[Tokens, Checkpoint] = field(default_factory=dict)  # by the tokens behind the node
-    ways: list[Tokens] = field(default_factory=list)  # keys of both, sorted
+    ways: list[Tokens] | None = None  # keys of both, sorted, where they are many
     is_gone: bool = False
     jump: Node | None = None  # some node above; see `at_depth`
 
@@ -45,8 +48,23 @@ class Node:
             node = node.jump if node.jump.depth >= depth else node.parent
         return node
 
+    def num_shared(self, rest: Tokens) -> int:
+        """The most tokens that `rest` shares with a way on from here. O(log of the ways)."""
+        ways: Iterable[Tokens] = itertools.chain(self.children, self.checkpoints)
+        if self.ways is None and len(self.children) + len(self.checkpoints) > MANY_WAYS:
+            self.ways = sorted(ways)
+        if self.ways is not None:
+            place = bisect_left(self.ways, rest)  # what shares most with it stands beside it
+            ways = self.ways[max(0, place - 1) : place + 1]
+        return max((common_prefix(way, rest) for way in ways), default=0)
+
+    def note_way(self, way: Tokens) -> None:
+        if self.ways is not None:
+            insort(self.ways, way)
+
     def forget_way(self, way: Tokens) -> None:
-        del self.ways[bisect_left(self.ways, way)]
+        if self.ways is not None:
+            del self.ways[bisect_left(self.ways, way)]
 
 
 @dataclass(eq=False, slots=True)
@@ -69,10 +87,12 @@ class Checkpoint:
         """Whether the path of this one goes through `upper`."""
         if self.num_tokens <= upper.num_tokens or self.node.salt != upper.node.salt:
             return False
-        following = self.tail
-        if self.node.depth > upper.node.depth:
-            following = self.node.at_depth(upper.node.depth + 1).key
-        return self.node.at_depth(upper.node.depth) is upper.node and following[: len(upper.tail)] == upper.tail
+        node, following = self.node, self.tail
+        if node.depth > upper.node.depth:
+            below = node.at_depth(upper.node.depth + 1)
+            assert below.parent is not None
+            node, following = below.parent, below.key
+        return node is upper.node and following[: len(upper.tail)] == upper.tail
 
 
 def last_on_way(node: Node, key: Tokens | None, above: Checkpoint | None) -> Checkpoint | None:

@@ -24,14 +24,12 @@ Where salts are bounded and one holds more than its fraction of what is cached, 
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from math import log2
 from typing import NamedTuple
 
 from qnext.engine.scheduling.blocks import RefPool
-from qnext.engine.scheduling.prefix_node import Checkpoint, Node, Tokens, add_heat, common_prefix, last_on_way
+from qnext.engine.scheduling.prefix_node import Checkpoint, Node, Tokens, add_heat, last_on_way
 from qnext.engine.scheduling.ranking import Holdings, SaltRanking
 
 FIRST_HIT = -3.0  # log2 of what the first hit of a checkpoint counts
@@ -64,11 +62,11 @@ class PrefixTrie:
         self.roots: dict[str, Node] = {}
         self.checkpoints: dict[int, Checkpoint] = {}  # by slot, oldest first
         self.blocks_held, self.slots_held = Holdings(max_salt_fraction), Holdings(max_salt_fraction)
-        is_bounded = max_salt_fraction < 1
-        self._tops: dict[str, dict[Checkpoint, None]] = {}  # those with none above, by salt
-        self._by_benefit: SaltRanking[Checkpoint] = SaltRanking(is_bounded=is_bounded)
-        self._by_heat: SaltRanking[Checkpoint] = SaltRanking(is_bounded=is_bounded)
-        self._bare: SaltRanking[Node] = SaltRanking(is_bounded=is_bounded)  # nothing below and no checkpoint
+        is_bounded = self.slots_held.is_bounded
+        self.tops: dict[str, dict[Checkpoint, None]] = {}  # those with none above, by salt
+        self.by_benefit: SaltRanking[Checkpoint] = SaltRanking(is_bounded=is_bounded)
+        self.by_heat: SaltRanking[Checkpoint] = SaltRanking(is_bounded=is_bounded)
+        self.bare: SaltRanking[Node] = SaltRanking(is_bounded=is_bounded)  # nothing below and no checkpoint
         self._num_changes = 0
         self._last_walk: tuple[int, Tokens, str, list[Node]] = (-1, (), "", [])
 
@@ -112,9 +110,7 @@ class PrefixTrie:
         if not path:
             return 0
         start = path[-1].depth * self.block_size
-        rest, ways = tokens[start : start + self.block_size], path[-1].ways
-        place = bisect_left(ways, rest)  # what shares most with it stands beside it
-        return start + max((common_prefix(way, rest) for way in ways[max(0, place - 1) : place + 1]), default=0)
+        return start + path[-1].num_shared(tokens[start : start + self.block_size])
 
     def extend(
         self, tokens: Tokens, blocks: Sequence[int], *, salt: str, now: float, end: int, start: Node | None = None
@@ -140,9 +136,9 @@ class PrefixTrie:
 
     def _add_node(self, parent: Node, key: Tokens, block: int | None, now: float) -> Node:
         node = parent.children[key] = Node(parent.salt, key, parent, parent.depth + 1, block, now)
-        insort(parent.ways, key)
+        parent.note_way(key)
         self._share_block(parent.salt, block)
-        self._bare.discard_for(parent.salt, parent)
+        self.bare.discard_for(parent.salt, parent)
         self._settle(node)
         self._num_changes += 1
         return node
@@ -159,9 +155,11 @@ class PrefixTrie:
         above = self._last_above(node, tail)
         num_tokens = node.depth * self.block_size + len(tail)
         checkpoint = Checkpoint(node, tail, num_tokens, slot, tail_block, above, now, int(is_shared))
-        siblings = self._tops.setdefault(node.salt, {}) if above is None else above.below
-        if node.ways:
-            lower = [other for other in siblings if other.is_below(checkpoint)]
+        siblings = self.tops.setdefault(node.salt, {}) if above is None else above.below
+        if not node.is_bare:
+            lower = self._next_below(checkpoint, most=4 * len(siblings) + 64)
+            if lower is None:
+                lower = [other for other in siblings if other.is_below(checkpoint)]
             self._hang(lower, checkpoint)
             for other in lower:
                 del siblings[other]
@@ -170,8 +168,8 @@ class PrefixTrie:
         self.slots_held.add(node.salt, 1)
         self._share_block(node.salt, tail_block)
         self.checkpoints[slot] = node.checkpoints[tail] = checkpoint
-        insort(node.ways, tail)
-        self._bare.discard_for(node.salt, node)
+        node.note_way(tail)
+        self.bare.discard_for(node.salt, node)
         self._rank(checkpoint)
         if above is not None:
             self._rank(above)
@@ -185,6 +183,21 @@ class PrefixTrie:
             found = last_on_way(node, key, None) if node.checkpoints else None
         return found
 
+    def _next_below(self, checkpoint: Checkpoint, *, most: int) -> list[Checkpoint] | None:
+        """Those that will have a new checkpoint above them, found from its node down; None after `most` nodes."""
+        node, tail, above = checkpoint.node, checkpoint.tail, checkpoint.above
+        lower = [c for way, c in node.checkpoints.items() if len(way) > len(tail) and way[: len(tail)] == tail]
+        nodes = [child for key, child in node.children.items() if key[: len(tail)] == tail]
+        while nodes:
+            most -= 1
+            if most < len(nodes):
+                return None
+            node = nodes.pop()
+            lower += node.checkpoints.values()
+            if () not in node.checkpoints:
+                nodes += node.children.values()
+        return [other for other in lower if other.above is above]
+
     def _hang(self, lower: Iterable[Checkpoint], above: Checkpoint | None) -> None:
         """Make `above` what lies above these."""
         for other in lower:
@@ -192,7 +205,7 @@ class PrefixTrie:
             if above is not None:
                 above.below[other] = None
             else:
-                self._tops.setdefault(other.node.salt, {})[other] = None
+                self.tops.setdefault(other.node.salt, {})[other] = None
             self._rank(other)
 
     def count_hit(self, hit: Checkpoint, now: float) -> None:
@@ -204,13 +217,13 @@ class PrefixTrie:
     def warm(self, node: Node, now: float) -> None:
         """The same for a block, where there are no checkpoints."""
         node.heat = add_heat(node.heat, now)
-        if node in self._bare:
+        if node in self.bare:
             self._settle(node)
 
     def _rank(self, checkpoint: Checkpoint) -> None:
         salt, heat = checkpoint.node.salt, checkpoint.heat
-        self._by_benefit.rank_for(salt, checkpoint, log2(checkpoint.distance) + heat)
-        self._by_heat.rank_for(salt, checkpoint, (bool(checkpoint.below), heat))
+        self.by_benefit.rank_for(salt, checkpoint, log2(checkpoint.distance) + heat)
+        self.by_heat.rank_for(salt, checkpoint, (bool(checkpoint.below), heat))
 
     def evict(self, *, num_blocks: int, num_slots: int) -> Evicted:
         """Give back so many blocks and slots, or a few more; nothing at all where that much is surely not to be had."""
@@ -219,7 +232,7 @@ class PrefixTrie:
             return evicted
         if num_blocks:
             self._evict_blocks(lambda: len(evicted.blocks) >= num_blocks, evicted)
-        self._by_benefit.remove_until(
+        self.by_benefit.remove_until(
             lambda: len(evicted.slots) >= num_slots,
             is_usable=self._is_slot_loose,
             remove=lambda checkpoint: self._remove_checkpoint(checkpoint, evicted),
@@ -228,14 +241,14 @@ class PrefixTrie:
         return evicted
 
     def _evict_blocks(self, is_enough: Callable[[], bool], evicted: Evicted) -> None:
-        self._bare.remove_until(
+        self.bare.remove_until(
             is_enough,
             is_usable=lambda node: not self._is_pinned(node.block),
-            remove=lambda node: self._remove_leaf(node, evicted),
+            remove=lambda node: self._remove_cold(node, is_enough, evicted),
             holdings=self.blocks_held,
         )
         # A checkpoint that others lie below comes last: only the block of its last tokens is to be had.
-        self._by_heat.remove_until(
+        self.by_heat.remove_until(
             is_enough,
             is_usable=lambda checkpoint: self._is_slot_loose(checkpoint) and self._keeps_blocks(checkpoint),
             remove=lambda checkpoint: self._remove_checkpoint(checkpoint, evicted),
@@ -274,7 +287,7 @@ class PrefixTrie:
             if pool is not None:
                 for index in list(pool.kept()):
                     pool.drop(index)
-        for held in (self.roots, self.checkpoints, self._tops, self._bare, self._by_benefit, self._by_heat):
+        for held in (self.roots, self.checkpoints, self.tops, self.bare, self.by_benefit, self.by_heat):
             held.clear()
         self.blocks_held.clear()
         self.slots_held.clear()
@@ -290,16 +303,16 @@ class PrefixTrie:
         node, above = checkpoint.node, checkpoint.above
         del self.checkpoints[checkpoint.slot], node.checkpoints[checkpoint.tail]
         node.forget_way(checkpoint.tail)
-        self._by_benefit.discard_for(node.salt, checkpoint)
-        self._by_heat.discard_for(node.salt, checkpoint)
-        siblings = self._tops[node.salt] if above is None else above.below
+        self.by_benefit.discard_for(node.salt, checkpoint)
+        self.by_heat.discard_for(node.salt, checkpoint)
+        siblings = self.tops[node.salt] if above is None else above.below
         del siblings[checkpoint]
         self._hang(checkpoint.below, above)
         if above is not None:
             above.heat = add_heat(above.heat, checkpoint.heat)
             self._rank(above)
         elif not siblings:
-            del self._tops[node.salt]
+            del self.tops[node.salt]
         self.slots_held.add(node.salt, -1)
         if self.slots.drop(checkpoint.slot):
             evicted.slots.append(checkpoint.slot)
@@ -310,13 +323,21 @@ class PrefixTrie:
 
     def _prune(self, node: Node, evicted: Evicted) -> None:
         """Remove a bare node and those above that it leaves bare, as far as nobody holds them."""
-        while node in self._bare and not self._is_pinned(node.block):
+        while node in self.bare and not self._is_pinned(node.block):
             node = self._remove_leaf(node, evicted)
+
+    def _remove_cold(self, node: Node, is_enough: Callable[[], bool], evicted: Evicted) -> None:
+        """Remove a bare node, and those above that it leaves bare while they are no warmer, until it is enough."""
+        heat = node.heat
+        while True:
+            node = self._remove_leaf(node, evicted)
+            if is_enough() or node not in self.bare or node.heat > heat or self._is_pinned(node.block):
+                return
 
     def _remove_leaf(self, node: Node, evicted: Evicted) -> Node:
         """Remove a bare node; returns its parent."""
         assert node.is_bare and node.parent is not None
-        self._bare.discard_for(node.salt, node)
+        self.bare.discard_for(node.salt, node)
         del node.parent.children[node.key]
         node.parent.forget_way(node.key)
         node.is_gone = True
@@ -333,52 +354,7 @@ class PrefixTrie:
             node.is_gone = True
             self._num_changes += 1
         else:
-            self._bare.rank_for(node.salt, node, node.heat if self.slots is None else 0.0)
-
-    def check_integrity(self) -> None:
-        """The trie hangs together, and its shares are exactly what its nodes and checkpoints name."""
-        shares: Counter[int] = Counter()
-        checkpoints: dict[int, Checkpoint] = {}
-        bare: set[Node] = set()
-        for salt, root in self.roots.items():
-            assert root.parent is None and root.depth == 0 and root.block is None and not root.is_bare
-            nodes: list[tuple[Node, Checkpoint | None]] = [(root, None)]
-            while nodes:
-                node, above = nodes.pop()
-                assert node.salt == salt and (node is root or len(node.key) == self.block_size) and not node.is_gone
-                assert node.ways == sorted([*node.children, *node.checkpoints])
-                assert (node.block is None) == (self.blocks is None or node is root)
-                shares.update([] if node.block is None else [node.block])
-                for tail, checkpoint in node.checkpoints.items():
-                    assert checkpoint.node is node and checkpoint.tail == tail and len(tail) < self.block_size
-                    assert checkpoint.num_tokens == node.depth * self.block_size + len(tail) > 0
-                    assert checkpoint.above is last_on_way(node, tail[:-1] if tail else None, above)
-                    assert (checkpoint.tail_block is None) == (self.blocks is None or not tail)
-                    shares.update([] if checkpoint.tail_block is None else [checkpoint.tail_block])
-                    assert checkpoint.slot not in checkpoints
-                    checkpoints[checkpoint.slot] = checkpoint
-                if node.is_bare:
-                    bare.add(node)
-                for key, child in node.children.items():
-                    assert child.parent is node and child.key == key and child.depth == node.depth + 1
-                    nodes.append((child, last_on_way(node, key, above)))
-        assert bare == set(self._bare) and checkpoints == self.checkpoints
-        assert shares == Counter(self.blocks.kept() if self.blocks is not None else ())
-        assert Counter(checkpoints.keys()) == Counter(self.slots.kept() if self.slots is not None else ())
-        self._check_orders(list(checkpoints.values()), shares.total())
-
-    def _check_orders(self, checkpoints: list[Checkpoint], num_shares: int) -> None:
-        """What is kept beside the trie to find things fast says what the trie says."""
-        tops = {c for siblings in self._tops.values() for c in siblings}
-        assert tops == {c for c in checkpoints if c.above is None}
-        assert all(c.above is None or c in c.above.below for c in checkpoints)
-        assert sum(len(c.below) for c in checkpoints) == len(checkpoints) - len(tops)
-        for checkpoint in checkpoints:
-            wanted = (log2(checkpoint.distance) + checkpoint.heat, (bool(checkpoint.below), checkpoint.heat))
-            assert (self._by_benefit.key(checkpoint), self._by_heat.key(checkpoint)) == wanted
-        assert len(self._by_benefit) == len(self._by_heat) == len(checkpoints)
-        assert self.slots_held.held == Counter(c.node.salt for c in checkpoints)
-        assert self.blocks_held.held.total() == self.blocks_held.total == num_shares
+            self.bare.rank_for(node.salt, node, node.heat if self.slots is None else 0.0)
 
 
 def _num_loose(pool: RefPool | None) -> int:

@@ -72,14 +72,20 @@ class Ranking(Generic[Thing]):
 
 
 class Holdings:
-    """How many of one kind of thing each salt holds. More than `max_fraction` of all is too much."""
+    """How many of one kind of thing each salt holds. More than `max_fraction` of all is too much.
+
+    With a fraction of 1 nothing is too much, and nothing is counted.
+    """
 
     def __init__(self, max_fraction: float) -> None:
         self.max_fraction = max_fraction
+        self.is_bounded = max_fraction < 1
         self.total = 0
         self.held: Counter[str] = Counter()
 
     def add(self, salt: str, count: int) -> None:
+        if not self.is_bounded:
+            return
         self.total += count
         self.held[salt] += count
         if not self.held[salt]:
@@ -90,8 +96,6 @@ class Holdings:
 
     def greediest(self, excluded: Collection[str]) -> str | None:
         """The salt that holds most, if that is too much. O(salts)."""
-        if self.max_fraction >= 1:
-            return None
         salt = max((s for s in self.held if s not in excluded), key=self.held.__getitem__, default=None)
         return salt if salt is not None and self.is_too_much(salt) else None
 
