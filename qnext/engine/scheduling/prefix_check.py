@@ -51,7 +51,12 @@ def _check_orders(trie: PrefixTrie, checkpoints: list[Checkpoint], num_shares: i
     for checkpoint in checkpoints:
         wanted = (log2(checkpoint.distance) + checkpoint.heat, (bool(checkpoint.below), checkpoint.heat))
         assert (trie.by_benefit.key(checkpoint), trie.by_heat.key(checkpoint)) == wanted
-    assert len(trie.by_benefit) == len(trie.by_heat) == len(checkpoints)
+    assert set(trie.by_heat) == set(trie.by_benefit) == set(checkpoints)
     if trie.slots_held.is_bounded:
+        for ranking in (trie.by_heat, trie.by_benefit):
+            assert all(c in ranking.of(c.node.salt) for c in checkpoints)
+            assert ranking.num_of_salts() == len(checkpoints)
+        assert all(node in trie.bare.of(node.salt) for node in trie.bare)
+        assert trie.bare.num_of_salts() == len(trie.bare)
         assert trie.slots_held.held == Counter(c.node.salt for c in checkpoints)
         assert trie.blocks_held.held.total() == trie.blocks_held.total == num_shares

@@ -112,6 +112,12 @@ class SaltRanking(Ranking[Thing]):
         self.is_bounded = is_bounded
         self._of: dict[str, Ranking[Thing]] = {}
 
+    def of(self, salt: str) -> Ranking[Thing]:
+        return self._of.get(salt, Ranking())
+
+    def num_of_salts(self) -> int:
+        return sum(map(len, self._of.values()))
+
     def rank_for(self, salt: str, thing: Thing, key: Any) -> None:
         self.rank(thing, key)
         if self.is_bounded:
@@ -137,7 +143,7 @@ class SaltRanking(Ranking[Thing]):
         stuck: set[str] = set()
         while not is_enough():
             salt = holdings.greediest(stuck)
-            ranking = self if salt is None else self._of.get(salt, Ranking())
+            ranking = self if salt is None else self.of(salt)
             has_removed = False
             with closing(ranking.least_first(is_usable)) as things:
                 for thing in things:
