@@ -52,7 +52,14 @@ MODULES_WITHOUT_TORCH = [
     "qnext.engine.completion",
     "qnext.engine.sampling.seeds",
     "qnext.engine.sampling.constraint",
-    *(f"qnext.engine.scheduling.{name}" for name in ("blocks", "scheduler", "flights", "prefix_trie", "prefix")),
+    "qnext.engine.scheduling.blocks",
+    "qnext.engine.scheduling.flights",
+    "qnext.engine.scheduling.prefix",
+    "qnext.engine.scheduling.prefix_check",
+    "qnext.engine.scheduling.prefix_node",
+    "qnext.engine.scheduling.prefix_trie",
+    "qnext.engine.scheduling.ranking",
+    "qnext.engine.scheduling.scheduler",
 ]
 
 

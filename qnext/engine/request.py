@@ -112,6 +112,13 @@ class Request:
         """The most tokens that can ever lie in the cache: the last one chosen is never read back."""
         return len(self.prompt_ids) + self.max_tokens - 1
 
+    @property
+    def max_hit_tokens(self) -> int:
+        """The most tokens that need not be computed again: the last must be, and those whose logits are asked for."""
+        if self.params.prompt_logprobs is None:
+            return self.num_tokens - 1
+        return min(self.num_tokens - 1, max(0, len(self.prompt_sampled) - 1))
+
     @cached_property
     def prompt_tokens(self) -> NDArray[np.intp]:
         """The prompt's tokens, each once."""
@@ -146,9 +153,9 @@ def checked_prompt(prompt_ids: Sequence[int], *, vocab_size: int) -> tuple[int, 
         prompt = tuple(map(operator.index, prompt_ids))
     except TypeError as error:
         raise UsageError(f"the prompt must be token ids: {error}") from None
-    for index, token in enumerate(prompt):
-        if not 0 <= token < vocab_size:
-            raise UsageError(f"prompt token {index} is {token}, outside the vocabulary of {vocab_size}")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        index, token = next((i, t) for i, t in enumerate(prompt) if not 0 <= t < vocab_size)
+        raise UsageError(f"prompt token {index} is {token}, outside the vocabulary of {vocab_size}")
     return prompt
 
 

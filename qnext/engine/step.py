@@ -32,10 +32,13 @@ class Limits:
     checkpoint_interval: int = 0
     min_prefix_tokens: int = 64
     max_draft_tokens: int = 0  # of a sequence in a step
+    max_salt_fraction: float = 1.0  # a salt that holds more of the cached blocks or states loses its own first
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
             raise UsageError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
+        if not 0 < self.max_salt_fraction <= 1:
+            raise UsageError(f"max_salt_fraction must be in (0, 1], not {self.max_salt_fraction}")
         least = self.max_num_seqs - 1 + self.chunk_size
         if self.max_num_batched_tokens < least:
             raise UsageError(
@@ -52,6 +55,13 @@ class SequencePlan(NamedTuple):
     start: int
     needs_sample: bool  # the last token that is not drafted is the last known one: its logits choose the next
     drafts: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, request: Request, end: int, drafts: tuple[int, ...]) -> SequencePlan:
+        """What is known up to token `end` and is not computed, and `drafts` behind it."""
+        start = request.num_computed_tokens
+        known = request.token_range(start, end)
+        return cls(request, known + drafts, start, end == request.num_tokens, drafts)
 
 
 class StepPlan(NamedTuple):

@@ -119,9 +119,8 @@ def test_recorded_steps_take_what_is_planned_for_them(experts: int) -> None:
     engine.generate([[5], [6, 7], [8]], SamplingParams(max_tokens=6, ignore_eos=True))
     recorded = engine.runner._decoding._batches
     assert recorded
-    for (_, num_tokens), step in recorded.items():
-        assert step._recording is not None
-        assert 0 < step._recording.num_bytes <= recorded_bytes(model.config, num_tokens)
+    for (_, num_tokens), kept in recorded.items():
+        assert 0 < kept.recording.num_bytes <= recorded_bytes(model.config, num_tokens)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

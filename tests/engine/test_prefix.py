@@ -23,7 +23,7 @@ Content = tuple[str, Tokens]  # whose tokens, and all of them up to the one whos
 MODES = {"hybrid": (True, True), "attention only": (False, True), "states only": (True, False)}
 
 
-def make_cache(mode: str = "hybrid", *, num_blocks: int = 64, num_slots: int = 8, **changes: int) -> PrefixCache:
+def make_cache(mode: str = "hybrid", *, num_blocks: int = 64, num_slots: int = 8, **changes: float) -> PrefixCache:
     has_states, has_blocks = MODES[mode]
     values = {"block_size": BLOCK, "min_tokens": 1, **changes}
     return PrefixCache(
@@ -90,7 +90,13 @@ class Traffic:
 
     def __init__(self, mode: str, seed: int) -> None:
         self.rng = rng = random.Random(seed)
-        self.cache = make_cache(mode, num_blocks=rng.randint(16, 50), num_slots=rng.randint(2, 9), half_life=20)
+        self.cache = make_cache(
+            mode,
+            num_blocks=rng.randint(16, 50),
+            num_slots=rng.randint(2, 9),
+            half_life=20,
+            max_salt_fraction=1 if seed % 2 else 0.5,
+        )
         self.cache.grid = rng.choice([1, 1, 2, 3, 8])
         self.blocks, self.slots = self.cache.blocks, self.cache.slots
         self.kv: dict[tuple[int, int], Content] = {}
@@ -550,6 +556,60 @@ def test_a_shared_prompt_outlives_a_flood_of_prompts_that_never_return() -> None
         use(cache, tuple(range(1000 * i + 1000, 1000 * i + 1041)))
         keep(cache, tuple(range(1000 * i + 1000, 1000 * i + 1040)))
     assert num_hit(cache, system) == 40
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_who_holds_too_much_loses_its_own_first(mode: str, fraction: float) -> None:
+    """One salt has much and uses it all the time, another a little that lies cold; a third has its share."""
+    cache = make_cache(mode, num_blocks=100, num_slots=30, max_salt_fraction=fraction)
+    small = [(s, tuple(range(n, n + 12))) for s, n in (("small", 500), ("third", 600), ("third", 700))]
+    for salt, tokens in small:
+        keep(cache, tokens, salt=salt)
+    large = [tuple(range(n, n + 12)) for n in range(1000, 1500, 50)]
+    for tokens in large:
+        keep(cache, tokens, salt="large")
+        for _ in range(3):
+            use(cache, (*tokens, 1), salt="large")
+    check(cache)
+    for _ in range(7):  # down to three, as many as the others have together
+        cache.evict(num_blocks=3) if mode != "states only" else cache.evict(num_slots=1)
+        check(cache)
+    assert all(num_hit(cache, tokens, salt=salt) == 12 for salt, tokens in small) == (fraction < 1)
+    assert sum(num_hit(cache, tokens, salt="large") == 12 for tokens in large) == (3 if fraction < 1 else 6)
+    cache.evict(num_blocks=9 if mode != "states only" else 0, num_slots=3 if mode == "states only" else 0)
+    check(cache)
+    assert num_hit(cache, small[0][1], salt="small") == 0, "nobody holds too much: the coldest goes"
+
+
+def test_what_is_held_of_a_greedy_salt_stays_and_others_make_room() -> None:
+    cache = make_cache(num_blocks=40, num_slots=8, max_salt_fraction=0.4)
+    for n in (100, 200, 300):
+        keep(cache, tuple(range(n, n + 8)), salt="greedy")
+    keep(cache, tuple(range(8)), salt="other")
+    hits = [cache.acquire(tuple(range(n, n + 9)), salt="greedy", limit=8) for n in (100, 200, 300)]
+    evicted = cache.evict(num_blocks=1, num_slots=1)
+    assert len(evicted.slots) == 1 and num_hit(cache, tuple(range(8)), salt="other") == 0
+    for hit in hits:
+        cache.release(hit)
+    check(cache)
+
+
+def test_no_call_takes_longer_the_more_is_cached() -> None:
+    """Of 100,000 blocks and 1,000 states; a walk over all of either took 20 ms, a call takes a tenth of one."""
+    cache = make_cache(num_blocks=102_000, num_slots=1001)
+    prompts = [tuple(range(1000 * n, 1000 * n + 400)) for n in range(1000)]
+    for tokens in prompts:
+        keep(cache, tokens)
+    assert len(set(cache.owned_blocks())) == 100_000 and cache.num_checkpoints == 1000
+    start = time.process_time()
+    for n, tokens in enumerate(prompts[:50]):
+        assert len(cache.evict(num_slots=1).slots) == 1
+        assert cache.evict(num_blocks=1).blocks
+        use(cache, (*prompts[-n - 1], 1))
+        keep(cache, prompts[-n - 1][:201])
+        keep(cache, (*tokens, n))
+    assert time.process_time() - start < 0.5
 
 
 def test_of_a_conversation_the_newest_state_stays() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import time
+from collections import Counter, deque
 
 import pytest
 
@@ -15,8 +18,8 @@ from qnext.errors import DoesNotFit, UsageError
 CHUNK = 64
 
 
-def limits(**changes: int | None) -> Limits:
-    values: dict[str, int | None] = {
+def limits(**changes: float | None) -> Limits:
+    values: dict[str, float | None] = {
         "max_num_seqs": 4, "max_num_batched_tokens": 200, "block_size": 16, "num_blocks": 40, "num_slots": 4,
         "chunk_size": CHUNK, "max_draft_tokens": 4,
     }  # fmt: skip
@@ -180,6 +183,125 @@ def test_the_youngest_makes_room_and_comes_back() -> None:
     assert young.num_cached_tokens == 0, "what it finds when it comes back is its own"
 
 
+def counted(scheduler: Scheduler, name: str) -> list[None]:
+    """Grows by one with every call of this method of the prefix cache."""
+    calls: list[None] = []
+    method = getattr(scheduler.prefixes, name)
+
+    def count(*args: object, **kwargs: object) -> object:
+        calls.append(None)
+        return method(*args, **kwargs)
+
+    setattr(scheduler.prefixes, name, count)
+    return calls
+
+
+@pytest.mark.parametrize("has_states", [True, False])
+def test_a_request_without_room_is_tried_again_only_when_something_was_released(has_states: bool) -> None:
+    scheduler = Scheduler(limits(num_blocks=110, num_slots=20, has_prefix_cache=True, has_states=has_states))
+    scheduler.add(request("cached", 500, 1, first=50_000))
+    step(scheduler)
+    long, brief = request("long", 50, 1600), request("brief", 50, 700, first=5000)
+    blocked, behind = request("blocked", 1250, 5, first=9000), request("behind", 5, 5, first=20_000)
+    for one in (long, brief):
+        scheduler.add(one)
+    while not (long.output_ids and brief.output_ids and len(long.output_ids) > 300):
+        step(scheduler)
+    scheduler.add(blocked)
+    scheduler.add(behind)
+    step(scheduler)
+    lookups, evictions = counted(scheduler, "lookup"), counted(scheduler, "evict")
+    version = scheduler.blocks.num_releases
+    for _ in range(350):
+        step(scheduler)
+        assert blocked.num_computed_tokens == 0
+    assert not lookups and len(evictions) <= 2 * (350 // 16 + 1), "but for what the running ones need"
+    assert scheduler.blocks.num_releases == version
+    while brief.finish_reason is None:
+        step(scheduler)
+    assert not lookups
+    step(scheduler)
+    assert lookups, "something was released"
+    while long.finish_reason is None:
+        step(scheduler)
+    assert spans(step(scheduler))[0][0] == "blocked", "before the one behind it"
+    while scheduler.has_unfinished:
+        step(scheduler)
+    assert len(blocked.output_ids) == len(behind.output_ids) == 5
+
+
+def test_a_queue_is_not_looked_up_again_and_again() -> None:
+    scheduler = Scheduler(limits(has_prefix_cache=True, num_slots=20, max_num_seqs=8, num_blocks=100))
+    lookups = counted(scheduler, "lookup")
+    for n in range(300):
+        scheduler.add(request(str(n), 20, 3, first=1000 * n))
+    while scheduler.has_unfinished:
+        step(scheduler)
+    assert 300 <= len(lookups) <= 330, "one for each, and few more where there was no room"
+
+
+def test_a_failed_step_forgets_only_what_it_was_to_copy() -> None:
+    scheduler = Scheduler(limits(has_prefix_cache=True, num_slots=20, num_blocks=60, checkpoint_interval=128))
+    assert scheduler.prefixes is not None
+    old, new = request("old", 200, 2), request("new", 300, 2, first=1000)
+    scheduler.add(old)
+    while old.finish_reason is None:
+        step(scheduler)
+    step_of_copies = scheduler.plan()
+    assert step_of_copies is None or not step_of_copies.sequences
+    if step_of_copies is not None:
+        scheduler.commit(StepResult({}))
+    scheduler.add(new)
+    step(scheduler)  # up to 128, where its state is to be copied by the next step
+    known = scheduler.prefixes.lookup(tuple(range(200)), salt="", limit=199)
+    assert known.num_tokens >= 128
+    prompt = new.prompt_ids
+    assert scheduler.prefixes.lookup(prompt, salt="", limit=299).num_tokens == 128
+    plan = scheduler.plan()
+    assert plan is not None and plan.slot_copies
+    assert scheduler.discard_step() == [new]
+    scheduler.check_integrity()
+    assert scheduler.prefixes.lookup(prompt, salt="", limit=299).num_tokens == 0
+    assert scheduler.prefixes.lookup(tuple(range(200)), salt="", limit=199) == known
+    again = request("again", 300, 2, first=1000)
+    scheduler.add(again)
+    following = scheduler.plan()
+    assert following is not None
+    assert set(plan.freed_blocks) | set(plan.freed_slots) <= set(following.freed_blocks) | set(following.freed_slots)
+    assert {target for _, target in plan.slot_copies} <= set(following.freed_slots)
+
+
+def test_a_step_costs_the_same_in_the_middle_of_a_long_prompt() -> None:
+    """In 16 tokens of a prompt of 262,144, a copy of what is computed or a walk over it would take a hundred times as
+    long as all that is needed."""
+    for has_states in (True, False):
+        scheduler = Scheduler(
+            limits(
+                num_blocks=17_000, num_slots=30, has_prefix_cache=True, has_states=has_states,
+                checkpoint_interval=4096, chunk_size=1, max_num_batched_tokens=2064, max_num_seqs=17,
+            )
+        )  # fmt: skip
+        for n in range(16):
+            scheduler.add(request(str(n), 20, 400, first=1000 * n))
+        step_unchecked(scheduler)
+        long = request("long", 262_144, 2, first=100_000)
+        scheduler.add(long)
+        spent = []
+        while len(long.output_ids) == 0:
+            start = time.process_time()
+            step_unchecked(scheduler)
+            spent.append(time.process_time() - start)
+        assert 126 < len(spent) < 200
+        assert sorted(spent)[len(spent) // 2] < 0.004, "128 blocks are noted, and 16 requests go on"
+        scheduler.check_integrity()
+
+
+def step_unchecked(scheduler: Scheduler) -> None:
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.commit(answer(plan))
+
+
 def test_drafts_are_planned_where_they_fit_and_booked_as_accepted() -> None:
     scheduler = Scheduler(limits())
     one = request("a", 5, 6)
@@ -224,19 +346,26 @@ def random_traffic(seed: int, num_requests: int) -> None:
         has_prefix_cache=bool(seed % 3),
         checkpoint_interval=rng.choice((0, 70)),
         min_prefix_tokens=rng.choice((1, 64)),
+        max_salt_fraction=rng.choice((1.0, 0.5)),
     )
     scheduler = Scheduler(bounds)
-    requests: list[Request] = []
-    while len(requests) < num_requests or scheduler.has_unfinished:
-        for _ in range(rng.randint(0, 3) if len(requests) < num_requests else 0):
+    recent: deque[Request] = deque(maxlen=20)
+    unfinished: list[Request] = []
+    reasons: Counter[str | None] = Counter()
+    num_added = 0
+    while num_added < num_requests or scheduler.has_unfinished:
+        for _ in range(rng.randint(0, 3) if num_added < num_requests else 0):
             length, first = rng.randint(1, 20 * 16 - 30), rng.choice((0, 0, 1000, 10_000 * rng.randint(1, 99)))
-            requests.append(request(str(len(requests)), length, rng.randint(1, 30), stop=5, first=first))
-            requests[-1].salt = rng.choice(("", "b"))
-            scheduler.add(requests[-1])
-        if requests and rng.random() < 0.15:
-            scheduler.abort(rng.choice(requests[-12:]))
+            one = request(str(num_added), length, rng.randint(1, 30), stop=5, first=first)
+            one.salt = rng.choice(("", "b"))
+            scheduler.add(one)
+            recent.append(one)
+            unfinished.append(one)
+            num_added += 1
+        if recent and rng.random() < 0.15:
+            scheduler.abort(rng.choice(list(recent)[-12:]))
             scheduler.check_integrity()
-        for r in requests[-20:]:
+        for r in recent:
             if r.output_ids and r.finish_reason is None:
                 r.drafts = tuple(rng.randint(0, 40) for _ in range(rng.randint(0, 4)))
         plan = scheduler.plan()
@@ -251,16 +380,23 @@ def random_traffic(seed: int, num_requests: int) -> None:
         else:
             scheduler.commit(StepResult({s.request.id: window(rng, s) for s in plan.sequences if s.needs_sample}))
         scheduler.check_integrity()
+        for r in unfinished:
+            check_end(r)
+        reasons.update(r.finish_reason for r in unfinished if r.finish_reason is not None)
+        unfinished = [r for r in unfinished if r.finish_reason is None]
     if scheduler.prefixes is not None:
         scheduler.prefixes.clear()
     scheduler.plan()  # copies that are left, and then nothing
     if scheduler._in_flight is not None:
         scheduler.commit(StepResult({}))
     assert scheduler.blocks.num_used == scheduler.slots.num_used == 0
-    assert {r.finish_reason for r in requests} == {"stop", "length", "abort"}
-    for r in requests:
-        assert r.finish_reason != "length" or len(r.output_ids) == r.max_tokens
-        assert r.finish_reason != "stop" or (r.output_ids[-1] == 5 and 5 not in r.output_ids[:-1])
+    reasons.update(r.finish_reason for r in unfinished)
+    assert reasons.keys() == {"stop", "length", "abort"} and reasons.total() == num_added
+
+
+def check_end(r: Request) -> None:
+    assert r.finish_reason != "length" or len(r.output_ids) == r.max_tokens
+    assert r.finish_reason != "stop" or (r.output_ids[-1] == 5 and 5 not in r.output_ids[:-1])
 
 
 def window(rng: random.Random, sequence: SequencePlan) -> list[SampledToken]:
@@ -299,6 +435,17 @@ def test_much_random_traffic(seed: int) -> None:
     random_traffic(seed, 10_000)
 
 
+@pytest.mark.slow
+def test_memory_stays_flat() -> None:
+    """What ten times as many requests leave behind is no more than what a few leave."""
+    left = []
+    for num_requests in (300, 300, 3000):
+        random_traffic(13, num_requests)
+        gc.collect()
+        left.append(len(gc.get_objects()))
+    assert left[2] - left[1] < 200, left
+
+
 def test_the_pool_notices_wrong_bookkeeping() -> None:
     pool = IdPool(4, name="block")
     ids = pool.allocate(3)
@@ -317,5 +464,7 @@ def test_the_pool_notices_wrong_bookkeeping() -> None:
 def test_impossible_limits_are_refused() -> None:
     with pytest.raises(UsageError, match="max_num_seqs"):
         limits(max_num_seqs=0)
+    with pytest.raises(UsageError, match="max_salt_fraction"):
+        limits(max_salt_fraction=0)
     with pytest.raises(UsageError, match="67"):
         limits(max_num_batched_tokens=66)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class IdPool:
@@ -38,6 +39,10 @@ class IdPool:
             self._free.append(index)
             self._freed.append(index)
 
+    def free_again(self, ids: Iterable[int]) -> None:
+        """What `drain_freed` gave may not have been made unreadable: give it again where it is still free."""
+        self._freed += [index for index in ids if index not in self._used]
+
     def drain_freed(self) -> tuple[int, ...]:
         """Ids freed since the last call, so that the cache can make their old content unreadable."""
         freed = tuple(self._freed)
@@ -56,14 +61,30 @@ class IdPool:
 
 
 class RefPool(IdPool):
-    """An `IdPool` whose ids may have several owners; an id comes back when the last of them lets go."""
+    """An `IdPool` whose ids may have several owners; an id comes back when the last of them lets go.
+
+    One owner is the keeper: it holds on with `keep` and lets go with `drop`, and what only the keeper holds is loose.
+    `num_releases` counts what the others let go of: what there was no room for before need not be tried
+    again until then, for what the keeper drops was loose and had been counted on.
+    """
 
     def __init__(self, size: int, *, name: str) -> None:
         super().__init__(size, name=name)
+        self.num_loose = 0
+        self.num_releases = 0
         self._num_owners: dict[int, int] = {}
+        self._num_kept: dict[int, int] = {}  # how often the keeper is among the owners
 
     def num_owners(self, index: int) -> int:
         return self._num_owners.get(index, 0)
+
+    def is_loose(self, index: int) -> bool:
+        """Whether nobody but the keeper holds it."""
+        return self._num_owners.get(index) == self._num_kept.get(index, 0)
+
+    def kept(self) -> Iterator[int]:
+        """Every id once for each share of the keeper."""
+        return itertools.chain.from_iterable(itertools.repeat(index, n) for index, n in self._num_kept.items())
 
     def allocate(self, count: int) -> list[int]:
         ids = super().allocate(count)
@@ -74,19 +95,50 @@ class RefPool(IdPool):
         """One more owner for each id, all of which must be lent."""
         for index in ids:
             assert index in self._used, f"{self.name} {index} is shared but not lent"
-            self._num_owners[index] += 1
+            num_owners = self._num_owners[index]
+            if num_owners == self._num_kept.get(index):
+                self.num_loose -= 1
+            self._num_owners[index] = num_owners + 1
 
     def free(self, ids: Iterable[int]) -> None:
-        """One owner of each id lets go."""
+        """One owner of each id, not the keeper, lets go."""
+        gone = []
         for index in ids:
-            assert index in self._used, f"{self.name} {index} is freed but not lent"
-            self._num_owners[index] -= 1
-            if not self._num_owners[index]:
+            self.num_releases += 1
+            assert self._num_owners.get(index), f"{self.name} {index} is freed but not lent"
+            num_owners = self._num_owners[index] = self._num_owners[index] - 1
+            if not num_owners:
                 del self._num_owners[index]
-                super().free([index])
+                gone.append(index)
+            elif num_owners == self._num_kept.get(index):
+                self.num_loose += 1
+        super().free(gone)
+
+    def keep(self, index: int) -> None:
+        """The keeper is one more owner of an id that somebody holds."""
+        assert index in self._used, f"{self.name} {index} is kept but not lent"
+        self._num_owners[index] += 1
+        self._num_kept[index] = self._num_kept.get(index, 0) + 1
+
+    def drop(self, index: int) -> bool:
+        """Undo one `keep`; returns whether the id came back."""
+        was_loose = self.is_loose(index)
+        self._num_owners[index] -= 1
+        self._num_kept[index] -= 1
+        if not self._num_kept[index]:
+            del self._num_kept[index]
+        if self._num_owners[index]:
+            return False
+        self.num_loose -= was_loose
+        del self._num_owners[index]
+        super().free([index])
+        return True
 
     def check_integrity(self, owned: Iterable[int]) -> None:
         """As in `IdPool`, but `owned` names an id once for each of its owners."""
         owners = Counter(owned)
         super().check_integrity(owners)
         assert owners == self._num_owners, f"{self.name}: owners are {dict(owners)}, counted are {self._num_owners}"
+        assert all(0 < n <= owners[index] for index, n in self._num_kept.items()), f"{self.name}: kept by too many"
+        loose = sum(owners[index] == n for index, n in self._num_kept.items())
+        assert loose == self.num_loose, f"{self.name}: {loose} are loose, counted are {self.num_loose}"

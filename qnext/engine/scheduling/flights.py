@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from qnext.engine.scheduling.prefix_trie import Tokens
+from qnext.engine.scheduling.prefix_node import Node, Tokens
 
 
 @dataclass(eq=False)
@@ -23,6 +23,7 @@ class Flight:
     num_planned: int
     stops: dict[int, bool] = field(default_factory=dict)
     is_over: bool = False
+    node: Node | None = None  # the last one that was cached of these tokens; the cache's
 
     @property
     def next_stop(self) -> int | None:
@@ -33,6 +34,11 @@ class Flight:
     def is_at_stop(self) -> bool:
         """Whether the step that is planned, or was committed last, ends where the state is wanted."""
         return self.num_planned in self.stops
+
+    def may_lead(self, tokens: Tokens, salt: str) -> bool:
+        """Whether these tokens are the same up to the first one that is still to be computed, asked there alone."""
+        place = slice(self.num_computed, self.num_computed + 1)
+        return salt == self.salt and self.tokens[place] == tokens[place] != ()
 
     def can_stop_at(self, num_tokens: int) -> bool:
         """Whether the state after `num_tokens` can still be caught."""

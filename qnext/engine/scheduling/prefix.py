@@ -17,7 +17,10 @@ from typing import NamedTuple
 
 from qnext.engine.scheduling.blocks import RefPool
 from qnext.engine.scheduling.flights import Flight, Wait
-from qnext.engine.scheduling.prefix_trie import Duplicate, Evicted, PrefixTrie, Tokens, add_heat, common_prefix
+from qnext.engine.scheduling.prefix_check import check_trie
+from qnext.engine.scheduling.prefix_node import Node, Tokens, common_prefix
+from qnext.engine.scheduling.prefix_trie import Duplicate, Evicted, PrefixTrie
+from qnext.engine.step import Limits
 
 
 class Hit(NamedTuple):
@@ -100,8 +103,12 @@ class PrefixCache:
         grid: int = 1,
         min_tokens: int = 64,
         half_life: int = 256,
+        max_salt_fraction: float = 1.0,
     ) -> None:
-        """Stops lie on multiples of `grid`; for fewer than `min_tokens` tokens nobody stops or waits."""
+        """Stops lie on multiples of `grid`; for fewer than `min_tokens` tokens nobody stops or waits.
+
+        A salt that holds more than `max_salt_fraction` of the cached blocks, or states, loses its own first.
+        """
         assert block_size > 0 and grid > 0 and min_tokens > 0 and half_life > 0
         assert blocks is not None or slots is not None
         self.block_size = block_size
@@ -111,8 +118,22 @@ class PrefixCache:
         self.min_tokens = min_tokens
         self.half_life = half_life
         self.statistics = PrefixStatistics()
-        self._trie = PrefixTrie(block_size=block_size, blocks=blocks, slots=slots)
+        self._trie = PrefixTrie(block_size=block_size, blocks=blocks, slots=slots, max_salt_fraction=max_salt_fraction)
         self._flights: dict[Flight, None] = {}  # in the order of their announcement
+
+    @classmethod
+    def of(cls, limits: Limits, blocks: RefPool, slots: RefPool) -> PrefixCache | None:
+        """The one of a scheduler; None where nothing is to be cached."""
+        if not limits.has_prefix_cache or (limits.num_blocks is None and not limits.has_states):
+            return None
+        return cls(
+            block_size=limits.block_size,
+            blocks=blocks if limits.num_blocks is not None else None,
+            slots=slots if limits.has_states else None,
+            grid=limits.chunk_size,
+            min_tokens=limits.min_prefix_tokens,
+            max_salt_fraction=limits.max_salt_fraction,
+        )
 
     @property
     def num_checkpoints(self) -> int:
@@ -124,7 +145,7 @@ class PrefixCache:
 
     def owned_blocks(self) -> Iterator[int]:
         """Every block once for each share of the cache, for the integrity check of the pool."""
-        return self._trie.num_shares.elements()
+        return iter(()) if self.blocks is None else self.blocks.kept()
 
     def owned_slots(self) -> Iterator[int]:
         return iter(self._trie.checkpoints)
@@ -184,10 +205,10 @@ class PrefixCache:
                 if stop - hit.num_tokens >= self.min_tokens:
                     flight.stops[stop] = flight.stops.get(stop, False) or is_shared
             if hit.slot is not None:
-                self._trie.checkpoints[hit.slot].count_hit(self._now)
+                self._trie.count_hit(self._trie.checkpoints[hit.slot], self._now)
         else:
             for node in self._trie.walk(tokens, salt=salt, limit=hit.num_tokens):
-                node.heat = add_heat(node.heat, self._now)
+                self._trie.warm(node, self._now)
         self._flights[flight] = None
         return flight
 
@@ -196,22 +217,26 @@ class PrefixCache:
         flight.is_over = True
         del self._flights[flight]
 
-    def wait(self, tokens: Tokens, *, salt: str, limit: int) -> Wait | None:
-        """Whether a running request is about to compute more of these tokens than `lookup` finds.
+    def wait(self, tokens: Tokens, *, salt: str, limit: int, flights: Iterable[Flight] | None = None) -> Wait | None:
+        """Whether a running request is about to compute more of these tokens than `lookup` finds. Asks all `flights`,
+        or only these.
 
         With states it is made to stop where the two part.
         """
         grid = self.block_size if self.slots is None else self.grid
-        least = self.lookup(tokens, salt=salt, limit=limit).num_tokens + self.min_tokens
         best: Wait | None = None
-        for flight in self._flights:
-            if flight.salt != salt:
-                continue
+        for flight in self._flights if flights is None else flights:
+            if not flight.may_lead(tokens, salt):
+                continue  # nearly always told by one token, which spares comparing all of a long prompt
             parting = min(common_prefix(flight.tokens, tokens), limit) // grid * grid
             can_wait = parting > flight.num_computed if self.slots is None else flight.can_stop_at(parting)
-            if can_wait and parting >= least and (best is None or parting > best.num_tokens):
+            if can_wait and (best is None or parting > best.num_tokens):
                 best = Wait(flight, parting)
-        if best is not None and self.slots is not None:
+        if best is None or best.num_tokens < self.min_tokens:
+            return None
+        if best.num_tokens < self.lookup(tokens, salt=salt, limit=limit).num_tokens + self.min_tokens:
+            return None
+        if self.slots is not None:
             best.flight.stops[best.num_tokens] = True
         return best
 
@@ -220,27 +245,51 @@ class PrefixCache:
         in_flight = (common_prefix(flight.tokens, tokens) for flight in self._flights if flight.salt == salt)
         return max(self._trie.num_known(tokens, salt=salt), *in_flight, 0)
 
-    def insert(self, tokens: Tokens, blocks: Sequence[int], *, salt: str) -> list[Duplicate]:
-        """Share the full blocks of computed tokens. `blocks` are the request's, in order. O(len(tokens))."""
-        if self.blocks is None or len(tokens) < self.block_size:
+    def insert(
+        self, tokens: Tokens, blocks: Sequence[int], *, salt: str, flight: Flight | None = None
+    ) -> list[Duplicate]:
+        """Share the full blocks of computed tokens. `blocks` are the request's, in order. O(len(tokens)).
+
+        With its `flight`, whose tokens these are, only those that it has computed, in O(those since the last time).
+        """
+        end = len(tokens) if flight is None else flight.num_computed
+        if self.blocks is None or end < self.block_size:
             return []
-        return self._trie.extend(tokens, blocks, salt=salt, now=self._now)[1]
+        return self._extend(tokens, blocks, salt, end, flight)[1]
 
     def add_checkpoint(
-        self, tokens: Tokens, blocks: Sequence[int], *, salt: str, slot: int, is_shared: bool = False
+        self,
+        tokens: Tokens,
+        blocks: Sequence[int],
+        *,
+        salt: str,
+        slot: int,
+        is_shared: bool = False,
+        flight: Flight | None = None,
     ) -> list[Duplicate]:
-        """`insert`, and share `slot`, which holds the state after exactly `tokens`; not where one lies there already.
+        """`insert`, and share `slot`, which holds the state after exactly these; not where one lies there already.
 
         The block of the last tokens is shared too where it is not full. The request may go on writing behind them.
         """
-        assert tokens
-        path, duplicates = self._trie.extend(tokens, blocks, salt=salt, now=self._now)
-        num_full, num_rest = divmod(len(tokens), self.block_size)
+        end = len(tokens) if flight is None else flight.num_computed
+        assert end > 0
+        node, duplicates = self._extend(tokens, blocks, salt, end, flight)
+        num_full, num_rest = divmod(end, self.block_size)
         tail_block = blocks[num_full] if num_rest and self.blocks is not None else None
         self.statistics.num_checkpoints_made += self._trie.add_checkpoint(
-            path, tokens, slot=slot, tail_block=tail_block, is_shared=is_shared, now=self._now
-        )
+            node, tokens[num_full * self.block_size : end], slot=slot, tail_block=tail_block, is_shared=is_shared,
+            now=self._now,
+        )  # fmt: skip
         return duplicates
+
+    def _extend(
+        self, tokens: Tokens, blocks: Sequence[int], salt: str, end: int, flight: Flight | None
+    ) -> tuple[Node, list[Duplicate]]:
+        start = flight.node if flight is not None else None
+        node, duplicates = self._trie.extend(tokens, blocks, salt=salt, now=self._now, end=end, start=start)
+        if flight is not None:
+            flight.node = node
+        return node, duplicates
 
     def evict(self, *, num_blocks: int = 0, num_slots: int = 0) -> Evicted:
         """Give back so many blocks and slots, or a few more; nothing at all where that much is surely not to be had.
@@ -255,10 +304,18 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget all that is cached; who holds a hit still holds it."""
         self._trie.clear()
+        for flight in self._flights:
+            flight.node = None
+
+    def forget(self, slots: Iterable[int]) -> None:
+        """Forget the checkpoints in those of these slots that hold one: their states are not what they should be."""
+        for slot in slots:
+            if slot in self._trie.checkpoints:
+                self._trie.forget(slot)
 
     def check_integrity(self) -> None:
         """All that the cache holds hangs together, and both pools know of its shares."""
-        self._trie.check_integrity()
+        check_trie(self._trie)
         assert all(not flight.is_over for flight in self._flights)
 
     @property

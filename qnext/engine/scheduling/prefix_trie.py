@@ -18,21 +18,19 @@ known to part (`is_shared`), the prefix is one that many have, and each hit coun
 Slots are all of one size, and so are blocks, so that the bytes which are won do not appear in the comparison. Among
 equals the oldest goes. A checkpoint that goes leaves its heat to the one above, which will now get its hits. Blocks go
 from the leaves up, and with the last checkpoint at or below them. What a request holds never goes.
+
+Where salts are bounded and one holds more than its fraction of what is cached, its own things go before all others.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from math import log2
 from typing import NamedTuple
 
 from qnext.engine.scheduling.blocks import RefPool
-
-Tokens = tuple[int, ...]
+from qnext.engine.scheduling.prefix_node import Checkpoint, Node, Tokens, add_heat, last_on_way
+from qnext.engine.scheduling.ranking import Holdings, SaltRanking
 
 FIRST_HIT = -3.0  # log2 of what the first hit of a checkpoint counts
 
@@ -52,64 +50,47 @@ class Evicted(NamedTuple):
     slots: list[int]
 
 
-@dataclass(eq=False)
-class Node:
-    salt: str
-    key: Tokens
-    parent: Node | None
-    depth: int  # blocks from the root, this one included
-    block: int | None
-    heat: float  # kept up to date only where there are no checkpoints
-    children: dict[Tokens, Node] = field(default_factory=dict)
-    checkpoints: dict[Tokens, Checkpoint] = field(default_factory=dict)  # by the tokens behind the node
-
-    @property
-    def is_bare(self) -> bool:
-        return not self.children and not self.checkpoints
-
-
-@dataclass(eq=False)
-class Checkpoint:
-    node: Node
-    tail: Tokens
-    num_tokens: int
-    slot: int
-    tail_block: int | None
-    above: Checkpoint | None
-    heat: float
-    num_hits: int
-
-    @property
-    def distance(self) -> int:
-        return self.num_tokens - (self.above.num_tokens if self.above else 0)
-
-    def count_hit(self, now: float) -> None:
-        self.heat = now + FIRST_HIT if self.num_hits == 0 else add_heat(self.heat, now)
-        self.num_hits += 1
-
-
 class PrefixTrie:
     """The trie and its shares in both pools. `now` is the heat of one use at that moment."""
 
-    def __init__(self, *, block_size: int, blocks: RefPool | None, slots: RefPool | None) -> None:
+    def __init__(
+        self, *, block_size: int, blocks: RefPool | None, slots: RefPool | None, max_salt_fraction: float = 1.0
+    ) -> None:
         self.block_size = block_size
         self.blocks = blocks
         self.slots = slots
         self.roots: dict[str, Node] = {}
         self.checkpoints: dict[int, Checkpoint] = {}  # by slot, oldest first
-        self.num_shares: Counter[int] = Counter()  # in each block
-        self._bare: dict[Node, None] = {}  # nodes with nothing below and no checkpoint
+        self.blocks_held, self.slots_held = Holdings(max_salt_fraction), Holdings(max_salt_fraction)
+        is_bounded = self.slots_held.is_bounded
+        self.tops: dict[str, dict[Checkpoint, None]] = {}  # those with none above, by salt
+        self.by_benefit: SaltRanking[Checkpoint] = SaltRanking(is_bounded=is_bounded)
+        self.by_heat: SaltRanking[Checkpoint] = SaltRanking(is_bounded=is_bounded)
+        self.bare: SaltRanking[Node] = SaltRanking(is_bounded=is_bounded)  # nothing below and no checkpoint
+        self._num_changes = 0
+        self._last_walk: tuple[int, Tokens, str, list[Node]] = (-1, (), "", [])
 
     def walk(self, tokens: Tokens, *, salt: str, limit: int) -> list[Node]:
-        """The root and the nodes of the first full blocks of `tokens`, as far as they are there; [] without a root."""
+        """The root and the nodes of the first full blocks of `tokens`, as far as they are there; [] without a root.
+
+        An admission asks for the same walk several times: the last one is kept until something changes.
+        """
         assert limit <= len(tokens)
+        num_changes, walked, walked_salt, path = self._last_walk
+        if num_changes != self._num_changes or walked is not tokens or walked_salt != salt:
+            path = self._walk(tokens, salt)
+            self._last_walk = (self._num_changes, tokens, salt, path)
+        return path[: limit // self.block_size + 1]
+
+    def _walk(self, tokens: Tokens, salt: str) -> list[Node]:
         node = self.roots.get(salt)
         path: list[Node] = []
-        end = 0
-        while node is not None:
+        size = self.block_size
+        for end in range(size, len(tokens) + size + 1, size):
+            if node is None:
+                break
             path.append(node)
-            start, end = end, end + self.block_size
-            node = node.children.get(tokens[start:end]) if end <= limit else None
+            node = node.children.get(tokens[end - size : end]) if end <= len(tokens) else None
         return path
 
     def deepest_checkpoint(self, path: list[Node], tokens: Tokens, *, limit: int) -> Checkpoint | None:
@@ -129,93 +110,150 @@ class PrefixTrie:
         if not path:
             return 0
         start = path[-1].depth * self.block_size
-        rest = tokens[start : start + self.block_size]
-        ways = itertools.chain(path[-1].children, path[-1].checkpoints)
-        return start + max((common_prefix(way, rest) for way in ways), default=0)
+        return start + path[-1].num_shared(tokens[start : start + self.block_size])
 
     def extend(
-        self, tokens: Tokens, blocks: Sequence[int], *, salt: str, now: float
-    ) -> tuple[list[Node], list[Duplicate]]:
-        """Make the nodes of all full blocks that are missing; returns the whole path."""
+        self, tokens: Tokens, blocks: Sequence[int], *, salt: str, now: float, end: int, start: Node | None = None
+    ) -> tuple[Node, list[Duplicate]]:
+        """Make the nodes of all full blocks of `tokens[:end]` that are missing; returns the last one.
+
+        `start` is a node on the way, if one is known, from which to go on; duplicates above it are not told.
+        """
+        assert self.blocks is None or len(blocks) * self.block_size >= end, "tokens without blocks"
         if salt not in self.roots:
             self.roots[salt] = Node(salt, (), None, 0, None, now)
-        path = self.walk(tokens, salt=salt, limit=len(tokens))
+        node = start if start is not None and not start.is_gone else self.roots[salt]
         duplicates = []
-        if self.blocks is not None:
-            assert len(blocks) * self.block_size >= len(tokens), "tokens without blocks"
-            for index, node in enumerate(path[1:]):
-                assert node.block is not None
-                if node.block != blocks[index]:
-                    duplicates.append(Duplicate(index, blocks[index], node.block))
-        for index in range(len(path) - 1, len(tokens) // self.block_size):
+        for index in range(node.depth, end // self.block_size):
             key = tokens[index * self.block_size : (index + 1) * self.block_size]
-            block = blocks[index] if self.blocks is not None else None
-            node = Node(salt, key, path[-1], index + 1, block, now)
-            self._share_block(block)
-            path[-1].children[key] = node
-            self._bare.pop(path[-1], None)
-            self._bare[node] = None
-            path.append(node)
-        return path, duplicates
+            child = node.children.get(key)
+            if child is None:
+                child = self._add_node(node, key, blocks[index] if self.blocks is not None else None, now)
+            elif child.block is not None and child.block != blocks[index]:
+                duplicates.append(Duplicate(index, blocks[index], child.block))
+            node = child
+        return node, duplicates
+
+    def _add_node(self, parent: Node, key: Tokens, block: int | None, now: float) -> Node:
+        node = parent.children[key] = Node(parent.salt, key, parent, parent.depth + 1, block, now)
+        parent.note_way(key)
+        self._share_block(parent.salt, block)
+        self.bare.discard_for(parent.salt, parent)
+        self._settle(node)
+        self._num_changes += 1
+        return node
 
     def add_checkpoint(
-        self, path: list[Node], tokens: Tokens, *, slot: int, tail_block: int | None, is_shared: bool, now: float
+        self, node: Node, tail: Tokens, *, slot: int, tail_block: int | None, is_shared: bool, now: float
     ) -> bool:
-        """Share a slot with the state after `tokens`, whose path `extend` gave. False if one lies there already."""
+        """Share a slot with the state after the path to `node` and `tail`. False if one lies there already."""
         assert self.slots is not None and slot not in self.checkpoints
-        node = path[-1]
-        tail = tokens[node.depth * self.block_size :]
         known = node.checkpoints.get(tail)
         if known is not None:
             known.num_hits = max(known.num_hits, int(is_shared))
             return False
-        above = self.deepest_checkpoint(path, tokens, limit=len(tokens) - 1)
-        checkpoint = Checkpoint(node, tail, len(tokens), slot, tail_block, above, now, int(is_shared))
-        for other in self.checkpoints.values():
-            if other.above is above and self._is_below(other, checkpoint):
-                other.above = checkpoint
-        self.slots.share([slot])
-        self._share_block(tail_block)
+        above = self._last_above(node, tail)
+        num_tokens = node.depth * self.block_size + len(tail)
+        checkpoint = Checkpoint(node, tail, num_tokens, slot, tail_block, above, now, int(is_shared))
+        siblings = self.tops.setdefault(node.salt, {}) if above is None else above.below
+        if not node.is_bare:
+            lower = self._next_below(checkpoint, most=4 * len(siblings) + 64)
+            if lower is None:
+                lower = [other for other in siblings if other.is_below(checkpoint)]
+            self._hang(lower, checkpoint)
+            for other in lower:
+                del siblings[other]
+        siblings[checkpoint] = None
+        self.slots.keep(slot)
+        self.slots_held.add(node.salt, 1)
+        self._share_block(node.salt, tail_block)
         self.checkpoints[slot] = node.checkpoints[tail] = checkpoint
-        self._bare.pop(node, None)
+        node.note_way(tail)
+        self.bare.discard_for(node.salt, node)
+        self._rank(checkpoint)
+        if above is not None:
+            self._rank(above)
         return True
+
+    def _last_above(self, node: Node, tail: Tokens) -> Checkpoint | None:
+        """The last checkpoint before the end of `tail` on the path to `node` and on."""
+        found = last_on_way(node, tail[:-1] if tail else None, None)
+        while found is None and node.parent is not None:
+            node, key = node.parent, node.key
+            found = last_on_way(node, key, None) if node.checkpoints else None
+        return found
+
+    def _next_below(self, checkpoint: Checkpoint, *, most: int) -> list[Checkpoint] | None:
+        """Those that will have a new checkpoint above them, found from its node down; None after `most` nodes."""
+        node, tail, above = checkpoint.node, checkpoint.tail, checkpoint.above
+        lower = [c for way, c in node.checkpoints.items() if len(way) > len(tail) and way[: len(tail)] == tail]
+        nodes = [child for key, child in node.children.items() if key[: len(tail)] == tail]
+        while nodes:
+            most -= 1
+            if most < len(nodes):
+                return None
+            node = nodes.pop()
+            lower += node.checkpoints.values()
+            if () not in node.checkpoints:
+                nodes += node.children.values()
+        return [other for other in lower if other.above is above]
+
+    def _hang(self, lower: Iterable[Checkpoint], above: Checkpoint | None) -> None:
+        """Make `above` what lies above these."""
+        for other in lower:
+            other.above = above
+            if above is not None:
+                above.below[other] = None
+            else:
+                self.tops.setdefault(other.node.salt, {})[other] = None
+            self._rank(other)
+
+    def count_hit(self, hit: Checkpoint, now: float) -> None:
+        """A request goes on from there."""
+        hit.heat = now + FIRST_HIT if hit.num_hits == 0 else add_heat(hit.heat, now)
+        hit.num_hits += 1
+        self._rank(hit)
+
+    def warm(self, node: Node, now: float) -> None:
+        """The same for a block, where there are no checkpoints."""
+        node.heat = add_heat(node.heat, now)
+        if node in self.bare:
+            self._settle(node)
+
+    def _rank(self, checkpoint: Checkpoint) -> None:
+        salt, heat = checkpoint.node.salt, checkpoint.heat
+        self.by_benefit.rank_for(salt, checkpoint, log2(checkpoint.distance) + heat)
+        self.by_heat.rank_for(salt, checkpoint, (bool(checkpoint.below), heat))
 
     def evict(self, *, num_blocks: int, num_slots: int) -> Evicted:
         """Give back so many blocks and slots, or a few more; nothing at all where that much is surely not to be had."""
         evicted = Evicted([], [])
-        num_loose = sum(not self._is_slot_pinned(c) for c in self.checkpoints.values())
-        if num_slots > num_loose or num_blocks > sum(not self._is_pinned(block) for block in self.num_shares):
+        if num_slots > _num_loose(self.slots) or num_blocks > _num_loose(self.blocks):
             return evicted
-        if num_blocks and self.slots is None:
-            self._evict_leaves(num_blocks, evicted)
-        elif num_blocks:
-            self._evict_with_checkpoints(num_blocks, evicted)
-        while len(evicted.slots) < num_slots:
-            loose = (c for c in self.checkpoints.values() if not self._is_slot_pinned(c))
-            self._remove_checkpoint(min(loose, key=lambda c: log2(c.distance) + c.heat), evicted)
+        if num_blocks:
+            self._evict_blocks(lambda: len(evicted.blocks) >= num_blocks, evicted)
+        self.by_benefit.remove_until(
+            lambda: len(evicted.slots) >= num_slots,
+            is_usable=self._is_slot_loose,
+            remove=lambda checkpoint: self._remove_checkpoint(checkpoint, evicted),
+            holdings=self.slots_held,
+        )
         return evicted
 
-    def _evict_leaves(self, num_blocks: int, evicted: Evicted) -> None:
-        age = itertools.count()
-        heap = [(node.heat, next(age), node) for node in self._bare if not self._is_pinned(node.block)]
-        heapq.heapify(heap)
-        while heap and len(evicted.blocks) < num_blocks:
-            parent = self._remove_leaf(heapq.heappop(heap)[2], evicted)
-            if parent in self._bare and not self._is_pinned(parent.block):
-                heapq.heappush(heap, (parent.heat, next(age), parent))
-
-    def _evict_with_checkpoints(self, num_blocks: int, evicted: Evicted) -> None:
-        for node in list(self._bare):
-            if len(evicted.blocks) >= num_blocks:
-                return
-            self._prune(node, evicted)
-        while len(evicted.blocks) < num_blocks:
-            uppers = {c.above for c in self.checkpoints.values()}
-            useful = [c for c in self.checkpoints.values() if not self._is_slot_pinned(c) and self._keeps_blocks(c)]
-            if not useful:
-                return
-            # One that others lie below comes last: only the block of its last tokens is to be had.
-            self._remove_checkpoint(min(useful, key=lambda c: (c in uppers, c.heat)), evicted)
+    def _evict_blocks(self, is_enough: Callable[[], bool], evicted: Evicted) -> None:
+        self.bare.remove_until(
+            is_enough,
+            is_usable=lambda node: not self._is_pinned(node.block),
+            remove=lambda node: self._remove_cold(node, is_enough, evicted),
+            holdings=self.blocks_held,
+        )
+        # A checkpoint that others lie below comes last: only the block of its last tokens is to be had.
+        self.by_heat.remove_until(
+            is_enough,
+            is_usable=lambda checkpoint: self._is_slot_loose(checkpoint) and self._keeps_blocks(checkpoint),
+            remove=lambda checkpoint: self._remove_checkpoint(checkpoint, evicted),
+            holdings=self.blocks_held,
+        )
 
     def _keeps_blocks(self, checkpoint: Checkpoint) -> bool:
         """Whether blocks are there only for this checkpoint, or for it and others behind the same node."""
@@ -224,133 +262,100 @@ class PrefixTrie:
             return all(child.block != tail_block for child in node.children.values())
         return not node.children and len(node.checkpoints) == 1 and not self._is_pinned(node.block)
 
-    def _is_below(self, lower: Checkpoint, upper: Checkpoint) -> bool:
-        """Whether the path of `lower` goes through `upper`."""
-        if lower.num_tokens <= upper.num_tokens or lower.node.salt != upper.node.salt:
-            return False
-        node, following = lower.node, lower.tail
-        while node.depth > upper.node.depth and node.parent is not None:
-            node, following = node.parent, node.key
-        return node is upper.node and following[: len(upper.tail)] == upper.tail
-
     def _is_pinned(self, block: int | None) -> bool:
         """Whether somebody else holds the block."""
-        return block is not None and self.blocks is not None and self.blocks.num_owners(block) > self.num_shares[block]
+        return block is not None and self.blocks is not None and not self.blocks.is_loose(block)
 
-    def _is_slot_pinned(self, checkpoint: Checkpoint) -> bool:
+    def _is_slot_loose(self, checkpoint: Checkpoint) -> bool:
         assert self.slots is not None
-        return self.slots.num_owners(checkpoint.slot) > 1
+        return self.slots.is_loose(checkpoint.slot)
 
-    def _share_block(self, block: int | None) -> None:
+    def _share_block(self, salt: str, block: int | None) -> None:
         if block is not None and self.blocks is not None:
-            self.blocks.share([block])
-            self.num_shares[block] += 1
+            self.blocks.keep(block)
+            self.blocks_held.add(salt, 1)
 
-    def _free_block(self, block: int | None, evicted: Evicted) -> None:
+    def _free_block(self, salt: str, block: int | None, evicted: Evicted) -> None:
         if block is not None and self.blocks is not None:
-            self.num_shares[block] -= 1
-            if not self.num_shares[block]:
-                del self.num_shares[block]
-            self.blocks.free([block])
-            if not self.blocks.num_owners(block):
+            self.blocks_held.add(salt, -1)
+            if self.blocks.drop(block):
                 evicted.blocks.append(block)
 
     def clear(self) -> None:
         """Let go of everything, pinned or not."""
-        if self.blocks is not None:
-            self.blocks.free(self.num_shares.elements())
-        if self.slots is not None:
-            self.slots.free(self.checkpoints)
-        for held in (self.roots, self.checkpoints, self.num_shares, self._bare):
+        for pool in (self.blocks, self.slots):
+            if pool is not None:
+                for index in list(pool.kept()):
+                    pool.drop(index)
+        for held in (self.roots, self.checkpoints, self.tops, self.bare, self.by_benefit, self.by_heat):
             held.clear()
+        self.blocks_held.clear()
+        self.slots_held.clear()
+        self._num_changes += 1
+
+    def forget(self, slot: int) -> None:
+        """Remove the checkpoint in this slot, pinned or not, and all blocks that nothing needs then."""
+        self._remove_checkpoint(self.checkpoints[slot], Evicted([], []))
 
     def _remove_checkpoint(self, checkpoint: Checkpoint, evicted: Evicted) -> None:
         """Together with all blocks that nothing needs then."""
         assert self.slots is not None
         node, above = checkpoint.node, checkpoint.above
         del self.checkpoints[checkpoint.slot], node.checkpoints[checkpoint.tail]
-        for other in self.checkpoints.values():
-            if other.above is checkpoint:
-                other.above = above
+        node.forget_way(checkpoint.tail)
+        self.by_benefit.discard_for(node.salt, checkpoint)
+        self.by_heat.discard_for(node.salt, checkpoint)
+        siblings = self.tops[node.salt] if above is None else above.below
+        del siblings[checkpoint]
+        self._hang(checkpoint.below, above)
         if above is not None:
             above.heat = add_heat(above.heat, checkpoint.heat)
-        self.slots.free([checkpoint.slot])
-        evicted.slots.append(checkpoint.slot)
-        self._free_block(checkpoint.tail_block, evicted)
+            self._rank(above)
+        elif not siblings:
+            del self.tops[node.salt]
+        self.slots_held.add(node.salt, -1)
+        if self.slots.drop(checkpoint.slot):
+            evicted.slots.append(checkpoint.slot)
+        self._free_block(node.salt, checkpoint.tail_block, evicted)
         if node.is_bare:
             self._settle(node)
             self._prune(node, evicted)
 
     def _prune(self, node: Node, evicted: Evicted) -> None:
         """Remove a bare node and those above that it leaves bare, as far as nobody holds them."""
-        while node in self._bare and not self._is_pinned(node.block):
+        while node in self.bare and not self._is_pinned(node.block):
             node = self._remove_leaf(node, evicted)
+
+    def _remove_cold(self, node: Node, is_enough: Callable[[], bool], evicted: Evicted) -> None:
+        """Remove a bare node, and those above that it leaves bare while they are no warmer, until it is enough."""
+        heat = node.heat
+        while True:
+            node = self._remove_leaf(node, evicted)
+            if is_enough() or node not in self.bare or node.heat > heat or self._is_pinned(node.block):
+                return
 
     def _remove_leaf(self, node: Node, evicted: Evicted) -> Node:
         """Remove a bare node; returns its parent."""
         assert node.is_bare and node.parent is not None
-        del self._bare[node], node.parent.children[node.key]
-        self._free_block(node.block, evicted)
+        self.bare.discard_for(node.salt, node)
+        del node.parent.children[node.key]
+        node.parent.forget_way(node.key)
+        node.is_gone = True
+        self._num_changes += 1
+        self._free_block(node.salt, node.block, evicted)
         if node.parent.is_bare:
             self._settle(node.parent)
         return node.parent
 
     def _settle(self, node: Node) -> None:
-        """A node became bare: note it. A bare root goes at once."""
+        """A node is bare: note it. A bare root goes at once."""
         if node.parent is None:
             del self.roots[node.salt]
+            node.is_gone = True
+            self._num_changes += 1
         else:
-            self._bare[node] = None
-
-    def check_integrity(self) -> None:
-        """The trie hangs together, and its shares are exactly what its nodes and checkpoints name."""
-        shares: Counter[int] = Counter()
-        checkpoints: dict[int, Checkpoint] = {}
-        bare: set[Node] = set()
-        for salt, root in self.roots.items():
-            assert root.parent is None and root.depth == 0 and root.block is None and not root.is_bare
-            nodes: list[tuple[Node, Checkpoint | None]] = [(root, None)]
-            while nodes:
-                node, above = nodes.pop()
-                assert node.salt == salt and (node is root or len(node.key) == self.block_size)
-                assert (node.block is None) == (self.blocks is None or node is root)
-                shares.update([] if node.block is None else [node.block])
-                for tail, checkpoint in node.checkpoints.items():
-                    assert checkpoint.node is node and checkpoint.tail == tail and len(tail) < self.block_size
-                    assert checkpoint.num_tokens == node.depth * self.block_size + len(tail) > 0
-                    assert checkpoint.above is _last_on_way(node, tail[:-1] if tail else None, above)
-                    assert (checkpoint.tail_block is None) == (self.blocks is None or not tail)
-                    shares.update([] if checkpoint.tail_block is None else [checkpoint.tail_block])
-                    assert checkpoint.slot not in checkpoints
-                    checkpoints[checkpoint.slot] = checkpoint
-                if node.is_bare:
-                    bare.add(node)
-                for key, child in node.children.items():
-                    assert child.parent is node and child.key == key and child.depth == node.depth + 1
-                    nodes.append((child, _last_on_way(node, key, above)))
-        assert shares == self.num_shares and bare == self._bare.keys() and checkpoints == self.checkpoints
-        assert all(self.blocks is not None and self.blocks.num_owners(b) >= n for b, n in shares.items())
-        assert all(self.slots is not None and self.slots.num_owners(slot) >= 1 for slot in checkpoints)
+            self.bare.rank_for(node.salt, node, node.heat if self.slots is None else 0.0)
 
 
-def _last_on_way(node: Node, key: Tokens | None, above: Checkpoint | None) -> Checkpoint | None:
-    """The last checkpoint of a node that a path passes which goes on with `key`; `above` if there is none."""
-    on_way = [c for tail, c in node.checkpoints.items() if key is not None and key[: len(tail)] == tail]
-    return max(on_way, key=lambda c: c.num_tokens, default=above)
-
-
-def add_heat(a: float, b: float) -> float:
-    """log2(2^a + 2^b)."""
-    return max(a, b) + log2(1 + 2.0 ** -abs(a - b))
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens two sequences share."""
-    end = min(len(a), len(b))
-    start = 0
-    step = 1024  # compared as a whole, which is many times faster than token by token
-    while start + step <= end and a[start : start + step] == b[start : start + step]:
-        start += step
-    while start < end and a[start] == b[start]:
-        start += 1
-    return start
+def _num_loose(pool: RefPool | None) -> int:
+    return pool.num_loose if pool is not None else 0

@@ -13,6 +13,7 @@ from itertools import islice
 
 from qnext.engine.request import FinishReason, Request, RequestStatus
 from qnext.engine.scheduling.blocks import RefPool
+from qnext.engine.scheduling.flights import Flight
 from qnext.engine.scheduling.prefix import Hit, PrefixCache
 from qnext.engine.step import Limits, SequencePlan, StepPlan, StepResult, TokenEvent
 from qnext.errors import DoesNotFit
@@ -32,7 +33,7 @@ class Scheduler:
         self.limits = limits
         self.blocks = RefPool(limits.num_blocks or 0, name="block")
         self.slots = RefPool(limits.num_slots, name="slot")
-        self.prefixes = _make_prefixes(limits, self.blocks, self.slots)
+        self.prefixes = PrefixCache.of(limits, self.blocks, self.slots)
         self.num_preemptions = 0
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # in the order of their admission
@@ -41,6 +42,7 @@ class Scheduler:
         self._block_copies: list[tuple[int, int]] = []
         self._sources: list[Hit] = []  # what the copies read, held until they were made
         self._held_slots: list[int] = []
+        self._blocked: tuple[Request, tuple[object, ...]] | None = None  # who found no room, and as things were
 
     @property
     def num_waiting(self) -> int:
@@ -128,9 +130,13 @@ class Scheduler:
 
     def discard_step(self) -> list[Request]:
         """The planned step failed midway: abort its requests, whose caches are spoiled, and return them."""
-        requests = [sequence.request for sequence in self._finish_plan().sequences]
+        plan = self._finish_plan()
+        requests = [sequence.request for sequence in plan.sequences]
         if self.prefixes is not None:
-            self.prefixes.clear()  # copies of the step may not have been made
+            # These states may not have been copied; all other copies were for requests of this step.
+            self.prefixes.forget(target for _, target in plan.slot_copies)
+        self.blocks.free_again(plan.freed_blocks)
+        self.slots.free_again(plan.freed_slots)
         for request in requests:
             request.finish_reason = request.finish_reason or "abort"
             self._release(request)
@@ -166,7 +172,7 @@ class Scheduler:
                 request.flight.num_planned = request.num_tokens  # the last token of a prompt
             if self._grow(request, request.num_tokens + len(drafts)):
                 self._lend_ahead(request, request.num_tokens + len(drafts) + self.limits.max_draft_tokens)
-                sequences.append(_sequence_plan(request, request.num_tokens, drafts))
+                sequences.append(SequencePlan.of(request, request.num_tokens, drafts))
                 budget -= 1 + len(drafts)
         return budget
 
@@ -193,13 +199,17 @@ class Scheduler:
             request = self._waiting[0]
             if self._chunk_end(request, 0, budget) == 0:
                 break
+            if self._blocked == (request, self._version()):
+                break
             if self._must_wait(request):
                 passed.append(self._waiting.popleft())
                 continue
             if not self._admit(request):
+                self._blocked = (request, self._version())
                 break
             for other in islice(self._waiting, self.limits.max_num_seqs):
-                self._must_wait(other)  # before the chunk is planned: it should end where another's prompt parts
+                # Before the chunk is planned: it should end where another's prompt parts.
+                self._must_wait(other, request.flight)
             budget -= self._plan_chunk(request, budget, sequences)
         self._waiting.extendleft(reversed(passed))
         return budget
@@ -211,7 +221,7 @@ class Scheduler:
             return 0
         if request.flight is not None:
             request.flight.num_planned = end
-        sequences.append(_sequence_plan(request, end, ()))
+        sequences.append(SequencePlan.of(request, end, ()))
         return end - start
 
     def _chunk_end(self, request: Request, start: int, budget: int) -> int:
@@ -264,12 +274,24 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         self._waiting.appendleft(request)
 
-    def _must_wait(self, request: Request) -> bool:
-        if self.prefixes is None or _hit_limit(request) < request.num_tokens - 1:
+    def _version(self) -> tuple[object, ...]:
+        """Another one when somebody let go of blocks or slots, or a prompt is on its way that another might wait for.
+
+        Without either, a request that found no room finds none. What is newly cached does not count: where it would
+        save a request much, that request waits for it.
+        """
+        newest = self._running[-1].id if self._running else ""
+        return self.blocks.num_releases, self.slots.num_releases, newest
+
+    def _must_wait(self, request: Request, flight: Flight | None = None) -> bool:
+        """Whether another computes just now what this one needs; asks all, or only the one whose `flight` is given."""
+        if self.prefixes is None or request.max_hit_tokens < request.num_tokens - 1:
             return False
         if request.wait is None or not request.wait.is_open:
             tokens = request.token_range(0, request.num_tokens)
-            request.wait = self.prefixes.wait(tokens, salt=request.salt, limit=len(tokens) - 1)
+            request.wait = self.prefixes.wait(
+                tokens, salt=request.salt, limit=len(tokens) - 1, flights=None if flight is None else (flight,)
+            )
         return request.wait is not None and request.wait.is_open
 
     def _admit(self, request: Request) -> bool:
@@ -277,7 +299,7 @@ class Scheduler:
         tokens = request.token_range(0, request.num_tokens)
         hit = _NO_HIT
         if self.prefixes is not None:
-            hit = self.prefixes.acquire(tokens, salt=request.salt, limit=_hit_limit(request))
+            hit = self.prefixes.acquire(tokens, salt=request.salt, limit=request.max_hit_tokens)
             if hit.num_tokens and not self._has_room_for(len(tokens), hit):
                 # What is to be copied takes room too: without it there may be enough.
                 self.prefixes.release(hit)
@@ -317,9 +339,8 @@ class Scheduler:
         if flight is None or self.prefixes is None or request.slot is None:
             return
         flight.num_computed = min(request.num_computed_tokens, len(flight.tokens))
-        tokens = flight.tokens[: flight.num_computed]
         if self.prefixes.slots is None:
-            self.prefixes.insert(tokens, request.blocks, salt=request.salt)
+            self.prefixes.insert(flight.tokens, request.blocks, salt=request.salt, flight=flight)
         elif flight.is_at_stop and self._make_room(0, 1):
             (slot,) = self.slots.allocate(1)
             # Both ends are held until the copy was made, at the start of the next step.
@@ -327,7 +348,9 @@ class Scheduler:
             self._held_slots += [request.slot, slot]
             self._slot_copies.append((request.slot, slot))
             is_shared = flight.stops[flight.num_computed]
-            self.prefixes.add_checkpoint(tokens, request.blocks, salt=request.salt, slot=slot, is_shared=is_shared)
+            self.prefixes.add_checkpoint(
+                flight.tokens, request.blocks, salt=request.salt, slot=slot, is_shared=is_shared, flight=flight
+            )
         if request.num_computed_tokens >= len(flight.tokens):
             self._land(request)
 
@@ -382,28 +405,3 @@ class Scheduler:
             yield from self.prefixes.owned_slots()
         yield from (hit.slot for hit in self._sources if hit.slot is not None)
         yield from self._held_slots
-
-
-def _make_prefixes(limits: Limits, blocks: RefPool, slots: RefPool) -> PrefixCache | None:
-    if not limits.has_prefix_cache or (limits.num_blocks is None and not limits.has_states):
-        return None
-    return PrefixCache(
-        block_size=limits.block_size,
-        blocks=blocks if limits.num_blocks is not None else None,
-        slots=slots if limits.has_states else None,
-        grid=limits.chunk_size,
-        min_tokens=limits.min_prefix_tokens,
-    )
-
-
-def _hit_limit(request: Request) -> int:
-    """The most tokens that need not be computed again: the last one must be, and those whose logits are asked for."""
-    if request.params.prompt_logprobs is None:
-        return request.num_tokens - 1
-    return min(request.num_tokens - 1, max(0, len(request.prompt_sampled) - 1))
-
-
-def _sequence_plan(request: Request, end: int, drafts: tuple[int, ...]) -> SequencePlan:
-    start = request.num_computed_tokens
-    known = request.token_range(start, end)
-    return SequencePlan(request, known + drafts, start, end == request.num_tokens, drafts)
