@@ -6,15 +6,22 @@ import http.client
 import json
 import socket
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _GREEDY = {"temperature": 0, "top_k": 1, "cache_prompt": False}
+
+
+class Stream(NamedTuple):
+    """An answer as its client saw it come."""
+
+    arrivals: list[float]  # when each token came
+    tokens_per_second: float  # by the server's own clock, from the first token on
 
 
 class Server:
@@ -51,29 +58,12 @@ class Server:
         """The greedy answer to a prompt of token ids, up to a token that ends texts."""
         return self.post("/completion", prompt=ids, n_predict=num_tokens, **_GREEDY, **options)
 
-    def arrivals(self, prompts: Sequence[list[int]], num_tokens: int) -> list[list[float]]:
-        """When the tokens of greedy answers came, all prompts asked for at once, a client thread for each."""
-        found: list[list[float] | Exception] = [[] for _ in prompts]
+    def streams(self, prompts: Sequence[list[int]], num_tokens: int) -> list[Stream]:
+        """Greedy answers of just `num_tokens`, all prompts asked for at once, a client thread for each."""
+        with ThreadPoolExecutor(len(prompts)) as clients:
+            return list(clients.map(lambda ids: self._stream(ids, num_tokens), prompts))
 
-        def client(index: int) -> None:
-            try:
-                found[index] = self._stream(prompts[index], num_tokens)
-            except Exception as error:
-                found[index] = error
-
-        threads = [threading.Thread(target=client, args=(index,)) for index in range(len(prompts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        times: list[list[float]] = []
-        for answer in found:
-            if isinstance(answer, Exception):
-                raise RuntimeError("llama-server did not answer a client") from answer
-            times.append(answer)
-        return times
-
-    def _stream(self, ids: list[int], num_tokens: int) -> list[float]:
+    def _stream(self, ids: list[int], num_tokens: int) -> Stream:
         body = {"prompt": ids, "n_predict": num_tokens, "ignore_eos": True, "stream": True, **_GREEDY}
         connection = http.client.HTTPConnection("127.0.0.1", self._port)
         connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
@@ -87,7 +77,7 @@ class Server:
         end = json.loads(last.removeprefix(b"data: "))
         if end.get("tokens_predicted") != num_tokens:
             raise RuntimeError(f"{num_tokens} tokens were asked for, the answer ends with {last[:200]!r}")
-        return times[:-1]  # the end is a message of its own
+        return Stream(times[:-1], end["timings"]["predicted_per_second"])  # the end is a message of its own
 
     def close(self) -> None:
         self._process.terminate()

@@ -76,7 +76,9 @@ def many_streams(
             phase = write_together(engine, prompts, [greedy(output)] * count)
             now[f"{count}"] = phase.tokens_per_second
         if server is not None:
-            now["llama.cpp"] = rate_of(server.arrivals(prompts, output), output)
+            answers = server.streams(prompts, output)
+            now["llama.cpp"] = rate_of([answer.arrivals for answer in answers], output)
+            now["llama.cpp by its own clock"] = sum(answer.tokens_per_second for answer in answers)
         if round_:  # the first one warms up
             for name, rate in now.items():
                 rates.setdefault(name, []).append(rate)
