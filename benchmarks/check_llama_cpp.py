@@ -13,18 +13,15 @@ also its source tree (the source package of llama-cpp-python holds one) and the 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import torch
+from _llama_server import Server
 from _pair import print_json
 
 from qnext.checkpoint import load_model
@@ -44,6 +41,7 @@ PROMPTS = (
 )
 # Largest allowed KL divergence, in nats: fp32 differs by the order of sums, the others by rounded activations.
 MAX_KL = {"f32": 1e-9, "f16": 1e-3, "bf16": 1e-2, "q8_0": 1e-2, "q4_0": 2e-2, "q4_k_m": 2e-2}
+_SERVER_OPTIONS = ["-t", "2", "-c", "1024", "-fa", "off", "-ctk", "f32", "-ctv", "f32"]
 # The converter knows tokenizers by a hash of what they do; ours are Qwen2's with another vocabulary.
 _CONVERT = """
 import runpy, sys
@@ -55,42 +53,6 @@ for value in vars(base).values():
         value.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
 runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
 """
-
-
-class Server:
-    """llama-server on a loopback port."""
-
-    def __init__(self, binary: Path, gguf: Path, port: int) -> None:
-        self._url = f"http://127.0.0.1:{port}"
-        options = ["-m", str(gguf), "-t", "2", "-c", "1024", "--port", str(port), "--no-webui"]
-        options += ["-fa", "off", "-ctk", "f32", "-ctv", "f32"]
-        self._process = subprocess.Popen([str(binary), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(300):
-            if self._process.poll() is not None:
-                break
-            try:
-                urllib.request.urlopen(self._url + "/health")
-                return
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.1)
-        self.close()
-        raise RuntimeError(f"llama-server did not come up with {gguf}")
-
-    def post(self, route: str, **body: Any) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self._url + route, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as answer:
-            return json.loads(answer.read())
-
-    def complete(self, ids: list[int], num_tokens: int, **options: Any) -> dict[str, Any]:
-        return self.post(
-            "/completion", prompt=ids, n_predict=num_tokens, temperature=0, top_k=1, cache_prompt=False, **options
-        )  # fmt: skip
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait()
 
 
 def compare(server: Server, model: CausalLM, tokenizer: Tokenizer, *, num_tokens: int) -> dict[str, Any]:
@@ -124,7 +86,7 @@ def serve_and_compare(options: argparse.Namespace, gguf: Path, work: Path, token
     folder = work / f"{gguf.stem}-imported"
     import_gguf(gguf, folder, dtype=torch.float32, dequantize=True)
     model = load_model(folder)
-    server = Server(options.server, gguf, options.port)
+    server = Server(options.server, gguf, _SERVER_OPTIONS, port=options.port)
     try:
         return compare(server, model, tokenizer, num_tokens=options.tokens)
     finally:

@@ -81,7 +81,12 @@ def test_qnext_commands_and_python_run_in_order(tmp_path: Path, monkeypatch: pyt
         exec(compile(block, "README.md", "exec"), {})
 
 
+_TINY_ENGINE = (
+    "--model MODEL --scheme bf16 --conversation 256 --shared 128 --streams 1 2 --prompt 16 --output 8 --rounds 1 "
+    "--steps 2 --text-bytes 20000"
+)
 SMALL_BENCHMARKS = {
+    "bench_engine.py": _TINY_ENGINE.split(),
     "bench_train_step.py": ["--models", "nano-5m", "--sequences", "2", "--length", "64", "--rounds", "1"],
     "bench_inference.py": [
         "MODEL",
