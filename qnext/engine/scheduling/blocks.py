@@ -82,6 +82,10 @@ class RefPool(IdPool):
         """Whether nobody but the keeper holds it."""
         return self._num_owners.get(index) == self._num_kept.get(index, 0)
 
+    @property
+    def num_kept(self) -> int:
+        return len(self._num_kept)
+
     def kept(self) -> Iterator[int]:
         """Every id once for each share of the keeper."""
         return itertools.chain.from_iterable(itertools.repeat(index, n) for index, n in self._num_kept.items())

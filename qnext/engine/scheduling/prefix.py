@@ -141,7 +141,8 @@ class PrefixCache:
 
     @property
     def num_blocks(self) -> int:
-        return len(self._trie.num_shares)
+        """That cached prefixes hold, alone or together with requests."""
+        return 0 if self.blocks is None else self.blocks.num_kept
 
     def owned_blocks(self) -> Iterator[int]:
         """Every block once for each share of the cache, for the integrity check of the pool."""
