@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from qnext.engine.engine import Completion, Engine
+from qnext.engine.completion import Completion
+from qnext.engine.engine import Engine
 from qnext.engine.memory import MemoryPlan
 from qnext.engine.params import SamplingParams
 from qnext.engine.request import FinishReason, Request, SampledToken
 from qnext.engine.step import EndEvent, TokenEvent
+from qnext.engine.storage.tiers import DiskCache
 
 __all__ = [
     "Completion",
+    "DiskCache",
     "EndEvent",
     "Engine",
     "FinishReason",

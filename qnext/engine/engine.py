@@ -5,12 +5,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import TracebackType
 
 import torch
 
 from qnext.config import ModelConfig
 from qnext.engine.cache import BLOCK_SIZE, Cache
+from qnext.engine.completion import Completion, completion_of
 from qnext.engine.memory import MemoryPlan, available_bytes, weight_bytes
 from qnext.engine.params import SamplingParams
 from qnext.engine.request import (
@@ -27,32 +29,13 @@ from qnext.engine.sampling.sampler import Window, verify
 from qnext.engine.sampling.seeds import child_seed
 from qnext.engine.scheduling.scheduler import Scheduler
 from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
+from qnext.engine.storage.tiers import DiskCache, Tiers
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 from qnext.ops import DELTA_CHUNK_SIZE, is_native
 from qnext.planning import kv_bytes_per_token
 
 _SPARE_CHECKPOINTS = 4
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What became of one prompt, or of completion `index` of those that were asked for.
-
-    `sampled` and `prompt_sampled` hold log-probabilities when they were asked for, else nothing; of several
-    completions the first alone has the prompt's. The first token of a prompt has none. `num_cached_tokens` of the
-    prompt were not computed for this request.
-    """
-
-    request_id: str
-    prompt_ids: tuple[int, ...]
-    output_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    seed: int
-    sampled: tuple[SampledToken, ...]
-    num_cached_tokens: int = 0
-    prompt_sampled: tuple[SampledToken, ...] = ()
-    index: int = 0
 
 
 class Engine:
@@ -67,6 +50,11 @@ class Engine:
     running requests (default: `max_num_seqs` and four more) say from where others can go on, of long prompts one every
     `checkpoint_interval` tokens; docs/hybrid-cache.md tells how. `max_draft_tokens` is the most that `Request.drafts`
     may hold: tokens that are verified in the next step instead of being computed one by one.
+
+    Cached prefixes that memory is too short for go to `host_cache_bytes` of the host's memory (default: on a GPU an
+    eighth of what is free there, else none) and from there to the `disk_cache`, where an engine of the same model and
+    settings finds them again. Such an engine is to be closed; it is a context manager. Raises UsageError for a folder
+    that another engine uses, or that is none of this kind.
 
     `eos_token_ids` (default: the config's) end a request
     unless it says ignore_eos. Keys and values are kept in `kv_dtype` (default: the model's; int8 has an fp32 scale per
@@ -87,6 +75,8 @@ class Engine:
         num_checkpoints: int | None = None,
         checkpoint_interval: int = 4096,
         max_draft_tokens: int = 0,
+        disk_cache: DiskCache | None = None,
+        host_cache_bytes: int | None = None,
         eos_token_ids: Collection[int] | None = None,
         poison: bool = False,
     ) -> None:
@@ -111,6 +101,12 @@ class Engine:
         if num_checkpoints is None:
             num_checkpoints = max_num_seqs + _SPARE_CHECKPOINTS
         num_slots = max_num_seqs + (num_checkpoints if has_states and prefix_cache else 0)
+        self.cache = Cache(
+            config, num_blocks=blocks, num_slots=num_slots, max_model_len=self.max_model_len, dtype=model.dtype,
+            kv_dtype=kv_dtype, device=model.device, poison=poison,
+            num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0,
+        )  # fmt: skip
+        self.tiers = _make_tiers(model, self.cache, prefix_cache, disk_cache, host_cache_bytes)
         self.scheduler = Scheduler(
             Limits(
                 max_num_seqs=max_num_seqs,
@@ -123,16 +119,15 @@ class Engine:
                 has_prefix_cache=prefix_cache,
                 checkpoint_interval=checkpoint_interval,
                 max_draft_tokens=max_draft_tokens,
-            )
+                spill_blocks=self.tiers.chunk_tokens // BLOCK_SIZE if self.tiers is not None else 0,
+                spills_at_once=self.tiers is not None and self.tiers.saves_at_once,
+            ),
+            self.tiers,
         )
-        self.cache = Cache(
-            config, num_blocks=blocks, num_slots=num_slots, max_model_len=self.max_model_len, dtype=model.dtype,
-            kv_dtype=kv_dtype, device=model.device, poison=poison,
-            num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0,
-        )  # fmt: skip
         self.runner = Runner(model, self.cache)
         self._requests: dict[str, Request] = {}
         self._num_added = 0
+        self._is_closed = False
 
     @property
     def has_unfinished(self) -> bool:
@@ -171,6 +166,8 @@ class Engine:
         n other than 1 or an id in use, DoesNotFit for a prompt and answer longer than the context or the cache. Other
         requests are not touched by a refused one.
         """
+        if self._is_closed:
+            raise UsageError("the engine is closed")
         params = params or SamplingParams()
         if params.n != 1:
             raise UsageError(f"n is {params.n}: several completions are several requests")
@@ -264,8 +261,10 @@ class Engine:
         ended: list[TokenEvent | EndEvent] = self._end_late()
         plan = self.scheduler.plan()
         if plan is None:
+            self._spill()
             return ended
         try:
+            self._spill()
             output = self.runner.run(plan)
             windows = [Window(s.request, s.drafts, s.request.guide) for s in output.sequences]
             verdicts = verify(output.logits_RY, windows)
@@ -284,6 +283,7 @@ class Engine:
                 request.failure = verdict.failure
                 ended.append(self._end(request, "error"))
         events = self.scheduler.commit(StepResult(tokens))
+        self._spill()
         now = time.monotonic()
         for event in events:
             request = self._requests[event.request_id]
@@ -327,7 +327,7 @@ class Engine:
         finally:
             for request in requests:
                 self.abort(request.id)
-        return [_completion(request, index) for request, index in zip(requests, indices, strict=True)]
+        return [completion_of(request, index) for request, index in zip(requests, indices, strict=True)]
 
     def stream(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None
@@ -350,25 +350,51 @@ class Engine:
         finally:
             self.abort(request.id)
 
+    def _spill(self) -> None:
+        if self.tiers is not None and self.scheduler.prefixes is not None:
+            self.tiers.save(self.scheduler.prefixes.drain_spills())
+
+    def close(self) -> None:
+        """Abort what is unfinished, and write the cached prefixes to disk where there is a disk cache."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        prefixes = self.scheduler.prefixes
+        if self.tiers is not None and prefixes is not None:
+            plan = self.scheduler.plan()
+            if plan is not None:  # copies of states that were to be made with the next step
+                self.cache.prepare(plan)
+                self.scheduler.commit(StepResult({}))
+            self.tiers.close([*prefixes.drain_spills(), *prefixes.everything()])
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def check_integrity(self) -> None:
         """No block or slot is lost or owned twice, and the engine knows exactly the unfinished requests."""
         self.scheduler.check_integrity()
         assert len(self._requests) == self.scheduler.num_waiting + self.scheduler.num_running
 
 
-def _completion(request: Request, index: int) -> Completion:
-    assert request.finish_reason is not None
-    return Completion(
-        request_id=request.id,
-        prompt_ids=request.prompt_ids,
-        output_ids=tuple(request.output_ids),
-        finish_reason=request.finish_reason,
-        seed=request.seed,
-        sampled=tuple(request.sampled),
-        num_cached_tokens=request.num_cached_tokens or 0,
-        prompt_sampled=tuple(request.prompt_sampled),
-        index=index,
-    )
+def _make_tiers(
+    model: CausalLM, cache: Cache, prefix_cache: bool, disk_cache: DiskCache | None, host_cache_bytes: int | None
+) -> Tiers | None:
+    if not prefix_cache:
+        if disk_cache is not None or host_cache_bytes:
+            raise UsageError("a cache on disk or in the host's memory needs prefix_cache")
+        return None
+    if host_cache_bytes is None:
+        host_cache_bytes = available_bytes(torch.device("cpu")) // 8 if cache.device.type == "cuda" else 0
+    if disk_cache is None and not host_cache_bytes:
+        return None
+    return Tiers(model, cache, host_bytes=host_cache_bytes, disk=disk_cache)
 
 
 def _default_batched_tokens(config: ModelConfig, max_num_seqs: int) -> int:

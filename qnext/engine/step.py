@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qnext.engine.request import FinishReason, Request, SampledToken
+from qnext.engine.scheduling.archive import Load
 from qnext.errors import UsageError
 
 
@@ -18,7 +19,8 @@ class Limits:
     the grid on which the delta rule works, 1 where any cut gives the same bits. `num_blocks` is None for a model
     without full attention, which needs no blocks. `num_slots` holds the states of running requests and, beyond them,
     those of cached prefixes, made while a prompt is read every `checkpoint_interval` tokens (0: only where they are
-    likely to be of use) and at least `min_prefix_tokens` apart.
+    likely to be of use) and at least `min_prefix_tokens` apart. What is evicted is noted with `spill_blocks`
+    (PrefixTrie), and with `spills_at_once` what is cached too.
     """
 
     max_num_seqs: int
@@ -32,6 +34,8 @@ class Limits:
     checkpoint_interval: int = 0
     min_prefix_tokens: int = 64
     max_draft_tokens: int = 0  # of a sequence in a step
+    spill_blocks: int = 0
+    spills_at_once: bool = False
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -55,13 +59,15 @@ class SequencePlan(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """Work for one step. First what was freed is forgotten, then copies are made in their order, then tokens run."""
+    """Work for one step. First what was freed is forgotten, then prefixes are loaded, then copies are made in their
+    order, then tokens run."""
 
     sequences: tuple[SequencePlan, ...]
     freed_blocks: tuple[int, ...]  # given back since the last step; nothing of them may be read again
     freed_slots: tuple[int, ...]
     block_copies: tuple[tuple[int, int], ...] = ()  # (from, to)
     slot_copies: tuple[tuple[int, int], ...] = ()
+    loads: tuple[Load, ...] = ()
 
 
 class StepResult(NamedTuple):

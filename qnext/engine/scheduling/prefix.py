@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from qnext.engine.scheduling.blocks import RefPool
 from qnext.engine.scheduling.flights import Flight, Wait
-from qnext.engine.scheduling.prefix_trie import Duplicate, Evicted, PrefixTrie, Tokens, add_heat, common_prefix
+from qnext.engine.scheduling.prefix_trie import Duplicate, Evicted, PrefixTrie, Spill, Tokens, add_heat, common_prefix
 
 
 class Hit(NamedTuple):
@@ -99,8 +99,12 @@ class PrefixCache:
         grid: int = 1,
         min_tokens: int = 64,
         half_life: int = 256,
+        spill_blocks: int = 0,
     ) -> None:
-        """Stops lie on multiples of `grid`; for fewer than `min_tokens` tokens nobody stops or waits."""
+        """Stops lie on multiples of `grid`; for fewer than `min_tokens` tokens nobody stops or waits.
+
+        With `spill_blocks`, `drain_spills` tells what was evicted: see PrefixTrie.
+        """
         assert block_size > 0 and grid > 0 and min_tokens > 0 and half_life > 0
         assert blocks is not None or slots is not None
         self.block_size = block_size
@@ -110,7 +114,7 @@ class PrefixCache:
         self.min_tokens = min_tokens
         self.half_life = half_life
         self.statistics = PrefixStatistics()
-        self._trie = PrefixTrie(block_size=block_size, blocks=blocks, slots=slots)
+        self._trie = PrefixTrie(block_size=block_size, blocks=blocks, slots=slots, spill_blocks=spill_blocks)
         self._flights: dict[Flight, None] = {}  # in the order of their announcement
 
     @property
@@ -245,6 +249,24 @@ class PrefixCache:
         self.statistics.num_blocks_evicted += len(evicted.blocks)
         self.statistics.num_checkpoints_evicted += len(evicted.slots)
         return evicted
+
+    def known_blocks(self, tokens: Tokens, *, salt: str) -> list[int]:
+        """The full blocks of these tokens that are cached, from the first on, with or without a checkpoint."""
+        path = self._trie.walk(tokens, salt=salt, limit=len(tokens))
+        return [node.block for node in path if node.block is not None]
+
+    def note_spill(self, tokens: Tokens, blocks: Sequence[int], *, salt: str, slot: int) -> None:
+        """Have a prefix kept elsewhere although it is not evicted; `slot` holds the state after exactly `tokens`."""
+        self._trie.spills.append(Spill(tokens, salt, tuple(blocks), slot if self.slots is not None else None))
+
+    def drain_spills(self) -> list[Spill]:
+        """What is to be kept elsewhere since the last call. To be read before the next step writes anything."""
+        spills, self._trie.spills = self._trie.spills, []
+        return spills
+
+    def everything(self) -> list[Spill]:
+        """All that is cached and worth keeping elsewhere, what is worth most last."""
+        return self._trie.everything()
 
     def clear(self) -> None:
         """Forget all that is cached; who holds a hit still holds it."""

@@ -52,6 +52,19 @@ class Evicted(NamedTuple):
     slots: list[int]
 
 
+class Spill(NamedTuple):
+    """A prefix that is to be kept elsewhere. Its blocks and slot may be lent again, but are not written to before the
+    next step.
+
+    `blocks` hold at least all its tokens; `slot` the state after exactly these, None for a model without states.
+    """
+
+    tokens: Tokens
+    salt: str
+    blocks: tuple[int, ...]
+    slot: int | None
+
+
 @dataclass(eq=False)
 class Node:
     salt: str
@@ -91,8 +104,14 @@ class Checkpoint:
 class PrefixTrie:
     """The trie and its shares in both pools. `now` is the heat of one use at that moment."""
 
-    def __init__(self, *, block_size: int, blocks: RefPool | None, slots: RefPool | None) -> None:
+    def __init__(
+        self, *, block_size: int, blocks: RefPool | None, slots: RefPool | None, spill_blocks: int = 0
+    ) -> None:
+        """With `spill_blocks`, what is evicted is noted in `spills`: every checkpoint, or without states every path of
+        so many blocks or a multiple."""
         self.block_size = block_size
+        self.spill_blocks = spill_blocks
+        self.spills: list[Spill] = []
         self.blocks = blocks
         self.slots = slots
         self.roots: dict[str, Node] = {}
@@ -255,19 +274,37 @@ class PrefixTrie:
             if not self.blocks.num_owners(block):
                 evicted.blocks.append(block)
 
+    def everything(self) -> list[Spill]:
+        """All that eviction would note, what is worth most last."""
+        if self.slots is not None:
+            return [_spill_of(c) for c in sorted(self.checkpoints.values(), key=lambda c: (c.heat, c.num_tokens))]
+        nodes, found = list(self.roots.values()), []
+        while nodes:
+            node = nodes.pop()
+            nodes.extend(node.children.values())
+            if self._is_spilled(node):
+                found.append(node)
+        return [_path_to(node) for node in sorted(found, key=lambda node: (node.heat, node.depth))]
+
+    def _is_spilled(self, node: Node) -> bool:
+        """Whether a node of a model without states is one at which a path is kept."""
+        return bool(self.spill_blocks and self.slots is None and node.depth and node.depth % self.spill_blocks == 0)
+
     def clear(self) -> None:
         """Let go of everything, pinned or not."""
         if self.blocks is not None:
             self.blocks.free(self.num_shares.elements())
         if self.slots is not None:
             self.slots.free(self.checkpoints)
-        for held in (self.roots, self.checkpoints, self.num_shares, self._bare):
+        for held in (self.roots, self.checkpoints, self.num_shares, self._bare, self.spills):
             held.clear()
 
     def _remove_checkpoint(self, checkpoint: Checkpoint, evicted: Evicted) -> None:
         """Together with all blocks that nothing needs then."""
         assert self.slots is not None
         node, above = checkpoint.node, checkpoint.above
+        if self.spill_blocks:
+            self.spills.append(_spill_of(checkpoint))
         del self.checkpoints[checkpoint.slot], node.checkpoints[checkpoint.tail]
         for other in self.checkpoints.values():
             if other.above is checkpoint:
@@ -289,6 +326,8 @@ class PrefixTrie:
     def _remove_leaf(self, node: Node, evicted: Evicted) -> Node:
         """Remove a bare node; returns its parent."""
         assert node.is_bare and node.parent is not None
+        if self._is_spilled(node):
+            self.spills.append(_path_to(node))
         del self._bare[node], node.parent.children[node.key]
         self._free_block(node.block, evicted)
         if node.parent.is_bare:
@@ -331,6 +370,25 @@ class PrefixTrie:
         assert shares == self.num_shares and bare == self._bare.keys() and checkpoints == self.checkpoints
         assert all(self.blocks is not None and self.blocks.num_owners(b) >= n for b, n in shares.items())
         assert all(self.slots is not None and self.slots.num_owners(slot) >= 1 for slot in checkpoints)
+
+
+def _path_to(node: Node) -> Spill:
+    keys: list[Tokens] = []
+    blocks: list[int] = []
+    salt, place = node.salt, node
+    while place.parent is not None:
+        keys.append(place.key)
+        blocks += [] if place.block is None else [place.block]
+        place = place.parent
+    return Spill(tuple(itertools.chain.from_iterable(reversed(keys))), salt, tuple(reversed(blocks)), None)
+
+
+def _spill_of(checkpoint: Checkpoint) -> Spill:
+    tokens, salt, blocks, _ = _path_to(checkpoint.node)
+    tail_block = checkpoint.tail_block
+    return Spill(
+        tokens + checkpoint.tail, salt, blocks if tail_block is None else (*blocks, tail_block), checkpoint.slot
+    )
 
 
 def _last_on_way(node: Node, key: Tokens | None, above: Checkpoint | None) -> Checkpoint | None:
