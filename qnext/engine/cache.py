@@ -81,7 +81,7 @@ class Cache:
 
     @torch.inference_mode()
     def prepare(self, plan: StepPlan) -> None:
-        """Before the tokens of a step: forget what was freed (with `poison`, overwrite it), then load prefixes and make the copies."""
+        """Before the tokens of a step: forget what was freed (`poison`: overwrite it), load prefixes, make copies."""
         for slot in plan.freed_slots:
             self._table_owner[slot] = None
         if self.poison:
