@@ -50,7 +50,10 @@ MODULES_WITHOUT_TORCH = [
     "qnext.engine.step",
     "qnext.engine.sampling.seeds",
     "qnext.engine.sampling.constraint",
-    *(f"qnext.engine.scheduling.{name}" for name in ("blocks", "scheduler", "flights", "prefix_trie", "prefix")),
+    *(
+        f"qnext.engine.scheduling.{name}"
+        for name in ("archive", "blocks", "scheduler", "flights", "loader", "prefix_trie", "prefix")
+    ),
 ]
 
 

@@ -29,7 +29,7 @@ from qnext.engine.sampling.sampler import Window, verify
 from qnext.engine.sampling.seeds import child_seed
 from qnext.engine.scheduling.scheduler import Scheduler
 from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
-from qnext.engine.storage.tiers import DiskCache, Tiers
+from qnext.engine.storage.tiers import DiskCache, make_tiers
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 from qnext.ops import DELTA_CHUNK_SIZE, is_native
@@ -106,7 +106,7 @@ class Engine:
             kv_dtype=kv_dtype, device=model.device, poison=poison,
             num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0,
         )  # fmt: skip
-        self.tiers = _make_tiers(model, self.cache, prefix_cache, disk_cache, host_cache_bytes)
+        self.tiers = make_tiers(model, self.cache, prefix_cache, disk_cache, host_cache_bytes)
         self.scheduler = Scheduler(
             Limits(
                 max_num_seqs=max_num_seqs,
@@ -381,20 +381,6 @@ class Engine:
         """No block or slot is lost or owned twice, and the engine knows exactly the unfinished requests."""
         self.scheduler.check_integrity()
         assert len(self._requests) == self.scheduler.num_waiting + self.scheduler.num_running
-
-
-def _make_tiers(
-    model: CausalLM, cache: Cache, prefix_cache: bool, disk_cache: DiskCache | None, host_cache_bytes: int | None
-) -> Tiers | None:
-    if not prefix_cache:
-        if disk_cache is not None or host_cache_bytes:
-            raise UsageError("a cache on disk or in the host's memory needs prefix_cache")
-        return None
-    if host_cache_bytes is None:
-        host_cache_bytes = available_bytes(torch.device("cpu")) // 8 if cache.device.type == "cuda" else 0
-    if disk_cache is None and not host_cache_bytes:
-        return None
-    return Tiers(model, cache, host_bytes=host_cache_bytes, disk=disk_cache)
 
 
 def _default_batched_tokens(config: ModelConfig, max_num_seqs: int) -> int:

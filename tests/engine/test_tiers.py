@@ -267,7 +267,7 @@ def test_an_engine_is_closed_while_a_prefix_is_read(model: CausalLM, tmp_path: P
     warm(model, tmp_path)
     engine = make_engine(model, tmp_path)
     engine.add_request(PROMPT, GREEDY)
-    engine.scheduler.plan()
+    engine.step()
     engine.close()
     engine.close()
     with pytest.raises(UsageError, match="closed"):

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from qnext.engine.cache import Cache
+from qnext.engine.memory import available_bytes
 from qnext.engine.scheduling.archive import Load
 from qnext.engine.scheduling.prefix_trie import Spill, Tokens
 from qnext.engine.storage import transfer
@@ -252,6 +254,21 @@ class PrefixFetch:
                 self._found[number] = self._tiers.get(self._parts[number], self._salt, self._tokens, from_disk=True)
                 if self._found[number] is None:
                     return
+
+
+def make_tiers(
+    model: CausalLM, cache: Cache, prefix_cache: bool, disk_cache: DiskCache | None, host_cache_bytes: int | None
+) -> Tiers | None:
+    """As Engine's arguments say. Raises UsageError."""
+    if not prefix_cache:
+        if disk_cache is not None or host_cache_bytes:
+            raise UsageError("a cache on disk or in the host's memory needs prefix_cache")
+        return None
+    if host_cache_bytes is None:
+        host_cache_bytes = available_bytes(torch.device("cpu")) // 8 if cache.device.type == "cuda" else 0
+    if disk_cache is None and not host_cache_bytes:
+        return None
+    return Tiers(model, cache, host_bytes=host_cache_bytes, disk=disk_cache)
 
 
 def _salt_bytes(salt: str) -> bytes:
