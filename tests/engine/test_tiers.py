@@ -23,6 +23,7 @@ from qnext.engine.storage.disk import ENTRY_SUFFIX, DiskStore
 from qnext.engine.storage.fingerprint import fingerprint, weights_digest
 from qnext.engine.storage.host import HostStore
 from qnext.engine.storage.tiers import PrefixFetch, Tiers
+from qnext.engine.storage.transfer import read_blocks, read_slot, write_slot
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 from tests.engine.models import KINDS, tiny_model
@@ -400,6 +401,47 @@ def test_a_conversation_keeps_its_tokens_once(model: CausalLM, tmp_path: Path) -
         index = store_of(engine)._index.values()
         assert [entry.header.num_tokens for entry in index if entry.header.kind == "kv"].count(64) == 1
         assert sum(entry.header.kind == "kv" for entry in index) == 4
+
+
+def test_what_was_used_again_stays_as_a_whole(model: CausalLM, tmp_path: Path) -> None:
+    """The disk holds two prefixes; of three, the one that was not used again goes."""
+    prompts = [[first, *PROMPT[1:]] for first in range(3)]
+    with make_engine(model, tmp_path / "one", disk_cache=cache_in(tmp_path / "one", at_once=True)) as engine:
+        answer(engine, prompts[0])
+        num_bytes = store_of(engine).statistics().entry_bytes
+    two, folder = cache_in(tmp_path / "two", max_bytes=2 * num_bytes + 1000, at_once=True), tmp_path / "two"
+    with make_engine(model, folder, disk_cache=two, num_checkpoints=1, num_blocks=20) as engine:
+        for prompt in (prompts[0], prompts[1], prompts[0], prompts[2]):
+            answer(engine, prompt)
+            store_of(engine).flush()
+    with make_engine(model, folder, disk_cache=two) as engine:
+        assert answer(engine, prompts[0])[1] == full_hit(engine)
+        assert answer(engine, prompts[2])[1] == full_hit(engine)
+        assert answer(engine, prompts[1])[1] == 0
+
+
+@torch.inference_mode()
+def test_what_drafts_left_in_a_slot_is_no_part_of_what_comes(model: CausalLM) -> None:
+    cache = make_engine(model, None, poison=False, max_draft_tokens=2).cache
+    generator = torch.Generator().manual_seed(0)
+    for layer in cache.delta.values():
+        assert layer.pending is not None
+        for tensor in (layer.conv, layer.state, *layer.pending):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    cache.commit(1, 2)
+    other = {name: tensor.clone() for name, tensor in read_slot(cache, 0).items()}
+    write_slot(cache, 1, other)
+    for name, tensor in read_slot(cache, 1).items():
+        assert torch.equal(tensor, other[name])
+
+
+def test_nothing_that_another_wrote_behind_a_prefix_is_kept(model: CausalLM) -> None:
+    cache = make_engine(model, None).cache
+    for name, tensor in read_blocks(cache, [4, 2, 7], num_tokens=21).items():
+        assert len(tensor) == 2, "a third block is not needed"
+        assert tensor[1, :, :5].isnan().all(), f"{name} was never written"
+        assert not tensor[1, :, 5:].any()
 
 
 def test_other_engines_do_not_find_it(model: CausalLM, tmp_path: Path) -> None:
