@@ -288,6 +288,15 @@ def test_an_engine_is_closed_while_a_prefix_is_read(model: CausalLM, tmp_path: P
     make_engine(model, tmp_path).close()  # the folder is free again
 
 
+def test_a_copy_that_was_to_be_made_with_the_next_step_is_kept_too(model: CausalLM, tmp_path: Path) -> None:
+    with make_engine(model, tmp_path) as engine:
+        engine.add_request(PROMPT, GREEDY)
+        engine.step()
+        assert engine.scheduler._slot_copies
+    with make_engine(model, tmp_path) as engine:
+        assert answer(engine) == (alone(model, PROMPT, GREEDY, 6)[0], full_hit(engine))
+
+
 @pytest.mark.parametrize("how", ["flip", "cut", "delete", "swap", "shape"])
 def test_damaged_entries_are_misses(model: CausalLM, tmp_path: Path, how: str) -> None:
     """One entry after another: whatever is left is used, and the answer stays."""
