@@ -13,15 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
+from qnext.engine.request import Request
 from qnext.engine.step import SequencePlan, StepPlan
 from qnext.model import CacheView, DeltaSlots, KVPages
-from qnext.ops import Packing, PendingTokens, apply_pending, empty_huge
+from qnext.ops import Packing, PendingTokens, apply_pending, empty_huge, is_native
 
 BLOCK_SIZE = 16
+NUM_SOURCES = 128
 
 
 class Cache:
     """Pages for every full-attention layer and slots for every linear layer of the trunk.
+
+    With `has_drafter` the MTP layer has pages too, numbered as the layer after the last, and `sources` keeps for each
+    slot the rows of the trunk that the MTP layer reads, of the last `NUM_SOURCES` positions: that of position p at
+    place p modulo their number.
 
     Keys and values are kept in `dtype` unless `kv_dtype` says otherwise; in int8 they have an fp32 scale per token and
     head. Both states of the linear layers are fp32: native activations have that width whatever the weights are, and a
@@ -42,6 +48,7 @@ class Cache:
         device: torch.device | str = "cpu",
         block_size: int = BLOCK_SIZE,
         num_draft_tokens: int = 0,
+        has_drafter: bool = False,
         poison: bool = False,
     ) -> None:
         self.block_size = block_size
@@ -49,6 +56,12 @@ class Cache:
         self.num_draft_tokens = num_draft_tokens
         self.device = torch.device(device)
         kinds = list(enumerate(config.layer_types))
+        if has_drafter:
+            kinds.append((config.num_hidden_layers, FULL_ATTENTION))
+        source_dtype = torch.float32 if is_native(self.device) else dtype
+        self.sources = torch.zeros(
+            num_slots if has_drafter else 0, NUM_SOURCES, config.hidden_size, dtype=source_dtype, device=self.device
+        )
         kv_shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
         self.kv = {
             index: _make_pages(kv_shape, kv_dtype or dtype, self.device)
@@ -77,7 +90,11 @@ class Cache:
     @property
     def state_bytes(self) -> int:
         """Bytes that the slots of all layers occupy."""
-        return sum(tensor.nbytes for slots in self.delta.values() for tensor in slots.tensors)
+        return sum(tensor.nbytes for slots in self.delta.values() for tensor in slots.tensors) + self.sources.nbytes
+
+    def place_of_source(self, slot: int, position: int) -> int:
+        """Row of `sources`, its first two dimensions as one, for a position of the sequence in a slot."""
+        return slot * NUM_SOURCES + position % NUM_SOURCES
 
     @torch.inference_mode()
     def prepare(self, plan: StepPlan) -> None:
@@ -104,7 +121,7 @@ class Cache:
         is_draft: Sequence[bool] | None = None,
     ) -> CacheView:
         """Where the given sequences of a step read and write, and which of them may yet reject their tokens."""
-        slots = [self.bind(sequence) for sequence in sequences]
+        slots = [self.bind(sequence.request) for sequence in sequences]
         contexts = tuple(sequence.start + len(sequence.token_ids) for sequence in sequences)
         slots_N = torch.tensor(slots, dtype=torch.long, device=self.device)
         num_pages = -(-max(contexts) // self.block_size) if self.kv else 1
@@ -157,9 +174,8 @@ class Cache:
                 layer.state[target].copy_(layer.state[source])
         self._num_accepted[:, list(targets)] = 0
 
-    def bind(self, sequence: SequencePlan) -> int:
+    def bind(self, request: Request) -> int:
         """Slot of the sequence, whose table row is written when it is new there and goes on as blocks are added."""
-        request = sequence.request
         slot = request.slot
         assert slot is not None
         if self._table_owner[slot] != request.id:
@@ -174,7 +190,7 @@ class Cache:
 
     def table_of(self, slot: int) -> NDArray[np.int64]:
         """Page numbers of the sequence in a slot; shares the memory of a cache on the CPU."""
-        table: NDArray[np.int64] = self._tables[slot].numpy()
+        table: NDArray[np.int64] = self._tables[slot].numpy(force=True)
         return table
 
     def _fill_nan(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
@@ -182,6 +198,7 @@ class Cache:
             # codes of int8 have no NaN, their scales do; of numbers of accepted tokens, none is left
             (blocks, [tensor for pages in self.kv.values() for tensor in pages.tensors]),
             (slots, [tensor for slots_ in self.delta.values() for tensor in slots_.tensors]),
+            (slots, [self.sources] if self.sources.shape[0] else []),
         ):
             index = torch.tensor(list(ids), dtype=torch.long, device=self.device)
             for tensor in tensors:

@@ -28,6 +28,7 @@ from qnext.engine.runner import Runner
 from qnext.engine.sampling.sampler import Window, verify
 from qnext.engine.sampling.seeds import child_seed
 from qnext.engine.scheduling.scheduler import Scheduler
+from qnext.engine.speculation.drafter import DEFAULT_DRAFT_TOKENS, Drafter
 from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
 from qnext.engine.storage.tiers import DiskCache, make_tiers
 from qnext.errors import UsageError
@@ -48,17 +49,20 @@ class Engine:
 
     With `prefix_cache`, requests of one salt share what they have in common: `num_checkpoints` states beside those of
     running requests (default: `max_num_seqs` and four more) say from where others can go on, of long prompts one every
-    `checkpoint_interval` tokens; docs/hybrid-cache.md tells how. `max_draft_tokens` is the most that `Request.drafts`
-    may hold: tokens that are verified in the next step instead of being computed one by one.
+    `checkpoint_interval` tokens; docs/hybrid-cache.md tells how.
+
+    With `speculation` (default: where the model has an MTP layer) that layer drafts up to `max_draft_tokens` tokens of
+    a request, as many as make decoding faster, and the next step verifies them together; answers stay the same, token
+    for token. Without it, `max_draft_tokens` is how many whoever owns the engine may put into `Request.drafts`.
 
     Cached prefixes that memory is too short for go to `host_cache_bytes` of the host's memory (default: on a GPU an
     eighth of what is free there, else none) and from there to the `disk_cache`, where an engine of the same model and
     settings finds them again. Such an engine is to be closed; it is a context manager. Raises UsageError for a folder
     that another engine uses, or that is none of this kind.
 
-    `eos_token_ids` (default: the config's) end a request
-    unless it says ignore_eos. Keys and values are kept in `kv_dtype` (default: the model's; int8 has an fp32 scale per
-    token and head). `poison` fills freed memory with NaN (for tests).
+    `eos_token_ids` (default: the config's) end a request unless it says ignore_eos. Keys and values are kept in
+    `kv_dtype` (default: the model's; int8 has an fp32 scale per token and head). `poison` fills freed memory with NaN
+    (for tests).
     """
 
     def __init__(
@@ -74,7 +78,8 @@ class Engine:
         prefix_cache: bool = True,
         num_checkpoints: int | None = None,
         checkpoint_interval: int = 4096,
-        max_draft_tokens: int = 0,
+        speculation: bool | None = None,
+        max_draft_tokens: int | None = None,
         disk_cache: DiskCache | None = None,
         host_cache_bytes: int | None = None,
         eos_token_ids: Collection[int] | None = None,
@@ -82,6 +87,13 @@ class Engine:
     ) -> None:
         config = model.config
         self.model = model
+        has_drafter = model.mtp is not None if speculation is None else speculation
+        if has_drafter and model.mtp is None:
+            raise UsageError("the model has no layer for multi-token prediction, so it cannot speculate")
+        if max_draft_tokens is None:
+            max_draft_tokens = DEFAULT_DRAFT_TOKENS if has_drafter else 0
+        if has_drafter and max_draft_tokens < 1:
+            raise UsageError(f"max_draft_tokens must be at least 1 to speculate, not {max_draft_tokens}")
         self.max_model_len = config.max_position_embeddings if max_model_len is None else max_model_len
         if not 2 <= self.max_model_len <= config.max_position_embeddings:
             raise UsageError(
@@ -91,9 +103,9 @@ class Engine:
         self.eos_token_ids = frozenset(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         blocks = _choose_num_blocks(
             model, max_num_seqs=max_num_seqs, max_model_len=self.max_model_len, num_blocks=num_blocks,
-            kv_budget_bytes=kv_budget_bytes, kv_dtype=kv_dtype or model.dtype,
+            kv_budget_bytes=kv_budget_bytes, kv_dtype=kv_dtype or model.dtype, has_drafter=has_drafter,
         )  # fmt: skip
-        has_blocks = config.num_full_layers > 0
+        has_blocks = config.num_full_layers > 0 or has_drafter
         if has_blocks:
             # A cache smaller than the context is the context.
             self.max_model_len = min(self.max_model_len, blocks * BLOCK_SIZE)
@@ -104,7 +116,7 @@ class Engine:
         self.cache = Cache(
             config, num_blocks=blocks, num_slots=num_slots, max_model_len=self.max_model_len, dtype=model.dtype,
             kv_dtype=kv_dtype, device=model.device, poison=poison,
-            num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0,
+            num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0, has_drafter=has_drafter,
         )  # fmt: skip
         self.tiers = make_tiers(model, self.cache, prefix_cache, disk_cache, host_cache_bytes)
         self.scheduler = Scheduler(
@@ -125,6 +137,7 @@ class Engine:
             self.tiers,
         )
         self.runner = Runner(model, self.cache)
+        self.drafter = Drafter(model, self.cache, max_draft_tokens=max_draft_tokens) if has_drafter else None
         self._requests: dict[str, Request] = {}
         self._num_added = 0
         self._is_closed = False
@@ -259,6 +272,9 @@ class Engine:
         and the error goes to the caller.
         """
         ended: list[TokenEvent | EndEvent] = self._end_late()
+        if self.drafter is not None:
+            self.drafter.draft(self.scheduler.decoding)
+        started = time.perf_counter()
         plan = self.scheduler.plan()
         if plan is None:
             self._spill()
@@ -284,6 +300,9 @@ class Engine:
                 ended.append(self._end(request, "error"))
         events = self.scheduler.commit(StepResult(tokens))
         self._spill()
+        if self.drafter is not None:
+            seconds = time.perf_counter() - started
+            self.drafter.learn(windows, verdicts, seconds=seconds, only_decodes=plan.only_decodes)
         now = time.monotonic()
         for event in events:
             request = self._requests[event.request_id]
@@ -391,10 +410,10 @@ def _default_batched_tokens(config: ModelConfig, max_num_seqs: int) -> int:
 
 def _choose_num_blocks(
     model: CausalLM, *, max_num_seqs: int, max_model_len: int, num_blocks: int | None, kv_budget_bytes: int | None,
-    kv_dtype: torch.dtype,
+    kv_dtype: torch.dtype, has_drafter: bool,
 ) -> int:  # fmt: skip
     dtype = str(kv_dtype).removeprefix("torch.")
-    block_bytes = BLOCK_SIZE * kv_bytes_per_token(model.config, dtype=dtype)
+    block_bytes = BLOCK_SIZE * kv_bytes_per_token(model.config, dtype=dtype, with_mtp=has_drafter)
     if block_bytes == 0:
         return 0
     if num_blocks is not None and kv_budget_bytes is not None:

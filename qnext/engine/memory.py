@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import get_args
 
 import torch
+from torch import nn
 
-from qnext.model import CausalLM
 from qnext.ops import Weight
 
 
@@ -72,7 +72,7 @@ def format_bytes(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def weight_bytes(model: CausalLM) -> int:
+def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, buffers and quantised weights, shared ones once."""
     quantized = (
         value

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qnext.engine.params import SamplingParams
 from qnext.engine.scheduling.archive import Fetch
 from qnext.engine.scheduling.flights import Flight, Wait
+from qnext.engine.speculation.draft_lengths import Drafting
 from qnext.errors import DoesNotFit, QnextError, UsageError
 
 # "error": nothing may be chosen, see `failure`; "deadline": out of time
@@ -91,6 +92,9 @@ class Request:
     failure: QnextError | None = None
     times: RequestTimes = field(default_factory=RequestTimes)
     drafts: tuple[int, ...] = ()  # tokens that may follow the last one, to be verified in the next step
+    num_admissions: int = 0
+    num_reused_tokens: int = 0  # whose states and keys were there when it was admitted last
+    drafting: Drafting | None = None  # what its drafter knows of it; the drafter's
     num_cached_tokens: int | None = None  # of the prompt, found in the cache on admission
     flight: Flight | None = None  # its prompt on the way to the cache; the scheduler's
     wait: Wait | None = None  # for whom it waits; the scheduler's

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qnext.engine.cache import Cache
-from qnext.engine.recorded import RecordedSteps
+from qnext.engine.cache import NUM_SOURCES, Cache
+from qnext.engine.recorded import RecordedBatches, Rows, StepInputs
 from qnext.engine.request import Request, SampledToken
 from qnext.engine.sampling.logprobs import prompt_logprobs
 from qnext.engine.step import SequencePlan, StepPlan
 from qnext.model import Batch, CausalLM
-from qnext.ops import Packing, is_native
+from qnext.ops import Packing, is_native, put_rows
 
 
 class RunnerOutput(NamedTuple):
@@ -36,7 +36,8 @@ class Runner:
     def __init__(self, model: CausalLM, cache: Cache) -> None:
         self.model = model
         self.cache = cache
-        self._recorded = RecordedSteps(model, cache)
+        self._keeps_sources = cache.sources.shape[0] > 0
+        self._decoding = RecordedBatches(model, cache, self._decode)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> RunnerOutput:
@@ -51,8 +52,9 @@ class Runner:
         self.cache.prepare(plan)
         if not plan.sequences:
             return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [])
-        if self._recorded.serves(plan.sequences):
-            return RunnerOutput(self._recorded.run(plan.sequences), list(plan.sequences))
+        if plan.only_decodes and self._decoding.serves(sum(len(s.token_ids) for s in plan.sequences)):
+            rows = [Rows(s.request, s.token_ids, s.start, bool(s.drafts)) for s in plan.sequences]
+            return RunnerOutput(self._decoding.run(rows), list(plan.sequences))
         parts: list[Tensor] = []
         chosen: list[SequencePlan] = []
         prompt_tokens: list[tuple[Request, list[SampledToken]]] = []
@@ -66,6 +68,13 @@ class Runner:
         if not parts:
             return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [], prompt_tokens)
         return RunnerOutput(torch.cat(parts) if len(parts) > 1 else parts[0], chosen, prompt_tokens)
+
+    def _decode(self, inputs: StepInputs) -> Tensor:
+        """fp32 logits of all rows [T, Y]."""
+        trunk = self.model(inputs.batch)
+        if self._keeps_sources:
+            put_rows(self.model.draft_source(trunk), inputs.source_index_T, self.cache.sources.flatten(0, 1))
+        return self.model.logits(trunk.hidden_TD)
 
     def _batches(self, plan: StepPlan) -> list[list[SequencePlan]]:
         if is_native(self.cache.device):
@@ -86,8 +95,10 @@ class Runner:
             packing=packing,
             cache=self.cache.view(sequences, packing, positions_T, is_draft=[bool(s.drafts) for s in sequences]),
         )
-        hidden_TD = self.model(batch).hidden_TD
-        parts_TD = hidden_TD.split([len(s.token_ids) for s in sequences])
+        trunk = self.model(batch)
+        if self._keeps_sources:
+            self._keep_sources(sequences, self.model.draft_source(trunk))
+        parts_TD = trunk.hidden_TD.split([len(s.token_ids) for s in sequences])
         rows: list[int] = []
         end = 0
         for part_TD, sequence in zip(parts_TD, sequences, strict=True):
@@ -99,6 +110,24 @@ class Runner:
             if sequence.needs_sample:
                 rows.extend(range(end - 1 - len(sequence.drafts), end))
         if not rows:
-            return hidden_TD.new_empty(0, self.model.config.vocab_size)
+            return trunk.hidden_TD.new_empty(0, self.model.config.vocab_size)
         rows_R = torch.tensor(rows, device=device)
-        return self.model.logits(hidden_TD.index_select(0, rows_R)).to(torch.float32)
+        return self.model.logits(trunk.hidden_TD.index_select(0, rows_R)).to(torch.float32)
+
+    def _keep_sources(self, sequences: Sequence[SequencePlan], source_TD: Tensor) -> None:
+        """The last rows of each sequence, as many as are kept."""
+        rows: list[int] = []
+        places: list[int] = []
+        end = 0
+        for sequence in sequences:
+            end += len(sequence.token_ids)
+            count = min(len(sequence.token_ids), NUM_SOURCES)
+            last = sequence.start + len(sequence.token_ids)
+            assert sequence.request.slot is not None
+            rows += range(end - count, end)
+            places += [self.cache.place_of_source(sequence.request.slot, p) for p in range(last - count, last)]
+        put_rows(
+            source_TD[torch.tensor(rows, device=source_TD.device)],
+            torch.tensor(places, device=source_TD.device),
+            self.cache.sources.flatten(0, 1),
+        )

@@ -69,6 +69,11 @@ class StepPlan(NamedTuple):
     slot_copies: tuple[tuple[int, int], ...] = ()
     loads: tuple[Load, ...] = ()
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every sequence goes on from its last token."""
+        return all(len(s.token_ids) == 1 + len(s.drafts) and s.start > 0 and s.needs_sample for s in self.sequences)
+
 
 class StepResult(NamedTuple):
     """The chosen tokens of every sequence of the plan that needed one, by request id: one, and one more for each draft

@@ -5,9 +5,9 @@ Legend: T tokens, D hidden.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from qnext import ops
 from qnext.config import ModelConfig
 from qnext.model.batch import Batch
 from qnext.model.layers import Linear, make_norm
@@ -29,5 +29,5 @@ class MultiTokenPredictor(nn.Module):
         self.norm = make_norm(config, hidden)
 
     def forward(self, embedding_TD: Tensor, hidden_TD: Tensor, batch: Batch, rope: tuple[Tensor, Tensor]) -> Tensor:
-        both = torch.cat([self.pre_fc_norm_embedding(embedding_TD), self.pre_fc_norm_hidden(hidden_TD)], dim=-1)
-        return self.norm(self.layers[0](self.fc(both), batch, rope))
+        both_TX = ops.concat(self.pre_fc_norm_embedding(embedding_TD), self.pre_fc_norm_hidden(hidden_TD))
+        return self.norm(self.layers[0](self.fc(both_TX), batch, rope))

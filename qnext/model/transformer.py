@@ -109,7 +109,15 @@ class CausalLM(nn.Module):
 
         `batch` gives packing, positions and cache; its token ids are not read. Needs num_nextn_predict_layers = 1.
         """
+        return self.draft_step(next_token_ids_T, self.draft_source(trunk), batch)
+
+    def draft_source(self, trunk: TrunkOutput) -> Tensor:
+        """[T, D]: those rows of the trunk that the MTP layer reads."""
+        return trunk.hidden_TD if self.config.mtp_uses_final_norm else trunk.residual_TD
+
+    def draft_step(self, next_token_ids_T: Tensor, source_TD: Tensor, batch: Batch) -> Tensor:
+        """[T, D]: as `draft_hidden`, from rows of `draft_source`, or of this function's result: then row i stands for
+        the token that was drafted one place further on."""
         assert self.mtp is not None
-        hidden_TD = trunk.hidden_TD if self.config.mtp_uses_final_norm else trunk.residual_TD
         rope = self.model.rotary(batch.positions_T)
-        return self.mtp(self.model.embed_tokens(next_token_ids_T), hidden_TD, batch, rope)
+        return self.mtp(self.model.embed_tokens(next_token_ids_T), source_TD, batch, rope)

@@ -6,7 +6,18 @@ from qnext.ops.attention_mixer import attention_mixer
 from qnext.ops.backend import is_native, set_num_threads
 from qnext.ops.cpu.panels import PanelWeight
 from qnext.ops.delta_mixer import DeltaCache, PendingTokens, apply_pending, gated_delta_mixer
-from qnext.ops.dispatch import add, embedding, experts_swiglu, linear, rms_norm, rope_cos_sin, route, swiglu
+from qnext.ops.dispatch import (
+    add,
+    concat,
+    embedding,
+    experts_swiglu,
+    linear,
+    put_rows,
+    rms_norm,
+    rope_cos_sin,
+    route,
+    swiglu,
+)
 from qnext.ops.memory import empty_huge, keep_freed_memory, touch
 from qnext.ops.packing import Packing
 from qnext.ops.quantized import QuantizedWeight
@@ -44,6 +55,7 @@ __all__ = [
     "attention_mixer",
     "causal_conv1d_silu",
     "chunk_gated_delta_rule",
+    "concat",
     "dequantize",
     "embedding",
     "empty_huge",
@@ -57,6 +69,7 @@ __all__ = [
     "l2_norm",
     "linear",
     "paged_attention",
+    "put_rows",
     "record",
     "recurrent_gated_delta_rule",
     "rms_norm",

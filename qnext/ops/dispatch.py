@@ -50,6 +50,21 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     return a + b
 
 
+def concat(a_TD: Tensor, b_TD: Tensor) -> Tensor:
+    """[T, 2 * D]: two matrices of one shape side by side."""
+    if runs_native(a_TD, b_TD):
+        return rows.concat(native(), a_TD, b_TD)
+    return torch.cat([a_TD, b_TD], dim=-1)
+
+
+def put_rows(rows_TD: Tensor, index_T: Tensor, table_ND: Tensor) -> None:
+    """table[index] = rows, in place; the indices differ."""
+    if runs_native(rows_TD, table_ND):
+        rows.put_rows(native(), rows_TD, index_T, table_ND)
+    else:
+        table_ND.index_copy_(0, index_T, rows_TD.to(table_ND.dtype))
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape and dtype."""
     if runs_native(gate, up) and rows.fits_rows(gate):

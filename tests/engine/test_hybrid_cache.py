@@ -156,7 +156,7 @@ def test_drafts_right_and_wrong_change_no_answer(form: str) -> None:
     """Greedy and random answers, with shared prefixes, requests sent back, and windows cut short."""
     answers, engine = run_traffic(make_in_form(NATIVE, form), seed=7, num_requests=30, max_draft_tokens=3)
     check(answers)
-    assert any(size[1] > size[0] for size in engine.runner._recorded._steps), "windows are recorded as well"
+    assert any(size[1] > size[0] for size in engine.runner._decoding._batches), "windows are recorded as well"
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "linear"])

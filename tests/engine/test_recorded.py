@@ -32,8 +32,9 @@ class KeepingRunner(Runner):
 
     def run(self, plan: StepPlan):  # type: ignore[no-untyped-def]
         if not self.may_record:
-            self._recorded._num_failures = 10**9
-        self.num_recorded += self._recorded.serves(plan.sequences)
+            self._decoding._num_failures = 10**9
+        num_tokens = sum(len(s.token_ids) for s in plan.sequences)
+        self.num_recorded += plan.only_decodes and self._decoding.serves(num_tokens)
         output = super().run(plan)
         for row, (request, *_) in zip(output.logits_RY, output.sequences, strict=True):
             self.rows.setdefault(request.id, []).append(row.clone())
@@ -58,7 +59,7 @@ def test_the_same_bits(name: str, form: str) -> None:
     recorded, runner = generate(model, lengths, may_record=True)
     plain, other = generate(model, lengths, may_record=False)
     assert runner.num_recorded > 40 and other.num_recorded == 0
-    assert set(runner._recorded._steps) >= {(2, 2), (3, 3)}
+    assert set(runner._decoding._batches) >= {(2, 2), (3, 3)}
     for ours, theirs in zip(recorded, plain, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -67,7 +68,7 @@ def test_recordings_that_were_used_longest_ago_go_first(monkeypatch: pytest.Monk
     monkeypatch.setattr("qnext.engine.recorded._MAX_RECORDINGS", 2)
     model = make_in_form(NAMES[0], "float32")
     rows, runner = generate(model, [5, 17, 64, 1, 30], may_record=True)
-    assert len(runner._recorded._steps) == 2
+    assert len(runner._decoding._batches) == 2
     plain, _ = generate(model, [5, 17, 64, 1, 30], may_record=False)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(rows, plain, strict=True))
 

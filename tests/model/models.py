@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -166,9 +167,9 @@ class OneRequest:
 
 
 @torch.no_grad()
-def make_in_form(name: str, form: str) -> CausalLM:
-    """A peer config's random model whose matrices are in `form`: a dtype of torch or a scheme."""
-    config = PEER_CONFIGS[name]
+def make_in_form(name: str, form: str, **changes: Any) -> CausalLM:
+    """A peer config's random model, with changes, whose matrices are in `form`: a dtype of torch or a scheme."""
+    config = replace(PEER_CONFIGS[name], **changes)
     if not form.startswith("int"):
         return make_model(config, dtype=getattr(torch, form))
     model = make_model(config)

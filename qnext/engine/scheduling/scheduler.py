@@ -54,6 +54,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def decoding(self) -> list[Request]:
+        """Requests that have read their prompts and go on from their last token, in the order of their admission."""
+        return [r for r in self._running if r.num_tokens - r.num_computed_tokens == 1]
+
+    @property
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)
 
@@ -153,7 +158,7 @@ class Scheduler:
 
     def _plan_decoding(self, sequences: list[SequencePlan], budget: int) -> int:
         """The last token of every request that has read its prompt, and what was drafted to follow it."""
-        decoding = [r for r in self._running if r.num_tokens - r.num_computed_tokens == 1]
+        decoding = self.decoding
         for n, request in enumerate(decoding):
             if request.status is not RequestStatus.RUNNING:
                 continue  # it had to make room for an older one
@@ -165,6 +170,7 @@ class Scheduler:
             if request.flight is not None:
                 request.flight.num_planned = request.num_tokens  # the last token of a prompt
             if self._grow(request, request.num_tokens + len(drafts)):
+                self._lend_ahead(request, request.num_tokens + len(drafts) + self.limits.max_draft_tokens)
                 sequences.append(_sequence_plan(request, request.num_tokens, drafts))
                 budget -= 1 + len(drafts)
         return budget
@@ -248,6 +254,12 @@ class Scheduler:
         request.blocks.extend(self.blocks.allocate(missing))
         return True
 
+    def _lend_ahead(self, request: Request, num_tokens: int) -> None:
+        """A block for tokens that may be drafted after this step, where one is free."""
+        missing = self._num_missing(request, min(num_tokens, request.max_cached_tokens))
+        if missing and missing <= self.blocks.num_free:
+            request.blocks.extend(self.blocks.allocate(missing))
+
     def _preempt(self, request: Request) -> None:
         """Back to the head of the queue. Its state stays in the cache as long as there is room."""
         self.num_preemptions += 1
@@ -292,7 +304,8 @@ class Scheduler:
         request.status, request.wait, request.fetch = RequestStatus.RUNNING, None, None
         request.blocks = [*hit.blocks, *self.blocks.allocate(self._num_blocks(len(tokens)) - len(hit.blocks))]
         (request.slot,) = self.slots.allocate(1)
-        request.num_computed_tokens = hit.num_tokens
+        request.num_computed_tokens = request.num_reused_tokens = hit.num_tokens
+        request.num_admissions += 1
         if self.prefixes is not None:
             interval = self.limits.checkpoint_interval
             stops = range(interval, len(tokens), interval) if interval else ()

@@ -46,6 +46,28 @@ def rope_cos_sin(
     return cos, sin
 
 
+def put_rows(native: Any, rows_TD: Tensor, index_T: Tensor, table_ND: Tensor) -> None:
+    """table[index] = rows, fp32. Raises IndexError for an index that is none."""
+    assert index_T.dtype == torch.int64 and index_T.is_contiguous() and table_ND.is_contiguous()
+    assert rows_TD.dtype == table_ND.dtype == torch.float32 and rows_TD.shape[1:] == table_ND.shape[1:]
+    assert rows_TD.shape[0] == index_T.shape[0]
+    rows_TD = rows_TD.contiguous()
+    native.put_rows(
+        rows_TD.data_ptr(), index_T.data_ptr(), rows_TD.shape[0], rows_TD.shape[1], table_ND.data_ptr(),
+        table_ND.shape[0],
+    )  # fmt: skip
+
+
+def concat(native: Any, a_TD: Tensor, b_TD: Tensor) -> Tensor:
+    """[T, 2 * D]: two matrices of one shape side by side."""
+    assert a_TD.shape == b_TD.shape and a_TD.dim() == 2
+    a_TD, b_TD = a_TD.contiguous(), b_TD.contiguous()
+    num_rows, size = a_TD.shape
+    out = torch.empty((num_rows, 2 * size), dtype=torch.float32)
+    native.concat(a_TD.data_ptr(), b_TD.data_ptr(), num_rows, size, out.data_ptr())
+    return out
+
+
 def rms_norm(native: Any, x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) -> Tensor:
     """Like ops.rms_norm for rows that fit and an fp32 weight."""
     x = x.contiguous()

@@ -36,6 +36,28 @@ void bind_row_ops(nb::module_& m) {
       },
       without_lock);
   m.def(
+      "put_rows",
+      [](uintptr_t rows, uintptr_t index, int64_t num_rows, int64_t size, uintptr_t table, int64_t num_entries) {
+        perform([=] {
+          const auto* places = pointer<const int64_t>(index);
+          for (int64_t t = 0; t < num_rows; ++t)
+            if (places[t] < 0 || places[t] >= num_entries)
+              throw std::out_of_range("row " + std::to_string(places[t]) + " lies outside of 0 to " +
+                                      std::to_string(num_entries - 1));
+          active_row_kernels().put_rows(pointer<const float>(rows), places, num_rows, size, pointer<float>(table));
+        });
+      },
+      without_lock, "IndexError where an index is out of range; nothing is written then.");
+  m.def(
+      "concat",
+      [](uintptr_t a, uintptr_t b, int64_t num_rows, int64_t size, uintptr_t out) {
+        perform([=] {
+          active_row_kernels().concat(pointer<const float>(a), pointer<const float>(b), num_rows, size,
+                                      pointer<float>(out));
+        });
+      },
+      without_lock);
+  m.def(
       "rms_norm",
       [](uintptr_t x, uintptr_t weight, int64_t num_rows, int64_t size, float eps, bool zero_centered, uintptr_t out) {
         perform([=] {

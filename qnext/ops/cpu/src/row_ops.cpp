@@ -35,6 +35,17 @@ void rope(const int64_t* positions, int64_t num_rows, const float* frequencies, 
   });
 }
 
+void put_rows(const float* rows, const int64_t* index, int64_t num_rows, int64_t size, float* table) {
+  for (int64_t t = 0; t < num_rows; ++t) memcpy(table + index[t] * size, rows + t * size, size * sizeof(float));
+}
+
+void concat(const float* a, const float* b, int64_t num_rows, int64_t size, float* out) {
+  for (int64_t t = 0; t < num_rows; ++t) {
+    memcpy(out + 2 * t * size, a + t * size, size * sizeof(float));
+    memcpy(out + (2 * t + 1) * size, b + t * size, size * sizeof(float));
+  }
+}
+
 void rms_norm(const float* x, const float* weight, int64_t num_rows, int64_t size, float eps, bool zero_centered,
               float* out) {
   constexpr int64_t kPerTask = 16;
@@ -103,6 +114,6 @@ void route(const float* logits, int64_t num_tokens, int64_t num_experts, int64_t
 }  // namespace
 
 extern const RowKernels row_kernels;
-const RowKernels row_kernels{embed, rope, rms_norm, add, swiglu, route};
+const RowKernels row_kernels{embed, rope, put_rows, concat, rms_norm, add, swiglu, route};
 
 }  // namespace qnext::QNEXT_ISA

@@ -13,6 +13,10 @@ struct RowKernels {
   // cos and sin [T, half] of position * frequency, times `factor`.
   void (*rope)(const int64_t* positions, int64_t num_rows, const float* frequencies, int64_t half, float factor,
                float* cos, float* sin);
+  // table[index[t]] = rows[t]; the indices differ and lie in the table.
+  void (*put_rows)(const float* rows, const int64_t* index, int64_t num_rows, int64_t size, float* table);
+  // out[t] = a[t] beside b[t], each of `size` numbers.
+  void (*concat)(const float* a, const float* b, int64_t num_rows, int64_t size, float* out);
   void (*rms_norm)(const float* x, const float* weight, int64_t num_rows, int64_t size, float eps, bool zero_centered,
                    float* out);
   void (*add)(const float* a, const float* b, int64_t count, float* out);       // a + b; multiples of 16

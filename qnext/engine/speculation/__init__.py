@@ -1,0 +1,1 @@
+"""Tokens proposed by the MTP layer, and how many of them are worth it."""

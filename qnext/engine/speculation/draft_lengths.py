@@ -1,0 +1,198 @@
+"""How many tokens to draft: what is likely to be accepted against what it costs. No torch.
+
+A step that verifies drafts takes longer than one that does not, above all where each token wakes other experts, and
+drafting takes time of its own. Both are measured while the engine runs; how likely a draft is right is measured for
+each request and, for new ones, over all. Where drafting would lose, it stops, and a small share of the time goes into
+finding out whether that has changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+_LEAST_GAIN = 1.03  # less is within the error of the estimates
+_PRIOR_TRIALS = 4.0
+_MEMORY_OF_REQUEST, _MEMORY_OF_ALL = 32.0, 400.0  # trials after which an old one counts for a third
+_PROBE_SHARE = 0.008  # of the time, at most
+_FIRST_GUESS = 0.5  # acceptance before anything was seen
+
+
+class CostEstimate:
+    """Seconds of something by its size: measured where it was seen, after `shape` elsewhere.
+
+    What all sizes have in common, such as a machine that has become slow, is kept apart from what sets one size off
+    from the shape, so that sizes that are not in use do not grow old.
+    """
+
+    def __init__(self, shape: Callable[[int], float]) -> None:
+        self._shape = shape
+        self._scale: float | None = None
+        self._factors: dict[int, float] = {}
+        self._num_seen: dict[int, int] = {}
+
+    @property
+    def is_known(self) -> bool:
+        return self._scale is not None
+
+    def seconds(self, size: int) -> float:
+        """Needs `is_known`."""
+        assert self._scale is not None
+        return self._scale * self._factors.get(size, 1.0) * self._shape(size)
+
+    def observe(self, size: int, seconds: float) -> None:
+        """It took so long. The first two times of a size are no measure: they prepare what later ones use."""
+        seen = self._num_seen[size] = self._num_seen.get(size, 0) + 1
+        if seen <= 2:
+            return
+        if self._scale is None:
+            self._scale = seconds / self._shape(size)
+            return
+        ratio = min(2.0, max(0.5, seconds / self.seconds(size)))
+        weight = max(0.1, 1.0 / (seen - 1))  # of the size's own factor; the first measures count for more
+        self._scale *= ratio**0.05
+        self._factors[size] = self._factors.get(size, 1.0) * ratio**weight
+
+
+class Acceptance:
+    """How often the draft at each depth was right, given that those before it were. Old trials fade."""
+
+    def __init__(self, depth: int, *, memory: float, prior: Acceptance | None = None) -> None:
+        self._prior = prior
+        self._decay = 1.0 - 1.0 / memory
+        self._right = [0.0] * depth
+        self._trials = [0.0] * depth
+
+    @property
+    def num_trials(self) -> float:
+        return self._trials[0]
+
+    def observe(self, num_right: int, num_drafted: int) -> None:
+        """Of so many drafts, one after another, so many were right before the first wrong one."""
+        for depth in range(min(num_drafted, num_right + 1)):
+            self._trials[depth] = self._trials[depth] * self._decay + 1.0
+            self._right[depth] = self._right[depth] * self._decay + (depth < num_right)
+        if self._prior is not None:
+            self._prior.observe(num_right, num_drafted)
+
+    def rate(self, depth: int) -> float:
+        """Of the draft at this depth, from zero, given that those before it are right."""
+        if self._prior is not None:
+            prior = self._prior.rate(depth)
+        else:
+            # What is right once is likely to be right twice, if a little less so.
+            prior = _FIRST_GUESS if depth == 0 else 0.9 * self.rate(depth - 1)
+        return (self._right[depth] + _PRIOR_TRIALS * prior) / (self._trials[depth] + _PRIOR_TRIALS)
+
+
+@dataclass
+class Drafting:
+    """A request as its drafter knows it.
+
+    Keys and values of the MTP layer are there for positions `first_row` to `num_rows`, of this residence in the cache.
+    """
+
+    acceptance: Acceptance
+    admission: int = -1
+    first_row: int = 0
+    num_rows: int = 0
+    last_probe: int = -1
+
+
+@dataclass
+class DraftLengths:
+    """Chooses draft lengths. `step_shape(T)` and `pass_shape(N)` say how the time of a step of T tokens, and of one
+    pass of the MTP layer for N sequences, depends on their sizes, in one unit."""
+
+    max_draft_tokens: int
+    step_shape: Callable[[int], float]
+    pass_shape: Callable[[int], float]
+    steps: CostEstimate = field(init=False)
+    passes: CostEstimate = field(init=False)
+    overall: Acceptance = field(init=False)
+    _seconds: float = field(default=0.0, init=False)
+    _probe_seconds: float = field(default=0.0, init=False)
+    _probe_cost: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.steps = CostEstimate(self.step_shape)
+        self.passes = CostEstimate(self.pass_shape)
+        self.overall = Acceptance(self.max_draft_tokens, memory=_MEMORY_OF_ALL)
+
+    def new_request(self) -> Drafting:
+        return Drafting(Acceptance(self.max_draft_tokens, memory=_MEMORY_OF_REQUEST, prior=self.overall))
+
+    def observe_step(self, num_tokens: int, seconds: float) -> None:
+        """A step in which every sequence went on from its last token took so long."""
+        self._seconds += seconds
+        self.steps.observe(num_tokens, seconds)
+
+    def observe_probe(self, seconds: float) -> None:
+        """Finding out what drafts would be worth took so long."""
+        self._probe_seconds += seconds
+        self._probe_cost = seconds
+
+    @property
+    def may_probe(self) -> bool:
+        """Whether a probe is due: the first one always, others when they take no more than their share of the time."""
+        return self._probe_seconds + self._probe_cost <= _PROBE_SHARE * self._seconds or not self._probe_cost
+
+    def choose(self, requests: Sequence[Drafting], most: Sequence[int]) -> list[int]:
+        """Drafts for each request, at most `most` of them, that bring the most tokens a second; all 0 if none gain.
+
+        Drafts are taken in the order of how likely they are to be accepted. Many sequences take them in rounds: each
+        number of tokens is a size of its own, and few sizes are better known than many.
+        """
+        lengths = [0] * len(requests)
+        if not self.steps.is_known:
+            return lengths
+        offers: list[tuple[float, int, int]] = []
+        for n, (drafting, limit) in enumerate(zip(requests, most, strict=True)):
+            chance = 1.0
+            for depth in range(min(limit, self.max_draft_tokens)):
+                chance *= drafting.acceptance.rate(depth)
+                offers.append((-chance, depth, n))
+        offers.sort()
+        num_sequences = len(requests)
+        round_size = max(1, num_sequences // 4)
+        base = num_sequences / self.steps.seconds(num_sequences)
+        best, num_taken = base * _LEAST_GAIN, 0
+        tokens, per_pass = float(num_sequences), [0] * self.max_draft_tokens
+        for count, (chance, depth, _) in enumerate(offers, start=1):
+            tokens -= chance
+            per_pass[depth] += 1
+            if count % round_size:
+                continue
+            seconds = self.steps.seconds(num_sequences + count) + self._drafting_seconds(per_pass)
+            if tokens / seconds > best:
+                best, num_taken = tokens / seconds, count
+        for _, depth, n in offers[:num_taken]:
+            lengths[n] = depth + 1
+        return lengths
+
+    def _drafting_seconds(self, per_pass: Sequence[int]) -> float:
+        if self.passes.is_known:
+            return math.fsum(self.passes.seconds(count) for count in per_pass if count)
+        unit = self.steps.seconds(1) / self.step_shape(1)
+        return math.fsum(unit * self.pass_shape(count) for count in per_pass if count)
+
+
+def step_shapes(
+    *, other_bytes: int, expert_bytes: int, num_experts: int, top_k: int, mtp_bytes: int
+) -> tuple[Callable[[int], float], Callable[[int], float]]:
+    """Bytes that a step of T tokens and a pass of the MTP layer for N of them move, as far as that makes their time.
+
+    Experts are chosen as if at random: T tokens meet E (1 - (1 - A / E)^T) of E. What a token beyond the first costs in
+    arithmetic is put at a seventh of reading the weights that it meets; measurements correct that.
+    """
+    share = top_k / num_experts if num_experts else 0.0
+
+    def step(num_tokens: int) -> float:
+        arithmetic = (num_tokens - 1) * (other_bytes + expert_bytes * share) / 7
+        return other_bytes + expert_bytes * (1 - (1 - share) ** num_tokens) + arithmetic
+
+    def draft_pass(num_sequences: int) -> float:
+        return mtp_bytes * (1 + (num_sequences - 1) / 7)
+
+    return step, draft_pass

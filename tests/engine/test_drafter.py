@@ -1,0 +1,188 @@
+"""What the MTP layer proposes in the engine is what the bare model would propose, and it changes no answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from qnext.engine import Engine, Request, SamplingParams
+from qnext.engine.cache import NUM_SOURCES
+from qnext.engine.speculation.draft_lengths import Drafting
+from qnext.errors import UsageError
+from qnext.model import Batch, CausalLM, TrunkOutput
+from qnext.ops import backend
+from tests.model.models import make_in_form
+
+NATIVE, OTHER = "next, sizes of the native kernels", "next"
+GREEDY = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.0)
+needs_native = pytest.mark.skipif(
+    backend.native_module() is None, reason="the native kernels are not built or not wanted"
+)
+
+
+def make_engine(model: CausalLM, **options: Any) -> Engine:
+    return Engine(model, **{"max_num_seqs": 4, "max_model_len": 384, "poison": True, **options})
+
+
+def draft_always(engine: Engine, seed: int | None = None) -> None:
+    """As many drafts as may be, or with a seed some number of them, whatever they are worth."""
+    assert engine.drafter is not None
+    rng = None if seed is None else random.Random(seed)
+
+    def choose(requests: Sequence[Drafting], most: Sequence[int]) -> list[int]:
+        limits = [max(0, min(3, limit)) for limit in most]
+        return limits if rng is None else [rng.randint(0, limit) for limit in limits]
+
+    engine.drafter.lengths.choose = choose  # type: ignore[method-assign]
+
+
+def prompts_of(model: CausalLM, lengths: Sequence[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(len(lengths))
+    return [torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.inference_mode()
+def drafts_of_the_bare_model(model: CausalLM, tokens: Sequence[int], count: int, *, first: int = 0) -> list[int]:
+    """Greedy drafts after all tokens of a sequence, everything computed anew; the layer sees rows from `first` on."""
+    tokens_T = torch.tensor(tokens)
+    source_TD = model.draft_source(model(Batch.from_lengths(tokens_T, [len(tokens)])))[first:-1]
+    drafts: list[int] = []
+    for _ in range(count):
+        next_ids_T = torch.tensor([*tokens[first + 1 :], *drafts])
+        batch = Batch.from_lengths(next_ids_T, [len(next_ids_T)])
+        batch = Batch(next_ids_T, batch.positions_T + first, batch.packing)
+        hidden_TD = model.draft_hidden(next_ids_T, TrunkOutput(source_TD, source_TD), batch)
+        drafts.append(int(model.logits(hidden_TD[-1:]).argmax()))
+        source_TD = torch.cat([source_TD, hidden_TD[-1:]])
+    return drafts
+
+
+@pytest.mark.parametrize("uses_final_norm", [True, False])
+@pytest.mark.parametrize("name", [NATIVE, OTHER])
+def test_drafts_are_those_of_the_bare_model(name: str, uses_final_norm: bool) -> None:
+    model = make_in_form(name, "float32", num_nextn_predict_layers=1, mtp_uses_final_norm=uses_final_norm)
+    engine = make_engine(model)
+    draft_always(engine)
+    requests = [engine.add_request(prompt, GREEDY) for prompt in prompts_of(model, [5, 17, 40])]
+    assert engine.drafter is not None
+    num_compared = 0
+    while engine.has_unfinished:
+        engine.drafter.draft(engine.scheduler.decoding)
+        for request in requests:
+            if request.drafts:
+                tokens = request.token_range(0, request.num_tokens)
+                assert list(request.drafts) == drafts_of_the_bare_model(model, tokens, len(request.drafts))
+                num_compared += len(request.drafts)
+        engine.step()
+    assert num_compared > 100
+
+
+def test_a_window_of_rows_after_a_long_prompt() -> None:
+    model = make_in_form(NATIVE, "float32", num_nextn_predict_layers=1)
+    engine = make_engine(model, max_num_batched_tokens=100)
+    draft_always(engine)
+    (prompt,) = prompts_of(model, [300])
+    request = engine.add_request(prompt, GREEDY)
+    assert engine.drafter is not None
+    while engine.has_unfinished:
+        engine.drafter.draft(engine.scheduler.decoding)
+        if request.drafts:
+            first = request.drafting.first_row  # type: ignore[union-attr]
+            assert first == 16 * -(-(300 - NUM_SOURCES + 3) // 16), "it stays where it began"
+            tokens = request.token_range(0, request.num_tokens)
+            drafts = drafts_of_the_bare_model(model, tokens, len(request.drafts), first=first)
+            assert list(request.drafts) == drafts
+        engine.step()
+
+
+def test_rows_that_were_not_drafted_for_are_made_up_for() -> None:
+    """Nothing is drafted for a while: shorter than the rows reach, the layer goes on; longer, it begins anew."""
+    model = make_in_form(NATIVE, "float32", num_nextn_predict_layers=1)
+    for pause, begins_anew in ((50, False), (140, True)):
+        engine = make_engine(model)
+        draft_always(engine)
+        (prompt,) = prompts_of(model, [30])
+        request = engine.add_request(prompt, SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0))
+        drafter = engine.drafter
+        while len(request.output_ids) < 10:
+            engine.step()
+        engine.drafter = None
+        while len(request.output_ids) < 10 + pause:
+            engine.step()
+        engine.drafter = drafter
+        assert drafter is not None
+        drafter.draft(engine.scheduler.decoding)
+        first = request.drafting.first_row  # type: ignore[union-attr]
+        assert (first > 0) == begins_anew and len(request.drafts) == 3
+        tokens = request.token_range(0, request.num_tokens)
+        assert list(request.drafts) == drafts_of_the_bare_model(model, tokens, 3, first=first)
+
+
+def run_traffic(model: CausalLM, *, seed: int, speculation: bool) -> tuple[list[tuple[int, ...]], Engine]:
+    """Requests of all kinds arrive while others run; too few blocks, so that some are preempted and resumed."""
+    rng = random.Random(seed)
+    engine = make_engine(model, num_blocks=rng.choice([24, 40]), speculation=speculation, checkpoint_interval=32)
+    if speculation:
+        draft_always(engine, seed)
+    shared = [rng.randrange(model.config.vocab_size) for _ in range(70)]
+    requests: list[Request] = []
+    while len(requests) < 14 or engine.has_unfinished:
+        if len(requests) < 14 and len(requests) < 4 + engine.scheduler.limits.max_num_seqs * 3:
+            prompt = shared[: rng.choice([0, 16, 33, 70])] + [
+                rng.randrange(model.config.vocab_size) for _ in range(rng.choice([1, 20, 50]))
+            ]
+            params = SamplingParams(
+                max_tokens=rng.choice([1, 7, 40, 90]), ignore_eos=True, seed=rng.randrange(99),
+                temperature=rng.choice([0.0, 0.8]), frequency_penalty=rng.choice([0.0, 0.4]),
+            )  # fmt: skip
+            requests.append(engine.add_request(prompt, params))
+        engine.step()
+        engine.check_integrity()
+    return [tuple(request.output_ids) for request in requests], engine
+
+
+@needs_native
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int4-g32"])
+def test_answers_are_those_without(form: str) -> None:
+    model = make_in_form(NATIVE, form, num_nextn_predict_layers=1)
+    num_preemptions = 0
+    for seed in range(2):
+        plain, _ = run_traffic(model, seed=seed, speculation=False)
+        drafted, engine = run_traffic(model, seed=seed, speculation=True)
+        assert drafted == plain
+        num_preemptions += engine.scheduler.num_preemptions
+        assert engine.drafter is not None and engine.drafter.lengths.overall.num_trials > 50
+    assert num_preemptions
+
+
+def test_the_first_drafts_of_a_cached_prefix() -> None:
+    """Rows of the prefix are not there: the layer begins at the first page that is this request's own alone."""
+    model = make_in_form(NATIVE, "float32", num_nextn_predict_layers=1)
+    engine = make_engine(model)
+    draft_always(engine)
+    (prompt,) = prompts_of(model, [70])
+    (first,) = engine.generate([prompt], GREEDY)
+    request = engine.add_request([*prompt, *first.output_ids, 1, 2, 3], GREEDY)
+    while engine.has_unfinished:
+        engine.step()
+        if request.drafts:
+            drafting = request.drafting
+            assert drafting is not None and drafting.first_row >= request.num_reused_tokens >= 70
+    alone, _ = [make_engine(model, speculation=False) for _ in range(2)]
+    assert tuple(request.output_ids) == alone.generate([request.prompt_ids], GREEDY)[0].output_ids
+
+
+def test_speculation_that_cannot_be() -> None:
+    model = make_in_form(NATIVE, "float32")
+    with pytest.raises(UsageError, match="no layer for multi-token prediction"):
+        make_engine(model, speculation=True)
+    assert make_engine(model).drafter is None
+    with_mtp = make_in_form(NATIVE, "float32", num_nextn_predict_layers=1)
+    with pytest.raises(UsageError, match="at least 1"):
+        make_engine(with_mtp, max_draft_tokens=0)
+    assert make_engine(with_mtp).drafter is not None
+    assert make_engine(with_mtp, speculation=False).drafter is None
