@@ -113,29 +113,25 @@ class Engine:
         if num_checkpoints is None:
             num_checkpoints = max_num_seqs + _SPARE_CHECKPOINTS
         num_slots = max_num_seqs + (num_checkpoints if has_states and prefix_cache else 0)
+        limits = Limits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens or _default_batched_tokens(config, max_num_seqs),
+            block_size=BLOCK_SIZE,
+            num_blocks=blocks if has_blocks else None,
+            num_slots=num_slots,
+            chunk_size=1 if is_native(model.device) else DELTA_CHUNK_SIZE,
+            has_states=has_states,
+            has_prefix_cache=prefix_cache,
+            checkpoint_interval=checkpoint_interval,
+            max_draft_tokens=max_draft_tokens,
+        )
         self.cache = Cache(
             config, num_blocks=blocks, num_slots=num_slots, max_model_len=self.max_model_len, dtype=model.dtype,
             kv_dtype=kv_dtype, device=model.device, poison=poison,
             num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0, has_drafter=has_drafter,
         )  # fmt: skip
         self.tiers = make_tiers(model, self.cache, prefix_cache, disk_cache, host_cache_bytes)
-        self.scheduler = Scheduler(
-            Limits(
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens or _default_batched_tokens(config, max_num_seqs),
-                block_size=BLOCK_SIZE,
-                num_blocks=blocks if has_blocks else None,
-                num_slots=num_slots,
-                chunk_size=1 if is_native(model.device) else DELTA_CHUNK_SIZE,
-                has_states=has_states,
-                has_prefix_cache=prefix_cache,
-                checkpoint_interval=checkpoint_interval,
-                max_draft_tokens=max_draft_tokens,
-                spill_blocks=self.tiers.chunk_tokens // BLOCK_SIZE if self.tiers is not None else 0,
-                spills_at_once=self.tiers is not None and self.tiers.saves_at_once,
-            ),
-            self.tiers,
-        )
+        self.scheduler = Scheduler(limits, self.tiers)
         self.runner = Runner(model, self.cache)
         self.drafter = Drafter(model, self.cache, max_draft_tokens=max_draft_tokens) if has_drafter else None
         self._requests: dict[str, Request] = {}

@@ -19,8 +19,7 @@ class Limits:
     the grid on which the delta rule works, 1 where any cut gives the same bits. `num_blocks` is None for a model
     without full attention, which needs no blocks. `num_slots` holds the states of running requests and, beyond them,
     those of cached prefixes, made while a prompt is read every `checkpoint_interval` tokens (0: only where they are
-    likely to be of use) and at least `min_prefix_tokens` apart. What is evicted is noted with `spill_blocks`
-    (PrefixTrie), and with `spills_at_once` what is cached too.
+    likely to be of use) and at least `min_prefix_tokens` apart.
     """
 
     max_num_seqs: int
@@ -34,8 +33,6 @@ class Limits:
     checkpoint_interval: int = 0
     min_prefix_tokens: int = 64
     max_draft_tokens: int = 0  # of a sequence in a step
-    spill_blocks: int = 0
-    spills_at_once: bool = False
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:

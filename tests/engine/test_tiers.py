@@ -23,10 +23,11 @@ from qnext.engine.storage.disk import ENTRY_SUFFIX, DiskStore
 from qnext.engine.storage.fingerprint import fingerprint, weights_digest
 from qnext.engine.storage.host import HostStore
 from qnext.engine.storage.tiers import PrefixFetch, Tiers
-from qnext.engine.storage.transfer import read_blocks, read_slot, write_slot
+from qnext.engine.storage.transfer import pages_of, read_blocks, read_slot, write_slot
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 from tests.engine.models import KINDS, tiny_model
+from tests.engine.test_drafter import draft_always
 from tests.engine.test_hybrid_cache import (
     MAX_LEN,
     NATIVE,
@@ -226,6 +227,23 @@ def test_what_the_host_has_no_room_for_goes_to_disk(model: CausalLM, tmp_path: P
         assert store_of(engine).statistics().num_entries > 0
     with make_engine(model, tmp_path) as engine:
         assert [answer(engine, [first, *PROMPT[1:]])[1] for first in range(8)] == [full_hit(engine)] * 8
+
+
+@needs_native
+def test_an_engine_that_drafts_goes_on_from_disk(tmp_path: Path) -> None:
+    """The MTP layer's pages are a part of what is stored."""
+    model = make_in_form(NATIVE, "float32", num_nextn_predict_layers=1)
+    wanted = None
+    for num_cached in (0, len(PROMPT) - 1):
+        with make_engine(model, tmp_path) as engine:
+            draft_always(engine, seed=num_cached)
+            output_ids, cached = answer(engine)
+            assert wanted in (None, output_ids) and cached == num_cached
+            wanted = output_ids
+            assert len(pages_of(engine.cache)) == 2 * (model.config.num_full_layers + 1)
+            of_drafting = fingerprint(model, engine.cache)
+    assert wanted == alone(model, PROMPT, GREEDY, 6)[0]
+    assert of_drafting != fingerprint(model, make_engine(model, None, speculation=False).cache)
 
 
 @needs_native

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from qnext.engine.scheduling.prefix_trie import Spill, Tokens
+from qnext.engine.scheduling.prefix_trie import Tokens
 
 
 class Load(NamedTuple):
@@ -41,9 +40,14 @@ class Fetch(Protocol):
 
 
 class Archive(Protocol):
-    """The tiers. Reads no file in `find`, and waits for none in `save`."""
+    """The tiers. Reads no file in `find`.
+
+    Keys and values are kept in chunks of `chunk_tokens`. With `saves_at_once` what is cached is to be saved too, not
+    only what is evicted.
+    """
+
+    chunk_tokens: int
+    saves_at_once: bool
 
     def find(self, tokens: Tokens, *, salt: str, above: int, limit: int) -> Fetch | None:
         """The longest stored prefix of more than `above` and at most `limit` tokens."""
-
-    def save(self, spills: Sequence[Spill]) -> None: ...

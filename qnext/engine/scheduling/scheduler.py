@@ -34,8 +34,9 @@ class Scheduler:
         self.limits = limits
         self.blocks = RefPool(limits.num_blocks or 0, name="block")
         self.slots = RefPool(limits.num_slots, name="slot")
-        self.prefixes = _make_prefixes(limits, self.blocks, self.slots)
+        self.prefixes = _make_prefixes(limits, self.blocks, self.slots, archive)
         self.loader = Loader(archive, self.prefixes) if archive is not None and self.prefixes is not None else None
+        self._spills_at_once = archive is not None and archive.saves_at_once
         self.num_preemptions = 0
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # in the order of their admission
@@ -341,7 +342,7 @@ class Scheduler:
             self.slots.share([request.slot])
             self._held_slots += [request.slot, slot]
             self._slot_copies.append((request.slot, slot))
-            if self.limits.spills_at_once:
+            if self._spills_at_once:
                 self.prefixes.note_spill(tokens, request.blocks, salt=request.salt, slot=request.slot)
             is_shared = flight.stops[flight.num_computed]
             self.prefixes.add_checkpoint(tokens, request.blocks, salt=request.salt, slot=slot, is_shared=is_shared)
@@ -353,7 +354,7 @@ class Scheduler:
         if self.prefixes is None or request.slot is None:
             return
         tokens = request.token_range(0, request.num_computed_tokens)
-        if self.limits.spills_at_once:
+        if self._spills_at_once:
             self.prefixes.note_spill(tokens, request.blocks, salt=request.salt, slot=request.slot)
         if self.prefixes.slots is None:
             self.prefixes.insert(tokens, request.blocks, salt=request.salt)
@@ -407,7 +408,7 @@ class Scheduler:
         yield from self.loader.held_slots if self.loader is not None else ()
 
 
-def _make_prefixes(limits: Limits, blocks: RefPool, slots: RefPool) -> PrefixCache | None:
+def _make_prefixes(limits: Limits, blocks: RefPool, slots: RefPool, archive: Archive | None) -> PrefixCache | None:
     if not limits.has_prefix_cache or (limits.num_blocks is None and not limits.has_states):
         return None
     return PrefixCache(
@@ -416,7 +417,7 @@ def _make_prefixes(limits: Limits, blocks: RefPool, slots: RefPool) -> PrefixCac
         slots=slots if limits.has_states else None,
         grid=limits.chunk_size,
         min_tokens=limits.min_prefix_tokens,
-        spill_blocks=limits.spill_blocks,
+        spill_blocks=archive.chunk_tokens // limits.block_size if archive is not None else 0,
     )
 
 

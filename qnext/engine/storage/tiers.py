@@ -72,14 +72,14 @@ class Tiers:
         self.saves_at_once = settings.at_once and disk is not None
         self.disk: DiskStore | None = None
         self.host: HostStore | None = None
+        if host_bytes:
+            pinned = cache.device.type == "cuda"
+            self.host = HostStore(max_bytes=host_bytes, pinned=pinned, on_evict=self._move_to_disk)
         if disk is not None:
             self.disk = DiskStore(
                 disk.folder, max_bytes=disk.max_bytes, queue_bytes=disk.queue_bytes,
                 fingerprint=fingerprint(model, cache, chunk=disk.chunk_tokens),
             )  # fmt: skip
-        if host_bytes:
-            pinned = cache.device.type == "cuda"
-            self.host = HostStore(max_bytes=host_bytes, pinned=pinned, on_evict=self._move_to_disk)
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix-cache-reader")
         self._is_closing = self._has_warned = False
 
