@@ -315,6 +315,16 @@ def test_a_copy_that_was_to_be_made_with_the_next_step_is_kept_too(model: Causal
         assert answer(engine) == (alone(model, PROMPT, GREEDY, 6)[0], full_hit(engine))
 
 
+@pytest.mark.parametrize("num_cached", [127, 128, 129, 143, 144])
+def test_prefixes_that_end_with_a_block_or_a_chunk(model: CausalLM, tmp_path: Path, num_cached: int) -> None:
+    prompt = PROMPT[: num_cached + 1]
+    with make_engine(model, tmp_path) as engine:
+        wanted, _ = answer(engine, prompt)
+    with make_engine(model, tmp_path) as engine:
+        grid = engine.scheduler.limits.chunk_size
+        assert answer(engine, prompt) == (wanted, num_cached // grid * grid)
+
+
 @pytest.mark.parametrize("how", ["flip", "cut", "delete", "swap", "shape"])
 def test_damaged_entries_are_misses(model: CausalLM, tmp_path: Path, how: str) -> None:
     """One entry after another: whatever is left is used, and the answer stays."""

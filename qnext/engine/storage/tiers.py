@@ -144,7 +144,7 @@ class Tiers:
         if found is None:
             return None
         num_blocks = len(self.blocks_of(part))
-        fits = transfer.has_shape_of(found, transfer.pages_of(self.cache), num_blocks=num_blocks)
+        fits = not num_blocks or transfer.has_shape_of(found, transfer.pages_of(self.cache), num_blocks=num_blocks)
         if part.kind == "state":
             fits = fits and transfer.has_shape_of(found, transfer.states_of(self.cache), num_blocks=None)
         return found if fits else None
