@@ -286,6 +286,7 @@ def test_others_go_on_while_a_prefix_is_read(model: CausalLM, tmp_path: Path, mo
         assert answer(engine, [1, 2, 3])[1] == 0
         assert late.num_cached_tokens is None and not late.output_ids
         assert engine.step() == [], "nothing else to do: it waits a moment"
+        assert isinstance(aborted.fetch, PrefixFetch) and aborted.fetch._future is None, "one at a time"
         engine.abort(aborted.id)
         go.set()
         while late.finish_reason is None:
