@@ -52,14 +52,17 @@ MODULES_WITHOUT_TORCH = [
     "qnext.engine.completion",
     "qnext.engine.sampling.seeds",
     "qnext.engine.sampling.constraint",
+    "qnext.engine.scheduling.archive",
     "qnext.engine.scheduling.blocks",
     "qnext.engine.scheduling.flights",
+    "qnext.engine.scheduling.loader",
     "qnext.engine.scheduling.prefix",
     "qnext.engine.scheduling.prefix_check",
     "qnext.engine.scheduling.prefix_node",
     "qnext.engine.scheduling.prefix_trie",
     "qnext.engine.scheduling.ranking",
     "qnext.engine.scheduling.scheduler",
+    "qnext.engine.speculation.draft_lengths",
 ]
 
 

@@ -10,9 +10,11 @@ from qnext.engine.metrics import EngineMetrics, FinishCounts, Gauges, Histogram
 from qnext.engine.params import SamplingParams
 from qnext.engine.request import FinishReason, Request, SampledToken
 from qnext.engine.step import EndEvent, TokenEvent
+from qnext.engine.storage.tiers import DiskCache
 
 __all__ = [
     "Completion",
+    "DiskCache",
     "EndEvent",
     "Engine",
     "EngineMetrics",

@@ -112,11 +112,13 @@ class Cache:
 
     @torch.inference_mode()
     def prepare(self, plan: StepPlan) -> None:
-        """Before the tokens of a step: forget what was freed (with `poison`, overwrite it), then make the copies."""
+        """Before the tokens of a step: forget what was freed (`poison`: overwrite it), load prefixes, make copies."""
         for slot in plan.freed_slots:
             self._table_owner[slot] = None
         if self.poison:
             self._fill_nan(plan.freed_blocks, plan.freed_slots)
+        for load in plan.loads:
+            load.fetch.write(load)
         for source, target in plan.block_copies:
             for pages in self.kv.values():
                 for tensor in pages.tensors:
@@ -175,6 +177,10 @@ class Cache:
         for conv, state, pending in self.delta.values():
             if pending is not None:
                 apply_pending(conv, state, pending, slots_N)
+
+    def forget_pending(self, slot: int) -> None:
+        """The slot's state is about to be written as a whole."""
+        self._num_accepted[:, slot] = 0
 
     def copy_slots(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Recurrent states of `sources` to `targets`, one after another. Pages are not copied."""

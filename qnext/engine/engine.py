@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import replace
+from types import TracebackType
 
 import torch
 
@@ -31,6 +32,7 @@ from qnext.engine.scheduling.scheduler import Scheduler
 from qnext.engine.sizes import WantedSizes, choose_sizes
 from qnext.engine.speculation.drafter import DEFAULT_DRAFT_TOKENS, Drafter
 from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
+from qnext.engine.storage.tiers import DiskCache, make_tiers
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 
@@ -52,6 +54,11 @@ class Engine:
     With `speculation` (default: where the model has an MTP layer) that layer drafts up to `max_draft_tokens` tokens of
     a request, as many as make decoding faster, and the next step verifies them together; answers stay the same, token
     for token. Without it, `max_draft_tokens` is how many whoever owns the engine may put into `Request.drafts`.
+
+    Cached prefixes that memory is too short for go to `host_cache_bytes` of the host's memory (default: on a GPU an
+    eighth of what is free there, else none) and from there to the `disk_cache`, where an engine of the same model and
+    settings finds them again. Such an engine is to be closed; it is a context manager. Raises UsageError for a folder
+    that another engine uses, or that is none of this kind.
 
     `eos_token_ids` (default: the config's) end a request unless it says ignore_eos. Keys and values are kept in
     `kv_dtype` (default: the model's; int8 has an fp32 scale per token and head), recurrent states in `state_dtype`,
@@ -75,6 +82,8 @@ class Engine:
         checkpoint_interval: int = 4096,
         speculation: bool | None = None,
         max_draft_tokens: int | None = None,
+        disk_cache: DiskCache | None = None,
+        host_cache_bytes: int | None = None,
         eos_token_ids: Collection[int] | None = None,
         count_experts: bool = True,
         poison: bool = False,
@@ -99,19 +108,17 @@ class Engine:
             ),
         )  # fmt: skip
         self.max_model_len = sizes.max_model_len
-        self.scheduler = Scheduler(
-            Limits(
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=sizes.max_num_batched_tokens,
-                block_size=BLOCK_SIZE,
-                num_blocks=sizes.num_blocks or None,
-                num_slots=sizes.num_slots,
-                chunk_size=prompt_grid(model.device, state_dtype),
-                has_states=config.num_linear_layers > 0,
-                has_prefix_cache=prefix_cache,
-                checkpoint_interval=checkpoint_interval,
-                max_draft_tokens=max_draft_tokens,
-            )
+        limits = Limits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
+            block_size=BLOCK_SIZE,
+            num_blocks=sizes.num_blocks or None,
+            num_slots=sizes.num_slots,
+            chunk_size=prompt_grid(model.device, state_dtype),
+            has_states=config.num_linear_layers > 0,
+            has_prefix_cache=prefix_cache,
+            checkpoint_interval=checkpoint_interval,
+            max_draft_tokens=max_draft_tokens,
         )
         experts = ExpertCounter(config, model.device) if count_experts and config.num_experts else None
         self.cache = Cache(
@@ -120,11 +127,14 @@ class Engine:
             num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0, has_drafter=has_drafter,
             expert_load=None if experts is None else experts.of_layer,
         )  # fmt: skip
+        self.tiers = make_tiers(model, self.cache, prefix_cache, disk_cache, host_cache_bytes)
+        self.scheduler = Scheduler(limits, self.tiers)
         self.runner = Runner(model, self.cache)
         self.drafter = Drafter(model, self.cache, max_draft_tokens=max_draft_tokens) if has_drafter else None
         self._recorder = MetricsRecorder(self.scheduler, experts)
         self._requests: dict[str, Request] = {}
         self._num_added = 0
+        self._is_closed = False
 
     @property
     def has_unfinished(self) -> bool:
@@ -174,6 +184,8 @@ class Engine:
         n other than 1 or an id in use, DoesNotFit for a prompt and answer longer than the context or the cache. Other
         requests are not touched by a refused one.
         """
+        if self._is_closed:
+            raise UsageError("the engine is closed")
         params = params or SamplingParams()
         if params.n != 1:
             raise UsageError(f"n is {params.n}: several completions are several requests")
@@ -272,9 +284,11 @@ class Engine:
         started = time.perf_counter()
         plan = self.scheduler.plan()
         if plan is None:
+            self._spill()
             return ended
         self._recorder.begin_step(plan)
         try:
+            self._spill()
             output = self.runner.run(plan)
             windows = [Window(s.request, s.drafts, s.request.guide) for s in output.sequences]
             verdicts = verify(output.logits_RY, windows)
@@ -295,6 +309,7 @@ class Engine:
                 request.failure = verdict.failure
                 ended.append(self._end(request, "error"))
         events = self.scheduler.commit(StepResult(tokens))
+        self._spill()
         if self.drafter is not None:
             seconds = time.perf_counter() - started
             self.drafter.learn(windows, verdicts, seconds=seconds if output.was_prepared else None)
@@ -361,6 +376,33 @@ class Engine:
                 raise request.failure
         finally:
             self.abort(request.id)
+
+    def _spill(self) -> None:
+        if self.tiers is not None and self.scheduler.prefixes is not None:
+            self.tiers.save(self.scheduler.prefixes.drain_spills())
+
+    def close(self) -> None:
+        """Abort what is unfinished, and write the cached prefixes to disk where there is a disk cache."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        prefixes = self.scheduler.prefixes
+        if self.tiers is not None and prefixes is not None:
+            plan = self.scheduler.plan()
+            if plan is not None:  # copies of states that were to be made with the next step
+                self.cache.prepare(plan)
+                self.scheduler.commit(StepResult({}))
+            self.tiers.close([*prefixes.drain_spills(), *prefixes.everything()])
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def check_integrity(self) -> None:
         """No block or slot is lost or owned twice, and the engine knows exactly the unfinished requests."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnext.engine.params import SamplingParams
+from qnext.engine.scheduling.archive import Fetch
 from qnext.engine.scheduling.flights import Flight, Wait
 from qnext.engine.speculation.draft_lengths import Drafting
 from qnext.errors import DoesNotFit, QnextError, UsageError
@@ -101,6 +102,8 @@ class Request:
     num_cached_tokens: int | None = None  # of the prompt, found in the cache on admission
     flight: Flight | None = None  # its prompt on the way to the cache; the scheduler's
     wait: Wait | None = None  # for whom it waits; the scheduler's
+    fetch: Fetch | None = None  # its prefix, on the way from the host or the disk; the scheduler's
+    was_looked_up: bool = False  # there, since it was queued
     prompt_sampled: list[SampledToken] = field(default_factory=list)  # only when prompt_logprobs are asked for
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qnext.engine.request import FinishReason, Request, SampledToken
+from qnext.engine.scheduling.archive import Load
 from qnext.errors import UsageError
 
 
@@ -65,13 +66,15 @@ class SequencePlan(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """Work for one step. First what was freed is forgotten, then copies are made in their order, then tokens run."""
+    """Work for one step. First what was freed is forgotten, then prefixes are loaded, then copies are made in their
+    order, then tokens run."""
 
     sequences: tuple[SequencePlan, ...]
     freed_blocks: tuple[int, ...]  # given back since the last step; nothing of them may be read again
     freed_slots: tuple[int, ...]
     block_copies: tuple[tuple[int, int], ...] = ()  # (from, to)
     slot_copies: tuple[tuple[int, int], ...] = ()
+    loads: tuple[Load, ...] = ()
 
     @property
     def only_decodes(self) -> bool:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from qnext.engine.storage import disk, disk_entry
-from qnext.engine.storage.disk import ENTRY_SUFFIX, LOCK_FILE, PARTIAL_SUFFIX, DiskStore
+from qnext.engine.storage.disk import ENTRY_SUFFIX, PARTIAL_SUFFIX, DiskStore
 from qnext.engine.storage.disk_entry import PREFIX, PrefixHasher, make_fingerprint, token_bytes
+from qnext.engine.storage.disk_folder import LOCK_FILE
 from qnext.errors import UsageError
 
 MODEL = make_fingerprint(b"weights", version="1", block_size=16)
@@ -564,7 +565,9 @@ def test_what_is_evicted_from_the_queue_is_never_written(tmp_path: Path) -> None
     assert len(entries(tmp_path)) == 2
 
 
-def test_a_full_disk_is_said_once_and_nothing_is_lost_but_the_entry(tmp_path: Path) -> None:
+def test_a_full_disk_is_said_once_and_nothing_is_lost_but_the_entry(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The system's own limit on the size of a file ends a write in its middle."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with open_store(tmp_path) as store:
@@ -572,13 +575,14 @@ def test_a_full_disk_is_said_once_and_nothing_is_lost_but_the_entry(tmp_path: Pa
         store.flush()
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
         try:
-            with pytest.warns(UserWarning, match="entries are lost") as said:
-                for token in (2, 3):
-                    assert store.put("kv", b"", [token], sized(1 << 17))
-                    store.flush()
+            for token in (2, 3):
+                assert store.put("kv", b"", [token], sized(1 << 17))
+                store.flush()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert len(said) == 1
+        (record,) = caplog.records
+        assert record.levelname == "WARNING" and "entries are lost" in record.getMessage()
+        assert store.has_failed
         assert store.get("kv", b"", [2]) is None
         assert store.longest("kv", b"", [2], limit=1) == 0
         assert store.get("kv", b"", [1]) is not None

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from qnext.engine.scheduling.blocks import RefPool
 from qnext.engine.scheduling.flights import Flight, Wait
 from qnext.engine.scheduling.prefix_check import check_trie
-from qnext.engine.scheduling.prefix_node import Node, Tokens, common_prefix
+from qnext.engine.scheduling.prefix_node import Node, Spill, Tokens, common_prefix
 from qnext.engine.scheduling.prefix_trie import Duplicate, Evicted, PrefixTrie
 from qnext.engine.step import Limits
 
@@ -104,10 +104,12 @@ class PrefixCache:
         min_tokens: int = 64,
         half_life: int = 256,
         max_salt_fraction: float = 1.0,
+        spill_blocks: int = 0,
     ) -> None:
         """Stops lie on multiples of `grid`; for fewer than `min_tokens` tokens nobody stops or waits.
 
-        A salt that holds more than `max_salt_fraction` of the cached blocks, or states, loses its own first.
+        A salt that holds more than `max_salt_fraction` of the cached blocks, or states, loses its own first. With
+        `spill_blocks`, `drain_spills` tells what was evicted: see PrefixTrie.
         """
         assert block_size > 0 and grid > 0 and min_tokens > 0 and half_life > 0
         assert blocks is not None or slots is not None
@@ -118,11 +120,14 @@ class PrefixCache:
         self.min_tokens = min_tokens
         self.half_life = half_life
         self.statistics = PrefixStatistics()
-        self._trie = PrefixTrie(block_size=block_size, blocks=blocks, slots=slots, max_salt_fraction=max_salt_fraction)
+        self._trie = PrefixTrie(
+            block_size=block_size, blocks=blocks, slots=slots, max_salt_fraction=max_salt_fraction,
+            spill_blocks=spill_blocks,
+        )  # fmt: skip
         self._flights: dict[Flight, None] = {}  # in the order of their announcement
 
     @classmethod
-    def of(cls, limits: Limits, blocks: RefPool, slots: RefPool) -> PrefixCache | None:
+    def of(cls, limits: Limits, blocks: RefPool, slots: RefPool, *, spill_tokens: int = 0) -> PrefixCache | None:
         """The one of a scheduler; None where nothing is to be cached."""
         if not limits.has_prefix_cache or (limits.num_blocks is None and not limits.has_states):
             return None
@@ -133,6 +138,7 @@ class PrefixCache:
             grid=limits.chunk_size,
             min_tokens=limits.min_prefix_tokens,
             max_salt_fraction=limits.max_salt_fraction,
+            spill_blocks=spill_tokens // limits.block_size,
         )
 
     @property
@@ -301,6 +307,24 @@ class PrefixCache:
         self.statistics.num_blocks_evicted += len(evicted.blocks)
         self.statistics.num_checkpoints_evicted += len(evicted.slots)
         return evicted
+
+    def known_blocks(self, tokens: Tokens, *, salt: str) -> list[int]:
+        """The full blocks of these tokens that are cached, from the first on, with or without a checkpoint."""
+        path = self._trie.walk(tokens, salt=salt, limit=len(tokens))
+        return [node.block for node in path if node.block is not None]
+
+    def note_spill(self, tokens: Tokens, blocks: Sequence[int], *, salt: str, slot: int) -> None:
+        """Have a prefix kept elsewhere although it is not evicted; `slot` holds the state after exactly `tokens`."""
+        self._trie.spills.append(Spill(tokens, salt, tuple(blocks), slot if self.slots is not None else None))
+
+    def drain_spills(self) -> list[Spill]:
+        """What is to be kept elsewhere since the last call. To be read before the next step writes anything."""
+        spills, self._trie.spills = self._trie.spills, []
+        return spills
+
+    def everything(self) -> list[Spill]:
+        """All that is cached and worth keeping elsewhere, what is worth most last."""
+        return self._trie.everything()
 
     def clear(self) -> None:
         """Forget all that is cached; who holds a hit still holds it."""

@@ -7,6 +7,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import log2
+from typing import NamedTuple
 
 Tokens = tuple[int, ...]
 
@@ -93,6 +94,40 @@ class Checkpoint:
             assert below.parent is not None
             node, following = below.parent, below.key
         return node is upper.node and following[: len(upper.tail)] == upper.tail
+
+
+class Spill(NamedTuple):
+    """A prefix that is to be kept elsewhere. Its blocks and slot may be lent again, but are not written to before the
+    next step.
+
+    `blocks` hold at least all its tokens; `slot` the state after exactly these, None for a model without states.
+    """
+
+    tokens: Tokens
+    salt: str
+    blocks: tuple[int, ...]
+    slot: int | None
+
+
+def path_to(node: Node) -> Spill:
+    """All that leads to a node, without a state."""
+    keys: list[Tokens] = []
+    blocks: list[int] = []
+    salt, place = node.salt, node
+    while place.parent is not None:
+        keys.append(place.key)
+        blocks += [] if place.block is None else [place.block]
+        place = place.parent
+    return Spill(tuple(itertools.chain.from_iterable(reversed(keys))), salt, tuple(reversed(blocks)), None)
+
+
+def spill_of(checkpoint: Checkpoint) -> Spill:
+    """A checkpoint and all that leads to it."""
+    tokens, salt, blocks, _ = path_to(checkpoint.node)
+    tail_block = checkpoint.tail_block
+    return Spill(
+        tokens + checkpoint.tail, salt, blocks if tail_block is None else (*blocks, tail_block), checkpoint.slot
+    )
 
 
 def last_on_way(node: Node, key: Tokens | None, above: Checkpoint | None) -> Checkpoint | None:

@@ -29,7 +29,16 @@ from math import log2
 from typing import NamedTuple
 
 from qnext.engine.scheduling.blocks import RefPool
-from qnext.engine.scheduling.prefix_node import Checkpoint, Node, Tokens, add_heat, last_on_way
+from qnext.engine.scheduling.prefix_node import (
+    Checkpoint,
+    Node,
+    Spill,
+    Tokens,
+    add_heat,
+    last_on_way,
+    path_to,
+    spill_of,
+)
 from qnext.engine.scheduling.ranking import Holdings, SaltRanking
 
 FIRST_HIT = -3.0  # log2 of what the first hit of a checkpoint counts
@@ -54,9 +63,19 @@ class PrefixTrie:
     """The trie and its shares in both pools. `now` is the heat of one use at that moment."""
 
     def __init__(
-        self, *, block_size: int, blocks: RefPool | None, slots: RefPool | None, max_salt_fraction: float = 1.0
+        self,
+        *,
+        block_size: int,
+        blocks: RefPool | None,
+        slots: RefPool | None,
+        max_salt_fraction: float = 1.0,
+        spill_blocks: int = 0,
     ) -> None:
+        """With `spill_blocks`, what is evicted is noted in `spills`: every checkpoint, or without states every path of
+        so many blocks or a multiple."""
         self.block_size = block_size
+        self.spill_blocks = spill_blocks
+        self.spills: list[Spill] = []
         self.blocks = blocks
         self.slots = slots
         self.roots: dict[str, Node] = {}
@@ -281,26 +300,46 @@ class PrefixTrie:
             if self.blocks.drop(block):
                 evicted.blocks.append(block)
 
+    def everything(self) -> list[Spill]:
+        """All that eviction would note, what is worth most last."""
+        if self.slots is not None:
+            return [spill_of(c) for c in sorted(self.checkpoints.values(), key=lambda c: (c.heat, c.num_tokens))]
+        nodes, found = list(self.roots.values()), []
+        while nodes:
+            node = nodes.pop()
+            nodes.extend(node.children.values())
+            if self._is_spilled(node):
+                found.append(node)
+        return [path_to(node) for node in sorted(found, key=lambda node: (node.heat, node.depth))]
+
+    def _is_spilled(self, node: Node) -> bool:
+        """Whether a node of a model without states is one at which a path is kept."""
+        return bool(self.spill_blocks and self.slots is None and node.depth and node.depth % self.spill_blocks == 0)
+
     def clear(self) -> None:
         """Let go of everything, pinned or not."""
         for pool in (self.blocks, self.slots):
             if pool is not None:
                 for index in list(pool.kept()):
                     pool.drop(index)
-        for held in (self.roots, self.checkpoints, self.tops, self.bare, self.by_benefit, self.by_heat):
+        for held in (self.roots, self.checkpoints, self.tops, self.bare, self.by_benefit, self.by_heat, self.spills):
             held.clear()
         self.blocks_held.clear()
         self.slots_held.clear()
         self._num_changes += 1
 
     def forget(self, slot: int) -> None:
-        """Remove the checkpoint in this slot, pinned or not, and all blocks that nothing needs then."""
+        """Remove the checkpoint in this slot, pinned or not, and all blocks that nothing needs then. It is no spill."""
+        num_spills = len(self.spills)
         self._remove_checkpoint(self.checkpoints[slot], Evicted([], []))
+        del self.spills[num_spills:]
 
     def _remove_checkpoint(self, checkpoint: Checkpoint, evicted: Evicted) -> None:
         """Together with all blocks that nothing needs then."""
         assert self.slots is not None
         node, above = checkpoint.node, checkpoint.above
+        if self.spill_blocks:
+            self.spills.append(spill_of(checkpoint))
         del self.checkpoints[checkpoint.slot], node.checkpoints[checkpoint.tail]
         node.forget_way(checkpoint.tail)
         self.by_benefit.discard_for(node.salt, checkpoint)
@@ -337,6 +376,8 @@ class PrefixTrie:
     def _remove_leaf(self, node: Node, evicted: Evicted) -> Node:
         """Remove a bare node; returns its parent."""
         assert node.is_bare and node.parent is not None
+        if self._is_spilled(node):
+            self.spills.append(path_to(node))
         self.bare.discard_for(node.salt, node)
         del node.parent.children[node.key]
         node.parent.forget_way(node.key)

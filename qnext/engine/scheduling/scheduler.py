@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from itertools import islice
 
 from qnext.engine.request import FinishReason, Request, RequestStatus
+from qnext.engine.scheduling.archive import Archive
 from qnext.engine.scheduling.blocks import RefPool
 from qnext.engine.scheduling.flights import Flight
+from qnext.engine.scheduling.loader import Loader
 from qnext.engine.scheduling.prefix import Hit, PrefixCache
 from qnext.engine.step import Limits, SequencePlan, StepPlan, StepResult, TokenEvent
 from qnext.errors import DoesNotFit
@@ -26,14 +28,17 @@ class Scheduler:
     it; one step at a time.
 
     `prefixes` is None where nothing is cached. A request that could never run even alone is refused by `add`; any
-    other gets its turn.
+    other gets its turn. `archive` holds prefixes beyond the device's memory.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, archive: Archive | None = None) -> None:
         self.limits = limits
         self.blocks = RefPool(limits.num_blocks or 0, name="block")
         self.slots = RefPool(limits.num_slots, name="slot")
-        self.prefixes = PrefixCache.of(limits, self.blocks, self.slots)
+        spill_tokens = archive.chunk_tokens if archive is not None else 0
+        self.prefixes = PrefixCache.of(limits, self.blocks, self.slots, spill_tokens=spill_tokens)
+        self.loader = Loader(archive, self.prefixes) if archive is not None and self.prefixes is not None else None
+        self._spills_at_once = archive is not None and archive.saves_at_once
         self.num_preemptions = 0
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # in the order of their admission
@@ -75,18 +80,20 @@ class Scheduler:
     # ---- one step ----
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None when there is nothing to do. It may consist of copies alone."""
+        """The next step, or None when there is nothing to do but to wait for a prefix. It may be copies alone."""
         assert self._in_flight is None, "the last plan was not committed"
         sequences: list[SequencePlan] = []
         num_preemptions = self.num_preemptions
         budget = self._plan_decoding(sequences, self.limits.max_num_batched_tokens)
         self._plan_prompts(sequences, budget, may_admit=num_preemptions == self.num_preemptions)
-        if not sequences and not self._slot_copies:
-            assert not self.has_unfinished, "requests wait, yet nothing can run"
+        loads = self.loader.drain_loads() if self.loader is not None else ()
+        if not sequences and not self._slot_copies and not loads:
+            is_fetching = self.loader is not None and self.loader.wait_a_moment()
+            assert is_fetching or not self.has_unfinished, "requests wait, yet nothing can run"
             return None
         self._in_flight = StepPlan(
             tuple(sequences), self.blocks.drain_freed(), self.slots.drain_freed(), tuple(self._block_copies),
-            tuple(self._slot_copies),
+            tuple(self._slot_copies), loads,
         )  # fmt: skip
         self._block_copies, self._slot_copies = [], []
         return self._in_flight
@@ -124,7 +131,7 @@ class Scheduler:
         request.finish_reason = reason
         if request.status is RequestStatus.WAITING:
             self._waiting.remove(request)
-            request.status = RequestStatus.FINISHED
+            request.status, request.fetch = RequestStatus.FINISHED, None
         elif self._in_flight is None or all(s.request is not request for s in self._in_flight.sequences):
             self._release(request)
 
@@ -140,6 +147,11 @@ class Scheduler:
         for request in requests:
             request.finish_reason = request.finish_reason or "abort"
             self._release(request)
+        if self.prefixes is not None and plan.loads:
+            # Nor may what was to be loaded have come. Now that nobody holds its blocks they go with it.
+            self.prefixes.forget(load.slot for load in plan.loads if load.slot is not None)
+            if any(load.slot is None for load in plan.loads):
+                self.prefixes.clear()  # no checkpoint says which blocks these are
         return requests
 
     def check_integrity(self) -> None:
@@ -201,7 +213,7 @@ class Scheduler:
                 break
             if self._blocked == (request, self._version()):
                 break
-            if self._must_wait(request):
+            if self._must_wait(request) or self._must_fetch(request):
                 passed.append(self._waiting.popleft())
                 continue
             if not self._admit(request):
@@ -271,6 +283,7 @@ class Scheduler:
         self._cache_all(request)
         self._give_back(request)
         request.num_computed_tokens, request.drafts = 0, ()
+        request.was_looked_up = False
         request.status = RequestStatus.WAITING
         self._waiting.appendleft(request)
 
@@ -294,10 +307,19 @@ class Scheduler:
             )
         return request.wait is not None and request.wait.is_open
 
+    def _must_fetch(self, request: Request) -> bool:
+        if self.loader is None or (request.was_looked_up and request.fetch is None):
+            return False
+        tokens = request.token_range(0, request.num_tokens)
+        return self.loader.must_wait(request, tokens, limit=request.max_hit_tokens)
+
     def _admit(self, request: Request) -> bool:
         """Lend a slot and the blocks of all known tokens, those of a cached prefix among them."""
         tokens = request.token_range(0, request.num_tokens)
         hit = _NO_HIT
+        if self.loader is not None:
+            spare = len(self._running)
+            self.loader.place(request, tokens, has_room=lambda b, s: self._make_room(b and b + spare, s))
         if self.prefixes is not None:
             hit = self.prefixes.acquire(tokens, salt=request.salt, limit=request.max_hit_tokens)
             if hit.num_tokens and not self._has_room_for(len(tokens), hit):
@@ -308,7 +330,7 @@ class Scheduler:
             return False
         self._waiting.popleft()
         self._running.append(request)
-        request.status, request.wait = RequestStatus.RUNNING, None
+        request.status, request.wait, request.fetch = RequestStatus.RUNNING, None, None
         request.blocks = [*hit.blocks, *self.blocks.allocate(self._num_blocks(len(tokens)) - len(hit.blocks))]
         (request.slot,) = self.slots.allocate(1)
         request.num_computed_tokens = request.num_reused_tokens = hit.num_tokens
@@ -347,6 +369,9 @@ class Scheduler:
             self.slots.share([request.slot])
             self._held_slots += [request.slot, slot]
             self._slot_copies.append((request.slot, slot))
+            if self._spills_at_once:
+                tokens = flight.tokens[: flight.num_computed]
+                self.prefixes.note_spill(tokens, request.blocks, salt=request.salt, slot=request.slot)
             is_shared = flight.stops[flight.num_computed]
             self.prefixes.add_checkpoint(
                 flight.tokens, request.blocks, salt=request.salt, slot=slot, is_shared=is_shared, flight=flight
@@ -359,6 +384,8 @@ class Scheduler:
         if self.prefixes is None or request.slot is None:
             return
         tokens = request.token_range(0, request.num_computed_tokens)
+        if self._spills_at_once:
+            self.prefixes.note_spill(tokens, request.blocks, salt=request.salt, slot=request.slot)
         if self.prefixes.slots is None:
             self.prefixes.insert(tokens, request.blocks, salt=request.salt)
         elif len(tokens) >= self.prefixes.min_tokens:
@@ -390,6 +417,8 @@ class Scheduler:
                 self.prefixes.release_sources(hit)
         self.slots.free(self._held_slots)
         self._sources, self._held_slots = [], []
+        if self.loader is not None:
+            self.loader.release()
         return plan
 
     def _block_owners(self) -> Iterator[int]:
@@ -398,6 +427,7 @@ class Scheduler:
         if self.prefixes is not None:
             yield from self.prefixes.owned_blocks()
         yield from (hit.tail_block for hit in self._sources if hit.tail_block is not None)
+        yield from self.loader.held_blocks if self.loader is not None else ()
 
     def _slot_owners(self) -> Iterator[int]:
         yield from (request.slot for request in self._running if request.slot is not None)
@@ -405,3 +435,4 @@ class Scheduler:
             yield from self.prefixes.owned_slots()
         yield from (hit.slot for hit in self._sources if hit.slot is not None)
         yield from self._held_slots
+        yield from self.loader.held_slots if self.loader is not None else ()

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import logging
 import os
 import stat
 import threading
 import time
-import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,37 +39,17 @@ from qnext.engine.storage.disk_entry import (
     read_header,
     token_bytes,
 )
+from qnext.engine.storage.disk_folder import LOCK_FILE, lock_folder, open_folder
+from qnext.engine.storage.disk_statistics import DiskStatistics
 from qnext.errors import UsageError
 
-LOCK_FILE = "qnext-prefix-cache.lock"
 ENTRY_SUFFIX = ".entry"
 PARTIAL_SUFFIX = ".part"
 QUEUE_BYTES = 256 << 20
+_log = logging.getLogger(__name__)
+
 # The process lacks something, the file may be good.
 _PASSING_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN}
-
-
-class DiskStatistics(NamedTuple):
-    """Counts since the store was opened; `num_entries` and the bytes are those of now.
-
-    `num_dropped` found the queue full, `num_refused` were larger than the whole store, `num_damaged` files were not
-    whole entries of this model and were deleted, `num_foreign` names in the folder are none of the store's and were
-    left alone.
-    """
-
-    num_entries: int
-    entry_bytes: int
-    max_bytes: int
-    queued_bytes: int
-    num_hits: int
-    num_misses: int
-    num_written: int
-    num_evicted: int
-    num_dropped: int
-    num_refused: int
-    num_damaged: int
-    num_foreign: int
-    num_failed_writes: int
 
 
 @dataclass(eq=False)
@@ -115,9 +94,9 @@ class DiskStore:
         self._touched: dict[str, int] = {}
         self._changed = threading.Condition(threading.RLock())
         with contextlib.ExitStack() as stack:
-            self._folder_fd = _open_folder(self.folder)
+            self._folder_fd = open_folder(self.folder)
             stack.callback(os.close, self._folder_fd)
-            lock_fd = _lock_folder(self._folder_fd, self.folder)
+            lock_fd = lock_folder(self._folder_fd, self.folder)
             stack.callback(os.close, lock_fd)
             self._stamp = 0
             self._scan()
@@ -191,6 +170,24 @@ class DiskStore:
     def longest(self, kind: str, salt: bytes, tokens: Sequence[int], *, limit: int) -> int:
         """The largest of `lengths`, or 0. `get` may still find that entry damaged."""
         return max(self.lengths(kind, salt, tokens, limit=limit), default=0)
+
+    def touch(self, kind: str, salt: bytes, tokens: Sequence[int], lengths: Sequence[int]) -> None:
+        """Those of the first so many tokens, ascending, count as used, the longest before the others."""
+        hasher, data = PrefixHasher(self._fingerprint, kind, salt), token_bytes(tokens)
+        names = [name for _, name in hasher.names(data, lengths)]
+        with self._changed:
+            for name in reversed(names):
+                if name in self._index:
+                    self._touch(name)
+
+    @property
+    def max_bytes(self) -> int:
+        return self._max_bytes
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a file could not be written since the store was opened."""
+        return self._counts["failed_writes"] > 0
 
     def statistics(self) -> DiskStatistics:
         with self._changed:
@@ -366,8 +363,7 @@ class DiskStore:
                 self._forget(entry)
         if error is not None and not self._has_warned:
             self._has_warned = True
-            with contextlib.suppress(Warning):  # where warnings are errors the thread must live on
-                warnings.warn(f"prefix cache {self.folder}: {error.strerror}; entries are lost", stacklevel=2)
+            _log.warning("prefix cache %s: %s; entries are lost", self.folder, error.strerror)
 
     def _write_file(self, entry: _Entry) -> None:
         """Under another name first: a file with an entry's name was written whole."""
@@ -386,42 +382,3 @@ class DiskStore:
             os.close(descriptor)
         # The folder itself is not synchronised: a name that a power failure takes back is an entry less.
         os.replace(partial, final, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
-
-
-def _open_folder(folder: Path) -> int:
-    """A descriptor of the folder, which is made where it lacks; every file is reached through it."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(f"prefix cache {folder}: {error.strerror} (it must be a folder and no link)") from error
-    status = os.fstat(descriptor)
-    wrong = ""
-    if status.st_uid != os.geteuid():
-        wrong = f"belongs to user {status.st_uid}"
-    elif status.st_mode & 0o022:
-        wrong = "is writable by others: chmod 700"
-    if wrong:
-        os.close(descriptor)
-        raise UsageError(f"prefix cache {folder}: {wrong}")
-    return descriptor
-
-
-def _lock_folder(folder_fd: int, folder: Path) -> int:
-    """A lock that ends with the process, however that ends. Its file marks the folder as a store."""
-    names = os.listdir(folder_fd)
-    if names and LOCK_FILE not in names:
-        raise UsageError(f"prefix cache {folder}: is neither empty nor a prefix cache")
-    descriptor = -1
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        descriptor = os.open(LOCK_FILE, flags, 0o600, dir_fd=folder_fd)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.fchmod(folder_fd, 0o700)
-    except OSError as error:
-        if descriptor >= 0:
-            os.close(descriptor)
-        is_held = isinstance(error, BlockingIOError)
-        reason = "another engine uses it; give each its own" if is_held else f"{LOCK_FILE}: {error.strerror}"
-        raise UsageError(f"prefix cache {folder}: {reason}") from error
-    return descriptor

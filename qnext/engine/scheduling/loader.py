@@ -1,0 +1,116 @@
+"""When a request waits for a prefix from beyond the device's memory, and where that is put. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qnext.engine.request import Request, RequestStatus
+from qnext.engine.scheduling.archive import Archive, Load
+from qnext.engine.scheduling.prefix import PrefixCache
+from qnext.engine.scheduling.prefix_node import Tokens
+
+_PATIENCE = 0.05  # seconds for which an engine that has nothing else to do waits for a file at a time
+
+
+class Loader:
+    """Brings prefixes back, one at a time, so that what has been read and not yet used stays bounded.
+
+    While a prefix is read its request waits in the queue, and the others go on. When it has come it becomes a
+    checkpoint like any other, and the request goes on from that.
+    """
+
+    def __init__(self, archive: Archive, prefixes: PrefixCache) -> None:
+        self._archive = archive
+        self._prefixes = prefixes
+        self._current: Request | None = None
+        self._is_open = False  # when it was last asked for
+        self._loads: list[Load] = []
+        self.held_blocks: list[int] = []  # the loads' targets, until they are written
+        self.held_slots: list[int] = []
+
+    def must_wait(self, request: Request, tokens: Tokens, *, limit: int) -> bool:
+        """Whether a longer prefix than the cache has is on its way. The tiers are asked once for each admission."""
+        if not request.was_looked_up:
+            request.was_looked_up = True
+            self._find(request, tokens, limit)
+        while request.fetch is not None:
+            if self._is_busy_for_another(request):
+                return True
+            if self._current is not request:
+                if self._num_cached(request, tokens, request.fetch.num_tokens) >= request.fetch.num_tokens:
+                    request.fetch = None
+                    return False
+                self._current = request
+                request.fetch.start()
+            self._is_open = request.fetch.is_open
+            if self._is_open or request.fetch.is_good:
+                return self._is_open
+            self._current = None
+            self._find(request, tokens, request.fetch.num_tokens - 1)  # shorter each time, so it ends
+        return False
+
+    def place(self, request: Request, tokens: Tokens, *, has_room: Callable[[int, int], bool]) -> None:
+        """Make what has come for a request a checkpoint, where there is room for that and for the request besides.
+
+        `has_room` is asked for blocks and slots.
+        """
+        prefixes, fetch = self._prefixes, request.fetch
+        if fetch is None or self._num_cached(request, tokens, fetch.num_tokens) >= fetch.num_tokens:
+            request.fetch = None
+            return
+        size = prefixes.block_size
+        tokens, num_own = tokens[: fetch.num_tokens], -(-len(tokens) // size) - fetch.num_tokens // size
+        known = prefixes.known_blocks(tokens, salt=request.salt)
+        if prefixes.blocks is None:
+            missing = num_own = 0
+        else:
+            missing = -(-len(tokens) // size) - len(known)
+            prefixes.blocks.share(known)  # lest they go to make room
+        if has_room(missing + num_own, 1 if prefixes.slots is None else 2):
+            blocks = [] if prefixes.blocks is None else prefixes.blocks.allocate(missing)
+            slot = None
+            if prefixes.slots is None:
+                prefixes.insert(tokens, [*known, *blocks], salt=request.salt)
+            else:
+                (slot,) = prefixes.slots.allocate(1)
+                prefixes.add_checkpoint(tokens, [*known, *blocks], salt=request.salt, slot=slot)
+                self.held_slots.append(slot)
+            self.held_blocks += blocks
+            self._loads.append(Load(fetch, len(known), tuple(blocks), slot))
+            request.fetch = None
+        if prefixes.blocks is not None:
+            prefixes.blocks.free(known)
+
+    def drain_loads(self) -> tuple[Load, ...]:
+        """For the plan. Their targets are held until `release`."""
+        loads = tuple(self._loads)
+        self._loads.clear()
+        return loads
+
+    def release(self) -> None:
+        """The step is over: the cache alone holds what was loaded."""
+        if self._prefixes.blocks is not None:
+            self._prefixes.blocks.free(self.held_blocks)
+        if self._prefixes.slots is not None:
+            self._prefixes.slots.free(self.held_slots)
+        self.held_blocks, self.held_slots = [], []
+
+    def wait_a_moment(self) -> bool:
+        """For an engine that can do nothing else. False where nothing is on its way."""
+        current = self._current
+        if not self._is_open or current is None or current.status is not RequestStatus.WAITING or current.fetch is None:
+            return False
+        current.fetch.wait(_PATIENCE)
+        return True
+
+    def _find(self, request: Request, tokens: Tokens, limit: int) -> None:
+        above = self._num_cached(request, tokens, limit) + self._prefixes.min_tokens - 1
+        request.fetch = self._archive.find(tokens, salt=request.salt, above=above, limit=limit)
+
+    def _num_cached(self, request: Request, tokens: Tokens, limit: int) -> int:
+        return self._prefixes.lookup(tokens, salt=request.salt, limit=limit).num_tokens
+
+    def _is_busy_for_another(self, request: Request) -> bool:
+        current = self._current
+        is_over = current is None or current.status is not RequestStatus.WAITING or current.fetch is None
+        return not is_over and current is not request

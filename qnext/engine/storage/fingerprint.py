@@ -1,0 +1,84 @@
+"""One value for all that a stored prefix depends on besides its tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+import qnext
+from qnext.engine.cache import Cache
+from qnext.engine.storage.disk_entry import make_fingerprint
+from qnext.engine.storage.transfer import pages_of, states_of
+from qnext.model import CausalLM
+from qnext.ops import Weight, is_native
+from qnext.ops.backend import native
+
+LAYOUT = 1  # of entries: raise it when what they hold, or what it means, changes
+_NUM_SAMPLES = 1024
+_SAMPLE_BYTES = 64
+
+
+def fingerprint(model: CausalLM, cache: Cache, **facts: str | int) -> bytes:
+    """Of model, arithmetic and cache layout. `facts` are the caller's own. Costs tenths of a second for large models.
+
+    The layout is the name, type and shape of every tensor of a block and of a slot: block size, type of keys, values
+    and states, which layers there are. The arithmetic is the package's version, the device, and the instruction set of
+    the native kernels or torch's version.
+    """
+    device = model.device
+    if is_native(device):
+        arithmetic = f"native {native().isa()}"
+    elif device.type == "cuda":
+        arithmetic = f"torch {torch.__version__} {torch.cuda.get_device_name(device)}"
+    else:
+        arithmetic = f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+    layout = [
+        (name, str(tensor.dtype), *tensor.shape[1:])
+        for tensors in (pages_of(cache), states_of(cache))
+        for name, tensor in tensors.items()
+    ]
+    return make_fingerprint(
+        weights_digest(model), version=qnext.__version__, arithmetic=arithmetic, layout=json.dumps([LAYOUT, layout]),
+        **facts,
+    )  # fmt: skip
+
+
+def weights_digest(model: CausalLM) -> bytes:
+    """Of the config, and of name, type, shape and a sample of the bytes of every parameter, buffer and packed weight.
+
+    The sample is everything up to 64 KiB, else 1,024 pieces of 64 bytes evenly over the tensor and its end: training
+    changes every matrix nearly everywhere, so other weights differ in some piece of some tensor. Whoever edits single
+    numbers of a matrix by hand is not noticed, and neither is a change after the engine was made.
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    digest.update(json.dumps(asdict(model.config), sort_keys=True, default=str).encode())
+    for name, tensor in _tensors(model):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(_sample(tensor))
+    return digest.digest()
+
+
+def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, get_args(Weight)) and not isinstance(value, Tensor):
+                for number, tensor in enumerate(value.tensors):
+                    yield f"{name}.{key}.{number}", tensor
+
+
+def _sample(tensor: Tensor) -> bytes:
+    bytes_N = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    count = bytes_N.numel()
+    if count > _NUM_SAMPLES * _SAMPLE_BYTES:
+        stride = count // _NUM_SAMPLES
+        pieces = bytes_N[: stride * _NUM_SAMPLES].view(_NUM_SAMPLES, stride)[:, :_SAMPLE_BYTES]
+        bytes_N = torch.cat([pieces.reshape(-1), bytes_N[-_SAMPLE_BYTES:]])
+    return bytes_N.cpu().numpy().tobytes()
