@@ -6,6 +6,7 @@ Legend: N sequences of a step, T tokens of a step, M pages of a sequence, P toke
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
 from qnext.engine.request import Request
 from qnext.engine.step import SequencePlan, StepPlan
-from qnext.errors import UsageError
 from qnext.model import CacheView, DeltaSlots, KVPages
 from qnext.ops import DELTA_CHUNK_SIZE, Packing, PendingTokens, apply_pending, empty_huge, is_native, touch
 
@@ -36,8 +36,7 @@ class Cache:
     is rounded where DeltaCache says; inputs of the convolution, a twentieth of it, are fp32: native activations have
     that width whatever the weights are. With `num_draft_tokens`, a step may compute up to that many
     tokens of a sequence before it is known how many of them it keeps: see `commit`. With `poison`, memory that has no
-    owner is filled with NaN, so that reading it shows (for tests). `expert_load` has the counters of the views. Raises
-    UsageError for another `state_dtype`.
+    owner is filled with NaN, so that reading it shows (for tests). `expert_load` has the counters of the views.
     """
 
     def __init__(
@@ -57,8 +56,6 @@ class Cache:
         expert_load: Mapping[int, Tensor] | None = None,
         poison: bool = False,
     ) -> None:
-        if state_dtype not in STATE_DTYPES:
-            raise UsageError(f"states are kept in float32 or bfloat16, not in {state_dtype}")
         self.state_dtype = state_dtype
         self.expert_load = expert_load or {}
         self.block_size = block_size
@@ -106,7 +103,13 @@ class Cache:
         """Bytes that the slots of all layers occupy."""
         return sum(tensor.nbytes for slots in self.delta.values() for tensor in slots.tensors) + self.sources.nbytes
 
-    def place_of_source(self, slot: int, position: int) -> int:
+    @overload
+    def place_of_source(self, slot: int, position: int) -> int: ...
+
+    @overload
+    def place_of_source(self, slot: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]: ...
+
+    def place_of_source(self, slot: Any, position: Any) -> Any:
         """Row of `sources`, its first two dimensions as one, for a position of the sequence in a slot."""
         return slot * NUM_SOURCES + position % NUM_SOURCES
 
@@ -205,10 +208,10 @@ class Cache:
             self._table_length[slot] = count
         return slot
 
-    def table_of(self, slot: int) -> NDArray[np.int64]:
-        """Page numbers of the sequence in a slot; shares the memory of a cache on the CPU."""
-        table: NDArray[np.int64] = self._tables[slot].numpy(force=True)
-        return table
+    def tables(self) -> NDArray[np.int64]:
+        """Page numbers of the sequence in each slot, as far as it is bound; a copy unless the cache is on the CPU."""
+        tables: NDArray[np.int64] = self._tables.numpy(force=True)
+        return tables
 
     def _fill_nan(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         for ids, tensors in (

@@ -130,7 +130,9 @@ class Engine:
         self.tiers = make_tiers(model, self.cache, prefix_cache, disk_cache, host_cache_bytes)
         self.scheduler = Scheduler(limits, self.tiers)
         self.runner = Runner(model, self.cache)
-        self.drafter = Drafter(model, self.cache, max_draft_tokens=max_draft_tokens) if has_drafter else None
+        self.drafter = (
+            Drafter(model, self.cache, self.runner.watch, max_draft_tokens=max_draft_tokens) if has_drafter else None
+        )
         self._recorder = MetricsRecorder(self.scheduler, experts)
         self._requests: dict[str, Request] = {}
         self._num_added = 0

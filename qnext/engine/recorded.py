@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qnext.engine.cache import Cache
 from qnext.engine.request import Request
 from qnext.model import Batch, CacheView, CausalLM
-from qnext.ops import Packing, Recording, is_native, record
+from qnext.ops import Packing, ParameterWatch, Recording, is_native, record
 
 _MAX_ATTEMPTS = 4  # the first may meet conversions that are made once
 _MAX_RECORDINGS = 24  # kept; the one used longest ago goes first
@@ -62,6 +64,11 @@ class StepInputs:
         self._is_fresh_N = torch.zeros(num_sequences, dtype=torch.bool, device=cache.device)
         self._tables_NM = torch.zeros(num_sequences, cache.max_pages, dtype=torch.long)
         self._packing = Packing(lengths, device=cache.device)
+        # What `fill` writes; on the CPU it is the packing's own.
+        self._starts = self._packing.cu_seqlens.numpy(force=True)
+        self._arrays = [
+            tensor.numpy() for tensor in (self._of_tokens, self._of_sequences, self._is_draft_N, self._tables_NM)
+        ]
 
     @property
     def batch(self) -> Batch:
@@ -97,34 +104,53 @@ class StepInputs:
 
     def fill(self, rows: Sequence[Rows]) -> None:
         """Put these rows there: as many sequences and tokens as there is room for."""
-        cache, tables_NM = self._cache, self._tables_NM.numpy()
-        of_tokens: list[tuple[int, int, int, int]] = []
-        of_sequences: list[tuple[int, int, int, int]] = []
-        starts = [0]
-        for n, part in enumerate(rows):
-            slot, end = cache.bind(part.request), part.start + len(part.token_ids)
-            pages_M = cache.table_of(slot)
-            if cache.kv:
-                num_pages = -(-end // cache.block_size)
-                tables_NM[n, : num_pages - part.first_page] = pages_M[part.first_page : num_pages]
-            for position, token_id in enumerate(part.token_ids, start=part.start):
-                page, offset = divmod(position, cache.block_size)
-                place = int(pages_M[page]) * cache.block_size + offset if cache.kv else 0
-                of_tokens.append((token_id, position, place, cache.place_of_source(slot, position)))
-            starts.append(len(of_tokens))
-            context = end - part.first_page * cache.block_size
-            of_sequences.append((slot, context, len(of_tokens) - 1, cache.place_of_source(slot, end)))
-        self._of_tokens.numpy()[:] = list(zip(*of_tokens, strict=True))
-        self._of_sequences.numpy()[:] = list(zip(*of_sequences, strict=True))
-        if self._cache.device.type == "cpu":
-            self._packing.cu_seqlens.numpy()[:] = starts
-        self._is_draft_N.numpy()[:] = [part.is_draft for part in rows]
+        cache, size = self._cache, self._cache.block_size
+        of_tokens, of_sequences, is_draft_N, tables_NM = self._arrays
+        tables, starts = cache.tables(), self._starts
+        slots_N, counts_N, first_N, pages_N = np.array(
+            [(cache.bind(part.request), len(part.token_ids), part.start, part.first_page) for part in rows]
+        ).T
+        np.cumsum(counts_N, out=starts[1:])
+        slots_T, positions_T = slots_N, first_N
+        if len(rows) < of_tokens.shape[1]:
+            slots_T = np.repeat(slots_N, counts_N)
+            positions_T = np.arange(starts[-1]) + np.repeat(first_N - starts[:-1], counts_N)
+        of_tokens[0] = list(chain.from_iterable(part.token_ids for part in rows))
+        of_tokens[1] = positions_T
+        if cache.kv:
+            of_tokens[2] = tables[slots_T, positions_T // size] * size + positions_T % size
+        of_tokens[3] = cache.place_of_source(slots_T, positions_T)
+        ends_N = first_N + counts_N
+        of_sequences[0] = slots_N
+        of_sequences[1] = ends_N - pages_N * size
+        of_sequences[2] = starts[1:] - 1
+        of_sequences[3] = cache.place_of_source(slots_N, ends_N)
+        is_draft_N[:] = [part.is_draft for part in rows]
+        if cache.kv:
+            for n, (slot, first, end) in enumerate(zip(slots_N, pages_N, -(-ends_N // size), strict=True)):
+                tables_NM[n, : end - first] = tables[slot, first:end]
+
+
+class ModelWatch:
+    """What recordings of a model depend on, as it was when `look` was called last."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self._parameters = ParameterWatch(model.parameters())
+        self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.num_changes = 0
+        self.has_hooks = False
+
+    def look(self) -> None:
+        """To be called before each step, and before drafting for one: in between, nobody changes a model."""
+        self.num_changes = self._parameters.num_changes()
+        self.has_hooks = any(self._hooks)
 
 
 class _Kept(NamedTuple, Generic[Result]):
     inputs: StepInputs
     result: Result
     recording: Recording
+    num_changes: int  # of parameters, when it was made
 
 
 class RecordedBatches(Generic[Result]):
@@ -135,12 +161,12 @@ class RecordedBatches(Generic[Result]):
     `compute` reads its inputs and writes nothing but the caches and the rows that the cache keeps for drafting.
     """
 
-    def __init__(self, model: CausalLM, cache: Cache, compute: Callable[[StepInputs], Result]) -> None:
-        self._model, self._cache, self._compute = model, cache, compute
+    def __init__(self, cache: Cache, watch: ModelWatch, compute: Callable[[StepInputs], Result]) -> None:
+        self._cache, self._watch, self._compute = cache, watch, compute
+        self._is_native = is_native(cache.device)
         self._batches: dict[tuple[int, int], _Kept[Result]] = {}
         self._num_failures = 0
         self.was_prepared = True
-        self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def serves(self, num_tokens: int) -> bool:
         """Whether a batch of so many tokens is to be recorded. A model with hooks runs in Python, where hooks are
@@ -148,12 +174,13 @@ class RecordedBatches(Generic[Result]):
         return (
             num_tokens <= _MAX_TOKENS
             and self._num_failures < _MAX_ATTEMPTS
-            and is_native(self._cache.device)
-            and not any(self._hooks)
+            and self._is_native
+            and not self._watch.has_hooks
         )
 
     def run(self, rows: Sequence[Rows]) -> Result:
-        """The function's result, in memory that the next batch of this size writes again."""
+        """The function's result, in memory that the next batch of this size writes again. What was recorded before
+        parameters changed is recorded anew."""
         num_tokens = sum(len(part.token_ids) for part in rows)
         if not self.serves(num_tokens):
             inputs = StepInputs(self._cache, [len(part.token_ids) for part in rows])
@@ -162,18 +189,18 @@ class RecordedBatches(Generic[Result]):
             return self._compute(inputs)
         size = (len(rows), num_tokens)
         kept = self._batches.pop(size, None)
-        self.was_prepared = kept is not None and kept.recording.is_current()
+        self.was_prepared = kept is not None and kept.num_changes == self._watch.num_changes
         if kept is not None and self.was_prepared:
             kept.inputs.fill(rows)
             kept.recording.replay()
         else:
             inputs = StepInputs(self._cache, [len(part.token_ids) for part in rows])
             inputs.fill(rows)
-            result, recording = record(partial(self._compute, inputs), parameters=self._model.parameters())
+            result, recording = record(partial(self._compute, inputs))
             if recording is None:
                 self._num_failures += 1
                 return result
-            kept = _Kept(inputs, result, recording)
+            kept = _Kept(inputs, result, recording, self._watch.num_changes)
         self._batches[size] = kept
         if len(self._batches) > _MAX_RECORDINGS:
             del self._batches[next(iter(self._batches))]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qnext.engine.cache import NUM_SOURCES, Cache
-from qnext.engine.recorded import RecordedBatches, Rows, StepInputs
+from qnext.engine.recorded import ModelWatch, RecordedBatches, Rows, StepInputs
 from qnext.engine.request import Request, SampledToken
 from qnext.engine.sampling.logprobs import prompt_logprobs
 from qnext.engine.step import SequencePlan, StepPlan
@@ -37,8 +37,9 @@ class Runner:
     def __init__(self, model: CausalLM, cache: Cache) -> None:
         self.model = model
         self.cache = cache
+        self.watch = ModelWatch(model)
         self._keeps_sources = cache.sources.shape[0] > 0
-        self._decoding = RecordedBatches(model, cache, self._decode)
+        self._decoding = RecordedBatches(cache, self.watch, self._decode)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> RunnerOutput:
@@ -50,6 +51,7 @@ class Runner:
         with one token and sequences with more are two batches: its delta rule and attention have their own paths for
         one token, and the others would pad it to a whole chunk.
         """
+        self.watch.look()
         self.cache.prepare(plan)
         if not plan.sequences:
             return RunnerOutput(torch.empty(0, self.model.config.vocab_size), [])

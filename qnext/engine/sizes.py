@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from qnext.config import ModelConfig
-from qnext.engine.cache import BLOCK_SIZE, NUM_SOURCES
+from qnext.engine.cache import BLOCK_SIZE, NUM_SOURCES, STATE_DTYPES
 from qnext.engine.memory import available_bytes, format_bytes
 from qnext.engine.recorded import largest_recordings
 from qnext.errors import DoesNotFit, UsageError
@@ -56,6 +56,8 @@ def choose_sizes(model: CausalLM, wanted: WantedSizes) -> Sizes:
     UsageError for contradictory or impossible sizes, DoesNotFit where the smallest that are allowed do not fit.
     """
     config = model.config
+    if wanted.state_dtype not in STATE_DTYPES:
+        raise UsageError(f"states are kept in float32 or bfloat16, not in {wanted.state_dtype}")
     max_model_len = config.context_length if wanted.max_model_len is None else wanted.max_model_len
     if not 2 <= max_model_len <= config.context_length:
         raise UsageError(

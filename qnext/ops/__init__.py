@@ -21,7 +21,7 @@ from qnext.ops.dispatch import (
 from qnext.ops.memory import empty_huge, keep_freed_memory, touch
 from qnext.ops.packing import Packing
 from qnext.ops.quantized import QuantizedWeight
-from qnext.ops.recording import Recording, record
+from qnext.ops.recording import ParameterWatch, Recording, record
 from qnext.ops.reference.attention import attention, paged_attention, write_kv
 from qnext.ops.reference.attention_mixer import AttentionCache
 from qnext.ops.reference.conv import causal_conv1d_silu
@@ -42,6 +42,7 @@ __all__ = [
     "DeltaCache",
     "Packing",
     "PanelWeight",
+    "ParameterWatch",
     "PendingTokens",
     "QuantizedWeight",
     "Recording",

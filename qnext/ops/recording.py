@@ -6,6 +6,7 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from qnext.ops.backend import native
 
 Result = TypeVar("Result")
 
+_version_of = attrgetter("_version")
 _EMPTY, _EMPTY_LIKE = torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default
 
 
@@ -27,37 +29,47 @@ class Recording:
     lay, and finds the result where the first one is. What lies between the two belongs to the recording.
     """
 
-    def __init__(self, calls: Any, memory: list[Tensor], parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, calls: Any, memory: list[Tensor]) -> None:
         self._calls = calls
         self._memory = memory
-        # Of any of them the address, or that of its copy in fp32, may stand in a call.
-        self._stamps = [
-            (parameter, parameter._version, parameter.data_ptr())
-            for parameter in parameters
-            if not parameter.is_inference()
-        ]
 
     @property
     def num_bytes(self) -> int:
         """Memory that is the recording's own."""
         return sum(block.nbytes for block in self._memory)
 
-    def is_current(self) -> bool:
-        """Whether no parameter has changed or moved since."""
-        return all(p._version == version and p.data_ptr() == address for p, version, address in self._stamps)
-
     def replay(self) -> None:
         """The same calls once more. Raises what they raise, IndexError for instance."""
         self._calls.replay()
 
 
-def record(
-    compute: Callable[[], Result], *, parameters: Iterable[nn.Parameter] = ()
-) -> tuple[Result, Recording | None]:
+class ParameterWatch:
+    """Tells when parameters change or move: of any of them the address, or that of its copy in fp32, may stand in the
+    calls of a recording."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        # Those of inference mode have no version, and nothing may change them.
+        self._parameters = [parameter for parameter in parameters if not parameter.is_inference()]
+        self._versions, self._addresses = self._look()
+        self._num_changes = 0
+
+    def num_changes(self) -> int:
+        """How often something was found changed. What was recorded at another number is to be recorded anew."""
+        versions, addresses = self._look()
+        if versions != self._versions or addresses != self._addresses:
+            self._versions, self._addresses = versions, addresses
+            self._num_changes += 1
+        return self._num_changes
+
+    def _look(self) -> tuple[list[int], list[int]]:
+        return list(map(_version_of, self._parameters)), list(map(Tensor.data_ptr, self._parameters))
+
+
+def record(compute: Callable[[], Result]) -> tuple[Result, Recording | None]:
     """The result of `compute` and, where native calls alone made it, how to make it again.
 
     None for the recording says that torch computed a part, which no replay would repeat: a reference implementation,
-    or a conversion that is made on first use. `parameters` are those that `compute` reads.
+    or a conversion that is made on first use. The weights that it reads must stay what they are: see ParameterWatch.
     """
     calls = native().Recording()
     witness = _Witness()
@@ -67,7 +79,7 @@ def record(
             result = compute()
     finally:
         calls.stop()
-    return result, None if witness.has_computed else Recording(calls, witness.blocks, parameters)
+    return result, None if witness.has_computed else Recording(calls, witness.blocks)
 
 
 class _Witness(TorchDispatchMode):

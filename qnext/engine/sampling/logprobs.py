@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -53,5 +54,5 @@ def prompt_logprobs(
 
 def check_finite(highest: Sequence[float]) -> None:
     """The maximum of a row is NaN where any entry is, so one number per row is enough to look at."""
-    if not np.isfinite(highest).all():
+    if not all(map(math.isfinite, highest)):
         raise CorruptCheckpoint("the model's logits are not finite: weights are damaged or overflow in this dtype")

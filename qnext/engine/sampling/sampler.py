@@ -58,10 +58,11 @@ def verify(logits_RY: Tensor, windows: Sequence[Window]) -> list[Verdict]:
     if not windows:
         return []
     best_ids = _checked_argmax(logits_RY)
+    rows_RY = _on_host(logits_RY)
     verdicts, first = [], 0
     for window in windows:
         end = first + len(window.draft_ids) + 1
-        verdicts.append(_verified(logits_RY[first:end], best_ids[first:end], window))
+        verdicts.append(_verified(rows_RY[first:end], best_ids[first:end], window))
         first = end
     return verdicts
 
@@ -88,7 +89,7 @@ def draft(logits_RY: Tensor, requests: Sequence[Request], indices: Sequence[int]
     return guesses
 
 
-def _verified(logits_RY: Tensor, best_ids: list[int], window: Window) -> Verdict:
+def _verified(logits_RY: Tensor | Row, best_ids: list[int], window: Window) -> Verdict:
     request, guide = window.request, window.guide
     start = len(request.output_ids)
     counts: Mapping[int, int] = request.output_counts
@@ -111,7 +112,7 @@ def _verified(logits_RY: Tensor, best_ids: list[int], window: Window) -> Verdict
     return Verdict(tuple(tokens))
 
 
-def _token(logits_Y: Tensor, best_id: int, window: Window, index: int, counts: Mapping[int, int]) -> SampledToken:
+def _token(logits_Y: Tensor | Row, best_id: int, window: Window, index: int, counts: Mapping[int, int]) -> SampledToken:
     """Token `index` of the output, given the `counts` of those before it."""
     request = window.request
     words = None if window.guide is None else window.guide.allowed()
@@ -151,8 +152,13 @@ def _checked_argmax(logits_RY: Tensor) -> list[int]:
     return best[:, 0].tolist()
 
 
-def _numpy(row_Y: Tensor) -> Row:
-    return row_Y.numpy(force=True)
+def _on_host(logits_RY: Tensor) -> Tensor | Row:
+    """The same as an array where that costs nothing; elsewhere only rows that are needed leave the device."""
+    return logits_RY.numpy() if logits_RY.device.type == "cpu" else logits_RY
+
+
+def _numpy(row_Y: Tensor | Row) -> Row:
+    return row_Y.numpy(force=True) if isinstance(row_Y, Tensor) else row_Y
 
 
 def _is_adjusted(request: Request, index: int) -> bool:

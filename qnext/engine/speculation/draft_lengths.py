@@ -12,11 +12,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-_LEAST_GAIN = 1.03  # less is within the error of the estimates
-_PRIOR_TRIALS = 4.0
+_LEAST_GAIN = 1.04  # less is within the error of the estimates
+_PRIOR_TRIALS = 8.0
 _MEMORY_OF_REQUEST, _MEMORY_OF_ALL = 32.0, 400.0  # trials after which an old one counts for a third
-_PROBE_SHARE = 0.008  # of the time, at most
-_ENOUGH_SEEN, _FORGET_AFTER, _FAVOUR = 5, 500, 0.75
+_PROBE_SHARE = 0.005  # of the time, at most
+_ENOUGH_SEEN, _FORGET_AFTER, _FAVOUR = 5, 4000, 0.8
 _FIRST_GUESS = 0.5  # acceptance before anything was seen
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qnext.engine.cache import NUM_SOURCES, Cache
 from qnext.engine.memory import weight_bytes
-from qnext.engine.recorded import RecordedBatches, Rows, StepInputs
+from qnext.engine.recorded import ModelWatch, RecordedBatches, Rows, StepInputs
 from qnext.engine.request import Request
 from qnext.engine.sampling.sampler import Verdict, Window, draft
 from qnext.engine.speculation.draft_lengths import Drafting, DraftLengths, step_shapes
@@ -29,7 +29,7 @@ from qnext.ops import embedding, put_rows
 
 DEFAULT_DRAFT_TOKENS = 3
 _PROBE_ROWS = 32  # read by a probe, the second half of them compared with what came
-_SETTLED_STEPS = 8  # between two looks at the lengths where nothing is drafted
+_STEPS_BETWEEN = 4  # two looks at the lengths
 
 
 class Drafter:
@@ -38,11 +38,12 @@ class Drafter:
     `draft` goes before a step, `learn` after it. Between the two the request's `drafts` are verified.
     """
 
-    def __init__(self, model: CausalLM, cache: Cache, *, max_draft_tokens: int) -> None:
-        self._model, self._cache = model, cache
+    def __init__(self, model: CausalLM, cache: Cache, watch: ModelWatch, *, max_draft_tokens: int) -> None:
+        self._model, self._cache, self._watch = model, cache, watch
         self.lengths = _lengths(model, max_draft_tokens)
-        self._next_tokens = RecordedBatches(model, cache, self._draft_rows)
-        self._drafted_at: tuple[int, int] = (0, 0)  # sequences and steps when nothing was worth drafting
+        self._next_tokens = RecordedBatches(cache, watch, self._draft_rows)
+        self._chosen_for: list[int] = []  # requests; the choice holds for some steps
+        self._wanted: list[int] | None = None
         self._num_steps = 0
 
     # ---- before a step ----
@@ -53,19 +54,19 @@ class Drafter:
         if not requests:
             return
         self._num_steps += 1
-        lengths = self.lengths
-        num_requests, num_steps = self._drafted_at
-        if num_requests == len(requests) and self._num_steps < num_steps + _SETTLED_STEPS and not lengths.may_probe:
+        ids = [id(request) for request in requests]
+        if ids == self._chosen_for and self._num_steps % _STEPS_BETWEEN and not self.lengths.may_probe:
+            if self._wanted is not None:
+                self._propose(requests, self._wanted)
             return
         draftings = [self._drafting_of(request) for request in requests]
         wanted = self._choose(requests, draftings)
-        if lengths.may_probe and self._probe([n for n, length in enumerate(wanted) if not length], requests, draftings):
+        idle = [n for n, length in enumerate(wanted) if not length]
+        if idle and self.lengths.may_probe and self._probe(idle, requests, draftings):
             wanted = self._choose(requests, draftings)
-        if any(wanted):
-            self._drafted_at = (0, 0)
-            self._propose(requests, draftings, wanted)
-        else:
-            self._drafted_at = (len(requests), self._num_steps)
+        self._chosen_for, self._wanted = ids, wanted if any(wanted) else None
+        if self._wanted is not None:
+            self._propose(requests, self._wanted)
 
     def learn(self, windows: Sequence[Window], verdicts: Sequence[Verdict], *, seconds: float | None) -> None:
         """What became of the drafts of a step, which took so long if that is a measure for others."""
@@ -127,10 +128,13 @@ class Drafter:
 
     # ---- passes of the layer ----
 
-    def _propose(self, requests: Sequence[Request], draftings: Sequence[Drafting], wanted: Sequence[int]) -> None:
+    def _propose(self, requests: Sequence[Request], wanted: Sequence[int]) -> None:
         drafts: list[list[int]] = [[] for _ in requests]
-        active = [n for n, length in enumerate(wanted) if length]
+        draftings = [self._drafting_of(request) for request in requests]
+        most = [min(length, self._most(r, d)) for length, r, d in zip(wanted, requests, draftings, strict=True)]
+        active = [n for n, length in enumerate(most) if length]
         rows = [self._rows(requests[n], draftings[n]) for n in active]
+        self._watch.look()
         while active:
             start = time.perf_counter()
             logits_NY = self._next_tokens.run(rows)
@@ -139,7 +143,7 @@ class Drafter:
                 drafts[n].append(token)
             if self._next_tokens.was_prepared:
                 self.lengths.passes.observe(len(active), time.perf_counter() - start)
-            active = [n for n in active if len(drafts[n]) < wanted[n]]
+            active = [n for n in active if len(drafts[n]) < most[n]]
             rows = [
                 self._rows_at(
                     requests[n], draftings[n], drafts[n][-1:], requests[n].num_computed_tokens + len(drafts[n]) - 1

@@ -18,7 +18,7 @@
 namespace qnext {
 namespace {
 
-constexpr int kSpins = 4000;  // some tens of microseconds: the gap between two operations of a decoding step
+constexpr int kSpins = 30000;
 constexpr int kScratchSlots = 24;
 
 void relax() {
