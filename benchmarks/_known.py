@@ -42,7 +42,7 @@ def known_recipe(*, steps: int, num_bytes: int) -> Recipe:
     recipe = demo(seconds=1.0, seed=0)
     train = recipe.train.with_(
         total_steps=steps, time_budget=None, tokens_per_batch=1024, sample_every=0, snapshot_every=100,
-        weight_decay=0.0, mtp_start=0.2, mtp_coefficient=0.3,
+        weight_decay=0.0, mtp_start=0.2, mtp_coefficient=0.3, mtp_steps=3,
     )  # fmt: skip
     return replace(
         recipe, name="known", model=known_model(), train=train, corpus=partial(_little_text, num_bytes), eval_bytes=1

@@ -18,7 +18,7 @@ from qnext.model import CausalLM
 
 def make_engine(model: CausalLM, *, speculate: bool, max_num_seqs: int, max_model_len: int) -> Engine:
     """The only place here that says how drafting is switched on and off."""
-    return Engine(model, max_num_seqs=max_num_seqs, max_model_len=max_model_len, max_draft_tokens=2 if speculate else 0)
+    return Engine(model, max_num_seqs=max_num_seqs, max_model_len=max_model_len, speculation=speculate)
 
 
 class RandomTokens:

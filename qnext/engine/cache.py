@@ -20,16 +20,17 @@ from qnext.model import CacheView, DeltaSlots, KVPages
 from qnext.ops import DELTA_CHUNK_SIZE, Packing, PendingTokens, apply_pending, empty_huge, is_native, touch
 
 BLOCK_SIZE = 16
-NUM_SOURCES = 128
+NUM_SOURCES, NUM_DRAFT_PAGES = 64, 32
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Cache:
     """Pages for every full-attention layer and slots for every linear layer of the trunk.
 
-    With `has_drafter` the MTP layer has pages too, numbered as the layer after the last, and `sources` keeps for each
-    slot the rows of the trunk that the MTP layer reads, of the last `NUM_SOURCES` positions: that of position p at
-    place p modulo their number.
+    With `has_drafter`, each slot has what the MTP layer needs: in `sources` the rows of the trunk that it reads, of the
+    last `NUM_SOURCES` positions, that of position p at place p modulo their number; and in `draft_kv`, under the number
+    of the layer after the last, `NUM_DRAFT_PAGES` pages for its own keys and values, which go round as well. Neither is
+    shared or copied: a layer that only guesses may forget.
 
     Keys and values are kept in `dtype` unless `kv_dtype` says otherwise; in int8 they have an fp32 scale per token and
     head. The recurrent states of the linear layers are kept in `state_dtype`: fp32, or bf16 for half the memory, which
@@ -63,8 +64,6 @@ class Cache:
         self.num_draft_tokens = num_draft_tokens
         self.device = torch.device(device)
         kinds = list(enumerate(config.layer_types))
-        if has_drafter:
-            kinds.append((config.num_hidden_layers, FULL_ATTENTION))
         source_dtype = torch.float32 if is_native(self.device) else dtype
         self.sources = torch.zeros(
             num_slots if has_drafter else 0, NUM_SOURCES, config.hidden_size, dtype=source_dtype, device=self.device
@@ -75,8 +74,13 @@ class Cache:
             for index, kind in kinds
             if kind == FULL_ATTENTION
         }
+        self.draft_kv: dict[int, KVPages] = {}
+        if has_drafter:
+            draft_shape = (num_slots * NUM_DRAFT_PAGES, *kv_shape[1:])
+            self.draft_kv[config.num_hidden_layers] = _make_pages(draft_shape, kv_dtype or dtype, self.device)
         linear = [index for index, kind in kinds if kind == LINEAR_ATTENTION]
         self._num_accepted = torch.zeros(len(linear), num_slots, dtype=torch.long, device=device)
+        self._accepted_on_host = self._num_accepted.numpy() if self.device.type == "cpu" else None
         self.delta = {
             index: _make_slots(config, num_slots, num_draft_tokens, accepted, self.device, state_dtype)
             for index, accepted in zip(linear, self._num_accepted.unbind(), strict=True)
@@ -89,7 +93,7 @@ class Cache:
         # Memory that nobody wrote is only promised: it could run out in the middle of a step.
         pages = [tensor for layer in self.kv.values() for tensor in layer.tensors]
         states = [tensor for layer in self.delta.values() for tensor in layer.tensors]
-        touch([self._tables, self.sources, *pages, *states])
+        touch([self._tables, *pages, *states, *self._of_drafter])
         if poison:
             self._fill_nan(range(num_blocks), range(num_slots))
 
@@ -101,7 +105,12 @@ class Cache:
     @property
     def state_bytes(self) -> int:
         """Bytes that the slots of all layers occupy."""
-        return sum(tensor.nbytes for slots in self.delta.values() for tensor in slots.tensors) + self.sources.nbytes
+        states = [tensor for slots in self.delta.values() for tensor in slots.tensors]
+        return sum(tensor.nbytes for tensor in (*states, *self._of_drafter))
+
+    @property
+    def _of_drafter(self) -> list[Tensor]:
+        return [self.sources, *(tensor for pages in self.draft_kv.values() for tensor in pages.tensors)]
 
     @overload
     def place_of_source(self, slot: int, position: int) -> int: ...
@@ -170,7 +179,10 @@ class Cache:
         """
         if not 0 <= num_accepted <= self.num_draft_tokens:
             raise ValueError(f"{num_accepted} accepted tokens of a draft of at most {self.num_draft_tokens}")
-        self._num_accepted[:, slot] = num_accepted
+        if self._accepted_on_host is not None:
+            self._accepted_on_host[:, slot] = num_accepted  # a tenth of the time that torch takes
+        else:
+            self._num_accepted[:, slot] = num_accepted
 
     def flush(self, slots: Sequence[int]) -> None:
         """Bring the states of these slots, all different, up to what was committed: before they are read or copied."""
@@ -218,7 +230,7 @@ class Cache:
             # codes of int8 have no NaN, their scales do; of numbers of accepted tokens, none is left
             (blocks, [tensor for pages in self.kv.values() for tensor in pages.tensors]),
             (slots, [tensor for slots_ in self.delta.values() for tensor in slots_.tensors]),
-            (slots, [self.sources] if self.sources.shape[0] else []),
+            (slots, [tensor.unflatten(0, (len(self._table_owner), -1)) for tensor in self._of_drafter if len(tensor)]),
         ):
             index = torch.tensor(list(ids), dtype=torch.long, device=self.device)
             for tensor in tensors:

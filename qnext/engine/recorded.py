@@ -5,25 +5,28 @@ Legend: N sequences, T tokens, M pages of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from qnext.engine.cache import Cache
+from qnext.engine.cache import NUM_DRAFT_PAGES, Cache
 from qnext.engine.request import Request
-from qnext.model import Batch, CacheView, CausalLM
+from qnext.model import Batch, CacheView, CausalLM, KVPages
 from qnext.ops import Packing, ParameterWatch, Recording, is_native, record
 
 _MAX_ATTEMPTS = 4  # the first may meet conversions that are made once
 _MAX_RECORDINGS = 24  # kept; the one used longest ago goes first
 _MAX_TOKENS = 64  # of a batch: in longer ones the time of Python no longer counts, but the memory does
 
+Inputs = TypeVar("Inputs", bound="StepInputs")
 Result = TypeVar("Result")
+Ints: TypeAlias = NDArray[np.int64]
 
 
 def largest_recordings(max_num_seqs: int, max_draft_tokens: int) -> list[int]:
@@ -37,13 +40,13 @@ def largest_recordings(max_num_seqs: int, max_draft_tokens: int) -> list[int]:
 
 
 class Rows(NamedTuple):
-    """Consecutive tokens of one sequence, from position `start` on. Attention sees its pages from `first_page` on."""
+    """Consecutive tokens of one sequence, from position `start` on. For the MTP layer the sequence begins at `base`."""
 
     request: Request
     token_ids: Sequence[int]
     start: int
     is_draft: bool = False
-    first_page: int = 0
+    base: int = 0
 
 
 class StepInputs:
@@ -62,7 +65,7 @@ class StepInputs:
         self._of_sequences = torch.zeros(4, num_sequences, dtype=torch.long)
         self._is_draft_N = torch.zeros(num_sequences, dtype=torch.bool)
         self._is_fresh_N = torch.zeros(num_sequences, dtype=torch.bool, device=cache.device)
-        self._tables_NM = torch.zeros(num_sequences, cache.max_pages, dtype=torch.long)
+        self._tables_NM = torch.zeros(num_sequences, self._num_pages, dtype=torch.long)
         self._packing = Packing(lengths, device=cache.device)
         # What `fill` writes; on the CPU it is the packing's own.
         self._starts = self._packing.cu_seqlens.numpy(force=True)
@@ -71,11 +74,19 @@ class StepInputs:
         ]
 
     @property
+    def _num_pages(self) -> int:
+        return self._cache.max_pages
+
+    @property
+    def _kv(self) -> Mapping[int, KVPages]:
+        return self._cache.kv
+
+    @property
     def batch(self) -> Batch:
         cache = self._cache
         token_ids_T, positions_T, write_index_T, _ = self._of_tokens.to(cache.device).unbind(0)
         view = CacheView(
-            kv=cache.kv,
+            kv=self._kv,
             delta=cache.delta,
             slots_N=self._of_sequences[0].to(cache.device),
             is_fresh_N=self._is_fresh_N,
@@ -104,31 +115,82 @@ class StepInputs:
 
     def fill(self, rows: Sequence[Rows]) -> None:
         """Put these rows there: as many sequences and tokens as there is room for."""
-        cache, size = self._cache, self._cache.block_size
-        of_tokens, of_sequences, is_draft_N, tables_NM = self._arrays
-        tables, starts = cache.tables(), self._starts
-        slots_N, counts_N, first_N, pages_N = np.array(
-            [(cache.bind(part.request), len(part.token_ids), part.start, part.first_page) for part in rows]
+        slots_N, counts_N, first_N, bases_N = np.array(
+            [(self._cache.bind(part.request), len(part.token_ids), part.start, part.base) for part in rows]
         ).T
+        starts = self._starts
         np.cumsum(counts_N, out=starts[1:])
         slots_T, positions_T = slots_N, first_N
-        if len(rows) < of_tokens.shape[1]:
+        if len(rows) < self._of_tokens.shape[1]:
             slots_T = np.repeat(slots_N, counts_N)
             positions_T = np.arange(starts[-1]) + np.repeat(first_N - starts[:-1], counts_N)
+            bases_T = np.repeat(bases_N, counts_N)
+        else:
+            bases_T = bases_N
+        of_tokens, of_sequences, is_draft_N, _ = self._arrays
         of_tokens[0] = list(chain.from_iterable(part.token_ids for part in rows))
-        of_tokens[1] = positions_T
-        if cache.kv:
-            of_tokens[2] = tables[slots_T, positions_T // size] * size + positions_T % size
-        of_tokens[3] = cache.place_of_source(slots_T, positions_T)
-        ends_N = first_N + counts_N
-        of_sequences[0] = slots_N
-        of_sequences[1] = ends_N - pages_N * size
         of_sequences[2] = starts[1:] - 1
-        of_sequences[3] = cache.place_of_source(slots_N, ends_N)
         is_draft_N[:] = [part.is_draft for part in rows]
-        if cache.kv:
-            for n, (slot, first, end) in enumerate(zip(slots_N, pages_N, -(-ends_N // size), strict=True)):
-                tables_NM[n, : end - first] = tables[slot, first:end]
+        self._place(slots_N, first_N + counts_N, bases_N, slots_T, positions_T, bases_T)
+
+    def _place(
+        self, slots_N: Ints, ends_N: Ints, bases_N: Ints, slots_T: Ints, positions_T: Ints, bases_T: Ints
+    ) -> None:
+        of_tokens, of_sequences, _, _ = self._arrays
+        of_tokens[1] = positions_T
+        of_tokens[3] = self._cache.place_of_source(slots_T, positions_T)
+        of_sequences[0] = slots_N
+        of_sequences[3] = self._cache.place_of_source(slots_N, ends_N)
+        self._point_to_pages(slots_N, ends_N - bases_N, slots_T, positions_T - bases_T)
+
+    def _point_to_pages(self, slots_N: Ints, ends_N: Ints, slots_T: Ints, places_T: Ints) -> None:
+        of_tokens, of_sequences, _, tables_NM = self._arrays
+        size = self._cache.block_size
+        of_sequences[1] = ends_N
+        if self._cache.kv:
+            tables = self._cache.tables()
+            of_tokens[2] = tables[slots_T, places_T // size] * size + places_T % size
+            for n, (slot, end) in enumerate(zip(slots_N, -(-ends_N // size), strict=True)):
+                tables_NM[n, :end] = tables[slot, :end]
+
+
+class DraftInputs(StepInputs):
+    """Rows of the MTP layer, whose pages go round; and for `depth` tokens drafted one after another, the rows that
+    each of them makes. `drafts_KN` is where these tokens are put."""
+
+    def __init__(self, cache: Cache, lengths: Sequence[int], depth: int = 1) -> None:
+        super().__init__(cache, lengths)
+        self.drafts_KN = torch.zeros(depth, len(lengths), dtype=torch.long, device=cache.device)
+        self.later = [DraftInputs(cache, [1] * len(lengths)) for _ in range(depth - 1)]
+
+    @property
+    def _num_pages(self) -> int:
+        return NUM_DRAFT_PAGES
+
+    @property
+    def _kv(self) -> Mapping[int, KVPages]:
+        return self._cache.draft_kv
+
+    def fill(self, rows: Sequence[Rows]) -> None:
+        super().fill(rows)
+        if self.later:
+            slots_N, ends_N, bases_N = np.array(
+                [(part.request.slot, part.start + len(part.token_ids), part.base) for part in rows]
+            ).T
+            for steps, inputs in enumerate(self.later):
+                places = ends_N + steps
+                inputs._place(slots_N, places + 1, bases_N, slots_N, places, bases_N)
+
+    def _point_to_pages(self, slots_N: Ints, ends_N: Ints, slots_T: Ints, places_T: Ints) -> None:
+        """Places count from where the MTP layer began. It sees as much of what is before as its pages hold."""
+        of_tokens, of_sequences, _, tables_NM = self._arrays
+        size = self._cache.block_size
+        pages_T = slots_T * NUM_DRAFT_PAGES + places_T // size % NUM_DRAFT_PAGES
+        of_tokens[2] = pages_T * size + places_T % size
+        first_pages_N = np.maximum(0, (ends_N - 1) // size - NUM_DRAFT_PAGES + 1)
+        of_sequences[1] = ends_N - first_pages_N * size
+        pages_NM = first_pages_N[:, None] + np.arange(NUM_DRAFT_PAGES)
+        tables_NM[:] = slots_N[:, None] * NUM_DRAFT_PAGES + pages_NM % NUM_DRAFT_PAGES
 
 
 class ModelWatch:
@@ -146,25 +208,31 @@ class ModelWatch:
         self.has_hooks = any(self._hooks)
 
 
-class _Kept(NamedTuple, Generic[Result]):
-    inputs: StepInputs
+class _Kept(NamedTuple, Generic[Inputs, Result]):
+    inputs: Inputs
     result: Result
     recording: Recording
     num_changes: int  # of parameters, when it was made
 
 
-class RecordedBatches(Generic[Result]):
+class RecordedBatches(Generic[Inputs, Result]):
     """One function of batches, recorded for each size of a batch that recurs.
 
-    `was_prepared` says of the last batch that nothing was done for the first time: its time is that of the next ones.
-
-    `compute` reads its inputs and writes nothing but the caches and the rows that the cache keeps for drafting.
+    `make_inputs` takes the rows of each sequence and the depth of the drafts. `compute` reads its inputs and writes
+    nothing but the caches. `was_prepared` says of the last batch that nothing was done for the first time: its time is
+    that of the next ones.
     """
 
-    def __init__(self, cache: Cache, watch: ModelWatch, compute: Callable[[StepInputs], Result]) -> None:
-        self._cache, self._watch, self._compute = cache, watch, compute
+    def __init__(
+        self,
+        cache: Cache,
+        watch: ModelWatch,
+        make_inputs: Callable[[Sequence[int], int], Inputs],
+        compute: Callable[[Inputs], Result],
+    ) -> None:
+        self._watch, self._make_inputs, self._compute = watch, make_inputs, compute
         self._is_native = is_native(cache.device)
-        self._batches: dict[tuple[int, int], _Kept[Result]] = {}
+        self._batches: dict[tuple[int, int, int], _Kept[Inputs, Result]] = {}
         self._num_failures = 0
         self.was_prepared = True
 
@@ -178,23 +246,24 @@ class RecordedBatches(Generic[Result]):
             and not self._watch.has_hooks
         )
 
-    def run(self, rows: Sequence[Rows]) -> Result:
+    def run(self, rows: Sequence[Rows], *, depth: int = 1, recurs: bool = True) -> Result:
         """The function's result, in memory that the next batch of this size writes again. What was recorded before
-        parameters changed is recorded anew."""
-        num_tokens = sum(len(part.token_ids) for part in rows)
-        if not self.serves(num_tokens):
-            inputs = StepInputs(self._cache, [len(part.token_ids) for part in rows])
+        parameters changed is recorded anew; a size that hardly `recurs` is not recorded."""
+        lengths = [len(part.token_ids) for part in rows]
+        num_tokens = sum(lengths)
+        if not recurs or not self.serves(num_tokens):
+            inputs = self._make_inputs(lengths, depth)
             inputs.fill(rows)
-            self.was_prepared = True
+            self.was_prepared = recurs
             return self._compute(inputs)
-        size = (len(rows), num_tokens)
+        size = (len(rows), num_tokens, depth)
         kept = self._batches.pop(size, None)
         self.was_prepared = kept is not None and kept.num_changes == self._watch.num_changes
         if kept is not None and self.was_prepared:
             kept.inputs.fill(rows)
             kept.recording.replay()
         else:
-            inputs = StepInputs(self._cache, [len(part.token_ids) for part in rows])
+            inputs = self._make_inputs(lengths, depth)
             inputs.fill(rows)
             result, recording = record(partial(self._compute, inputs))
             if recording is None:

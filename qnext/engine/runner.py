@@ -39,7 +39,7 @@ class Runner:
         self.cache = cache
         self.watch = ModelWatch(model)
         self._keeps_sources = cache.sources.shape[0] > 0
-        self._decoding = RecordedBatches(cache, self.watch, self._decode)
+        self._decoding = RecordedBatches(cache, self.watch, lambda lengths, _: StepInputs(cache, lengths), self._decode)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> RunnerOutput:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from qnext.config import ModelConfig
-from qnext.engine.cache import BLOCK_SIZE, NUM_SOURCES, STATE_DTYPES
+from qnext.engine.cache import BLOCK_SIZE, NUM_DRAFT_PAGES, NUM_SOURCES, STATE_DTYPES
 from qnext.engine.memory import available_bytes, format_bytes
 from qnext.engine.recorded import largest_recordings
 from qnext.errors import DoesNotFit, UsageError
@@ -65,9 +65,7 @@ def choose_sizes(model: CausalLM, wanted: WantedSizes) -> Sizes:
         )
     if wanted.num_blocks is not None and wanted.kv_budget_bytes is not None:
         raise UsageError("give num_blocks or kv_budget_bytes, not both")
-    block_bytes = BLOCK_SIZE * kv_bytes_per_token(
-        config, dtype=str(wanted.kv_dtype).removeprefix("torch."), with_mtp=wanted.has_drafter
-    )
+    block_bytes = BLOCK_SIZE * kv_bytes_per_token(config, dtype=str(wanted.kv_dtype).removeprefix("torch."))
     if block_bytes and wanted.kv_budget_bytes is not None and wanted.kv_budget_bytes < block_bytes:
         raise UsageError(f"the KV cache needs at least one block of {block_bytes} bytes")
     available = available_bytes(model.device)
@@ -144,7 +142,11 @@ def _state_bytes(config: ModelConfig, wanted: WantedSizes) -> int:
     pending = 4 * (per_token if config.num_linear_layers else 0) * config.num_linear_layers
     num_pending = wanted.max_draft_tokens + 1 if wanted.max_draft_tokens else 0
     dtype = str(wanted.state_dtype).removeprefix("torch.")
-    sources = 4 * NUM_SOURCES * config.hidden_size if wanted.has_drafter else 0
+    sources = 0
+    if wanted.has_drafter:
+        of_all = kv_bytes_per_token(config, dtype=str(wanted.kv_dtype).removeprefix("torch."), with_mtp=True)
+        of_trunk = kv_bytes_per_token(config, dtype=str(wanted.kv_dtype).removeprefix("torch."))
+        sources = 4 * NUM_SOURCES * config.hidden_size + NUM_DRAFT_PAGES * BLOCK_SIZE * (of_all - of_trunk)
     return state_bytes_per_sequence(config, state_dtype=dtype).total + num_pending * pending + sources
 
 

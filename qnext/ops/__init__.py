@@ -8,6 +8,7 @@ from qnext.ops.cpu.panels import PanelWeight
 from qnext.ops.delta_mixer import DeltaCache, PendingTokens, apply_pending, gated_delta_mixer
 from qnext.ops.dispatch import (
     add,
+    argmax,
     concat,
     embedding,
     experts_swiglu,
@@ -52,6 +53,7 @@ __all__ = [
     "add",
     "apply_pending",
     "apply_rope",
+    "argmax",
     "attention",
     "attention_mixer",
     "causal_conv1d_silu",

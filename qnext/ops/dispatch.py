@@ -65,6 +65,14 @@ def put_rows(rows_TD: Tensor, index_T: Tensor, table_ND: Tensor) -> None:
         table_ND.index_copy_(0, index_T, rows_TD.to(table_ND.dtype))
 
 
+def argmax(rows_RY: Tensor, out_R: Tensor) -> None:
+    """Where each row is highest, the lowest place of equal ones, into `out_R` int64."""
+    if runs_native(rows_RY):
+        rows.argmax(native(), rows_RY, out_R)
+    else:
+        torch.argmax(rows_RY, dim=-1, out=out_R)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape and dtype."""
     if runs_native(gate, up) and rows.fits_rows(gate):

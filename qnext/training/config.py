@@ -46,6 +46,7 @@ class TrainConfig:
     z_loss_coefficient: float = 1e-3
     mtp_coefficient: float = 0.1
     mtp_start: float = 0.0  # part of the run after which the MTP module is trained
+    mtp_steps: int = 1  # drafts in a row that the MTP module is trained for, on its own results from the second on
     mtp_detach_trunk: bool = False  # the trunk's layers get no gradient of the MTP loss
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # what happens every so many steps; 0 means never
@@ -75,7 +76,14 @@ _CHOICES = {
     "decay_shape": ("linear", "sqrt"),
     "precision": ("auto", "float32", "bfloat16"),
 }
-_AT_LEAST_ONE = ("tokens_per_batch", "sequence_length", "accumulation", "parallel_batches", "keep_snapshots")
+_AT_LEAST_ONE = (
+    "tokens_per_batch",
+    "sequence_length",
+    "accumulation",
+    "parallel_batches",
+    "keep_snapshots",
+    "mtp_steps",
+)
 _POSITIVE = ("lr", "eps", "clip_norm")
 _NOT_NEGATIVE = (
     "min_lr", "weight_decay", "warmup_steps", "balance_coefficient", "z_loss_coefficient", "mtp_coefficient",

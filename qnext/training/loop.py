@@ -153,7 +153,11 @@ class Trainer:
         )
         mtp_weight = config.mtp_coefficient if trains_mtp else 0.0
         weights = LossWeights(
-            config.balance_coefficient, config.z_loss_coefficient, mtp_weight, config.mtp_detach_trunk
+            config.balance_coefficient,
+            config.z_loss_coefficient,
+            mtp_weight,
+            config.mtp_detach_trunk,
+            config.mtp_steps,
         )
         total: Tensor | None = None
         for start in range(0, len(batches), config.parallel_batches):

@@ -6,7 +6,7 @@ Legend: T tokens, R rows, D hidden, Y vocabulary, L routers, E experts, A expert
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -173,6 +173,7 @@ class LossWeights(NamedTuple):
     z: float
     mtp: float  # 0: the MTP module does not run
     detach_trunk: bool
+    mtp_steps: int = 1
 
 
 class Losses(NamedTuple):
@@ -191,23 +192,43 @@ def compute_losses(
 ) -> Losses:  # fmt: skip
     """Forward of one micro batch. Summed over the micro batches of a step, each loss is the mean over the step.
 
-    MTP targets lie two tokens ahead and are masked where the document ends before.
+    MTP targets lie two tokens ahead and are masked where the document ends before. With several MTP steps its loss is
+    their mean, and the routers' losses see the first of them.
     """
     trunk = model(batch.batch)
     head_YD = model.lm_head.weight
     main = cross_entropy_sum(trunk.hidden_TD, head_YD, batch.labels_T) / max(1, targets.num_labels)
     zero = torch.zeros_like(main.detach())
     total, mtp, balance, z = main, zero, zero, zero
+    outputs: list[RouterOutput] | None = None
     if weights.mtp > 0.0 and model.mtp is not None:
         if weights.detach_trunk:
             trunk = type(trunk)(*(tensor.detach() for tensor in trunk))
-        draft_TD = model.draft_hidden(batch.next_ids_T, trunk, batch.batch)
-        mtp = cross_entropy_sum(draft_TD, head_YD, batch.mtp_labels_T) / max(1, targets.num_mtp_labels)
+        source_TD = model.draft_source(trunk)
+        for draft_TD in _drafts(model, source_TD, batch, num_steps=weights.mtp_steps):
+            outputs = tap.take() if outputs is None else outputs
+            mtp = mtp + cross_entropy_sum(draft_TD, head_YD, batch.mtp_labels_T)
+        tap.take()  # of the later steps
+        mtp = mtp / (weights.mtp_steps * max(1, targets.num_mtp_labels))
         total = total + weights.mtp * mtp
-    outputs = tap.take()
+    outputs = tap.take() if outputs is None else outputs
     if outputs:
         counts_LE = expert_counts(outputs, num_experts=model.config.num_experts)
         balance, z = router_losses(stack_logits(outputs), buffer.add(counts_LE))
         balance, z = balance / targets.num_micro_batches, z / targets.num_micro_batches
         total = total + weights.balance * balance + weights.z * z
     return Losses(total, main.detach(), mtp.detach(), balance.detach(), z.detach())
+
+
+def _drafts(model: CausalLM, source_TD: Tensor, batch: TrainBatch, *, num_steps: int) -> Iterator[Tensor]:
+    """[T, D] of each step: the MTP module's result for every row.
+
+    From the second step on a row reads, for the trunk's row, what the module made one place before, as it will when it
+    drafts one token after another; the first row of a document has none before it and reads the trunk's again.
+    """
+    is_first_T1 = (batch.batch.positions_T == 0)[:, None]
+    rows_TD = source_TD
+    for _ in range(num_steps):
+        draft_TD = model.draft_step(batch.next_ids_T, rows_TD, batch.batch)
+        yield draft_TD
+        rows_TD = torch.where(is_first_T1, source_TD, draft_TD.roll(1, dims=0))

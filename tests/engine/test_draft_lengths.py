@@ -44,12 +44,10 @@ class Machine:
             seconds = 1e-3 * self.cost_of_pass * 4
             self.lengths.observe_probe(seconds)
             self.seconds += seconds
-        for depth in range(DEPTH):
-            size = sum(length > depth for length in wanted)
-            if size:
-                seconds = 1e-3 * self.cost_of_pass * self.noise()
-                self.lengths.passes.observe(size, seconds)
-                self.seconds += seconds
+        for _ in range(max(wanted)):
+            seconds = 1e-3 * self.cost_of_pass * self.noise()
+            self.lengths.passes.observe(len(wanted), seconds)
+            self.seconds += seconds
         size = len(wanted) + sum(wanted)
         seconds = self.step_seconds(size) * self.noise()
         self.lengths.observe_step(size, seconds)
@@ -94,7 +92,7 @@ def test_the_one_request_that_gains_drafts() -> None:
         machine.step()
         for n, length in enumerate(machine.lengths.choose(machine.draftings, [DEPTH] * 4)):
             totals[n] += length
-    assert totals[0] >= 1000 and max(totals[1:]) < 100
+    assert totals[0] > 800 and max(totals[1:]) < totals[0] / 3
 
 
 def test_it_notices_when_drafts_become_worth_it() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from qnext.engine import Engine, Request, SamplingParams
-from qnext.engine.cache import NUM_SOURCES
 from qnext.engine.speculation.draft_lengths import Drafting
 from qnext.errors import UsageError
 from qnext.model import Batch, CausalLM, TrunkOutput
@@ -61,6 +60,12 @@ def drafts_of_the_bare_model(model: CausalLM, tokens: Sequence[int], count: int,
     return drafts
 
 
+def drafts_like_those_of(model: CausalLM, request: Request) -> list[int]:
+    assert request.drafting is not None
+    tokens, count = request.token_range(0, request.num_tokens), len(request.drafts)
+    return drafts_of_the_bare_model(model, tokens, count, first=request.drafting.first_row)
+
+
 @pytest.mark.parametrize("uses_final_norm", [True, False])
 @pytest.mark.parametrize("name", [NATIVE, OTHER])
 def test_drafts_are_those_of_the_bare_model(name: str, uses_final_norm: bool) -> None:
@@ -74,14 +79,13 @@ def test_drafts_are_those_of_the_bare_model(name: str, uses_final_norm: bool) ->
         engine.drafter.draft(engine.scheduler.decoding)
         for request in requests:
             if request.drafts:
-                tokens = request.token_range(0, request.num_tokens)
-                assert list(request.drafts) == drafts_of_the_bare_model(model, tokens, len(request.drafts))
+                assert list(request.drafts) == drafts_like_those_of(model, request)
                 num_compared += len(request.drafts)
         engine.step()
     assert num_compared > 100
 
 
-def test_a_window_of_rows_after_a_long_prompt() -> None:
+def test_the_first_rows_after_a_long_prompt() -> None:
     model = make_in_form(NATIVE, "float32", num_nextn_predict_layers=1)
     engine = make_engine(model, max_num_batched_tokens=100)
     draft_always(engine)
@@ -91,18 +95,39 @@ def test_a_window_of_rows_after_a_long_prompt() -> None:
     while engine.has_unfinished:
         engine.drafter.draft(engine.scheduler.decoding)
         if request.drafts:
-            first = request.drafting.first_row  # type: ignore[union-attr]
-            assert first == 16 * -(-(300 - NUM_SOURCES + 3) // 16), "it stays where it began"
-            tokens = request.token_range(0, request.num_tokens)
-            drafts = drafts_of_the_bare_model(model, tokens, len(request.drafts), first=first)
-            assert list(request.drafts) == drafts
+            assert request.drafting is not None and request.drafting.first_row == 300 - 32, "it stays where it began"
+            assert list(request.drafts) == drafts_like_those_of(model, request)
         engine.step()
 
 
-def test_rows_that_were_not_drafted_for_are_made_up_for() -> None:
-    """Nothing is drafted for a while: shorter than the rows reach, the layer goes on; longer, it begins anew."""
+def test_the_layer_sees_as_much_as_its_pages_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages go round: what lies more than so many pages back is forgotten."""
+    for module in ("cache", "recorded"):
+        monkeypatch.setattr(f"qnext.engine.{module}.NUM_DRAFT_PAGES", 3)
     model = make_in_form(NATIVE, "float32", num_nextn_predict_layers=1)
-    for pause, begins_anew in ((50, False), (140, True)):
+    engine = make_engine(model)
+    draft_always(engine)
+    (prompt,) = prompts_of(model, [20])
+    request = engine.add_request(prompt, SamplingParams(max_tokens=150, ignore_eos=True, temperature=0.0))
+    assert engine.drafter is not None
+    has_forgotten = False
+    while engine.has_unfinished:
+        engine.drafter.draft(engine.scheduler.decoding)
+        if request.drafts:
+            assert request.drafting is not None
+            begin, end = request.drafting.first_row, request.num_computed_tokens
+            first = begin + 16 * max(0, (end - begin - 1) // 16 - 2)
+            has_forgotten |= first > begin
+            tokens = request.token_range(0, request.num_tokens)
+            assert request.drafts[0] == drafts_of_the_bare_model(model, tokens, 1, first=first)[0]
+        engine.step()
+    assert has_forgotten
+
+
+def test_rows_that_were_not_drafted_for_are_made_up_for() -> None:
+    """Nothing is drafted for a while: a few rows are computed together; after many the layer begins anew."""
+    model = make_in_form(NATIVE, "float32", num_nextn_predict_layers=1)
+    for pause, begins_anew in ((2, False), (12, False), (30, True)):
         engine = make_engine(model)
         draft_always(engine)
         (prompt,) = prompts_of(model, [30])
@@ -116,10 +141,26 @@ def test_rows_that_were_not_drafted_for_are_made_up_for() -> None:
         engine.drafter = drafter
         assert drafter is not None
         drafter.draft(engine.scheduler.decoding)
-        first = request.drafting.first_row  # type: ignore[union-attr]
-        assert (first > 0) == begins_anew and len(request.drafts) == 3
-        tokens = request.token_range(0, request.num_tokens)
-        assert list(request.drafts) == drafts_of_the_bare_model(model, tokens, 3, first=first)
+        assert request.drafting is not None and (request.drafting.first_row > 0) == begins_anew
+        assert len(request.drafts) == 3 and list(request.drafts) == drafts_like_those_of(model, request)
+
+
+def test_acceptance_is_known_before_anything_is_drafted() -> None:
+    """The layer is asked about the prompt's last tokens: 16 of them, of which it gets right what it would."""
+    model = make_in_form(NATIVE, "float32", num_nextn_predict_layers=1)
+    engine = make_engine(model)
+    assert engine.drafter is not None
+    (prompt,) = prompts_of(model, [60])
+    request = engine.add_request(prompt, GREEDY)
+    while not request.output_ids:
+        engine.step()
+    engine.drafter.draft(engine.scheduler.decoding)
+    assert engine.drafter.lengths.overall.num_trials == pytest.approx(15.7, abs=0.2)
+    tokens = (*prompt, request.output_ids[0])
+    right = sum(
+        drafts_of_the_bare_model(model, tokens[:end], 1, first=60 - 32)[0] == tokens[end] for end in range(45, 61)
+    )
+    assert round(engine.drafter.lengths.overall._right[0]) == right
 
 
 def run_traffic(model: CausalLM, *, seed: int, speculation: bool) -> tuple[list[tuple[int, ...]], Engine]:

@@ -179,6 +179,35 @@ def test_losses_equal_plain_formulas() -> None:
     torch.testing.assert_close(result.total, main + 0.3 * mtp, rtol=1e-12, atol=0)
 
 
+def test_several_mtp_steps_equal_drafting_token_by_token() -> None:
+    """Documents one by one: from the second step on, the rows before are the module's own."""
+    lengths = [9, 2, 14]
+    part = pack([Piece(document, 0, len(document) - 1) for document in documents(lengths)])
+    model = tiny_model(dtype=torch.float64)
+    tap = RouterTap(model)
+    result = compute_losses(
+        model, part, tap=tap, buffer=BalanceBuffer(), targets=StepTargets(part.num_labels, part.num_mtp_labels, 1),
+        weights=LossWeights(balance=0.5, z=0.1, mtp=0.3, detach_trunk=False, mtp_steps=3),
+    )  # fmt: skip
+    once = compute_losses(
+        model, part, tap=tap, buffer=BalanceBuffer(), targets=StepTargets(part.num_labels, part.num_mtp_labels, 1),
+        weights=LossWeights(balance=0.5, z=0.1, mtp=0.3, detach_trunk=False),
+    )  # fmt: skip
+    assert torch.equal(result.balance, once.balance) and torch.equal(result.z, once.z)
+    total = torch.zeros((), dtype=torch.float64)
+    for document in documents(lengths):
+        alone = pack([Piece(document, 0, len(document) - 1)])
+        trunk = model(alone.batch)
+        rows = source = model.draft_source(trunk)
+        for _ in range(3):
+            draft = model.draft_step(alone.next_ids_T, rows, alone.batch)
+            total = total + F.cross_entropy(
+                model.logits(draft), alone.mtp_labels_T, ignore_index=IGNORED, reduction="sum"
+            )
+            rows = torch.cat([source[:1], draft[:-1]])
+    torch.testing.assert_close(result.mtp, total.detach() / (3 * part.num_mtp_labels), rtol=1e-12, atol=0)
+
+
 def test_detached_trunk_gets_no_gradient_of_the_mtp_loss() -> None:
     parts = batches(1)
     alone = LossWeights(balance=0.0, z=0.0, mtp=0.0, detach_trunk=False)

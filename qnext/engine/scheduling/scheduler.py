@@ -183,7 +183,6 @@ class Scheduler:
             if request.flight is not None:
                 request.flight.num_planned = request.num_tokens  # the last token of a prompt
             if self._grow(request, request.num_tokens + len(drafts)):
-                self._lend_ahead(request, request.num_tokens + len(drafts) + self.limits.max_draft_tokens)
                 sequences.append(SequencePlan.of(request, request.num_tokens, drafts))
                 budget -= 1 + len(drafts)
         return budget
@@ -270,12 +269,6 @@ class Scheduler:
                 return False
         request.blocks.extend(self.blocks.allocate(missing))
         return True
-
-    def _lend_ahead(self, request: Request, num_tokens: int) -> None:
-        """A block for tokens that may be drafted after this step, where one is free."""
-        missing = self._num_missing(request, min(num_tokens, request.max_cached_tokens))
-        if missing and missing <= self.blocks.num_free:
-            request.blocks.extend(self.blocks.allocate(missing))
 
     def _preempt(self, request: Request) -> None:
         """Back to the head of the queue. Its state stays in the cache as long as there is room."""

@@ -8,14 +8,14 @@ finding out whether that has changed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-_LEAST_GAIN = 1.04  # less is within the error of the estimates
+_LEAST_GAIN = 1.06  # less is within the error of the estimates
 _PRIOR_TRIALS = 8.0
 _MEMORY_OF_REQUEST, _MEMORY_OF_ALL = 32.0, 400.0  # trials after which an old one counts for a third
-_PROBE_SHARE = 0.005  # of the time, at most
+_STEPS_BETWEEN = 4  # two measurements of steps of one size
+_PROBE_SHARE = 0.007  # of the time, at most
 _ENOUGH_SEEN, _FORGET_AFTER, _FAVOUR = 5, 4000, 0.8
 _FIRST_GUESS = 0.5  # acceptance before anything was seen
 
@@ -111,7 +111,7 @@ class Acceptance:
 class Drafting:
     """A request as its drafter knows it.
 
-    Keys and values of the MTP layer are there for positions `first_row` to `num_rows`, of this residence in the cache.
+    Keys and values of the MTP layer are there for positions `first_row` to `num_rows`, in this residence in the cache.
     """
 
     acceptance: Acceptance
@@ -136,6 +136,8 @@ class DraftLengths:
     _probe_seconds: float = field(default=0.0, init=False)
     _probe_cost: float = field(default=0.0, init=False)
     _num_probes: int = field(default=0, init=False)
+    _num_observed: int = field(default=0, init=False)
+    _last_size: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.steps = CostEstimate(self.step_shape)
@@ -148,14 +150,16 @@ class DraftLengths:
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         """A step in which every sequence went on from its last token took so long."""
         self._seconds += seconds
-        self.steps.observe(num_tokens, seconds)
+        self._num_observed += 1
+        if num_tokens != self._last_size or self._num_observed % _STEPS_BETWEEN == 0:
+            self._last_size = num_tokens
+            self.steps.observe(num_tokens, seconds)
 
     def observe_probe(self, seconds: float) -> None:
-        """Finding out what drafts would be worth took so long."""
+        """Finding out what drafts would be worth took so long; 0 where the time is no measure for the next one."""
         self._num_probes += 1
-        if self._num_probes > 1:  # the first one does much for the first time
-            self._probe_seconds += seconds
-            self._probe_cost = seconds
+        self._probe_seconds += seconds
+        self._probe_cost = seconds
 
     @property
     def may_probe(self) -> bool:
@@ -182,24 +186,23 @@ class DraftLengths:
         round_size = max(1, num_sequences // 4)
         base = num_sequences / self.steps.seconds(num_sequences)
         best, num_taken = base * _LEAST_GAIN, 0
-        tokens, per_pass = float(num_sequences), [0] * self.max_draft_tokens
+        tokens, num_passes = float(num_sequences), 0
         for count, (chance, depth, _) in enumerate(offers, start=1):
             tokens -= chance
-            per_pass[depth] += 1
+            num_passes = max(num_passes, depth + 1)
             if count % round_size:
                 continue
-            seconds = self.steps.seconds(num_sequences + count) + self._drafting_seconds(per_pass)
+            seconds = self.steps.seconds(num_sequences + count) + num_passes * self._pass_seconds(num_sequences)
             if tokens / seconds > best:
                 best, num_taken = tokens / seconds, count
         for _, depth, n in offers[:num_taken]:
             lengths[n] = depth + 1
         return lengths
 
-    def _drafting_seconds(self, per_pass: Sequence[int]) -> float:
+    def _pass_seconds(self, num_sequences: int) -> float:
         if self.passes.is_known:
-            return math.fsum(self.passes.seconds(count) for count in per_pass if count)
-        unit = self.steps.seconds(1) / self.step_shape(1)
-        return math.fsum(unit * self.pass_shape(count) for count in per_pass if count)
+            return self.passes.seconds(num_sequences)
+        return self.steps.seconds(1) / self.step_shape(1) * self.pass_shape(num_sequences)
 
 
 def step_shapes(

@@ -1,35 +1,40 @@
 """The MTP layer at work: what the next tokens may be.
 
 Row p of the layer reads the trunk's row of position p and the token at p + 1, and leads to the token at p + 2. Its
-keys and values lie in pages of their own beside those of the trunk. They need not reach back to the start of the
-sequence: a request that has not drafted for a while, or that found its prefix in the cache, begins with the rows that
-are kept of the last positions. Tokens that are drafted one after another take the layer's own result for the trunk's
-row that is not there yet. Whatever comes out, `verify` decides what the answer is: this is about speed alone.
+keys and values need not reach back to the start of the sequence: a request that has not drafted for a while, or that
+has just read its prompt, begins with the rows that are kept of the last positions. Tokens that are drafted one after
+another take the layer's own result for the trunk's row that is not there yet. Whatever comes out, `verify` decides
+what the answer is: this is about speed alone.
 
-Legend: N sequences, T rows, D hidden, Y vocabulary.
+Legend: N sequences, T rows, R rows of one sequence, D hidden, Y vocabulary.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from qnext.engine.cache import NUM_SOURCES, Cache
+from qnext.engine.cache import Cache
 from qnext.engine.memory import weight_bytes
-from qnext.engine.recorded import ModelWatch, RecordedBatches, Rows, StepInputs
+from qnext.engine.recorded import DraftInputs, ModelWatch, RecordedBatches, Rows
 from qnext.engine.request import Request
 from qnext.engine.sampling.sampler import Verdict, Window, draft
 from qnext.engine.speculation.draft_lengths import Drafting, DraftLengths, step_shapes
-from qnext.model import CausalLM
+from qnext.model import Batch, CausalLM
 from qnext.model.moe import Experts
-from qnext.ops import embedding, put_rows
+from qnext.ops import argmax, embedding, put_rows
 
 DEFAULT_DRAFT_TOKENS = 3
-_PROBE_ROWS = 32  # read by a probe, the second half of them compared with what came
-_STEPS_BETWEEN = 4  # two looks at the lengths
+_FIRST_ROWS = 32  # with which a request begins to draft
+_COMPARED = 16  # of them, with what came
+_LONG_GAP = 16  # rows that are made up for, at most
+_STEPS_BETWEEN, _STEPS_OF_REST = 4, 32  # two looks at the lengths, while drafting and while not
 
 
 class Drafter:
@@ -41,35 +46,46 @@ class Drafter:
     def __init__(self, model: CausalLM, cache: Cache, watch: ModelWatch, *, max_draft_tokens: int) -> None:
         self._model, self._cache, self._watch = model, cache, watch
         self.lengths = _lengths(model, max_draft_tokens)
-        self._next_tokens = RecordedBatches(cache, watch, self._draft_rows)
-        self._chosen_for: list[int] = []  # requests; the choice holds for some steps
-        self._wanted: list[int] | None = None
+        make_inputs = partial(DraftInputs, cache)
+        self._chains = RecordedBatches(cache, watch, make_inputs, self._draft_chain)
+        self._passes = RecordedBatches(cache, watch, make_inputs, self._draft_rows)
+        self._first_rows = RecordedBatches(cache, watch, make_inputs, self._compare_rows)
         self._num_steps = 0
+        self._next_look = 0
+        self._num_requests = 0  # the choice holds for so many, and for some steps
+        self._wanted: list[int] | None = None
 
     # ---- before a step ----
 
-    @torch.inference_mode()
     def draft(self, requests: Sequence[Request]) -> None:
-        """Set `drafts` of these requests, all of which go on from their last token."""
-        if not requests:
-            return
+        """Set `drafts` of these requests, all of which go on from their last token; no first token is kept waiting."""
         self._num_steps += 1
-        ids = [id(request) for request in requests]
-        if ids == self._chosen_for and self._num_steps % _STEPS_BETWEEN and not self.lengths.may_probe:
-            if self._wanted is not None:
-                self._propose(requests, self._wanted)
-            return
-        draftings = [self._drafting_of(request) for request in requests]
-        wanted = self._choose(requests, draftings)
-        idle = [n for n, length in enumerate(wanted) if not length]
-        if idle and self.lengths.may_probe and self._probe(idle, requests, draftings):
-            wanted = self._choose(requests, draftings)
-        self._chosen_for, self._wanted = ids, wanted if any(wanted) else None
+        requests = [request for request in requests if request.output_ids]
+        if self._num_steps >= self._next_look or len(requests) != self._num_requests:
+            self._look(requests)
         if self._wanted is not None:
             self._propose(requests, self._wanted)
 
+    @torch.inference_mode()
+    def _look(self, requests: Sequence[Request]) -> None:
+        """Choose lengths anew, after a probe where one is due."""
+        draftings = [self._drafting_of(request) for request in requests]
+        wanted = self._choose(requests, draftings)
+        idle = [n for n, length in enumerate(wanted) if not length and self._can_begin(requests[n])]
+        if idle and self.lengths.may_probe:
+            n = min(idle, key=lambda n: draftings[n].last_probe)
+            self._begin(requests[n], draftings[n])
+            wanted = self._choose(requests, draftings)
+        self._num_requests = len(requests)
+        self._wanted = wanted if any(wanted) else None
+        self._next_look = self._num_steps + (_STEPS_OF_REST if self._wanted is None else _STEPS_BETWEEN)
+
     def learn(self, windows: Sequence[Window], verdicts: Sequence[Verdict], *, seconds: float | None) -> None:
         """What became of the drafts of a step, which took so long if that is a measure for others."""
+        if self._wanted is None:
+            if seconds is not None:
+                self.lengths.observe_step(len(windows), seconds)
+            return
         if seconds is not None:
             self.lengths.observe_step(sum(1 + len(window.draft_ids) for window in windows), seconds)
         for window, verdict in zip(windows, verdicts, strict=True):
@@ -91,110 +107,118 @@ class Drafter:
         return drafting
 
     def _choose(self, requests: Sequence[Request], draftings: Sequence[Drafting]) -> list[int]:
-        most = [self._most(request, drafting) for request, drafting in zip(requests, draftings, strict=True)]
+        most = [r.max_cached_tokens - r.num_tokens if self._can_begin(r) else 0 for r in requests]
         return self.lengths.choose(draftings, most)
 
-    def _most(self, request: Request, drafting: Drafting) -> int:
-        """How many tokens can be drafted: none before there is a row to begin with, and only what blocks are lent for.
-
-        The last of k drafts is written nowhere; the others take the k - 1 positions after the last row.
-        """
-        if self._first_row(request, drafting) >= request.num_computed_tokens:
-            return 0
-        block_size = self._cache.block_size
-        lent = len(request.blocks) * block_size - request.num_computed_tokens + 1
-        return min(lent, request.max_cached_tokens - request.num_tokens)
-
-    def _first_row(self, request: Request, drafting: Drafting) -> int:
-        """Where the layer's keys and values begin: at the start of a page, so that a table can point there."""
-        end = request.num_computed_tokens
-        kept_from = max(request.num_reused_tokens, end - (NUM_SOURCES - self.lengths.max_draft_tokens))
-        if drafting.num_rows >= kept_from and drafting.num_rows > drafting.first_row:
-            return drafting.first_row
-        block_size = self._cache.block_size
-        return -(-kept_from // block_size) * block_size
-
-    def _rows(self, request: Request, drafting: Drafting) -> Rows:
-        """The rows that are missing up to the last position that the trunk has computed. At least one."""
-        first, end = self._first_row(request, drafting), request.num_computed_tokens
-        if first != drafting.first_row or drafting.num_rows <= first:
-            drafting.first_row = drafting.num_rows = first
-        start = min(drafting.num_rows, end - 1)
-        drafting.num_rows = end
-        return self._rows_at(request, drafting, request.token_range(start + 1, end + 1), start)
-
-    def _rows_at(self, request: Request, drafting: Drafting, token_ids: Sequence[int], start: int) -> Rows:
-        return Rows(request, token_ids, start, first_page=drafting.first_row // self._cache.block_size)
+    def _can_begin(self, request: Request) -> bool:
+        """Whether there is more than the one row that every step has."""
+        return request.num_computed_tokens - request.num_reused_tokens > 1
 
     # ---- passes of the layer ----
 
+    @torch.inference_mode()
     def _propose(self, requests: Sequence[Request], wanted: Sequence[int]) -> None:
-        drafts: list[list[int]] = [[] for _ in requests]
-        draftings = [self._drafting_of(request) for request in requests]
-        most = [min(length, self._most(r, d)) for length, r, d in zip(wanted, requests, draftings, strict=True)]
-        active = [n for n, length in enumerate(most) if length]
-        rows = [self._rows(requests[n], draftings[n]) for n in active]
+        """All requests go through the layer, those that want few drafts, or none, as well: so their rows stay complete,
+        and there are few sizes of batches."""
         self._watch.look()
-        while active:
-            start = time.perf_counter()
-            logits_NY = self._next_tokens.run(rows)
-            indices = [len(requests[n].output_ids) + len(drafts[n]) for n in active]
-            for n, token in zip(active, draft(logits_NY, [requests[n] for n in active], indices), strict=True):
-                drafts[n].append(token)
-            if self._next_tokens.was_prepared:
-                self.lengths.passes.observe(len(active), time.perf_counter() - start)
-            active = [n for n in active if len(drafts[n]) < most[n]]
-            rows = [
-                self._rows_at(
-                    requests[n], draftings[n], drafts[n][-1:], requests[n].num_computed_tokens + len(drafts[n]) - 1
-                )
-                for n in active
-            ]
-        for request, tokens in zip(requests, drafts, strict=True):
-            request.drafts = tuple(tokens)
+        most = [min(k, r.max_cached_tokens - r.num_tokens) for k, r in zip(wanted, requests, strict=True)]
+        able = [n for n, request in enumerate(requests) if self._can_begin(request)]
+        depth = max((most[n] for n in able), default=0)
+        if depth <= 0:
+            return
+        chosen = [requests[n] for n in able]
+        rows = self._missing_rows(chosen)
+        start = time.perf_counter()
+        if all(request.params.is_greedy for request in chosen):
+            drafts = self._chains.run(rows, depth=depth).T.tolist()
+            was_prepared = self._chains.was_prepared
+        else:
+            drafts = self._draft_one_by_one(chosen, rows, depth)
+            was_prepared = self._passes.was_prepared
+        if was_prepared:
+            self.lengths.passes.observe(len(chosen), (time.perf_counter() - start) / depth)
+        for n, tokens in zip(able, drafts, strict=True):
+            requests[n].drafts = tuple(tokens[: max(0, most[n])])
 
-    def _draft_rows(self, inputs: StepInputs) -> Tensor:
+    def _draft_one_by_one(self, requests: Sequence[Request], rows: Sequence[Rows], depth: int) -> list[list[int]]:
+        """Draws as `verify` will draw, with its numbers."""
+        drafts: list[list[int]] = [[] for _ in requests]
+        for done in range(depth):
+            logits_NY = self._passes.run(rows)
+            indices = [len(request.output_ids) + done for request in requests]
+            for tokens, token in zip(drafts, draft(logits_NY, requests, indices), strict=True):
+                tokens.append(token)
+            rows = [
+                Rows(part.request, tokens[-1:], part.start + len(part.token_ids), base=part.base)
+                for part, tokens in zip(rows, drafts, strict=True)
+            ]
+        return drafts
+
+    def _missing_rows(self, requests: Sequence[Request]) -> list[Rows]:
+        """The rows up to the last position that the trunk has computed, at least one of each request.
+
+        As many of each, as far as they are there, though some are computed again: so there are few sizes of batches.
+        """
+        most = 1
+        for request in requests:
+            drafting = self._drafting_of(request)
+            end = request.num_computed_tokens
+            if not end - drafting.num_rows <= _LONG_GAP or drafting.num_rows <= drafting.first_row:
+                self._begin(request, drafting)
+            most = max(most, end - drafting.num_rows)
+        if most > 1 + self.lengths.max_draft_tokens:
+            most = _LONG_GAP
+        rows = []
+        for request in requests:
+            drafting = self._drafting_of(request)
+            end = drafting.num_rows = request.num_computed_tokens
+            start = max(drafting.first_row, end - most)
+            rows.append(Rows(request, request.token_range(start + 1, end + 1), start, base=drafting.first_row))
+        return rows
+
+    def _draft_rows(self, inputs: DraftInputs) -> Tensor:
         """fp32 logits [N, Y] of the last row of each sequence. Its result is kept as the source of the next one."""
-        hidden_TD = self._layer(inputs)
+        return self._next_logits(inputs, inputs.batch)
+
+    def _draft_chain(self, inputs: DraftInputs) -> Tensor:
+        """[K, N]: the most likely tokens, one after another."""
+        logits_NY = self._next_logits(inputs, inputs.batch)
+        for ids_N, later in zip_longest(inputs.drafts_KN.unbind(0), inputs.later):
+            argmax(logits_NY, ids_N)
+            if later is not None:
+                logits_NY = self._next_logits(later, replace(later.batch, token_ids_T=ids_N))
+        return inputs.drafts_KN
+
+    def _next_logits(self, inputs: DraftInputs, batch: Batch) -> Tensor:
+        hidden_TD = self._layer(inputs, batch)
         is_last = hidden_TD.shape[0] == len(inputs.last_rows_N)
         last_ND = hidden_TD if is_last else embedding(inputs.last_rows_N, hidden_TD)
         put_rows(last_ND, inputs.next_source_index_N, self._cache.sources.flatten(0, 1))
         return self._model.logits(last_ND).to(torch.float32)
 
-    def _probe(self, indices: Sequence[int], requests: Sequence[Request], draftings: Sequence[Drafting]) -> bool:
-        """What would have been drafted for tokens that are known by now? Asks that of one of some requests, the one
-        that was asked least lately, and says whether any could be asked.
-
-        Costs a pass of the layer and no step. The layer's keys and values begin anew with it.
-        """
-        block_size = self._cache.block_size
-        able = [n for n in indices if requests[n].num_computed_tokens - requests[n].num_reused_tokens >= 2 * block_size]
-        if not able:
-            return False
-        chosen = min(able, key=lambda n: draftings[n].last_probe)
-        request, drafting = requests[chosen], draftings[chosen]
+    def _begin(self, request: Request, drafting: Drafting) -> None:
+        """Compute the rows of the last positions anew, and see what the layer would have drafted for tokens that are
+        known by now. Costs a pass of the layer and no step."""
+        self._watch.look()
         started = time.perf_counter()
         end = request.num_computed_tokens
-        first = -(-max(request.num_reused_tokens, end - _PROBE_ROWS) // block_size) * block_size
+        first = max(request.num_reused_tokens, end - _FIRST_ROWS)
         drafting.first_row, drafting.num_rows, drafting.last_probe = first, end, self._num_steps
-        inputs = StepInputs(self._cache, [end - first])
-        inputs.fill([self._rows_at(request, drafting, request.token_range(first + 1, end + 1), first)])
-        # The last row leads to a token that is not known yet.
-        hidden_RD = self._layer(inputs)[:-1][-(_PROBE_ROWS // 2) :]
-        known = request.token_range(end + 1 - len(hidden_RD), end + 1)
-        first_index = end + 1 - len(hidden_RD) - len(request.prompt_ids)
-        guesses = draft(
-            self._model.logits(hidden_RD).to(torch.float32), [request] * len(known),
-            [max(0, first_index + i) for i in range(len(known))],
-        )  # fmt: skip
-        for guess, token in zip(guesses, known, strict=True):
+        rows = Rows(request, request.token_range(first + 1, end + 1), first, base=first)
+        logits_RY = self._first_rows.run([rows], recurs=end - first == _FIRST_ROWS)
+        known = request.token_range(end + 1 - len(logits_RY), end + 1)
+        first_index = end + 1 - len(known) - len(request.prompt_ids)
+        indices = [max(0, first_index + i) for i in range(len(known))]
+        for guess, token in zip(draft(logits_RY, [request] * len(known), indices), known, strict=True):
             drafting.acceptance.observe(int(guess == token), 1)
-        self.lengths.observe_probe(time.perf_counter() - started)
-        return True
+        self.lengths.observe_probe(time.perf_counter() - started if self._first_rows.was_prepared else 0.0)
 
-    def _layer(self, inputs: StepInputs) -> Tensor:
+    def _compare_rows(self, inputs: DraftInputs) -> Tensor:
+        """fp32 logits of the rows that lead to known tokens, the last of them; the very last row leads to none."""
+        return self._model.logits(self._layer(inputs, inputs.batch)[:-1][-_COMPARED:]).to(torch.float32)
+
+    def _layer(self, inputs: DraftInputs, batch: Batch) -> Tensor:
         """[T, D]: what the layer makes of rows and their sources."""
-        batch = inputs.batch
         source_TD = embedding(inputs.source_index_T, self._cache.sources.flatten(0, 1))
         return self._model.draft_step(batch.token_ids_T, source_TD, batch)
 

@@ -58,6 +58,13 @@ def put_rows(native: Any, rows_TD: Tensor, index_T: Tensor, table_ND: Tensor) ->
     )  # fmt: skip
 
 
+def argmax(native: Any, rows_RY: Tensor, out_R: Tensor) -> None:
+    """Where each fp32 row is highest, the lowest place of equal ones, into `out_R` int64."""
+    assert out_R.dtype == torch.int64 and out_R.is_contiguous() and out_R.shape == rows_RY.shape[:1]
+    rows_RY = rows_RY.contiguous()
+    native.argmax(rows_RY.data_ptr(), rows_RY.shape[0], rows_RY.shape[1], out_R.data_ptr())
+
+
 def concat(native: Any, a_TD: Tensor, b_TD: Tensor) -> Tensor:
     """[T, 2 * D]: two matrices of one shape side by side."""
     assert a_TD.shape == b_TD.shape and a_TD.dim() == 2

@@ -49,6 +49,14 @@ void bind_row_ops(nb::module_& m) {
       },
       without_lock, "IndexError where an index is out of range; nothing is written then.");
   m.def(
+      "argmax",
+      [](uintptr_t rows, int64_t num_rows, int64_t size, uintptr_t ids) {
+        perform([=] {
+          active_row_kernels().argmax(pointer<const float>(rows), num_rows, size, pointer<int64_t>(ids));
+        });
+      },
+      without_lock);
+  m.def(
       "concat",
       [](uintptr_t a, uintptr_t b, int64_t num_rows, int64_t size, uintptr_t out) {
         perform([=] {

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -18,7 +19,10 @@
 namespace qnext {
 namespace {
 
-constexpr int kSpins = 30000;
+constexpr int kSpins = 4000;  // some tens of microseconds, before another thread may have the core
+// Workers stay awake for the gap between two steps of a decoding: waking up takes as long as a small step.
+constexpr auto kAwake = std::chrono::microseconds(300);
+constexpr int kSpinsPerLook = 256;
 constexpr int kScratchSlots = 24;
 
 void relax() {
@@ -103,11 +107,14 @@ class Pool {
   }
 
   uint64_t wait_beyond(uint64_t seen) {
-    for (int spins = 0; spins < kSpins; ++spins) {
-      uint64_t now = generation_.load(std::memory_order_acquire);
-      if (now != seen) return now;
-      relax();
-    }
+    const auto until = std::chrono::steady_clock::now() + kAwake;
+    do {
+      for (int spins = 0; spins < kSpinsPerLook; ++spins) {
+        uint64_t now = generation_.load(std::memory_order_acquire);
+        if (now != seen) return now;
+        relax();
+      }
+    } while (std::chrono::steady_clock::now() < until);
     std::unique_lock<std::mutex> lock(sleep_);
     num_sleeping_.fetch_add(1, std::memory_order_seq_cst);
     wake_.wait(lock, [&] { return generation_.load(std::memory_order_seq_cst) != seen; });

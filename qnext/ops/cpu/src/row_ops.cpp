@@ -42,6 +42,27 @@ void put_rows(const float* rows, const int64_t* index, int64_t num_rows, int64_t
   for (int64_t t = 0; t < num_rows; ++t) memcpy(table + index[t] * size, rows + t * size, size * sizeof(float));
 }
 
+void argmax(const float* rows, int64_t num_rows, int64_t size, int64_t* ids) {
+  constexpr int64_t kBlock = 1024;  // first the block that holds the highest, then the place in it
+  parallel_for(num_rows, [&](int64_t t) {
+    const float* row = rows + t * size;
+    float highest = row[0];
+    int64_t block = 0;
+    for (int64_t start = 0; start < size; start += kBlock) {
+      const int64_t end = smaller(size, start + kBlock);
+      float here = row[start];
+      for (int64_t i = start; i < end; ++i) here = row[i] > here ? row[i] : here;
+      if (here > highest) {
+        highest = here;
+        block = start;
+      }
+    }
+    int64_t place = block;
+    while (place + 1 < size && row[place] != highest) ++place;
+    ids[t] = place;
+  });
+}
+
 void concat(const float* a, const float* b, int64_t num_rows, int64_t size, float* out) {
   for (int64_t t = 0; t < num_rows; ++t) {
     memcpy(out + 2 * t * size, a + t * size, size * sizeof(float));
@@ -120,6 +141,6 @@ void route(const float* logits, int64_t num_tokens, int64_t num_experts, int64_t
 }  // namespace
 
 extern const RowKernels row_kernels;
-const RowKernels row_kernels{embed, rope, put_rows, concat, rms_norm, add, swiglu, route};
+const RowKernels row_kernels{embed, rope, put_rows, argmax, concat, rms_norm, add, swiglu, route};
 
 }  // namespace qnext::QNEXT_ISA

@@ -15,6 +15,8 @@ struct RowKernels {
                float* cos, float* sin);
   // table[index[t]] = rows[t]; the indices differ and lie in the table.
   void (*put_rows)(const float* rows, const int64_t* index, int64_t num_rows, int64_t size, float* table);
+  // ids[t] = where row t is highest, the lowest place of equal ones.
+  void (*argmax)(const float* rows, int64_t num_rows, int64_t size, int64_t* ids);
   // out[t] = a[t] beside b[t], each of `size` numbers.
   void (*concat)(const float* a, const float* b, int64_t num_rows, int64_t size, float* out);
   void (*rms_norm)(const float* x, const float* weight, int64_t num_rows, int64_t size, float eps, bool zero_centered,
