@@ -38,7 +38,7 @@ class Machine:
     def step(self) -> None:
         wanted = self.lengths.choose(self.draftings, [DEPTH] * len(self.rates))
         idle = [n for n, length in enumerate(wanted) if not length]
-        if idle and self.lengths.may_probe:
+        if idle and self.lengths.may_probe(self.draftings[idle[0]], num_left=0, num_sequences=len(wanted)):
             for _ in range(16):
                 self.draftings[idle[0]].acceptance.observe(int(self.rng.random() < self.rates[idle[0]]), 1)
             seconds = 1e-3 * self.cost_of_pass * 4

@@ -182,6 +182,40 @@ def test_an_expert_that_is_none_is_refused() -> None:
             ops.experts_swiglu(random_rows(2, 32), gate_up, down, routing=routing)
 
 
+@pytest.mark.parametrize("size", [1, 15, 1024, 1025, 5000])
+def test_argmax(size: int) -> None:
+    rows_RY = torch.randint(0, 40, (9, size), generator=torch.Generator().manual_seed(size)).float()  # many are equal
+    rows_RY[3] = float("-inf")
+    out_R = torch.full((9,), -1)
+    ops.argmax(rows_RY, out_R)
+    assert out_R.tolist() == [row.index(max(row)) for row in rows_RY.tolist()]
+
+
+def test_argmax_of_nan_stays_in_range() -> None:
+    rows_RY = random_rows(2, 2000)
+    rows_RY[0, 1500] = rows_RY[1, 0] = float("nan")
+    out_R = torch.full((2,), -1)
+    ops.argmax(rows_RY, out_R)
+    assert all(0 <= place < 2000 for place in out_R.tolist())
+
+
+def test_rows_are_put_where_they_belong() -> None:
+    table_ND, rows_TD = random_rows(7, 24), random_rows(3, 24, seed=1)
+    expected = table_ND.clone()
+    expected[[5, 0, 6]] = rows_TD
+    ops.put_rows(rows_TD, torch.tensor([5, 0, 6]), table_ND)
+    assert torch.equal(table_ND, expected)
+    for bad in (-1, 7):
+        with pytest.raises(IndexError, match="0 to 6"):
+            ops.put_rows(rows_TD, torch.tensor([1, bad, 2]), table_ND)
+    assert torch.equal(table_ND, expected), "nothing is written then"
+
+
+def test_concat() -> None:
+    a_TD, b_TD = random_rows(5, 24), random_rows(5, 24, seed=1)
+    assert torch.equal(ops.concat(a_TD, b_TD), torch.cat([a_TD, b_TD], dim=-1))
+
+
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("num_experts, top_k", [(512, 10), (5, 5), (7, 1)])
 def test_route(num_experts: int, top_k: int, renormalize: bool) -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-_LEAST_GAIN = 1.06  # less is within the error of the estimates
+_LEAST_GAIN = 1.08  # less is within the error of the estimates
 _PRIOR_TRIALS = 8.0
 _MEMORY_OF_REQUEST, _MEMORY_OF_ALL = 32.0, 400.0  # trials after which an old one counts for a third
 _STEPS_BETWEEN = 4  # two measurements of steps of one size
-_PROBE_SHARE = 0.007  # of the time, at most
+_PROBE_SHARE = 0.006  # of the time, at most
 _ENOUGH_SEEN, _FORGET_AFTER, _FAVOUR = 5, 4000, 0.8
 _FIRST_GUESS = 0.5  # acceptance before anything was seen
 
@@ -159,12 +159,19 @@ class DraftLengths:
         """Finding out what drafts would be worth took so long; 0 where the time is no measure for the next one."""
         self._num_probes += 1
         self._probe_seconds += seconds
-        self._probe_cost = seconds
+        self._probe_cost = min(seconds, 1.5 * self._probe_cost) if self._probe_cost else seconds
 
-    @property
-    def may_probe(self) -> bool:
-        """Whether a probe is due: the first one always, others when they take no more than their share of the time."""
-        return not self._num_probes or self._probe_seconds + self._probe_cost <= _PROBE_SHARE * self._seconds
+    def may_probe(self, drafting: Drafting, *, num_left: int, num_sequences: int) -> bool:
+        """Whether to ask what drafts of a request would be worth that may go on for `num_left` tokens.
+
+        All probes together take no more than their share of the time. A request that was never asked may also spend
+        that share of its own time to come.
+        """
+        if self._probe_seconds + self._probe_cost <= _PROBE_SHARE * self._seconds or not self._num_probes:
+            return True
+        if drafting.last_probe >= 0 or not self.steps.is_known:
+            return False
+        return self._probe_cost <= _PROBE_SHARE * num_left * self.steps.seconds(num_sequences) / num_sequences
 
     def choose(self, requests: Sequence[Drafting], most: Sequence[int]) -> list[int]:
         """Drafts for each request, at most `most` of them, that bring the most tokens a second; all 0 if none gain.

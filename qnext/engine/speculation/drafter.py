@@ -72,10 +72,12 @@ class Drafter:
         draftings = [self._drafting_of(request) for request in requests]
         wanted = self._choose(requests, draftings)
         idle = [n for n, length in enumerate(wanted) if not length and self._can_begin(requests[n])]
-        if idle and self.lengths.may_probe:
+        if idle:
             n = min(idle, key=lambda n: draftings[n].last_probe)
-            self._begin(requests[n], draftings[n])
-            wanted = self._choose(requests, draftings)
+            num_left = requests[n].max_cached_tokens - requests[n].num_tokens
+            if self.lengths.may_probe(draftings[n], num_left=num_left, num_sequences=len(requests)):
+                self._begin(requests[n], draftings[n])
+                wanted = self._choose(requests, draftings)
         self._num_requests = len(requests)
         self._wanted = wanted if any(wanted) else None
         self._next_look = self._num_steps + (_STEPS_OF_REST if self._wanted is None else _STEPS_BETWEEN)
