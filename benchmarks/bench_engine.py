@@ -123,7 +123,7 @@ def speculation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         run = train_known(folder, steps=options.steps, num_bytes=options.text_bytes)
         prompt, output = options.prompt, options.output
         kinds = texts_of(run, count=options.streams[-1], length=prompt + output)
-        model = load(folder / "model", "int8")
+        model = load_model(folder / "model")
         share = share_known(model, kinds[KNOWN], prompt=prompt)
         print(f"  greedy decoding gets {share:.0%} of the tokens of known code right", flush=True)
         for figure in drafting(

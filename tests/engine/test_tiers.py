@@ -231,7 +231,7 @@ def test_what_the_host_has_no_room_for_goes_to_disk(model: CausalLM, tmp_path: P
 
 @needs_native
 def test_an_engine_that_drafts_goes_on_from_disk(tmp_path: Path) -> None:
-    """The MTP layer's pages are a part of what is stored."""
+    """What the MTP layer keeps is not stored: it begins anew."""
     model = make_in_form(NATIVE, "float32", num_nextn_predict_layers=1)
     wanted = None
     for num_cached in (0, len(PROMPT) - 1):
@@ -240,7 +240,6 @@ def test_an_engine_that_drafts_goes_on_from_disk(tmp_path: Path) -> None:
             output_ids, cached = answer(engine)
             assert wanted in (None, output_ids) and cached == num_cached
             wanted = output_ids
-            assert len(pages_of(engine.cache)) == 2 * (model.config.num_full_layers + 1)
             of_drafting = fingerprint(model, engine.cache)
     assert wanted == alone(model, PROMPT, GREEDY, 6)[0]
     assert of_drafting != fingerprint(model, make_engine(model, None, speculation=False).cache)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 _LEAST_GAIN = 1.08  # less is within the error of the estimates
 _PRIOR_TRIALS = 8.0
-_MEMORY_OF_REQUEST, _MEMORY_OF_ALL = 32.0, 400.0  # trials after which an old one counts for a third
+_MEMORY_OF_REQUEST, _MEMORY_OF_ALL = 64.0, 400.0  # trials after which an old one counts for a third
 _PROBE_SHARE = 0.006  # of the time, at most
 _ENOUGH_SEEN, _FORGET_AFTER, _FAVOUR = 5, 4000, 0.8
 _FIRST_GUESS = 0.5  # acceptance before anything was seen
