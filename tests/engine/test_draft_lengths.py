@@ -123,6 +123,26 @@ def test_what_slows_everything_down_favours_no_size() -> None:
     assert estimate.seconds(1) > 1.2
 
 
+def test_a_first_time_that_took_long_does_not_end_a_size() -> None:
+    estimate = CostEstimate(lambda size: 1.0 + 0.1 * size)
+    for _ in range(20):
+        estimate.observe(1, 1.1)
+    estimate.observe(2, 30.0)
+    assert estimate.seconds(2) < 1.2, "hardly seen, so not believed"
+    for _ in range(6):
+        estimate.observe(2, 1.3)
+    assert estimate.seconds(2) == pytest.approx(1.3, rel=0.1)
+    for _ in range(6):
+        estimate.observe(3, 9.0)
+    assert estimate.seconds(3) > 6, "seen often enough"
+
+
+def test_drafting_that_began_slowly_is_tried_again() -> None:
+    machine = Machine(rates=[0.95], cost_of_token=0.1, cost_of_pass=0.05)
+    machine.lengths.passes.observe(1, 0.1)
+    assert machine.speed(1000) > 2
+
+
 def test_acceptance_counts_what_was_seen_only() -> None:
     acceptance = Acceptance(3, memory=1e9)
     for _ in range(1000):

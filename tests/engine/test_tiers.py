@@ -23,7 +23,7 @@ from qnext.engine.storage.disk import ENTRY_SUFFIX, DiskStore
 from qnext.engine.storage.fingerprint import fingerprint, weights_digest
 from qnext.engine.storage.host import HostStore
 from qnext.engine.storage.tiers import PrefixFetch, Tiers
-from qnext.engine.storage.transfer import pages_of, read_blocks, read_slot, write_slot
+from qnext.engine.storage.transfer import read_blocks, read_slot, write_slot
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 from tests.engine.models import KINDS, tiny_model

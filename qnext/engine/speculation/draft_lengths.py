@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-_LEAST_GAIN = 1.08  # less is within the error of the estimates
+_LEAST_GAIN = 1.1  # less is within the error of the estimates
 _PRIOR_TRIALS = 8.0
 _MEMORY_OF_REQUEST, _MEMORY_OF_ALL = 64.0, 400.0  # trials after which an old one counts for a third
 _PROBE_SHARE = 0.006  # of the time, at most
-_ENOUGH_SEEN, _FORGET_AFTER, _FAVOUR = 5, 4000, 0.8
+_ENOUGH_SEEN, _FORGET_AFTER, _FAVOUR = 4, 4000, 0.85
 _FIRST_GUESS = 0.5  # acceptance before anything was seen
 
 
@@ -37,17 +37,35 @@ class CostEstimate:
     def is_known(self) -> bool:
         return self._scale is not None
 
+    def is_trusted(self, size: int) -> bool:
+        """Whether it was seen often enough, and not too long ago."""
+        return self._num_seen.get(size, 0) >= _ENOUGH_SEEN
+
+    def largest_trusted(self, least: int) -> int:
+        """Of the sizes from `least` on that are trusted without a gap of more than a half; `least` if none is."""
+        largest = least
+        for size in sorted(size for size in self._num_seen if size >= least and self.is_trusted(size)):
+            if size > 1.5 * largest + 1:
+                break
+            largest = size
+        return largest
+
     def seconds(self, size: int) -> float:
-        """Needs `is_known`. Favours a size that was hardly seen, or not for long, so that it is looked at."""
+        """Needs `is_known`. Favours a size that is not trusted, so that it is looked at: what was seen of it may have
+        taken long for another reason, and counts no more than what the nearest trusted size lets expect."""
         assert self._scale is not None
-        favour = 1.0 if self._num_seen.get(size, 0) >= _ENOUGH_SEEN else _FAVOUR
-        return favour * self._scale * self._factor(size) * self._shape(size)
+        unit = self._scale * self._shape(size)
+        if self.is_trusted(size):
+            return unit * self._factors[size]
+        return _FAVOUR * unit * min(self._factor(size), self._factor_near(size))
 
     def _factor(self, size: int) -> float:
-        """That of the nearest size that was seen, for one that was not."""
-        if size in self._factors or not self._factors:
-            return self._factors.get(size, 1.0)
-        return self._factors[min(self._factors, key=lambda seen: abs(seen - size))]
+        return self._factors[size] if size in self._factors else self._factor_near(size)
+
+    def _factor_near(self, size: int) -> float:
+        """That of the nearest size that is trusted, or else of the nearest that was seen."""
+        sizes = [seen for seen in self._factors if self.is_trusted(seen)] or list(self._factors)
+        return self._factors[min(sizes, key=lambda seen: abs(seen - size))] if sizes else 1.0
 
     def observe(self, size: int, seconds: float) -> None:
         """It took so long. Of the first times the shortest counts: much can make a first time long."""
@@ -58,13 +76,13 @@ class CostEstimate:
         if self._scale is None:
             self._scale, self._factors[size] = seconds / self._shape(size), 1.0
             return
-        expected = self._scale * self._factor(size) * self._shape(size)
-        ratio = min(2.0, max(0.5, seconds / expected))
+        ratio = seconds / (self._scale * self._factor(size) * self._shape(size))
         if size not in self._factors:
-            self._factors[size] = self._factor(size) * seconds / expected
-        elif seen < _ENOUGH_SEEN and ratio < 1:
-            self._factors[size] *= ratio
-        elif seen >= _ENOUGH_SEEN:
+            self._factors[size] = self._factor(size) * ratio
+        elif seen < _ENOUGH_SEEN:
+            self._factors[size] *= min(1.0, ratio)
+        else:
+            ratio = min(2.0, max(0.5, ratio))
             self._scale *= ratio**0.05
             self._factors[size] *= ratio**0.1
 
@@ -190,12 +208,16 @@ class DraftLengths:
         offers.sort()
         num_sequences = len(requests)
         round_size = max(1, num_sequences // 4)
+        # What a size costs is known near those that were seen: go there in small strides.
+        most_tokens = self.steps.largest_trusted(num_sequences) + 2 * round_size
         base = num_sequences / self.steps.seconds(num_sequences)
         best, num_taken = base * _LEAST_GAIN, 0
         tokens, num_passes = float(num_sequences), 0
         for count, (chance, depth, _) in enumerate(offers, start=1):
             tokens -= chance
             num_passes = max(num_passes, depth + 1)
+            if num_sequences + count > most_tokens:
+                break
             if count % round_size:
                 continue
             seconds = self.steps.seconds(num_sequences + count) + num_passes * self._pass_seconds(num_sequences)
@@ -206,9 +228,11 @@ class DraftLengths:
         return lengths
 
     def _pass_seconds(self, num_sequences: int) -> float:
-        if self.passes.is_known:
-            return self.passes.seconds(num_sequences)
-        return self.steps.seconds(1) / self.step_shape(1) * self.pass_shape(num_sequences)
+        expected = self.steps.seconds(1) / self.step_shape(1) * self.pass_shape(num_sequences)
+        if not self.passes.is_known:
+            return expected
+        measured = self.passes.seconds(num_sequences)
+        return measured if self.passes.is_trusted(num_sequences) else min(measured, expected)
 
 
 def step_shapes(
