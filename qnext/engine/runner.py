@@ -18,7 +18,7 @@ from qnext.engine.request import Request, SampledToken
 from qnext.engine.sampling.logprobs import prompt_logprobs
 from qnext.engine.step import SequencePlan, StepPlan
 from qnext.model import Batch, CausalLM
-from qnext.ops import Packing, is_native, put_rows
+from qnext.ops import Packing, embedding, is_native, put_rows
 
 
 class RunnerOutput(NamedTuple):
@@ -131,8 +131,9 @@ class Runner:
             assert sequence.request.slot is not None
             rows += range(end - count, end)
             places += [self.cache.place_of_source(sequence.request.slot, p) for p in range(last - count, last)]
+        # By an op of ours: after one of torch's own its threads keep a core busy for a while, which the next steps need.
         put_rows(
-            source_TD[torch.tensor(rows, device=source_TD.device)],
+            embedding(torch.tensor(rows, device=source_TD.device), source_TD),
             torch.tensor(places, device=source_TD.device),
             self.cache.sources.flatten(0, 1),
         )

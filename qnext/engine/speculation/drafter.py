@@ -129,8 +129,8 @@ class Drafter:
         if depth <= 0:
             return
         chosen = [requests[n] for n in able]
-        rows = self._missing_rows(chosen)
         start = time.perf_counter()
+        rows = self._missing_rows(chosen)
         if all(request.params.is_greedy for request in chosen):
             drafts = self._chains.run(rows, depth=depth).T.tolist()
             was_prepared = self._chains.was_prepared
@@ -161,15 +161,14 @@ class Drafter:
 
         As many of each, as far as they are there, though some are computed again: so there are few sizes of batches.
         """
-        most = 1
+        most = 1 + self.lengths.max_draft_tokens
         for request in requests:
             drafting = self._drafting_of(request)
-            end = request.num_computed_tokens
-            if not end - drafting.num_rows <= _LONG_GAP or drafting.num_rows <= drafting.first_row:
+            gap = request.num_computed_tokens - drafting.num_rows
+            if gap > _LONG_GAP or drafting.num_rows <= drafting.first_row:
                 self._begin(request, drafting)
-            most = max(most, end - drafting.num_rows)
-        if most > 1 + self.lengths.max_draft_tokens:
-            most = _LONG_GAP
+            elif gap > most:
+                most = _LONG_GAP
         rows = []
         for request in requests:
             drafting = self._drafting_of(request)
