@@ -74,7 +74,8 @@ def drafting(
                         SamplingParams(temperature=temperature, seed=i, max_tokens=output, ignore_eos=True)
                         for i in range(batch)
                     ]
-                    for speculate, engine in ((False, off), (True, on)):
+                    turns = ((False, off), (True, on))
+                    for speculate, engine in turns if round_ % 2 else reversed(turns):
                         phase = write_together(engine, chosen, params)
                         if round_:  # the first one warms up
                             phases[speculate].append(phase)
