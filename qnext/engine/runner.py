@@ -131,7 +131,7 @@ class Runner:
             assert sequence.request.slot is not None
             rows += range(end - count, end)
             places += [self.cache.place_of_source(sequence.request.slot, p) for p in range(last - count, last)]
-        # By an op of ours: after one of torch's own its threads keep a core busy for a while, which the next steps need.
+        # By an op of ours: after one of torch's its threads keep a core busy for a while, which the next steps need.
         put_rows(
             embedding(torch.tensor(rows, device=source_TD.device), source_TD),
             torch.tensor(places, device=source_TD.device),
