@@ -33,6 +33,10 @@ Yarn = Annotated[
     float | None,
     typer.Option("--yarn", metavar="FACTOR", help="Stretch the context by static YaRN; may cost short texts a little."),
 ]
+Speculation = Annotated[
+    bool | None,
+    typer.Option("--speculation/--no-speculation", help="Drafts by the MTP layer; default: where the model has one."),
+]
 DType = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16; default: as stored.")]
 
 # Keys of generation_config.json that carry over; each is named like the field of SamplingParams.

@@ -59,6 +59,7 @@ def command(
         int | None, typer.Option("--context", metavar="N", help="Tokens of context; default: the model's.")
     ] = None,
     yarn: options.Yarn = None,
+    speculation: options.Speculation = None,
     dtype: options.DType = None,
 ) -> None:
     """Talk to a model; /help lists the commands.
@@ -79,7 +80,7 @@ def command(
         raise UsageError("a system message needs a chat format")
     run_chat(
         load_weights(folder, dtype), folder.tokenizer, chat_format=chat_format, params=params, stop=tuple(stop or ()),
-        system=system, max_model_len=context,
+        system=system, max_model_len=context, speculation=speculation,
     )  # fmt: skip
 
 
@@ -92,6 +93,7 @@ def run_chat(
     stop: tuple[str, ...] = (),
     system: str | None = None,
     max_model_len: int | None = None,
+    speculation: bool | None = None,
     read_line: ReadLine | None = None,
 ) -> None:
     """Converse until the input ends. Without `chat_format` each input is completed as plain text, by 256 tokens unless
@@ -103,8 +105,9 @@ def run_chat(
     from qnext.engine import Engine, SamplingParams
 
     engine = Engine(
-        model, max_num_seqs=1, max_model_len=max_model_len, eos_token_ids=end_token_ids(tokenizer, model.config)
-    )
+        model, max_num_seqs=1, max_model_len=max_model_len, speculation=speculation,
+        eos_token_ids=end_token_ids(tokenizer, model.config),
+    )  # fmt: skip
     _note(engine.memory_plan.describe())
     params = params or SamplingParams()
     if chat_format is None and params.max_tokens is None:

@@ -49,6 +49,7 @@ def command(
         bool, typer.Option("--special", help="Names such as <|im_start|> in PROMPT are control tokens.")
     ] = False,
     yarn: options.Yarn = None,
+    speculation: options.Speculation = None,
     dtype: options.DType = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
 ) -> None:
@@ -83,7 +84,7 @@ def command(
     assert params.max_tokens is not None
     engine = Engine(
         network, max_num_seqs=1, max_model_len=len(prompt_ids) + params.max_tokens, prefix_cache=False,
-        eos_token_ids=end_token_ids(folder.tokenizer, folder.config),
+        speculation=speculation, eos_token_ids=end_token_ids(folder.tokenizer, folder.config),
     )  # fmt: skip
     print(engine.memory_plan.describe(), file=sys.stderr)
     answer = complete(engine, prompt_ids, params, stream, write=None if as_json else write_text)

@@ -96,7 +96,9 @@ class SpeedMeter:
     def _engine(self, kind: str, length: int, max_model_len: int) -> Engine:
         key = (kind, length)
         if key not in self._engines:
-            self._engines[key] = Engine(self.model, max_num_seqs=1, max_model_len=max_model_len, prefix_cache=False)
+            self._engines[key] = Engine(
+                self.model, max_num_seqs=1, max_model_len=max_model_len, prefix_cache=False, speculation=False
+            )
         return self._engines[key]
 
     def _at_depth(self, depth: int) -> tuple[Engine, Request]:
@@ -104,7 +106,9 @@ class SpeedMeter:
         if depth not in self._deep:
             num_prompt = max(depth, 1)
             max_model_len = num_prompt + self.decode_tokens + 1
-            engine = Engine(self.model, max_num_seqs=1, max_model_len=max_model_len, prefix_cache=False)
+            engine = Engine(
+                self.model, max_num_seqs=1, max_model_len=max_model_len, prefix_cache=False, speculation=False
+            )
             params = SamplingParams(max_tokens=self.decode_tokens + 1, ignore_eos=True)
             request = engine.add_request(self._tokens(num_prompt), params)
             start = time.perf_counter()

@@ -55,6 +55,21 @@ def test_yarn_stretches_the_context(plain_folder: Path, capsys: Captured) -> Non
     assert run(plain_folder, "a", "--yarn", "0.5") == 2
 
 
+def test_speculation_changes_no_answer_and_needs_its_layer(
+    plain_folder: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    assert run(plain_folder, "a", "--speculation") == 2
+    assert "no layer for multi-token prediction" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["init", "nano-5m", str(tmp_path / "model")])
+    capsys.readouterr()
+    answers = [
+        document(capsys, tmp_path / "model", "a", "--special", "--max-tokens", "40", "--ignore-eos", flag)["token_ids"]
+        for flag in ("--speculation", "--no-speculation")
+    ]
+    assert answers[0] == answers[1] and len(answers[0]) == 40
+
+
 def test_json_document(plain_folder: Path, capsys: Captured) -> None:
     tokenizer = Tokenizer.from_folder(plain_folder)
     result = document(capsys, plain_folder, "Hello", "--max-tokens", "6", "--logprobs", "2")
