@@ -70,6 +70,7 @@ class Trainer:
         self._elapsed_before = 0.0
         self._started = time.perf_counter()
         self._step_seconds = 0.0
+        self._furthest = 0.0
         self._skipped_in_a_row = 0
         self._evaluated_step = -1
 
@@ -114,7 +115,9 @@ class Trainer:
             self._elapsed_before, self._started = self.elapsed, time.perf_counter()
 
     def _one_step(self, tap: RouterTap) -> StepMetrics:
-        start, progress = time.perf_counter(), self.progress
+        start = time.perf_counter()
+        # A slow step before a fast one would turn the clock back: its length was a bad guess for the next.
+        progress = self._furthest = max(self._furthest, self.progress)
         lr = learning_rate(self.config, progress=progress, step=self.step)
         has_mtp = self.model.mtp is not None and self.config.mtp_coefficient > 0.0
         trains_mtp = has_mtp and progress >= self.config.mtp_start

@@ -209,7 +209,10 @@ def test_drafts_on_the_reference(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "int4-g32"])
 def test_many_random_schedules(form: str) -> None:
-    """Seventy of each, with drafts, failing steps and everything else; the memory of the process stays."""
+    """Seventy of each, with drafts, failing steps and everything else; the memory of the process stays.
+
+    It rises and falls by a mapping of 256 MiB, which many engines share, so that highest is compared with highest.
+    """
     model = make_in_form(NATIVE, form)
     resident = []
     for seed in range(100, 170):
@@ -220,8 +223,8 @@ def test_many_random_schedules(form: str) -> None:
             min_complete=0.2,
         )  # fmt: skip
         gc.collect()
-        resident.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    assert resident[-1] < resident[20] + 64 * 1024, "KiB"
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    assert max(resident[35:]) < max(resident[:35]) + (64 << 20)
 
 
 def check(answers: list[Answer], *, min_complete: float = 0.5) -> None:
