@@ -60,6 +60,7 @@ def with_memory(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
     monkeypatch.setattr(sizes, "available_bytes", lambda device: available)
 
 
+@pytest.mark.skipif(not is_native(torch.device("cpu")), reason="the bound of the reference is coarser than these sizes")
 def test_sizes_that_nobody_gave_shrink_with_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("hybrid")
     plans = []

@@ -229,7 +229,8 @@ def test_several_completions_are_several_requests() -> None:
     check(metrics)
     assert (metrics.num_requests, metrics.finished, metrics.output_tokens) == (3, FinishCounts(length=3), 15)
     assert metrics.prompt_tokens_computed + metrics.prompt_tokens_cached == 3 * 70
-    assert metrics.prompt_tokens_cached == 2 * 69
+    # The reference goes on from multiples of 64 only.
+    assert metrics.prompt_tokens_cached == 2 * (69 if backend.native_module() is not None else 64)
     check_load(engine, runner.num_tokens)
 
 
@@ -333,22 +334,28 @@ def play(engine: Engine, *, seed: int, with_drafts: bool) -> list[Request]:
     return requests
 
 
-def models() -> dict[str, CausalLM]:
-    names = {name: make_in_form(name, "float32") for name in (NATIVE, DENSE_LAYERS)}
-    return {**names, "int4": make_in_form(NATIVE, "int4-g32"), "tiny": tiny_model("hybrid")}
+def model_named(name: str) -> CausalLM:
+    if name == "tiny":
+        return tiny_model("hybrid")
+    if name == "int4":
+        if backend.native_module() is None:
+            pytest.skip("quantised weights lie otherwise without native kernels")
+        return make_in_form(NATIVE, "int4-g32")
+    return make_in_form(name, "float32")
 
 
 @pytest.mark.parametrize("with_drafts", [False, True])
 @pytest.mark.parametrize("name", [NATIVE, DENSE_LAYERS, "int4", "tiny"])
 def test_experts_are_counted_exactly(name: str, with_drafts: bool) -> None:
     """Against a count in Python by hooks, which keep that engine from recording its steps."""
-    model = models()[name]
+    model = model_named(name)
     options: dict[str, Any] = {"max_num_seqs": 3, "max_model_len": 256, "num_blocks": 13, "num_checkpoints": 2}
     if with_drafts:
         options["max_draft_tokens"] = 3
     engine, runner = make_engine(model, **options)
     answers = [request.output_ids for request in play(engine, seed=5, with_drafts=with_drafts)]
-    assert engine.metrics.num_preemptions and engine.metrics.prompt_tokens_cached
+    assert engine.metrics.prompt_tokens_cached
+    assert engine.metrics.num_preemptions or backend.native_module() is None
     if backend.native_module() is not None and name in (NATIVE, "int4"):
         assert runner._decoding._batches, "steps are recorded while their tokens are counted"
 
