@@ -193,10 +193,6 @@ class Cache:
             if pending is not None:
                 apply_pending(conv, state, pending, slots_N)
 
-    def forget_pending(self, slot: int) -> None:
-        """The slot's state is about to be written as a whole."""
-        self._num_accepted[:, slot] = 0
-
     def copy_slots(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Recurrent states of `sources` to `targets`, one after another. Pages are not copied."""
         self.flush(sorted(set(sources)))

@@ -115,6 +115,10 @@ class StepInputs:
 
     def fill(self, rows: Sequence[Rows]) -> None:
         """Put these rows there: as many sequences and tokens as there is room for."""
+        self._fill(rows)
+
+    def _fill(self, rows: Sequence[Rows]) -> tuple[Ints, Ints, Ints]:
+        """Returns the slots of the sequences, where their rows end, and their bases."""
         slots_N, counts_N, first_N, bases_N = np.array(
             [(self._cache.bind(part.request), len(part.token_ids), part.start, part.base) for part in rows]
         ).T
@@ -131,7 +135,9 @@ class StepInputs:
         of_tokens[0] = list(chain.from_iterable(part.token_ids for part in rows))
         of_sequences[2] = starts[1:] - 1
         is_draft_N[:] = [part.is_draft for part in rows]
-        self._place(slots_N, first_N + counts_N, bases_N, slots_T, positions_T, bases_T)
+        ends_N = first_N + counts_N
+        self._place(slots_N, ends_N, bases_N, slots_T, positions_T, bases_T)
+        return slots_N, ends_N, bases_N
 
     def _place(
         self, slots_N: Ints, ends_N: Ints, bases_N: Ints, slots_T: Ints, positions_T: Ints, bases_T: Ints
@@ -172,14 +178,10 @@ class DraftInputs(StepInputs):
         return self._cache.draft_kv
 
     def fill(self, rows: Sequence[Rows]) -> None:
-        super().fill(rows)
-        if self.later:
-            slots_N, ends_N, bases_N = np.array(
-                [(part.request.slot, part.start + len(part.token_ids), part.base) for part in rows]
-            ).T
-            for steps, inputs in enumerate(self.later):
-                places = ends_N + steps
-                inputs._place(slots_N, places + 1, bases_N, slots_N, places, bases_N)
+        slots_N, ends_N, bases_N = self._fill(rows)
+        for steps, inputs in enumerate(self.later):
+            positions_N = ends_N + steps
+            inputs._place(slots_N, positions_N + 1, bases_N, slots_N, positions_N, bases_N)
 
     def _point_to_pages(self, slots_N: Ints, ends_N: Ints, slots_T: Ints, places_T: Ints) -> None:
         """Places count from where the MTP layer began. It sees as much of what is before as its pages hold."""
@@ -218,9 +220,9 @@ class _Kept(NamedTuple, Generic[Inputs, Result]):
 class RecordedBatches(Generic[Inputs, Result]):
     """One function of batches, recorded for each size of a batch that recurs.
 
-    `make_inputs` takes the rows of each sequence and the depth of the drafts. `compute` reads its inputs and writes
-    nothing but the caches. `was_prepared` says of the last batch that nothing was done for the first time: its time is
-    that of the next ones.
+    `make_inputs` takes how many rows each sequence has and the depth of the drafts. `compute` reads its inputs and
+    writes nothing but the caches. `was_prepared` says of the last batch that nothing was done for the first time: its
+    time is that of the next ones.
     """
 
     def __init__(

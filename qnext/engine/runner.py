@@ -1,4 +1,4 @@
-"""From a StepPlan to logits: the only place where the engine calls the model.
+"""From a StepPlan to logits: here, and in the drafter for the MTP layer, the engine calls the model.
 
 Legend: T tokens, N sequences, R rows that need a token, D hidden, Y vocabulary.
 """

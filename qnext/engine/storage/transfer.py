@@ -67,7 +67,7 @@ def write_blocks(
 
 @torch.inference_mode()
 def write_slot(cache: Cache, slot: int, tensors: Mapping[str, Tensor]) -> None:
-    cache.forget_pending(slot)
+    cache.commit(slot, 0)  # nothing is pending on what is written
     for name, states in states_of(cache).items():
         states[slot].copy_(tensors[name], non_blocking=True)
 
