@@ -1,0 +1,117 @@
+"""Lark text for answers that must call a tool, in the form in which the chat formats write calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from qnext.errors import UsageError
+from qnext.text.output.parser import ToolStyle
+from qnext.text.output.scan import TOOL_CALL, TOOL_CALL_END
+from qnext.text.output.values import named_parameters, resolved, types_of
+
+MAX_SCHEMA_DEPTH = 32
+
+_NOTES = ("title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly", "$schema")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # hold schemas by name
+_DATA = ("enum", "const")  # hold values, not schemas
+_WHITE_SPACE = r"[ \t\n\r]{1,64}"  # without a bound it is what a model writes that knows nothing to write
+
+
+def tool_call_grammar(
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    style: ToolStyle,
+    name: str | None,
+    parallel: bool,
+    control_names: Collection[str],
+) -> str:
+    """Lark text of an answer that is one call, or with `parallel` one or more.
+
+    The call is of the tool `name`, else of any, with arguments by the tool's schema. Newlines may stand before it: the
+    thinking format has them behind the thought. In the XML style parameters come in the schema's order, the text of a
+    string is bound by its enum alone, and an object's parameters that no schema names are left out.
+
+    `control_names` are the tags that the tokenizer has as tokens of their own. Raises UsageError without tools, for an
+    unknown name and for a schema that is nested too deeply or uses a grammar's own options.
+    """
+    chosen = [tool for tool in map(named_parameters, tools) if name in (None, tool[0])]
+    if not chosen:
+        raise UsageError(
+            "tool_choice: there are no tools" if name is None else f"tool_choice: no tool is named {name!r}"
+        )
+    start, end = (tag if tag in control_names else json.dumps(tag) for tag in (TOOL_CALL, TOOL_CALL_END))
+    rules = [r'start: (/\n{1,4}/)? call ("\n" call)*' if parallel else r"start: (/\n{1,4}/)? call"]
+    rules.append(f"call: {start} body {end}")
+    rules.append("body: " + " | ".join(f"call_{index}" for index in range(len(chosen))))
+    for index, (tool, schema) in enumerate(chosen):
+        schema = _checked(schema)
+        rules += _json_rules(index, tool, schema) if style == "json" else _xml_rules(index, tool, schema)
+    if style == "xml":
+        rules.append(r'text[suffix="\n</parameter>\n"]: /(?s:.*)/')
+    return "\n".join(rules) + "\n"
+
+
+def _json_rules(index: int, name: str, schema: Mapping[str, Any]) -> list[str]:
+    head = '\n{"name": ' + json.dumps(name, ensure_ascii=False) + ', "arguments": '
+    return [f"call_{index}: {json.dumps(head)} arguments_{index} " + r'"}\n"', f"arguments_{index}: {_json(schema)}"]
+
+
+def _xml_rules(index: int, name: str, schema: Mapping[str, Any]) -> list[str]:
+    properties = schema.get("properties")
+    required = schema.get("required")
+    rules: list[str] = []
+    parts = [json.dumps(f"\n<function={name}>\n")]
+    for number, (key, value) in enumerate(properties.items() if isinstance(properties, Mapping) else ()):
+        rule = f"parameter_{index}_{number}"
+        parts.append(rule if isinstance(required, list) and key in required else f"{rule}?")
+        rules.append(f"{rule}: {json.dumps(f'<parameter={key}>' + chr(10))} {_xml_value(value, schema)}")
+    parts.append(r'"</function>\n"')
+    return [f"call_{index}: " + " ".join(parts), *rules]
+
+
+def _xml_value(schema: Any, root: Mapping[str, Any]) -> str:
+    """Lark of a value and the closing tag behind it."""
+    end = r'"\n</parameter>\n"'
+    found = resolved(schema, root)
+    values = found.get("enum") if isinstance(found, Mapping) else None
+    if isinstance(values, list) and values:
+        texts = (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values)
+        return "(" + " | ".join(json.dumps(text) if text else '""' for text in texts) + f") {end}"
+    types = types_of(schema, root)
+    if not types or "string" in types:
+        return "text"
+    shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    return f"{_json({**shared, **found})} {end}"
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    options = {"whitespace_pattern": _WHITE_SPACE}
+    return "%json " + json.dumps({**schema, "x-guidance": options}, separators=(",", ":"))
+
+
+def _checked(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of an object, without what says nothing about its form."""
+    bare = _without_notes(schema, 1)
+    return {"type": "object", **bare}
+
+
+def _without_notes(schema: Any, depth: int) -> Any:
+    if depth > MAX_SCHEMA_DEPTH:
+        raise UsageError(f"tools: a schema is nested deeper than {MAX_SCHEMA_DEPTH}")
+    if isinstance(schema, list):
+        return [_without_notes(entry, depth + 1) for entry in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    if "x-guidance" in schema:
+        raise UsageError("tools: x-guidance is not supported")
+    kept: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, Mapping):
+            kept[key] = {name: _without_notes(entry, depth + 1) for name, entry in value.items()}
+        elif key in _DATA:
+            kept[key] = value
+        elif key not in _NOTES:
+            kept[key] = _without_notes(value, depth + 1)
+    return kept
