@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from qnext import __version__
 
-# verb -> one line of help; `qnext/cli/<verb>.py` holds a typer command called `command`
+# verb -> one line of help; `qnext/cli/<verb>.py` holds a typer command called `command`, or several as `app`
 VERBS = {
     "demo": "train a small Qwen3-Next on the Python library on this machine, then talk to it",
     "init": "make a model folder with random weights",
@@ -23,6 +23,7 @@ VERBS = {
     "quantize": "a model folder in four or eight bits, and what that cost",
     "bench": "speed, loading and memory, beside peers and the limits of the machine",
     "convert": "a model folder to GGUF, for llama.cpp, and back",
+    "keys": "API keys of a server: create, list, show, revoke, rotate",
 }
 
 _USAGE = """usage: qnext VERB [options]        qnext VERB --help for the options of a verb
@@ -55,8 +56,11 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     from qnext.errors import QnextError
 
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(importlib.import_module(f"qnext.cli.{verb}").command)
+    module = importlib.import_module(f"qnext.cli.{verb}")
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command()(module.command)
     try:
         app(arguments, prog_name=f"qnext {verb}")
     except SystemExit as exit_:
