@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from qnext import __version__
 
@@ -26,6 +27,7 @@ VERBS = {
 }
 
 _USAGE = """usage: qnext VERB [options]        qnext VERB --help for the options of a verb
+                                    qnext VERB --help=WORD for those that mention WORD
 
 {verbs}
 
@@ -50,17 +52,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_run(arguments[0], arguments[1:]))
 
 
-def _run(verb: str, arguments: list[str]) -> int:
+def click_command(verb: str) -> Any:
+    """The click command of a verb. Imports its module, nothing heavier."""
     import typer
 
-    from qnext.errors import QnextError
+    from qnext.cli._config_file import EPILOG
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(importlib.import_module(f"qnext.cli.{verb}").command)
+    name = verb.replace("-", "_")
+    app.command(epilog=EPILOG.format(verb=name.upper()))(importlib.import_module(f"qnext.cli.{name}").command)
+    return typer.main.get_command(app)
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    from qnext.cli._config_file import apply_environment, flag_name, read_flags, take_config
+    from qnext.errors import QnextError
+
     try:
-        app(arguments, prog_name=f"qnext {verb}")
-    except SystemExit as exit_:
-        return exit_.code if isinstance(exit_.code, int) else 1
+        command = click_command(verb)
+        arguments, file = take_config(verb, arguments)
+        flags = {} if file is None else read_flags(file, verb, command, VERBS)
+        apply_environment(verb, command, flags)
+        word = _help_word(arguments)
+        if word is not None:
+            from qnext.cli._help_search import print_matching
+
+            print_matching(verb, command, word)
+            return 0
+        code = _call(command, verb, arguments, flags)
+        if code == 2 and flags:
+            given = ", ".join(flag_name(parameter) for parameter in command.params if parameter.name in flags)
+            print(f"qnext {verb}: {file} has given {given}", file=sys.stderr)
+        return code
     except QnextError as error:
         print(f"qnext {verb}: {error}", file=sys.stderr)
         return error.exit_code
@@ -70,4 +93,16 @@ def _run(verb: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _call(command: Any, verb: str, arguments: list[str], flags: dict[str, Any]) -> int:
+    try:
+        command.main(args=arguments, prog_name=f"qnext {verb}", default_map=flags)
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 1
     return 0
+
+
+def _help_word(arguments: list[str]) -> str | None:
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return next((argument[len("--help=") :] for argument in options if argument.startswith("--help=")), None)
