@@ -19,6 +19,7 @@ def candidates(words: Sequence[str]) -> list[str]:
     """
     from qnext.cli import VERBS
 
+    prefix = re.match("--[^=]+=", words[-1]) if words else None  # bash alone has it as words of their own
     words = _join_equals(words)
     last = words[-1] if words else ""
     if len(words) <= 1:
@@ -27,7 +28,8 @@ def candidates(words: Sequence[str]) -> list[str]:
         found = list(_of_verb(words[0], words[1:-1], last))
     else:
         found = []
-    return [line for line in found if line in (FOLDERS, FILES) or line.startswith(last)]
+    found = [line for line in found if line in (FOLDERS, FILES) or line.startswith(last)]
+    return [f"{prefix[0]}{line}" for line in found] if prefix and not {FOLDERS, FILES} & set(found) else found
 
 
 def _join_equals(words: Sequence[str]) -> list[str]:

@@ -55,7 +55,9 @@ def test_arguments() -> None:
 
 def test_values_of_flags() -> None:
     assert names("logits", "m", "--dtype", "") == {"float32", "bfloat16"}
-    assert names("logits", "m", "--dtype=f") == {"float32"} == names("logits", "m", "--dtype", "=", "f")
+    assert names("logits", "m", "--dtype", "=", "f") == {"float32"}
+    assert names("logits", "m", "--dtype=f") == {"--dtype=float32"}
+    assert names("init", "--tokenizer=") == {FOLDERS}
     assert names("logits", "m", "--dtype", "=") == {"float32", "bfloat16"}
     assert names("generate", "m", "--config", "") == {FILES} == names("generate", "m", "--config", "x")
     assert names("init", "--tokenizer", "") == {FOLDERS}
