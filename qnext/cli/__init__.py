@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from qnext import __version__
 
-# verb -> one line of help; `qnext/cli/<verb>.py` holds a typer command called `command`
+# verb -> one line of help; `qnext/cli/<verb>.py` holds a typer command called `command`, or several as `app`
 VERBS = {
     "demo": "train a small Qwen3-Next on the Python library on this machine, then talk to it",
     "init": "make a model folder with random weights",
@@ -23,9 +24,13 @@ VERBS = {
     "quantize": "a model folder in four or eight bits, and what that cost",
     "bench": "speed, loading and memory, beside peers and the limits of the machine",
     "convert": "a model folder to GGUF, for llama.cpp, and back",
+    "keys": "API keys of a server: create, list, show, revoke, rotate",
+    "doctor": "what the machine and a model offer, and what is in the way",
+    "completion": "a script that completes verbs, flags and models in bash, zsh or fish",
 }
 
 _USAGE = """usage: qnext VERB [options]        qnext VERB --help for the options of a verb
+                                    qnext VERB --help=WORD for those that mention WORD
 
 {verbs}
 
@@ -50,17 +55,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_run(arguments[0], arguments[1:]))
 
 
-def _run(verb: str, arguments: list[str]) -> int:
+def click_command(verb: str) -> Any:
+    """The click command of a verb. Imports its module, nothing heavier."""
     import typer
 
+    from qnext.cli._config_file import EPILOG
+
+    name = verb.replace("-", "_")
+    module = importlib.import_module(f"qnext.cli.{name}")
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command(epilog=EPILOG.format(verb=name.upper()))(module.command)
+    return typer.main.get_command(app)
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    from qnext.cli._config_file import apply_environment, flag_name, read_flags, take_config
     from qnext.errors import QnextError
 
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(importlib.import_module(f"qnext.cli.{verb}").command)
     try:
-        app(arguments, prog_name=f"qnext {verb}")
-    except SystemExit as exit_:
-        return exit_.code if isinstance(exit_.code, int) else 1
+        command = click_command(verb)
+        arguments, file = take_config(verb, arguments)
+        flags = {} if file is None else read_flags(file, verb, command, VERBS)
+        apply_environment(verb, command, flags)
+        word = _help_word(arguments)
+        if word is not None:
+            from qnext.cli._help_search import print_matching
+
+            print_matching(verb, command, word)
+            return 0
+        code = _call(command, verb, arguments, flags)
+        if code == 2 and flags:
+            given = ", ".join(flag_name(parameter) for parameter in command.params if parameter.name in flags)
+            print(f"qnext {verb}: {file} has given {given}", file=sys.stderr)
+        return code
     except QnextError as error:
         print(f"qnext {verb}: {error}", file=sys.stderr)
         return error.exit_code
@@ -70,4 +99,16 @@ def _run(verb: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _call(command: Any, verb: str, arguments: list[str], flags: dict[str, Any]) -> int:
+    try:
+        command.main(args=arguments, prog_name=f"qnext {verb}", default_map=flags)
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 1
     return 0
+
+
+def _help_word(arguments: list[str]) -> str | None:
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return next((argument[len("--help=") :] for argument in options if argument.startswith("--help=")), None)

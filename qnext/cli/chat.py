@@ -14,6 +14,7 @@ import typer
 from qnext.cli import _sampling as options
 from qnext.cli._conversation import Conversation, split_command
 from qnext.cli._text_model import TextFolder, end_token_ids, load_weights, open_folder, write_text
+from qnext.cli._types import human_int
 from qnext.errors import QnextError, UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +57,10 @@ def command(
     seed: options.Seed = None,
     stop: options.Stop = None,
     context: Annotated[
-        int | None, typer.Option("--context", metavar="N", help="Tokens of context; default: the model's.")
+        int | None,
+        typer.Option(
+            "--context", metavar="N", parser=human_int, help="Tokens of context, such as 32k; default: the model's."
+        ),
     ] = None,
     yarn: options.Yarn = None,
     speculation: options.Speculation = None,

@@ -27,7 +27,7 @@ def command(
 
     folder = resolve_model(model)
     with byte_progress("reading") as progress:
-        problems = list(_problems(folder, progress))
+        problems = list(checkpoint_problems(folder, progress))
     if as_json:
         print(json.dumps({"model": model, "ok": not problems, "problems": problems}, indent=2))
     elif not problems:
@@ -41,7 +41,8 @@ def command(
         raise typer.Exit(CorruptCheckpoint.exit_code)
 
 
-def _problems(folder: Path, progress: Callable[[int, int], None] | None) -> Iterator[str]:
+def checkpoint_problems(folder: Path, progress: Callable[[int, int], None] | None = None) -> Iterator[str]:
+    """One line for everything that is wrong; `progress` gets the bytes that are read, and all bytes."""
     from qnext.checkpoint.check import read_layout, structure_problems
     from qnext.checkpoint.files import TensorFiles
     from qnext.checkpoint.values import tensor_value_problems
@@ -59,12 +60,13 @@ def _problems(folder: Path, progress: Callable[[int, int], None] | None) -> Iter
                 done += info.num_bytes
                 if progress is not None:
                     progress(done, total)
-            yield from _tokenizer_problems(folder, layout.config)
+            yield from tokenizer_problems(folder, layout.config)
     except CorruptCheckpoint as error:
         yield str(error)
 
 
-def _tokenizer_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
+def tokenizer_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
+    """What does not go together with the model, or cannot be read."""
     from qnext.errors import QnextError
     from qnext.text.tokenizer import Tokenizer
 

@@ -1,0 +1,171 @@
+"""What `qnext doctor MODEL` finds out about a model folder, without loading its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qnext.cli._doctor import Finding
+from qnext.errors import CorruptCheckpoint, QnextError, UsageError
+
+if TYPE_CHECKING:
+    from qnext.checkpoint.check import Layout
+    from qnext.config import ModelConfig
+    from qnext.text.tokenizer import Tokenizer
+
+_SHORT, _LARGEST_STEP, _MAX_PROBLEMS = 4096, 512, 20
+
+
+def model_findings(
+    folder: Path, *, quick: bool, progress: Callable[[int, int], None] | None = None
+) -> Iterator[Finding]:
+    """Configuration, memory, checkpoint and text side of a folder. `quick` reads headers and no values.
+
+    A folder that cannot be loaded gives a problem called "checkpoint". `progress` as for `byte_progress`.
+    """
+    from qnext.checkpoint.check import read_layout
+    from qnext.checkpoint.header import read_index
+
+    try:
+        index = read_index(folder)
+        layout = read_layout(folder, index.tensors)
+    except CorruptCheckpoint as error:
+        yield _checkpoint([str(error)], quick=quick)
+        return
+    yield _configuration(layout)
+    yield _memory_plan(layout.config, sum(info.num_bytes for info in index.tensors.values()))
+    yield _checkpoint(_problems(folder, quick=quick, progress=progress), quick=quick)
+    yield from _text(folder)
+
+
+def _configuration(layout: Layout) -> Finding:
+    from qnext.planning import count_active, count_parameters
+
+    config = layout.config
+    counts, active = count_parameters(config), count_active(config)
+    text = (
+        f"{config.num_hidden_layers} layers ({config.num_linear_layers} linear, {config.num_full_layers} full "
+        f"attention), {counts.trunk:,} parameters, {active.with_head:,} active"
+    )
+    if config.num_experts:
+        text += f", {config.num_experts} experts of which {config.num_experts_per_tok} are chosen"
+    if config.num_nextn_predict_layers:
+        text += ", a layer for multi-token prediction"
+    forms = sorted({weight.form.describe() for weight in layout.packed.values()})
+    text += f"; context {config.context_length:,}" + (f"; packed {', '.join(forms)}" if forms else "")
+    data = {
+        "parameters": counts.trunk, "active_parameters": active.with_head, "context_length": config.context_length,
+        "layers": config.num_hidden_layers, "experts": config.num_experts,
+        "has_mtp": bool(config.num_nextn_predict_layers), "packed": forms,
+    }  # fmt: skip
+    return Finding("configuration", "ok", text, data=data)
+
+
+def _memory_plan(config: ModelConfig, stored_bytes: int) -> Finding:
+    """An estimate beside `Engine`'s plan: that is made when weights are loaded, and shares what is left then."""
+    import torch
+
+    from qnext.engine.memory import available_bytes, format_bytes
+    from qnext.planning import StepSizes, kv_bytes_per_token, state_bytes_per_sequence, step_bytes
+
+    free = available_bytes(torch.device("cpu"))
+    sizes = StepSizes(_LARGEST_STEP, 1, 1, config.context_length)
+    workspace = step_bytes(config, sizes, num_threads=torch.get_num_threads())
+    kv = kv_bytes_per_token(config, with_mtp=bool(config.num_nextn_predict_layers))
+    state = state_bytes_per_sequence(config).total
+    left = max(0, free - stored_bytes - workspace)
+    short = min(_SHORT, config.context_length)
+    fits = {length: left // (state + length * kv) for length in (short, config.context_length)}
+    data = {
+        "weight_bytes": stored_bytes, "workspace_bytes": workspace, "free_bytes": free,
+        "kv_bytes_per_1000_tokens": 1000 * kv, "state_bytes_per_sequence": state,
+        "sequences": [{"tokens": length, "fit": count} for length, count in fits.items()],
+    }  # fmt: skip
+    text = (
+        f"weights {format_bytes(stored_bytes)}, KV {format_bytes(1000 * kv)} per 1,000 tokens, state "
+        f"{format_bytes(state)} per sequence, steps {format_bytes(workspace)}; beside them fit "
+        + ", ".join(f"{count:,} sequences of {length:,} tokens" for length, count in fits.items())
+    )
+    if stored_bytes + workspace > free:
+        advice = (
+            f"only {format_bytes(free)} are free: `qnext quantize --scheme int4-g32` makes weights a quarter of bf16"
+        )
+        return Finding("memory plan", "problem", text, advice, data)
+    if not fits[config.context_length]:
+        most = max(0, left - state) // kv if kv else config.context_length
+        advice = f"the whole context does not fit; about {most:,} tokens do"
+        return Finding("memory plan", "warning", text, advice, data)
+    return Finding("memory plan", "ok", text, data=data)
+
+
+def _problems(folder: Path, *, quick: bool, progress: Callable[[int, int], None] | None) -> list[str]:
+    from qnext.checkpoint.check import read_layout, structure_problems
+    from qnext.checkpoint.header import read_index
+    from qnext.cli.verify import checkpoint_problems, tokenizer_problems
+
+    if not quick:
+        return list(checkpoint_problems(folder, progress))
+    index = read_index(folder)
+    layout = read_layout(folder, index.tensors)
+    return [*structure_problems(layout, index.tensors, folder), *tokenizer_problems(folder, layout.config)]
+
+
+def _checkpoint(problems: list[str], *, quick: bool) -> Finding:
+    what = "headers and tokenizer" if quick else "every tensor and tokenizer"
+    if not problems:
+        return Finding("checkpoint", "ok", f"{what} are sound", data={"problems": [], "quick": quick})
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    advice = "download or convert it again; `qnext verify` lists everything"
+    data = {"problems": problems[:_MAX_PROBLEMS], "num_problems": len(problems), "quick": quick}
+    return Finding("checkpoint", "problem", problems[0] + more, advice, data)
+
+
+def _text(folder: Path) -> Iterator[Finding]:
+    """Tokenizer, chat format, and what generation_config.json asks for."""
+    from qnext.cli._sampling import resolve_sampling
+    from qnext.text.tokenizer import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_folder(folder)
+    except QnextError as error:
+        yield Finding("tokenizer", "problem", str(error), "copy tokenizer.json of the original model into the folder")
+        return
+    yield Finding("tokenizer", "ok", f"{tokenizer.vocab_size:,} tokens", data={"vocab_size": tokenizer.vocab_size})
+    yield _chat_format(folder, tokenizer)
+    try:
+        params = resolve_sampling(folder, {})
+    except QnextError as error:
+        yield Finding("sampling", "problem", str(error), "mend or remove generation_config.json")
+        return
+    values = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    text = "greedy" if not params.temperature else ", ".join(f"{name} {value}" for name, value in values.items())
+    yield Finding("sampling", "ok", f"by default {text}", data=values)
+
+
+def _chat_format(folder: Path, tokenizer: Tokenizer) -> Finding:
+    """The format, tried on a question: a template may be there and still fail."""
+    from qnext.text.chat import ChatFormat
+    from qnext.text.messages import Message
+
+    try:
+        chat_format = ChatFormat.for_folder(folder, tokenizer=tokenizer)
+    except UsageError:
+        return Finding("chat format", "ok", "none: text is completed as it is", data={"name": None})
+    except CorruptCheckpoint as error:
+        return _wrong_template(error)
+    try:
+        chat_format.encode(tokenizer, [Message("user", "Hello")])
+    except QnextError as error:
+        return _wrong_template(error)
+    finally:
+        for template in (chat_format.template, chat_format.tool_template):
+            if template is not None:
+                template.close()
+    name = chat_format.name
+    text = "the folder's own template" if name == "jinja" else f"{name}, one of the family's"
+    return Finding("chat format", "ok", text, data={"name": name})
+
+
+def _wrong_template(error: QnextError) -> Finding:
+    return Finding("chat format", "problem", str(error), "mend chat_template.jinja, or complete text without it")

@@ -1,0 +1,68 @@
+"""`qnext doctor`: what this machine and a model offer, and what is in the way."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from qnext.cli._doctor import Finding
+
+_STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="a folder or a hub name to look at too")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="of the checkpoint read headers, not every value")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+) -> None:
+    """Look at software, processor, kernels, memory and disk, and at MODEL: memory plan, checkpoint, tokenizer, chat.
+
+    Exit code 0 where there is no problem (warnings may be), 1 where there is one, 3 for a model that is not found, 5
+    for a corrupt one.
+    """
+    from qnext.checkpoint.resolve import resolve_model
+    from qnext.cli._doctor import machine_findings
+    from qnext.cli._doctor_model import model_findings
+    from qnext.cli._progress import byte_progress
+    from qnext.errors import CorruptCheckpoint
+
+    folder = None if model is None else resolve_model(model)
+    sections: dict[str, list[Finding]] = {"machine": list(machine_findings())}
+    if folder is not None:
+        with byte_progress("reading") as progress:
+            sections["model"] = list(model_findings(folder, quick=quick, progress=progress))
+    found = [finding for findings in sections.values() for finding in findings]
+    problems = [finding for finding in found if finding.status == "problem"]
+    if as_json:
+        document = {name: [finding._asdict() for finding in findings] for name, findings in sections.items()}
+        print(json.dumps({"ok": not problems, "folder": None if folder is None else str(folder), **document}, indent=2))
+    else:
+        _print(sections)
+        warned = sum(finding.status == "warning" for finding in found)
+        print(f"{len(problems)} problems, {warned} warnings", file=sys.stderr)
+    if problems:
+        raise typer.Exit(CorruptCheckpoint.exit_code if any(p.name == "checkpoint" for p in problems) else 1)
+
+
+def _print(sections: dict[str, list[Finding]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for findings in sections.values():
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for finding in findings:
+            text = Text(finding.text)
+            if finding.advice:
+                text.append(f"\n{finding.advice}", style="italic")
+            table.add_row(Text(finding.status, style=_STYLES[finding.status]), finding.name, text)
+        console.print(table)
+        console.print()

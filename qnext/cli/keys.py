@@ -1,0 +1,175 @@
+"""`qnext keys`: the API keys of a server, in a file that holds only their hashes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qnext.errors import UsageError
+
+if TYPE_CHECKING:
+    from qnext.server.keys import Key, KeyStore
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="API keys of a server: a file of hashes, which `qnext serve --keys FILE` reads. No secret is kept.",
+)
+
+File = Annotated[
+    Path | None,
+    typer.Option("--file", help="the file of keys [default: ~/.config/qnext/keys.json]", show_default=False),
+]
+Id = Annotated[str, typer.Argument(metavar="ID", help="the key's id, 8 hex digits: `qnext keys list`")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+
+_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_COLUMNS = ("id", "name", "state", "expires", "scopes", "models", "rpm", "tpm", "parallel", "context")
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Option("--name", help="whose key it is")],
+    file: File = None,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option("--scope", help="inference, tokenize, metrics or admin; again for more [default: all but admin]"),
+    ] = None,
+    expires: Annotated[
+        str | None,
+        typer.Option("--expires", help="30d, 12h, or 2027-01-31 (when that day begins, UTC) [default: never]"),
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="a model that it may use; again for more [default: all]")
+    ] = None,
+    rpm: Annotated[int | None, typer.Option("--rpm", help="requests a minute")] = None,
+    tpm: Annotated[int | None, typer.Option("--tpm", help="tokens a minute, of prompts and answers")] = None,
+    max_parallel: Annotated[int | None, typer.Option("--max-parallel", help="requests at once")] = None,
+    max_context: Annotated[int | None, typer.Option("--max-context", help="tokens of prompt and answer")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key. Its secret is printed once, alone on stdout."""
+    from qnext.server.keys import SCOPES, USER_SCOPES
+
+    for given in scope or ():
+        if given not in SCOPES:
+            raise UsageError(f"--scope {given[:40]!r} is none of {', '.join(SCOPES)}")
+    for option, limit in (
+        ("--rpm", rpm),
+        ("--tpm", tpm),
+        ("--max-parallel", max_parallel),
+        ("--max-context", max_context),
+    ):
+        if limit is not None and limit < 1:
+            raise UsageError(f"{option} must be at least 1, not {limit}")
+    store = _store(file)
+    key, secret = store.create(
+        name,
+        scopes=frozenset(scope) if scope else USER_SCOPES,
+        expires=None if expires is None else _expiry(expires, time.time()),
+        models=tuple(model) if model else None,
+        requests_per_minute=rpm, tokens_per_minute=tpm, max_parallel=max_parallel, max_context=max_context,
+    )  # fmt: skip
+    _print_secret(store, key, secret, "made", as_json)
+
+
+@app.command("list")
+def list_(file: File = None, as_json: AsJson = False) -> None:
+    """One line for each key."""
+    keys = _store(file).keys()
+    if as_json:
+        print(json.dumps([_public(key) for key in keys], indent=2))
+        return
+    rows = [_COLUMNS, *map(_row, keys)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@app.command()
+def show(key_id: Id, file: File = None, as_json: AsJson = False) -> None:
+    """Everything about one key but its secret, which nobody has."""
+    values = _public(_store(file).find(key_id))
+    if as_json:
+        print(json.dumps(values, indent=2))
+        return
+    for name, value in values.items():
+        shown = (
+            _time(value) if name in ("created", "expires") else ", ".join(value) if isinstance(value, list) else value
+        )
+        print(f"{name:<20} {'-' if shown is None else shown}")
+
+
+@app.command()
+def revoke(key_id: Id, file: File = None, as_json: AsJson = False) -> None:
+    """Make a key worthless for good; its line stays, for the audit log."""
+    store = _store(file)
+    key = store.revoke(key_id)
+    if as_json:
+        print(json.dumps(_public(key), indent=2))
+    _note(store, key, "revoked")
+
+
+@app.command()
+def rotate(key_id: Id, file: File = None, as_json: AsJson = False) -> None:
+    """Give a key a new secret, printed once, alone on stdout. Limits and id stay."""
+    store = _store(file)
+    key, secret = store.rotate(key_id)
+    _print_secret(store, key, secret, "rotated", as_json)
+
+
+def _store(file: Path | None) -> KeyStore:
+    from qnext.server.keys import KeyStore, default_path
+
+    return KeyStore(file or default_path())
+
+
+def _print_secret(store: KeyStore, key: Key, secret: str, done: str, as_json: bool) -> None:
+    print(json.dumps({**_public(key), "secret": secret}, indent=2) if as_json else secret)
+    _note(store, key, done)
+
+
+def _note(store: KeyStore, key: Key, done: str) -> None:
+    print(f"{done} {key.id} ({key.name}) in {store.path}; a running server reads it on SIGHUP", file=sys.stderr)
+
+
+def _public(key: Key) -> dict[str, Any]:
+    values = key.as_dict()
+    del values["digest"]
+    return {**values, "state": key.state(time.time())}
+
+
+def _row(key: Key) -> tuple[str, ...]:
+    limits = (key.requests_per_minute, key.tokens_per_minute, key.max_parallel, key.max_context)
+    return (
+        key.id, key.name, key.state(time.time()), _time(key.expires) or "never", ",".join(sorted(key.scopes)),
+        "all" if key.models is None else ",".join(key.models), *("-" if n is None else str(n) for n in limits),
+    )  # fmt: skip
+
+
+def _time(seconds: int | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%MZ")
+
+
+def _expiry(text: str, now: float) -> int:
+    """UNIX time of a span from `now` or of a day."""
+    if span := re.fullmatch(r"([0-9]{1,6})([mhdw])", text):
+        moment = int(now) + int(span[1]) * _SECONDS[span[2]]
+    else:
+        try:
+            moment = int(datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=timezone.utc).timestamp())
+        except ValueError:
+            raise UsageError(
+                f"--expires {text[:40]!r} is neither a span such as 30d or 12h nor a day such as 2027-01-31"
+            ) from None
+    if moment <= now:
+        raise UsageError(f"--expires {text} is not in the future")
+    return moment

@@ -1,0 +1,259 @@
+"""How much each key may ask for: token buckets, requests at once, and a brake on bad keys. No torch.
+
+Everything counts in this process alone: several replicas each give a key its whole limit. One thread may use it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from qnext.server.keys import MAX_KEYS, Key
+
+_MINUTE = 60.0
+# Sums of floats may fall this much short of a whole request or token.
+_ROUNDING = 1e-6
+_SWEEP_SECONDS = 1.0
+
+Name = TypeVar("Name", bound=Hashable)
+State = TypeVar("State", bound="_Idles")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why not now. `reason` is one of requests, tokens, too_large, parallel, table and bad_keys.
+
+    `retry_after` is in seconds; None says that waiting does not help: one request asks for more than a minute's limit.
+    """
+
+    reason: str
+    message: str
+    retry_after: float | None
+    headers: dict[str, str] = field(default_factory=dict)  # Retry-After in whole seconds, and x-ratelimit-*
+
+
+class KeyRates:
+    """Requests and tokens per minute and requests at once, of every key that has such limits.
+
+    A bucket holds a minute's limit and fills evenly, so that in any t seconds a key gets at most limit * (1 + t / 60).
+    Tokens are charged by the prompt when a request comes and corrected when it ends: by then the key may owe some,
+    which it waits for. `clock` gives seconds that never run back. At most `max_tracked` keys are told apart; beyond
+    them those with limits are refused.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, max_tracked: int = 2 * MAX_KEYS) -> None:
+        self._clock = clock
+        self._table: _Table[str, _KeyState] = _Table(max_tracked)
+
+    def check(self, key: Key, num_tokens: int) -> Refusal | None:
+        """Admit a request with a prompt of `num_tokens`, or say why not; then nothing is charged.
+
+        None means that it is admitted and charged: exactly one `finish` has to follow.
+        """
+        if not _is_limited(key):
+            return None
+        now = self._clock()
+        state = self._table.find(key.id, now, lambda: _KeyState(key, now))
+        if state is None:
+            return _refusal("table", "too many keys are in use at once", _SWEEP_SECONDS, {})
+        state.update(key, now)
+        refusal = self._refuse(key, state, num_tokens)
+        if refusal is None:
+            state.num_running += 1
+            state.requests.level -= 1
+            state.tokens.level -= num_tokens
+        return refusal
+
+    def finish(self, key: Key, num_charged: int, num_used: int) -> None:
+        """A request that was admitted with `num_charged` tokens has ended, after `num_used` of prompt and answer."""
+        now = self._clock()
+        state = self._table.get(key.id)
+        if state is not None:
+            state.update(key, now)
+            state.num_running = max(0, state.num_running - 1)
+            state.tokens.level = min(state.tokens.limit, state.tokens.level - (num_used - num_charged))
+
+    def headers(self, key: Key) -> dict[str, str]:
+        """x-ratelimit-* as of now, for the limits that the key has."""
+        now = self._clock()
+        state = self._table.get(key.id) or _KeyState(key, now)
+        state.update(key, now)
+        return _headers(key, state)
+
+    def _refuse(self, key: Key, state: _KeyState, num_tokens: int) -> Refusal | None:
+        headers = _headers(key, state)
+        if key.max_parallel is not None and state.num_running >= key.max_parallel:
+            return _refusal("parallel", f"this key may have {key.max_parallel} requests at once", 1.0, headers)
+        if key.requests_per_minute is not None and (wait := state.requests.wait(1)):
+            message = f"this key may make {key.requests_per_minute} requests a minute"
+            return _refusal("requests", message, wait, headers)
+        if key.tokens_per_minute is not None:
+            message = f"this key may use {key.tokens_per_minute} tokens a minute"
+            if num_tokens > key.tokens_per_minute:
+                return _refusal("too_large", f"{message}; the prompt has {num_tokens}", None, headers)
+            if wait := state.tokens.wait(num_tokens):
+                return _refusal("tokens", message, wait, headers)
+        return None
+
+
+class FailedLogins:
+    """Counts bad keys by client address: `burst` at once, then `per_second`.
+
+    Addresses of one /64 of IPv6 count as one. Beyond `max_tracked` addresses all others share one count, so a flood
+    from many of them is braked too and takes no memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        per_second: float = 10.0,
+        burst: int = 20,
+        clock: Callable[[], float] = time.monotonic,
+        max_tracked: int = 4096,
+    ) -> None:
+        self._clock = clock
+        self._per_second = per_second
+        self._burst = burst
+        self._table: _Table[str, _Bucket] = _Table(max_tracked)
+        self._others = _Bucket(burst, per_second, clock())
+
+    def fail(self, client: str) -> Refusal | None:
+        """A bad key came from there: answer 401 for None, else 429."""
+        now = self._clock()
+        bucket = self._table.find(_network(client), now, lambda: _Bucket(self._burst, self._per_second, now))
+        bucket = self._others if bucket is None else bucket
+        bucket.fill(now)
+        if wait := bucket.wait(1):
+            return _refusal("bad_keys", "too many wrong keys from this address", wait, {})
+        bucket.level -= 1
+        return None
+
+    def is_blocked(self, client: str) -> bool:
+        """Whether the next bad key from there would be refused. Whoever asks before looking at a key makes guessing
+        slow, and lets one client lock out the others behind the same address."""
+        bucket = self._table.get(_network(client))
+        if bucket is None:
+            return False
+        bucket.fill(self._clock())
+        return bool(bucket.wait(1))
+
+
+class _Idles:
+    """A state that says nothing which a new one would not say."""
+
+    def is_idle(self, now: float) -> bool:
+        raise NotImplementedError
+
+
+class _Bucket(_Idles):
+    def __init__(self, limit: float, per_second: float, now: float) -> None:
+        self.limit = self.level = float(limit)
+        self.per_second = per_second
+        self._filled_at = now
+
+    def fill(self, now: float) -> None:
+        self.level = min(self.limit, self.level + max(0.0, now - self._filled_at) * self.per_second)
+        self._filled_at = max(now, self._filled_at)
+
+    def wait(self, amount: float) -> float:
+        """Seconds until the level is `amount`; 0.0 when it is."""
+        missing = amount - self.level
+        return 0.0 if missing <= _ROUNDING else missing / self.per_second
+
+    def is_idle(self, now: float) -> bool:
+        self.fill(now)
+        return self.level >= self.limit
+
+
+class _KeyState(_Idles):
+    def __init__(self, key: Key, now: float) -> None:
+        self.num_running = 0
+        self.requests = _minute_bucket(key.requests_per_minute, now)
+        self.tokens = _minute_bucket(key.tokens_per_minute, now)
+
+    def update(self, key: Key, now: float) -> None:
+        """The limits of a key may be others after a reload; what was used stays used."""
+        self.requests = _with_limit(self.requests, key.requests_per_minute, now)
+        self.tokens = _with_limit(self.tokens, key.tokens_per_minute, now)
+
+    def is_idle(self, now: float) -> bool:
+        return not self.num_running and self.requests.is_idle(now) and self.tokens.is_idle(now)
+
+
+class _Table(Generic[Name, State]):
+    """A bounded number of states. When it is full, those that are idle go, at most once a second."""
+
+    def __init__(self, max_tracked: int) -> None:
+        self._max_tracked = max_tracked
+        self._states: dict[Name, State] = {}
+        self._swept_at = -math.inf
+
+    def get(self, name: Name) -> State | None:
+        return self._states.get(name)
+
+    def find(self, name: Name, now: float, make: Callable[[], State]) -> State | None:
+        """None when there is no room for a new one."""
+        state = self._states.get(name)
+        if state is None:
+            if len(self._states) >= self._max_tracked and now - self._swept_at >= _SWEEP_SECONDS:
+                self._swept_at = now
+                self._states = {name: state for name, state in self._states.items() if not state.is_idle(now)}
+            if len(self._states) >= self._max_tracked:
+                return None
+            state = self._states[name] = make()
+        return state
+
+
+def _is_limited(key: Key) -> bool:
+    return any(limit is not None for limit in (key.requests_per_minute, key.tokens_per_minute, key.max_parallel))
+
+
+def _minute_bucket(limit: int | None, now: float) -> _Bucket:
+    # Without a limit nobody asks for the level.
+    return _Bucket(limit or 0, (limit or 0) / _MINUTE, now)
+
+
+def _with_limit(bucket: _Bucket, limit: int | None, now: float) -> _Bucket:
+    if bucket.limit != (limit or 0):
+        changed = _minute_bucket(limit, now)
+        if bucket.limit:
+            bucket.fill(now)
+            changed.level = min(changed.limit, bucket.level)
+        return changed
+    bucket.fill(now)
+    return bucket
+
+
+def _refusal(reason: str, message: str, retry_after: float | None, headers: dict[str, str]) -> Refusal:
+    if retry_after is not None:
+        headers = {**headers, "Retry-After": str(max(1, math.ceil(retry_after)))}
+    return Refusal(reason, message, retry_after, headers)
+
+
+def _headers(key: Key, state: _KeyState) -> dict[str, str]:
+    headers = {}
+    for name, limit, bucket in (
+        ("requests", key.requests_per_minute, state.requests),
+        ("tokens", key.tokens_per_minute, state.tokens),
+    ):
+        if limit is not None:
+            headers[f"x-ratelimit-limit-{name}"] = str(limit)
+            headers[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(bucket.level + _ROUNDING)))
+            headers[f"x-ratelimit-reset-{name}"] = f"{bucket.wait(bucket.limit):.3f}s"  # until nothing is used
+    return headers
+
+
+def _network(client: str) -> str:
+    try:
+        address = ipaddress.ip_address(client)
+    except ValueError:
+        return client[:64]
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.IPv6Network((address, 64), strict=False))
+    return client
