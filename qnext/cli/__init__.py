@@ -19,6 +19,7 @@ VERBS = {
     "logits": "token ids in, logits to a .npy file",
     "generate": "complete a prompt",
     "chat": "talk to a model",
+    "serve": "a model behind OpenAI's and Anthropic's APIs, with a page",
     "train": "train by a recipe",
     "eval": "bits per byte on text files",
     "quantize": "a model folder in four or eight bits, and what that cost",

@@ -51,6 +51,14 @@ def resolve_sampling(folder: Path, flags: Mapping[str, Any]) -> SamplingParams:
     A file without temperature samples at 1 when it says do_sample true; do_sample false means greedy.
     """
     from qnext.engine import SamplingParams
+
+    values = sampling_defaults(folder)
+    return SamplingParams(**values | {key: value for key, value in flags.items() if value is not None})
+
+
+def sampling_defaults(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says of sampling. Raises CorruptCheckpoint for values that cannot be."""
+    from qnext.engine import SamplingParams
     from qnext.text.tokenizer import read_json_object
 
     path = folder / "generation_config.json"
@@ -64,4 +72,4 @@ def resolve_sampling(folder: Path, flags: Mapping[str, Any]) -> SamplingParams:
         SamplingParams(**values)
     except UsageError as error:
         raise CorruptCheckpoint(f"{path}: {error}") from None
-    return SamplingParams(**values | {key: value for key, value in flags.items() if value is not None})
+    return values

@@ -62,7 +62,8 @@ class Engine:
 
     `eos_token_ids` (default: the config's) end a request unless it says ignore_eos. Keys and values are kept in
     `kv_dtype` (default: the model's; int8 has an fp32 scale per token and head), recurrent states in `state_dtype`,
-    fp32 or bf16 (docs/hybrid-cache.md tells what that changes). `count_experts` is for `expert_load`. `poison` fills
+    fp32 or bf16 (docs/hybrid-cache.md tells what that changes). A salt that holds more than `max_salt_fraction` of what
+    is cached loses its own prefixes first. `count_experts` is for `expert_load`. `poison` fills
     freed memory with NaN (for tests).
     """
 
@@ -86,6 +87,7 @@ class Engine:
         host_cache_bytes: int | None = None,
         eos_token_ids: Collection[int] | None = None,
         count_experts: bool = True,
+        max_salt_fraction: float = 1.0,
         poison: bool = False,
     ) -> None:
         config = model.config
@@ -119,6 +121,7 @@ class Engine:
             has_prefix_cache=prefix_cache,
             checkpoint_interval=checkpoint_interval,
             max_draft_tokens=max_draft_tokens,
+            max_salt_fraction=max_salt_fraction,
         )
         experts = ExpertCounter(config, model.device) if count_experts and config.num_experts else None
         self.cache = Cache(

@@ -76,6 +76,10 @@ class JinjaTemplate:
         self._worker: _Worker | None = None
         self._lock = threading.Lock()
 
+    @property
+    def text(self) -> str:
+        return self._text
+
     def render(
         self,
         messages: Sequence[Message],

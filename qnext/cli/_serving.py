@@ -1,0 +1,58 @@
+"""What `serve` prints: its log, and the line that says that it is ready."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qnext.server.app import Server
+
+
+def log_to_stderr(form: str, *, secrets: Iterable[str] = ()) -> None:
+    """One line per record on stderr, as text or JSON; keys are blacked out."""
+    import structlog
+
+    from qnext.server.audit import RedactingFilter
+
+    shared: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: Any = (
+        structlog.processors.JSONRenderer()
+        if form == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
+    )
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[*shared, structlog.processors.format_exc_info] if form == "json" else shared,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, last],
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    handler.addFilter(RedactingFilter(secrets))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    # Uvicorn tells of every start and stop; its errors stay.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def print_ready(server: Server, url: str) -> None:
+    """Where it listens, as whom, and a first request to try."""
+    served = server.served
+    auth = "no key needed" if server.keys.is_open else "keys needed"
+    kind = "chat/completions" if served.chat_format is not None else "completions"
+    body = (
+        '{"messages":[{"role":"user","content":"Hello"}]}' if served.chat_format is not None else '{"prompt":"Hello"}'
+    )
+    header = "" if server.keys.is_open else " -H 'Authorization: Bearer KEY'"
+    lines = [
+        f"ready: {url}  model {served.name}, context {served.max_model_len:,}, {auth}"
+        + (f", page at {url}/" if server.with_page else ""),
+        f"try:   curl {url}/v1/{kind} -H 'Content-Type: application/json'{header} -d '{body}'",
+    ]
+    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,0 +1,70 @@
+"""Routes of the administrators' listener, each for keys with the scope admin."""
+
+from __future__ import annotations
+
+import asyncio
+
+from qnext.server.errors import ApiError
+from qnext.server.exchange import Exchange
+from qnext.server.routes import Reply, Route
+
+
+async def status(exchange: Exchange) -> Reply:
+    """What the server is doing: its state, its requests without their content, its gauges."""
+    server = exchange.server
+    requests = [
+        {
+            "request_id": other.request_id,
+            "route": other.route.path,
+            "key_id": None if other.key is None else other.key.id,
+            "prompt_tokens": other.outcome.prompt_tokens,
+            "stream": other.outcome.stream,
+        }
+        for other in server.active
+        if other.route.limit == "generation"
+    ]
+    gauges = None if server.state == "loading" else server.worker.engine.metrics.as_dict()["gauges"]
+    return Reply.of({"state": server.fault or server.state, "requests": requests, "engine": gauges})
+
+
+async def experts(exchange: Exchange) -> Reply:
+    """Tokens of every expert of every layer since the start and in the last 64 steps."""
+    engine = exchange.server.worker.engine
+    load = await asyncio.to_thread(engine.expert_load, 64)
+    if load is None:
+        raise ApiError(404, "this model has no experts that are counted", code="not_found")
+    return Reply.of(load.as_dict())
+
+
+async def reload_keys(exchange: Exchange) -> Reply:
+    """Read the file of keys again; a bad file leaves the keys as they are."""
+    problem = exchange.server.keys.reload()
+    if problem is not None:
+        raise ApiError(409, "the file of keys cannot be read; see the log", code="bad_key_file")
+    return Reply.of({"keys": len(exchange.server.keys.keys)})
+
+
+async def abort(exchange: Exchange) -> Reply:
+    """End one request by its id."""
+    wanted = exchange.path_params["request_id"]
+    for other, task in list(exchange.server.tasks.items()):
+        if other.request_id == wanted:
+            other.outcome.error_code = "aborted_by_admin"
+            task.cancel()
+            return Reply.of({"aborted": True})
+    raise ApiError(404, "no such request is running", code="not_found")
+
+
+async def drain(exchange: Exchange) -> Reply:
+    """Take no more requests; those that run go on. The server stops as by SIGTERM."""
+    exchange.server.request_stop()
+    return Reply.of({"state": "draining"})
+
+
+ADMIN_ROUTES = (
+    Route("GET", "/admin/status", status, "admin", "probe", "openai", "access", "state and running requests"),
+    Route("GET", "/admin/experts", experts, "admin", "light", "openai", "access", "load of every expert"),
+    Route("POST", "/admin/keys/reload", reload_keys, "admin", "probe", "openai", "access", "read the keys again"),
+    Route("POST", "/admin/requests/{request_id}/abort", abort, "admin", "probe", "openai", "access", "end a request"),
+    Route("POST", "/admin/drain", drain, "admin", "probe", "openai", "access", "stop as by SIGTERM"),
+)

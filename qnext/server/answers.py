@@ -1,0 +1,144 @@
+"""Tokens of an answer to what a surface sends: text, reasoning, calls, log-probabilities, and why it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from qnext.engine.request import Request, SampledToken
+from qnext.text.output import Call, Content, OutputEvent, OutputParser
+from qnext.text.stream import TextStream
+
+if TYPE_CHECKING:
+    from qnext.server.served import ServedModel
+    from qnext.server.worker import Generation, Update
+
+EndReason = Literal["stop", "length", "tool_calls"]
+_LEAST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+class Answer:
+    """One answer, token by token. `stop_string` and `end_reason` are set when it has ended.
+
+    `parser` None: the text is content as it is. `max_calls`: the answer ends after so many calls.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        *,
+        stop: Sequence[str] = (),
+        parser: OutputParser | None = None,
+        starts_in_reasoning: bool = False,
+        max_calls: int | None = None,
+        skip_special: bool = True,
+    ) -> None:
+        self._stream = TextStream(served.tokenizer, stop=stop, skip_special=skip_special)
+        self._parser = parser
+        self._max_calls = max_calls
+        self._is_reasoning = starts_in_reasoning
+        self.tokens: list[SampledToken] = []  # without the one that ended it
+        self.num_generated = 0
+        self.num_reasoning = 0
+        self.num_calls = 0
+        self.end_reason: EndReason | None = None
+
+    @property
+    def stop_string(self) -> str | None:
+        return self._stream.stop_string
+
+    def take(self, update: Update, generation: Generation) -> list[OutputEvent]:
+        """What the reader gets after one more token, or at the end; ends the generation where it is complete."""
+        if self.end_reason is not None:
+            return []
+        events: list[OutputEvent] = []
+        if update.token is not None:
+            self.num_generated += 1
+            self.num_reasoning += self._is_reasoning
+            if update.finish_reason != "stop":
+                self.tokens.append(update.token)
+                events += self._parse(self._stream.push(update.token.token_id))
+        if self.stop_string is not None or self._is_full:
+            if update.finish_reason is None:
+                generation.stop(update.index)
+            return self._end("stop", events)
+        if update.finish_reason is not None:
+            return self._end("length" if update.finish_reason == "length" else "stop", events)
+        return events
+
+    @property
+    def _is_full(self) -> bool:
+        return self._max_calls is not None and self.num_calls >= self._max_calls
+
+    def _end(self, reason: EndReason, events: list[OutputEvent]) -> list[OutputEvent]:
+        if not self._is_full:
+            events += self._parse(self._stream.finish())
+            if self._parser is not None:
+                events += self._noted(self._parser.finish())
+        self.end_reason = "tool_calls" if self.num_calls and reason == "stop" else reason
+        return events
+
+    def _parse(self, text: str) -> list[OutputEvent]:
+        if not text:
+            return []
+        return self._noted([Content(text)] if self._parser is None else self._parser.push(text))
+
+    def _noted(self, events: list[OutputEvent]) -> list[OutputEvent]:
+        kept: list[OutputEvent] = []
+        for event in events:
+            if isinstance(event, Call):
+                self.num_calls += 1
+            self._is_reasoning = self._is_reasoning and not isinstance(event, (Call, Content))
+            kept.append(event)
+            if self._is_full:
+                break
+        return kept
+
+
+def usage_counts(generation: Generation, answers: Sequence[Answer]) -> tuple[int, int, int, int]:
+    """(prompt tokens, cached of them, generated tokens, reasoning of them) of a generation."""
+    cached = min((request.num_cached_tokens or 0 for request in generation.requests), default=0)
+    generated = sum(answer.num_generated for answer in answers)
+    return len(generation.prompt_ids), cached, generated, sum(answer.num_reasoning for answer in answers)
+
+
+def timings(request: Request) -> dict[str, Any]:
+    """How long a request took, in milliseconds and tokens per second; null for what has not happened."""
+    times = request.times
+    num_prompt, num_output = len(request.prompt_ids), len(request.output_ids)
+
+    def milliseconds(begin: float | None, end: float | None) -> float | None:
+        return None if begin is None or end is None else round(1000 * (end - begin), 3)
+
+    prompt_ms = milliseconds(times.scheduled, times.first_token)
+    decode_ms = milliseconds(times.first_token, times.last_token)
+    computed = num_prompt - (request.num_cached_tokens or 0)
+    return {
+        "queue_ms": milliseconds(times.arrived, times.scheduled),
+        "prompt_ms": prompt_ms,
+        "decode_ms": decode_ms,
+        "prompt_tokens_per_second": round(1000 * computed / prompt_ms, 2) if prompt_ms else None,
+        "tokens_per_second": round(1000 * (num_output - 1) / decode_ms, 2) if decode_ms and num_output > 1 else None,
+        "cached_tokens": request.num_cached_tokens or 0,
+        "drafted": request.num_drafted,
+        "accepted": request.num_accepted,
+    }
+
+
+def finite_logprob(value: float | None) -> float | None:
+    return None if value is None else max(value, _LEAST_LOGPROB)
+
+
+def chat_logprob(served: ServedModel, token: SampledToken, num_top: int) -> dict[str, Any]:
+    """OpenAI's form of a token of a chat answer."""
+    entry = _named(served, token.token_id, token.logprob)
+    entry["top_logprobs"] = [_named(served, other, value) for other, value in token.top_logprobs[:num_top]]
+    return entry
+
+
+def _named(served: ServedModel, token_id: int, logprob: float | None) -> dict[str, Any]:
+    return {
+        "token": served.token_text(token_id),
+        "logprob": finite_logprob(logprob),
+        "bytes": list(served.token_bytes(token_id)),
+    }

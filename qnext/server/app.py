@@ -1,0 +1,290 @@
+"""The server as one object, and the applications of its two listeners. What it holds is found here, not in globals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route as StarletteRoute
+
+from qnext.server.audit import AuditLog, AuditRecord
+from qnext.server.endpoint import Endpoint
+from qnext.server.errors import ApiError, error_body
+from qnext.server.exchange import Exchange
+from qnext.server.guard import Guard
+from qnext.server.keys import Key, KeyRing
+from qnext.server.limits import Limits
+from qnext.server.live import LiveHub
+from qnext.server.metrics import ServerCounters, ServerMetrics
+from qnext.server.rates import FailedLogins, KeyRates, Refusal
+from qnext.server.routes import Route
+from qnext.server.served import ServedModel
+from qnext.server.worker import EngineWorker
+
+if TYPE_CHECKING:
+    from qnext.engine import Engine
+    from qnext.engine.sampling.constraint import Constraint
+    from qnext.engine.sampling.grammar import CompiledGrammar
+
+_log = logging.getLogger("qnext.server")
+State = Literal["loading", "ready", "draining"]
+
+
+@dataclass
+class Admitted:
+    """A request within its key's limits. Whoever runs it says at the end how many tokens it wrote."""
+
+    num_output: int = 0
+
+
+class Server:
+    """One model behind HTTP. It is made before the model is loaded; `attach` makes it ready.
+
+    Belongs to one event loop. `audit` None writes no audit log.
+    """
+
+    def __init__(
+        self,
+        *,
+        keys: KeyRing | None = None,
+        limits: Limits | None = None,
+        audit: AuditLog | None = None,
+        metrics_compat: Literal["vllm"] | None = None,
+        origins: frozenset[str] = frozenset(),
+        with_page: bool = True,
+    ) -> None:
+        self.keys = keys or KeyRing()
+        self.limits = limits or Limits()
+        self.audit = audit
+        self.metrics_compat = metrics_compat
+        self.origins = origins
+        self.with_page = with_page
+        self.rates = KeyRates()
+        self.logins = FailedLogins()
+        self.counters = ServerCounters()
+        self.state: State = "loading"
+        self.stop_wanted = asyncio.Event()
+        self.active: set[Exchange] = set()
+        self.tasks: dict[Exchange, asyncio.Future[None]] = {}
+        self._served: ServedModel | None = None
+        self._worker: EngineWorker | None = None
+        self._live: LiveHub | None = None
+        self._metrics: ServerMetrics | None = None
+
+    def attach(self, engine: Engine, served: ServedModel) -> None:
+        """The model is loaded: begin to answer. Called in the event loop."""
+        self._served = served
+        self._worker = EngineWorker(engine, self.limits)
+        self._worker.start()
+        self._live = LiveHub(engine, describe=describe(served))
+        self._metrics = ServerMetrics(
+            self.counters, model_name=served.name, block_size=engine.memory_plan.block_size, source=engine
+        )
+        self.state = "ready"
+
+    @property
+    def served(self) -> ServedModel:
+        assert self._served is not None
+        return self._served
+
+    @property
+    def worker(self) -> EngineWorker:
+        assert self._worker is not None
+        return self._worker
+
+    @property
+    def live(self) -> LiveHub:
+        assert self._live is not None
+        return self._live
+
+    @property
+    def is_ready(self) -> bool:
+        """Loaded, not draining, and the engine's thread has shown that it lives."""
+        return self.state == "ready" and self.fault is None
+
+    @property
+    def fault(self) -> str | None:
+        """Why a loaded engine does not work, if it does not."""
+        if self._worker is None:
+            return None
+        if self._worker.is_broken or not self._worker.is_alive:
+            return "the engine has failed"
+        if time.monotonic() - self._worker.heartbeat > self.limits.watchdog_seconds:
+            return "a step of the engine does not end"
+        return None
+
+    # ---- what endpoints ask ----
+
+    def authorize(self, exchange: Exchange) -> Key | None:
+        """The key of a request. Raises ApiError 401, 403, or 429 after many wrong ones."""
+        scope = exchange.route.scope
+        if scope == "public" or (self.keys.is_open and scope != "admin"):
+            return None
+        secret = _secret(exchange)
+        key = None if secret is None else self.keys.find(secret)
+        if key is None:
+            self.counters.count_auth_failure()
+            refusal = self.logins.fail(exchange.client)
+            if refusal is not None:
+                raise _refused(refusal)
+            raise ApiError(
+                401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )  # fmt: skip
+        if scope != "any" and scope not in key.scopes:
+            raise ApiError(403, f"this key lacks the scope {scope}", code="insufficient_scope")
+        return key
+
+    def check_running(self, route: Route) -> None:
+        """Raises ApiError 503 while the model is loaded or the server stops, where the route needs the model."""
+        if route.limit in ("probe", "static"):
+            return
+        if self._served is None:
+            raise ApiError.busy("the model is being loaded", retry_after=5.0, code="loading")
+        if self.state == "draining" and route.limit == "generation":
+            raise ApiError.busy("the server is stopping", retry_after=5.0, code="draining")
+
+    def check_model(self, exchange: Exchange, name: str | None) -> None:
+        """Raises ApiError 404 for another model, and 403 for one that the key may not use."""
+        self.served.check_name(name)
+        exchange.outcome.model = self.served.name
+        if exchange.key is not None and not exchange.key.allows_model(name or self.served.name):
+            raise ApiError(403, "this key may not use this model", code="model_not_allowed", param="model")
+
+    @contextlib.contextmanager
+    def admission(self, exchange: Exchange, num_prompt: int) -> Iterator[Admitted]:
+        """A request within the limits of its key. Raises ApiError 429, or 400 where waiting does not help."""
+        admitted = Admitted()
+        key = exchange.key
+        if key is None:
+            yield admitted
+            return
+        refusal = self.rates.check(key, num_prompt)
+        exchange.reply_headers.update(refusal.headers if refusal else self.rates.headers(key))
+        if refusal is not None:
+            raise _refused(refusal)
+        try:
+            yield admitted
+        finally:
+            self.rates.finish(key, num_prompt, num_prompt + admitted.num_output)
+
+    async def compiled(self, constraint: Constraint, *, param: str) -> CompiledGrammar:
+        started = time.perf_counter()
+        try:
+            return await self.served.compile(constraint, param=param)
+        finally:
+            self.counters.observe_grammar_compile(time.perf_counter() - started)
+
+    async def guide(self, constraint: Constraint | None, *, param: str) -> Any:
+        """The state of a constraint for one request; None without one."""
+        return None if constraint is None else (await self.compiled(constraint, param=param)).new_state()
+
+    def render_metrics(self) -> bytes:
+        self.counters.is_ready = self.is_ready
+        self.counters.open_streams = sum(exchange.outcome.stream for exchange in self.active)
+        metrics = self._metrics or ServerMetrics(self.counters, model_name="", block_size=0)
+        return metrics.render(self.metrics_compat)
+
+    def book(self, exchange: Exchange, seconds: float) -> None:
+        """Count a request that has ended, and write its line."""
+        route, outcome = exchange.route, exchange.outcome
+        self.counters.count_request(route.path, route.method, outcome.status)
+        if self.audit is None or route.audit == "none":
+            return
+        self.audit.write(
+            AuditRecord(
+                request_id=exchange.request_id, route=route.path, method=route.method, status=outcome.status,
+                key_id=exchange.key.id if exchange.key is not None else None, client=exchange.client,
+                model=outcome.model, params_hash=outcome.params_hash, prompt_tokens=outcome.prompt_tokens,
+                completion_tokens=outcome.completion_tokens, finish_reason=outcome.finish_reason,
+                seconds=round(seconds, 6), stream=outcome.stream, abort_phase=outcome.abort_phase,
+                error_code=outcome.error_code,
+            )
+        )  # fmt: skip
+
+    # ---- its end ----
+
+    def request_stop(self) -> None:
+        """Begin to drain; whoever runs the server does the rest."""
+        self.state = "draining"
+        self.stop_wanted.set()
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more requests and let those that run end for so long; then tell them that the server stops."""
+        self.state = "draining"
+        end = time.monotonic() + seconds
+        while self.tasks and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        if self._worker is not None:
+            await self._worker.stop()
+        # The streams have their last event by now, and a moment to send it.
+        end = time.monotonic() + 2.0
+        while self.tasks and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        for exchange, task in list(self.tasks.items()):
+            exchange.outcome.error_code = "unavailable"
+            task.cancel()
+
+    def close(self) -> None:
+        if self._served is not None:
+            self._served.close()
+        if self.audit is not None:
+            self.audit.close()
+
+
+def describe(served: ServedModel) -> dict[str, Any]:
+    """What GET /live/model says beside the layers."""
+    return {
+        "model": served.name,
+        "max_model_len": served.max_model_len,
+        "sampling": {"temperature": 1.0, **served.defaults},
+        "has_chat": served.chat_format is not None,
+        "thinking": served.is_thinking,
+    }
+
+
+def make_application(server: Server, routes: Sequence[Route]) -> Guard:
+    """An ASGI application of the routes."""
+    table = [StarletteRoute(route.path, Endpoint(server, route), methods=[route.method]) for route in routes]
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        style: Literal["openai", "anthropic"] = "anthropic" if request.url.path.startswith("/v1/messages") else "openai"
+        is_method = error.status_code == 405
+        fault = ApiError(
+            error.status_code, "this route has other methods" if is_method else "no such route",
+            code="method_not_allowed" if is_method else "not_found",
+        )  # fmt: skip
+        server.counters.count_request(None, request.method, error.status_code)
+        return Response(
+            error_body(fault, style), status_code=error.status_code, headers=error.headers,
+            media_type="application/json",
+        )  # fmt: skip
+
+    application = Starlette(routes=table, exception_handlers={404: refuse, 405: refuse})
+    application.router.redirect_slashes = False
+    return Guard(application, server.limits, origins=server.origins)
+
+
+def _secret(exchange: Exchange) -> str | None:
+    authorization = exchange.headers.get("authorization")
+    if authorization is None:
+        return exchange.headers.get("x-api-key")
+    scheme, _, secret = authorization.partition(" ")
+    return secret if scheme.lower() == "bearer" and secret else None
+
+
+def _refused(refusal: Refusal) -> ApiError:
+    if refusal.retry_after is None:
+        return ApiError.bad(refusal.message, code="context_length_exceeded")
+    headers = {**refusal.headers, "Retry-After": str(max(1, round(refusal.retry_after + 0.5)))}
+    return ApiError(429, refusal.message, code="rate_limit_exceeded", headers=headers)

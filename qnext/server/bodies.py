@@ -1,0 +1,84 @@
+"""What all bodies of requests share: strict values, and the parameters of sampling. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from qnext.server.limits import (
+    MAX_BAD_WORDS,
+    MAX_LISTED_TOKENS,
+    MAX_LOGPROBS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+)
+
+
+class Body(BaseModel):
+    """Strict: no text for a number, nothing infinite. Keys that nobody knows are ignored: clients send many."""
+
+    model_config = ConfigDict(
+        strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True, protected_namespaces=()
+    )
+
+
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_LISTED_TOKENS)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Name = Annotated[str, Field(max_length=256)]
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class StructuredOutputs(Body):
+    """The constraint of an answer, at most one."""
+
+    json_: Any = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class SamplingBody(Body):
+    """Parameters of sampling under the names that clients use; None is the model's default."""
+
+    model: Annotated[str, Field(max_length=512)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000_000)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None  # llama.cpp's name
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Int64 | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    stop: Stop | Stops | None = None
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LISTED_TOKENS)] | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    bad_words: Annotated[list[Stop], Field(max_length=MAX_BAD_WORDS)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+    cache_salt: Name | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    timings: bool | None = None  # how long queue, prompt and answer took, with the answer
+    chat_template: Any = None  # refused: a template is code
+    prompt_embeds: Any = None  # refused

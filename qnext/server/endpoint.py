@@ -1,0 +1,223 @@
+"""A route as an ASGI application: authentication, body, handler, answer, error, audit line, in this order for all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from qnext.server.errors import ApiError, error_body, from_validation
+from qnext.server.exchange import Exchange
+from qnext.server.limits import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH
+from qnext.server.routes import EventStream, Reply, Route
+
+if TYPE_CHECKING:
+    from qnext.server.app import Server
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_log = logging.getLogger("qnext.server")
+
+
+class _ClientGone(Exception):
+    """The connection closed before the body was there."""
+
+
+class Endpoint:
+    """Answers the requests of one route."""
+
+    def __init__(self, server: Server, route: Route) -> None:
+        self.server = server
+        self.route = route
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        exchange = _exchange(self.server, self.route, scope)
+        self.server.active.add(exchange)
+        started = time.perf_counter()
+        try:
+            await self._answer(exchange, receive, send)
+        except ApiError as error:
+            await self._refuse(exchange, send, error)
+        except _ClientGone:
+            exchange.outcome.status, exchange.outcome.error_code = 499, "client_disconnected"
+        except Exception:
+            _log.exception("request %s to %s failed", exchange.request_id, self.route.path)
+            await self._refuse(exchange, send, ApiError.internal())
+        finally:
+            self.server.active.discard(exchange)
+            self.server.book(exchange, time.perf_counter() - started)
+
+    async def _answer(self, exchange: Exchange, receive: Receive, send: Send) -> None:
+        exchange.key = self.server.authorize(exchange)
+        self.server.check_running(self.route)
+        if self.route.body is not None:
+            exchange.body = await self._read_body(exchange, receive)
+        if self.route.limit != "generation":
+            await _send_reply(exchange, send, await self.route.handler(exchange))
+            return
+        work = asyncio.ensure_future(self._work(exchange, send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        exchange.server.tasks[exchange] = work
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((work,))
+            del exchange.server.tasks[exchange]
+        if not work.cancelled():
+            work.result()
+        elif exchange.outcome.error_code is None:
+            exchange.outcome.error_code = "client_disconnected"
+            exchange.outcome.status = exchange.outcome.status or 499
+        elif not exchange.is_replying:  # ended by the server, which says why
+            raise ApiError(503, "the server ended this request", code=exchange.outcome.error_code)
+
+    async def _work(self, exchange: Exchange, send: Send) -> None:
+        await _send_reply(exchange, send, await self.route.handler(exchange))
+
+    async def _read_body(self, exchange: Exchange, receive: Receive) -> BaseModel:
+        kind = exchange.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
+        limits = self.server.limits
+        length = exchange.headers.get("content-length", "")
+        if length.isascii() and length.isdigit() and int(length[:20]) > limits.max_body_bytes:
+            raise _too_large(limits.max_body_bytes)
+        try:
+            raw = await asyncio.wait_for(_read_all(receive, limits.max_body_bytes), limits.body_seconds)
+        except asyncio.TimeoutError:
+            raise ApiError(408, "the body did not come in time", headers={"Connection": "close"}) from None
+        return parse_body(raw, self.route)
+
+    async def _refuse(self, exchange: Exchange, send: Send, error: ApiError) -> None:
+        """An error as the answer. A stream that has begun reports its errors itself; here it can only end."""
+        exchange.outcome.error_code = error.code
+        if exchange.is_replying:
+            return
+        self.server.counters.count_rejection(error.code or str(error.status))
+        body = error_body(error, self.route.errors)
+        await _send_reply(exchange, send, Reply(body, status=error.status, headers=error.headers))
+
+
+def parse_body(raw: bytes, route: Route) -> BaseModel:
+    """The body as the route's model. Raises ApiError 400 for what is no JSON, too deep, or not of that form."""
+    assert route.body is not None
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        raise ApiError.bad("the body is not valid JSON", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError.bad("the body must be a JSON object", code="invalid_json")
+    _check_depth(value)
+    try:
+        return route.body.model_validate(value)
+    except ValidationError as error:
+        raise from_validation(error) from None
+    except RecursionError:
+        raise ApiError.bad("the body is nested too deeply", code="invalid_json") from None
+
+
+def _check_depth(value: object) -> None:
+    level: list[Any] = [value]
+    num_seen = 0
+    for _ in range(MAX_JSON_DEPTH):
+        children: list[Any] = []
+        for container in level:
+            items = container.values() if isinstance(container, dict) else container
+            children.extend(item for item in items if isinstance(item, (dict, list)))
+        num_seen += len(children)
+        if num_seen > MAX_JSON_CONTAINERS:
+            raise ApiError.bad(f"the body has more than {MAX_JSON_CONTAINERS} objects and lists", code="invalid_json")
+        if not children:
+            return
+        level = children
+    raise ApiError.bad(f"the body is nested deeper than {MAX_JSON_DEPTH}", code="invalid_json")
+
+
+async def _read_all(receive: Receive, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientGone
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(
+        413, f"the body is larger than {limit} bytes", code="body_too_large", headers={"Connection": "close"}
+    )
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _send_reply(exchange: Exchange, send: Send, reply: Reply | EventStream) -> None:
+    if isinstance(reply, Reply):
+        await _send_start(exchange, send, reply.status, reply.content_type, reply.headers, length=len(reply.body))
+        await _send(exchange, send, {"type": "http.response.body", "body": reply.body})
+        return
+    async with contextlib.aclosing(reply.frames) as frames:
+        # The first frame decides the status: what is refused before any token has an HTTP status of its own.
+        first = await anext(frames, b"")
+        headers = {**reply.headers, "X-Accel-Buffering": "no"}
+        await _send_start(exchange, send, 200, "text/event-stream; charset=utf-8", headers)
+        await _send(exchange, send, {"type": "http.response.body", "body": first, "more_body": True})
+        async for frame in frames:
+            await _send(exchange, send, {"type": "http.response.body", "body": frame, "more_body": True})
+        await _send(exchange, send, {"type": "http.response.body", "body": b""})
+
+
+async def _send_start(
+    exchange: Exchange, send: Send, status: int, content_type: str, more: Any, *, length: int | None = None
+) -> None:
+    exchange.outcome.status = status
+    headers = {"Content-Type": content_type, "Cache-Control": "no-store", **exchange.reply_headers, **more}
+    if length is not None:
+        headers["Content-Length"] = str(length)
+    exchange.is_replying = True
+    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await _send(exchange, send, {"type": "http.response.start", "status": status, "headers": raw})
+
+
+async def _send(exchange: Exchange, send: Send, message: Message) -> None:
+    """A write. One that waits for its client longer than the limit is ended by the server's janitor."""
+    exchange.write_began = time.monotonic()
+    await send(message)
+    exchange.write_began = None
+
+
+def _exchange(server: Server, route: Route, scope: Message) -> Exchange:
+    headers: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+    client = scope.get("client")
+    return Exchange(
+        server=server,
+        route=route,
+        request_id=scope["state"]["request_id"],
+        headers=headers,
+        path_params=scope.get("path_params", {}),
+        query={},
+        client=client[0] if client else "",
+    )

@@ -1,0 +1,119 @@
+"""What a client is told when something is wrong: one exception, one sanitiser, one body for each surface. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import orjson
+from pydantic import ValidationError
+
+from qnext.server.limits import MAX_ERROR_BYTES, MAX_ERROR_MESSAGE
+
+ErrorStyle = Literal["openai", "anthropic"]
+
+_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|`[^`]*`")
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
+_PATH = re.compile(r"(?<![\w/])/(?:[\w.@+-]+/)+[\w.@+-]*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_FREE_MAPS = ("logit_bias", "metadata", "chat_template_kwargs", "parameters", "input_schema", "input", "schema")
+# Kinds of the Anthropic surface by status; 529 is its own for an overloaded server, but clients retry 503 alike.
+_ANTHROPIC = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
+_OPENAI = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
+    500: "server_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
+
+
+class ApiError(Exception):
+    """An answer that is an error. `message` is ours and holds nothing of the request but names of its fields."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+    @classmethod
+    def bad(cls, message: str, *, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
+        return cls(400, message, param=param, code=code)
+
+    @classmethod
+    def busy(cls, message: str, *, retry_after: float, code: str = "overloaded", status: int = 503) -> ApiError:
+        return cls(status, message, code=code, headers={"Retry-After": str(max(1, round(retry_after)))})
+
+    @classmethod
+    def internal(cls) -> ApiError:
+        """A fault of ours. What it was stands in the log, under the request's id."""
+        return cls(500, "internal error", code="internal_error", headers={"x-should-retry": "false"})
+
+
+def from_user_error(error: Exception, *, param: str | None = None) -> ApiError:
+    """What the layers below refuse, as 400: their line without anything that could be the caller's or the machine's."""
+    is_length = type(error).__name__ == "DoesNotFit"
+    return ApiError.bad(
+        sanitized(str(error)), param=param, code="context_length_exceeded" if is_length else "invalid_value"
+    )
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """The first fault of a body, named by its place; never its value."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place: list[str] = []
+    for part in first["loc"]:
+        if isinstance(part, int):
+            place.append(str(part))
+        elif re.fullmatch(r"[a-z][a-z0-9_]{0,39}", part):
+            place.append(part)
+            if part in _FREE_MAPS:
+                break
+    where = ".".join(place)
+    others = error.error_count() - 1
+    more = f" (and {others} more)" if others else ""
+    message = sanitized(first["msg"], keep_quoted=first["type"] in ("literal_error", "union_tag_invalid"))
+    return ApiError.bad(
+        f"{where}: {message}{more}" if where else f"{message}{more}", param=where or None, code=_code(first["type"])
+    )
+
+
+def _code(kind: str) -> str:
+    return "missing_required_parameter" if kind == "missing" else "invalid_value"
+
+
+def sanitized(text: str, *, keep_quoted: bool = False) -> str:
+    """One short line without quoted text, addresses and paths."""
+    text = _CONTROL.sub(" ", text)
+    if not keep_quoted:
+        text = _QUOTED.sub("…", text)
+    text = _PATH.sub("…", _ADDRESS.sub("…", text))
+    return text if len(text) <= MAX_ERROR_MESSAGE else text[: MAX_ERROR_MESSAGE - 1] + "…"
+
+
+def error_object(error: ApiError, style: ErrorStyle) -> dict[str, Any]:
+    """The body of an error: that of OpenAI's API, or of Anthropic's."""
+    message = error.message if len(error.message) <= MAX_ERROR_MESSAGE else error.message[:MAX_ERROR_MESSAGE]
+    if style == "anthropic":
+        kind = _ANTHROPIC.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": message}}
+    kind = _OPENAI.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_body(error: ApiError, style: ErrorStyle) -> bytes:
+    body = orjson.dumps(error_object(error, style))
+    assert len(body) <= MAX_ERROR_BYTES
+    return body

@@ -1,0 +1,112 @@
+"""One request on its way through the server: who asks, what was asked, what became of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from qnext.server.errors import ApiError
+from qnext.server.worker import Generation
+
+if TYPE_CHECKING:
+    from qnext.engine import SamplingParams
+    from qnext.engine.request import Guide
+    from qnext.server.app import Server
+    from qnext.server.keys import Key
+    from qnext.server.routes import Route
+
+
+@dataclass(eq=False)
+class Outcome:
+    """What the audit log says of a request beside who and when; no content."""
+
+    model: str | None = None
+    params_hash: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    finish_reason: str | None = None
+    abort_phase: str | None = None
+    error_code: str | None = None
+    stream: bool = False
+    status: int = 0
+
+
+@dataclass(eq=False)
+class Exchange:
+    """A request and its outcome. `key` is None where the server has no keys, and on public routes."""
+
+    server: Server
+    route: Route
+    request_id: str
+    headers: Mapping[str, str]  # lower case; of several with one name the first
+    path_params: Mapping[str, str]
+    query: Mapping[str, str]
+    client: str
+    key: Key | None = None
+    body: Any = None
+    outcome: Outcome = field(default_factory=Outcome)
+    reply_headers: dict[str, str] = field(default_factory=dict)
+    is_replying: bool = False
+    write_began: float | None = None  # on the event loop's clock, while a write waits for the client
+
+    @property
+    def owner(self) -> str:
+        """Whose share of queue and rates it takes."""
+        return "" if self.key is None else self.key.id
+
+    def salt(self, wanted: str | None = None) -> str:
+        """Only requests of one salt share cached prefixes: each key has its own, and may divide it further."""
+        own = "" if self.key is None else self.server.keys.cache_salt(self.key)
+        if wanted is None:
+            return own
+        return hashlib.sha256(f"{own}:{wanted}".encode("utf-8", "surrogatepass")).hexdigest()
+
+    @asynccontextmanager
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        guide: Guide | None = None,
+        salt: str | None = None,
+        index: int = 0,
+    ) -> AsyncIterator[Generation]:
+        """A generation in the engine's queue, within the key's limits; leaving the context ends it.
+
+        Raises ApiError where it is refused.
+        """
+        if self.key is not None and self.key.max_context is not None and len(prompt_ids) > self.key.max_context:
+            raise ApiError.bad(
+                f"the prompt has {len(prompt_ids)} tokens; this key allows {self.key.max_context}",
+                code="context_length_exceeded",
+            )
+        outcome = self.outcome
+        outcome.prompt_tokens = (outcome.prompt_tokens or 0) + len(prompt_ids)
+        outcome.params_hash = params_hash(params)
+        generation = Generation(
+            self.server.worker, prompt_ids, params, owner=self.owner, salt=self.salt(salt), guide=guide,
+            request_id=f"{self.request_id}-{index}",
+        )  # fmt: skip
+        with self.server.admission(self, len(prompt_ids)) as admitted:
+            try:
+                async with generation:
+                    yield generation
+            finally:
+                tokens = sum(len(request.output_ids) for request in generation.requests)
+                outcome.completion_tokens = (outcome.completion_tokens or 0) + tokens
+                admitted.num_output = tokens
+                if not generation.has_ended:
+                    outcome.abort_phase = generation.phase
+                    self.server.counters.count_abort(generation.phase)
+
+
+def params_hash(params: SamplingParams) -> str:
+    """A short name of sampling parameters, equal for equal ones."""
+    values = asdict(params)
+    values["logit_bias"] = sorted(params.logit_bias.items())
+    return hashlib.sha256(orjson.dumps(values, option=orjson.OPT_NON_STR_KEYS)).hexdigest()[:16]

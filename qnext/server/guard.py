@@ -1,0 +1,151 @@
+"""What every request and every answer passes, whatever the route: sizes of headers, a request id, safe headers.
+
+And the HTTP/1 protocol of uvicorn with a bound on how long headers may take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from qnext.server.errors import ApiError, error_body
+from qnext.server.limits import Limits
+
+Message = MutableMapping[str, Any]
+Application = Callable[..., Awaitable[None]]
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
+_SAFE_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+
+
+class Guard:
+    """Refuses what no route should see, and puts an X-Request-Id and safe headers on every answer.
+
+    `origins` may read answers from other origins' pages; no other page may.
+    """
+
+    def __init__(self, application: Application, limits: Limits, *, origins: frozenset[str] = frozenset()) -> None:
+        self.application = application
+        self.limits = limits
+        self.origins = origins
+
+    async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self.application(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close"})
+            return
+        headers = scope["headers"]
+        request_id = _request_id(headers)
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        added = [(b"x-request-id", request_id), *_SAFE_HEADERS, *self._cors(headers)]
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *added]
+            await send(message)
+
+        error = self._fault(headers) or _path_fault(scope)
+        if error is not None:
+            await _send_error(send_with_headers, error)
+        elif scope["method"] == "OPTIONS" and len(added) > len(_SAFE_HEADERS) + 1:
+            await send_with_headers({"type": "http.response.start", "status": 204, "headers": []})
+            await send_with_headers({"type": "http.response.body", "body": b""})
+        else:
+            await self.application(scope, receive, send_with_headers)
+
+    def _fault(self, headers: list[tuple[bytes, bytes]]) -> ApiError | None:
+        limits = self.limits
+        if len(headers) > limits.max_headers or sum(len(n) + len(v) for n, v in headers) > limits.max_header_bytes:
+            return ApiError(431, "the headers are too large", code="headers_too_large", headers={"Connection": "close"})
+        names = [name for name, _ in headers]
+        lengths = [value for name, value in headers if name == b"content-length"]
+        if b"transfer-encoding" in names and lengths:
+            return ApiError.bad("Content-Length and Transfer-Encoding exclude each other", code="invalid_request")
+        if len(lengths) > 1:
+            return ApiError.bad("more than one Content-Length", code="invalid_request")
+        if b"content-encoding" in names:
+            return ApiError(415, "compressed bodies are not accepted", code="unsupported_media_type")
+        return None
+
+    def _cors(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        origin = next((value for name, value in headers if name == b"origin"), None)
+        if origin is None or origin.decode("latin-1") not in self.origins:
+            return []
+        return [
+            (b"access-control-allow-origin", origin),
+            (b"vary", b"Origin"),
+            (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+            (
+                b"access-control-allow-headers",
+                b"authorization, content-type, x-api-key, anthropic-version, x-request-id",
+            ),
+            (b"access-control-expose-headers", b"x-request-id, retry-after"),
+        ]
+
+
+def _path_fault(scope: Message) -> ApiError | None:
+    path = scope["path"]
+    if len(path) > 2_048 or any(ord(c) < 32 or c == "\x7f" for c in path):
+        return ApiError(404, "no such route", code="not_found")
+    return None
+
+
+def _request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
+    given = next((value for name, value in headers if name == b"x-request-id"), b"")
+    return given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}".encode()
+
+
+async def _send_error(send: Any, error: ApiError) -> None:
+    body = error_body(error, "openai")
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 that closes a connection whose headers do not come within `header_seconds`."""
+
+    header_seconds = Limits.header_seconds
+    _header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._arm()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._disarm()
+        elif self._header_timer is None and self.conn.trailing_data[0]:
+            self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def _arm(self) -> None:
+        self._header_timer = self.loop.call_later(self.header_seconds, self._close_late)
+
+    def _disarm(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _close_late(self) -> None:
+        self._header_timer = None
+        if not self.transport.is_closing() and self.conn.their_state is h11.IDLE:
+            self.transport.close()

@@ -1,0 +1,107 @@
+"""GET /v1/models, and what clients ask of the tokenizer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from qnext import __version__
+from qnext.server.bodies import Body
+from qnext.server.errors import ApiError
+from qnext.server.exchange import Exchange
+from qnext.server.limits import MAX_MESSAGES
+from qnext.server.openai.chat import MessageBody, conversation
+from qnext.server.routes import Reply
+
+
+class TokenizeBody(Body):
+    """A text, or a conversation in the model's chat format."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool | None = None  # the family has none to add
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: list[int]
+
+
+async def list_models(exchange: Exchange) -> Reply:
+    served = exchange.server.served
+    return Reply.of({"object": "list", "data": [_model(exchange, name) for name in served.names]})
+
+
+async def get_model(exchange: Exchange) -> Reply:
+    name = exchange.path_params["model"]
+    exchange.server.served.check_name(name)
+    return Reply.of(_model(exchange, name))
+
+
+def _model(exchange: Exchange, name: str) -> dict[str, Any]:
+    served = exchange.server.served
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "qnext",
+        "root": served.name,
+        "parent": None,
+        "max_model_len": served.max_model_len,
+    }
+
+
+async def tokenize(exchange: Exchange) -> Reply:
+    body: TokenizeBody = exchange.body
+    served = exchange.server.served
+    served.check_name(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError.bad("exactly one of prompt and messages is needed", param="prompt")
+    if body.messages is not None:
+        ids, _ = await served.encode_chat(
+            conversation(body.messages), add_generation_prompt=body.add_generation_prompt is not False
+        )
+    else:
+        ids = await served.encode(body.prompt or "")
+    document: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": served.max_model_len}
+    if body.return_token_strs:
+        document["token_strs"] = [served.token_text(token) for token in ids]
+    return Reply.of(document)
+
+
+async def detokenize(exchange: Exchange) -> Reply:
+    body: DetokenizeBody = exchange.body
+    served = exchange.server.served
+    served.check_name(body.model)
+    if len(body.tokens) > 8 * served.max_model_len:
+        raise ApiError.bad("more tokens than the context can hold", param="tokens", code="context_length_exceeded")
+    served.check_ids(body.tokens, param="tokens")
+    return Reply.of({"prompt": await served.run(lambda: served.tokenizer.decode(body.tokens))})
+
+
+async def tokenizer_info(exchange: Exchange) -> Reply:
+    """What evaluation tools need of a remote tokenizer."""
+    served = exchange.server.served
+    chat_format = served.chat_format
+    template = chat_format.template.text if chat_format is not None and chat_format.template is not None else None
+    pad = served.tokenizer.pad_id
+    return Reply.of(
+        {
+            "tokenizer_class": "qnext",
+            "vocab_size": served.tokenizer.vocab_size,
+            "max_model_len": served.max_model_len,
+            "eos_token": served.eos_token,
+            "bos_token": None,
+            "pad_token": None if pad is None else served.token_text(pad),
+            "chat_template": template,
+            "chat_format": None if chat_format is None else chat_format.name,
+        }
+    )
+
+
+async def version(exchange: Exchange) -> Reply:
+    return Reply.of({"version": __version__})

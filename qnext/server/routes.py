@@ -1,0 +1,70 @@
+"""What a route declares, and what a handler is given and gives back. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import orjson
+from pydantic import BaseModel
+
+from qnext.server.errors import ErrorStyle
+
+if TYPE_CHECKING:
+    from qnext.server.exchange import Exchange
+
+# Who may call: everybody; whoever has a key; a key with that scope.
+Scope = Literal["public", "any", "inference", "tokenize", "metrics", "admin"]
+# What bounds it: queue, rates and deadlines of generation; a small bounded amount of work; answers from memory.
+LimitClass = Literal["generation", "light", "probe", "static"]
+# What the audit log says: a line with token counts; a line; nothing.
+AuditClass = Literal["request", "access", "none"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer."""
+
+    body: bytes
+    status: int = 200
+    content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: Any, **more: Any) -> Reply:
+        """JSON of a value."""
+        return cls(orjson.dumps(value), **more)
+
+
+@dataclass(frozen=True)
+class EventStream:
+    """Server-sent events, whole frames in each piece. Closing the generator ends what it waits for."""
+
+    frames: AsyncGenerator[bytes, None]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Handler = Callable[["Exchange"], Awaitable["Reply | EventStream"]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One path and method with all that the server must know of it; nothing is a default that opens something.
+
+    `body` is the model of a JSON body, None where there is none. `answer` is a JSON schema of the answer, for the
+    OpenAPI document.
+    """
+
+    method: Literal["GET", "POST"]
+    path: str
+    handler: Handler
+    scope: Scope
+    limit: LimitClass
+    errors: ErrorStyle
+    audit: AuditClass
+    summary: str
+    body: type[BaseModel] | None = None
+    answer: Mapping[str, Any] | None = None
+    streams: bool = False
+    content_type: str | None = None  # of an answer that is not JSON

@@ -1,0 +1,202 @@
+"""Listeners, signals, drain and watchdog: a server from its first byte to its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from qnext.errors import UsageError
+from qnext.server.admin import ADMIN_ROUTES
+from qnext.server.app import Server, make_application
+from qnext.server.guard import PatientProtocol
+from qnext.server.table import public_routes
+
+if TYPE_CHECKING:
+    from qnext.engine import Engine
+    from qnext.server.served import ServedModel
+
+_log = logging.getLogger("qnext.server")
+# The engine's thread gives the interpreter up this soon for whoever waits: tokens leave within a fraction of a step.
+_SWITCH_SECONDS = 0.0005
+_JANITOR_SECONDS = 0.25
+_KEEP_ALIVE_SECONDS = 75
+_BACKLOG = 1024
+EXIT_HUNG = 70  # a step of the model does not end, or the engine has failed: the supervisor should start anew
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where a server listens: host and port, or a Unix socket."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str | None = None
+    admin_port: int | None = None  # on the loopback interface
+    certificate: str | None = None  # PEM files
+    certificate_key: str | None = None
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn that leaves signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(
+    server_of: Callable[[], Server],
+    load: Callable[[], tuple[Engine, ServedModel]],
+    listen: Listen,
+    *,
+    on_ready: Callable[[Server, str], None],
+) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code. The listener opens first and answers 503 while `load` runs.
+
+    Raises what `load` raises, and UsageError where the address cannot be had.
+    """
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    return asyncio.run(_serve(server_of, load, listen, on_ready))
+
+
+async def _serve(
+    server_of: Callable[[], Server],
+    load: Callable[[], tuple[Engine, ServedModel]],
+    listen: Listen,
+    on_ready: Callable[[Server, str], None],
+) -> int:
+    server = server_of()
+    routes = public_routes(with_page=server.with_page)
+    sockets = [_socket(listen)]
+    listeners = [_uvicorn(make_application(server, routes), server, listen)]
+    if listen.admin_port is not None:
+        sockets.append(_socket(Listen("127.0.0.1", listen.admin_port)))
+        listeners.append(_uvicorn(make_application(server, ADMIN_ROUTES), server, Listen()))
+    runs = [asyncio.create_task(one.serve([sock])) for one, sock in zip(listeners, sockets, strict=True)]
+    _handle_signals(server)
+    janitor = asyncio.create_task(janitor(server))
+    try:
+        engine, served = await _loaded(server, load)
+        if engine is not None and served is not None:
+            server.attach(engine, served)
+            gc.collect()
+            gc.freeze()  # weights and vocabulary stay: no collection need look at them again
+            on_ready(server, _url(listen, sockets[0]))
+            await server.stop_wanted.wait()
+            await server.drain(server.limits.drain_seconds)
+    finally:
+        for one in listeners:
+            one.should_exit = True
+        await asyncio.gather(*runs)
+        janitor.cancel()
+        server.close()
+    return 0
+
+
+async def _loaded(
+    server: Server, load: Callable[[], tuple[Engine, ServedModel]]
+) -> tuple[Engine | None, ServedModel | None]:
+    """What `load` gives, or nothing when the server is told to stop first."""
+    loading = asyncio.ensure_future(asyncio.to_thread(load))
+    stopping = asyncio.ensure_future(server.stop_wanted.wait())
+    await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        # A thread cannot be ended; nothing is lost by leaving it behind.
+        _log.warning("stopped while loading")
+        sys.stderr.flush()
+        os._exit(0)
+    stopping.cancel()
+    return loading.result()
+
+
+def _uvicorn(application: Any, server: Server, listen: Listen) -> _Uvicorn:
+    protocol = type("Protocol", (PatientProtocol,), {"header_seconds": server.limits.header_seconds})
+    config = uvicorn.Config(
+        application, http=protocol, ws="none", loop="asyncio", lifespan="off", interface="asgi3",
+        log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        h11_max_incomplete_event_size=server.limits.max_header_bytes, timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        limit_concurrency=server.limits.max_connections, backlog=_BACKLOG, timeout_graceful_shutdown=3,
+        ssl_certfile=listen.certificate, ssl_keyfile=listen.certificate_key,
+    )  # fmt: skip
+    return _Uvicorn(config)
+
+
+def _socket(listen: Listen) -> socket.socket:
+    try:
+        if listen.uds is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(listen.uds)
+            one = socket.socket(socket.AF_UNIX)
+            one.bind(listen.uds)
+            os.chmod(listen.uds, 0o600)
+        else:
+            family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+            one = socket.socket(family)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind((listen.host, listen.port))
+    except OSError as error:
+        where = listen.uds or f"{listen.host}:{listen.port}"
+        raise UsageError(f"cannot listen on {where}: {error.strerror or error}") from None
+    one.setblocking(False)
+    return one
+
+
+def _url(listen: Listen, one: socket.socket) -> str:
+    if listen.uds is not None:
+        return f"unix:{listen.uds}"
+    host, port = one.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if listen.certificate else 'http'}://{shown}:{port}"
+
+
+def _handle_signals(server: Server) -> None:
+    """The first SIGTERM or SIGINT drains, the second ends what runs; SIGHUP reads the keys again."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        if server.stop_wanted.is_set():
+            for task in list(server.tasks.values()):
+                task.cancel()
+        server.request_stop()
+
+    def reload_keys() -> None:
+        problem = server.keys.reload()
+        _log.info("keys reloaded" if problem is None else f"keys not reloaded: {problem}")
+        if server.audit is not None:
+            server.audit.reopen()
+
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    loop.add_signal_handler(signal.SIGINT, stop)
+    loop.add_signal_handler(signal.SIGHUP, reload_keys)
+
+
+async def janitor(server: Server) -> None:
+    """Ends streams whose client reads nothing, measures the loop's lag, and ends a process whose engine hangs."""
+    while True:
+        due = time.monotonic() + _JANITOR_SECONDS
+        await asyncio.sleep(_JANITOR_SECONDS)
+        now = time.monotonic()
+        server.counters.observe_event_loop_lag(max(0.0, now - due))
+        for exchange, task in list(server.tasks.items()):
+            if exchange.write_began is not None and now - exchange.write_began > server.limits.write_seconds:
+                exchange.outcome.error_code = "client_too_slow"
+                task.cancel()
+        fault = server.fault
+        if fault is not None and server.state == "ready":
+            _log.critical("%s; ending the process", fault)
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            sys.stderr.flush()
+            os._exit(EXIT_HUNG)

@@ -1,0 +1,141 @@
+"""A body's parameters of sampling as the engine's, checked against the served model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qnext.engine.params import SamplingParams
+from qnext.engine.sampling.constraint import Constraint
+from qnext.errors import QnextError
+from qnext.server.bodies import SamplingBody
+from qnext.server.errors import ApiError, from_user_error
+from qnext.server.limits import MAX_PROMPT_LOGPROB_TOKENS
+
+if TYPE_CHECKING:
+    from qnext.server.limits import Limits
+    from qnext.server.served import ServedModel
+
+_DEFAULTS: Mapping[str, float] = {"temperature": 1.0}  # OpenAI's, where neither request nor model says otherwise
+_GUIDED = {"json_schema": "guided_json", "regex": "guided_regex", "choice": "guided_choice", "lark": "guided_grammar"}
+_PLAIN = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "min_tokens")
+
+
+def sampling_params(
+    body: SamplingBody,
+    served: ServedModel,
+    limits: Limits,
+    *,
+    num_prompt: int,
+    max_tokens: int | None,
+    default_max_tokens: int | None = None,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """What the request says, else the model's defaults, else OpenAI's. Raises ApiError 400, naming the field.
+
+    A `max_tokens` beyond the context means as many as fit: clients send large ones for any model. A prompt that
+    leaves no room for one token is refused, with both numbers.
+    """
+    _refuse_foreign(body)
+    room = served.max_model_len - num_prompt
+    if room < 1:
+        raise ApiError.bad(
+            f"the prompt has {num_prompt} tokens, but the context holds {served.max_model_len} with at least one for "
+            "the answer", param="messages", code="context_length_exceeded",
+        )  # fmt: skip
+    if prompt_logprobs is not None and num_prompt > MAX_PROMPT_LOGPROB_TOKENS:
+        raise ApiError.bad(
+            f"log-probabilities are given for prompts of at most {MAX_PROMPT_LOGPROB_TOKENS} tokens", param="logprobs"
+        )
+    values: dict[str, Any] = {**_DEFAULTS, **served.defaults}
+    values |= {name: value for name in _PLAIN if (value := getattr(body, name)) is not None}
+    penalty = body.repetition_penalty if body.repetition_penalty is not None else body.repeat_penalty
+    if penalty is not None:
+        values["repetition_penalty"] = penalty
+    num_answers = body.n or 1
+    if num_answers > limits.max_n:
+        raise ApiError.bad(f"n must be at most {limits.max_n}", param="n")
+    if body.best_of not in (None, num_answers):
+        raise ApiError.bad("best_of must equal n", param="best_of")
+    wanted = max_tokens if max_tokens is not None else default_max_tokens
+    most = room if wanted is None else min(room, wanted)
+    if (body.min_tokens or 0) > most:
+        raise ApiError.bad(f"min_tokens must be at most max_tokens, here {most}", param="min_tokens")
+    stop_ids = tuple(body.stop_token_ids or ())
+    served.check_ids(stop_ids, param="stop_token_ids")
+    allowed = body.allowed_token_ids
+    served.check_ids(allowed or (), param="allowed_token_ids")
+    try:
+        params = SamplingParams(
+            **values,
+            n=num_answers,
+            max_tokens=most,
+            stop_token_ids=stop_ids,
+            ignore_eos=bool(body.ignore_eos),
+            logit_bias=_bias(body, served),
+            allowed_token_ids=None if allowed is None else tuple(allowed),
+            banned_token_ids=_banned(body, served),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+        ends = frozenset(stop_ids) | (frozenset() if params.ignore_eos else served.eos_ids)
+        params.check_vocabulary(vocab_size=served.config.vocab_size, stop_ids=ends)
+    except QnextError as error:
+        raise from_user_error(error) from None
+    return params
+
+
+def stop_strings(body: SamplingBody) -> tuple[str, ...]:
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+
+
+def structured_constraint(body: SamplingBody) -> tuple[Constraint, str] | None:
+    """(constraint, the field that says it) of vLLM's and llama.cpp's fields; raises ApiError for more than one."""
+    found: list[tuple[Constraint, str]] = []
+    inner = body.structured_outputs
+    named = {
+        "structured_outputs": (inner.json_, inner.regex, inner.choice, inner.grammar) if inner else (),
+        "guided_json": (body.guided_json, body.guided_regex, body.guided_choice, body.guided_grammar or body.grammar),
+    }
+    for field, values in named.items():
+        for kind, value in zip(("json_schema", "regex", "choice", "lark"), values, strict=False):
+            if value is None:
+                continue
+            if kind == "json_schema" and not isinstance(value, (dict, bool, str)):
+                raise ApiError.bad("the JSON schema must be an object", param=field)
+            name = field if field == "structured_outputs" else _GUIDED[kind]
+            found.append((Constraint(kind, tuple(value) if kind == "choice" else value), name))  # type: ignore[arg-type]
+    if len(found) > 1:
+        raise ApiError.bad("an answer can follow one constraint only", param=found[1][1])
+    return found[0] if found else None
+
+
+def _refuse_foreign(body: SamplingBody) -> None:
+    if body.chat_template is not None:
+        raise ApiError.bad("a chat template in a request is not accepted", param="chat_template")
+    if body.prompt_embeds is not None:
+        raise ApiError.bad("prompts are text or token ids", param="prompt_embeds")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError.bad("stream_options needs stream", param="stream_options")
+
+
+def _bias(body: SamplingBody, served: ServedModel) -> dict[int, float]:
+    bias: dict[int, float] = {}
+    for name, value in (body.logit_bias or {}).items():
+        if not (name.isascii() and name.isdigit() and len(name) <= 10):
+            raise ApiError.bad("the keys of logit_bias must be token ids", param="logit_bias")
+        bias[int(name)] = value
+    served.check_ids(list(bias), param="logit_bias")
+    return bias
+
+
+def _banned(body: SamplingBody, served: ServedModel) -> tuple[int, ...]:
+    """The tokens of the bad words, alone and after a space. A word of several tokens cannot be excluded."""
+    banned: set[int] = set()
+    for word in body.bad_words or ():
+        forms = [ids for text in (word, f" {word}") if len(ids := served.tokenizer.encode(text)) == 1]
+        if not forms:
+            raise ApiError.bad("a bad word must be one token of the vocabulary", param="bad_words")
+        banned.update(ids[0] for ids in forms)
+    return tuple(sorted(banned))

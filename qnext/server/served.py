@@ -1,0 +1,205 @@
+"""What is served: a model's names, its text, and what a request may ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from qnext.engine.sampling.constraint import Constraint
+from qnext.engine.sampling.grammar import CompiledGrammar, GrammarCompiler, Vocabulary
+from qnext.errors import CorruptCheckpoint, QnextError
+from qnext.server.errors import ApiError, from_user_error
+from qnext.server.limits import MAX_TEXT_PER_TOKEN
+from qnext.text.messages import Message
+from qnext.text.tokenizer import Piece
+
+if TYPE_CHECKING:
+    from qnext.config import ModelConfig
+    from qnext.text.chat import ChatFormat
+    from qnext.text.tokenizer import Tokenizer
+
+ToolStyle = Literal["json", "xml"]
+Result = TypeVar("Result")
+
+_THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
+_FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+
+
+class ServedModel:
+    """Text to token ids and back for one model, off the event loop where it could take long.
+
+    `names` are what requests may call it, the first the one that answers carry. `defaults` are sampling parameters
+    that a request does not name. `tool_style` None: that of the chat format.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        chat_format: ChatFormat | None,
+        *,
+        names: Sequence[str],
+        max_model_len: int,
+        eos_ids: frozenset[int],
+        defaults: Mapping[str, Any] | None = None,
+        tool_style: ToolStyle | None = None,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.chat_format = chat_format
+        self.names = tuple(names)
+        self.max_model_len = max_model_len
+        self.eos_ids = eos_ids
+        self.defaults = dict(defaults or {})
+        self.created = int(time.time())
+        self.tool_style: ToolStyle = tool_style or self._style_of_format()
+        self.tokens = list(tokenizer.token_table())
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Made on first use: it reads the whole vocabulary."""
+        vocabulary = Vocabulary(
+            self.tokens,
+            eos_ids=self.eos_ids,
+            special_ids=self.tokenizer.added_ids.values(),
+            size=self.config.vocab_size,
+        )
+        return GrammarCompiler(vocabulary)
+
+    @cached_property
+    def is_thinking(self) -> bool:
+        """Whether answers begin inside a thought: the generation prompt opens it."""
+        if self.chat_format is None:
+            return False
+        try:
+            pieces = self.chat_format.render([Message("user", "Hello")])
+        except QnextError:
+            return False
+        return opens_thought(pieces)
+
+    @cached_property
+    def think_end(self) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(_THINK_CLOSE, allow_special=True))
+
+    def check_name(self, name: str | None) -> None:
+        """Raises ApiError 404 for another model's name; none at all is this one."""
+        if name is not None and name not in self.names:
+            raise ApiError(404, "no such model; GET /v1/models lists them", code="model_not_found", param="model")
+
+    async def run(self, function: Callable[[], Result], *, param: str | None = None) -> Result:
+        """`function` in a thread; what it refuses becomes ApiError 400."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+        except QnextError as error:
+            raise from_user_error(error, param=param) from None
+
+    async def encode(self, text: str, *, param: str = "prompt", allow_special: bool = False) -> list[int]:
+        """Token ids of a text. Raises ApiError for one that cannot fit the context, before it is tokenized."""
+        self._check_length(len(text), param)
+        return await self.run(lambda: self.tokenizer.encode(text, allow_special=allow_special), param=param)
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        continues: bool = False,
+        thinks: bool = True,
+        add_generation_prompt: bool = True,
+        param: str = "messages",
+    ) -> tuple[list[int], bool]:
+        """(token ids, whether the answer begins inside a thought) of a conversation.
+
+        `continues`: the last message is the beginning of the answer. `thinks` false closes the thought that the
+        format opens.
+        """
+        if self.chat_format is None:
+            raise ApiError.bad("this model has no chat format; use /v1/completions", code="no_chat_template")
+        chat_format = self.chat_format
+        length = sum(
+            len(m.content) + len(m.reasoning_content or "") + sum(len(str(c.arguments)) for c in m.tool_calls)
+            for m in messages
+        )
+        self._check_length(length, param)
+        if continues and (not messages or messages[-1].role != "assistant"):
+            raise ApiError.bad("only an assistant's message can be continued", param=param)
+
+        def work() -> tuple[list[int], bool]:
+            rendered = messages[:-1] if continues else messages
+            pieces = list(chat_format.render(rendered, tools=tools, add_generation_prompt=add_generation_prompt))
+            is_thinking = add_generation_prompt and opens_thought(pieces)
+            if is_thinking and (not thinks or continues):
+                pieces.append(Piece(f"\n{_THINK_CLOSE}\n\n", True))
+                is_thinking = False
+            if continues:
+                pieces.append(Piece(messages[-1].content, False))
+            return self.tokenizer.encode_pieces(pieces), is_thinking
+
+        return await self.run(work, param=param)
+
+    def fill_in_middle(self) -> tuple[int, int, int] | None:
+        """Ids of the tokens around prefix, suffix and middle, where the vocabulary has them."""
+        ids = self.tokenizer.added_ids
+        if any(name not in ids for name in _FIM):
+            return None
+        prefix, suffix, middle = (ids[name] for name in _FIM)
+        return prefix, suffix, middle
+
+    async def compile(self, constraint: Constraint, *, param: str) -> CompiledGrammar:
+        """Raises ApiError 400 for a constraint that is malformed, impossible, too large or too slow."""
+        return await self.run(lambda: self.grammars.compile(constraint), param=param)
+
+    def check_ids(self, ids: Sequence[int], *, param: str) -> None:
+        """Raises ApiError 400 unless all are ids of the vocabulary."""
+        if ids and (min(ids) < 0 or max(ids) >= self.config.vocab_size):
+            raise ApiError.bad(f"token ids are out of vocabulary; it has {self.config.vocab_size} tokens", param=param)
+
+    def token_text(self, token_id: int) -> str:
+        """A token for a reader; bytes that are no text alone are written out, so that each token keeps its own name."""
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.tokens[token_id] if token_id < len(self.tokens) else b""
+
+    @property
+    def eos_token(self) -> str | None:
+        try:
+            return self.token_text(min(self.tokenizer.eos_ids))
+        except (CorruptCheckpoint, ValueError):
+            return None
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _check_length(self, num_characters: int, param: str) -> None:
+        if num_characters > MAX_TEXT_PER_TOKEN * self.max_model_len:
+            raise ApiError.bad(
+                f"the text has {num_characters} characters, more than the context of {self.max_model_len} tokens can "
+                "hold", param=param, code="context_length_exceeded",
+            )  # fmt: skip
+
+    def _style_of_format(self) -> ToolStyle:
+        chat_format = self.chat_format
+        if chat_format is None:
+            return "json"
+        if chat_format.template is None:
+            return "xml" if chat_format.name == "coder" else "json"
+        return "xml" if "<function=" in chat_format.template.text else "json"
+
+
+def opens_thought(pieces: Sequence[Piece]) -> bool:
+    """Whether rendered text ends inside a thought that was just opened."""
+    return bool(pieces) and pieces[-1].text.rstrip().endswith(_THINK_OPEN)

@@ -1,0 +1,62 @@
+"""All routes of the public listener. What a route may do is declared here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qnext.server import models, probes
+from qnext.server.metrics import CONTENT_TYPE
+from qnext.server.openai.chat import ChatBody, chat_completions
+from qnext.server.openai.completions import CompletionBody, completions
+from qnext.server.routes import Route
+
+_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+def _with(*names: str) -> dict[str, Any]:
+    return {"type": "object", "required": list(names)}
+
+
+def public_routes(*, with_page: bool = True) -> list[Route]:
+    """Every route that is served beside the administrators'."""
+    choices = _with("id", "object", "created", "model", "choices", "usage")
+    routes = [
+        Route("POST", "/v1/chat/completions", chat_completions, "inference", "generation", "openai", "request",
+              "answer a conversation", ChatBody, choices, streams=True),
+        Route("POST", "/v1/completions", completions, "inference", "generation", "openai", "request",
+              "continue a text", CompletionBody, choices, streams=True),
+        Route("GET", "/v1/models", models.list_models, "inference", "light", "openai", "none",
+              "the names of the model", None, _with("object", "data")),
+        Route("GET", "/v1/models/{model:path}", models.get_model, "inference", "light", "openai", "none",
+              "one name of the model", None, _with("id", "object")),
+        Route("POST", "/tokenize", models.tokenize, "tokenize", "light", "openai", "access",
+              "text to token ids", models.TokenizeBody, _with("tokens", "count", "max_model_len")),
+        Route("POST", "/detokenize", models.detokenize, "tokenize", "light", "openai", "access",
+              "token ids to text", models.DetokenizeBody, _with("prompt")),
+        Route("GET", "/tokenizer_info", models.tokenizer_info, "tokenize", "light", "openai", "none",
+              "what clients need of the tokenizer", None, _with("eos_token")),
+        Route("GET", "/health/live", probes.health_live, "public", "probe", "openai", "none",
+              "whether the server lives", None, _with("status")),
+        Route("GET", "/health/ready", probes.health_ready, "any", "probe", "openai", "none",
+              "whether it takes requests", None, _with("status")),
+        Route("GET", "/version", models.version, "any", "probe", "openai", "none", "the version", None,
+              _with("version")),
+        Route("GET", "/metrics", probes.metrics, "metrics", "probe", "openai", "none", "for Prometheus",
+              content_type=CONTENT_TYPE.split(";")[0]),
+        Route("GET", "/live/model", probes.live_model, "metrics", "light", "openai", "none",
+              "layers and limits, for the page", None, _OBJECT),
+        Route("GET", "/live/stream", probes.live_stream, "metrics", "generation", "openai", "none",
+              "the model at work, for the page", content_type="text/event-stream"),
+    ]  # fmt: skip
+    if with_page:
+        routes += [
+            Route("GET", "/", probes.page_index, "public", "static", "openai", "none", "the page",
+                  content_type="text/html"),
+            Route("GET", "/page/{name:path}", probes.page_file, "public", "static", "openai", "none",
+                  "files of the page", content_type="text/plain"),
+        ]  # fmt: skip
+    routes.append(
+        Route("GET", "/openapi.json", probes.openapi_handler(routes), "any", "static", "openai", "none",
+              "this document", None, _OBJECT)
+    )  # fmt: skip
+    return routes

@@ -1,0 +1,385 @@
+"""The one thread that owns the engine, and what the event loop sees of it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qnext.engine.request import FinishReason, Request, SampledToken
+from qnext.engine.step import TokenEvent
+from qnext.errors import QnextError
+from qnext.server.errors import ApiError, from_user_error
+from qnext.server.limits import Limits
+
+if TYPE_CHECKING:
+    from qnext.engine import Engine, SamplingParams
+    from qnext.engine.request import Guide
+
+_log = logging.getLogger("qnext.server")
+_HEARTBEAT = 1.0  # seconds
+_MAX_FAILURES = 3  # steps that fail one after another, until the engine counts as broken
+
+
+@dataclass(frozen=True)
+class Update:
+    """What happened to one answer of a generation: a token, its end, or both."""
+
+    index: int
+    token: SampledToken | None
+    finish_reason: FinishReason | None
+
+
+class Generation:
+    """The answers to one prompt, from the event loop's side. Leaving its `async with` ends what has not ended.
+
+    Times are of time.perf_counter, of this process.
+    """
+
+    def __init__(
+        self,
+        worker: EngineWorker,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        owner: str,
+        salt: str,
+        guide: Guide | None,
+        request_id: str,
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self.params = params
+        self.owner = owner
+        self.salt = salt
+        self.guide = guide
+        self.request_id = request_id
+        self.requests: list[Request] = []  # once the engine has them
+        self.deadline = time.monotonic() + worker.limits.request_seconds
+        self.queue_deadline = time.monotonic() + worker.limits.queue_seconds
+        self._worker = worker
+        self._updates: deque[Update] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._failure: ApiError | None = None
+        self._num_open = params.n
+
+    async def __aenter__(self) -> Generation:
+        self._worker.enqueue(self)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._num_open:
+            self._worker.abort(self)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._num_open == 0
+
+    @property
+    def phase(self) -> str:
+        """Where an abort would find it: queue, prompt or answer; "done" when it has ended."""
+        if self.has_ended:
+            return "done"
+        started = [request for request in self.requests if request.times.scheduled is not None]
+        if not started:
+            return "queue"
+        return "answer" if any(request.times.first_token is not None for request in started) else "prompt"
+
+    async def updates(self) -> AsyncIterator[list[Update]]:
+        """What came since the last time, until all answers have ended; [] after `ping_seconds` of silence.
+
+        Raises ApiError where the request is refused, or lost.
+        """
+        while self._num_open:
+            if not self._updates and self._failure is None:
+                await self._wait(self._worker.limits.ping_seconds)
+                if not self._updates and self._failure is None:
+                    yield []
+                    continue
+            found = list(self._updates)
+            self._updates.clear()
+            self._num_open -= sum(update.finish_reason is not None for update in found)
+            if found:
+                yield found
+            if self._failure is not None:
+                raise self._failure
+
+    async def _wait(self, seconds: float) -> None:
+        """Until something came, or for so long. A future and a timer: a task for each token would cost more."""
+        loop = asyncio.get_running_loop()
+        self._waiter = waiter = loop.create_future()
+        timer = loop.call_later(seconds, self._wake)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def stop(self, index: int) -> None:
+        """End one answer now: it is complete, for its reader."""
+        self._num_open -= 1
+        self._worker.abort(self, index)
+
+    def deliver(self, updates: Sequence[Update], failure: ApiError | None = None) -> None:
+        """Called in the event loop by the worker."""
+        self._updates.extend(updates)
+        self._failure = failure or self._failure
+        self._wake()
+
+
+class EngineWorker:
+    """Runs an engine in a thread of its own; requests come and tokens go through the event loop that started it.
+
+    Requests wait here, first come first served for each owner and the owners in turn, and reach the engine when it
+    could soon begin them. `is_broken` when the engine has failed in several steps one after another.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
+        self.engine = engine
+        self.limits = limits
+        self.is_broken = False
+        self.heartbeat = time.monotonic()  # when the thread last showed that it lives
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake = threading.Condition()
+        self._waiting: OrderedDict[str, deque[Generation]] = OrderedDict()  # by owner, the next owner first
+        self._num_waiting = 0  # sequences in `_waiting`
+        self._aborts: deque[tuple[Generation, int | None]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._running: dict[str, tuple[Generation, int]] = {}  # by the engine's request id
+        self._unstarted: dict[int, Generation] = {}  # in the engine, before its first step; by id()
+        self._is_stopping = False
+        self._num_failures = 0
+        self._numbers = itertools.count()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ---- the event loop's side ----
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End what runs, write what is cached to disk, and wait for the thread."""
+        with self._wake:
+            self._is_stopping = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def num_queued(self) -> int:
+        """Sequences that have not had their first step."""
+        return self._num_waiting + self.engine.scheduler.num_waiting
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def enqueue(self, generation: Generation) -> None:
+        """Raises ApiError 503 when the queue is full, and 429 when it is the owner's part of it that is."""
+        number = generation.params.n
+        with self._wake:
+            if self._is_stopping or self.is_broken:
+                raise ApiError.busy("the engine does not run", retry_after=10.0, code="unavailable")
+            if self._num_waiting + number > self.limits.max_queued:
+                raise ApiError.busy("the queue is full", retry_after=self.limits.retry_seconds)
+            queue = self._waiting.get(generation.owner, deque())
+            if sum(waiting.params.n for waiting in queue) + number > self.limits.max_queued_per_key:
+                raise ApiError.busy(
+                    "too many requests of this key are waiting", retry_after=self.limits.retry_seconds, status=429,
+                    code="rate_limit_exceeded",
+                )  # fmt: skip
+            queue.append(generation)
+            self._waiting[generation.owner] = queue
+            self._num_waiting += number
+            self._wake.notify()
+
+    def abort(self, generation: Generation, index: int | None = None) -> None:
+        """End one answer of a generation, or all; what has ended is left alone."""
+        with self._wake:
+            self._aborts.append((generation, index))
+            self._wake.notify()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have `function` run by the thread that owns the engine, between two steps."""
+        with self._wake:
+            self._calls.append(function)
+            self._wake.notify()
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self.heartbeat = time.monotonic()
+                self._obey()
+                self._admit()
+                self._step()
+                self.heartbeat = time.monotonic()
+        except BaseException:
+            _log.exception("the engine's thread ended")
+            self.is_broken = True
+        finally:
+            self._fail_all(ApiError.busy("the server is stopping", retry_after=10.0, code="unavailable"))
+            self.engine.close()
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False when the thread is to end."""
+        with self._wake:
+            while not (self._is_stopping or self._waiting or self._aborts or self._calls or self.engine.has_unfinished):
+                self._wake.wait(_HEARTBEAT)
+                self.heartbeat = time.monotonic()
+            return not self._is_stopping
+
+    def _obey(self) -> None:
+        """Aborts and calls."""
+        while self._aborts:
+            generation, index = self._aborts.popleft()
+            if not generation.requests:
+                self._forget_waiting(generation)
+            for number, request in enumerate(generation.requests):
+                if index in (None, number) and self._running.pop(request.id, None) is not None:
+                    self.engine.abort(request.id)
+            self._unstarted.pop(id(generation), None)
+        while self._calls:
+            self._calls.popleft()()
+
+    def _forget_waiting(self, generation: Generation) -> None:
+        with self._wake:
+            queue = self._waiting.get(generation.owner)
+            if queue is not None and generation in queue:
+                queue.remove(generation)
+                self._num_waiting -= generation.params.n
+                if not queue:
+                    del self._waiting[generation.owner]
+
+    def _admit(self) -> None:
+        """Hand the engine what it could soon begin: of each owner in turn."""
+        scheduler = self.engine.scheduler
+        while self._waiting and scheduler.num_waiting < scheduler.limits.max_num_seqs:
+            with self._wake:
+                owner, queue = next(iter(self._waiting.items()))
+                generation = queue.popleft()
+                self._num_waiting -= generation.params.n
+                if queue:
+                    self._waiting.move_to_end(owner)
+                else:
+                    del self._waiting[owner]
+            self._begin(generation)
+        self._drop_late()
+
+    def _begin(self, generation: Generation) -> None:
+        now = time.monotonic()
+        if now >= generation.queue_deadline:
+            self._post([(generation, [], self._late())])
+            return
+        try:
+            generation.requests = self.engine.add_requests(
+                generation.prompt_ids, generation.params, request_id=f"{next(self._numbers)}", salt=generation.salt,
+                guide=generation.guide, timeout=max(0.0, generation.deadline - now),
+            )  # fmt: skip
+        except QnextError as error:
+            self._post([(generation, [], from_user_error(error))])
+            return
+        self._unstarted[id(generation)] = generation
+        for index, request in enumerate(generation.requests):
+            self._running[request.id] = (generation, index)
+
+    def _drop_late(self) -> None:
+        """Refuse what has waited too long, here or in the engine."""
+        now = time.monotonic()
+        with self._wake:
+            late = [g for queue in self._waiting.values() for g in queue if now >= g.queue_deadline]
+        for generation in late:
+            self._forget_waiting(generation)
+            self._post([(generation, [], self._late())])
+        for generation in list(self._unstarted.values()):
+            if any(request.times.scheduled is not None for request in generation.requests):
+                del self._unstarted[id(generation)]
+            elif now >= generation.queue_deadline:
+                self._drop(generation)
+                self._post([(generation, [], self._late())])
+
+    def _late(self) -> ApiError:
+        return ApiError.busy("the request waited too long for its turn", retry_after=5.0, code="queue_timeout")
+
+    def _drop(self, generation: Generation) -> None:
+        self._unstarted.pop(id(generation), None)
+        for request in generation.requests:
+            if self._running.pop(request.id, None) is not None:
+                self.engine.abort(request.id)
+
+    def _step(self) -> None:
+        if not self.engine.has_unfinished:
+            return
+        try:
+            events = self.engine.step()
+        except Exception:
+            _log.exception("a step of the engine failed")
+            self._num_failures += 1
+            self._fail_lost()
+            if self._num_failures >= _MAX_FAILURES:
+                self.is_broken = True
+            return
+        if events:
+            self._num_failures = 0
+        found: dict[int, tuple[Generation, list[Update], ApiError | None]] = {}
+        for event in events:
+            entry = self._running.get(event.request_id)
+            if entry is None:
+                continue
+            generation, index = entry
+            _, updates, failure = found.setdefault(id(generation), (generation, [], None))
+            token = event.token if isinstance(event, TokenEvent) else None
+            updates.append(Update(index, token, event.finish_reason))
+            if event.finish_reason is not None:
+                del self._running[event.request_id]
+                failure = failure or self._failure_of(generation.requests[index])
+                found[id(generation)] = (generation, updates, failure)
+        for generation, _, failure in found.values():
+            if failure is not None:
+                self._drop(generation)
+        self._post(list(found.values()))
+
+    def _failure_of(self, request: Request) -> ApiError | None:
+        if request.finish_reason == "deadline":
+            headers = {"x-should-retry": "false"}
+            return ApiError(504, "the request took too long", code="request_timeout", headers=headers)
+        if request.failure is not None:
+            return ApiError.bad(from_user_error(request.failure).message, code="constraint_failed")
+        return None
+
+    def _fail_lost(self) -> None:
+        """The engine has ended the requests of a step that failed: tell their generations."""
+        lost = {id(g): g for g, index in self._running.values() if g.requests[index].finish_reason is not None}
+        for generation in lost.values():
+            self._drop(generation)
+        self._post([(generation, [], ApiError.internal()) for generation in lost.values()])
+
+    def _fail_all(self, failure: ApiError) -> None:
+        with self._wake:
+            self._is_stopping = True
+            generations = {id(g): g for queue in self._waiting.values() for g in queue}
+            generations |= {id(g): g for g, _ in self._running.values()}
+            self._waiting.clear()
+            self._running.clear()
+        self._post([(generation, [], failure) for generation in generations.values()])
+
+    def _post(self, news: list[tuple[Generation, list[Update], ApiError | None]]) -> None:
+        """To the event loop, all at once."""
+        assert self._loop is not None
+        if news and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_deliver, news)
+
+
+def _deliver(news: list[tuple[Generation, list[Update], ApiError | None]]) -> None:
+    for generation, updates, failure in news:
+        generation.deliver(updates, failure)

@@ -1,0 +1,142 @@
+"""A server in a thread of this process, on a model folder or on an engine that is a script."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import uvicorn
+
+from qnext.checkpoint import load_model, save_model
+from qnext.cli._sampling import sampling_defaults
+from qnext.config import ModelConfig, hybrid_pattern
+from qnext.engine import Engine
+from qnext.model import CausalLM, initialize
+from qnext.server.admin import ADMIN_ROUTES
+from qnext.server.app import Server, make_application
+from qnext.server.guard import PatientProtocol
+from qnext.server.limits import Limits
+from qnext.server.run import janitor
+from qnext.server.served import ServedModel
+from qnext.server.table import public_routes
+from qnext.text.chat import ChatFormat
+from qnext.text.templates import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
+from qnext.text.tokenizer import Tokenizer
+from qnext.text.train import byte_level_tokenizer, save_tokenizer
+
+CONTEXT = 2_048
+
+
+def save_served(folder: Path, *, thinks: bool = False, context: int = CONTEXT) -> Path:
+    """A tiny random model of both kinds of layers, with experts and an MTP layer, one token per byte."""
+    tokenizer = byte_level_tokenizer()
+    config = ModelConfig(
+        vocab_size=tokenizer.get_vocab_size() + 5, hidden_size=24, layer_types=hybrid_pattern(2, interval=2),
+        num_attention_heads=4, num_key_value_heads=2, head_dim=10, partial_rotary_factor=0.4,
+        rope_theta=10_000.0, max_position_embeddings=context,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=5,
+        linear_conv_kernel_dim=4, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=8,
+        shared_expert_intermediate_size=8, num_nextn_predict_layers=1, initializer_range=0.25, eos_token_id=258,
+    )  # fmt: skip
+    model = CausalLM(config)
+    initialize(model, seed=3)
+    side = folder.with_name(folder.name + "-tokenizer")
+    template = THINKING_TEMPLATE if thinks else INSTRUCT_TEMPLATE
+    save_tokenizer(tokenizer, side, model_max_length=context, chat_template=template)
+    save_model(model, folder, tokenizer_folder=side, generation_config={"temperature": 0.7, "top_k": 20})
+    return folder
+
+
+@dataclass
+class Running:
+    """A server that answers at `url`. What belongs to its event loop is reached through `call`."""
+
+    url: str
+    admin_url: str
+    server: Server
+    loop: asyncio.AbstractEventLoop
+
+    def client(self, key: str | None = None, **more: Any) -> httpx2.Client:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=30.0, **more)
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run `function` in the server's event loop."""
+
+        async def run() -> Any:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(30.0)
+
+    def gauges(self) -> Any:
+        return self.server.worker.engine.metrics.gauges
+
+
+def load_served(folder: Path, **engine_options: Any) -> tuple[Engine, ServedModel]:
+    tokenizer = Tokenizer.from_folder(folder)
+    model = load_model(folder)
+    engine = Engine(model, max_num_seqs=engine_options.pop("max_num_seqs", 8), **engine_options)
+    served = ServedModel(
+        model.config, tokenizer, ChatFormat.for_folder(folder, tokenizer=tokenizer), names=[folder.name, "alias"],
+        max_model_len=engine.max_model_len, eos_ids=engine.eos_token_ids, defaults=sampling_defaults(folder),
+    )  # fmt: skip
+    return engine, served
+
+
+@contextmanager
+def running_server(
+    folder: Path, *, limits: Limits | None = None, engine_options: dict[str, Any] | None = None, **server_options: Any
+) -> Iterator[Running]:
+    """A server on a free port of the loopback interface, with its administrators' listener; drained at the end."""
+    engine, served = load_served(folder, **(engine_options or {}))
+    started = threading.Event()
+    found: list[Running] = []
+    stop: list[asyncio.Event] = []
+
+    async def main() -> None:
+        server = Server(limits=limits or Limits(drain_seconds=1.0), **server_options)
+        applications = [make_application(server, public_routes()), make_application(server, ADMIN_ROUTES)]
+        protocol = type("Protocol", (PatientProtocol,), {"header_seconds": server.limits.header_seconds})
+        listeners = [
+            uvicorn.Server(
+                uvicorn.Config(
+                    one, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False, port=0,
+                    h11_max_incomplete_event_size=server.limits.max_header_bytes, timeout_graceful_shutdown=3,
+                )
+            )
+            for one in applications
+        ]  # fmt: skip
+        tasks = [asyncio.create_task(one.serve()) for one in listeners]
+        while not all(one.started for one in listeners):
+            await asyncio.sleep(0.005)
+        server.attach(engine, served)
+        cleaning = asyncio.create_task(janitor(server))
+        ports = [one.servers[0].sockets[0].getsockname()[1] for one in listeners]
+        stop.append(asyncio.Event())
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        found.append(Running(urls[0], urls[1], server, asyncio.get_running_loop()))
+        started.set()
+        await stop[0].wait()
+        await server.drain(server.limits.drain_seconds)
+        for one in listeners:
+            one.should_exit = True
+        await asyncio.gather(*tasks)
+        cleaning.cancel()
+        server.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), name="server", daemon=True)
+    thread.start()
+    assert started.wait(30.0)
+    running = found[0]
+    try:
+        yield running
+    finally:
+        running.loop.call_soon_threadsafe(stop[0].set)
+        thread.join(30.0)
+        assert not thread.is_alive()
