@@ -179,9 +179,7 @@ def command(
     listen = Listen(
         host=host, port=port, uds=uds, admin_port=admin_port, certificate=ssl_certfile, certificate_key=ssl_keyfile
     )
-    code = serve(new_server, load, listen, on_ready=print_ready)
-    sys.stderr.flush()
-    raise typer.Exit(code)
+    serve(new_server, load, listen, on_ready=print_ready)
 
 
 def _load(

@@ -19,11 +19,14 @@ LONG = {"prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "temperature":
 
 
 def read_stream(one: Process, body: dict[str, object], found: list[str], begun: threading.Event) -> None:
-    with one.client() as client, client.stream("POST", "/v1/completions", json=body) as answer:
-        with contextlib.suppress(httpx2.RemoteProtocolError):  # whoever reads `found` sees that its end is missing
-            for line in answer.iter_lines():
-                found.append(line)
-                begun.set()
+    with (
+        one.client() as client,
+        client.stream("POST", "/v1/completions", json=body) as answer,
+        contextlib.suppress(httpx2.RemoteProtocolError),  # whoever reads `found` sees that its end is missing
+    ):
+        for line in answer.iter_lines():
+            found.append(line)
+            begun.set()
 
 
 def start_streams(one: Process, number: int, body: dict[str, object]) -> tuple[list[list[str]], list[threading.Thread]]:
