@@ -16,6 +16,11 @@ MAX_SCHEMA_DEPTH = 32
 _NOTES = ("title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly", "$schema")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # hold schemas by name
 _DATA = ("enum", "const")  # hold values, not schemas
+# A value ends at its first closing tag on a line of its own, and never holds what the parser takes for its end.
+_TEXT = (
+    r'text[suffix="\n</parameter>\n"]: VALUE',
+    r"VALUE: /(?s:.*)/ & ~/(?s:.*)<\/parameter>[ \t\r\n]*<(parameter=|\/function>)(?s:.*)/",
+)
 _WHITE_SPACE = r"[ \t\n\r]{1,64}"  # without a bound it is what a model writes that knows nothing to write
 
 
@@ -49,7 +54,7 @@ def tool_call_grammar(
         schema = _checked(schema)
         rules += _json_rules(index, tool, schema) if style == "json" else _xml_rules(index, tool, schema)
     if style == "xml":
-        rules.append(r'text[suffix="\n</parameter>\n"]: /(?s:.*)/')
+        rules += _TEXT
     return "\n".join(rules) + "\n"
 
 
