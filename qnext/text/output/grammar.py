@@ -51,8 +51,8 @@ def tool_call_grammar(
     rules.append(f"call: {start} body {end}")
     rules.append("body: " + " | ".join(f"call_{index}" for index in range(len(chosen))))
     for index, (tool, schema) in enumerate(chosen):
-        schema = _checked(schema)
-        rules += _json_rules(index, tool, schema) if style == "json" else _xml_rules(index, tool, schema)
+        bare = {**_without_notes(schema), "type": "object"}
+        rules += _json_rules(index, tool, bare) if style == "json" else _xml_rules(index, tool, bare)
     if style == "xml":
         rules += _TEXT
     return "\n".join(rules) + "\n"
@@ -71,7 +71,8 @@ def _xml_rules(index: int, name: str, schema: Mapping[str, Any]) -> list[str]:
     for number, (key, value) in enumerate(properties.items() if isinstance(properties, Mapping) else ()):
         rule = f"parameter_{index}_{number}"
         parts.append(rule if isinstance(required, list) and key in required else f"{rule}?")
-        rules.append(f"{rule}: {json.dumps(f'<parameter={key}>' + chr(10))} {_xml_value(value, schema)}")
+        head = json.dumps(f"<parameter={key}>\n")
+        rules.append(f"{rule}: {head} {_xml_value(value, schema)}")
     parts.append(r'"</function>\n"')
     return [f"call_{index}: " + " ".join(parts), *rules]
 
@@ -88,7 +89,8 @@ def _xml_value(schema: Any, root: Mapping[str, Any]) -> str:
     if not types or "string" in types:
         return "text"
     shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
-    return f"{_json({**shared, **found})} {end}"
+    has_references = '"$ref"' in json.dumps(found)
+    return f"{_json({**shared, **found} if has_references else found)} {end}"
 
 
 def _json(schema: Mapping[str, Any]) -> str:
@@ -96,27 +98,20 @@ def _json(schema: Mapping[str, Any]) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": options}, separators=(",", ":"))
 
 
-def _checked(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema of an object, without what says nothing about its form."""
-    bare = _without_notes(schema, 1)
-    return {"type": "object", **bare}
-
-
-def _without_notes(schema: Any, depth: int) -> Any:
+def _without_notes(value: Any, depth: int = 1, *, is_schema: bool = True) -> Any:
+    """The schema, or a value in one, without what says nothing about the form of an output."""
     if depth > MAX_SCHEMA_DEPTH:
         raise UsageError(f"tools: a schema is nested deeper than {MAX_SCHEMA_DEPTH}")
-    if isinstance(schema, list):
-        return [_without_notes(entry, depth + 1) for entry in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    if "x-guidance" in schema:
+    if isinstance(value, list):
+        return [_without_notes(entry, depth + 1, is_schema=is_schema) for entry in value]
+    if not isinstance(value, Mapping):
+        return value
+    if is_schema and "x-guidance" in value:
         raise UsageError("tools: x-guidance is not supported")
     kept: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in _NAMED and isinstance(value, Mapping):
-            kept[key] = {name: _without_notes(entry, depth + 1) for name, entry in value.items()}
-        elif key in _DATA:
-            kept[key] = value
-        elif key not in _NOTES:
-            kept[key] = _without_notes(value, depth + 1)
+    for key, entry in value.items():
+        if is_schema and key in _NAMED and isinstance(entry, Mapping):
+            kept[key] = {name: _without_notes(named, depth + 2) for name, named in entry.items()}
+        elif not is_schema or key not in _NOTES:
+            kept[key] = _without_notes(entry, depth + 1, is_schema=is_schema and key not in _DATA)
     return kept

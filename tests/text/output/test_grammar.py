@@ -11,6 +11,8 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qnext.engine.sampling.constraint import Constraint
 from qnext.engine.sampling.grammar import GrammarCompiler, GrammarState, Vocabulary
@@ -238,7 +240,7 @@ def test_notes_are_left_out_and_properties_of_their_names_stay() -> None:
     assert '"title":{"type":"boolean"}' in text
 
 
-@pytest.mark.parametrize("name", ['a"b', "a\\b", "a/b", "é🙂", "a\nb", "%json {}", "<tool_call>"])
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a/b", "é🙂", "a\nb", "\x00\x7f", "%json {}", "<tool_call>"])
 def test_names_are_text_whatever_they_hold(name: str) -> None:
     tools = [{"name": name, "parameters": {"type": "object", "properties": {name: {"type": "boolean"}}}}]
     call = (
@@ -265,5 +267,43 @@ def test_what_no_grammar_can_be_made_of_is_refused(style: str) -> None:
     assert "no tools" in refused([])
     assert "'clock'" in refused(TOOLS, "clock")
     assert "nested" in refused([deep(500)])
+    wide: dict[str, Any] = {"enum": [[]]}
+    for _ in range(2000):
+        wide = {"enum": [wide["enum"]]}
+    assert "nested" in refused([{"name": "deep", "parameters": {"properties": {"a": wide}}}])
     assert "x-guidance" in refused([{"name": "a", "parameters": {"properties": {"b": {"x-guidance": {}}}}}])
     assert tool_call_grammar([deep(20)], style=style, name=None, parallel=True, control_names=())
+
+
+def test_arguments_are_an_object_whatever_the_schema_says() -> None:
+    for schema in ({"type": "string"}, {"type": ["object", "null"]}, {"anyOf": [{"type": "null"}, {"type": "object"}]}):
+        tools = [{"name": "zeit", "parameters": schema}]
+        assert accepts(state(False, tools=tools), json_call("zeit", "{}"), False)
+        assert not accepts(state(False, tools=tools), json_call("zeit", "null"), False)
+        assert not accepts(state(False, tools=tools), json_call("zeit", '"{}"'), False)
+
+
+keywords = st.sampled_from(
+    ["type", "properties", "items", "enum", "const", "anyOf", "allOf", "$ref", "$defs", "required", "a", "title"]
+)
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.sampled_from(["string", "integer", "object", "#", "#/$defs/a", "a", ""])
+)
+schemas = st.recursive(
+    scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(keywords, inner, max_size=4)),
+    max_leaves=25,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(schemas, st.dictionaries(keywords, schemas, max_size=4))
+def test_strange_schemas_harm_nobody(parameters: Any, properties: dict[str, Any]) -> None:
+    """They may leave an argument untyped or fail to compile; calls are read all the same."""
+    for schema in (parameters, {"properties": properties, "$defs": properties}):
+        tools = [{"name": "zeit", "parameters": schema}]
+        for style in ("json", "xml"):
+            text = tool_call_grammar(tools, style=style, name="zeit", parallel=True, control_names=())
+            assert text.startswith("start: ")
+        (call,) = read([xml_call("zeit", a="1", type="x")], tool_style="xml", tools=tools)
+        assert isinstance(call, Call) and set(json.loads(call.arguments)) == {"a", "type"}
