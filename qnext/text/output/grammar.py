@@ -50,9 +50,11 @@ def tool_call_grammar(
     rules = [r'start: (/\n{1,4}/)? call ("\n" call)*' if parallel else r"start: (/\n{1,4}/)? call"]
     rules.append(f"call: {start} body {end}")
     rules.append("body: " + " | ".join(f"call_{index}" for index in range(len(chosen))))
+    values: dict[str, str] = {}
     for index, (tool, schema) in enumerate(chosen):
         bare = {**_without_notes(schema), "type": "object"}
-        rules += _json_rules(index, tool, bare) if style == "json" else _xml_rules(index, tool, bare)
+        rules += _json_rules(index, tool, bare) if style == "json" else [_xml_rule(index, tool, bare, values)]
+    rules += [f"{rule}: {value}" for value, rule in values.items()]
     if style == "xml":
         rules += _TEXT
     return "\n".join(rules) + "\n"
@@ -63,18 +65,17 @@ def _json_rules(index: int, name: str, schema: Mapping[str, Any]) -> list[str]:
     return [f"call_{index}: {json.dumps(head)} arguments_{index} " + r'"}\n"', f"arguments_{index}: {_json(schema)}"]
 
 
-def _xml_rules(index: int, name: str, schema: Mapping[str, Any]) -> list[str]:
+def _xml_rule(index: int, name: str, schema: Mapping[str, Any], values: dict[str, str]) -> str:
+    """The rule of a call; `values` takes up the rules of values by their Lark, since many are alike."""
     properties = schema.get("properties")
     required = schema.get("required")
-    rules: list[str] = []
     parts = [json.dumps(f"\n<function={name}>\n")]
-    for number, (key, value) in enumerate(properties.items() if isinstance(properties, Mapping) else ()):
-        rule = f"parameter_{index}_{number}"
-        parts.append(rule if isinstance(required, list) and key in required else f"{rule}?")
-        head = json.dumps(f"<parameter={key}>\n")
-        rules.append(f"{rule}: {head} {_xml_value(value, schema)}")
+    for key, value in properties.items() if isinstance(properties, Mapping) else ():
+        rule = values.setdefault(_xml_value(value, schema), f"value_{len(values)}")
+        part = json.dumps(f"<parameter={key}>\n") + " " + rule
+        parts.append(part if isinstance(required, list) and key in required else f"({part})?")
     parts.append(r'"</function>\n"')
-    return [f"call_{index}: " + " ".join(parts), *rules]
+    return f"call_{index}: " + " ".join(parts)
 
 
 def _xml_value(schema: Any, root: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ ToolStyle = Literal["json", "xml"]
 
 THINK, THINK_END = "<think>", "</think>"
 MAX_CALL_LENGTH = 1 << 20  # characters; a longer call is content
-SHORT = 64  # characters of a call in which none can end, too few to be worth reading
+SHORT = 64  # characters of a call: fewer are not worth reading where no tag can end in them
 MAX_SPACE_LENGTH = 1024  # characters of white space that are held back until what follows is known
 
 _TAGS: dict[ToolStyle, tuple[str, ...]] = {
