@@ -89,8 +89,17 @@ def test_too_much_white_space_opens_no_thought_and_is_kept() -> None:
     space = "\n" * (parser_module.MAX_SPACE_LENGTH + 1)
     assert read([space + "<think>a</think>"]) == [Content(space + "<think>a</think>")]
     assert read(space + "<think>a</think>") == [Content(space + "<think>a</think>")]
-    kept = " " * parser_module.MAX_SPACE_LENGTH
-    assert read(["a" + kept + " " + json_call("time", "{}")]) == [Content("a" + kept), TIME]
+
+
+@pytest.mark.parametrize("length", [1, 1023, 1024, 1025, 2047, 2048, 2049, 5000])
+def test_long_white_space_is_dropped_but_for_whole_kibibytes(length: int) -> None:
+    text = "a" + " " * length + json_call("time", "{}")
+    kept = (length - 1) // parser_module.MAX_SPACE_LENGTH * parser_module.MAX_SPACE_LENGTH
+    for pieces in ([text], text, [text[:1000], text[1000:]]):
+        assert read(pieces) == [Content("a" + " " * kept), TIME]
+    thought = "a" + "\n" * length + "</think>"
+    for pieces in ([thought], thought):
+        assert read(pieces, starts_in_reasoning=True) == [Reasoning("a" + "\n" * kept)]
 
 
 @pytest.mark.parametrize(
