@@ -240,7 +240,7 @@ def _read_private(path: Path) -> bytes:
         raise UsageError(f"{path}: there is no such file of keys") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-    with os.fdopen(fd, "rb") as file:
+    try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise UsageError(f"{path} is no file")
@@ -253,7 +253,10 @@ def _read_private(path: Path) -> bytes:
             raise UsageError(f"{path} is open to other users (mode {stat.S_IMODE(found.st_mode):o}): chmod 600 it")
         if found.st_size > _MAX_FILE_BYTES:
             raise UsageError(f"{path} is larger than a file of {MAX_KEYS} keys can be")
-        return file.read(_MAX_FILE_BYTES + 1)
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read(_MAX_FILE_BYTES)
+    finally:
+        os.close(fd)
 
 
 def _write_private(path: Path, values: object) -> None:
@@ -300,7 +303,7 @@ def _parse_key(row: object, where: str) -> Key:
     names = {field.name for field in fields(Key)}
     if not isinstance(row, dict) or set(row) != names:
         wrong = names ^ set(row) if isinstance(row, dict) else names
-        raise UsageError(f"{where}: missing or unknown: {', '.join(sorted(str(name)[:40] for name in wrong)[:5])}")
+        raise UsageError(f"{where}: missing or unknown: {', '.join(sorted(repr(name)[:40] for name in wrong)[:5])}")
     for name, is_right, wanted in _CHECKS:
         if not is_right(row[name]):
             raise UsageError(f"{where}: {name} must be {wanted}")

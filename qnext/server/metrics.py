@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -77,15 +77,25 @@ class ServerCounters:
 
 
 class ServerMetrics:
-    """Renders both. `source` is the engine, or None until it is loaded; `block_size` is tokens of a KV block."""
+    """Renders both. `source` is the engine, or None until it is loaded; `block_size` is tokens of a KV block.
+
+    `num_waiting` tells how many requests wait where the server has a queue of its own before that of the engine.
+    """
 
     def __init__(
-        self, counters: ServerCounters, *, model_name: str, block_size: int, source: MetricsSource | None = None
+        self,
+        counters: ServerCounters,
+        *,
+        model_name: str,
+        block_size: int,
+        source: MetricsSource | None = None,
+        num_waiting: Callable[[], int] | None = None,
     ) -> None:
         self.counters = counters
         self.model_name = model_name
         self.block_size = block_size
         self.source = source
+        self.num_waiting = num_waiting
 
     def render(self, compat: Literal["vllm"] | None = None) -> bytes:
         """Text of format 0.0.4, to be sent as CONTENT_TYPE; with `compat` the names that vLLM's boards read, too."""
@@ -98,6 +108,8 @@ class ServerMetrics:
         if self.source is None:
             return
         metrics, labels = self.source.metrics, {"model_name": self.model_name}
+        if self.num_waiting is not None:
+            metrics = replace(metrics, gauges=replace(metrics.gauges, num_waiting=self.num_waiting()))
         yield from _engine_families(metrics, labels, self.block_size)
         if compat == "vllm":
             yield from _vllm_families(metrics, labels, self.block_size)
