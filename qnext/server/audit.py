@@ -84,13 +84,16 @@ class AuditLog:
 
     def reopen(self) -> None:
         """For whoever moved the file away. Raises OSError, and goes on with the old one."""
-        old, self._fd = self._fd, -1
+        old, previous = self._fd, self._previous
         try:
             self._open()
         except OSError:
             self._fd = old
             raise
-        os.close(old)
+        if self._size == 0:
+            self._previous = previous
+        if old >= 0:
+            os.close(old)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -141,10 +144,7 @@ class AuditLog:
             os.replace(self.path, _numbered(self.path, 1))
         else:
             os.unlink(self.path)
-        previous = self._previous
         self.reopen()
-        if self._size == 0:
-            self._previous = previous
 
     def _complain(self, what: str, error: Exception) -> None:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__

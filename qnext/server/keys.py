@@ -105,7 +105,8 @@ class KeyStore:
         elif not self.path.exists():
             raise UsageError(f"{self.path}: there is no such file of keys")
         # The lock is a file of its own: the file of keys is another one after every change.
-        lock = os.open(self.path.parent / f".{self.path.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        target = self.path.resolve()
+        lock = os.open(target.with_name(f".{target.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             keys = list(self.keys()) if self.path.exists() else []
@@ -247,7 +248,7 @@ def _read_private(path: Path) -> bytes:
         user = os.geteuid()
         if user and found.st_uid not in (user, 0):
             raise UsageError(f"{path} belongs to another user, who could add keys")
-        # A mounted secret is root's and reaches the server through its group.
+        # A mounted secret is root's and reaches the server through its group. Root itself may use anybody's file.
         forbidden = 0o077 if found.st_uid == user else 0o037
         if found.st_mode & forbidden:
             raise UsageError(f"{path} is open to other users (mode {stat.S_IMODE(found.st_mode):o}): chmod 600 it")

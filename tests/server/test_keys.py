@@ -55,7 +55,7 @@ def test_a_key_is_found_by_its_secret_alone(store: KeyStore) -> None:
         assert ring.find(wrong.encode()) is None
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text() | st.binary())
 def test_no_other_text_is_a_key(wrong: str | bytes) -> None:
     assert KeyRing.from_plain(["secret-of-somebody"]).find(wrong) is None
@@ -209,7 +209,7 @@ def test_a_wrong_value_is_named(store: KeyStore, name: str, value: object) -> No
         store.keys()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(name=st.sampled_from(sorted(Key.__dataclass_fields__)), value=JSON, whole=JSON)
 def test_any_file_is_read_or_refused_in_one_line(store: KeyStore, name: str, value: object, whole: object) -> None:
     store.path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qnext.server.keys import Key
@@ -45,6 +45,7 @@ EVENTS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(EVENTS, st.integers(1, 20), st.integers(1, 60), st.integers(1, 3))
 def test_no_window_has_more_than_limit_and_inflow(
     events: list[tuple[float, int, int, bool]], rpm: int, tpm: int, parallel: int
@@ -211,6 +212,7 @@ def test_bad_keys_are_braked(clock: Clock) -> None:
     assert not logins.is_blocked("10.0.0.1")
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 2, allow_nan=False), st.sampled_from(["a", "b", "::1"])), max_size=80))
 def test_no_address_fails_faster_than_that(events: list[tuple[float, str]]) -> None:
     clock = Clock()
