@@ -77,7 +77,7 @@ class KeyRates:
             state.update(key, now)
             state.num_running = max(0, state.num_running - 1)
             if state.tokens is not None:
-                state.tokens.level = min(state.tokens.limit, state.tokens.level - (num_used - num_charged))
+                state.tokens.level -= num_used - num_charged
 
     def headers(self, key: Key) -> dict[str, str]:
         """x-ratelimit-* as of now, for the limits that the key has."""

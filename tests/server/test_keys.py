@@ -53,6 +53,7 @@ def test_a_key_is_found_by_its_secret_alone(store: KeyStore) -> None:
     ):  # fmt: skip
         assert ring.find(wrong) is None
         assert ring.find(wrong.encode()) is None
+    assert ring.find("\ud800" * 40) is None  # no UTF-8 either
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

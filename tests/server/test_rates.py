@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qnext.server import rates as rates_module
 from qnext.server.keys import Key
 from qnext.server.rates import FailedLogins, KeyRates, Refusal
 
@@ -210,6 +211,8 @@ def test_bad_keys_are_braked(clock: Clock) -> None:
     assert 99 <= num_allowed <= 100
     clock.now += 2
     assert not logins.is_blocked("10.0.0.1")
+    clock.now += 1e6  # a long peace earns no larger burst
+    assert sum(logins.fail("10.0.0.1") is None for _ in range(100)) == 20
 
 
 @settings(deadline=None)
@@ -236,11 +239,14 @@ def test_networks_of_one_customer_are_one(clock: Clock) -> None:
     assert logins.fail("no address" * 1000) is None
 
 
-def test_a_flood_of_addresses_takes_no_memory_and_is_braked(clock: Clock) -> None:
+def test_a_flood_of_addresses_takes_no_memory_and_is_braked(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     logins = FailedLogins(clock=clock, max_tracked=50)
+    is_idle, calls = rates_module._Bucket.is_idle, []
+    monkeypatch.setattr(rates_module._Bucket, "is_idle", lambda self, now: calls.append(1) or is_idle(self, now))
     num_allowed = sum(logins.fail(f"10.0.{number // 256}.{number % 256}") is None for number in range(5000))
     assert num_allowed == 50 + 20  # one for each that is told apart, and one burst for all others
     assert len(logins._table._states) == 50
+    assert len(calls) == 50  # the table is looked through once in that moment, not for each of them
     clock.now += 60
     assert logins.fail("10.9.9.9") is None and len(logins._table._states) == 1
 
