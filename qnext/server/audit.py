@@ -122,7 +122,7 @@ class AuditLog:
 
     def _take_back(self, num_written: int) -> None:
         try:
-            os.ftruncate(self._fd, self._size)
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - num_written)
         except OSError:  # a file that may only be appended to
             self._size += num_written
             last = _last_line(self.path)
@@ -140,10 +140,11 @@ class AuditLog:
         for number in range(self._keep - 1, 0, -1):
             with suppress(FileNotFoundError):
                 os.replace(_numbered(self.path, number), _numbered(self.path, number + 1))
-        if self._keep:
-            os.replace(self.path, _numbered(self.path, 1))
-        else:
-            os.unlink(self.path)
+        with suppress(FileNotFoundError):  # moved before, when the new one could not be opened
+            if self._keep:
+                os.replace(self.path, _numbered(self.path, 1))
+            else:
+                os.unlink(self.path)
         self.reopen()
 
     def _complain(self, what: str, error: Exception) -> None:

@@ -265,6 +265,25 @@ def test_rotation_that_fails_goes_on_in_the_old_file(tmp_path: Path, monkeypatch
     assert verify_chain(tmp_path / "audit").error is None
 
 
+def test_rotation_without_a_free_descriptor_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(tmp_path / "audit", max_bytes=500, chain=True)
+    log.write(record(1))
+
+    def fail(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        log.write(record(2))
+    assert not (tmp_path / "audit").exists()
+    for number in (3, 4):
+        log.write(record(number))
+    assert log.num_failed == 0
+    files = [*sorted(tmp_path.glob("audit.*"), reverse=True), tmp_path / "audit"]
+    assert [line["request_id"] for file in files for line in lines(file)] == ["r1", "r2", "r3", "r4"]
+    assert verify_chain(tmp_path / "audit").error is None
+
+
 def test_equal_parameters_have_equal_hashes() -> None:
     assert params_hash({"top_p": 0.5, "stop": ["a"]}) == params_hash({"stop": ["a"], "top_p": 0.5})
     assert params_hash({"top_p": 0.5}) != params_hash({"top_p": 0.25})
