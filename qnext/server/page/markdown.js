@@ -16,7 +16,7 @@ export class MarkdownView {
   #text = "";
 
   constructor() {
-    this.element = h("div", { class: "markdown", dir: "auto" });
+    this.element = h("div", { class: "markdown" });
   }
 
   /** Show `text`. `isWhole`: nothing follows. */
@@ -96,7 +96,7 @@ function renderBlock(block, depth, isOpen) {
     case "table":
       return renderTable(block);
     default:
-      return h("p", { dir: "auto" }, ...renderInline(block.text));
+      return h("p", {}, ...renderInline(block.text));
   }
 }
 

@@ -72,8 +72,8 @@ export class Tiles {
   #speed = new Tile("Writing", this.#output.element);
   #acceptance = new Tile("Drafts accepted", this.#drafts.element);
   #requests = new Tile("Requests", null);
-  #prefix = new Tile("From cache", null);
-  #blockTile = new Tile("Blocks of keys", this.#blocks.element);
+  #prefix = new Tile("Prefix hits", null);
+  #blockTile = new Tile("Key-value blocks", this.#blocks.element);
   #slotTile = new Tile("State slots", this.#slots.element);
   #before = null; // counters of drafts at the last tick
 
@@ -102,7 +102,7 @@ export class Tiles {
 
   #takePrefix({ prompt_tokens_cached: cached, prompt_tokens_computed: computed }) {
     const all = cached + computed;
-    this.#prefix.set(all ? percent(cached / all) : "–", "", `of ${count(all)} prompt tokens`);
+    this.#prefix.set(all ? percent(cached / all) : "–", "", `of ${count(all)} tokens`);
   }
 
   #takeDrafts({ drafted, accepted }) {

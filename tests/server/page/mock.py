@@ -18,7 +18,7 @@ import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tests.server.page.answers import chunks_for, events
@@ -71,7 +71,7 @@ def make_app(script: Script) -> Starlette:
         path = PAGE / name
         if path.parent != PAGE or path.suffix not in TYPES or not path.exists():
             return Response(status_code=404, headers=HEADERS)
-        return FileResponse(path, media_type=TYPES[path.suffix], headers=HEADERS)
+        return Response(path.read_bytes(), media_type=TYPES[path.suffix], headers=HEADERS)
 
     async def model(request: Request) -> Response:
         return refused(request) or JSONResponse(live.document(), headers=HEADERS)
