@@ -70,10 +70,8 @@ Load = Callable[[], "tuple[Engine, ServedModel]"]
 OnReady = Callable[[Server, Urls], None]
 
 
-def serve(
-    server_of: Callable[[], Server], load: Load, listen: Listen, *, on_ready: Callable[[Server, Urls], None]
-) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code. The listener opens first and answers 503 while `load` runs.
+def serve(server_of: Callable[[], Server], load: Load, listen: Listen, *, on_ready: OnReady) -> None:
+    """Serve until SIGTERM or SIGINT. The listener opens first and answers 503 while `load` runs.
 
     Raises what `load` raises, and UsageError where the address cannot be had.
     """
