@@ -143,7 +143,6 @@ def test_health_needs_no_key_and_a_unix_socket_works(chat_model: Path, tmp_path:
         (("--host", "0.0.0.0"), "give --api-key"),
         (("--admin-port", "0"), "--admin-api-key"),
         (("--trust-remote-code",), "nothing of a model is run"),
-        (("--tool-call-parser", "magic"), "--tool-call-parser must be one of"),
         (("--speculative-config", "{"), "must be a JSON object"),
         (("--ssl-certfile", "x.pem"), "belong together"),
         (("--api-key", " "), "must not be empty"),

@@ -121,7 +121,7 @@ def test_markdown_that_grows_ends_as_markdown_at_once(modules: Page) -> None:
         ("<b>x</b>", "&lt;b&gt;x&lt;/b&gt;"),
         ("a<br>b", "a<br>b"),
         ("[x](ftp://a)", "[x](ftp://a)"),
-        ("(see https://a.example/b).", '>https://a.example/b</a>).'),
+        ("(see https://a.example/b).", ">https://a.example/b</a>)."),
         ("7. seven", '<ol start="7">'),
         ("- [ ] a\n- b", "<ul><li>[ ] a</li><li>b</li></ul>"),
         ("a\n# b", "<p>a</p><h3"),
