@@ -107,8 +107,7 @@ class AuditLog:
             values[name] = value[:_MAX_TEXT] if isinstance(value, str) else value
         if self._has_chain:
             values["previous"] = self._previous
-        # DEL is the one control character that JSON leaves as it is.
-        return json.dumps(values, allow_nan=False, separators=(",", ":")).replace("\x7f", "\\u007f").encode("ascii")
+        return json.dumps(values, allow_nan=False, separators=(",", ":")).encode("ascii")  # all but ASCII is escaped
 
     def _append(self, line: bytes) -> None:
         # What a full disk cut off ends before the next line begins.
