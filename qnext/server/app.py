@@ -88,8 +88,9 @@ class Server:
         self._worker.start()
         self._live = LiveHub(engine, describe=describe(served, self.limits))
         self._metrics = ServerMetrics(
-            self.counters, model_name=served.name, block_size=engine.memory_plan.block_size, source=engine
-        )
+            self.counters, model_name=served.name, block_size=engine.memory_plan.block_size, source=engine,
+            num_waiting=lambda: self.worker.num_queued,
+        )  # fmt: skip
         self.state = "ready"
 
     @property

@@ -135,7 +135,6 @@ class KeyRing:
         self._store = None if file is None else KeyStore(file)
         self._clock = clock
         self._plain = _plain_keys(plain, admin, int(clock()))
-        self._salt_secret = secrets.token_bytes(32)
         self._keys = self._load()
 
     @classmethod
@@ -177,11 +176,12 @@ class KeyRing:
     def cache_salt(self, key: Key | None) -> str:
         """What keeps the prefixes of one key apart from those of others; empty for the requests of an open server.
 
-        It changes with every start, so that nobody who knows an id can compute it.
+        Made from the hash of the secret, which nobody knows who knows an id: prefixes on disk are found again after a
+        restart, and lost when the key is rotated.
         """
         if key is None:
             return ""
-        return hmac.new(self._salt_secret, key.id.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(bytes.fromhex(key.digest), b"prefix cache", hashlib.sha256).hexdigest()
 
     def _load(self) -> tuple[tuple[bytes, Key], ...]:
         keys = (*self._plain, *(() if self._store is None else self._store.keys()))
