@@ -39,6 +39,8 @@ def test_forms(text: str, events: list) -> None:
         "<function=time>\n</function",
         "<function=time>text</function>",
         "<function=ti\nme></function>",
+        "<function=time\n</function>",
+        "<function=time><parameter=a\n1</parameter></function>",
         "<tool_call>\n<function=time>\n</function>\n",
         "<tool_call>\n<function=time>\n</function>\n</tool_cal>",
         "<tool_call>\n<parameter=a>1</parameter></tool_call>",
