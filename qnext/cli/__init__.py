@@ -24,6 +24,7 @@ VERBS = {
     "quantize": "a model folder in four or eight bits, and what that cost",
     "bench": "speed, loading and memory, beside peers and the limits of the machine",
     "convert": "a model folder to GGUF, for llama.cpp, and back",
+    "experts": "which experts a text goes to, and what quantisation changed of that",
     "doctor": "what the machine and a model offer, and what is in the way",
     "completion": "a script that completes verbs, flags and models in bash, zsh or fish",
 }
