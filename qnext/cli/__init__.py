@@ -20,6 +20,7 @@ VERBS = {
     "generate": "complete a prompt",
     "chat": "talk to a model",
     "serve": "a model behind OpenAI's and Anthropic's APIs, with a page",
+    "run-batch": "answer a file of requests, here or by a running server",
     "train": "train by a recipe",
     "eval": "bits per byte on text files",
     "quantize": "a model folder in four or eight bits, and what that cost",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,22 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qnext.cli import _sampling as options
+from qnext.cli._served import TOOL_STYLES, load_served, name_of, speculation_of
 from qnext.errors import ModelNotFound, UsageError
 
 if TYPE_CHECKING:
-    from qnext.cli._text_model import TextFolder
     from qnext.engine import Engine
     from qnext.server.app import Server
     from qnext.server.served import ServedModel
-    from qnext.text.chat import ChatFormat
 
 _NETWORK, _ACCESS, _MODEL, _MEMORY = "Network", "Access", "Model", "Memory and batching"
 _LIMITS, _LOGS = "Limits", "Logs and metrics"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_TOOL_STYLES = {
-    "auto": None, "hermes": "json", "json": "json", "qwen25": "json", "qwen": "json",
-    "qwen3_coder": "xml", "qwen3_xml": "xml", "xml": "xml",
-}  # fmt: skip
 
 
 def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
@@ -135,7 +129,7 @@ def command(
     _one_of("--log-format", log_format, ("text", "json"))
     _one_of("--metrics-compat", metrics_compat, (None, "vllm"))
     _one_of("--generation-config", generation_config, ("auto", "none"))
-    _one_of("--tool-call-parser", tool_call_parser, tuple(_TOOL_STYLES))
+    _one_of("--tool-call-parser", tool_call_parser, tuple(TOOL_STYLES))
     _one_of("--kv-cache-dtype", kv_cache_dtype, ("auto", "float32", "bfloat16", "int8"))
     if trust_remote_code:
         raise UsageError("--trust-remote-code: nothing of a model is run as code here, so there is nothing to trust")
@@ -152,15 +146,15 @@ def command(
         queue_seconds=queue_timeout, request_seconds=request_timeout, drain_seconds=shutdown_timeout,
         watchdog_seconds=watchdog_timeout,
     )  # fmt: skip
-    use_drafts, num_drafts = _speculation(speculation, speculative_config)
+    use_drafts, num_drafts = speculation_of(speculation, speculative_config)
     from qnext.cli._text_model import open_folder
 
     folder = open_folder(model, yarn=yarn)
 
     def load() -> tuple[Engine, ServedModel]:
-        return _load(
-            folder, dtype=dtype, threads=threads, names=served_model_name or [_name_of(model)],
-            tool_style=_TOOL_STYLES[tool_call_parser], with_defaults=generation_config == "auto",
+        return load_served(
+            folder, dtype=dtype, threads=threads, names=served_model_name or [name_of(model)],
+            tool_style=TOOL_STYLES[tool_call_parser], with_defaults=generation_config == "auto",
             engine_options={
                 "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
                 "max_model_len": max_model_len, "prefix_cache": prefix_caching, "speculation": use_drafts,
@@ -184,55 +178,6 @@ def command(
     raise typer.Exit(code)
 
 
-def _load(
-    folder: TextFolder,
-    *,
-    dtype: str | None,
-    threads: int | None,
-    names: list[str],
-    tool_style: Any,
-    with_defaults: bool,
-    engine_options: dict[str, Any],
-    kv_cache_dtype: str,
-    disk_cache: Path | None,
-    disk_cache_bytes: int,
-) -> tuple[Engine, ServedModel]:
-    """The engine and the texts of a folder. Raises QnextError."""
-    import torch
-
-    from qnext.cli._text_model import end_token_ids, load_weights
-    from qnext.engine import DiskCache, Engine
-    from qnext.server.served import ServedModel
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    defaults = options.sampling_defaults(folder.path) if with_defaults else {}
-    chat_format = _chat_format(folder)
-    network = load_weights(folder, dtype)
-    eos_ids = end_token_ids(folder.tokenizer, folder.config)
-    engine = Engine(
-        network, eos_token_ids=eos_ids, kv_dtype=None if kv_cache_dtype == "auto" else getattr(torch, kv_cache_dtype),
-        disk_cache=None if disk_cache is None else DiskCache(disk_cache, max_bytes=disk_cache_bytes),
-        **engine_options,
-    )  # fmt: skip
-    print(engine.memory_plan.describe(), file=sys.stderr, flush=True)
-    served = ServedModel(
-        folder.config, folder.tokenizer, chat_format, names=names, max_model_len=engine.max_model_len,
-        eos_ids=eos_ids, defaults=defaults, tool_style=tool_style,
-    )  # fmt: skip
-    return engine, served
-
-
-def _chat_format(folder: TextFolder) -> ChatFormat | None:
-    from qnext.text.chat import ChatFormat
-
-    try:
-        return ChatFormat.for_folder(folder.path, tokenizer=folder.tokenizer)
-    except UsageError as error:
-        print(f"{error}: /v1/chat/completions is refused, /v1/completions works", file=sys.stderr, flush=True)
-        return None
-
-
 def _key_ring(plain: list[str] | None, plain_file: Path | None, store: Path | None, admin: list[str] | None) -> Any:
     from qnext.server.keys import KeyRing
 
@@ -246,24 +191,6 @@ def _key_ring(plain: list[str] | None, plain_file: Path | None, store: Path | No
     if any(not key.strip() for key in [*found, *(admin or ())]):
         raise UsageError("--api-key must not be empty")
     return KeyRing(store, plain=found, admin=admin or ())
-
-
-def _speculation(flag: bool | None, config: str | None) -> tuple[bool | None, int | None]:
-    """(whether to draft, how many tokens) of the flag and of vLLM's JSON."""
-    if config is None:
-        return flag, None
-    try:
-        values = json.loads(config)
-        count = values.get("num_speculative_tokens")
-    except (ValueError, AttributeError):
-        raise UsageError("--speculative-config must be a JSON object") from None
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= 8):
-        raise UsageError("--speculative-config: num_speculative_tokens must be between 0 and 8")
-    return (False, None) if count == 0 else (flag is not False, count)
-
-
-def _name_of(model: str) -> str:
-    return model if "/" in model and not Path(model).exists() else Path(model).resolve().name
 
 
 def _one_of(flag: str, value: str | None, choices: tuple[str | None, ...]) -> None:
