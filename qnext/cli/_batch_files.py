@@ -18,6 +18,7 @@ from qnext.errors import UsageError
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 MAX_LINE_BYTES = 16 << 20
 _MAX_ID = 512  # characters of a custom_id
+_BEGIN = b'{"id":"batch_req_'  # of every line that is written here
 
 
 @dataclass(frozen=True)
@@ -133,23 +134,29 @@ class BatchOutput:
         if path.exists() and not path.is_file():  # a pipe: nothing to go on from
             return os.open(path, os.O_WRONLY)
         old = _lock(path)
-        lines = 0
-        for _, custom_id in _old_lines(path):
-            lines += 1
-            if custom_id is not None:
-                self.answered.add(custom_id)
-        if lines == len(self.answered):
-            return old
-        temporary = path.with_name(path.name + ".partial")
         try:
-            with temporary.open("wb") as file:
-                file.writelines(line for line, custom_id in _old_lines(path) if custom_id is not None)
-            new = _lock(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            num_lines = 0
+            for num_lines, (_, custom_id) in enumerate(_old_lines(path), start=1):
+                if custom_id is not None:
+                    self.answered.add(custom_id)
+            return old if num_lines == len(self.answered) else _without_rest(path, old)
+        except BaseException:
             os.close(old)
-        return new
+            raise
+
+
+def _without_rest(path: Path, old: int) -> int:
+    """Put a file of the lines that stay in the place of `path`; returns it, closes `old`."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(line for line, custom_id in _old_lines(path) if custom_id is not None)
+        new = _lock(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    os.close(old)
+    return new
 
 
 def _old_lines(path: Path) -> Iterator[tuple[bytes, str | None]]:
@@ -163,7 +170,7 @@ def _old_lines(path: Path) -> Iterator[tuple[bytes, str | None]]:
                 custom_id, response = document["custom_id"], document["response"]
                 is_answered = response is not None and response["status_code"] == 200
             except (orjson.JSONDecodeError, KeyError, TypeError):
-                if not is_torn:
+                if not (is_torn and (line.startswith(_BEGIN) or _BEGIN.startswith(line))):
                     message = f"{path}: line {number} is no line of a batch's output; give another -o"
                     raise UsageError(message) from None
                 is_answered, custom_id = False, None
