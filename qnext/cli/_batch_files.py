@@ -135,11 +135,9 @@ class BatchOutput:
             return os.open(path, os.O_WRONLY)
         old = _lock(path)
         try:
-            num_lines = 0
-            for num_lines, (_, custom_id) in enumerate(_old_lines(path), start=1):
-                if custom_id is not None:
-                    self.answered.add(custom_id)
-            return old if num_lines == len(self.answered) else _without_rest(path, old)
+            ids = [custom_id for _, custom_id in _old_lines(path)]
+            self.answered = {custom_id for custom_id in ids if custom_id is not None}
+            return old if len(ids) == len(self.answered) else _without_rest(path, old)
         except BaseException:
             os.close(old)
             raise

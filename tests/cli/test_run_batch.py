@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -49,7 +49,8 @@ def test_lines_are_requests_or_say_what_is_wrong() -> None:
     good, streamed, other = line("a"), line("b", stream=True), line("c", url="/v1/embeddings")
     found = list(
         read_requests([
-            *encoded(good), b"\n", b"{", *encoded([1], streamed, other, good, line(7), line(""), {**good, "method": "GET"}),
+            *encoded(good), b"\n", b"{",
+            *encoded([1], streamed, other, good, line(7), line(""), {**good, "method": "GET"}),
             b'{"custom_id": "x", "method": "POST", "url": "/v1/messages", "body": [NaN]}',
         ])
     )  # fmt: skip
@@ -138,7 +139,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Refuses twice, as a full server does, then answers; counts what it is asked."""
 
     num_posts = 0
-    keys: set[str | None] = set()
+    keys: ClassVar[set[str | None]] = set()
 
     def do_GET(self) -> None:
         self._send(200, {"data": [{"id": "m"}]})
