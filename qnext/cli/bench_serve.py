@@ -118,13 +118,14 @@ def command(
     if sweep_concurrency and sweep_rate:
         raise UsageError("--sweep-concurrency and --sweep-rate exclude each other")
     shape = RandomPrompts(random_input_len, random_output_len, random_prefix_len, random_range_ratio)
+    load = Load(endpoint, request_rate, burstiness, max_concurrency, seed)
+    loads = _sweep(load, sweep_concurrency, sweep_rate)
     root = root_of(url)
     name = model_of(root, api_key, model)
     body: dict[str, Any] = {"model": name}
     body |= {"ignore_eos": True} if ignore_eos else {}
     body |= {} if temperature is None else {"temperature": temperature}
-    load = Load(endpoint, request_rate, burstiness, max_concurrency, seed, body)
-    loads = _sweep(load, sweep_concurrency, sweep_rate)
+    loads = [replace(each, body=body) for each in loads]
     with _prompt_source(root, headers_of(api_key), name, load, shape, dataset_path, custom_output_len) as prompts_of:
         runs = _measure(
             root, headers_of(api_key), loads, prompts_of, num_prompts=num_prompts, warmups=warmups, goals=goals,
