@@ -28,6 +28,7 @@ VERBS = {
     "bench-serve": "a load on a running server, as `qnext bench serve`",
     "convert": "a model folder to GGUF, for llama.cpp, and back",
     "keys": "API keys of a server: create, list, show, revoke, rotate",
+    "experts": "which experts a text goes to, and what quantisation changed of that",
     "doctor": "what the machine and a model offer, and what is in the way",
     "completion": "a script that completes verbs, flags and models in bash, zsh or fish",
 }

@@ -56,8 +56,8 @@ def load_served(
     )  # fmt: skip
     print(engine.memory_plan.describe(), file=sys.stderr, flush=True)
     served = ServedModel(
-        folder.config, folder.tokenizer, chat_format, names=names, max_model_len=engine.max_model_len,
-        eos_ids=eos_ids, defaults=defaults, tool_style=tool_style,
+        folder.tokenizer, chat_format, names=names, vocab_size=folder.config.vocab_size,
+        max_model_len=engine.max_model_len, eos_ids=eos_ids, defaults=defaults, tool_style=tool_style,
     )  # fmt: skip
     return engine, served
 

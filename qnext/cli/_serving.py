@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qnext.server.app import Server
+    from qnext.server.run import Urls
 
 
 def log_to_stderr(form: str, *, secrets: Iterable[str] = ()) -> None:
@@ -41,9 +42,9 @@ def log_to_stderr(form: str, *, secrets: Iterable[str] = ()) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
-def print_ready(server: Server, url: str) -> None:
+def print_ready(server: Server, urls: Urls) -> None:
     """Where it listens, as whom, and a first request to try."""
-    served = server.served
+    served, url = server.served, urls.public
     auth = "no key needed" if server.keys.is_open else "keys needed"
     kind = "chat/completions" if served.chat_format is not None else "completions"
     body = (
