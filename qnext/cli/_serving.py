@@ -1,14 +1,17 @@
-"""What `serve` prints: its log, and the line that says that it is ready."""
+"""What `serve` makes of its flags, and prints: its log, and the line that says that it is ready."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from qnext.server.app import Server
+    from qnext.server.keys import KeyRing
+    from qnext.server.limits import Limits
     from qnext.server.run import Urls
 
 
@@ -40,6 +43,26 @@ def log_to_stderr(form: str, *, secrets: Iterable[str] = ()) -> None:
     root.setLevel(logging.INFO)
     # Uvicorn tells of every start and stop; its errors stay.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def new_server(
+    keys: KeyRing,
+    limits: Limits,
+    with_page: bool,
+    origins: Sequence[str] | None,
+    audit_log: Path | None,
+    audit_chain: bool,
+    metrics_compat: Literal["vllm"] | None,
+) -> Server:
+    """The server that the flags describe. Raises OSError where the audit log cannot be written."""
+    from qnext.server.app import Server
+    from qnext.server.audit import AuditLog
+
+    audit = None if audit_log is None else AuditLog(audit_log, chain=audit_chain)
+    return Server(
+        keys=keys, limits=limits, audit=audit, metrics_compat=metrics_compat, origins=frozenset(origins or ()),
+        with_page=with_page,
+    )  # fmt: skip
 
 
 def print_ready(server: Server, urls: Urls) -> None:

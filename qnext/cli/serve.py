@@ -11,10 +11,8 @@ from qnext.cli._served import TOOL_STYLES, load_served, name_of, speculation_of
 from qnext.errors import ModelNotFound, UsageError
 
 if TYPE_CHECKING:
-    from qnext.engine import Engine
-    from qnext.server.app import Server
     from qnext.server.keys import KeyRing
-    from qnext.server.served import ServedModel
+    from qnext.server.run import Listen
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -66,20 +64,16 @@ def command(
     metrics_compat: flags.MetricsCompat = None,
 ) -> None:
     """Serve MODEL: OpenAI's and Anthropic's APIs, metrics, and a page. SIGTERM ends it without losing an answer."""
-    from qnext.cli._serving import log_to_stderr, print_ready
-    from qnext.server.app import Server
-    from qnext.server.audit import AuditLog
+    from qnext.cli._serving import log_to_stderr, new_server, print_ready
+    from qnext.cli._text_model import open_folder
     from qnext.server.limits import Limits
     from qnext.server.run import Listen, serve
 
     if trust_remote_code:
         raise UsageError("--trust-remote-code: nothing of a model is run as code here, so there is nothing to trust")
-    if (ssl_certfile is None) != (ssl_keyfile is None):
-        raise UsageError("--ssl-certfile and --ssl-keyfile belong together")
+    listen = Listen(host, port, uds, admin_port, ssl_certfile, ssl_keyfile)
     ring = _key_ring(api_key, api_key_file, keys, admin_api_key)
-    _check_access(
-        ring, is_local=uds is not None or host in _LOOPBACK or insecure_no_auth, has_admin=admin_port is not None
-    )
+    _check_access(ring, listen, insecure_no_auth)
     log_to_stderr(log_format, secrets=[*(api_key or ()), *(admin_api_key or ())])
     limits = Limits(
         max_body_bytes=max_body_bytes, max_n=max_n, max_queued=max_queued, max_queued_per_key=max_queued_per_key,
@@ -87,33 +81,21 @@ def command(
         watchdog_seconds=watchdog_timeout,
     )  # fmt: skip
     use_drafts, num_drafts = speculation_of(speculation, speculative_config)
-    from qnext.cli._text_model import open_folder
-
+    engine = {
+        "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len,
+        "prefix_cache": prefix_caching, "speculation": use_drafts, "max_draft_tokens": num_drafts,
+        "max_salt_fraction": 1.0 if ring.is_open else 0.5,
+    }  # fmt: skip
     folder = open_folder(model, yarn=yarn)
-
-    def load() -> tuple[Engine, ServedModel]:
-        return load_served(
-            folder, dtype=dtype, threads=threads, names=served_model_name or [name_of(model)],
+    serve(
+        lambda: new_server(ring, limits, ui, origins, audit_log, audit_chain, metrics_compat),
+        lambda: load_served(
+            folder, names=served_model_name or [name_of(model)], engine_options=engine, dtype=dtype, threads=threads,
             tool_style=TOOL_STYLES[tool_call_parser], with_defaults=generation_config == "auto",
-            engine_options={
-                "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
-                "max_model_len": max_model_len, "prefix_cache": prefix_caching, "speculation": use_drafts,
-                "max_draft_tokens": num_drafts, "max_salt_fraction": 1.0 if ring.is_open else 0.5,
-            },
             kv_cache_dtype=kv_cache_dtype, disk_cache=disk_cache, disk_cache_bytes=disk_cache_bytes,
-        )  # fmt: skip
-
-    def new_server() -> Server:
-        return Server(
-            keys=ring, limits=limits, with_page=ui, origins=frozenset(origins or ()),
-            audit=None if audit_log is None else AuditLog(audit_log, chain=audit_chain),
-            metrics_compat=metrics_compat,
-        )  # fmt: skip
-
-    listen = Listen(
-        host=host, port=port, uds=uds, admin_port=admin_port, certificate=ssl_certfile, certificate_key=ssl_keyfile
-    )
-    serve(new_server, load, listen, on_ready=print_ready)
+        ),
+        listen, on_ready=print_ready,
+    )  # fmt: skip
 
 
 def _key_ring(plain: list[str] | None, plain_file: Path | None, store: Path | None, admin: list[str] | None) -> KeyRing:
@@ -131,9 +113,13 @@ def _key_ring(plain: list[str] | None, plain_file: Path | None, store: Path | No
     return KeyRing(store, plain=found, admin=admin or ())
 
 
-def _check_access(ring: KeyRing, *, is_local: bool, has_admin: bool) -> None:
+def _check_access(ring: KeyRing, listen: Listen, is_insecure: bool) -> None:
     """Raises UsageError for an address that anybody could use, and for a listener that nobody could."""
-    if ring.is_open and not is_local:
-        raise UsageError("this address can be reached from elsewhere: give --api-key or --keys, or --insecure-no-auth")
-    if has_admin and not any("admin" in key.scopes for key in ring.keys):
+    if (listen.certificate is None) != (listen.certificate_key is None):
+        raise UsageError("--ssl-certfile and --ssl-keyfile belong together")
+    if ring.is_open and listen.uds is None and listen.host not in _LOOPBACK and not is_insecure:
+        raise UsageError(
+            f"{listen.host} can be reached from elsewhere: give --api-key or --keys, or --insecure-no-auth"
+        )
+    if listen.admin_port is not None and not any("admin" in key.scopes for key in ring.keys):
         raise UsageError("--admin-port needs --admin-api-key, or a key with the scope admin in --keys")
