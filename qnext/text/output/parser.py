@@ -117,8 +117,9 @@ class OutputParser:
         return place + len(tag)
 
     def _read_reasoning(self, text: str, start: int) -> int:
+        start = self._skip_newlines(text, start)
         if self._skips_newlines:
-            return self._skip_newlines(text, start)
+            return start
         place = text.find(THINK_END, start)
         end = place if place >= 0 else open_tag(text, start, len(text), (THINK_END,))
         self._add_text(Reasoning, text[start:end])
@@ -130,8 +131,9 @@ class OutputParser:
         return end + len(THINK_END)
 
     def _read_content(self, text: str, start: int) -> int:
+        start = self._skip_newlines(text, start)
         if self._skips_newlines:
-            return self._skip_newlines(text, start)
+            return start
         if self._tag_pattern is None:
             self._emit_text(Content, text[start:])
             return len(text)
@@ -181,6 +183,8 @@ class OutputParser:
         return place
 
     def _skip_newlines(self, text: str, start: int) -> int:
+        if not self._skips_newlines:
+            return start
         while text.startswith("\n", start):
             start += 1
         self._skips_newlines = start == len(text)
