@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from qnext.server.dialogue import in_order_of_calls
+from qnext.server.worker import Generation, Update
 from qnext.text.messages import Message, ToolCall
-from tests.server.serving import Running, recorded_prompts
+from tests.server.scripts import recorded_prompts, scripted
+from tests.server.serving import Running
 
 HELLO = {"role": "user", "content": "Say something."}
 CALLS = [{"id": name, "type": "function", "function": {"name": name, "arguments": "{}"}} for name in ("a", "b")]
@@ -16,7 +19,7 @@ CALLS = [{"id": name, "type": "function", "function": {"name": name, "arguments"
 
 def ask(running: Running, **more: Any) -> Any:
     with running.client() as client:
-        return client.post("/v1/chat/completions", json={"max_tokens": 2, **more})
+        return client.post("/v1/chat/completions", json={"max_tokens": 2, **more}, timeout=60.0)
 
 
 @pytest.mark.parametrize("more", [{}, {"add_generation_prompt": False}])
@@ -49,3 +52,22 @@ def test_results_whose_calls_are_not_known_stay_as_they_are() -> None:
         messages = [Message("user", "?"), turn, *results, Message("user", "!")]
         assert in_order_of_calls(messages) == messages
     assert in_order_of_calls(unknown) == unknown
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_though_its_last_tokens_come_together(
+    server: Running, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    deliver = Generation.deliver
+    held: list[Update] = []
+
+    def deliver_at_once(self: Generation, updates: Sequence[Update], failure: Any = None) -> None:
+        held.extend(updates)
+        if failure is not None or any(update.finish_reason is not None for update in updates):
+            deliver(self, list(held), failure)
+            held.clear()
+
+    monkeypatch.setattr(Generation, "deliver", deliver_at_once)
+    with scripted(server, "one STOP two"):
+        answer = ask(server, messages=[HELLO], max_tokens=99, stop=["STOP"], stream=stream)
+    assert answer.status_code == 200 and "STOP" not in answer.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,8 @@ import pydantic
 import pytest
 
 from qnext.server.errors import ApiError
-from tests.server.serving import Running, failing_stream, named_events, recorded_prompts, running_server, scripted
+from tests.server.scripts import failing_stream, is_idle, named_events, recorded_prompts, scripted
+from tests.server.serving import Running, running_server
 
 LOOK = {
     "name": "look",
@@ -262,10 +262,7 @@ def test_a_silence_is_pinged_and_a_failure_ends_the_stream(server: Running) -> N
     assert names[:2] == ["message_start", "ping"] and names[-1] == "error"
     assert events[-1]["error"] == {"type": "overloaded_error", "message": "the server is stopping"}
     assert "message_stop" not in names
-    end = time.monotonic() + 10.0
-    while server.server.worker.engine.has_unfinished and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not server.server.worker.engine.has_unfinished, "nobody reads what would still come"
+    assert is_idle(server), "nobody reads what would still come"
 
 
 def test_the_client_reads_whole_and_streamed_messages(server: Running, client: anthropic.Anthropic) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,8 @@ import pytest
 from openai.types.responses import Response
 
 from qnext.server.errors import ApiError
-from tests.server.serving import Running, failing_stream, named_events, recorded_prompts, running_server, scripted
+from tests.server.scripts import failing_stream, is_idle, named_events, recorded_prompts, scripted
+from tests.server.serving import Running, running_server
 
 LOOK = {
     "type": "function",
@@ -230,10 +230,7 @@ def test_a_failure_is_the_streams_last_event(server: Running) -> None:
     assert failed["error"] == {"code": "server_error", "message": "the server is stopping"}
     assert all(item["status"] == "incomplete" for item in failed["output"])
     Response.model_validate(failed)
-    end = time.monotonic() + 10.0
-    while server.server.worker.engine.has_unfinished and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not server.server.worker.engine.has_unfinished, "nobody reads what would still come"
+    assert is_idle(server), "nobody reads what would still come"
 
 
 def test_the_client_reads_whole_and_streamed_responses(server: Running, client: openai.OpenAI) -> None:
