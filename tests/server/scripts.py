@@ -1,4 +1,4 @@
-"""What makes a random model's answers certain, its prompts visible and its streams fail, in a server of this process."""
+"""Makes answers of a random model certain, its prompts visible and its streams fail, in a server of this process."""
 
 from __future__ import annotations
 
