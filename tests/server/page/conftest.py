@@ -28,7 +28,9 @@ ARGUMENTS = [
 SIZES = {"wide": (1440, 900), "phone": (390, 844)}
 
 
-@pytest.fixture(scope="session")
+# For this folder, not for the session: while it is open, an event loop runs in the thread of the tests, and others of
+# the server start their own.
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     if not CHROMIUM.exists():
         pytest.skip(f"no browser at {CHROMIUM}")
@@ -38,19 +40,23 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served() -> Iterator[tuple[Script, str]]:
     script = Script()
     with serve(script) as address:
         yield script, address
 
 
+def renewed(script: Script) -> Script:
+    """The same object as at first, but for what still goes on."""
+    vars(script).update(vars(Script(num_viewers=script.num_viewers, num_running=script.num_running)))
+    return script
+
+
 @pytest.fixture
 def script(served: tuple[Script, str]) -> Script:
     """What the server says, as new."""
-    script, _ = served
-    vars(script).update(vars(Script(num_viewers=script.num_viewers, num_running=script.num_running)))
-    return script
+    return renewed(served[0])
 
 
 @pytest.fixture
@@ -124,7 +130,7 @@ def open_page(browser: Browser, address: str) -> Iterator[OpenPage]:
     assert not faults, "\n".join(faults)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def one_page(browser: Browser, served: tuple[Script, str]) -> Iterator[Opened]:
     """A page that many tests share: loading one takes most of a test's time."""
     context = browser.new_context(
@@ -133,6 +139,7 @@ def one_page(browser: Browser, served: tuple[Script, str]) -> Iterator[Opened]:
         permissions=["clipboard-read", "clipboard-write"],
     )
     context.set_default_timeout(8000)
+    renewed(served[0])
     one = Opened(context.new_page(), served[1])
     one.page.goto(served[1])
     one.page.wait_for_selector("html[data-ready]", state="attached")

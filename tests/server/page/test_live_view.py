@@ -16,13 +16,13 @@ PIXEL = """([layer, expert]) => {
   const [x, y] = canvas.expertGrid.centreOf(layer, expert);
   return [...canvas.getContext("2d").getImageData(x, y, 1, 1).data];
 }"""
-# Frames that are drawn within a second.
+# Frames that are drawn within 0.7 seconds.
 FRAMES = """() => new Promise((resolve) => {
   const { prototype } = CanvasRenderingContext2D;
   const original = prototype.clearRect;
   let frames = 0;
   prototype.clearRect = function (...box) { frames += 1; return original.apply(this, box); };
-  setTimeout(() => { prototype.clearRect = original; resolve(frames); }, 1000);
+  setTimeout(() => { prototype.clearRect = original; resolve(frames); }, 700);
 })"""
 
 
