@@ -93,7 +93,7 @@ def chunks_for(message: dict[str, Any]) -> list[dict[str, Any]]:
         return words(f"The tool said: {text}")
     if text.startswith("hostile "):
         body = HOSTILE[text.removeprefix("hostile ")]
-        size = max(40, len(body) // 20)
+        size = max(40, len(body) // 6)
         return [delta(content=body[at : at + size]) for at in range(0, len(body), size)]
     if text.startswith("think"):
         return thoughts("First I look at the *question*. Then I answer it.") + words("The answer is 42.")

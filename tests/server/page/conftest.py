@@ -110,6 +110,8 @@ def open_page(browser: Browser, address: str) -> Iterator[OpenPage]:
         *, size: str = "wide", theme: str = "dark", expected: tuple[str, ...] = (), wait: bool = True, **options: Any
     ) -> Page:
         width, height = SIZES[size]
+        # Without animations, unless a test is about them: drawing without a GPU takes the time of others.
+        options = {"reduced_motion": "reduce", **options}
         context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme=theme, has_touch=size == "phone", **options
         )
@@ -136,6 +138,7 @@ def one_page(browser: Browser, served: tuple[Script, str]) -> Iterator[Opened]:
     context = browser.new_context(
         viewport={"width": SIZES["wide"][0], "height": SIZES["wide"][1]},
         color_scheme="dark",
+        reduced_motion="reduce",
         permissions=["clipboard-read", "clipboard-write"],
     )
     context.set_default_timeout(8000)

@@ -35,7 +35,7 @@ def violations(page: Page) -> list[str]:
 
 
 def test_axe_finds_nothing_on_a_wide_screen(open_page: OpenPage) -> None:
-    page = open_page(bypass_csp=True, reduced_motion="reduce")
+    page = open_page(bypass_csp=True)
     ask(page, "show")
     page.click(".thoughts summary")
     ask(page, "tool")
@@ -47,7 +47,7 @@ def test_axe_finds_nothing_on_a_wide_screen(open_page: OpenPage) -> None:
 
 
 def test_axe_finds_nothing_on_a_phone(open_page: OpenPage) -> None:
-    page = open_page(size="phone", bypass_csp=True, reduced_motion="reduce")
+    page = open_page(size="phone", bypass_csp=True)
     ask(page, "show")
     ask(page, "tool")
     assert not violations(page)
@@ -63,7 +63,7 @@ def test_axe_finds_nothing_on_a_phone(open_page: OpenPage) -> None:
 
 def test_axe_finds_nothing_before_the_first_message(open_page: OpenPage, script: Script) -> None:
     script.key = "secret"
-    page = open_page(bypass_csp=True, reduced_motion="reduce", wait=False, expected=("401",))
+    page = open_page(bypass_csp=True, wait=False, expected=("401",))
     expect(page.locator("#key-box")).to_be_visible()
     assert not violations(page)
     page.get_by_role("button", name="Cancel").click()

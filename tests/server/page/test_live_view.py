@@ -44,7 +44,7 @@ def test_the_experts_that_a_tick_names_light_up(
     open_page: OpenPage, script: Script, num_layers: int, num_experts: int
 ) -> None:
     script.num_layers, script.num_experts = num_layers, num_experts
-    page = open_page()
+    page = open_page(reduced_motion="no-preference")
     lit = {0: [3], 3: [0, num_experts - 1], num_layers - 1: [num_experts // 2]}
     dark = {layer: [5, num_experts // 3] for layer in range(num_layers)}
     script.lit = lit
@@ -56,7 +56,7 @@ def test_the_experts_that_a_tick_names_light_up(
 
 
 def test_the_glow_fades_and_then_nothing_moves(open_page: OpenPage, script: Script) -> None:
-    page = open_page()
+    page = open_page(reduced_motion="no-preference")
     script.lit = {2: [7]}
     wait_until(page, lambda: brightness(page, 2, 7) > 350)
     assert page.evaluate(FRAMES) > 8, "it draws between ticks"
@@ -66,7 +66,7 @@ def test_the_glow_fades_and_then_nothing_moves(open_page: OpenPage, script: Scri
 
 
 def test_without_motion_there_are_no_frames_between_ticks(open_page: OpenPage, script: Script) -> None:
-    page = open_page(reduced_motion="reduce")
+    page = open_page()
     script.lit = {2: [7]}
     wait_until(page, lambda: brightness(page, 2, 7) > 350)
     assert page.evaluate(FRAMES) <= 7
