@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--active", type=int, default=32)
     options = parser.parse_args()
     if options.model is None:
-        options.model = BenchFiles(standard_model(), Path("runs/bench")).folder_of("int4-g32")
+        options.model = BenchFiles(Path(standard_model()), Path("runs/bench")).folder_of("int4-g32")
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     length = PROMPT_TOKENS + options.tokens + 16
     process = multiprocessing.get_context("spawn").Process(
