@@ -23,6 +23,7 @@ class TokenizeBody(Body):
     messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None  # the family has none to add
     add_generation_prompt: bool | None = None
+    parse_special: bool | None = None  # false: names of control tokens in the text are text
     return_token_strs: bool | None = None
 
 
@@ -66,7 +67,7 @@ async def tokenize(exchange: Exchange) -> Reply:
             conversation(body.messages), add_generation_prompt=body.add_generation_prompt is not False
         )
     else:
-        ids = await served.encode(body.prompt or "")
+        ids = await served.encode(body.prompt or "", allow_special=body.parse_special is not False)
     document: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": served.max_model_len}
     if body.return_token_strs:
         document["token_strs"] = [served.token_text(token) for token in ids]
