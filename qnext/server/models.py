@@ -13,6 +13,9 @@ from qnext.server.exchange import Exchange
 from qnext.server.limits import MAX_MESSAGES
 from qnext.server.openai.chat import MessageBody, conversation
 from qnext.server.routes import Reply
+from qnext.text.templates import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
+
+_TEMPLATES = {"instruct": INSTRUCT_TEMPLATE, "thinking": THINKING_TEMPLATE}
 
 
 class TokenizeBody(Body):
@@ -88,7 +91,10 @@ async def tokenizer_info(exchange: Exchange) -> Reply:
     """What evaluation tools need of a remote tokenizer."""
     served = exchange.server.served
     chat_format = served.chat_format
-    template = chat_format.template.text if chat_format is not None and chat_format.template is not None else None
+    template = None
+    if chat_format is not None:
+        # Where the format is built in, a template of ours that renders the same.
+        template = _TEMPLATES.get(chat_format.name) if chat_format.template is None else chat_format.template.text
     pad = served.tokenizer.pad_id
     return Reply.of(
         {
@@ -98,7 +104,7 @@ async def tokenizer_info(exchange: Exchange) -> Reply:
             "eos_token": served.eos_token,
             "bos_token": None,
             "pad_token": None if pad is None else served.token_text(pad),
-            "chat_template": template,
+            "chat_template": None if template is None else template.removesuffix("\n"),  # which some renderers keep
             "chat_format": None if chat_format is None else chat_format.name,
         }
     )

@@ -87,7 +87,7 @@ def test_the_remote_tokenizer_is_the_models(server: Running, in_process: InProce
     assert model.eot_token_id == model.prefix_token_id == in_process.eot_token_id
     assert model.eos_string == in_process.own.decode([in_process.eot_token_id])
     turns = [{"role": "user", "content": "Hi"}]
-    rendered = model.tokenizer.apply_chat_template(turns)
+    rendered = model.tokenizer.apply_chat_template(turns, tools=None)
     served = server.server.served
     assert served.chat_format is not None
     assert model.tok_encode(rendered) == in_process.own.encode(rendered, allow_special=True)
@@ -108,7 +108,14 @@ def test_texts_are_scored_as_their_tokens(server: Running, in_process: InProcess
     assert_close(as_text.loglikelihood(asked[:2]), expected[:2])
 
 
-def tasks() -> list[Any]:
+@pytest.fixture(scope="module")
+def until(in_process: InProcess) -> list[str]:
+    """Stops, one of which the first document's answer meets after a few tokens."""
+    answer = in_process.answer(in_process.tok_encode(DOCUMENTS[0]["question"]), until=[], num_tokens=12)
+    return ["\n\n", answer[4], "never said"]
+
+
+def tasks(until: list[str]) -> list[Any]:
     """Tasks of each kind on documents in memory."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
@@ -126,8 +133,8 @@ def tasks() -> list[Any]:
          "target_delimiter": ""},
         {**common, "task": "write", "custom_dataset": rows, "output_type": "generate_until",
          "doc_to_target": lambda row: row["choices"][row["label"]],
-         "generation_kwargs": {"until": ["\n", "e", "\x0c"], "max_gen_toks": 12, "do_sample": False},
-         "process_results": lambda row, answers: {"length": len(answers[0])},
+         "generation_kwargs": {"until": until, "max_gen_toks": 12, "do_sample": False},
+         "process_results": lambda row, answers: {"length": len(answers[0])},  # what it is does not matter
          "metric_list": [{"metric": "length", "aggregation": "mean", "higher_is_better": True}]},
         {**common, "task": "rolling", "custom_dataset": texts, "output_type": "loglikelihood_rolling",
          "doc_to_text": "", "doc_to_target": lambda row: row["text"],
@@ -142,19 +149,19 @@ def evaluate(model: Any, **options: Any) -> Any:
 
     return simple_evaluate(
         model=model, bootstrap_iters=0, task_manager=TaskManager(include_defaults=False),
-        **{"tasks": tasks(), **options},
+        **options,
     )  # fmt: skip
 
 
 def test_an_evaluation_over_http_is_the_one_in_process(
-    server: Running, in_process: InProcess, environment: None
+    server: Running, in_process: InProcess, until: list[str], environment: None
 ) -> None:
     found = evaluate(
-        "local-completions", batch_size=4,
+        "local-completions", tasks=tasks(until), batch_size=4,
         model_args={"base_url": f"{server.url}/v1/completions", "model": MODEL, "max_length": MAX_LENGTH,
                     "max_retries": 1},
     )  # fmt: skip
-    expected = evaluate(in_process)
+    expected = evaluate(in_process, tasks=tasks(until))
     assert set(found["results"]) == {"choice", "write", "rolling"}
     for name in found["results"]:
         own = expected["samples"][name]
@@ -166,15 +173,17 @@ def test_an_evaluation_over_http_is_the_one_in_process(
                 assert answers == pytest.approx(own_answers, abs=CLOSE * 10)  # a sum of several windows
             else:
                 assert answers == own_answers
-    lengths = [len(sample["filtered_resps"][0]) for sample in found["samples"]["write"]]
-    assert min(lengths) < 12 and max(lengths) > 0, "some answer met a stop"
+    first = found["samples"]["write"][0]["filtered_resps"][0]
+    assert 0 < len(first) <= 4 and until[1] not in first, "it met its stop"
     for name, metric in (("choice", "acc,none"), ("write", "length,none")):
         assert found["results"][name][metric] == expected["results"][name][metric]
 
 
-def test_chat_completions_of_the_harness(server: Running, in_process: InProcess, environment: None) -> None:
+def test_chat_completions_of_the_harness(
+    server: Running, in_process: InProcess, until: list[str], environment: None
+) -> None:
     found = evaluate(
-        "local-chat-completions", tasks=[tasks()[1]], apply_chat_template=True,
+        "local-chat-completions", tasks=[tasks(until)[1]], apply_chat_template=True,
         model_args={"base_url": f"{server.url}/v1/chat/completions", "model": MODEL, "max_retries": 1},
     )  # fmt: skip
     samples = found["samples"]["write"]
@@ -183,4 +192,4 @@ def test_chat_completions_of_the_harness(server: Running, in_process: InProcess,
         turns = [{"role": "user", "content": sample["doc"]["question"]}]
         with server.client() as client:
             ids = client.post("/tokenize", json={"messages": turns}).json()["tokens"]
-        assert sample["resps"] == [[in_process.answer(ids, until=["\n", "e", "\x0c"], num_tokens=12)]]
+        assert sample["resps"] == [[in_process.answer(ids, until=until, num_tokens=12)]]
