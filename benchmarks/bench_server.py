@@ -42,7 +42,7 @@ def serve_here(folder: str, max_model_len: int, num_streams: int, pipe: Connecti
     from qnext.engine import Engine, SamplingParams, TokenEvent
     from qnext.ops import keep_freed_memory
     from qnext.server.app import Server
-    from qnext.server.run import Listen, serve
+    from qnext.server.run import Listen, Urls, serve
     from qnext.server.served import ServedModel
     from qnext.text.tokenizer import Tokenizer
 
@@ -65,13 +65,14 @@ def serve_here(folder: str, max_model_len: int, num_streams: int, pipe: Connecti
 
         engine.step = watched  # type: ignore[method-assign]
         served = ServedModel(
-            model.config, Tokenizer.from_folder(folder), None, names=["model"], max_model_len=max_model_len,
+            Tokenizer.from_folder(folder), None, names=["model"], vocab_size=model.config.vocab_size,
+            max_model_len=max_model_len,
             eos_ids=engine.eos_token_ids,
         )  # fmt: skip
         return engine, served
 
-    def obey(server: Server, url: str) -> None:
-        pipe.send((url, server.served.config.vocab_size))
+    def obey(server: Server, urls: Urls) -> None:
+        pipe.send((urls.public, server.served.vocab_size))
         threading.Thread(target=answer, args=(server,), daemon=True).start()
 
     def answer(server: Server) -> None:

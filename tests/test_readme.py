@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What would take minutes is done for seconds; everything else runs as it stands.
 SHORTER = {"--minutes 3": "--minutes 0.05", "time_budget=60": "time_budget=3"}
+SERVER_URL = "http://127.0.0.1:8000"
 
 
 def blocks(language: str) -> list[str]:
@@ -27,6 +31,20 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[list[str]]:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line and not line.startswith("#")]
+
+
+@contextmanager
+def serving(arguments: list[str]) -> Iterator[str]:
+    """The URL of a server that a command starts, on a free port."""
+    command = [sys.executable, "-m", "qnext", *arguments, "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        try:
+            found = next(filter(None, (re.match(r"ready: (\S+)", line) for line in process.stderr)))
+            yield found[1]
+        finally:
+            process.terminate()
 
 
 def run_verb(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,15 +85,25 @@ def test_qnext_commands_and_python_run_in_order(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text(README, encoding="utf-8")
-    for words in commands():
-        if words[0] != "qnext":
-            continue
-        line = shlex.join(words[1:])
-        for long, short in SHORTER.items():
-            line = line.replace(long, short)
-        run_verb(shlex.split(line), monkeypatch)
+    (tmp_path / "requests.jsonl").write_text("".join(blocks("jsonl")), encoding="utf-8")
+    with ExitStack() as stack:
+        url = ""
+        for words in commands():
+            if words[0] != "qnext":
+                continue
+            line = shlex.join(words[1:])
+            for long, short in {**SHORTER, SERVER_URL: url}.items():
+                line = line.replace(long, short)
+            if words[1] == "serve":
+                url = stack.enter_context(serving(shlex.split(line)))
+            else:
+                run_verb(shlex.split(line), monkeypatch)
     assert (tmp_path / "runs/demo/model/model.safetensors").is_file()
     assert (tmp_path / "runs/logits.npy").is_file()
+    answers = [json.loads(line) for line in (tmp_path / "runs/answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sorted((answer["custom_id"], answer["response"]["status_code"]) for answer in answers) == [
+        ("one", 200), ("two", 200),
+    ]  # fmt: skip
     assert pulled == ["Qwen/Qwen3-Next-80B-A3B-Instruct"]
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})

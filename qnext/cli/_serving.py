@@ -1,14 +1,18 @@
-"""What `serve` prints: its log, and the line that says that it is ready."""
+"""What `serve` makes of its flags, and prints: its log, and the line that says that it is ready."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from qnext.server.app import Server
+    from qnext.server.keys import KeyRing
+    from qnext.server.limits import Limits
+    from qnext.server.run import Urls
 
 
 def log_to_stderr(form: str, *, secrets: Iterable[str] = ()) -> None:
@@ -41,9 +45,29 @@ def log_to_stderr(form: str, *, secrets: Iterable[str] = ()) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
-def print_ready(server: Server, url: str) -> None:
+def new_server(
+    keys: KeyRing,
+    limits: Limits,
+    with_page: bool,
+    origins: Sequence[str] | None,
+    audit_log: Path | None,
+    audit_chain: bool,
+    metrics_compat: Literal["vllm"] | None,
+) -> Server:
+    """The server that the flags describe. Raises OSError where the audit log cannot be written."""
+    from qnext.server.app import Server
+    from qnext.server.audit import AuditLog
+
+    audit = None if audit_log is None else AuditLog(audit_log, chain=audit_chain)
+    return Server(
+        keys=keys, limits=limits, audit=audit, metrics_compat=metrics_compat, origins=frozenset(origins or ()),
+        with_page=with_page,
+    )  # fmt: skip
+
+
+def print_ready(server: Server, urls: Urls) -> None:
     """Where it listens, as whom, and a first request to try."""
-    served = server.served
+    served, url = server.served, urls.public
     auth = "no key needed" if server.keys.is_open else "keys needed"
     kind = "chat/completions" if served.chat_format is not None else "completions"
     body = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,20 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import uvicorn
 
 from qnext.checkpoint import load_model, save_model
 from qnext.cli._sampling import sampling_defaults
 from qnext.config import ModelConfig, hybrid_pattern
 from qnext.engine import Engine
 from qnext.model import CausalLM, initialize
-from qnext.server.admin import ADMIN_ROUTES
-from qnext.server.app import Server, make_application
-from qnext.server.guard import PatientProtocol
+from qnext.server.app import Server
 from qnext.server.limits import Limits
-from qnext.server.run import janitor
+from qnext.server.run import Listen, serving
 from qnext.server.served import ServedModel
-from qnext.server.table import public_routes
 from qnext.text.chat import ChatFormat
 from qnext.text.templates import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
 from qnext.text.tokenizer import Tokenizer
@@ -83,8 +78,8 @@ def load_served(folder: Path, **engine_options: Any) -> tuple[Engine, ServedMode
     model = load_model(folder)
     engine = Engine(model, max_num_seqs=engine_options.pop("max_num_seqs", 8), **engine_options)
     served = ServedModel(
-        model.config, tokenizer, ChatFormat.for_folder(folder, tokenizer=tokenizer), names=[folder.name, "alias"],
-        max_model_len=engine.max_model_len, eos_ids=engine.eos_token_ids, defaults=sampling_defaults(folder),
+        tokenizer, ChatFormat.for_folder(folder, tokenizer=tokenizer), names=[folder.name, "alias"],
+        vocab_size=model.config.vocab_size, max_model_len=engine.max_model_len, eos_ids=engine.eos_token_ids, defaults=sampling_defaults(folder),
     )  # fmt: skip
     return engine, served
 
@@ -94,49 +89,13 @@ def running_server(
     folder: Path, *, limits: Limits | None = None, engine_options: dict[str, Any] | None = None, **server_options: Any
 ) -> Iterator[Running]:
     """A server on a free port of the loopback interface, with its administrators' listener; drained at the end."""
-    engine, served = load_served(folder, **(engine_options or {}))
-    started = threading.Event()
-    found: list[Running] = []
-    stop: list[asyncio.Event] = []
+    listen = Listen(port=0, admin_port=0)
+    loops: list[asyncio.AbstractEventLoop] = []
 
-    async def main() -> None:
-        server = Server(limits=limits or Limits(drain_seconds=1.0), **server_options)
-        applications = [make_application(server, public_routes()), make_application(server, ADMIN_ROUTES)]
-        protocol = type("Protocol", (PatientProtocol,), {"header_seconds": server.limits.header_seconds})
-        listeners = [
-            uvicorn.Server(
-                uvicorn.Config(
-                    one, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False, port=0,
-                    h11_max_incomplete_event_size=server.limits.max_header_bytes, timeout_graceful_shutdown=3,
-                )
-            )
-            for one in applications
-        ]  # fmt: skip
-        tasks = [asyncio.create_task(one.serve()) for one in listeners]
-        while not all(one.started for one in listeners):
-            await asyncio.sleep(0.005)
-        server.attach(engine, served)
-        cleaning = asyncio.create_task(janitor(server))
-        ports = [one.servers[0].sockets[0].getsockname()[1] for one in listeners]
-        stop.append(asyncio.Event())
-        urls = [f"http://127.0.0.1:{port}" for port in ports]
-        found.append(Running(urls[0], urls[1], server, asyncio.get_running_loop()))
-        started.set()
-        await stop[0].wait()
-        await server.drain(server.limits.drain_seconds)
-        for one in listeners:
-            one.should_exit = True
-        await asyncio.gather(*tasks)
-        cleaning.cancel()
-        server.close()
+    def new_server() -> Server:
+        loops.append(asyncio.get_running_loop())
+        return Server(limits=limits or Limits(drain_seconds=1.0), **server_options)
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()), name="server", daemon=True)
-    thread.start()
-    assert started.wait(30.0)
-    running = found[0]
-    try:
-        yield running
-    finally:
-        running.loop.call_soon_threadsafe(stop[0].set)
-        thread.join(30.0)
-        assert not thread.is_alive()
+    with serving(new_server, lambda: load_served(folder, **(engine_options or {})), listen) as (server, urls):
+        assert urls.admin is not None
+        yield Running(urls.public, urls.admin, server, loops[0])
