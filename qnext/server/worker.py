@@ -100,7 +100,8 @@ class Generation:
             if not self._updates and self._failure is None:
                 await self._wait(self._worker.limits.ping_seconds)
                 if not self._updates and self._failure is None:
-                    yield []
+                    if self._open:
+                        yield []
                     continue
             found = list(self._updates)
             self._updates.clear()
@@ -130,6 +131,7 @@ class Generation:
         # Its last token may have come by now, and been counted.
         self._open.discard(index)
         self._worker.abort(self, index)
+        self._wake()
 
     def deliver(self, updates: Sequence[Update], failure: ApiError | None = None) -> None:
         """Called in the event loop by the worker."""
