@@ -73,6 +73,7 @@ class Server:
         self.counters = ServerCounters()
         self.state: State = "loading"
         self.stop_wanted = asyncio.Event()
+        self.is_hurried = False  # told to stop a second time: what runs ends now
         self.active: set[Exchange] = set()
         self.tasks: dict[Exchange, asyncio.Future[None]] = {}
         self._served: ServedModel | None = None
@@ -222,7 +223,7 @@ class Server:
         """Take no more requests and let those that run end for so long; then tell them that the server stops."""
         self.state = "draining"
         end = time.monotonic() + seconds
-        while self.tasks and time.monotonic() < end:
+        while self.tasks and time.monotonic() < end and not self.is_hurried:
             await asyncio.sleep(0.05)
         if self._worker is not None:
             await self._worker.stop()

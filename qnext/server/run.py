@@ -87,7 +87,7 @@ async def _serve(
         listeners.append(_uvicorn(make_application(server, ADMIN_ROUTES), server, Listen()))
     runs = [asyncio.create_task(one.serve([sock])) for one, sock in zip(listeners, sockets, strict=True)]
     _handle_signals(server)
-    janitor = asyncio.create_task(janitor(server))
+    cleaning = asyncio.create_task(janitor(server))
     try:
         engine, served = await _loaded(server, load)
         if engine is not None and served is not None:
@@ -101,7 +101,7 @@ async def _serve(
         for one in listeners:
             one.should_exit = True
         await asyncio.gather(*runs)
-        janitor.cancel()
+        cleaning.cancel()
         server.close()
     return 0
 
@@ -167,9 +167,7 @@ def _handle_signals(server: Server) -> None:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
-        if server.stop_wanted.is_set():
-            for task in list(server.tasks.values()):
-                task.cancel()
+        server.is_hurried = server.stop_wanted.is_set()
         server.request_stop()
 
     def reload_keys() -> None:

@@ -8,8 +8,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qnext.engine.request import FinishReason, Request, SampledToken
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("qnext.server")
 _HEARTBEAT = 1.0  # seconds
+_FLUSH = 0.008  # seconds: where steps are shorter, tokens of several go to the event loop together
 _MAX_FAILURES = 3  # steps that fail one after another, until the engine counts as broken
 
 
@@ -156,6 +157,8 @@ class EngineWorker:
         self._calls: deque[Callable[[], None]] = deque()
         self._running: dict[str, tuple[Generation, int]] = {}  # by the engine's request id
         self._unstarted: dict[int, Generation] = {}  # in the engine, before its first step; by id()
+        self._held: dict[int, _News] = {}  # by id of the generation: what the event loop has not been told yet
+        self._told = 0.0
         self._is_stopping = False
         self._num_failures = 0
         self._numbers = itertools.count()
@@ -279,7 +282,7 @@ class EngineWorker:
     def _begin(self, generation: Generation) -> None:
         now = time.monotonic()
         if now >= generation.queue_deadline:
-            self._post([(generation, [], self._late())])
+            self._fail([generation], self._late())
             return
         try:
             generation.requests = self.engine.add_requests(
@@ -287,7 +290,7 @@ class EngineWorker:
                 guide=generation.guide, timeout=max(0.0, generation.deadline - now),
             )  # fmt: skip
         except QnextError as error:
-            self._post([(generation, [], from_user_error(error))])
+            self._fail([generation], from_user_error(error))
             return
         self._unstarted[id(generation)] = generation
         for index, request in enumerate(generation.requests):
@@ -300,13 +303,13 @@ class EngineWorker:
             late = [g for queue in self._waiting.values() for g in queue if now >= g.queue_deadline]
         for generation in late:
             self._forget_waiting(generation)
-            self._post([(generation, [], self._late())])
+            self._fail([generation], self._late())
         for generation in list(self._unstarted.values()):
             if any(request.times.scheduled is not None for request in generation.requests):
                 del self._unstarted[id(generation)]
             elif now >= generation.queue_deadline:
                 self._drop(generation)
-                self._post([(generation, [], self._late())])
+                self._fail([generation], self._late())
 
     def _late(self) -> ApiError:
         return ApiError.busy("the request waited too long for its turn", retry_after=5.0, code="queue_timeout")
@@ -331,23 +334,24 @@ class EngineWorker:
             return
         if events:
             self._num_failures = 0
-        found: dict[int, tuple[Generation, list[Update], ApiError | None]] = {}
+        is_urgent = False
         for event in events:
             entry = self._running.get(event.request_id)
             if entry is None:
                 continue
             generation, index = entry
-            _, updates, failure = found.setdefault(id(generation), (generation, [], None))
+            news = self._held.setdefault(id(generation), _News(generation))
             token = event.token if isinstance(event, TokenEvent) else None
-            updates.append(Update(index, token, event.finish_reason))
+            news.updates.append(Update(index, token, event.finish_reason))
+            request = generation.requests[index]
+            is_urgent = is_urgent or event.finish_reason is not None or len(request.output_ids) <= 1
             if event.finish_reason is not None:
                 del self._running[event.request_id]
-                failure = failure or self._failure_of(generation.requests[index])
-                found[id(generation)] = (generation, updates, failure)
-        for generation, _, failure in found.values():
-            if failure is not None:
-                self._drop(generation)
-        self._post(list(found.values()))
+                news.failure = news.failure or self._failure_of(request)
+                if news.failure is not None:
+                    self._drop(generation)
+        if is_urgent or time.monotonic() - self._told >= _FLUSH or not self.engine.has_unfinished:
+            self._tell()
 
     def _failure_of(self, request: Request) -> ApiError | None:
         if request.finish_reason == "deadline":
@@ -362,7 +366,7 @@ class EngineWorker:
         lost = {id(g): g for g, index in self._running.values() if g.requests[index].finish_reason is not None}
         for generation in lost.values():
             self._drop(generation)
-        self._post([(generation, [], ApiError.internal()) for generation in lost.values()])
+        self._fail(lost.values(), ApiError.internal())
 
     def _fail_all(self, failure: ApiError) -> None:
         with self._wake:
@@ -371,15 +375,29 @@ class EngineWorker:
             generations |= {id(g): g for g, _ in self._running.values()}
             self._waiting.clear()
             self._running.clear()
-        self._post([(generation, [], failure) for generation in generations.values()])
+        self._fail(generations.values(), failure)
 
-    def _post(self, news: list[tuple[Generation, list[Update], ApiError | None]]) -> None:
-        """To the event loop, all at once."""
+    def _fail(self, generations: Iterable[Generation], failure: ApiError) -> None:
+        for generation in generations:
+            self._held.setdefault(id(generation), _News(generation)).failure = failure
+        self._tell()
+
+    def _tell(self) -> None:
+        """The event loop hears of all that happened, at once."""
         assert self._loop is not None
+        news, self._held = list(self._held.values()), {}
+        self._told = time.monotonic()
         if news and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, news)
 
 
-def _deliver(news: list[tuple[Generation, list[Update], ApiError | None]]) -> None:
-    for generation, updates, failure in news:
-        generation.deliver(updates, failure)
+@dataclass
+class _News:
+    generation: Generation
+    updates: list[Update] = field(default_factory=list)
+    failure: ApiError | None = None
+
+
+def _deliver(news: list[_News]) -> None:
+    for entry in news:
+        entry.generation.deliver(entry.updates, entry.failure)
