@@ -212,12 +212,15 @@ def _exchange(server: Server, route: Route, scope: Message) -> Exchange:
     for name, value in scope["headers"]:
         headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
     client = scope.get("client")
+    request_id = scope["state"]["request_id"]
     return Exchange(
         server=server,
         route=route,
-        request_id=scope["state"]["request_id"],
+        request_id=request_id,
         headers=headers,
         path_params=scope.get("path_params", {}),
         query={},
         client=client[0] if client else "",
+        # Anthropic's clients read the id under this name.
+        reply_headers={"Request-Id": request_id} if route.errors == "anthropic" else {},
     )

@@ -79,7 +79,7 @@ def from_validation(error: ValidationError) -> ApiError:
             place.append(str(part))
         elif re.fullmatch(r"[a-z][a-z0-9_]{0,39}", part):
             place.append(part)
-            if part in _FREE_MAPS:
+            if part in _FREE_MAPS and place != ["input"]:  # the input of a response is no map
                 break
     where = ".".join(place)
     others = error.error_count() - 1
@@ -105,7 +105,10 @@ def sanitized(text: str, *, keep_quoted: bool = False) -> str:
 
 def error_object(error: ApiError, style: ErrorStyle) -> dict[str, Any]:
     """The body of an error: that of OpenAI's API, or of Anthropic's."""
-    message = error.message if len(error.message) <= MAX_ERROR_MESSAGE else error.message[:MAX_ERROR_MESSAGE]
+    message = error.message
+    if style == "anthropic" and error.param is not None and not message.startswith(error.param):
+        message = f"{error.param}: {message}"  # its errors have no place for it
+    message = message[:MAX_ERROR_MESSAGE]
     if style == "anthropic":
         kind = _ANTHROPIC.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": message}}

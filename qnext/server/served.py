@@ -130,18 +130,21 @@ class ServedModel:
             for m in messages
         )
         self._check_length(length, param)
-        if continues and (not messages or messages[-1].role != "assistant"):
-            raise ApiError.bad("only an assistant's message can be continued", param=param)
+        begun = messages[-1] if continues and messages else None
+        if continues and (begun is None or begun.role != "assistant" or begun.tool_calls):
+            raise ApiError.bad("only an assistant's message without tool calls can be continued", param=param)
 
         def work() -> tuple[list[int], bool]:
-            rendered = messages[:-1] if continues else messages
-            pieces = list(chat_format.render(rendered, tools=tools, add_generation_prompt=add_generation_prompt))
-            is_thinking = add_generation_prompt and opens_thought(pieces)
-            if is_thinking and (not thinks or continues):
-                pieces.append(Piece(f"\n{_THINK_CLOSE}\n\n", True))
+            rendered = messages if begun is None else messages[:-1]
+            opens = add_generation_prompt or begun is not None  # what has begun stands behind the head of its turn
+            pieces = list(chat_format.render(rendered, tools=tools, add_generation_prompt=opens))
+            is_thinking = opens and opens_thought(pieces)
+            if is_thinking and (not thinks or begun is not None):
+                thought = "" if begun is None else (begun.reasoning_content or "").strip("\n")
+                pieces += [Piece(thought, False), Piece(f"\n{_THINK_CLOSE}\n\n", True)]
                 is_thinking = False
-            if continues:
-                pieces.append(Piece(messages[-1].content, False))
+            if begun is not None:
+                pieces.append(Piece(begun.content, False))
             return self.tokenizer.encode_pieces(pieces), is_thinking
 
         return await self.run(work, param=param)
