@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from qnext.server.errors import ApiError, error_body, from_validation
 from qnext.server.exchange import Exchange
-from qnext.server.limits import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH
+from qnext.server.limits import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, MAX_JSON_VALUES
 from qnext.server.routes import EventStream, Reply, Route
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class Endpoint:
 def parse_body(raw: bytes, route: Route) -> BaseModel:
     """The body as the route's model. Raises ApiError 400 for what is no JSON, too deep, or not of that form."""
     assert route.body is not None
+    _check_size(raw)
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -128,17 +129,25 @@ def parse_body(raw: bytes, route: Route) -> BaseModel:
         raise ApiError.bad("the body is nested too deeply", code="invalid_json") from None
 
 
+def _check_size(raw: bytes) -> None:
+    """Refuse bodies of many small values by their marks: each would cost fifty times its bytes, and the time of all."""
+    if raw.count(b"[") + raw.count(b"{") <= MAX_JSON_CONTAINERS and raw.count(b",") <= MAX_JSON_VALUES:
+        return
+    texts = raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
+    marks = b"".join(texts[::2])  # what stands outside of strings
+    if marks.count(b"[") + marks.count(b"{") > MAX_JSON_CONTAINERS:
+        raise ApiError.bad(f"the body has more than {MAX_JSON_CONTAINERS} objects and lists", code="invalid_json")
+    if marks.count(b",") > MAX_JSON_VALUES:
+        raise ApiError.bad(f"the body has more than {MAX_JSON_VALUES} values", code="invalid_json")
+
+
 def _check_depth(value: object) -> None:
     level: list[Any] = [value]
-    num_seen = 0
     for _ in range(MAX_JSON_DEPTH):
         children: list[Any] = []
         for container in level:
             items = container.values() if isinstance(container, dict) else container
             children.extend(item for item in items if isinstance(item, (dict, list)))
-        num_seen += len(children)
-        if num_seen > MAX_JSON_CONTAINERS:
-            raise ApiError.bad(f"the body has more than {MAX_JSON_CONTAINERS} objects and lists", code="invalid_json")
         if not children:
             return
         level = children

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qnext.text.train import byte_level_tokenizer
 from tests.server.hostile.surfaces import MARK, Raw, Surface
 
 BAD = (400,)
 FINE_OR_BAD = (200, 400)
-VOCABULARY = 264  # of the tiny model
+VOCABULARY = byte_level_tokenizer().get_vocab_size() + 5  # of the tiny model
 
 
 @dataclass(frozen=True)
@@ -142,13 +143,12 @@ TEXTS: dict[str, list[Any]] = {
     "stream_options": [{"include_usage": True}, 5, "x", [], {"include_usage": "yes"}],  # without stream
     "logprobs": ["yes", [], {}, 21, -1],
     "echo": [1, "yes", []],
-    "user_prompt": [],
     "reasoning_effort": [MARK, 5, [], {}],
     "chat_template": ["{{ 7 * 7 }}", MARK, {}, []],
     "chat_template_kwargs": [5, "x", [], {"enable_thinking": "yes"}, {"enable_thinking": 1}],
     "prompt_embeds": ["gASVAAAA", [[0.1]], {"data": MARK}],
     "cache_salt": [5, [], "x" * 257],
-    "suffix": [5, [], MARK],  # the tiny model has no tokens around a hole
+    "suffix": [5, []],
     "response_format": [
         5, "json", [], {}, {"type": MARK}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}},
         {"type": "json_schema", "json_schema": {"name": "x"}},
@@ -168,7 +168,7 @@ TEXTS: dict[str, list[Any]] = {
         5, "x", [], {"json": 5}, {"regex": "("}, {"choice": []}, {"grammar": MARK}, {"json": {}, "regex": "a"},
     ],
     "tools": [
-        5, "x", {}, [5], [None], [{}], [{"type": "function"}], [{"type": MARK, "function": {"name": "f"}}],
+        5, "x", {}, [5], [None], [{}], [{"type": "function"}], [{"type": "web_search"}], [{"type": "bash_20250124"}], [{"type": MARK, "function": {"name": "f"}}],
         [{"type": "function", "function": {"name": ""}}], [{"type": "function", "function": {"name": "a b"}}],
         [{"type": "function", "function": {"name": MARK * 10}}], [{"type": "function", "function": {"name": 5}}],
         [{"type": "function", "function": {"name": "f", "parameters": "x"}}],
@@ -211,7 +211,13 @@ def field_cases() -> Iterator[Case]:
 
 
 # What some surface may also say: no such model, a field that it takes in another form, an answer that is empty.
-_EXPECTED: dict[tuple[str, int], tuple[int, ...]] = {}
+_EXPECTED: dict[tuple[str, int], tuple[int, ...]] = {
+    ("model", 4): (400, 404),
+    ("guided_grammar", 4): FINE_OR_BAD,  # a grammar of nothing
+    ("messages", 1): FINE_OR_BAD,  # null is as if it were not there, and tokenize has a prompt
+    ("prompt", 0): FINE_OR_BAD,  # tokenize has nothing against no text
+    ("prompt", 3): FINE_OR_BAD,  # responses may have null for what they do not know
+}
 
 
 def _shown(value: Any) -> str:
@@ -287,6 +293,15 @@ PROMPTS = [
     Case("max_tokens 0", {"max_tokens": 0}, only=("completions", "chat")),
     Case("64 prompts of 16 answers", {"prompt": ["x"] * 64, "n": 16}, only=("completions",)),
     Case("prompt and messages", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, only=("tokenize",)),
+    Case("4,096 turns of one role", {"messages": [{"role": "user", "content": "x" * 1_900}] * 4_096}, is_heavy=True),
+    Case("2,000 calls and their results", {"input": [
+        *({"type": "function_call", "call_id": f"c{i}", "name": "f", "arguments": "{}"} for i in range(2_000)),
+        *({"type": "function_call_output", "call_id": f"c{i}", "output": "x"} for i in range(1_999, -1, -1)),
+    ]}, is_heavy=True),
+    Case("half a million wrong biases", {"logit_bias": {str(i): "x" for i in range(500_000)}}, is_heavy=True),
+    Case("four million numbers", {"tokens": [1] * 4_000_000}, is_heavy=True),
+    Case("4,096 times 40 bad parts", {"messages": [{"role": "user", "content": [{"type": 5}] * 40}] * 4_096},
+         is_heavy=True),
     Case("neither prompt nor messages", {"prompt": None}, only=("tokenize",)),
 ]  # fmt: skip
 

@@ -41,8 +41,10 @@ def harness(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     audit_path = tmp_path_factory.mktemp("audit") / "audit.jsonl"
     limits = Limits(
         header_seconds=1.0, body_seconds=1.0, write_seconds=1.5, request_seconds=20.0, queue_seconds=10.0,
-        drain_seconds=1.0, watchdog_seconds=60.0,
+        drain_seconds=1.0, watchdog_seconds=600.0,
     )  # fmt: skip
     keys = KeyRing.from_plain([ATTACKER, BYSTANDER], admin=[ADMIN])
     with running_server(chat_model, limits=limits, keys=keys, audit=AuditLog(audit_path)) as running:
-        yield Harness(running, ATTACKER, BYSTANDER, audit_path)
+        harness = Harness(running, ATTACKER, BYSTANDER, audit_path)
+        yield harness
+        harness.close()

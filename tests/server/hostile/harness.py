@@ -7,7 +7,6 @@ form, and repeat nothing; I7 one audit line without content.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import itertools
@@ -17,7 +16,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,15 +40,43 @@ _LEAKS = re.compile(
 _ids = itertools.count()
 
 
-@dataclass
-class Probe:
-    """What /health/live took while something ran, in seconds."""
+class Prober:
+    """Asks /health/live over and over on a connection of its own, for as long as the harness lives."""
 
-    times: list[float] = field(default_factory=list)
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._connection = socket.create_connection(address, timeout=30.0)
+        self._times: list[float] = []  # seconds, since the last `mark`
+        self._began: float | None = None  # of the request that is on its way
+        self._is_done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="prober", daemon=True)
+        self._thread.start()
 
-    @property
+    def mark(self) -> None:
+        self._times = []
+
     def worst(self) -> float:
-        return max(self.times, default=0.0)
+        """Since the mark, what is on its way included."""
+        began = self._began
+        late = 0.0 if began is None else time.perf_counter() - began
+        return max([*self._times, late])
+
+    def stop(self) -> None:
+        self._is_done.set()
+        self._thread.join()
+        self._connection.close()
+
+    def _run(self) -> None:
+        while not self._is_done.wait(0.02):
+            self._began = time.perf_counter()
+            self._connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b'{"status":"ok"}'):
+                part = self._connection.recv(65_536)
+                if not part:
+                    return
+                answer += part
+            self._times.append(time.perf_counter() - self._began)
+            self._began = None
 
 
 @dataclass
@@ -66,6 +93,7 @@ class Harness:
         self.address = (host, int(port))
         self.client = self.running.client(self.attacker)
         self.other = self.running.client(self.bystander)
+        self.prober = Prober(self.address)
         self.canary()  # the second and later ones read what the first left in the cache
         self.baseline = self.canary()
         self.rss = rss()
@@ -85,16 +113,17 @@ class Harness:
         self.check_rest()
 
     def _try(self, case: Case, surface: Surface, raw: bytes) -> str | None:
-        with self.probing() as probe:
-            begin = time.perf_counter()
-            answer = self.post(surface, raw)
-            seconds = time.perf_counter() - begin
+        self.prober.mark()
+        begin = time.perf_counter()
+        answer = self.post(surface, raw)
+        seconds = time.perf_counter() - begin
+        worst = self.prober.worst()
         where = f"{case.name} on {surface.name}"
         assert answer.status_code in case.statuses, f"{where}: {answer.status_code} {answer.text[:300]}"
         self.check_answer(answer, surface.style, where)
         if seconds > case.seconds:
             return f"answered after {seconds:.2f} s"
-        return f"/health/live took {probe.worst:.3f} s" if probe.worst > LIVE_SECONDS else None
+        return f"/health/live took {worst:.3f} s" if worst > LIVE_SECONDS else None
 
     def post(self, surface: Surface, raw: bytes, **headers: str) -> httpx2.Response:
         number = f"case-{next(_ids)}"
@@ -167,31 +196,10 @@ class Harness:
         assert answer.status_code == 200, answer.text
         return list(answer.json()["choices"])
 
-    @contextlib.contextmanager
-    def probing(self) -> Iterator[Probe]:
-        """/health/live asked over and over meanwhile, on a connection of its own."""
-        probe = Probe()
-        done = threading.Event()
-
-        def ask() -> None:
-            request = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
-            with socket.create_connection(self.address, timeout=10.0) as one:
-                while not done.is_set():
-                    begin = time.perf_counter()
-                    one.sendall(request)
-                    answer = one.recv(65_536)
-                    probe.times.append(time.perf_counter() - begin)
-                    assert answer.startswith(b"HTTP/1.1 200"), answer[:100]
-                    done.wait(0.01)
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        try:
-            yield probe
-        finally:
-            done.set()
-            thread.join()
-        assert probe.times
+    def close(self) -> None:
+        self.prober.stop()
+        self.client.close()
+        self.other.close()
 
     def forgive(self) -> None:
         """Forget the wrong keys that were tried."""
