@@ -48,6 +48,7 @@ class Endpoint:
             await self._refuse(exchange, send, error)
         except _ClientGone:
             exchange.outcome.status, exchange.outcome.error_code = 499, "client_disconnected"
+            self._count_abort(exchange, "body")
         except Exception:
             _log.exception("request %s to %s failed", exchange.request_id, self.route.path)
             await self._refuse(exchange, send, ApiError.internal())
@@ -79,9 +80,16 @@ class Endpoint:
             work.result()
         elif exchange.outcome.error_code is None:
             exchange.outcome.error_code = "client_disconnected"
+            self._count_abort(exchange, "before queue")
             exchange.outcome.status = exchange.outcome.status or 499
         elif not exchange.is_replying:  # ended by the server, which says why
             raise ApiError(503, "the server ended this request", code=exchange.outcome.error_code)
+
+    def _count_abort(self, exchange: Exchange, phase: str) -> None:
+        """Where no generation has done so."""
+        if exchange.outcome.abort_phase is None and not exchange.is_replying:
+            exchange.outcome.abort_phase = phase
+            self.server.counters.count_abort(phase)
 
     async def _work(self, exchange: Exchange, send: Send) -> None:
         await _send_reply(exchange, send, await self.route.handler(exchange))
@@ -171,9 +179,7 @@ async def _read_all(receive: Receive, limit: int) -> bytes:
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(
-        413, f"the body is larger than {limit} bytes", code="body_too_large", headers={"Connection": "close"}
-    )
+    return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -119,6 +119,11 @@ def sanitized(text: str, *, keep_quoted: bool = False) -> str:
     return text if len(text) <= MAX_ERROR_MESSAGE else text[: MAX_ERROR_MESSAGE - 1] + "…"
 
 
+def style_of(path: str) -> ErrorStyle:
+    """How errors look where no route says it."""
+    return "anthropic" if path == "/v1/messages" or path.startswith("/v1/messages/") else "openai"
+
+
 def error_object(error: ApiError, style: ErrorStyle) -> dict[str, Any]:
     """The body of an error: that of OpenAI's API, or of Anthropic's."""
     message = error.message

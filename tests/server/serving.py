@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import uvicorn
 
 from qnext.checkpoint import load_model, save_model
 from qnext.cli._sampling import sampling_defaults
@@ -20,9 +20,8 @@ from qnext.engine import Engine
 from qnext.model import CausalLM, initialize
 from qnext.server.admin import ADMIN_ROUTES
 from qnext.server.app import Server, make_application
-from qnext.server.guard import PatientProtocol
 from qnext.server.limits import Limits
-from qnext.server.run import janitor
+from qnext.server.run import Listen, janitor, listener
 from qnext.server.served import ServedModel
 from qnext.server.table import public_routes
 from qnext.text.chat import ChatFormat
@@ -102,22 +101,14 @@ def running_server(
     async def main() -> None:
         server = Server(limits=limits or Limits(drain_seconds=1.0), **server_options)
         applications = [make_application(server, public_routes()), make_application(server, ADMIN_ROUTES)]
-        protocol = type("Protocol", (PatientProtocol,), {"header_seconds": server.limits.header_seconds})
-        listeners = [
-            uvicorn.Server(
-                uvicorn.Config(
-                    one, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False, port=0,
-                    h11_max_incomplete_event_size=server.limits.max_header_bytes, timeout_graceful_shutdown=3,
-                )
-            )
-            for one in applications
-        ]  # fmt: skip
-        tasks = [asyncio.create_task(one.serve()) for one in listeners]
+        listeners = [listener(one, server, Listen()) for one in applications]
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in applications]
+        tasks = [asyncio.create_task(one.serve([at])) for one, at in zip(listeners, sockets, strict=True)]
         while not all(one.started for one in listeners):
             await asyncio.sleep(0.005)
         server.attach(engine, served)
         cleaning = asyncio.create_task(janitor(server))
-        ports = [one.servers[0].sockets[0].getsockname()[1] for one in listeners]
+        ports = [one.getsockname()[1] for one in sockets]
         stop.append(asyncio.Event())
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         found.append(Running(urls[0], urls[1], server, asyncio.get_running_loop()))

@@ -59,6 +59,9 @@ async def completions(exchange: Exchange) -> Reply | EventStream:
     if body.suffix and body.echo:
         raise ApiError.bad("suffix excludes echo", param="suffix")
     prompts = await _prompts(exchange, body)
+    most = exchange.server.limits.max_queued_per_key
+    if len(prompts) * (body.n or 1) > most:
+        raise ApiError.bad(f"prompts times n must be at most {most}", param="n")
     constraint = structured_constraint(body)
     compiled = await exchange.server.compiled(constraint[0], param=constraint[1]) if constraint else None
     params = [

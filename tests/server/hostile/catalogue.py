@@ -199,7 +199,7 @@ TEXTS: dict[str, list[Any]] = {
         [1] * 200_000, [MARK],
     ],
     "system": [5, True, [5], [{"type": MARK}], [{"type": "image"}]],
-    "thinking": [5, "x", {"type": MARK}, {"type": "enabled", "budget_tokens": -1}],
+    "thinking": [5, "x", {"type": MARK}],
 }  # fmt: skip
 
 
@@ -216,6 +216,7 @@ _EXPECTED: dict[tuple[str, int], tuple[int, ...]] = {
     ("guided_grammar", 4): FINE_OR_BAD,  # a grammar of nothing
     ("messages", 1): FINE_OR_BAD,  # null is as if it were not there, and tokenize has a prompt
     ("prompt", 0): FINE_OR_BAD,  # tokenize has nothing against no text
+    ("input", 0): FINE_OR_BAD,  # nothing against a turn without text
     ("prompt", 3): FINE_OR_BAD,  # responses may have null for what they do not know
 }
 

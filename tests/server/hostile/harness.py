@@ -102,15 +102,20 @@ class Harness:
 
     def check(self, case: Case, surfaces: Sequence[Surface]) -> None:
         """A case on its surfaces, then all invariants. What is late is tried again before it counts."""
-        bodies = [(surface, case.body(surface)) for surface in surfaces]
-        requests = [(surface, body if isinstance(body, bytes) else encoded(body)) for surface, body in bodies]
-        for surface, raw in requests:
-            for attempt in range(TIMING_TRIES):
-                late = self._try(case, surface, raw)
-                if late is None:
-                    break
-                assert attempt < TIMING_TRIES - 1, f"{case.name} on {surface.name}: {late}"
+        self.rss = rss()
+        for surface in surfaces:
+            self._check_one(case, surface)
         self.check_rest()
+
+    def _check_one(self, case: Case, surface: Surface) -> None:
+        body = case.body(surface)
+        raw = body if isinstance(body, bytes) else encoded(body)
+        late = None
+        for _ in range(TIMING_TRIES):
+            late = self._try(case, surface, raw)
+            if late is None:
+                break
+        assert late is None, f"{case.name} on {surface.name}: {late}"
 
     def _try(self, case: Case, surface: Surface, raw: bytes) -> str | None:
         self.prober.mark()
@@ -121,9 +126,10 @@ class Harness:
         where = f"{case.name} on {surface.name}"
         assert answer.status_code in case.statuses, f"{where}: {answer.status_code} {answer.text[:300]}"
         self.check_answer(answer, surface.style, where)
-        if seconds > case.seconds:
+        factor = load_factor()
+        if seconds > case.seconds * factor:
             return f"answered after {seconds:.2f} s"
-        return f"/health/live took {worst:.3f} s" if worst > LIVE_SECONDS else None
+        return f"/health/live took {worst:.3f} s" if worst > LIVE_SECONDS * factor else None
 
     def post(self, surface: Surface, raw: bytes, **headers: str) -> httpx2.Response:
         number = f"case-{next(_ids)}"
@@ -220,6 +226,11 @@ def check_error(body: bytes, style: str, where: str) -> None:
     text = body.decode()
     assert MARK not in text.lower(), f"{where} repeats the input: {text}"
     assert not _LEAKS.search(text), f"{where} says too much: {text}"
+
+
+def load_factor() -> float:
+    """How much longer everything may take on a machine with more work than processors: 1 on an idle one."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def rss() -> int:

@@ -77,5 +77,5 @@ def surfaces() -> dict[str, Surface]:
 
 def encoded(value: Any) -> bytes:
     """JSON of a body that may hold NaN, Infinity and Raw text."""
-    text = json.dumps(value, default=lambda raw: f"@@{raw.text}@@", ensure_ascii=False)
+    text = json.dumps(value, default=lambda raw: f"@@{raw.text}@@", ensure_ascii=False, separators=(",", ":"))
     return _RAW.sub(r"\1", text).encode("utf-8", "surrogatepass")
