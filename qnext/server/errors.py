@@ -18,6 +18,65 @@ _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 _PATH = re.compile(r"(?<![\w/])/(?:[\w.@+-]+/)+[\w.@+-]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _FREE_MAPS = ("logit_bias", "metadata", "chat_template_kwargs", "parameters", "input_schema", "input", "schema")
+_WORD = re.compile(r"[^\s:,;()\[\]{}]{3,}")
+# Words of ours and of JSON schemas, which say what is wrong also where the caller used them.
+_SCHEMA_WORDS = frozenset(
+    [
+        "json",
+        "json_schema",
+        "schema",
+        "regex",
+        "lark",
+        "grammar",
+        "choice",
+        "start",
+        "rule",
+        "type",
+        "string",
+        "number",
+        "integer",
+        "boolean",
+        "object",
+        "array",
+        "null",
+        "properties",
+        "required",
+        "items",
+        "pattern",
+        "format",
+        "enum",
+        "const",
+        "anyof",
+        "oneof",
+        "allof",
+        "not",
+        "additionalproperties",
+        "prefixitems",
+        "minlength",
+        "maxlength",
+        "minitems",
+        "maxitems",
+        "minimum",
+        "maximum",
+        "multipleof",
+        "patternproperties",
+        "definitions",
+        "the",
+        "and",
+        "for",
+        "too",
+        "larger",
+        "longer",
+        "more",
+        "than",
+        "must",
+        "invalid",
+        "unknown",
+        "expected",
+        "failed",
+        "compile",
+    ]
+)
 # Kinds of the Anthropic surface by status; 529 is its own for an overloaded server, but clients retry 503 alike.
 _ANTHROPIC = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -62,12 +121,20 @@ class ApiError(Exception):
         return cls(500, "internal error", code="internal_error", headers={"x-should-retry": "false"})
 
 
-def from_user_error(error: Exception, *, param: str | None = None) -> ApiError:
-    """What the layers below refuse, as 400: their line without anything that could be the caller's or the machine's."""
+def from_user_error(error: Exception, *, param: str | None = None, source: str = "") -> ApiError:
+    """What the layers below refuse, as 400: their line without anything that could be the caller's or the machine's.
+
+    `source` is a text of the caller's of which a library's message may repeat words: those become "…", too.
+    """
     is_length = type(error).__name__ == "DoesNotFit"
+    message = _WORD.sub(lambda found: _unless_from(source, found[0]), str(error)) if source else str(error)
     return ApiError.bad(
-        sanitized(str(error)), param=param, code="context_length_exceeded" if is_length else "invalid_value"
+        sanitized(message), param=param, code="context_length_exceeded" if is_length else "invalid_value"
     )
+
+
+def _unless_from(source: str, word: str) -> str:
+    return "…" if word in source and word.lower() not in _SCHEMA_WORDS else word
 
 
 def from_validation(error: ValidationError) -> ApiError:
@@ -101,6 +168,11 @@ def sanitized(text: str, *, keep_quoted: bool = False) -> str:
         text = _QUOTED.sub("…", text)
     text = _PATH.sub("…", _ADDRESS.sub("…", text))
     return text if len(text) <= MAX_ERROR_MESSAGE else text[: MAX_ERROR_MESSAGE - 1] + "…"
+
+
+def style_of(path: str) -> ErrorStyle:
+    """How errors look where no route says it."""
+    return "anthropic" if path == "/v1/messages" or path.startswith("/v1/messages/") else "openai"
 
 
 def error_object(error: ApiError, style: ErrorStyle) -> dict[str, Any]:

@@ -295,6 +295,10 @@ class EngineWorker:
         except QnextError as error:
             self._fail([generation], from_user_error(error))
             return
+        except Exception:  # what one request breaks must not end the thread that serves all
+            _log.exception("request %s cannot be begun", generation.request_id)
+            self._fail([generation], ApiError.internal())
+            return
         self._unstarted[id(generation)] = generation
         for index, request in enumerate(generation.requests):
             self._running[request.id] = (generation, index)

@@ -55,7 +55,7 @@ def _as_blocks(value: Any) -> Any:
 Text = Annotated[TextBlock, Tag("text")]
 Other = Annotated[OtherBlock, Tag("other")]
 ResultBlock = Annotated[Text | Other, Discriminator(_result_kind)]
-_ResultBlocks = Annotated[list[ResultBlock], Field(max_length=MAX_CONTENT_PARTS)]
+_ResultBlocks = Annotated[list[ResultBlock], Field(max_length=MAX_CONTENT_PARTS, fail_fast=True)]
 ResultBlocks = Annotated[_ResultBlocks, BeforeValidator(_as_blocks, json_schema_input_type=str | _ResultBlocks)]
 
 
@@ -75,7 +75,7 @@ Block = Annotated[
     | Other,
     Discriminator(_kind),
 ]
-_Blocks = Annotated[list[Block], Field(max_length=MAX_CONTENT_PARTS)]
+_Blocks = Annotated[list[Block], Field(max_length=MAX_CONTENT_PARTS, fail_fast=True)]
 Blocks = Annotated[_Blocks, BeforeValidator(_as_blocks, json_schema_input_type=str | _Blocks)]
 
 
@@ -127,9 +127,9 @@ class CountBody(Body):
     """A conversation whose tokens are to be counted."""
 
     model: Annotated[str, Field(max_length=512)]
-    messages: Annotated[list[TurnBody], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[TurnBody], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: ResultBlocks | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from qnext.server.anthropic.bodies import (
     CountBody,
@@ -26,17 +27,22 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 def conversation(body: CountBody) -> list[Message]:
     """System prompt and turns. Neighbouring turns of one role are one. Raises ApiError 400."""
     messages: list[Message] = []
+    called: set[str | None] = set()  # what the assistant's turns just before called
     if body.system is not None:
         messages.append(Message("system", _text(body.system, "system")))
     for index, turn in enumerate(body.messages):
         param = f"messages.{index}.content"
-        found = [_assistant(turn, param)] if turn.role == "assistant" else _other_roles(turn, messages, param)
-        for message in found:
-            if messages and messages[-1].role == message.role and message.role in ("user", "assistant"):
-                messages[-1] = _joined(messages[-1], message)
-            else:
-                messages.append(message)
-    return messages
+        if turn.role == "assistant":
+            messages.append(_assistant(turn, param))
+            called.update(call.id for call in messages[-1].tool_calls)
+        else:
+            messages += _other_roles(turn, called, param)
+            called.clear()
+    return [
+        message
+        for role, group in groupby(messages, key=lambda message: message.role)
+        for message in ([_joined(list(group))] if role in ("user", "assistant") else group)
+    ]
 
 
 def offer(body: CountBody) -> Offer:
@@ -74,11 +80,10 @@ def _assistant(turn: TurnBody, param: str) -> Message:
     return Message("assistant", "".join(texts), "\n".join(thoughts) if thoughts else None, tuple(calls))
 
 
-def _other_roles(turn: TurnBody, before: Sequence[Message], param: str) -> list[Message]:
+def _other_roles(turn: TurnBody, called: Collection[str | None], param: str) -> list[Message]:
     """The results of tools, each a message, and then the text."""
     texts: list[TextBlock] = []
     results: list[Message] = []
-    called = {call.id for call in before[-1].tool_calls} if before else set()
     for index, block in enumerate(turn.content):
         place = f"{param}.{index}"
         if isinstance(block, TextBlock):
@@ -113,12 +118,12 @@ def _misplaced(block: object, param: str) -> ApiError:
     return ApiError.bad("a turn of this role has no blocks of this type", param=param)
 
 
-def _joined(first: Message, second: Message) -> Message:
-    is_user = first.role == "user"
-    thoughts = [m.reasoning_content for m in (first, second) if m.reasoning_content is not None]
+def _joined(turns: Sequence[Message]) -> Message:
+    """Neighbouring turns of one role as one."""
+    thoughts = [turn.reasoning_content for turn in turns if turn.reasoning_content is not None]
     return replace(
-        first,
-        content=f"{first.content}\n{second.content}" if is_user else first.content + second.content,
+        turns[0],
+        content=("\n" if turns[0].role == "user" else "").join(turn.content for turn in turns),
         reasoning_content="\n".join(thoughts) if thoughts else None,
-        tool_calls=first.tool_calls + second.tool_calls,
+        tool_calls=tuple(call for turn in turns for call in turn.tool_calls),
     )

@@ -34,7 +34,7 @@ class PartBody(Body):
     text: str | None = None
 
 
-Parts = Annotated[list[PartBody], Field(max_length=MAX_CONTENT_PARTS)]
+Parts = Annotated[list[PartBody], Field(max_length=MAX_CONTENT_PARTS, fail_fast=True)]
 
 
 class CalledFunction(Body):
@@ -52,7 +52,7 @@ class MessageBody(Body):
     content: str | Parts | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: Annotated[list[CallBody], Field(max_length=MAX_TOOL_CALLS)] | None = None
+    tool_calls: Annotated[list[CallBody], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
     tool_call_id: Name | None = None
 
 
@@ -74,7 +74,7 @@ class TemplateArguments(Body):
 class ChatBody(SamplingBody):
     """The body of a chat completion."""
 
-    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = None

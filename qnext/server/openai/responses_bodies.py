@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from qnext.server.bodies import Body, Name
+from qnext.server.bodies import Body, Name, at_most
 from qnext.server.errors import ApiError
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
 from qnext.server.tools import ToolName
@@ -27,7 +27,7 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
 
 
-_Parts = Annotated[list[PartBody], Field(max_length=MAX_CONTENT_PARTS)]
+_Parts = Annotated[list[PartBody], Field(max_length=MAX_CONTENT_PARTS, fail_fast=True)]
 Parts = Annotated[_Parts, BeforeValidator(_as_parts, json_schema_input_type=str | _Parts)]
 
 
@@ -83,7 +83,7 @@ def _as_items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-_Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
+_Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Items = Annotated[_Items, BeforeValidator(_as_items, json_schema_input_type=str | _Items)]
 
 
@@ -141,15 +141,15 @@ class ResponseBody(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    include: Annotated[list[_Key], Field(max_length=64)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    include: Annotated[list[_Key], Field(max_length=64, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Annotated[str, Field(max_length=64)] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextBody | None = None
     reasoning: ReasoningBody | None = None
     stream: bool | None = None
     truncation: Literal["disabled"] | None = None
-    metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[_Key, _Value], at_most(16)] | None = None
     store: bool | None = None  # nothing is kept, whatever it says: clients have it true by default
     background: bool | None = None  # refused, as all that needs something kept
     previous_response_id: Any = None
@@ -160,12 +160,13 @@ class ResponseBody(Body):
 def conversation(body: ResponseBody) -> list[Message]:
     """Instructions and items. What an assistant wrote in one turn is one message. Raises ApiError 400."""
     messages: list[Message] = []
+    called: set[str] = set()
     if body.instructions is not None:
         messages.append(Message("system", body.instructions))
     for index, item in enumerate(body.input):
         param = f"input.{index}"
         if isinstance(item, ResultItem):
-            if not any(call.id == item.call_id for message in messages for call in message.tool_calls):
+            if item.call_id not in called:
                 raise ApiError.bad("no function_call before it has this call_id", param=f"{param}.call_id")
             messages.append(Message("tool", _text(item.output, f"{param}.output"), tool_call_id=item.call_id))
         elif isinstance(item, OtherItem):
@@ -175,6 +176,8 @@ def conversation(body: ResponseBody) -> list[Message]:
             )  # fmt: skip
         else:
             _add(messages, item, param)
+            if isinstance(item, CallItem):
+                called.add(item.call_id)
     return messages
 
 

@@ -119,7 +119,9 @@ def test_a_tool_is_called_and_its_result_is_read(sdk: OpenAI, forecast_tool: Any
     Forecast.model_validate_json(call.function.arguments)
     # The turns go back as the client keeps them.
     turns = [*MESSAGES, message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
-    later = sdk.chat.completions.create(**{**GREEDY, "messages": turns, "tools": [forecast_tool], "tool_choice": "none"})
+    later = sdk.chat.completions.create(
+        **{**GREEDY, "messages": turns, "tools": [forecast_tool], "tool_choice": "none"}
+    )
     assert later.usage is not None and answer.usage is not None
     assert later.choices[0].message.tool_calls is None
     assert later.usage.prompt_tokens > len(call.function.arguments) + len("Say something.rain")
