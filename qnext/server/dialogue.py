@@ -62,8 +62,8 @@ async def make_dialogue(
     if offer.is_required:
         try:
             text = tool_call_grammar(
-                offer.callable, style=served.tool_style, name=offer.name, parallel=parallel_calls and offer.name is None,
-                control_names=served.tokenizer.added_ids.keys(),
+                offer.callable, style=served.tool_style, name=offer.name,
+                parallel=parallel_calls and offer.name is None, control_names=served.tokenizer.added_ids.keys(),
             )  # fmt: skip
         except QnextError as error:
             raise from_user_error(error, param="tools") from None
