@@ -116,7 +116,6 @@ NUMBERS: dict[str, list[Any]] = {
     "max_tokens": [*_NO_NUMBERS, *_NO_FINITE, *_HUGE, -1, 0, 1.5],
     "max_completion_tokens": [*_NO_NUMBERS, *_NO_FINITE, *_HUGE, -1, 0, 1.5],
     "max_output_tokens": [*_NO_NUMBERS, *_NO_FINITE, *_HUGE, -1, 0, 1.5],
-    "max_tool_calls": [*_NO_NUMBERS, -1],
     "min_tokens": [*_NO_NUMBERS, *_NO_FINITE, *_HUGE, -1, 1.5, 1_000, 2**31],
     "top_logprobs": [*_NO_NUMBERS, *_HUGE, -1, 21, 10**6],
     "prompt_logprobs": [*_NO_NUMBERS, *_HUGE, -1, 21, 10**6, 1.5],
