@@ -273,7 +273,6 @@ PROMPTS = [
     Case("1,500 combining marks", _text("e" + "\u0301" * 700), (200,), only=_TEXTUAL),
     Case("beyond the first plane", _text("\U0001f9d1\u200d\U0001f680\U0010ffff\ufffe"), (200,), only=_TEXTUAL),
     Case("unassigned and private", _text("\ue000\U000f0000\u0378"), (200,), only=_TEXTUAL),
-    Case("prefill in a request", {"kv_transfer_params": {"do_remote_prefill": True}}, (200,)),
     Case("foreign settings", lambda s: {**s.valid, "mm_processor_kwargs": {"x": MARK}, "kv_transfer_params": MARK,
                                         "vllm_xargs": {}, "priority": -1}, (200,)),
     Case("calls of the user", {"messages": [{"role": "user", "content": "x", "tool_calls": [

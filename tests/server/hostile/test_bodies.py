@@ -15,26 +15,43 @@ def suited(case: Case) -> list[Surface]:
     return [surface for surface in SURFACES.values() if case.suits(surface)]
 
 
-def _params(*, is_long: bool) -> list[object]:
-    """(case, surfaces). In short a value of a field, and what is heavy, takes its turn on one of its surfaces."""
-    found: list[object] = []
-    for kind, cases in CLASSES.items():
-        for number, case in enumerate(cases):
-            all_of_them = suited(case)
-            is_alone = not is_long and (kind == "fields" or case.is_heavy)
-            chosen = [all_of_them[number % len(all_of_them)]] if is_alone and all_of_them else all_of_them
-            if chosen:
-                found.append(pytest.param(case, chosen, id=f"{kind}: {case.name}"))
-    return found
+def _turn(number: int, case: Case) -> list[Surface]:
+    """One of its surfaces, another one for each number."""
+    found = suited(case)
+    return [found[number % len(found)]] if found else []
 
 
-@pytest.mark.parametrize(("case", "chosen"), _params(is_long=False))
+def _short() -> list[object]:
+    """What is heavy takes its turn on one of its surfaces."""
+    return [
+        pytest.param(case, _turn(number, case) if case.is_heavy else suited(case), id=f"{kind}: {case.name}")
+        for kind, cases in CLASSES.items() if kind != "fields"
+        for number, case in enumerate(cases)
+    ]  # fmt: skip
+
+
+def _long() -> list[object]:
+    return [
+        pytest.param(case, suited(case), id=f"{kind}: {case.name}") for kind, cases in CLASSES.items() for case in cases
+    ]
+
+
+@pytest.mark.parametrize(("case", "chosen"), _short())
 def test_case(harness: Harness, case: Case, chosen: list[Surface]) -> None:
     harness.check(case, chosen)
 
 
+@pytest.mark.parametrize("field", sorted({case.name.split()[0] for case in CLASSES["fields"]}))
+def test_field(harness: Harness, field: str) -> None:
+    """All values of a field, each on one surface in turn; what the others notice is looked at after all of them."""
+    cases = [case for case in CLASSES["fields"] if case.name.split()[0] == field]
+    for number, case in enumerate(cases):
+        harness.check(case, _turn(number, case), is_last=False)
+    harness.check_rest()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "chosen"), _params(is_long=True))
+@pytest.mark.parametrize(("case", "chosen"), _long())
 def test_case_everywhere(harness: Harness, case: Case, chosen: list[Surface]) -> None:
     harness.check(case, chosen)
 
