@@ -20,12 +20,15 @@ VERBS = {
     "generate": "complete a prompt",
     "chat": "talk to a model",
     "serve": "a model behind OpenAI's and Anthropic's APIs, with a page",
+    "run-batch": "answer a file of requests, here or by a running server",
     "train": "train by a recipe",
     "eval": "bits per byte on text files",
     "quantize": "a model folder in four or eight bits, and what that cost",
     "bench": "speed, loading and memory, beside peers and the limits of the machine",
+    "bench-serve": "a load on a running server, as `qnext bench serve`",
     "convert": "a model folder to GGUF, for llama.cpp, and back",
     "keys": "API keys of a server: create, list, show, revoke, rotate",
+    "experts": "which experts a text goes to, and what quantisation changed of that",
     "doctor": "what the machine and a model offer, and what is in the way",
     "completion": "a script that completes verbs, flags and models in bash, zsh or fish",
 }
@@ -42,7 +45,7 @@ exit codes: 0 ok, 2 usage, 3 model not found, 4 does not fit, 5 corrupt checkpoi
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `qnext` command; ends the process with the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _joined_verb(list(sys.argv[1:] if arguments is None else arguments))
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, VERBS))
         print(_USAGE.format(verbs="\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())), end="")
@@ -54,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"qnext: no verb {arguments[0]!r}; `qnext --help` lists them", file=sys.stderr)
         sys.exit(2)
     sys.exit(_run(arguments[0], arguments[1:]))
+
+
+def _joined_verb(words: list[str]) -> list[str]:
+    """The two words of a verb may stand apart: `bench serve` is `bench-serve`."""
+    joined = "-".join(words[:2])
+    return [joined, *words[2:]] if len(words) > 1 and joined in VERBS else words
 
 
 def click_command(verb: str) -> Any:

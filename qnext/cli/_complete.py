@@ -10,7 +10,7 @@ from typing import Any
 
 FOLDERS, FILES = "#folders", "#files"  # lines that ask the shell for names of its own
 
-_NO_HINT = re.compile(r"N|X|FACTOR|TEXT|PROMPT|NAME|KEY=VALUE|[\dN,.]+")
+_NO_HINT = re.compile(r"N|X|FACTOR|TEXT|PROMPT|NAME|URL|KEY|KEY=VALUE|[\dNX,.]+")
 
 
 def candidates(words: Sequence[str]) -> list[str]:
@@ -21,6 +21,8 @@ def candidates(words: Sequence[str]) -> list[str]:
 
     prefix = re.match("--[^=]+=", words[-1]) if words else None  # bash alone has it as words of their own
     words = _join_equals(words)
+    if len(words) > 2 and "-".join(words[:2]) in VERBS:
+        words = ["-".join(words[:2]), *words[2:]]
     last = words[-1] if words else ""
     if len(words) <= 1:
         found = [*(f"{verb}\t{text}" for verb, text in VERBS.items()), "--help\t", "--version\t"]

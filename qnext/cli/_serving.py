@@ -1,38 +1,27 @@
-"""What `serve` prints: its log, and the line that says that it is ready."""
+"""What `serve` makes of its flags, and prints: its log, and the line that says that it is ready."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from qnext.server.app import Server
+    from qnext.server.keys import KeyRing
+    from qnext.server.limits import Limits
+    from qnext.server.run import Urls
 
 
-def log_to_stderr(form: str, *, secrets: Iterable[str] = ()) -> None:
+def log_to_stderr(form: Literal["text", "json"], *, secrets: Iterable[str] = ()) -> None:
     """One line per record on stderr, as text or JSON; keys are blacked out."""
-    import structlog
-
     from qnext.server.audit import RedactingFilter
 
-    shared: list[Any] = [
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    last: Any = (
-        structlog.processors.JSONRenderer()
-        if form == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
-    )
-    formatter = structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=[*shared, structlog.processors.format_exc_info] if form == "json" else shared,
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, last],
-    )
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(formatter)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(text if form == "text" else _json_formatter())
     handler.addFilter(RedactingFilter(secrets))
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -41,9 +30,42 @@ def log_to_stderr(form: str, *, secrets: Iterable[str] = ()) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
-def print_ready(server: Server, url: str) -> None:
+def _json_formatter() -> logging.Formatter:
+    import structlog
+
+    before: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    after: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()]
+    return structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=after)
+
+
+def new_server(
+    keys: KeyRing,
+    limits: Limits,
+    with_page: bool,
+    origins: Sequence[str] | None,
+    audit_log: Path | None,
+    audit_chain: bool,
+    metrics_compat: Literal["vllm"] | None,
+) -> Server:
+    """The server that the flags describe. Raises OSError where the audit log cannot be written."""
+    from qnext.server.app import Server
+    from qnext.server.audit import AuditLog
+
+    audit = None if audit_log is None else AuditLog(audit_log, chain=audit_chain)
+    return Server(
+        keys=keys, limits=limits, audit=audit, metrics_compat=metrics_compat, origins=frozenset(origins or ()),
+        with_page=with_page,
+    )  # fmt: skip
+
+
+def print_ready(server: Server, urls: Urls) -> None:
     """Where it listens, as whom, and a first request to try."""
-    served = server.served
+    served, url = server.served, urls.public
     auth = "no key needed" if server.keys.is_open else "keys needed"
     kind = "chat/completions" if served.chat_format is not None else "completions"
     body = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError
 
@@ -86,13 +86,18 @@ def end_token_ids(tokenizer: Tokenizer, config: ModelConfig) -> frozenset[int]:
 
 
 def write_text(text: str) -> None:
-    """Model text to stdout at once.
-
-    What stdout cannot encode is replaced. On a terminal control characters are too: a model may repeat escape
-    sequences that it has read somewhere.
-    """
-    if sys.stdout.isatty():
-        text = _CONTROL.sub("\ufffd", text)
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    """Model text to stdout at once."""
+    sys.stdout.write(printable(text, sys.stdout))
     sys.stdout.flush()
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """Model text as `stream` can have it.
+
+    What it cannot encode is replaced. On a terminal control characters are too: a model may repeat escape sequences
+    that it has read somewhere.
+    """
+    if stream.isatty():
+        text = _CONTROL.sub("\ufffd", text)
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)

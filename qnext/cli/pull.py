@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +16,14 @@ def command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="organisation/model")],
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="a folder; default: the local cache")] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="progress and folder on stdout, a line of JSON each, as it happens")
+    ] = False,
 ) -> None:
-    """Download a model and print its folder. An interrupted download continues where it stopped."""
-    import huggingface_hub
+    """Download a model and print its folder. An interrupted download continues where it stopped.
+
+    With --json: lines {"file", "completed", "total"} in bytes, then {"folder"}.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -30,7 +36,7 @@ def command(
     if out is not None and out.exists() and not out.is_dir():
         raise UsageError(f"{out}: exists and is no folder")
     try:
-        folder = huggingface_hub.snapshot_download(name, revision=revision, local_dir=out, allow_patterns=list(ALLOWED))
+        folder = _download(name, out, revision, as_json=as_json)
     except GatedRepoError:
         raise ModelNotFound(f"{name}: access must be granted on the hub first, then `hf auth login`") from None
     except RepositoryNotFoundError:
@@ -47,4 +53,18 @@ def command(
         raise ModelNotFound(f"{name}: cannot be downloaded: {reason[0][:200]}") from None
     if not any(Path(folder).glob("*.safetensors")):
         raise ModelNotFound(f"{name}: holds no safetensors files, so it is no model that can be loaded")
-    print(folder)
+    print(json.dumps({"folder": str(folder)}) if as_json else folder)
+
+
+def _download(name: str, out: Path | None, revision: str | None, *, as_json: bool) -> str:
+    """The folder. Files come first, where somebody watches; then the hub's own function completes and checks it."""
+    import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
+
+    from qnext.cli._download import download_files, file_bars, file_lines
+
+    with file_lines() if as_json else file_bars() as report:
+        if report is not None:
+            disable_progress_bars()
+            download_files(name, out, revision, list(ALLOWED), report)
+    return huggingface_hub.snapshot_download(name, revision=revision, local_dir=out, allow_patterns=list(ALLOWED))

@@ -2,238 +2,99 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING
 
 from qnext.cli import _sampling as options
+from qnext.cli import _serve_flags as flags
+from qnext.cli._served import TOOL_STYLES, load_served, name_of, speculation_of
 from qnext.errors import ModelNotFound, UsageError
 
 if TYPE_CHECKING:
-    from qnext.cli._text_model import TextFolder
-    from qnext.engine import Engine
-    from qnext.server.app import Server
-    from qnext.server.served import ServedModel
-    from qnext.text.chat import ChatFormat
+    from qnext.server.keys import KeyRing
+    from qnext.server.run import Listen
 
-_NETWORK, _ACCESS, _MODEL, _MEMORY = "Network", "Access", "Model", "Memory and batching"
-_LIMITS, _LOGS = "Limits", "Logs and metrics"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_TOOL_STYLES = {
-    "auto": None, "hermes": "json", "json": "json", "qwen25": "json", "qwen": "json",
-    "qwen3_coder": "xml", "qwen3_xml": "xml", "xml": "xml",
-}  # fmt: skip
-
-
-def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub name.")],
-    host: Annotated[str, _option(_NETWORK, "--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, _option(_NETWORK, "--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    uds: Annotated[str | None, _option(_NETWORK, "--uds", help="A Unix socket instead.")] = None,
-    ssl_certfile: Annotated[str | None, _option(_NETWORK, "--ssl-certfile", help="PEM certificate.")] = None,
-    ssl_keyfile: Annotated[str | None, _option(_NETWORK, "--ssl-keyfile", help="Its private key.")] = None,
-    origins: Annotated[
-        list[str] | None,
-        _option(_NETWORK, "--allowed-origins", "--cors-origins", help="Other origins whose pages may call."),
-    ] = None,
-    ui: Annotated[bool, _option(_NETWORK, "--ui/--no-ui", help="Serve the page.")] = True,
-    api_key: Annotated[list[str] | None, _option(_ACCESS, "--api-key", help="A key that clients use.")] = None,
-    api_key_file: Annotated[Path | None, _option(_ACCESS, "--api-key-file", help="A file with one key a line.")] = None,
-    keys: Annotated[Path | None, _option(_ACCESS, "--keys", help="Keys made by `qnext keys`.")] = None,
-    admin_port: Annotated[
-        int | None, _option(_ACCESS, "--admin-port", help="Routes for administrators, on the loopback interface.")
-    ] = None,
-    admin_api_key: Annotated[list[str] | None, _option(_ACCESS, "--admin-api-key", help="A key for them.")] = None,
-    insecure_no_auth: Annotated[
-        bool, _option(_ACCESS, "--insecure-no-auth", help="Serve everybody who reaches the address.")
-    ] = False,
-    served_model_name: Annotated[
-        list[str] | None,
-        _option(_MODEL, "--served-model-name", "--alias", help="What clients call it; the first is answered with."),
-    ] = None,
-    dtype: Annotated[str | None, _option(_MODEL, "--dtype", help="float32 or bfloat16; default: as stored.")] = None,
-    threads: Annotated[int | None, _option(_MODEL, "--threads", min=1, help="CPU threads.")] = None,
+    model: flags.Model,
+    host: flags.Host = "127.0.0.1",
+    port: flags.Port = 8000,
+    uds: flags.Uds = None,
+    ssl_certfile: flags.SslCertfile = None,
+    ssl_keyfile: flags.SslKeyfile = None,
+    origins: flags.Origins = None,
+    ui: flags.Ui = True,
+    api_key: flags.ApiKey = None,
+    api_key_file: flags.ApiKeyFile = None,
+    keys: flags.Keys = None,
+    admin_port: flags.AdminPort = None,
+    admin_api_key: flags.AdminApiKey = None,
+    insecure_no_auth: flags.InsecureNoAuth = False,
+    served_model_name: flags.ServedModelName = None,
+    dtype: flags.Dtype = None,
+    threads: flags.Threads = None,
     yarn: options.Yarn = None,
     speculation: options.Speculation = None,
-    speculative_config: Annotated[
-        str | None,
-        _option(
-            _MODEL, "--speculative-config", help='As vLLM: {"method":"qwen3_next_mtp","num_speculative_tokens":2}.'
-        ),
-    ] = None,
-    tool_call_parser: Annotated[
-        str, _option(_MODEL, "--tool-call-parser", help="auto, hermes (JSON) or qwen3_coder (XML).")
-    ] = "auto",
-    auto_tool_choice: Annotated[
-        bool, _option(_MODEL, "--enable-auto-tool-choice", help="Always on; accepted for vLLM's users.")
-    ] = True,
-    reasoning_parser: Annotated[
-        str | None, _option(_MODEL, "--reasoning-parser", help="Chosen by the chat format; accepted for vLLM's users.")
-    ] = None,
-    generation_config: Annotated[
-        str, _option(_MODEL, "--generation-config", help="auto: the model's sampling defaults; none: OpenAI's.")
-    ] = "auto",
-    trust_remote_code: Annotated[
-        bool, _option(_MODEL, "--trust-remote-code", help="Refused: no code of a model is ever run.")
-    ] = False,
-    max_model_len: Annotated[
-        int | None, _option(_MEMORY, "--max-model-len", "--ctx-size", "--context", help="Tokens of a request in all.")
-    ] = None,
-    max_num_seqs: Annotated[
-        int, _option(_MEMORY, "--max-num-seqs", "--parallel", min=1, help="Answers written at once.")
-    ] = 16,
-    max_num_batched_tokens: Annotated[
-        int | None, _option(_MEMORY, "--max-num-batched-tokens", help="Tokens of one step.")
-    ] = None,
-    kv_cache_dtype: Annotated[
-        str, _option(_MEMORY, "--kv-cache-dtype", help="auto, float32, bfloat16 or int8.")
-    ] = "auto",
-    prefix_caching: Annotated[
-        bool, _option(_MEMORY, "--enable-prefix-caching/--no-enable-prefix-caching", help="Share common prefixes.")
-    ] = True,
-    disk_cache: Annotated[
-        Path | None, _option(_MEMORY, "--disk-cache", help="Keep prefixes here, over restarts too.")
-    ] = None,
-    disk_cache_bytes: Annotated[int, _option(_MEMORY, "--disk-cache-bytes", help="How much of the disk.")] = 8 << 30,
-    max_queued: Annotated[
-        int, _option(_LIMITS, "--max-queued-requests", min=0, help="Requests that wait; more get 503.")
-    ] = 512,
-    max_queued_per_key: Annotated[
-        int, _option(_LIMITS, "--max-queued-per-key", min=0, help="Of one key; more get 429.")
-    ] = 64,
-    queue_timeout: Annotated[float, _option(_LIMITS, "--queue-timeout", help="Seconds until the first step.")] = 60.0,
-    request_timeout: Annotated[float, _option(_LIMITS, "--request-timeout", help="Seconds of a request.")] = 600.0,
-    shutdown_timeout: Annotated[
-        float, _option(_LIMITS, "--shutdown-timeout", help="Seconds that running requests get after SIGTERM.")
-    ] = 30.0,
-    watchdog_timeout: Annotated[
-        float, _option(_LIMITS, "--watchdog-timeout", help="Seconds of one step, after which the process ends.")
-    ] = 300.0,
-    max_body_bytes: Annotated[int, _option(_LIMITS, "--max-body-bytes", max=16 << 20, help="Of a request.")] = 8 << 20,
-    max_n: Annotated[int, _option(_LIMITS, "--max-n", min=1, max=128, help="Answers to one request.")] = 16,
-    audit_log: Annotated[Path | None, _option(_LOGS, "--audit-log", help="A line for each request.")] = None,
-    audit_chain: Annotated[bool, _option(_LOGS, "--audit-chain", help="Chain its lines by hashes.")] = False,
-    log_format: Annotated[str, _option(_LOGS, "--log-format", help="text or json.")] = "text",
-    metrics_compat: Annotated[
-        str | None, _option(_LOGS, "--metrics-compat", help="vllm: its names of metrics, too.")
-    ] = None,
+    speculative_config: flags.SpeculativeConfig = None,
+    tool_call_parser: flags.ToolCallParser = "auto",
+    auto_tool_choice: flags.AutoToolChoice = True,
+    reasoning_parser: flags.ReasoningParser = None,
+    generation_config: flags.GenerationConfig = "auto",
+    trust_remote_code: flags.TrustRemoteCode = False,
+    max_model_len: flags.MaxModelLen = None,
+    max_num_seqs: flags.MaxNumSeqs = 16,
+    max_num_batched_tokens: flags.MaxNumBatchedTokens = None,
+    kv_cache_dtype: flags.KvCacheDtype = "auto",
+    prefix_caching: flags.PrefixCaching = True,
+    disk_cache: flags.DiskCache = None,
+    disk_cache_bytes: flags.DiskCacheBytes = 8 << 30,
+    max_queued: flags.MaxQueued = 512,
+    max_queued_per_key: flags.MaxQueuedPerKey = 64,
+    queue_timeout: flags.QueueTimeout = 60.0,
+    request_timeout: flags.RequestTimeout = 600.0,
+    shutdown_timeout: flags.ShutdownTimeout = 30.0,
+    watchdog_timeout: flags.WatchdogTimeout = 300.0,
+    max_body_bytes: flags.MaxBodyBytes = 8 << 20,
+    max_n: flags.MaxN = 16,
+    audit_log: flags.AuditLog = None,
+    audit_chain: flags.AuditChain = False,
+    log_format: flags.LogFormat = "text",
+    metrics_compat: flags.MetricsCompat = None,
 ) -> None:
     """Serve MODEL: OpenAI's and Anthropic's APIs, metrics, and a page. SIGTERM ends it without losing an answer."""
-    from qnext.cli._serving import log_to_stderr, print_ready
-    from qnext.server.app import Server
-    from qnext.server.audit import AuditLog
+    from qnext.cli._serving import log_to_stderr, new_server, print_ready
+    from qnext.cli._text_model import open_folder
     from qnext.server.limits import Limits
     from qnext.server.run import Listen, serve
 
-    _one_of("--log-format", log_format, ("text", "json"))
-    _one_of("--metrics-compat", metrics_compat, (None, "vllm"))
-    _one_of("--generation-config", generation_config, ("auto", "none"))
-    _one_of("--tool-call-parser", tool_call_parser, tuple(_TOOL_STYLES))
-    _one_of("--kv-cache-dtype", kv_cache_dtype, ("auto", "float32", "bfloat16", "int8"))
-    if trust_remote_code:
-        raise UsageError("--trust-remote-code: nothing of a model is run as code here, so there is nothing to trust")
+    listen = Listen(host, port, uds, admin_port, ssl_certfile, ssl_keyfile)
     ring = _key_ring(api_key, api_key_file, keys, admin_api_key)
-    if ring.is_open and uds is None and host not in _LOOPBACK and not insecure_no_auth:
-        raise UsageError(f"{host} can be reached from elsewhere: give --api-key or --keys, or --insecure-no-auth")
-    if admin_port is not None and not any("admin" in key.scopes for key in ring.keys):
-        raise UsageError("--admin-port needs --admin-api-key, or a key with the scope admin in --keys")
-    if (ssl_certfile is None) != (ssl_keyfile is None):
-        raise UsageError("--ssl-certfile and --ssl-keyfile belong together")
+    _check_access(ring, listen, insecure_no_auth, trust_remote_code)
     log_to_stderr(log_format, secrets=[*(api_key or ()), *(admin_api_key or ())])
     limits = Limits(
         max_body_bytes=max_body_bytes, max_n=max_n, max_queued=max_queued, max_queued_per_key=max_queued_per_key,
         queue_seconds=queue_timeout, request_seconds=request_timeout, drain_seconds=shutdown_timeout,
         watchdog_seconds=watchdog_timeout,
     )  # fmt: skip
-    use_drafts, num_drafts = _speculation(speculation, speculative_config)
-    from qnext.cli._text_model import open_folder
-
+    engine = {
+        "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len,
+        "prefix_cache": prefix_caching, "max_salt_fraction": 1.0 if ring.is_open else 0.5,
+        **speculation_of(speculation, speculative_config),
+    }  # fmt: skip
     folder = open_folder(model, yarn=yarn)
-
-    def load() -> tuple[Engine, ServedModel]:
-        return _load(
-            folder, dtype=dtype, threads=threads, names=served_model_name or [_name_of(model)],
-            tool_style=_TOOL_STYLES[tool_call_parser], with_defaults=generation_config == "auto",
-            engine_options={
-                "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
-                "max_model_len": max_model_len, "prefix_cache": prefix_caching, "speculation": use_drafts,
-                "max_draft_tokens": num_drafts, "max_salt_fraction": 1.0 if ring.is_open else 0.5,
-            },
+    serve(
+        lambda: new_server(ring, limits, ui, origins, audit_log, audit_chain, metrics_compat),
+        lambda: load_served(
+            folder, names=served_model_name or [name_of(model)], engine_options=engine, dtype=dtype, threads=threads,
+            tool_style=TOOL_STYLES[tool_call_parser], with_defaults=generation_config == "auto",
             kv_cache_dtype=kv_cache_dtype, disk_cache=disk_cache, disk_cache_bytes=disk_cache_bytes,
-        )  # fmt: skip
-
-    def new_server() -> Server:
-        return Server(
-            keys=ring, limits=limits, with_page=ui, origins=frozenset(origins or ()),
-            audit=None if audit_log is None else AuditLog(audit_log, chain=audit_chain),
-            metrics_compat="vllm" if metrics_compat else None,
-        )  # fmt: skip
-
-    listen = Listen(
-        host=host, port=port, uds=uds, admin_port=admin_port, certificate=ssl_certfile, certificate_key=ssl_keyfile
-    )
-    code = serve(new_server, load, listen, on_ready=print_ready)
-    sys.stderr.flush()
-    raise typer.Exit(code)
-
-
-def _load(
-    folder: TextFolder,
-    *,
-    dtype: str | None,
-    threads: int | None,
-    names: list[str],
-    tool_style: Any,
-    with_defaults: bool,
-    engine_options: dict[str, Any],
-    kv_cache_dtype: str,
-    disk_cache: Path | None,
-    disk_cache_bytes: int,
-) -> tuple[Engine, ServedModel]:
-    """The engine and the texts of a folder. Raises QnextError."""
-    import torch
-
-    from qnext.cli._text_model import end_token_ids, load_weights
-    from qnext.engine import DiskCache, Engine
-    from qnext.server.served import ServedModel
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    defaults = options.sampling_defaults(folder.path) if with_defaults else {}
-    chat_format = _chat_format(folder)
-    network = load_weights(folder, dtype)
-    eos_ids = end_token_ids(folder.tokenizer, folder.config)
-    engine = Engine(
-        network, eos_token_ids=eos_ids, kv_dtype=None if kv_cache_dtype == "auto" else getattr(torch, kv_cache_dtype),
-        disk_cache=None if disk_cache is None else DiskCache(disk_cache, max_bytes=disk_cache_bytes),
-        **engine_options,
+        ), listen, on_ready=print_ready,
     )  # fmt: skip
-    print(engine.memory_plan.describe(), file=sys.stderr, flush=True)
-    served = ServedModel(
-        folder.config, folder.tokenizer, chat_format, names=names, max_model_len=engine.max_model_len,
-        eos_ids=eos_ids, defaults=defaults, tool_style=tool_style,
-    )  # fmt: skip
-    return engine, served
 
 
-def _chat_format(folder: TextFolder) -> ChatFormat | None:
-    from qnext.text.chat import ChatFormat
-
-    try:
-        return ChatFormat.for_folder(folder.path, tokenizer=folder.tokenizer)
-    except UsageError as error:
-        print(f"{error}: /v1/chat/completions is refused, /v1/completions works", file=sys.stderr, flush=True)
-        return None
-
-
-def _key_ring(plain: list[str] | None, plain_file: Path | None, store: Path | None, admin: list[str] | None) -> Any:
+def _key_ring(plain: list[str] | None, plain_file: Path | None, store: Path | None, admin: list[str] | None) -> KeyRing:
     from qnext.server.keys import KeyRing
 
     found = list(plain or ())
@@ -248,24 +109,15 @@ def _key_ring(plain: list[str] | None, plain_file: Path | None, store: Path | No
     return KeyRing(store, plain=found, admin=admin or ())
 
 
-def _speculation(flag: bool | None, config: str | None) -> tuple[bool | None, int | None]:
-    """(whether to draft, how many tokens) of the flag and of vLLM's JSON."""
-    if config is None:
-        return flag, None
-    try:
-        values = json.loads(config)
-        count = values.get("num_speculative_tokens")
-    except (ValueError, AttributeError):
-        raise UsageError("--speculative-config must be a JSON object") from None
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= 8):
-        raise UsageError("--speculative-config: num_speculative_tokens must be between 0 and 8")
-    return (False, None) if count == 0 else (flag is not False, count)
-
-
-def _name_of(model: str) -> str:
-    return model if "/" in model and not Path(model).exists() else Path(model).resolve().name
-
-
-def _one_of(flag: str, value: str | None, choices: tuple[str | None, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{flag} must be one of {', '.join(str(choice) for choice in choices if choice)}")
+def _check_access(ring: KeyRing, listen: Listen, is_insecure: bool, trusts_code: bool) -> None:
+    """Raises UsageError for an address that anybody could use, a listener that nobody could, and for trust in code."""
+    if trusts_code:
+        raise UsageError("--trust-remote-code: nothing of a model is run as code here, so there is nothing to trust")
+    if (listen.certificate is None) != (listen.certificate_key is None):
+        raise UsageError("--ssl-certfile and --ssl-keyfile belong together")
+    if ring.is_open and listen.uds is None and listen.host not in _LOOPBACK and not is_insecure:
+        raise UsageError(
+            f"{listen.host} can be reached from elsewhere: give --api-key or --keys, or --insecure-no-auth"
+        )
+    if listen.admin_port is not None and not any("admin" in key.scopes for key in ring.keys):
+        raise UsageError("--admin-port needs --admin-api-key, or a key with the scope admin in --keys")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qnext.engine.completion import Completion
 from qnext.engine.engine import Engine
-from qnext.engine.expert_load import ExpertLoad, LayerLoad
+from qnext.engine.expert_load import ExpertCounts, ExpertLoad, LayerLoad
 from qnext.engine.memory import MemoryPlan
 from qnext.engine.metrics import EngineMetrics, FinishCounts, Gauges, Histogram
 from qnext.engine.params import SamplingParams
@@ -18,6 +18,7 @@ __all__ = [
     "EndEvent",
     "Engine",
     "EngineMetrics",
+    "ExpertCounts",
     "ExpertLoad",
     "FinishCounts",
     "FinishReason",

@@ -12,7 +12,7 @@ import torch
 
 from qnext.engine.cache import BLOCK_SIZE, Cache, prompt_grid
 from qnext.engine.completion import Completion
-from qnext.engine.expert_load import ExpertCounter, ExpertLoad
+from qnext.engine.expert_load import ExpertCounter, ExpertCounts, ExpertLoad
 from qnext.engine.memory import MemoryPlan, weight_bytes
 from qnext.engine.metrics import EngineMetrics, MetricsRecorder
 from qnext.engine.params import SamplingParams
@@ -153,7 +153,12 @@ class Engine:
     def expert_load(self, num_steps: int = 1) -> ExpertLoad | None:
         """Tokens of each expert, from the first step on and in the last `num_steps`, at most 64. Any thread may ask, as
         for `metrics`. None without experts or `count_experts`."""
-        return self._recorder.expert_load(num_steps)
+        counts = self.expert_counts(num_steps)
+        return None if counts is None else counts.report()
+
+    def expert_counts(self, num_steps: int = 1) -> ExpertCounts | None:
+        """The same as arrays, a hundred times quicker: for whoever asks several times a second."""
+        return self._recorder.expert_counts(num_steps)
 
     @property
     def memory_plan(self) -> MemoryPlan:

@@ -97,7 +97,7 @@ class ExpertCounter:
 
 @dataclass(frozen=True)
 class ExpertCounts:
-    """A copy of an ExpertCounter's state, cheap to take."""
+    """A copy of an ExpertCounter's state, cheap to take. Row i of the arrays is the layer with index `layers[i]`."""
 
     layers: list[int]
     num_steps: int

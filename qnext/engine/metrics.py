@@ -16,7 +16,7 @@ from qnext.engine.scheduling.scheduler import Scheduler
 from qnext.engine.step import SequencePlan, StepPlan, TokenEvent
 
 if TYPE_CHECKING:
-    from qnext.engine.expert_load import ExpertCounter, ExpertLoad
+    from qnext.engine.expert_load import ExpertCounter, ExpertCounts
 
 # 1, 2.5 and 5 of every decade from a millisecond to a thousand seconds
 REQUEST_SECONDS = (*(n * 10**e / 10_000 for e in range(6) for n in (10, 25, 50)), 1000.0)
@@ -208,12 +208,11 @@ class MetricsRecorder:
                 prefix=PrefixStatistics(**self._prefix),
             )
 
-    def expert_load(self, num_steps: int) -> ExpertLoad | None:
+    def expert_counts(self, num_steps: int) -> ExpertCounts | None:
         if self._experts is None:
             return None
         with self._lock:
-            counts = self._experts.copy(num_steps)
-        return counts.report()
+            return self._experts.copy(num_steps)
 
     # ---- under the lock ----
 

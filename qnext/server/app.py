@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.applications import Starlette
@@ -86,10 +86,11 @@ class Server:
         self._served = served
         self._worker = EngineWorker(engine, self.limits)
         self._worker.start()
-        self._live = LiveHub(engine, describe=describe(served))
+        self._live = LiveHub(engine, describe=describe(served, self.limits))
         self._metrics = ServerMetrics(
-            self.counters, model_name=served.name, block_size=engine.memory_plan.block_size, source=engine
-        )
+            self.counters, model_name=served.name, block_size=engine.memory_plan.block_size, source=engine,
+            num_waiting=lambda: self.worker.num_queued,
+        )  # fmt: skip
         self.state = "ready"
 
     @property
@@ -222,6 +223,8 @@ class Server:
     async def drain(self, seconds: float) -> None:
         """Take no more requests and let those that run end for so long; then tell them that the server stops."""
         self.state = "draining"
+        if self._live is not None:
+            self._live.close()
         end = time.monotonic() + seconds
         while self.tasks and time.monotonic() < end and not self.is_hurried:
             await asyncio.sleep(0.05)
@@ -242,7 +245,7 @@ class Server:
             self.audit.close()
 
 
-def describe(served: ServedModel) -> dict[str, Any]:
+def describe(served: ServedModel, limits: Limits) -> dict[str, Any]:
     """What GET /live/model says beside the layers."""
     return {
         "model": served.name,
@@ -250,6 +253,7 @@ def describe(served: ServedModel) -> dict[str, Any]:
         "sampling": {"temperature": 1.0, **served.defaults},
         "has_chat": served.chat_format is not None,
         "thinking": served.is_thinking,
+        "limits": asdict(limits),
     }
 
 

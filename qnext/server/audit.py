@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -67,30 +68,32 @@ class AuditLog:
         self._keep = keep
         self._has_chain = chain
         self._clock = clock
-        self._fd, self._size, self._previous, self._is_torn = -1, 0, _FIRST, False
+        self._fd, self._size, self._rotate_at, self._previous, self._is_torn = -1, 0, max_bytes, _FIRST, False
         self._open()
 
     def write(self, record: AuditRecord) -> None:
         try:
             line = self._line(record)
-            if self._size and self._size + len(line) + 1 > self._max_bytes:
+            if self._size and self._size + len(line) + 1 > self._rotate_at:
                 self._rotate()
             self._append(line)
         except (OSError, ValueError, TypeError) as error:
             self.num_failed += 1
             if self.num_failed == 1:
-                reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-                logging.getLogger(__name__).error("the audit log %s loses lines: %s", self.path, reason)
+                self._complain("loses lines", error)
 
     def reopen(self) -> None:
         """For whoever moved the file away. Raises OSError, and goes on with the old one."""
-        old, self._fd = self._fd, -1
+        old, previous = self._fd, self._previous
         try:
             self._open()
         except OSError:
             self._fd = old
             raise
-        os.close(old)
+        if self._size == 0:
+            self._previous = previous
+        if old >= 0:
+            os.close(old)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -104,8 +107,7 @@ class AuditLog:
             values[name] = value[:_MAX_TEXT] if isinstance(value, str) else value
         if self._has_chain:
             values["previous"] = self._previous
-        # DEL is the one control character that JSON leaves as it is.
-        return json.dumps(values, allow_nan=False, separators=(",", ":")).replace("\x7f", "\\u007f").encode("ascii")
+        return json.dumps(values, allow_nan=False, separators=(",", ":")).encode("ascii")  # all but ASCII is escaped
 
     def _append(self, line: bytes) -> None:
         # What a full disk cut off ends before the next line begins.
@@ -119,30 +121,44 @@ class AuditLog:
 
     def _take_back(self, num_written: int) -> None:
         try:
-            os.ftruncate(self._fd, self._size)
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - num_written)
         except OSError:  # a file that may only be appended to
             self._size += num_written
             last = _last_line(self.path)
             self._previous, self._is_torn = last.digest, last.is_torn
 
     def _rotate(self) -> None:
+        try:
+            self._move_away()
+        except OSError as error:
+            # Not again with the next line: each try pushes the oldest file out.
+            self._rotate_at = self._size + self._max_bytes
+            self._complain("grows, it cannot be moved away", error)
+
+    def _move_away(self) -> None:
         for number in range(self._keep - 1, 0, -1):
             with suppress(FileNotFoundError):
                 os.replace(_numbered(self.path, number), _numbered(self.path, number + 1))
-        if self._keep:
-            os.replace(self.path, _numbered(self.path, 1))
-        else:
-            os.unlink(self.path)
-        previous = self._previous
+        with suppress(FileNotFoundError):  # moved before, when the new one could not be opened
+            if self._keep:
+                os.replace(self.path, _numbered(self.path, 1))
+            else:
+                os.unlink(self.path)
         self.reopen()
-        if self._size == 0:
-            self._previous = previous
+
+    def _complain(self, what: str, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+        logging.getLogger(__name__).error("the audit log %s %s: %s", self.path, what, reason)
 
     def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         self._fd = os.open(self.path, flags, 0o600)
-        os.fchmod(self._fd, 0o600)
-        self._size = os.fstat(self._fd).st_size
+        found = os.fstat(self._fd)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(self._fd)
+            raise OSError(errno.EINVAL, "is no file", str(self.path))
+        os.fchmod(self._fd, 0o600)  # also one that was there before
+        self._size, self._rotate_at = found.st_size, self._max_bytes
         last = _last_line(self.path if self._size or not self._has_chain else _numbered(self.path, 1))
         self._previous, self._is_torn = last.digest, last.is_torn and self._size > 0
 
@@ -214,7 +230,7 @@ def _sha256(data: bytes) -> str:
 
 # ---- keys in other logs ----
 
-_HIDDEN = "[redacted]"
+_HIDDEN = "<redacted>"
 _KEY_LETTER = r"(?:[A-Za-z0-9_-]|%2[dD]|%5[fF])"
 _PATTERNS = (
     # a key by its form: a whole one anywhere, a piece of one where a word may begin, also behind %20 and the like
@@ -224,7 +240,8 @@ _PATTERNS = (
     re.compile(r"(?P<kept>bearer(?:\s|%20|\+)+)[^\s\"',;&]+", re.IGNORECASE),
     re.compile(
         r"(?P<kept>(?:x[-_]api[-_]key|api[-_]?key|access[-_]token|authorization)"
-        r"\\*[\"']?\s*(?:[:=,]|%3[ad])\s*[\[(]?b?\\*[\"']?(?:(?:bearer|basic)(?:\s|%20|\+)+)?)[^\s\"',;&\\]+",
+        r"\\*[\"']?\s*(?:[:=,]|%3[ad])\s*[\[(]?(?:b(?=[\\\"']))?\\*[\"']?"
+        r"(?:(?:bearer|basic)(?:\s|%20|\+)+)?)[^\s\"',;&\\]+",
         re.IGNORECASE,
     ),
 )

@@ -21,10 +21,61 @@ _FREE_MAPS = ("logit_bias", "metadata", "chat_template_kwargs", "parameters", "i
 _WORD = re.compile(r"[^\s:,;()\[\]{}]{3,}")
 # Words of ours and of JSON schemas, which say what is wrong also where the caller used them.
 _SCHEMA_WORDS = frozenset(
-    "json json_schema schema regex lark grammar choice start rule type string number integer boolean object array null "
-    "properties required items pattern format enum const anyof oneof allof not additionalproperties prefixitems "
-    "minlength maxlength minitems maxitems minimum maximum multipleof patternproperties definitions the and for too "
-    "larger longer more than must invalid unknown expected failed compile".split()
+    [
+        "json",
+        "json_schema",
+        "schema",
+        "regex",
+        "lark",
+        "grammar",
+        "choice",
+        "start",
+        "rule",
+        "type",
+        "string",
+        "number",
+        "integer",
+        "boolean",
+        "object",
+        "array",
+        "null",
+        "properties",
+        "required",
+        "items",
+        "pattern",
+        "format",
+        "enum",
+        "const",
+        "anyof",
+        "oneof",
+        "allof",
+        "not",
+        "additionalproperties",
+        "prefixitems",
+        "minlength",
+        "maxlength",
+        "minitems",
+        "maxitems",
+        "minimum",
+        "maximum",
+        "multipleof",
+        "patternproperties",
+        "definitions",
+        "the",
+        "and",
+        "for",
+        "too",
+        "larger",
+        "longer",
+        "more",
+        "than",
+        "must",
+        "invalid",
+        "unknown",
+        "expected",
+        "failed",
+        "compile",
+    ]
 )
 # Kinds of the Anthropic surface by status; 529 is its own for an overloaded server, but clients retry 503 alike.
 _ANTHROPIC = {

@@ -105,7 +105,8 @@ class KeyStore:
         elif not self.path.exists():
             raise UsageError(f"{self.path}: there is no such file of keys")
         # The lock is a file of its own: the file of keys is another one after every change.
-        lock = os.open(self.path.parent / f".{self.path.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        target = self.path.resolve()
+        lock = os.open(target.with_name(f".{target.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             keys = list(self.keys()) if self.path.exists() else []
@@ -134,7 +135,6 @@ class KeyRing:
         self._store = None if file is None else KeyStore(file)
         self._clock = clock
         self._plain = _plain_keys(plain, admin, int(clock()))
-        self._salt_secret = secrets.token_bytes(32)
         self._keys = self._load()
 
     @classmethod
@@ -176,11 +176,12 @@ class KeyRing:
     def cache_salt(self, key: Key | None) -> str:
         """What keeps the prefixes of one key apart from those of others; empty for the requests of an open server.
 
-        It changes with every start, so that nobody who knows an id can compute it.
+        Made from the hash of the secret, which nobody knows who knows an id: prefixes on disk are found again after a
+        restart, and lost when the key is rotated.
         """
         if key is None:
             return ""
-        return hmac.new(self._salt_secret, key.id.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(bytes.fromhex(key.digest), b"prefix cache", hashlib.sha256).hexdigest()
 
     def _load(self) -> tuple[tuple[bytes, Key], ...]:
         keys = (*self._plain, *(() if self._store is None else self._store.keys()))
@@ -240,20 +241,23 @@ def _read_private(path: Path) -> bytes:
         raise UsageError(f"{path}: there is no such file of keys") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-    with os.fdopen(fd, "rb") as file:
+    try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise UsageError(f"{path} is no file")
         user = os.geteuid()
         if user and found.st_uid not in (user, 0):
             raise UsageError(f"{path} belongs to another user, who could add keys")
-        # A mounted secret is root's and reaches the server through its group.
+        # A mounted secret is root's and reaches the server through its group. Root itself may use anybody's file.
         forbidden = 0o077 if found.st_uid == user else 0o037
         if found.st_mode & forbidden:
             raise UsageError(f"{path} is open to other users (mode {stat.S_IMODE(found.st_mode):o}): chmod 600 it")
         if found.st_size > _MAX_FILE_BYTES:
             raise UsageError(f"{path} is larger than a file of {MAX_KEYS} keys can be")
-        return file.read(_MAX_FILE_BYTES + 1)
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read(_MAX_FILE_BYTES)
+    finally:
+        os.close(fd)
 
 
 def _write_private(path: Path, values: object) -> None:
@@ -300,7 +304,7 @@ def _parse_key(row: object, where: str) -> Key:
     names = {field.name for field in fields(Key)}
     if not isinstance(row, dict) or set(row) != names:
         wrong = names ^ set(row) if isinstance(row, dict) else names
-        raise UsageError(f"{where}: missing or unknown: {', '.join(sorted(str(name)[:40] for name in wrong)[:5])}")
+        raise UsageError(f"{where}: missing or unknown: {', '.join(sorted(repr(name)[:40] for name in wrong)[:5])}")
     for name, is_right, wanted in _CHECKS:
         if not is_right(row[name]):
             raise UsageError(f"{where}: {name} must be {wanted}")

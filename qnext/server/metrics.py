@@ -1,14 +1,19 @@
-"""Prometheus text of an engine and of the server around it. No torch, and nothing that outlives its owner."""
+"""Prometheus text of an engine and of the server around it. No torch, and nothing that outlives its owner.
+
+Legend: E experts.
+"""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -77,15 +82,25 @@ class ServerCounters:
 
 
 class ServerMetrics:
-    """Renders both. `source` is the engine, or None until it is loaded; `block_size` is tokens of a KV block."""
+    """Renders both. `source` is the engine, or None until it is loaded; `block_size` is tokens of a KV block.
+
+    `num_waiting` tells how many requests wait where the server has a queue of its own before that of the engine.
+    """
 
     def __init__(
-        self, counters: ServerCounters, *, model_name: str, block_size: int, source: MetricsSource | None = None
+        self,
+        counters: ServerCounters,
+        *,
+        model_name: str,
+        block_size: int,
+        source: MetricsSource | None = None,
+        num_waiting: Callable[[], int] | None = None,
     ) -> None:
         self.counters = counters
         self.model_name = model_name
         self.block_size = block_size
         self.source = source
+        self.num_waiting = num_waiting
 
     def render(self, compat: Literal["vllm"] | None = None) -> bytes:
         """Text of format 0.0.4, to be sent as CONTENT_TYPE; with `compat` the names that vLLM's boards read, too."""
@@ -98,6 +113,8 @@ class ServerMetrics:
         if self.source is None:
             return
         metrics, labels = self.source.metrics, {"model_name": self.model_name}
+        if self.num_waiting is not None:
+            metrics = replace(metrics, gauges=replace(metrics.gauges, num_waiting=self.num_waiting()))
         yield from _engine_families(metrics, labels, self.block_size)
         if compat == "vllm":
             yield from _vllm_families(metrics, labels, self.block_size)
@@ -276,35 +293,36 @@ def _expert_families(load: ExpertLoad, labels: Labels) -> Iterator[Metric]:
     top = GaugeMetricFamily("qnext_expert_top_share_ratio", "Share of the busiest 1 % of experts", labels=names)
     dead = GaugeMetricFamily("qnext_experts_dead", "Experts without any token", labels=names)
     for layer in load.layers:
-        for window, tokens in _windows(layer):
+        for window, tokens_E in _windows(layer):
             values = (*labels.values(), str(layer.layer_index), window)
-            balance.add_metric(values, _balancedness(tokens))
-            entropy.add_metric(values, _entropy(tokens))
-            top.add_metric(values, _top_share(tokens))
-            dead.add_metric(values, tokens.count(0))
+            balance.add_metric(values, _balancedness(tokens_E))
+            entropy.add_metric(values, _entropy(tokens_E))
+            top.add_metric(values, _top_share(tokens_E))
+            dead.add_metric(values, int((tokens_E == 0).sum()))
     yield from (balance, entropy, top, dead)
 
 
-def _windows(layer: LayerLoad) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Since the engine was made, and in the last steps, at most RECENT_STEPS."""
-    return ("start", layer.tokens), ("recent", layer.recent)
+def _windows(layer: LayerLoad) -> tuple[tuple[str, NDArray[np.int64]], ...]:
+    """int64 [E]: tokens of each expert since the engine was made, and in the last steps, at most RECENT_STEPS."""
+    return ("start", np.array(layer.tokens)), ("recent", np.array(layer.recent))
 
 
-def _balancedness(tokens: Sequence[int]) -> float:
-    return sum(tokens) / len(tokens) / max(tokens) if any(tokens) else 1.0
+def _balancedness(tokens_E: NDArray[np.int64]) -> float:
+    return float(tokens_E.mean() / tokens_E.max()) if tokens_E.any() else 1.0
 
 
-def _entropy(tokens: Sequence[int]) -> float:
+def _entropy(tokens_E: NDArray[np.int64]) -> float:
     """Over its largest possible value; 1 also without any token."""
-    total = sum(tokens)
-    if len(tokens) < 2 or not total:
+    used = tokens_E[tokens_E > 0]
+    if len(tokens_E) < 2 or not len(used):
         return 1.0
-    return -sum(n / total * math.log(n / total) for n in tokens if n) / math.log(len(tokens))
+    share = used / used.sum()
+    return float(-(share * np.log(share)).sum() / math.log(len(tokens_E)))
 
 
-def _top_share(tokens: Sequence[int]) -> float:
-    num_top = math.ceil(len(tokens) / 100)
-    return sum(sorted(tokens)[-num_top:]) / sum(tokens) if any(tokens) else num_top / len(tokens)
+def _top_share(tokens_E: NDArray[np.int64]) -> float:
+    num_top = math.ceil(len(tokens_E) / 100)
+    return float(np.sort(tokens_E)[-num_top:].sum() / tokens_E.sum()) if tokens_E.any() else num_top / len(tokens_E)
 
 
 def _usage(metrics: EngineMetrics) -> float:

@@ -60,8 +60,6 @@ async def _ticks(exchange: Exchange) -> AsyncGenerator[bytes, None]:
     try:
         async with exchange.server.live.watch() as ticks:
             async for tick in ticks:
-                if exchange.server.state != "ready":
-                    return
                 yield b"data: " + tick + b"\n\n"
     except TooManyViewers:
         raise ApiError.busy("too many viewers", retry_after=10.0) from None

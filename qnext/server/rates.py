@@ -64,8 +64,9 @@ class KeyRates:
         refusal = self._refuse(key, state, num_tokens)
         if refusal is None:
             state.num_running += 1
-            state.requests.level -= 1
-            state.tokens.level -= num_tokens
+            for bucket, amount in ((state.requests, 1), (state.tokens, num_tokens)):
+                if bucket is not None:
+                    bucket.level -= amount
         return refusal
 
     def finish(self, key: Key, num_charged: int, num_used: int) -> None:
@@ -75,28 +76,28 @@ class KeyRates:
         if state is not None:
             state.update(key, now)
             state.num_running = max(0, state.num_running - 1)
-            state.tokens.level = min(state.tokens.limit, state.tokens.level - (num_used - num_charged))
+            if state.tokens is not None:
+                state.tokens.level -= num_used - num_charged
 
     def headers(self, key: Key) -> dict[str, str]:
         """x-ratelimit-* as of now, for the limits that the key has."""
         now = self._clock()
         state = self._table.get(key.id) or _KeyState(key, now)
         state.update(key, now)
-        return _headers(key, state)
+        return _headers(state)
 
     def _refuse(self, key: Key, state: _KeyState, num_tokens: int) -> Refusal | None:
-        headers = _headers(key, state)
+        headers = _headers(state)
+        if state.tokens is not None and num_tokens > state.tokens.limit:
+            message = f"this key may use {key.tokens_per_minute} tokens a minute; the prompt has {num_tokens}"
+            return _refusal("too_large", message, None, headers)
         if key.max_parallel is not None and state.num_running >= key.max_parallel:
             return _refusal("parallel", f"this key may have {key.max_parallel} requests at once", 1.0, headers)
-        if key.requests_per_minute is not None and (wait := state.requests.wait(1)):
+        if state.requests is not None and (wait := state.requests.wait(1)):
             message = f"this key may make {key.requests_per_minute} requests a minute"
             return _refusal("requests", message, wait, headers)
-        if key.tokens_per_minute is not None:
-            message = f"this key may use {key.tokens_per_minute} tokens a minute"
-            if num_tokens > key.tokens_per_minute:
-                return _refusal("too_large", f"{message}; the prompt has {num_tokens}", None, headers)
-            if wait := state.tokens.wait(num_tokens):
-                return _refusal("tokens", message, wait, headers)
+        if state.tokens is not None and (wait := state.tokens.wait(num_tokens)):
+            return _refusal("tokens", f"this key may use {key.tokens_per_minute} tokens a minute", wait, headers)
         return None
 
 
@@ -172,8 +173,8 @@ class _Bucket(_Idles):
 class _KeyState(_Idles):
     def __init__(self, key: Key, now: float) -> None:
         self.num_running = 0
-        self.requests = _minute_bucket(key.requests_per_minute, now)
-        self.tokens = _minute_bucket(key.tokens_per_minute, now)
+        self.requests = _with_limit(None, key.requests_per_minute, now)
+        self.tokens = _with_limit(None, key.tokens_per_minute, now)
 
     def update(self, key: Key, now: float) -> None:
         """The limits of a key may be others after a reload; what was used stays used."""
@@ -181,7 +182,7 @@ class _KeyState(_Idles):
         self.tokens = _with_limit(self.tokens, key.tokens_per_minute, now)
 
     def is_idle(self, now: float) -> bool:
-        return not self.num_running and self.requests.is_idle(now) and self.tokens.is_idle(now)
+        return not self.num_running and all(b is None or b.is_idle(now) for b in (self.requests, self.tokens))
 
 
 class _Table(Generic[Name, State]):
@@ -212,19 +213,15 @@ def _is_limited(key: Key) -> bool:
     return any(limit is not None for limit in (key.requests_per_minute, key.tokens_per_minute, key.max_parallel))
 
 
-def _minute_bucket(limit: int | None, now: float) -> _Bucket:
-    # Without a limit nobody asks for the level.
-    return _Bucket(limit or 0, (limit or 0) / _MINUTE, now)
-
-
-def _with_limit(bucket: _Bucket, limit: int | None, now: float) -> _Bucket:
-    if bucket.limit != (limit or 0):
-        changed = _minute_bucket(limit, now)
-        if bucket.limit:
-            bucket.fill(now)
-            changed.level = min(changed.limit, bucket.level)
-        return changed
+def _with_limit(bucket: _Bucket | None, limit: int | None, now: float) -> _Bucket | None:
+    """The bucket of a key whose limit is `limit` a minute by now, filled up to now."""
+    if limit is None:
+        return None
+    if bucket is None:
+        return _Bucket(limit, limit / _MINUTE, now)
     bucket.fill(now)
+    bucket.limit, bucket.per_second = float(limit), limit / _MINUTE
+    bucket.level = min(bucket.limit, bucket.level)
     return bucket
 
 
@@ -234,14 +231,11 @@ def _refusal(reason: str, message: str, retry_after: float | None, headers: dict
     return Refusal(reason, message, retry_after, headers)
 
 
-def _headers(key: Key, state: _KeyState) -> dict[str, str]:
+def _headers(state: _KeyState) -> dict[str, str]:
     headers = {}
-    for name, limit, bucket in (
-        ("requests", key.requests_per_minute, state.requests),
-        ("tokens", key.tokens_per_minute, state.tokens),
-    ):
-        if limit is not None:
-            headers[f"x-ratelimit-limit-{name}"] = str(limit)
+    for name, bucket in (("requests", state.requests), ("tokens", state.tokens)):
+        if bucket is not None:
+            headers[f"x-ratelimit-limit-{name}"] = f"{bucket.limit:.0f}"
             headers[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(bucket.level + _ROUNDING)))
             headers[f"x-ratelimit-reset-{name}"] = f"{bucket.wait(bucket.limit):.3f}s"  # until nothing is used
     return headers

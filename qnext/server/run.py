@@ -8,13 +8,15 @@ import faulthandler
 import gc
 import logging
 import os
+import queue
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import uvicorn
 
@@ -50,6 +52,13 @@ class Listen:
     certificate_key: str | None = None
 
 
+class Urls(NamedTuple):
+    """Where a server answers."""
+
+    public: str
+    admin: str | None
+
+
 class _Uvicorn(uvicorn.Server):
     """uvicorn that leaves signals to us."""
 
@@ -58,59 +67,79 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def serve(
-    server_of: Callable[[], Server],
-    load: Callable[[], tuple[Engine, ServedModel]],
-    listen: Listen,
-    *,
-    on_ready: Callable[[Server, str], None],
-) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code. The listener opens first and answers 503 while `load` runs.
+Load = Callable[[], "tuple[Engine, ServedModel]"]
+OnReady = Callable[[Server, Urls], None]
+
+
+def serve(server_of: Callable[[], Server], load: Load, listen: Listen, *, on_ready: OnReady) -> None:
+    """Serve until SIGTERM or SIGINT. The listener opens first and answers 503 while `load` runs.
 
     Raises what `load` raises, and UsageError where the address cannot be had.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
-    return asyncio.run(_serve(server_of, load, listen, on_ready))
+
+    async def main() -> None:
+        server = server_of()
+        _handle_signals(server)
+        await _serve(server, load, listen, on_ready)
+
+    asyncio.run(main())
 
 
-async def _serve(
-    server_of: Callable[[], Server],
-    load: Callable[[], tuple[Engine, ServedModel]],
-    listen: Listen,
-    on_ready: Callable[[Server, str], None],
-) -> int:
-    server = server_of()
-    routes = public_routes(with_page=server.with_page)
+@contextlib.contextmanager
+def serving(server_of: Callable[[], Server], load: Load, listen: Listen) -> Iterator[tuple[Server, Urls]]:
+    """A server in a thread of its own while the context lasts; it is drained at the end. Raises as `serve` does."""
+    found: queue.SimpleQueue[tuple[Server, Urls] | BaseException] = queue.SimpleQueue()
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def main() -> None:
+        loops.append(asyncio.get_running_loop())
+        await _serve(server_of(), load, listen, lambda *ready: found.put(ready))
+
+    def run() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            found.put(error)
+
+    thread = threading.Thread(target=run, name="server", daemon=True)
+    thread.start()
+    ready = found.get()
+    if isinstance(ready, BaseException):
+        raise ready
+    try:
+        yield ready
+    finally:
+        loops[0].call_soon_threadsafe(ready[0].request_stop)
+        thread.join()
+
+
+async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) -> None:
     sockets = [_socket(listen)]
-    listeners = [listener(make_application(server, routes), server, listen)]
+    listeners = [listener(make_application(server, public_routes(with_page=server.with_page)), server, listen)]
     if listen.admin_port is not None:
         sockets.append(_socket(Listen("127.0.0.1", listen.admin_port)))
         listeners.append(listener(make_application(server, ADMIN_ROUTES), server, Listen()))
     runs = [asyncio.create_task(one.serve([sock])) for one, sock in zip(listeners, sockets, strict=True)]
-    _handle_signals(server)
     cleaning = asyncio.create_task(janitor(server))
     try:
         engine, served = await _loaded(server, load)
-        if engine is not None and served is not None:
-            server.attach(engine, served)
-            gc.collect()
-            gc.freeze()  # weights and vocabulary stay: no collection need look at them again
-            on_ready(server, _url(listen, sockets[0]))
-            await server.stop_wanted.wait()
-            await server.drain(server.limits.drain_seconds)
+        server.attach(engine, served)
+        gc.freeze()  # weights and vocabulary stay: no collection need look at them again
+        urls = Urls(_url(listen, sockets[0]), _url(Listen(), sockets[-1]) if len(sockets) > 1 else None)
+        on_ready(server, urls)
+        await server.stop_wanted.wait()
+        await server.drain(server.limits.drain_seconds)
     finally:
         for one in listeners:
             one.should_exit = True
         await asyncio.gather(*runs)
         cleaning.cancel()
         server.close()
-    return 0
 
 
-async def _loaded(
-    server: Server, load: Callable[[], tuple[Engine, ServedModel]]
-) -> tuple[Engine | None, ServedModel | None]:
-    """What `load` gives, or nothing when the server is told to stop first."""
+async def _loaded(server: Server, load: Load) -> tuple[Engine, ServedModel]:
+    """What `load` gives; the process ends here when it is told to stop first."""
     loading = asyncio.ensure_future(asyncio.to_thread(load))
     stopping = asyncio.ensure_future(server.stop_wanted.wait())
     await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)

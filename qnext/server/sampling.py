@@ -80,7 +80,7 @@ def sampling_params(
             prompt_logprobs=prompt_logprobs,
         )
         ends = frozenset(stop_ids) | (frozenset() if params.ignore_eos else served.eos_ids)
-        params.check_vocabulary(vocab_size=served.config.vocab_size, stop_ids=ends)
+        params.check_vocabulary(vocab_size=served.vocab_size, stop_ids=ends)
     except QnextError as error:
         raise from_user_error(error) from None
     return params

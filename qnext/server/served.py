@@ -18,7 +18,6 @@ from qnext.text.messages import Message
 from qnext.text.tokenizer import Piece
 
 if TYPE_CHECKING:
-    from qnext.config import ModelConfig
     from qnext.text.chat import ChatFormat
     from qnext.text.tokenizer import Tokenizer
 
@@ -32,26 +31,27 @@ _FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 class ServedModel:
     """Text to token ids and back for one model, off the event loop where it could take long.
 
-    `names` are what requests may call it, the first the one that answers carry. `defaults` are sampling parameters
+    `names` are what requests may call it, the first the one that answers carry. `vocab_size` counts the rows of the
+    model's head, which may be more than the tokenizer's. `defaults` are sampling parameters
     that a request does not name. `tool_style` None: that of the chat format.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
         tokenizer: Tokenizer,
         chat_format: ChatFormat | None,
         *,
         names: Sequence[str],
+        vocab_size: int,
         max_model_len: int,
         eos_ids: frozenset[int],
         defaults: Mapping[str, Any] | None = None,
         tool_style: ToolStyle | None = None,
     ) -> None:
-        self.config = config
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.names = tuple(names)
+        self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.eos_ids = eos_ids
         self.defaults = dict(defaults or {})
@@ -73,7 +73,7 @@ class ServedModel:
             self.tokens,
             eos_ids=self.eos_ids,
             special_ids=self.tokenizer.added_ids.values(),
-            size=self.config.vocab_size,
+            size=self.vocab_size,
         )
         return GrammarCompiler(vocabulary)
 
@@ -172,8 +172,8 @@ class ServedModel:
 
     def check_ids(self, ids: Sequence[int], *, param: str) -> None:
         """Raises ApiError 400 unless all are ids of the vocabulary."""
-        if ids and (min(ids) < 0 or max(ids) >= self.config.vocab_size):
-            raise ApiError.bad(f"token ids are out of vocabulary; it has {self.config.vocab_size} tokens", param=param)
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+            raise ApiError.bad(f"token ids are out of vocabulary; it has {self.vocab_size} tokens", param=param)
 
     def token_text(self, token_id: int) -> str:
         """A token for a reader; bytes that are no text alone are written out, so that each token keeps its own name."""

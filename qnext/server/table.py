@@ -55,7 +55,7 @@ def public_routes(*, with_page: bool = True) -> list[Route]:
               _with("version")),
         Route("GET", "/metrics", probes.metrics, "metrics", "probe", "openai", "none", "for Prometheus",
               content_type=CONTENT_TYPE.split(";")[0]),
-        Route("GET", "/live/model", probes.live_model, "metrics", "light", "openai", "none",
+        Route("GET", "/live/model", probes.live_model, "any", "light", "openai", "none",
               "layers and limits, for the page", None, _OBJECT),
         Route("GET", "/live/stream", probes.live_stream, "metrics", "generation", "openai", "none",
               "the model at work, for the page", content_type="text/event-stream"),

@@ -67,7 +67,7 @@ class Generation:
         self._updates: deque[Update] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._failure: ApiError | None = None
-        self._open = set(range(params.n))  # answers that have not ended; one may be stopped here and end there as well
+        self._open = set(range(params.n))  # answers that have not ended
 
     async def __aenter__(self) -> Generation:
         self._worker.enqueue(self)
@@ -100,11 +100,12 @@ class Generation:
             if not self._updates and self._failure is None:
                 await self._wait(self._worker.limits.ping_seconds)
                 if not self._updates and self._failure is None:
-                    yield []
+                    if self._open:
+                        yield []
                     continue
             found = list(self._updates)
             self._updates.clear()
-            self._open.difference_update(update.index for update in found if update.finish_reason is not None)
+            self._open -= {update.index for update in found if update.finish_reason is not None}
             if found:
                 yield found
             if self._failure is not None:
@@ -127,8 +128,10 @@ class Generation:
 
     def stop(self, index: int) -> None:
         """End one answer now: it is complete, for its reader."""
+        # Its last token may have come by now, and been counted.
         self._open.discard(index)
         self._worker.abort(self, index)
+        self._wake()
 
     def deliver(self, updates: Sequence[Update], failure: ApiError | None = None) -> None:
         """Called in the event loop by the worker."""
@@ -335,6 +338,7 @@ class EngineWorker:
             self._fail_lost()
             if self._num_failures >= _MAX_FAILURES:
                 self.is_broken = True
+                self._fail_all(ApiError.internal())
             return
         if events:
             self._num_failures = 0

@@ -17,8 +17,9 @@ from prompt_toolkit.output import DummyOutput
 
 from qnext.checkpoint import load_model
 from qnext.cli import main
+from qnext.cli._chat_loop import _terminal_reader
 from qnext.cli._conversation import Conversation
-from qnext.cli.chat import _terminal_reader, run_chat
+from qnext.cli.chat import run_chat
 from qnext.engine import Engine, SamplingParams
 from qnext.errors import DoesNotFit, UsageError
 from qnext.text.chat import ChatFormat

@@ -84,7 +84,7 @@ WRONG = {
     "- seed": "must be a mapping of flags to values, not list",
     "a: [": "cannot be read: while parsing",
     "a: !!python/object/apply:os.getcwd []": "cannot be read: could not determine a constructor",
-    "a: " + "[" * 5000: "cannot be read",
+    "a: " + "[" * 1000: "cannot be read",
     "#" * (MAX_FILE_BYTES + 1): "more than 1,048,576 bytes",
 }
 

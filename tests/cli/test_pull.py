@@ -1,8 +1,14 @@
-"""`qnext pull` and hub names, with a hub that is not there."""
+"""`qnext pull` and hub names, with a hub that is not there, or one on this machine."""
 
 from __future__ import annotations
 
 import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +17,11 @@ import pytest
 from huggingface_hub import errors
 
 from qnext.checkpoint import resolve_model
+from qnext.cli._download import download_files, file_bars, file_lines
 from qnext.errors import ModelNotFound
 
 from .command import Capture, make_model, run
+from .local_hub import LocalHub
 
 
 class Hub:
@@ -135,3 +143,105 @@ def test_folders_win_and_other_names_never_reach_the_hub(
         with pytest.raises(ModelNotFound, match=message):
             resolve_model(name)
     assert hub.calls == []
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def pull(hub: LocalHub, home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the address of the hub is read once."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return subprocess.run(
+        [sys.executable, "-m", "qnext", "pull", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+        env={**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}, check=False,
+    )  # fmt: skip
+
+
+def test_lines_for_programs(tmp_path: Path) -> None:
+    """A download that breaks off goes on where it was; one that is complete is not repeated."""
+    folder = make_model(tmp_path)
+    (folder / "model.py").write_text("no code")
+    (folder / "big.json").write_bytes(os.urandom(25 << 20))  # more than huggingface_hub takes at a time
+    with LocalHub(folder, broken="big.json").running() as hub:
+        done = pull(hub, tmp_path / "home", "org/model", "--json")
+        assert done.returncode == 0, done.stderr
+        *lines, last = [json.loads(line) for line in done.stdout.splitlines()]
+        again = pull(hub, tmp_path / "home", "org/model", "--json")
+    wanted = {name: len(data) for name, data in hub.files.items() if name != "model.py"}
+    seen: dict[str, list[int]] = {}
+    for line in lines:
+        assert line["total"] == wanted[line["file"]]
+        seen.setdefault(line["file"], []).append(line["completed"])
+    assert {name: counts[-1] for name, counts in seen.items()} == wanted
+    assert all(counts == sorted(counts) and counts[0] == 0 for counts in seen.values())
+    first, second = [start for name, start in hub.ranges if name == "big.json"]
+    assert first == 0 < second < wanted["big.json"]
+    assert sorted(path.name for path in Path(last["folder"]).iterdir()) == sorted(wanted)
+    assert (Path(last["folder"]) / "big.json").read_bytes() == hub.files["big.json"]
+    assert len(hub.ranges) == len(wanted) + 1
+    assert {line["file"]: line["completed"] for line in map(json.loads, again.stdout.splitlines()[:-1])} == wanted
+
+
+def test_a_pipe_sees_the_folder_alone(tmp_path: Path) -> None:
+    with LocalHub(make_model(tmp_path)).running() as hub:
+        done = pull(hub, tmp_path / "home", "org/model", tmp_path / "out")
+        missing = pull(hub, tmp_path / "home", "org/other", "--json")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n")
+    assert (tmp_path / "out" / "config.json").read_bytes() == hub.files["config.json"]
+    assert (missing.returncode, missing.stdout) == (3, "")
+    assert "the hub has no such model" in missing.stderr.splitlines()[-1]
+
+
+def test_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    with file_bars() as report:
+        assert report is None
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    with file_bars() as report:
+        assert report is not None
+        report("a.safetensors", 0, 4000)
+        report("a.safetensors", 1000, 4000)
+        report("b.json", 100, 100)
+    drawn = capsys.readouterr().err
+    assert "a.safetensors" in drawn
+    assert "1.1/4.1 kB" in drawn  # all files
+    assert "b.json" not in drawn
+
+
+def test_lines_are_few(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with file_lines() as report:
+        for completed in range(101):
+            report("a", completed, 100)
+        report("a", 100, 100)
+    assert [json.loads(line)["completed"] for line in capsys.readouterr().out.splitlines()] == [0, 100]
+
+
+def test_a_file_that_fails_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that wait for the network must not keep a program that was to stop."""
+    infos = [
+        huggingface_hub.DryRunFileInfo("c", 10, name, "", is_cached=False, will_download=True)
+        for name in ("bad", "slow")
+    ]
+    ended: list[str] = []
+    is_slow_running = threading.Event()
+
+    def download(name: str, filename: str, *, tqdm_class: Any, **options: Any) -> None:
+        if filename == "bad":
+            is_slow_running.wait(10)
+            raise ConnectionError("reset")
+        with tqdm_class(total=10, unit="B") as bar:
+            is_slow_running.set()
+            try:
+                for _ in range(10_000):
+                    bar.update(0)
+                    time.sleep(0.001)
+            except KeyboardInterrupt:
+                ended.append(filename)
+                raise
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *names, **options: infos)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(ConnectionError, match="reset"):
+        download_files("org/model", None, None, ["*"], lambda file, completed, total: None)
+    assert ended == ["slow"]

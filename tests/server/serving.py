@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +16,10 @@ from qnext.cli._sampling import sampling_defaults
 from qnext.config import ModelConfig, hybrid_pattern
 from qnext.engine import Engine
 from qnext.model import CausalLM, initialize
-from qnext.server.admin import ADMIN_ROUTES
-from qnext.server.app import Server, make_application
+from qnext.server.app import Server
 from qnext.server.limits import Limits
-from qnext.server.run import Listen, janitor, listener
+from qnext.server.run import Listen, serving
 from qnext.server.served import ServedModel
-from qnext.server.table import public_routes
 from qnext.text.chat import ChatFormat
 from qnext.text.templates import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
 from qnext.text.tokenizer import Tokenizer
@@ -82,8 +78,9 @@ def load_served(folder: Path, **engine_options: Any) -> tuple[Engine, ServedMode
     model = load_model(folder)
     engine = Engine(model, max_num_seqs=engine_options.pop("max_num_seqs", 8), **engine_options)
     served = ServedModel(
-        model.config, tokenizer, ChatFormat.for_folder(folder, tokenizer=tokenizer), names=[folder.name, "alias"],
-        max_model_len=engine.max_model_len, eos_ids=engine.eos_token_ids, defaults=sampling_defaults(folder),
+        tokenizer, ChatFormat.for_folder(folder, tokenizer=tokenizer), names=[folder.name, "alias"],
+        vocab_size=model.config.vocab_size, max_model_len=engine.max_model_len, eos_ids=engine.eos_token_ids,
+        defaults=sampling_defaults(folder),
     )  # fmt: skip
     return engine, served
 
@@ -93,42 +90,13 @@ def running_server(
     folder: Path, *, limits: Limits | None = None, engine_options: dict[str, Any] | None = None, **server_options: Any
 ) -> Iterator[Running]:
     """A server on a free port of the loopback interface, with its administrators' listener; drained at the end."""
-    engine, served = load_served(folder, **(engine_options or {}))
-    started = threading.Event()
-    found: list[Running] = []
-    stop: list[asyncio.Event] = []
+    listen = Listen(port=0, admin_port=0)
+    loops: list[asyncio.AbstractEventLoop] = []
 
-    async def main() -> None:
-        server = Server(limits=limits or Limits(drain_seconds=1.0), **server_options)
-        applications = [make_application(server, public_routes()), make_application(server, ADMIN_ROUTES)]
-        listeners = [listener(one, server, Listen()) for one in applications]
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in applications]
-        tasks = [asyncio.create_task(one.serve([at])) for one, at in zip(listeners, sockets, strict=True)]
-        while not all(one.started for one in listeners):
-            await asyncio.sleep(0.005)
-        server.attach(engine, served)
-        cleaning = asyncio.create_task(janitor(server))
-        ports = [one.getsockname()[1] for one in sockets]
-        stop.append(asyncio.Event())
-        urls = [f"http://127.0.0.1:{port}" for port in ports]
-        found.append(Running(urls[0], urls[1], server, asyncio.get_running_loop()))
-        started.set()
-        await stop[0].wait()
-        await server.drain(server.limits.drain_seconds)
-        for one in listeners:
-            one.should_exit = True
-        await asyncio.gather(*tasks)
-        cleaning.cancel()
-        server.close()
+    def new_server() -> Server:
+        loops.append(asyncio.get_running_loop())
+        return Server(limits=limits or Limits(drain_seconds=1.0), **server_options)
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()), name="server", daemon=True)
-    thread.start()
-    if not started.wait(30.0):  # no assert: it has to wait under `python -O`, too
-        raise RuntimeError("the server does not start")
-    running = found[0]
-    try:
-        yield running
-    finally:
-        running.loop.call_soon_threadsafe(stop[0].set)
-        thread.join(30.0)
-        assert not thread.is_alive()
+    with serving(new_server, lambda: load_served(folder, **(engine_options or {})), listen) as (server, urls):
+        assert urls.admin is not None
+        yield Running(urls.public, urls.admin, server, loops[0])

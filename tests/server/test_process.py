@@ -19,11 +19,14 @@ LONG = {"prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "temperature":
 
 
 def read_stream(one: Process, body: dict[str, object], found: list[str], begun: threading.Event) -> None:
-    with one.client() as client, client.stream("POST", "/v1/completions", json=body) as answer:
-        with contextlib.suppress(httpx2.RemoteProtocolError):  # whoever reads `found` sees that its end is missing
-            for line in answer.iter_lines():
-                found.append(line)
-                begun.set()
+    with (
+        one.client() as client,
+        client.stream("POST", "/v1/completions", json=body) as answer,
+        contextlib.suppress(httpx2.RemoteProtocolError),  # whoever reads `found` sees that its end is missing
+    ):
+        for line in answer.iter_lines():
+            found.append(line)
+            begun.set()
 
 
 def start_streams(one: Process, number: int, body: dict[str, object]) -> tuple[list[list[str]], list[threading.Thread]]:
@@ -140,7 +143,6 @@ def test_health_needs_no_key_and_a_unix_socket_works(chat_model: Path, tmp_path:
         (("--host", "0.0.0.0"), "give --api-key"),
         (("--admin-port", "0"), "--admin-api-key"),
         (("--trust-remote-code",), "nothing of a model is run"),
-        (("--tool-call-parser", "magic"), "--tool-call-parser must be one of"),
         (("--speculative-config", "{"), "must be a JSON object"),
         (("--ssl-certfile", "x.pem"), "belong together"),
         (("--api-key", " "), "must not be empty"),

@@ -140,6 +140,7 @@ class _Run:
         stop = stop_strings(body)
         self.answers = [Answer(exchange.server.served, stop=stop) for _ in range(self.n * len(prompts))]
         self.generations: list[Generation | None] = [None] * len(prompts)
+        self._offsets = [0] * len(self.answers)  # characters of each choice whose log-probabilities are written
         self.id = f"cmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
 
@@ -254,7 +255,7 @@ class _Run:
         choice: dict[str, Any] = {
             "index": index,
             "text": written,
-            "logprobs": None if self.body.logprobs is None else self._logprobs(tokens, 0),
+            "logprobs": None if self.body.logprobs is None else self._logprobs(tokens, index),
             "finish_reason": "length" if self.body.max_tokens == 0 else answer.end_reason,
         }
         if self.body.prompt_logprobs is not None:
@@ -268,13 +269,14 @@ class _Run:
         found = self._generation(number).requests[0].prompt_sampled
         return list(found) if found else [SampledToken(token) for token in self.prompts[number]]
 
-    def _logprobs(self, tokens: Sequence[SampledToken], offset: int) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[SampledToken], choice: int) -> dict[str, Any]:
+        """Of the next tokens of a choice, whose offsets go on where its last ones ended."""
         names = [self._token_name(token.token_id) for token in tokens]
         offsets: list[int] = []
         served = self.exchange.server.served
         for token in tokens:
-            offsets.append(offset)
-            offset += len(served.token_bytes(token.token_id).decode("utf-8", "ignore"))
+            offsets.append(self._offsets[choice])
+            self._offsets[choice] += len(served.token_bytes(token.token_id).decode("utf-8", "ignore"))
         return {
             "tokens": names,
             "token_logprobs": [finite_logprob(token.logprob) for token in tokens],
@@ -309,7 +311,7 @@ class _Run:
                 {
                     "index": choice,
                     "text": text,
-                    "logprobs": None if self.body.logprobs is None else self._logprobs(tokens, 0),
+                    "logprobs": None if self.body.logprobs is None else self._logprobs(tokens, choice),
                     "finish_reason": end_reason,
                 }
             ],

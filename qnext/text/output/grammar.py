@@ -16,6 +16,11 @@ MAX_SCHEMA_DEPTH = 32
 _NOTES = ("title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly", "$schema")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # hold schemas by name
 _DATA = ("enum", "const")  # hold values, not schemas
+# A value ends at its first closing tag on a line of its own, and never holds what the parser takes for its end.
+_TEXT = (
+    r'text[suffix="\n</parameter>\n"]: VALUE',
+    r"VALUE: /(?s:.*)/ & ~/(?s:.*)<\/parameter>[ \t\r\n]*<(parameter=|\/function>)(?s:.*)/",
+)
 _WHITE_SPACE = r"[ \t\n\r]{1,64}"  # without a bound it is what a model writes that knows nothing to write
 
 
@@ -45,11 +50,13 @@ def tool_call_grammar(
     rules = [r'start: (/\n{1,4}/)? call ("\n" call)*' if parallel else r"start: (/\n{1,4}/)? call"]
     rules.append(f"call: {start} body {end}")
     rules.append("body: " + " | ".join(f"call_{index}" for index in range(len(chosen))))
+    values: dict[str, str] = {}
     for index, (tool, schema) in enumerate(chosen):
-        schema = _checked(schema)
-        rules += _json_rules(index, tool, schema) if style == "json" else _xml_rules(index, tool, schema)
+        bare = {**_without_notes(schema), "type": "object"}
+        rules += _json_rules(index, tool, bare) if style == "json" else [_xml_rule(index, tool, bare, values)]
+    rules += [f"{rule}: {value}" for value, rule in values.items()]
     if style == "xml":
-        rules.append(r'text[suffix="\n</parameter>\n"]: /(?s:.*)/')
+        rules += _TEXT
     return "\n".join(rules) + "\n"
 
 
@@ -58,17 +65,17 @@ def _json_rules(index: int, name: str, schema: Mapping[str, Any]) -> list[str]:
     return [f"call_{index}: {json.dumps(head)} arguments_{index} " + r'"}\n"', f"arguments_{index}: {_json(schema)}"]
 
 
-def _xml_rules(index: int, name: str, schema: Mapping[str, Any]) -> list[str]:
+def _xml_rule(index: int, name: str, schema: Mapping[str, Any], values: dict[str, str]) -> str:
+    """The rule of a call; `values` takes up the rules of values by their Lark, since many are alike."""
     properties = schema.get("properties")
     required = schema.get("required")
-    rules: list[str] = []
     parts = [json.dumps(f"\n<function={name}>\n")]
-    for number, (key, value) in enumerate(properties.items() if isinstance(properties, Mapping) else ()):
-        rule = f"parameter_{index}_{number}"
-        parts.append(rule if isinstance(required, list) and key in required else f"{rule}?")
-        rules.append(f"{rule}: {json.dumps(f'<parameter={key}>' + chr(10))} {_xml_value(value, schema)}")
+    for key, value in properties.items() if isinstance(properties, Mapping) else ():
+        rule = values.setdefault(_xml_value(value, schema), f"value_{len(values)}")
+        part = json.dumps(f"<parameter={key}>\n") + " " + rule
+        parts.append(part if isinstance(required, list) and key in required else f"({part})?")
     parts.append(r'"</function>\n"')
-    return [f"call_{index}: " + " ".join(parts), *rules]
+    return f"call_{index}: " + " ".join(parts)
 
 
 def _xml_value(schema: Any, root: Mapping[str, Any]) -> str:
@@ -83,7 +90,8 @@ def _xml_value(schema: Any, root: Mapping[str, Any]) -> str:
     if not types or "string" in types:
         return "text"
     shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
-    return f"{_json({**shared, **found})} {end}"
+    has_references = '"$ref"' in json.dumps(found)
+    return f"{_json({**shared, **found} if has_references else found)} {end}"
 
 
 def _json(schema: Mapping[str, Any]) -> str:
@@ -91,27 +99,20 @@ def _json(schema: Mapping[str, Any]) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": options}, separators=(",", ":"))
 
 
-def _checked(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema of an object, without what says nothing about its form."""
-    bare = _without_notes(schema, 1)
-    return {"type": "object", **bare}
-
-
-def _without_notes(schema: Any, depth: int) -> Any:
+def _without_notes(value: Any, depth: int = 1, *, is_schema: bool = True) -> Any:
+    """The schema, or a value in one, without what says nothing about the form of an output."""
     if depth > MAX_SCHEMA_DEPTH:
         raise UsageError(f"tools: a schema is nested deeper than {MAX_SCHEMA_DEPTH}")
-    if isinstance(schema, list):
-        return [_without_notes(entry, depth + 1) for entry in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    if "x-guidance" in schema:
+    if isinstance(value, list):
+        return [_without_notes(entry, depth + 1, is_schema=is_schema) for entry in value]
+    if not isinstance(value, Mapping):
+        return value
+    if is_schema and "x-guidance" in value:
         raise UsageError("tools: x-guidance is not supported")
     kept: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in _NAMED and isinstance(value, Mapping):
-            kept[key] = {name: _without_notes(entry, depth + 1) for name, entry in value.items()}
-        elif key in _DATA:
-            kept[key] = value
-        elif key not in _NOTES:
-            kept[key] = _without_notes(value, depth + 1)
+    for key, entry in value.items():
+        if is_schema and key in _NAMED and isinstance(entry, Mapping):
+            kept[key] = {name: _without_notes(named, depth + 2) for name, named in entry.items()}
+        elif not is_schema or key not in _NOTES:
+            kept[key] = _without_notes(entry, depth + 1, is_schema=is_schema and key not in _DATA)
     return kept

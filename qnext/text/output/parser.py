@@ -20,7 +20,7 @@ ToolStyle = Literal["json", "xml"]
 
 THINK, THINK_END = "<think>", "</think>"
 MAX_CALL_LENGTH = 1 << 20  # characters; a longer call is content
-SHORT = 64  # characters of a call in which none can end, too few to be worth reading
+SHORT = 64  # characters of a call: fewer are not worth reading where no tag can end in them
 MAX_SPACE_LENGTH = 1024  # characters of white space that are held back until what follows is known
 
 _TAGS: dict[ToolStyle, tuple[str, ...]] = {
@@ -117,8 +117,7 @@ class OutputParser:
         return place + len(tag)
 
     def _read_reasoning(self, text: str, start: int) -> int:
-        if self._skips_newlines:
-            return self._skip_newlines(text, start)
+        start = self._behind_newlines(text, start)
         place = text.find(THINK_END, start)
         end = place if place >= 0 else open_tag(text, start, len(text), (THINK_END,))
         self._add_text(Reasoning, text[start:end])
@@ -130,8 +129,7 @@ class OutputParser:
         return end + len(THINK_END)
 
     def _read_content(self, text: str, start: int) -> int:
-        if self._skips_newlines:
-            return self._skip_newlines(text, start)
+        start = self._behind_newlines(text, start)
         if self._tag_pattern is None:
             self._emit_text(Content, text[start:])
             return len(text)
@@ -180,10 +178,11 @@ class OutputParser:
             self._follows_bare_call = reader.is_bare
         return place
 
-    def _skip_newlines(self, text: str, start: int) -> int:
-        while text.startswith("\n", start):
-            start += 1
-        self._skips_newlines = start == len(text)
+    def _behind_newlines(self, text: str, start: int) -> int:
+        """Where to read on: behind the newlines that follow a tag of the thought."""
+        while self._skips_newlines and start < len(text):
+            self._skips_newlines = text[start] == "\n"
+            start += self._skips_newlines
         return start
 
     def _add_text(self, kind: type[Content] | type[Reasoning], text: str) -> None:

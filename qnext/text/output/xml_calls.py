@@ -111,7 +111,6 @@ class XmlCallReader:
             return place
         if self._parameter is not None:
             self._arguments.append((self._parameter, self._value))
-            self._parameter = None
         place += len(tag)
         if tag == PARAMETER:
             self._mark = self._num_read + place - start

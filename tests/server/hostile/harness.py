@@ -35,7 +35,8 @@ MAX_ERROR = 4_096
 TIMING_TRIES = 4
 
 _LEAKS = re.compile(
-    r"0x[0-9a-fA-F]{3,}|Traceback|site-packages|\.py\b|/(?:home|usr|tmp|work|etc|root|proc)/|line \d+, in ", re.IGNORECASE
+    r"0x[0-9a-fA-F]{3,}|Traceback|site-packages|\.py\b|/(?:home|usr|tmp|work|etc|root|proc)/|line \d+, in ",
+    re.IGNORECASE,
 )
 _ids = itertools.count()
 

@@ -1,0 +1,259 @@
+"""A batch at work: many requests at once, each answer written as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import httpx2
+import orjson
+
+from qnext.cli._batch_files import MAX_LINE_BYTES, BadLine, BatchOutput, BatchRequest
+from qnext.cli._remote import headers_of, unreachable
+from qnext.errors import QnextError
+
+if TYPE_CHECKING:
+    from qnext.engine import Engine
+    from qnext.server.app import Server
+    from qnext.server.served import ServedModel
+
+Ask = Callable[[BatchRequest], Awaitable[httpx2.Response]]
+
+MAX_ATTEMPTS = 8
+_MAX_WAIT = 60.0  # seconds between two attempts
+_RETRIED = (429, 503)
+_WATCH_SECONDS = 0.25
+
+
+@dataclass
+class Tally:
+    """What became of a batch so far."""
+
+    answered: int = 0
+    failed: int = 0
+    skipped: int = 0  # answered by an earlier run
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    interrupted: bool = False
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.output_tokens / max(time.monotonic() - self.began, 1e-9)
+
+    def describe(self) -> str:
+        """One line."""
+        number = self.answered + self.failed
+        skipped = f"; {self.skipped} answered before" if self.skipped else ""
+        return (
+            f"{number} requests: {self.answered} answered, {self.failed} failed{skipped}; "
+            f"{self.prompt_tokens} tokens of prompts and {self.output_tokens} of answers "
+            f"in {time.monotonic() - self.began:.1f} s, {self.tokens_per_second:.1f} tokens/s"
+        )
+
+
+class _Lost(Exception):
+    """A request got no answer of HTTP."""
+
+
+def run_batch(
+    entries: Iterator[BatchRequest | BadLine],
+    output: BatchOutput,
+    asking: contextlib.AbstractAsyncContextManager[Ask],
+    *,
+    concurrency: int,
+    tally: Tally,
+    on_progress: Callable[[Tally], None],
+) -> None:
+    """Ask for every entry that the output does not hold yet, `concurrency` at once.
+
+    Ctrl-C and SIGTERM end it early, between two lines: `tally.interrupted`.
+    """
+
+    async def work(ask: Ask) -> None:
+        for entry in entries:  # shared: each worker takes the next one
+            if isinstance(entry, BatchRequest) and entry.custom_id in output.answered:
+                tally.skipped += 1
+            elif isinstance(entry, BadLine):
+                _write(output, tally, entry.custom_id, error={"code": entry.code, "message": entry.message})
+            else:
+                await _answer(entry, ask, output, tally)
+            on_progress(tally)
+
+    async def main() -> None:
+        with _interruptible(tally):
+            async with asking as ask:
+                tally.began = time.monotonic()
+                await _all(work(ask) for _ in range(concurrency))
+
+    try:
+        asyncio.run(main())
+    except asyncio.CancelledError:
+        if not tally.interrupted:
+            raise
+
+
+async def _all(works: Iterator[Any]) -> None:
+    """All of them, or the first one's fault; then none is left behind."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _answer(request: BatchRequest, ask: Ask, output: BatchOutput, tally: Tally) -> None:
+    try:
+        response = await ask(request)
+        body = orjson.loads(response.content)
+    except _Lost as error:
+        _write(output, tally, request.custom_id, error={"code": "no_answer", "message": str(error)})
+        return
+    except orjson.JSONDecodeError:
+        message = f"{response.status_code}: an answer that is no JSON"
+        _write(output, tally, request.custom_id, error={"code": "no_json", "message": message})
+        return
+    if response.status_code == 200 and isinstance(body, dict):
+        usage = body.get("usage")
+        counts = usage if isinstance(usage, dict) else {}
+        tally.prompt_tokens += counts.get("prompt_tokens") or counts.get("input_tokens") or 0
+        tally.output_tokens += counts.get("completion_tokens") or counts.get("output_tokens") or 0
+    _write(
+        output, tally, request.custom_id,
+        response={
+            "status_code": response.status_code, "request_id": response.headers.get("x-request-id"), "body": body,
+        },
+    )  # fmt: skip
+
+
+def _write(
+    output: BatchOutput, tally: Tally, custom_id: str | None, *, response: Any = None, error: Any = None
+) -> None:
+    if response is not None and response["status_code"] == 200:
+        tally.answered += 1
+    else:
+        tally.failed += 1
+    name = f"batch_req_{secrets.token_hex(12)}"
+    output.write({"id": name, "custom_id": custom_id, "response": response, "error": error})
+
+
+@contextlib.contextmanager
+def _interruptible(tally: Tally) -> Iterator[None]:
+    """The first signal cancels the task that runs here; a second one ends the process as usual."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def stop() -> None:
+        remove()
+        tally.interrupted = True
+        if task is not None:
+            task.cancel()
+
+    def remove() -> None:
+        for number in signals:
+            with contextlib.suppress(ValueError, RuntimeError):
+                loop.remove_signal_handler(number)
+
+    for number in signals:
+        with contextlib.suppress(ValueError, RuntimeError):  # outside the main thread
+            loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        remove()
+
+
+@contextlib.asynccontextmanager
+async def ask_here(engine: Engine, served: ServedModel, *, request_seconds: float) -> AsyncIterator[Ask]:
+    """A server in this process without a listener: the routes of HTTP, asked in memory."""
+    from qnext.server.app import Server, make_application
+    from qnext.server.limits import Limits
+    from qnext.server.table import public_routes
+
+    # Nobody else waits here, so nothing bounds the queue but the batch itself.
+    limits = Limits(
+        max_queued=1 << 30, max_queued_per_key=1 << 30, queue_seconds=math.inf, request_seconds=request_seconds,
+        max_body_bytes=MAX_LINE_BYTES,
+    )  # fmt: skip
+    server = Server(limits=limits, with_page=False)
+    server.attach(engine, served)
+    transport = httpx2.ASGITransport(app=make_application(server, public_routes(with_page=False)))
+    watching = asyncio.create_task(_watch(server))
+    try:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:
+
+            async def ask(request: BatchRequest) -> httpx2.Response:
+                posting = asyncio.ensure_future(
+                    client.post(request.url, content=orjson.dumps(request.body), headers=headers_of(None))
+                )
+                try:
+                    await asyncio.wait((posting, watching), return_when=asyncio.FIRST_COMPLETED)
+                    if watching.done():
+                        raise QnextError(watching.result())
+                    return posting.result()
+                finally:
+                    posting.cancel()
+
+            yield ask
+    finally:
+        watching.cancel()
+        if server.fault is None:  # else its thread may never end; it ends with the process
+            await server.drain(0.0)
+        server.close()
+
+
+async def _watch(server: Server) -> str:
+    """Why the engine does not work any more, once it does not."""
+    while server.fault is None:
+        await asyncio.sleep(_WATCH_SECONDS)
+    return server.fault
+
+
+@contextlib.asynccontextmanager
+async def ask_there(root: str, api_key: str | None, *, concurrency: int, request_seconds: float) -> AsyncIterator[Ask]:
+    """A running server; it is asked again where it says that it is too busy, and where no connection comes about."""
+    limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    timeout = httpx2.Timeout(None if math.isinf(request_seconds) else request_seconds, connect=10.0, pool=None)
+    async with httpx2.AsyncClient(
+        base_url=root, headers=headers_of(api_key), limits=limits, timeout=timeout, follow_redirects=False
+    ) as client:
+
+        async def ask(request: BatchRequest) -> httpx2.Response:
+            content = orjson.dumps(request.body)
+            attempt = 1
+            while True:
+                try:
+                    response = await client.post(request.url, content=content)
+                    if response.status_code not in _RETRIED or attempt == MAX_ATTEMPTS:
+                        return response
+                    seconds = retry_seconds(response, attempt)
+                except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.RemoteProtocolError) as error:
+                    if attempt == MAX_ATTEMPTS:
+                        raise _Lost(str(unreachable(root, error))) from None
+                    seconds = _backoff(attempt)
+                except httpx2.HTTPError as error:
+                    raise _Lost(str(unreachable(root, error))) from None
+                attempt += 1
+                await asyncio.sleep(seconds)
+
+        yield ask
+
+
+def retry_seconds(response: httpx2.Response, attempt: int) -> float:
+    """How long to wait: what Retry-After says, else twice as long each time; at most a minute."""
+    said = response.headers.get("retry-after", "")
+    return min(float(said), _MAX_WAIT) if said.isascii() and said.isdigit() else _backoff(attempt)
+
+
+def _backoff(attempt: int) -> float:
+    return min(0.5 * 2.0**attempt, _MAX_WAIT) * random.uniform(0.8, 1.2)

@@ -1,0 +1,91 @@
+"""A model folder as what a server serves: the engine and the texts. `serve` and `run-batch` share it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qnext.cli import _sampling as options
+from qnext.errors import UsageError
+
+if TYPE_CHECKING:
+    from qnext.cli._text_model import TextFolder
+    from qnext.engine import Engine
+    from qnext.server.served import ServedModel
+    from qnext.text.chat import ChatFormat
+
+# Names of ours and of other servers for the two ways in which models write tool calls; None is the chat format's own.
+TOOL_STYLES = {
+    "auto": None, "hermes": "json", "json": "json", "qwen25": "json", "qwen": "json",
+    "qwen3_coder": "xml", "qwen3_xml": "xml", "xml": "xml",
+}  # fmt: skip
+
+
+def load_served(
+    folder: TextFolder,
+    *,
+    names: list[str],
+    engine_options: dict[str, Any],
+    dtype: str | None = None,
+    threads: int | None = None,
+    tool_style: Any = None,
+    with_defaults: bool = True,
+    kv_cache_dtype: str = "auto",
+    disk_cache: Path | None = None,
+    disk_cache_bytes: int = 0,
+) -> tuple[Engine, ServedModel]:
+    """The engine and the texts of a folder; its memory plan goes to stderr. Raises QnextError."""
+    import torch
+
+    from qnext.cli._text_model import end_token_ids, load_weights
+    from qnext.engine import DiskCache, Engine
+    from qnext.server.served import ServedModel
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    defaults = options.sampling_defaults(folder.path) if with_defaults else {}
+    chat_format = _chat_format(folder)
+    network = load_weights(folder, dtype)
+    eos_ids = end_token_ids(folder.tokenizer, folder.config)
+    engine = Engine(
+        network, eos_token_ids=eos_ids, kv_dtype=None if kv_cache_dtype == "auto" else getattr(torch, kv_cache_dtype),
+        disk_cache=None if disk_cache is None else DiskCache(disk_cache, max_bytes=disk_cache_bytes),
+        **engine_options,
+    )  # fmt: skip
+    print(engine.memory_plan.describe(), file=sys.stderr, flush=True)
+    served = ServedModel(
+        folder.tokenizer, chat_format, names=names, vocab_size=folder.config.vocab_size,
+        max_model_len=engine.max_model_len, eos_ids=eos_ids, defaults=defaults, tool_style=tool_style,
+    )  # fmt: skip
+    return engine, served
+
+
+def _chat_format(folder: TextFolder) -> ChatFormat | None:
+    from qnext.text.chat import ChatFormat
+
+    try:
+        return ChatFormat.for_folder(folder.path, tokenizer=folder.tokenizer)
+    except UsageError as error:
+        print(f"{error}: /v1/chat/completions is refused, /v1/completions works", file=sys.stderr, flush=True)
+        return None
+
+
+def speculation_of(flag: bool | None, config: str | None) -> dict[str, Any]:
+    """Options of the engine that the flag and vLLM's JSON say."""
+    if config is None:
+        return {"speculation": flag}
+    try:
+        values = json.loads(config)
+        count = values.get("num_speculative_tokens")
+    except (ValueError, AttributeError):
+        raise UsageError("--speculative-config must be a JSON object") from None
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= 8):
+        raise UsageError("--speculative-config: num_speculative_tokens must be between 0 and 8")
+    return {"speculation": False} if count == 0 else {"speculation": flag is not False, "max_draft_tokens": count}
+
+
+def name_of(model: str) -> str:
+    """What a server calls MODEL: its hub name, or that of its folder."""
+    return model if "/" in model and not Path(model).exists() else Path(model).resolve().name

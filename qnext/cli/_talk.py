@@ -1,0 +1,212 @@
+"""What every conversation of `qnext chat` has, wherever its model runs: turns, settings, commands. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qnext.errors import UsageError
+from qnext.text.messages import Message, message_from_dict
+
+Write = Callable[[str], None]
+
+
+def drop(text: str) -> None:
+    """Where text goes that nobody reads."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer; `reasoning` None where the model does not think."""
+
+    content: str
+    reasoning: str | None = None
+
+
+@dataclass
+class Stopwatch:
+    """Times of one answer. Started when it is made."""
+
+    num_tokens: int = 0
+    began: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    last: float | None = None
+
+    def tick(self, num_tokens: int = 1) -> None:
+        """Tokens came just now."""
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        self.num_tokens += num_tokens
+
+    def describe(self) -> str:
+        """One line: time to the first token, tokens per second of the others."""
+        if self.first is None or self.last is None:
+            return "no token"
+        seconds = self.last - self.first
+        rate = f", {(self.num_tokens - 1) / seconds:.1f} tokens/s" if self.num_tokens > 1 and seconds > 0 else ""
+        return f"first token after {self.first - self.began:.2f} s; {self.num_tokens} tokens{rate}"
+
+
+@dataclass(kw_only=True)
+class Talk(ABC):
+    """What was said and how answers are sampled.
+
+    Where `remembers` is false each input is completed as plain text. Else turns alternate user, assistant; an answer
+    that was cut short stays as far as it came.
+    """
+
+    stop: tuple[str, ...] = ()
+    system: str | None = None
+    turns: list[Message] = field(default_factory=list)
+    last_input: str | None = None
+    thinks: bool | None = None  # None: as the model does by itself
+    wants_json: bool = False
+    shows_stats: bool = False
+    stopwatch: Stopwatch | None = None  # of the last answer
+
+    # ---- what each kind does in its own way ----
+
+    @property
+    @abstractmethod
+    def remembers(self) -> bool:
+        """Whether it is a conversation, and not completion of plain text."""
+
+    @abstractmethod
+    def _ask(self, text: str, turns: list[Message], write: Write, write_thought: Write) -> Reply:
+        """Stream the answer to the last of `turns`, or the completion of `text`; Ctrl-C ends it early."""
+
+    @abstractmethod
+    def set_parameter(self, name: str, value: str) -> None:
+        """Change one sampling parameter. Raises UsageError for an unknown name or an impossible value."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, Any]:
+        """Sampling parameters by name, as they are shown and saved."""
+
+    @abstractmethod
+    def _read_parameters(self, values: dict[str, Any]) -> Callable[[], None]:
+        """Check parameters of a saved conversation; what is returned puts them to use.
+
+        Raises UsageError, TypeError or ValueError.
+        """
+
+    @abstractmethod
+    def info(self) -> list[str]:
+        """Lines about the model."""
+
+    # ---- what all do alike ----
+
+    def answer(self, text: str, write: Write, write_thought: Write = drop) -> str:
+        """Take the user's input, stream the answer to `write` and keep both; returns it without its thought.
+
+        Raises UsageError or DoesNotFit before anything is kept. Ctrl-C ends the answer, not the program.
+        """
+        return self._answer(text, self.turns, write, write_thought)
+
+    def regenerate(self, write: Write, write_thought: Write = drop) -> str:
+        """Answer the last input once more; the old answer is dropped."""
+        if self.last_input is None:
+            raise UsageError("there is nothing to answer again yet")
+        return self._answer(self.last_input, self.turns[:-2], write, write_thought)
+
+    def _answer(self, text: str, history: list[Message], write: Write, write_thought: Write) -> str:
+        turns = [*history, Message("user", text)]
+        reply = self._ask(text, turns, write, write_thought)
+        self.last_input = text
+        if self.remembers:
+            self.turns = [*turns, Message("assistant", reply.content, reply.reasoning)]
+        return reply.content
+
+    def set_thinking(self, thinks: bool) -> None:
+        """Whether answers begin with a thought. Raises UsageError where the model is known to have none."""
+        self.thinks = thinks
+
+    def clear(self) -> None:
+        self.turns, self.last_input = [], None
+
+    def show(self, what: str = "") -> str:
+        """Settings and length of the conversation, one per line; `what` is one of info, parameters, system, or all."""
+        parts = {
+            "parameters": [f"{name} {value}" for name, value in {**self.parameters(), "stop": list(self.stop)}.items()],
+            "system": [f"system {self.system!r}"],
+            "info": [*self.info(), f"{len(self.turns)} turns"],
+        }  # fmt: skip
+        if what and what not in parts:
+            raise UsageError(f"usage: /show, or /show {'|'.join(sorted(parts))}")
+        return "\n".join(line for name, lines in parts.items() if what in ("", name) for line in lines)
+
+    def save(self, path: Path) -> None:
+        """Write system text, turns and parameters as JSON; the file appears whole or not at all."""
+        document = {
+            "system": self.system,
+            "messages": [_saved(turn) for turn in self.turns],
+            "parameters": self.parameters(),
+        }
+        if not path.name:
+            raise UsageError(f"{path} is not a file name")
+        temporary = path.with_name(path.name + ".partial")
+        try:
+            temporary.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load(self, path: Path) -> None:
+        """Take over a saved conversation. Raises UsageError naming the file and what is wrong; nothing changes then."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}: not a saved conversation ({error})") from None
+        try:
+            system, turns = document["system"], _turns(document["messages"])
+            use_parameters = self._read_parameters(dict(document["parameters"]))
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path}: not a saved conversation ({error})") from None
+        if system is not None and not isinstance(system, str):
+            raise UsageError(f"{path}: system must be a text")
+        use_parameters()
+        self.system, self.turns = system, turns
+        self.last_input = turns[-2].content if turns else None
+
+
+def _saved(turn: Message) -> dict[str, str]:
+    thought = {} if turn.reasoning_content is None else {"reasoning_content": turn.reasoning_content}
+    return {"role": turn.role, "content": turn.content, **thought}
+
+
+def _turns(entries: list[Any]) -> list[Message]:
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise UsageError("messages must be objects")
+    turns = [message_from_dict(entry) for entry in entries]
+    if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+        raise UsageError("messages must alternate user, assistant")
+    return turns
+
+
+def parameter_value(name: str, value: str) -> Any:
+    """A value that was typed: a number, or true and false for ignore_eos. Raises UsageError."""
+    try:
+        parsed = json.loads(value.lower().replace("none", "null"))
+    except ValueError:
+        raise UsageError(f"{name}: {value!r} is not a number") from None
+    if (name == "ignore_eos") != isinstance(parsed, bool):
+        raise UsageError(f"{name} must be {'true or false' if name == 'ignore_eos' else 'a number'}, not {value}")
+    return parsed
+
+
+def split_command(line: str) -> tuple[str, str]:
+    """
+    >>> split_command("/set system  Be brief.")
+    ('/set', 'system  Be brief.')
+    """
+    name, _, rest = re.sub(r"\s+", " ", line.strip(), count=1).partition(" ")
+    return name, rest.strip()

@@ -1,0 +1,255 @@
+"""`qnext experts`: the counts against routers that are watched, the comparison, and the pictures read back."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from qnext.checkpoint import create_folder, load_model, save_model
+from qnext.cli._experts import LayerReport, compare
+from qnext.cli._heatmap import NUM_LEVELS, levels_of, palette, png, svg
+from qnext.errors import UsageError
+from qnext.model import Batch
+from qnext.model.moe import Router
+from qnext.text.tokenizer import Tokenizer
+
+from .command import CONFIG, Capture, make_model, run
+
+TEXT = "The delta rule forgets; attention does not. " * 4
+
+
+def document(capsys: Capture, *arguments: object) -> dict[str, Any]:
+    result = run(capsys, "experts", *arguments, "--json")
+    assert result.code == 0, result.err
+    parsed: dict[str, Any] = json.loads(result.out)
+    return parsed
+
+
+def counts(layers: list[dict[str, Any]]) -> list[list[int]]:
+    return [layer["counts"] for layer in layers]
+
+
+def watched_counts(folder: Path, token_ids: list[int]) -> list[list[int]]:
+    """What the routers of the plain model choose, in one call without an engine."""
+    model = load_model(folder)
+    chosen: list[list[int]] = []
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(
+                lambda module, inputs, output: chosen.append(
+                    torch.bincount(output.routing.experts_TA.flatten(), minlength=model.config.num_experts).tolist()
+                )
+            )
+    with torch.inference_mode():
+        model(Batch.from_lengths(torch.tensor(token_ids), [len(token_ids)]))
+    return chosen
+
+
+def test_counts_are_what_the_routers_choose(plain_folder: Path, capsys: Capture) -> None:
+    ids = Tokenizer.from_folder(plain_folder).encode(TEXT)
+    found = document(capsys, plain_folder, TEXT, "--top", "2")
+    assert counts(found["layers"]) == watched_counts(plain_folder, ids)
+    assert found["tokens"] == len(ids)
+    for layer in found["layers"]:
+        each = np.array(layer["counts"])
+        share = each / each.sum()
+        assert each.sum() == 2 * len(ids) == 2 * layer["tokens"]
+        assert layer["entropy"] == pytest.approx(-(share[share > 0] * np.log(share[share > 0])).sum() / np.log(4))
+        assert layer["balance"] == pytest.approx(each.mean() / each.max())
+        assert layer["hottest"][0] == {"expert": int(each.argmax()), "share": share.max()}
+        assert layer["top_percent_share"] == share.max()  # of four experts, one
+        assert (len(layer["hottest"]), layer["dead"]) == (2, np.flatnonzero(each == 0).tolist())
+
+
+def test_tokens_that_follow(plain_folder: Path, capsys: Capture) -> None:
+    """Text and answer are each counted once: as reading both together would."""
+    ids = Tokenizer.from_folder(plain_folder).encode("Hello")
+    found = document(capsys, plain_folder, "Hello", "--max-tokens", "9")
+    generated = run(capsys, "generate", plain_folder, "Hello", "--max-tokens", "9", "--json")
+    answer = json.loads(generated.out)["token_ids"]
+    assert found["generated"] == len(answer) > 2
+    assert counts(found["layers"]) == watched_counts(plain_folder, ids + answer)
+
+
+def test_a_text_longer_than_the_context(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "text").write_text(TEXT * 5)
+    size = len(TEXT * 5)
+    assert size > 3 * 256
+    found = document(capsys, plain_folder, "--text", tmp_path / "text", "--max-tokens", "3")
+    assert [layer["tokens"] for layer in found["layers"]] == [size + found["generated"]] * 2
+
+
+def test_standard_input(plain_folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(TEXT))
+    assert document(capsys, plain_folder, "-") == document(capsys, plain_folder, TEXT)
+
+
+def test_the_layer_that_drafts(tmp_path: Path, capsys: Capture) -> None:
+    folder = make_model(tmp_path)
+    arguments = (folder, "abcdef", "--max-tokens", "40")
+    plain = document(capsys, *arguments)["layers"]
+    drafted = document(capsys, *arguments, "--speculation")["layers"]
+    names = [str(i) for i in range(CONFIG.num_hidden_layers)]
+    assert [layer["layer"] for layer in plain] == names
+    assert [layer["layer"] for layer in drafted] == [*names, "MTP"]
+    assert sum(drafted[-1]["counts"]) > 0
+
+
+def collapsed(folder: Path, out: Path) -> Path:
+    """The same model, but all tokens of layer 1 go to the same two experts."""
+    model = load_model(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight.zero_()
+    save_model(model, out, tokenizer_folder=folder)
+    return out
+
+
+def test_comparison(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    same = document(capsys, plain_folder, TEXT, "--compare", plain_folder, "--max-tokens", "4")
+    assert counts(same["layers"]) == counts(same["compare"]["layers"])
+    assert [each["distance"] for each in same["compare"]["comparison"]] == [0, 0]
+    assert [each["overlap"] for each in same["compare"]["comparison"]] == [1, 1]
+    assert same["compare"]["alerts"] == []
+    worse = collapsed(plain_folder, tmp_path / "worse")
+    result = run(capsys, "experts", plain_folder, TEXT, "--compare", worse, "--json")
+    found = json.loads(result.out)
+    first, second = (np.array(counts(x["layers"])[1]) / (2 * found["tokens"]) for x in (found, found["compare"]))
+    assert sorted(second.tolist()) == [0, 0, 0.5, 0.5]
+    change = found["compare"]["comparison"][1]
+    assert change["distance"] == pytest.approx(np.abs(first - second).sum() / 2)
+    assert change["newly_dead"] == np.flatnonzero(second == 0).tolist()
+    assert found["compare"]["comparison"][0]["distance"] == 0  # the layer below is as it was
+    (alert,) = found["compare"]["alerts"]
+    assert alert.startswith("layer 1 collapses")
+    assert alert in result.err
+
+
+def test_a_table_for_people(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    result = run(capsys, "experts", plain_folder, TEXT, "--compare", collapsed(plain_folder, tmp_path / "worse"))
+    header, *rows = result.out.splitlines()
+    assert {"layer", "tokens", "entropy", "balance", "dead", "distance", "overlap", "hottest"} < set(header.split())
+    assert [row.split()[:2] for row in rows] == [["0", str(len(TEXT))], ["1", str(len(TEXT))]]
+
+
+def report(share: list[int], label: str = "0") -> LayerReport:
+    order = sorted(range(len(share)), key=lambda e: -share[e])
+    return LayerReport(label, tuple(share), sum(share), 1.0, 1.0, 1.0, tuple((e, 0.0) for e in order[:2]), ())
+
+
+def test_distance_and_overlap() -> None:
+    (each,) = compare([report([6, 4, 0, 0])], [report([0, 4, 3, 3])])
+    assert (each.distance, each.overlap) == (pytest.approx(0.6), 0.5)
+    assert "60.0% of the choices have moved" in str(each.alert)
+    assert compare([report([50, 50])], [report([54, 46])])[0].alert is None
+    with pytest.raises(UsageError, match="different layers"):
+        compare([report([1, 1])], [report([1, 1, 1])])
+
+
+def test_usage(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "latin").write_bytes(b"\xe9")
+    other = tmp_path / "other"
+    create_folder(replace(CONFIG, num_experts=6), other, seed=0, tokenizer_folder=plain_folder)
+    dense = tmp_path / "dense"
+    sparse_only = {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
+    config = replace(CONFIG, **sparse_only, shared_expert_intermediate_size=0, intermediate_size=32)
+    create_folder(config, dense, seed=0, tokenizer_folder=plain_folder)
+    for arguments, message in (
+        ([plain_folder], "give one text"),
+        ([plain_folder, "a", "--text", tmp_path / "latin"], "give one text"),
+        ([plain_folder, ""], "the text is empty"),
+        ([plain_folder, "--text", tmp_path / "latin"], "is not UTF-8 text"),
+        ([plain_folder, "a", "--picture", "x.gif"], "pictures are .png or .svg"),
+        ([plain_folder, "a", "--picture", tmp_path / "none" / "x.png"], "no such folder"),
+        ([plain_folder, "a", "--compare", other], "layers, experts, chosen ones"),
+        ([plain_folder, "a", "--compare", plain_folder, "--speculation"], "counts drafts too"),
+        ([dense, "a"], "has no experts"),
+    ):
+        result = run(capsys, "experts", *arguments)
+        assert (result.code, message in result.error_line) == (2, True), result.err
+    result = run(capsys, "experts", plain_folder, "a", "--max-tokens", "300")
+    assert result.code == 4, result.err
+
+
+def loads(num_layers: int, num_experts: int) -> NDArray[np.float64]:
+    found = np.random.default_rng(0).lognormal(size=(num_layers, num_experts))
+    found[0, :2] = 0
+    return found / found.mean(axis=1, keepdims=True)
+
+
+def read_png(data: bytes) -> tuple[NDArray[np.uint8], bytes]:
+    """Pixels as numbers of the palette, and the palette; every checksum is looked at."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks: dict[bytes, bytes] = {}
+    at = 8
+    while at < len(data):
+        (size,) = struct.unpack(">I", data[at : at + 4])
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        assert struct.unpack(">I", data[at + 8 + size : at + 12 + size]) == (zlib.crc32(kind + body),)
+        chunks[kind] = body
+        at += 12 + size
+    assert list(chunks) == [b"IHDR", b"PLTE", b"IDAT", b"IEND"]
+    width, height, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    assert rest == [8, 3, 0, 0, 0]
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), dtype=np.uint8).reshape(height, width + 1)
+    assert not rows[:, 0].any()
+    return rows[:, 1:], chunks[b"PLTE"]
+
+
+@pytest.mark.parametrize(("num_layers", "num_experts"), [(48, 512), (2, 4), (1, 1)])
+def test_png(num_layers: int, num_experts: int) -> None:
+    loads_LE = loads(num_layers, num_experts) if num_experts > 1 else np.ones((1, 1))
+    pixels, colors = read_png(png(loads_LE))
+    height, width = pixels.shape[0] // num_layers, pixels.shape[1] // num_experts
+    assert height >= width >= 4
+    assert np.array_equal(pixels, levels_of(loads_LE).repeat(height, axis=0).repeat(width, axis=1))
+    assert len(colors) == 3 * (NUM_LEVELS + 1)
+    assert pixels.max() < len(palette())
+
+
+def test_levels() -> None:
+    assert levels_of(np.array([[0.0, 1e-9, 1.0, 4.0]])).tolist() == [[0, 1, 28, NUM_LEVELS]]
+    assert levels_of(np.array([[0.0, 32.0, 16.0]])).tolist()[0][:2] == [0, NUM_LEVELS]
+    lightness = [0.3 * red + 0.6 * green + 0.1 * blue for red, green, blue in palette()[1:]]
+    assert lightness == sorted(lightness)
+
+
+def test_svg() -> None:
+    """Every cell is painted once, in the colour of its level."""
+    loads_LE = loads(48, 512)
+    labels = [*map(str, range(47)), "MTP"]
+    root = ElementTree.fromstring(svg(loads_LE, labels=labels, title="a <model> & more"))
+    painted = np.full(loads_LE.shape, -1)
+    colors = ["#{:02x}{:02x}{:02x}".format(*color) for color in palette()]
+    for path in root.iter("{http://www.w3.org/2000/svg}path"):
+        for x, y, size, back in re.findall(r"M(\d+) (\d+)h(\d+)v1h-(\d+)z", path.attrib["d"]):
+            cells = painted[int(y), int(x) : int(x) + int(size)]
+            assert size == back and (cells == -1).all()
+            cells[:] = colors.index(path.attrib["fill"])
+    assert np.array_equal(painted, levels_of(loads_LE))
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[0] == "a <model> & more"
+    assert set(labels) < set(texts)
+    assert {"expert", "layer", "1 × fair share", "no token", "496"} < set(texts)
+
+
+@pytest.mark.parametrize("name", ["a.svg", "a.PNG"])
+def test_pictures_are_written(plain_folder: Path, tmp_path: Path, capsys: Capture, name: str) -> None:
+    assert run(capsys, "experts", plain_folder, TEXT, "--picture", tmp_path / name).code == 0
+    data = (tmp_path / name).read_bytes()
+    if name.endswith("svg"):
+        assert ElementTree.fromstring(data).tag.endswith("svg")
+    else:
+        assert read_png(data)[0].shape == (2 * 16, 4 * 16)

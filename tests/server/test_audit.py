@@ -1,0 +1,425 @@
+"""The audit log: one line per request whatever happens, a chain that shows changes, and no key in any log."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import stat
+import string
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qnext.server.audit import AuditLog, AuditRecord, RedactingFilter, params_hash, redact, verify_chain
+from qnext.server.keys import KeyStore
+
+SECRET = "qn-" + "Ab0_-xYz9" * 4 + "1234567"
+
+
+def record(number: int = 0, **values: Any) -> AuditRecord:
+    return AuditRecord(
+        **{"request_id": f"r{number}", "route": "/v1/models/{id}", "method": "GET", "status": 200, **values}
+    )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_line_has_every_field_and_the_time(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit", clock=lambda: 1_800_000_000.25)
+    log.write(record(key_id="12345678", seconds=1.5, stream=True, params_hash=params_hash({"top_p": 0.5})))
+    (line,) = lines(tmp_path / "audit")
+    assert line["time"] == "2027-01-15T08:00:00.250Z"
+    assert set(line) == {"time", *(field.name for field in fields(AuditRecord))}
+    assert (line["route"], line["key_id"], line["seconds"], line["stream"]) == (
+        "/v1/models/{id}",
+        "12345678",
+        1.5,
+        True,
+    )
+    assert stat.S_IMODE((tmp_path / "audit").stat().st_mode) == 0o600
+
+
+@settings(deadline=None)
+@given(st.text(alphabet=st.characters(codec=None), max_size=400))
+def test_any_text_is_one_line_of_plain_characters(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any-text"
+    path.unlink(missing_ok=True)
+    log = AuditLog(path)
+    log.write(record(model=text, client="\x1b[2J\x7f\n\r\u2028"))
+    log.close()
+    raw = path.read_bytes()
+    assert log.num_failed == 0 and raw.count(b"\n") == 1 and raw.endswith(b"\n")
+    assert all(0x20 <= byte < 0x7F for byte in raw[:-1])
+    assert (
+        json.loads(raw)["model"] == json.loads(json.dumps(text[:256]))
+        and json.loads(raw)["client"] == "\x1b[2J\x7f\n\r\u2028"
+    )
+
+
+def test_one_write_per_line_at_the_end_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(tmp_path / "audit")
+    write, calls = os.write, []
+    monkeypatch.setattr(os, "write", lambda fd, data: calls.append(data) or write(fd, data))
+    log.write(record(1))
+    with (tmp_path / "audit").open("ab") as other:
+        other.write(b"{}\n")
+    log.write(record(2))
+    assert len(calls) == 2 and all(data.endswith(b"\n") for data in calls)
+    assert [line.get("request_id") for line in lines(tmp_path / "audit")] == ["r1", None, "r2"]
+
+
+def test_a_file_that_was_open_to_others_is_closed_to_them(tmp_path: Path) -> None:
+    (tmp_path / "audit").write_text("{}\n")
+    (tmp_path / "audit").chmod(0o666)
+    AuditLog(tmp_path / "audit").write(record())
+    assert stat.S_IMODE((tmp_path / "audit").stat().st_mode) == 0o600 and len(lines(tmp_path / "audit")) == 2
+    (tmp_path / "link").symlink_to(tmp_path / "audit")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "link", tmp_path / "pipe", tmp_path / "no" / "folder", tmp_path):
+        with pytest.raises(OSError):
+            AuditLog(path)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_rotation_keeps_so_many_files(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "audit"
+    log = AuditLog(path, max_bytes=1000, keep=keep)
+    for number in range(40):
+        log.write(record(number))
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["audit", *(f"audit.{number}" for number in range(1, keep + 1))]
+    assert all(file.stat().st_size <= 1000 and stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
+    kept = [line["request_id"] for file in [*reversed(files[1:]), path] for line in lines(file)]
+    assert kept == [f"r{number}" for number in range(40 - len(kept), 40)] and len(kept) > 2 * keep
+    assert log.num_failed == 0
+
+
+def test_a_line_larger_than_a_file_is_written_all_the_same(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit", max_bytes=10, keep=2)
+    for number in range(4):
+        log.write(record(number))
+    assert [lines(tmp_path / name)[0]["request_id"] for name in ("audit.2", "audit.1", "audit")] == ["r1", "r2", "r3"]
+
+
+def test_whoever_moves_the_file_away_has_it_opened_again(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit", chain=True)
+    log.write(record(1))
+    (tmp_path / "audit").rename(tmp_path / "audit.1")
+    log.reopen()
+    log.write(record(2))
+    (tmp_path / "audit").rename(tmp_path / "elsewhere")
+    log.reopen()
+    log.write(record(3))
+    assert lines(tmp_path / "audit")[0]["previous"] == verify_chain(tmp_path / "elsewhere").last
+    (tmp_path / "elsewhere").rename(tmp_path / "audit")
+    assert [line["request_id"] for line in lines(tmp_path / "audit")] == ["r2"]
+    assert verify_chain(tmp_path / "audit").error is None and verify_chain(tmp_path / "audit").num_lines == 2
+
+
+# ---- the chain ----
+
+
+def write_chain(path: Path, count: int = 30) -> None:
+    """With rotation, and a restart after every seventh line."""
+    for start in range(0, count, 7):
+        log = AuditLog(path, max_bytes=3000, keep=9, chain=True)
+        for number in range(start, min(start + 7, count)):
+            log.write(record(number))
+        log.close()
+
+
+def test_a_chain_holds_across_files_and_restarts(tmp_path: Path) -> None:
+    write_chain(tmp_path / "audit")
+    check = verify_chain(tmp_path / "audit")
+    assert (check.num_lines, check.error) == (30, None) and len(list(tmp_path.iterdir())) > 3
+    oldest = max(tmp_path.glob("audit.*"))
+    assert lines(oldest)[0]["previous"] == "0" * 64
+    oldest.unlink()  # what is too old goes
+    assert verify_chain(tmp_path / "audit").error is None
+    log = AuditLog(tmp_path / "audit", chain=True)
+    log.write(record())
+    assert lines(tmp_path / "audit")[-1]["previous"] == check.last
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda rows: rows[2].replace(b"r", b"s", 1) and [*rows[:2], rows[2].replace(b"200", b"201"), *rows[3:]], 4),
+        (lambda rows: [*rows[:2], *rows[3:]], 3),
+        (lambda rows: [*rows[:2], rows[3], rows[2], *rows[4:]], 3),
+        (lambda rows: [*rows[:3], rows[2], *rows[3:]], 4),
+        (lambda rows: [*rows[:3], b"{}\n", *rows[3:]], 4),
+        (lambda rows: [*rows[:3], rows[3][:50] + b"\n", *rows[4:]], 4),
+    ],
+    ids=["changed", "removed", "swapped", "doubled", "inserted", "cut"],
+)
+def test_a_change_shows(tmp_path: Path, change: Callable[[list[bytes]], list[bytes]], where: int) -> None:
+    path = tmp_path / "audit"
+    log = AuditLog(path, chain=True)
+    for number in range(8):
+        log.write(record(number))
+    with path.open("rb") as file:
+        rows = file.readlines()
+    path.write_bytes(b"".join(change(rows)))
+    assert f"line {where}" in (verify_chain(path).error or "")
+
+
+def test_lines_taken_from_the_end_show_by_the_last_hash(tmp_path: Path) -> None:
+    write_chain(tmp_path / "audit", 5)
+    before = verify_chain(tmp_path / "audit")
+    rows = (tmp_path / "audit").read_bytes().splitlines(keepends=True)
+    (tmp_path / "audit").write_bytes(b"".join(rows[:-1]))
+    after = verify_chain(tmp_path / "audit")
+    assert after.error is None and after.last != before.last and after.num_lines == before.num_lines - 1
+
+
+# ---- a disk that is full ----
+
+
+@pytest.mark.parametrize("num_bytes", [None, 0, 30])
+@pytest.mark.parametrize("can_truncate", [True, False])
+def test_a_failed_write_costs_its_line_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    num_bytes: int | None,
+    can_truncate: bool,
+) -> None:
+    path, write = tmp_path / "audit", os.write
+    log = AuditLog(path, chain=True)
+    log.write(record(1))
+
+    def full(fd: int, data: bytes) -> int:
+        if num_bytes is None:
+            raise OSError(28, "No space left on device")
+        return write(fd, data[:num_bytes])
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "append only")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        if not can_truncate:
+            patch.setattr(os, "ftruncate", refuse)
+        for number in (2, 3):
+            log.write(record(number))
+    log.write(record(4))
+    log.write(record(5))
+    assert log.num_failed == 2
+    assert [entry.getMessage() for entry in caplog.records] == [
+        f"the audit log {path} loses lines: No space left on device"
+    ]
+    whole = [row for row in path.read_text().splitlines() if row.startswith("{") and row.endswith("}")]
+    assert [json.loads(row)["request_id"] for row in whole] == ["r1", "r4", "r5"]
+    if can_truncate or num_bytes is None:
+        assert verify_chain(path).error is None and verify_chain(path).num_lines == 3
+    elif num_bytes:
+        assert "line 2 is damaged" in (verify_chain(path).error or "")
+
+
+def test_a_line_torn_by_a_crash_ends_before_the_next(tmp_path: Path) -> None:
+    write_chain(tmp_path / "audit", 3)
+    with (tmp_path / "audit").open("ab") as file:
+        file.write(b'{"time":"20')
+    log = AuditLog(tmp_path / "audit", chain=True)
+    log.write(record(4))
+    rows = (tmp_path / "audit").read_text().splitlines()
+    assert len(rows) == 5 and rows[3] == '{"time":"20' and json.loads(rows[4])["request_id"] == "r4"
+    assert "line 4 is damaged" in (verify_chain(tmp_path / "audit").error or "")
+
+
+def test_a_value_that_is_no_json_costs_its_line_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = AuditLog(tmp_path / "audit")
+    for value in (float("nan"), float("inf"), object()):
+        log.write(record(seconds=value))
+    log.write(record(seconds=0.5))
+    assert log.num_failed == 3 and len(caplog.records) == 1 and len(lines(tmp_path / "audit")) == 1
+    log.close()
+    log.write(record())
+    assert log.num_failed == 4
+
+
+def test_rotation_that_fails_goes_on_in_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(tmp_path / "audit", max_bytes=500, chain=True)
+    log.write(record(1))
+
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        log.write(record(2))
+    log.write(record(3))
+    assert log.num_failed == 0
+    assert [line["request_id"] for line in lines(tmp_path / "audit.1")] == ["r1", "r2"]
+    assert verify_chain(tmp_path / "audit").error is None
+
+
+def test_rotation_without_a_free_descriptor_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(tmp_path / "audit", max_bytes=500, chain=True)
+    log.write(record(1))
+
+    def fail(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        log.write(record(2))
+    assert not (tmp_path / "audit").exists()
+    for number in (3, 4):
+        log.write(record(number))
+    assert log.num_failed == 0
+    files = [*sorted(tmp_path.glob("audit.*"), reverse=True), tmp_path / "audit"]
+    assert [line["request_id"] for file in files for line in lines(file)] == ["r1", "r2", "r3", "r4"]
+    assert verify_chain(tmp_path / "audit").error is None
+
+
+def test_equal_parameters_have_equal_hashes() -> None:
+    assert params_hash({"top_p": 0.5, "stop": ["a"]}) == params_hash({"stop": ["a"], "top_p": 0.5})
+    assert params_hash({"top_p": 0.5}) != params_hash({"top_p": 0.25})
+    assert len(params_hash({"bias": {1: 2}, "odd": {3}})) == 64
+
+
+# ---- no key in any log ----
+
+SHAPES = [
+    "Authorization: Bearer {}", "authorization: bearer {}", "Authorization: Basic {}", "x-api-key: {}", "X-API-Key={}",
+    "{{'authorization': 'Bearer {}', 'n': 1}}", '{{"x-api-key": "{}"}}', '{{\\"x-api-key\\":\\"{}\\"}}',
+    "[(b'host', b'x'), (b'x-api-key', b'{}')]", "[(b'authorization', b'Bearer {}')]", "GET /v1/models?api_key={}&a=b",
+    "GET /?access_token={} HTTP/1.1", "GET /?authorization=Bearer%20{} HTTP/1.1", "GET /?a=Bearer+{}",
+    "x_api_key={}", "headers: {{'x-api-key': ['{}']}}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("secret", [SECRET, "sk-proj-1234567890abcdef", "plain-word", "pass%2Fword"])
+def test_a_secret_in_its_place_is_redacted_whatever_it_looks_like(shape: str, secret: str) -> None:
+    cleaned = redact(shape.format(secret))
+    assert secret not in cleaned and "<redacted>" in cleaned
+    assert redact(cleaned) == cleaned
+    assert "HTTP/1.1" not in shape or cleaned.endswith("HTTP/1.1")
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_a_real_key_is_redacted_wherever_it_stands(before: str, after: str) -> None:
+    for text in (
+        before + SECRET + after,
+        repr(before + SECRET),
+        f"/v1/{before}%20{SECRET}",
+        SECRET.replace("-", "%2D"),
+    ):
+        cleaned = redact(text)
+        assert SECRET not in cleaned and SECRET[3:] not in cleaned and SECRET[5:20] not in cleaned
+        assert redact(cleaned) == cleaned
+
+
+def test_other_text_stays() -> None:
+    for text in (
+        "GET /v1/chat/completions 200 in 0.5 s", "task-force-of-many-words", "the bearer", "x-api-key is missing",
+        "authorization failed", "model qn-4b", "12 keys read", "risk-adjusted-returns", "",
+    ):  # fmt: skip
+        assert redact(text) == text
+    assert redact("a hunter2 b", ["hunter2"]) == "a <redacted> b"
+
+
+def test_long_lines_take_no_time() -> None:
+    start = time.process_time()
+    for piece in ("bearer ", "qn-", "authorization", "x-api-key: \\", "api_key" + " " * 50, "sk%2d", "%20", "bearer+"):
+        redact(piece * (200_000 // len(piece)))
+    redact("bearer" + " " * 200_000)
+    redact("authorization" + "\\" * 200_000)
+    redact("authorization" + " " * 200_000)
+    assert time.process_time() - start < 2
+
+
+class Odd:
+    def __str__(self) -> str:
+        return f"odd {SECRET}"
+
+
+@pytest.fixture
+def logged() -> Any:
+    """A logger whose handler redacts, and what it wrote."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s %(message)s %(extra)s", defaults={"extra": ""}))
+    handler.addFilter(RedactingFilter(["my plain key"]))
+    logger = logging.getLogger("tests.redaction")
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+    yield logger, text
+    logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        (f"key {SECRET}", ()), ("key %s of %d", (SECRET, 5)), ("key %r", (SECRET.encode(),)),
+        ("Bearer %s", ("abcdef",)),
+        ("key %(key)s", ({"key": SECRET},)), ("%s", ({"headers": {"x-api-key": "abcdef"}},)), ("%s", (Odd(),)),
+        ("%s", (ValueError(SECRET),)), ("x-api-key: %s %s", ("abcdef", 1)), ("a %s", ("my plain key",)),
+        (f"100%% {SECRET}", (1,)),
+    ],
+)  # fmt: skip
+def test_records_are_redacted(logged: Any, capsys: pytest.CaptureFixture[str], message: str, arguments: tuple) -> None:  # type: ignore[type-arg]
+    _, text = logged
+    logging.getLogger("tests.redaction.child").warning(message, *arguments)
+    everything = text.getvalue() + capsys.readouterr().err
+    assert "WARNING tests.redaction.child" in everything and "<redacted>" in everything
+    assert not any(word in everything for word in (SECRET, SECRET[3:], "abcdef", "plain key"))
+
+
+def test_exceptions_stacks_and_extra_fields_are_redacted(logged: Any) -> None:
+    logger, text = logged
+    try:
+        try:
+            raise KeyError(SECRET)
+        except KeyError as error:
+            raise ValueError(f"Authorization: Bearer abcdef, {SECRET}") from error
+    except ValueError:
+        logger.exception("failed", extra={"extra": f"x-api-key: {SECRET}"}, stack_info=True)
+    written = text.getvalue()
+    assert "Traceback" in written and "ValueError" in written and "Stack (most recent" in written
+    assert SECRET not in written and "abcdef" not in written.replace('f"Authorization: Bearer abcdef', "")
+
+
+def test_arguments_that_do_not_fit_show_no_key_either(logged: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    logger, text = logged
+    for message, arguments in (("%d and %s", (SECRET, 1)), ("nothing to fill", (SECRET,))):
+        made = logging.LogRecord("name", logging.WARNING, "file.py", 1, message, arguments, None)
+        logger.handlers[0].handle(made)
+        printed = capsys.readouterr().err  # by logging itself
+        assert message in printed and "<redacted>" in printed and SECRET not in text.getvalue() + printed
+
+
+def test_formatters_that_read_the_arguments_still_can(logged: Any) -> None:
+    """uvicorn's access log takes its five arguments apart."""
+    from uvicorn.logging import AccessFormatter
+
+    logger, text = logged
+    logger.handlers[0].setFormatter(
+        AccessFormatter("%(client_addr)s %(request_line)s %(status_code)s", use_colors=False)
+    )
+    logger.info('%s - "%s %s HTTP/%s" %d', "10.0.0.1:5", "GET", f"/v1/models?key={SECRET}", "1.1", 401)
+    assert text.getvalue() == "10.0.0.1:5 GET /v1/models?key=<redacted> HTTP/1.1 401 Unauthorized\n"
+
+
+def test_keys_that_are_made_have_the_form_that_is_redacted(tmp_path: Path) -> None:
+    store = KeyStore(tmp_path / "keys.json")
+    for number in range(20):
+        secret = store.create(str(number))[1]
+        assert redact(f"x{secret}y", ()) == "x<redacted>" and set(secret) <= set(
+            string.ascii_letters + string.digits + "-_"
+        )

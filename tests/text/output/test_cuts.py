@@ -1,0 +1,169 @@
+"""Every cutting of an answer gives the same events, and no text is lost."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qnext.text.output import Call, Content, Reasoning
+from qnext.text.output import parser as parser_module
+from tests.text.output.outputs import JSON_OUTPUTS, TOOLS, XML_OUTPUTS, content_of, json_call, read, xml_call
+
+MODES: dict[str, dict[str, Any]] = {
+    "json": {"tool_style": "json"},
+    "xml": {"tool_style": "xml"},
+    "none": {"tool_style": None},
+    "json thinking": {"tool_style": "json", "starts_in_reasoning": True},
+    "xml thinking": {"tool_style": "xml", "starts_in_reasoning": True},
+    "json plain": {"tool_style": "json", "reads_reasoning": False},
+    "xml plain": {"tool_style": "xml", "reads_reasoning": False},
+}
+OUTPUTS = [*JSON_OUTPUTS, *XML_OUTPUTS]
+# What fuzzed answers are made of: tags whole and in parts, the marks of JSON, and space.
+ATOMS = [
+    "<tool_call>", "</tool_call>", "<function=", "time>", "</function>", "<parameter=", "a>", "</parameter>", "<think>",
+    "</think>", "<tool_", "</", "<", ">", "{", "}", "[", "]", '"', "\\", '"name"', '"arguments"', ":", ",", "\n", " ",
+    "x", "é", "🙂", "0", json_call("time", "{}"), xml_call("time", a="1"), "<function=time></function>", "\x00",
+]  # fmt: skip
+texts = st.lists(st.sampled_from(ATOMS), max_size=30).map("".join)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("text", OUTPUTS)
+def test_every_cut_in_two_and_every_character_alone(text: str, mode: str) -> None:
+    whole = read([text], **MODES[mode])
+    assert read(text, **MODES[mode]) == whole
+    for place in range(len(text) + 1):
+        assert read([text[:place], text[place:]], **MODES[mode]) == whole
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("text", OUTPUTS)
+def test_every_beginning_of_an_answer(text: str, mode: str) -> None:
+    """Cut off anywhere: the same from characters as from one piece, and calls only ever added."""
+    num_calls = 0
+    for length in range(len(text) + 1):
+        events = read([text[:length]], **MODES[mode])
+        assert read(text[:length], **MODES[mode]) == events
+        calls = [event for event in events if isinstance(event, Call)]
+        assert len(calls) >= num_calls
+        num_calls = len(calls)
+
+
+@pytest.mark.parametrize("style", ["json", "xml"])
+def test_a_call_cut_off_is_content_as_it_is(style: str) -> None:
+    text = json_call("weather", '{"city": "a </tool_call>\\n", "n": [1, {}]}')
+    if style == "xml":
+        text = xml_call("weather", city="a </parameter>", days="3")
+    for length in range(1, len(text)):
+        assert read([text[:length]], tool_style=style) == [Content(text[:length])]
+    assert isinstance(read([text], tool_style=style)[0], Call)
+
+
+@settings(max_examples=400, deadline=None)
+@given(texts, st.lists(st.integers(0, 400), max_size=12), st.sampled_from(sorted(MODES)))
+def test_random_cuttings_of_random_answers(text: str, places: list[int], mode: str) -> None:
+    ends = sorted({0, len(text), *(min(place, len(text)) for place in places)})
+    pieces = [text[start:end] for start, end in pairwise(ends)]
+    whole = read([text], **MODES[mode])
+    assert read(pieces, **MODES[mode]) == whole
+    assert read(text, **MODES[mode]) == whole
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts, st.integers(0, 3), st.integers(1, 7), st.integers(0, 12), st.sampled_from(["json", "xml"]))
+def test_limits_hold_at_the_same_character(text: str, step: int, call: int, space: int, style: str) -> None:
+    """The longest call and the longest white space, made so short that fuzzed answers reach them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parser_module, "MAX_CALL_LENGTH", 12 + call * 9)
+        patch.setattr(parser_module, "MAX_SPACE_LENGTH", space + 1)
+        patch.setattr(parser_module, "SHORT", step * 5)
+        whole = read([text], tool_style=style)
+        assert read(text, tool_style=style) == whole
+        assert read([text[n : n + 5] for n in range(0, len(text), 5)], tool_style=style) == whole
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.sampled_from(ATOMS), st.integers(0, 2)), max_size=20))
+def test_no_text_is_lost(parts: list[str | int]) -> None:
+    """Content and calls together hold every character that is no white space; a call that came out stood there once."""
+    raw = {f"tool{n}": json_call(f"tool{n}", '{"a": "<b>"}') for n, part in enumerate(parts) if isinstance(part, int)}
+    text = "".join(part if isinstance(part, str) else raw[f"tool{n}"] for n, part in enumerate(parts))
+    events = read([text], reads_reasoning=False)
+    assert not any(isinstance(event, Reasoning) for event in events)
+    for call in calls_of(events):
+        source = raw.get(call.name, json_call("time", "{}"))
+        assert source in text and call.arguments in source
+        text = text.replace(source, "", 1)
+    assert "".join(content_of(events).split()) == "".join(text.split())
+
+
+# Nothing of this opens a call, not even put together.
+HARMLESS = [atom for atom in ATOMS if not atom.startswith(("<tool_call>", "</tool_call>", "<function="))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.sampled_from(HARMLESS), st.integers(0, 2)), max_size=20), st.sampled_from(["json", "xml"]))
+def test_whole_calls_are_found_among_other_text(parts: list[str | int], style: str) -> None:
+    pieces: list[str] = []
+    expected: list[str | Call] = []
+    for part in parts:
+        if isinstance(part, str):
+            pieces.append(part)
+            expected.extend("".join(part.split()))
+            continue
+        if style == "json":
+            pieces.append(json_call("weather", f'{{"days": {part}}}'))
+        else:
+            pieces.append(xml_call("weather", days=str(part))[12 * (part == 0) : -12 if part == 0 else None])
+        expected.append(Call("weather", f'{{"days": {part}}}'))
+    events = read(["".join(pieces)], tool_style=style, reads_reasoning=False)
+    found: list[str | Call] = []
+    for event in events:
+        found.extend([event] if isinstance(event, Call) else "".join(event.text.split()))
+    assert found == expected
+
+
+def calls_of(events: list) -> list[Call]:
+    return [event for event in events if isinstance(event, Call)]
+
+
+def long_outputs(size: int) -> dict[str, tuple[str, str]]:
+    opening = '<tool_call>{"name": "time", "arguments": {"a": '
+    value = "<tool_call><function=weather><parameter=city>"
+    end = "</parameter></function></tool_call>"
+    return {
+        "string": ("json", opening + '"' + "x" * size + '"}}</tool_call>'),
+        "escapes": ("json", opening + '"' + r"\"" * (size // 2) + '"}}</tool_call>'),
+        "numbers": ("json", opening + "[" + "1," * (size // 2) + "1]}}</tool_call>"),
+        "digits": ("json", opening + "1" * size + "}}</tool_call>"),
+        "value": ("xml", value + "x" * size + end),
+        "tags in a value": ("xml", value + "</parameter>\n" * (size // 13) + end),
+        "begun tags": ("xml", value + "</parameter" * (size // 11) + end),
+        "text": ("json", "lorem <ipsum>\n" * (size // 14)),
+        "space": ("json", " \n" * (size // 2)),
+        "openings": ("json", "<tool_call>" * (size // 11)),
+        "malformed": ("json", '<tool_call>{"name" 1}</tool_call>' * (size // 33)),
+        "calls": ("json", json_call("time", "{}") * (size // 58)),
+        "bare calls": ("xml", "<function=weather><parameter=days>1</parameter></function>" * (size // 58)),
+        "no end": ("json", opening + '"' + "x" * size),
+    }
+
+
+@pytest.mark.parametrize("name", long_outputs(0))
+def test_work_is_linear(name: str) -> None:
+    """Character by character, in pieces and at once; work that grows with the square would take minutes."""
+    style, text = long_outputs(1_000_000 if name == "string" else 400_000)[name]
+    start = time.thread_time()
+    whole = read([text], tool_style=style, tools=TOOLS)
+    at_once = time.thread_time() - start
+    assert read([text[n : n + 7] for n in range(0, len(text), 7)], tool_style=style) == whole
+    start = time.thread_time()
+    assert read(text, tool_style=style) == whole
+    alone = time.thread_time() - start
+    assert at_once < 2 and alone < 8, (at_once, alone)

@@ -1,0 +1,120 @@
+"""Calls of the coder format: its forms, and text to typed values."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qnext.text.output import Call, Content
+from tests.text.output.outputs import read, xml_call
+
+TIME = Call("time", "{}")
+
+
+@pytest.mark.parametrize(
+    ("text", "events"),
+    [
+        (xml_call("time"), [TIME]),
+        (xml_call("unknown", a="1"), [Call("unknown", '{"a": "1"}')]),
+        ("a \n<function=time>\n</function>", [Content("a"), TIME]),
+        ("<function=time>\n</function>\n</tool_call>\n", [TIME]),
+        ("<function=time></function></tool_call></tool_call>", [TIME, Content("</tool_call>")]),
+        ("<function=time></function>a</tool_call>", [TIME, Content("a</tool_call>")]),
+        (xml_call("time") + "\n</tool_call>", [TIME, Content("\n</tool_call>")]),
+        ("<tool_call><function=time></function></tool_call>", [TIME]),
+        (xml_call("time") + "\n<function=time></function>\n" + xml_call("time"), [TIME] * 3),
+    ],
+)
+def test_forms(text: str, events: list) -> None:
+    assert read([text], tool_style="xml") == events
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<function=time>",
+        "<function=time",
+        "<function=>\n</function>",
+        "<function=time>\n</function",
+        "<function=time>text</function>",
+        "<function=ti\nme></function>",
+        "<function=time\n</function>",
+        "<function=time><parameter=a\n1</parameter></function>",
+        "<tool_call>\n<function=time>\n</function>\n",
+        "<tool_call>\n<function=time>\n</function>\n</tool_cal>",
+        "<tool_call>\n<parameter=a>1</parameter></tool_call>",
+        "<function=time><parameter=>1</parameter></function>",
+        "<function=time><parameter=a>1</parameter>",
+        "<function=time><parameter=a>1</function>",
+        "<function=time><parameter=a>1</parameter><parameter=a>1</parameter></function>",
+    ],
+)
+def test_malformed_calls_are_content_as_they_are(text: str) -> None:
+    assert read([text], tool_style="xml") == [Content(text)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("city", "Zürich", "Zürich"),
+        ("city", "3", "3"),
+        ("city", "null", "null"),
+        ("city", '{"a": 1}', '{"a": 1}'),
+        ("city", "", ""),
+        ("city", "\n two \n", "\n two \n"),
+        ("city", "a</parameter>b", "a</parameter>b"),
+        ("city", "a</parameter>\n</parameter>", "a</parameter>\n</parameter>"),
+        ("city", 'a"b\\\t\x01', 'a"b\\\t\x01'),
+        ("days", " 3 ", 3),
+        ("days", "-0", 0),
+        ("days", "3.0", 3),
+        ("days", "three", "three"),
+        ("days", "03", "03"),
+        ("days", "1e3", "1e3"),
+        ("scale", "1e-05", 1e-05),
+        ("scale", "2", 2),
+        ("scale", "nan", "nan"),
+        ("scale", "inf", "inf"),
+        ("metric", "true", True),
+        ("metric", "False", False),
+        ("metric", "yes", "yes"),
+        ("nothing", "None", None),
+        ("nothing", "null", None),
+        ("nothing", "", ""),
+        ("where", '{"a": [1, "ü"]}', {"a": [1, "ü"]}),
+        ("where", "[1]", "[1]"),
+        ("where", '{"a": NaN}', '{"a": NaN}'),
+        ("where", '{"a": 1} 2', '{"a": 1} 2'),
+        ("tags", '\n["x",\n"y"]', ["x", "y"]),
+        ("tags", "['x']", "['x']"),
+        ("tags", "[" * 65 + "]" * 65, "[" * 65 + "]" * 65),
+        ("note", "null", None),
+        ("note", "nullable", "nullable"),
+        ("either", "7", 7),
+        ("either", "7b", "7b"),
+        ("unit", "7", 7),
+        ("level", "2", 2),
+        ("fixed", "true", True),
+        ("anything", "7", "7"),
+        ("unknown", "7", "7"),
+    ],
+)
+def test_values_have_the_type_of_the_schema(name: str, text: str, value: object) -> None:
+    (call,) = read([xml_call("weather", **{name: text})], tool_style="xml")
+    assert isinstance(call, Call)
+    found = json.loads(call.arguments)
+    assert found == {name: value} and type(found[name]) is type(value)
+
+
+def test_long_numbers_are_carried_on_as_they_are() -> None:
+    digits = "7" * 10_000
+    (call,) = read([xml_call("weather", days=digits, scale=digits + ".5e999")], tool_style="xml")
+    assert call == Call("weather", f'{{"days": {digits}, "scale": {digits}.5e999}}')
+
+
+def test_without_schemas_values_are_strings() -> None:
+    for tools in ((), ({"name": "weather"},), ({"name": "weather", "parameters": {"properties": {"days": 5}}},)):
+        assert read([xml_call("weather", days="3")], tool_style="xml", tools=tools) == [
+            Call("weather", '{"days": "3"}')
+        ]
