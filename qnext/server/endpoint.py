@@ -25,6 +25,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _log = logging.getLogger("qnext.server")
+_MAX_QUOTES = 500_000  # of a body with so many marks that they are counted outside of its texts
 _SIZES = (
     ((b"[", b"{"), MAX_JSON_CONTAINERS, "objects and lists"),
     ((b":",), MAX_JSON_MEMBERS, "members of objects"),
@@ -146,7 +147,9 @@ def _check_size(raw: bytes) -> None:
     """Refuse bodies of many small values by their marks: each would cost fifty times its bytes, and the time of all."""
     if all(sum(map(raw.count, marks)) <= most for marks, most, _ in _SIZES):
         return
-    texts = raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
+    texts = raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', _MAX_QUOTES)
+    if len(texts) > _MAX_QUOTES:
+        raise ApiError.bad("the body has too many texts", code="invalid_json")
     outside = b"".join(texts[::2])  # of strings
     for marks, most, what in _SIZES:
         if sum(map(outside.count, marks)) > most:

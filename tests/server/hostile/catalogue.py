@@ -167,7 +167,8 @@ TEXTS: dict[str, list[Any]] = {
         5, "x", [], {"json": 5}, {"regex": "("}, {"choice": []}, {"grammar": MARK}, {"json": {}, "regex": "a"},
     ],
     "tools": [
-        5, "x", {}, [5], [None], [{}], [{"type": "function"}], [{"type": "web_search"}], [{"type": "bash_20250124"}], [{"type": MARK, "function": {"name": "f"}}],
+        5, "x", {}, [5], [None], [{}], [{"type": "function"}], [{"type": "web_search"}],
+        [{"type": "bash_20250124"}], [{"type": MARK, "function": {"name": "f"}}],
         [{"type": "function", "function": {"name": ""}}], [{"type": "function", "function": {"name": "a b"}}],
         [{"type": "function", "function": {"name": MARK * 10}}], [{"type": "function", "function": {"name": 5}}],
         [{"type": "function", "function": {"name": "f", "parameters": "x"}}],
@@ -418,7 +419,8 @@ STRUCTURED = [
     *(Case(f"grammar {g[:24]!r}", {"guided_grammar": g, "max_tokens": 12}, FINE_OR_BAD, seconds=2.0) for g in (
         'start: start "a" | "a"', "start: a\na: b\nb: a", 'start: ("a" | ("a" "a"))*', "start: /(a+)+b/",
         "start: " + "(" * 900 + '"a"' + ")" * 900, "\n".join(f'r{i}: r{i + 1}' for i in range(400)) + '\nr400: "a"',
-        'start: %json {"type": "stringg"}', "start: <|im_end|>", '%import common.WORD\nstart: WORD', "start: <[1-9999]>",
+        'start: %json {"type": "stringg"}', "start: <|im_end|>", '%import common.WORD\nstart: WORD',
+        "start: <[1-9999]>",
         'start: "a"{1,1000000000}', '%llguidance {"allow_initial_skip": true}\nstart: "a"', "start: @x",
         "start: a\na[max_tokens=5]: /.*/", 'start: "\\ud800"', "start: /\\x{110000}/",
     )),
