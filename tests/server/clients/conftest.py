@@ -46,6 +46,12 @@ def only_loopback() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def compact(server: Running) -> dict[str, int]:
+    """A logit_bias against white space: where the grammar of JSON allows any, a random model writes much of it."""
+    return {str(server.server.served.tokenizer.encode(space)[0]): -100 for space in " \n\t\r"}
+
+
 @pytest.fixture(scope="package")
 def thinking(thinking_model: Path) -> Iterator[Running]:
     with running_server(thinking_model) as running:

@@ -135,9 +135,7 @@ def test_models_are_listed_and_found(sdk: OpenAI) -> None:
         ({"extra_body": {"top_k": "many"}}, "top_k", "invalid_value"),
     ],
 )
-def test_faults_of_the_request_are_bad_requests(
-    sdk: OpenAI, change: dict[str, Any], param: str, code: str
-) -> None:
+def test_faults_of_the_request_are_bad_requests(sdk: OpenAI, change: dict[str, Any], param: str, code: str) -> None:
     import openai
 
     with pytest.raises(openai.BadRequestError) as error:
