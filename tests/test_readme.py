@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qnext.cli import VERBS, main
+from qnext.cli import VERBS, _joined_verb, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def run_verb(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_verb_is_shown() -> None:
-    shown = {words[1] for words in commands() if words[0] == "qnext"}
+    shown = {_joined_verb(words[1:])[0] for words in commands() if words[0] == "qnext"}
     assert shown == set(VERBS)
 
 
@@ -131,6 +131,7 @@ SMALL_BENCHMARKS = {
     ],
     "bench_long_context.py": ["--tokens", "700", "--decode", "4", "--edge", "128", "--yarn", "4"],
     "bench_demo.py": ["--seconds", "3"],
+    "bench_server.py": ["MODEL", "--streams", "2", "--tokens", "8", "--rounds", "1", "--idle", "4", "--active", "2"],
     "bench_quality.py": ["--minutes", "0.02", "--tokens", "2048", "--eval-bytes", "20000"],
 }
 

@@ -18,8 +18,12 @@ Url = Annotated[str, typer.Option("--url", "--base-url", metavar="URL", help="Th
 Model = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="Of the server's models; default: its first.")
 ]
-Endpoint = Annotated[str, typer.Option("--endpoint", metavar="PATH", help="/v1/completions or /v1/chat/completions.")]
-DatasetName = Annotated[str, _option(_PROMPTS, "--dataset-name", help="random, or custom or sharegpt for a file.")]
+Endpoint = Annotated[
+    str, typer.Option("--endpoint", metavar="/v1/completions|/v1/chat/completions", help="The route that is asked.")
+]
+DatasetName = Annotated[
+    str, _option(_PROMPTS, "--dataset-name", metavar="random|custom|sharegpt", help="Random ids, or a file.")
+]
 DatasetPath = Annotated[
     Path | None,
     _option(_PROMPTS, "--dataset-path", metavar="FILE", help="JSONL or JSON: prompt, or ShareGPT's conversations."),

@@ -105,7 +105,7 @@ class Generation:
                     continue
             found = list(self._updates)
             self._updates.clear()
-            self._open.difference_update(update.index for update in found if update.finish_reason is not None)
+            self._open -= {update.index for update in found if update.finish_reason is not None}
             if found:
                 yield found
             if self._failure is not None:
@@ -128,6 +128,7 @@ class Generation:
 
     def stop(self, index: int) -> None:
         """End one answer now: it is complete, for its reader."""
+        # Its last token may have come by now, and been counted.
         self._open.discard(index)
         self._worker.abort(self, index)
         self._wake()
@@ -293,6 +294,10 @@ class EngineWorker:
             )  # fmt: skip
         except QnextError as error:
             self._fail([generation], from_user_error(error))
+            return
+        except Exception:  # what one request breaks must not end the thread that serves all
+            _log.exception("request %s cannot be begun", generation.request_id)
+            self._fail([generation], ApiError.internal())
             return
         self._unstarted[id(generation)] = generation
         for index, request in enumerate(generation.requests):

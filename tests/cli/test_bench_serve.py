@@ -224,6 +224,8 @@ def test_a_users_fault_is_one_line(capsys: Capture, arguments: list[str], messag
 def test_both_words_of_the_verb_complete() -> None:
     assert [line.partition("\t")[0] for line in candidates(["bench", "serve", "--goodp"])] == ["--goodput"]
     assert [line.partition("\t")[0] for line in candidates(["bench", "--goodp"])] == []
+    assert [line.partition("\t")[0] for line in candidates(["bench", "serve", "--endpoint", ""])] == [COMPLETIONS, CHAT]
+    assert candidates(["bench", "serve", "--url", ""]) == []
 
 
 def test_the_client_is_not_what_is_measured() -> None:

@@ -29,7 +29,7 @@ from qnext.text.output import Content, OutputEvent, Reasoning
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 PromptText = str
-PromptTokens = list[int]
+PromptTokens = Annotated[list[int], Field(fail_fast=True)]
 
 
 class CompletionBody(SamplingBody):
@@ -38,8 +38,8 @@ class CompletionBody(SamplingBody):
     prompt: (
         PromptText
         | PromptTokens
-        | Annotated[list[PromptText], Field(max_length=MAX_PROMPTS)]
-        | Annotated[list[PromptTokens], Field(max_length=MAX_PROMPTS)]
+        | Annotated[list[PromptText], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[PromptTokens], Field(max_length=MAX_PROMPTS, fail_fast=True)]
     )
     suffix: str | None = None
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
@@ -59,6 +59,9 @@ async def completions(exchange: Exchange) -> Reply | EventStream:
     if body.suffix and body.echo:
         raise ApiError.bad("suffix excludes echo", param="suffix")
     prompts = await _prompts(exchange, body)
+    most = exchange.server.limits.max_queued_per_key
+    if len(prompts) * (body.n or 1) > most:
+        raise ApiError.bad(f"prompts times n must be at most {most}", param="n")
     constraint = structured_constraint(body)
     compiled = await exchange.server.compiled(constraint[0], param=constraint[1]) if constraint else None
     params = [

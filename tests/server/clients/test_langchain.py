@@ -79,6 +79,11 @@ def test_thoughts_are_not_content(thinking: Running) -> None:
     assert plain.content and plain.usage_metadata["output_token_details"]["reasoning"] == 0
 
 
+def test_responses_are_an_api_it_can_be_told_to_use(server: Running) -> None:
+    answer, plain = chat(server, use_responses_api=True).invoke(ASK), chat(server).invoke(ASK)
+    assert answer.text == plain.text and answer.usage_metadata["output_tokens"] == 20
+
+
 def test_batches_are_answered_in_order(server: Running) -> None:
     model = chat(server)
     questions = ["one", "two", "three", "four"]

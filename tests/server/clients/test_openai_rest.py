@@ -113,6 +113,16 @@ def test_a_completion_ends_at_its_stop_at_once(sdk: OpenAI, stream: bool) -> Non
     assert time.monotonic() - started < Limits.ping_seconds / 2
 
 
+def test_responses_answer_as_chat_completions_do(sdk: OpenAI) -> None:
+    chat = sdk.chat.completions.create(**{**CHAT, "max_tokens": 16}, temperature=0)
+    whole = sdk.responses.create(model=MODEL, input="Hi", max_output_tokens=16, temperature=0)
+    events = list(sdk.responses.create(model=MODEL, input="Hi", max_output_tokens=16, temperature=0, stream=True))
+    assert whole.output_text == chat.choices[0].message.content and whole.status == "incomplete"
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    assert whole.usage is not None and chat.usage is not None
+    assert whole.usage.input_tokens == chat.usage.prompt_tokens and whole.usage.output_tokens == 16
+
+
 def test_models_are_listed_and_found(sdk: OpenAI) -> None:
     import openai
 
