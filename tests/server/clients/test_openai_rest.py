@@ -71,6 +71,8 @@ def test_a_completion_whole_and_streamed(sdk: OpenAI) -> None:
     ))  # fmt: skip
     assert whole.choices[0].text.startswith("def main(") and whole.choices[0].finish_reason == "length"
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == whole.choices[0].text
+    reasons = [choice.finish_reason for chunk in chunks for choice in chunk.choices]
+    assert reasons[-1] == "length" and set(reasons[:-1]) == {None}, "it ends once, behind its whole text"
     assert whole.usage is not None and chunks[-1].usage is not None
     assert whole.usage.completion_tokens == chunks[-1].usage.completion_tokens == 12
     assert whole.usage.prompt_tokens == chunks[-1].usage.prompt_tokens == len("def main(")
