@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,19 @@ def only_loopback() -> Iterator[None]:
 def compact(server: Running) -> dict[str, int]:
     """A logit_bias against white space: where the grammar of JSON allows any, a random model writes much of it."""
     return {str(server.server.served.tokenizer.encode(space)[0]): -100 for space in " \n\t\r"}
+
+
+@pytest.fixture
+def num_aborted(server: Running) -> Callable[[], int]:
+    """How many requests were aborted, after the engine's thread has obeyed all that was asked of it so far."""
+
+    def count() -> int:
+        done = threading.Event()
+        server.server.worker.call(done.set)
+        assert done.wait(30.0)
+        return server.server.worker.engine.metrics.finished.abort
+
+    return count
 
 
 @pytest.fixture(scope="package")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,10 +117,10 @@ def test_a_completion_ends_at_its_stop_at_once(sdk: OpenAI, stream: bool) -> Non
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_the_slots_of_all_its_prompts(server: Running, stream: bool) -> None:
+def test_a_client_that_leaves_frees_the_slots_of_all_its_prompts(
+    server: Running, num_aborted: Callable[[], int], stream: bool
+) -> None:
     import openai
-
-    metrics = server.server.worker.engine.metrics
 
     async def begin_and_leave() -> None:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as sdk:
@@ -137,12 +137,12 @@ def test_a_client_that_leaves_frees_the_slots_of_all_its_prompts(server: Running
                 task.cancel()
                 await asyncio.wait((task,))
 
-    before = metrics.finished.abort
+    before = num_aborted()
     asyncio.run(begin_and_leave())
     end = time.monotonic() + 10.0
     while server.gauges().num_running and time.monotonic() < end:
         time.sleep(0.005)
-    assert server.gauges().num_running == 0 and server.server.worker.engine.metrics.finished.abort == before + 3
+    assert server.gauges().num_running == 0 and num_aborted() == before + 3
 
 
 def test_responses_answer_as_chat_completions_do(sdk: OpenAI) -> None:
