@@ -184,6 +184,7 @@ def talk(address: tuple[str, int], case: Bytes) -> tuple[bytes, bool, float]:
             for part in case.parts:
                 if isinstance(part, float):
                     time.sleep(part)
+                    received += _present(one)
                 else:
                     one.sendall(part)
             if case.half_closes:
@@ -208,6 +209,14 @@ def talk(address: tuple[str, int], case: Bytes) -> tuple[bytes, bool, float]:
             if is_complete(received, case):
                 break
     return received, is_closed, time.monotonic() - begin
+
+
+def _present(one: socket.socket) -> bytes:
+    """What has come already: a reset would take it away."""
+    try:
+        return one.recv(1 << 20, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return b""
 
 
 def is_complete(received: bytes, case: Bytes) -> bool:
