@@ -1,8 +1,9 @@
-"""A generation seen from the event loop: what has ended has ended once, whoever said so first."""
+"""A generation seen from the event loop, with a worker that is a script: what ends it, and what does not."""
 
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 from qnext.engine import SamplingParams
@@ -11,53 +12,70 @@ from qnext.server.limits import Limits
 from qnext.server.worker import Generation, Update
 
 
-class Worker:
-    """Takes what a generation asks of its worker, and does nothing."""
-
-    limits = Limits()
-
-    def __init__(self) -> None:
-        self.aborts: list[int | None] = []
-
-    def enqueue(self, generation: Generation) -> None:
-        pass
-
-    def abort(self, generation: Generation, index: int | None = None) -> None:
-        self.aborts.append(index)
+def generation(*, n: int) -> tuple[Generation, list[int | None]]:
+    aborted: list[int | None] = []
+    worker: Any = SimpleNamespace(
+        limits=Limits(), enqueue=lambda one: None, abort=lambda one, index=None: aborted.append(index)
+    )
+    params = SamplingParams(n=n, max_tokens=8)
+    made = Generation(worker, [1], params, owner="", salt="", guide=None, request_id="r")
+    return made, aborted
 
 
-async def read(num_answers: int, batches: list[list[Update]], stop_at: Update) -> tuple[list[Update], Worker]:
-    """All updates of a generation whose reader stops the answer of `stop_at` when it sees it."""
-    worker: Any = Worker()
-    params = SamplingParams(n=num_answers)
-    generation = Generation(worker, [1], params, owner="", salt="", guide=None, request_id="r")
-    seen: list[Update] = []
-    async with generation:
-        generation.deliver(batches[0])
-        async for updates in generation.updates():
-            for update in updates:
-                seen.append(update)
-                if update is stop_at:
-                    generation.stop(update.index)
-            if batches[1:]:
-                generation.deliver(batches.pop(1))
-    return seen, worker
+def token(index: int, *, ends: bool = False) -> Update:
+    return Update(index, SampledToken(7), "length" if ends else None)
 
 
-def token(index: int, finish_reason: Any = None) -> Update:
-    return Update(index, SampledToken(5), finish_reason)
+def test_an_answer_that_its_reader_ended_counts_once() -> None:
+    """Its reader found a stop in the first of two tokens that came together, of which the second was the last."""
+
+    async def read() -> list[Update]:
+        found: list[Update] = []
+        one, _ = generation(n=2)
+        async with one:
+            one.deliver([token(0), token(0, ends=True)])
+            async for updates in one.updates():
+                found += updates
+                if len(found) == 2:
+                    one.stop(0)
+                    assert not one.has_ended, "the other answer is still open"
+                    one.deliver([token(1), token(1, ends=True)])
+        assert one.has_ended
+        return found
+
+    assert [update.index for update in asyncio.run(asyncio.wait_for(read(), 5.0))] == [0, 0, 1, 1]
 
 
-def test_a_stop_beside_the_end_of_the_same_answer() -> None:
-    """Tokens come several at once: a stop string may be found just before the token that ended the answer anyway."""
-    found = token(0)
-    seen, worker = asyncio.run(asyncio.wait_for(read(1, [[found, token(0, "length")]], found), 5.0))
-    assert len(seen) == 2 and worker.aborts == [0]
+def test_whoever_waits_hears_that_another_task_ended_the_last_answer() -> None:
+    async def read() -> list[list[Update]]:
+        one, aborted = generation(n=1)
+        found = []
+        async with one:
+            one.deliver([token(0)])
+            async for updates in one.updates():
+                found.append(updates)
+                asyncio.get_running_loop().call_later(0.01, one.stop, 0)
+        assert aborted == [0]
+        return found
+
+    (only,) = asyncio.run(asyncio.wait_for(read(), 5.0))
+    assert [update.index for update in only] == [0]
 
 
-def test_the_end_of_a_stopped_answer_is_not_that_of_another() -> None:
-    found = token(0)
-    late = [token(0, "length"), token(1)]
-    seen, worker = asyncio.run(asyncio.wait_for(read(2, [[found], late, [token(1, "stop")]], found), 5.0))
-    assert [update.finish_reason for update in seen if update.index == 1] == [None, "stop"]
-    assert worker.aborts == [0], "nothing is left that would have to be ended at the exit"
+def test_nobody_hears_of_an_answer_that_ended_while_others_go_on() -> None:
+    """What wakes a stream without news would be written as a ping."""
+
+    async def read() -> list[list[Update]]:
+        one, _ = generation(n=2)
+        found = []
+        loop = asyncio.get_running_loop()
+        async with one:
+            one.deliver([token(0)])
+            async for updates in one.updates():
+                if not found:
+                    loop.call_later(0.01, one.stop, 0)
+                    loop.call_later(0.05, one.deliver, [token(1, ends=True)])
+                found.append(updates)
+        return found
+
+    assert [len(updates) for updates in asyncio.run(asyncio.wait_for(read(), 5.0))] == [1, 1]
