@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
+import typer
 
 from qnext.cli import VERBS, click_command
 from qnext.cli._config_file import read_flags, take_config
@@ -16,6 +16,7 @@ from qnext.cli._config_file import read_flags, take_config
 ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^(?P<mark><!-- run -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)
 _SHELLS = ("sh", "bash")
+USAGE_ERROR = typer.BadParameter.__mro__[1]  # click's UsageError, whichever click typer has
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def qnext_arguments(words: Sequence[str]) -> list[str] | None:
     return None
 
 
-def check_arguments(arguments: Sequence[str], *, folder: Path | None = None) -> click.Context:
-    """Parse a command as the program would, values and all, without running it. Raises click's UsageError.
+def check_arguments(arguments: Sequence[str], *, folder: Path | None = None) -> None:
+    """Parse a command as the program would, values and all, without running it. Raises USAGE_ERROR.
 
     Files of `--config` are looked for in `folder` by their name alone, where it is given.
     """
@@ -94,12 +95,12 @@ def check_arguments(arguments: Sequence[str], *, folder: Path | None = None) -> 
     command = click_command(verb)
     rest, file = take_config(verb, rest)
     if any(word.startswith("--help") for word in rest):
-        return click.Context(command)
+        return
     flags = {}
     if file is not None and folder is not None:
         flags = read_flags(folder / file.name, verb, command, VERBS)
     name = f"qnext {verb}"
-    if isinstance(command, click.Group):
+    if hasattr(command, "commands"):
         assert rest and rest[0] in command.commands, f"{name} has no {rest[:1]}"
         command, name, rest = command.commands[rest[0]], f"{name} {rest[0]}", rest[1:]
-    return command.make_context(name, list(rest), default_map=flags)
+    command.make_context(name, list(rest), default_map=flags)

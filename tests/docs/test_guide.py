@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-import click
 import pytest
 import yaml
 
@@ -23,7 +22,7 @@ from qnext.server.admin import ADMIN_ROUTES
 from qnext.server.keys import KeyRing
 from qnext.server.table import public_routes
 from tests.docs import limits_table
-from tests.docs.snippets import ROOT, Block, blocks, check_arguments, commands, qnext_arguments
+from tests.docs.snippets import ROOT, USAGE_ERROR, Block, blocks, check_arguments, commands, qnext_arguments
 from tests.server.serving import Running, running_server, save_served
 
 GUIDE = ROOT / "docs" / "guide"
@@ -69,7 +68,7 @@ def test_commands_of_qnext_parse(path: Path) -> None:
 def test_the_check_of_commands_can_fail() -> None:
     wrong = (["serve", "m", "--no-such-flag"], ["serve"], ["serve", "m", "--port", "x"], ["keys", "create"])
     for arguments in wrong:
-        with pytest.raises(click.UsageError):
+        with pytest.raises(USAGE_ERROR):
             check_arguments(arguments)
     with pytest.raises(AssertionError):
         check_arguments(["fly"])
@@ -156,7 +155,8 @@ def test_python_examples_run(block: Block, server: Running, monkeypatch: pytest.
     monkeypatch.setenv("QNEXT_KEY", KEY)
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
-    exec(compile(block.text.replace(ADDRESS, server.url), block.path.name, "exec"), {"__name__": "__main__"})
+    code = compile(block.text.replace(ADDRESS, server.url), block.path.name, "exec", dont_inherit=True)
+    exec(code, {"__name__": __name__})
 
 
 def test_metrics_named_exist(server: Running) -> None:
