@@ -7,7 +7,8 @@ Server and engine are one process, the client is another on the same cores; they
   health   the slowest answer of /health/live beside idle connections and active streams, milliseconds
   ready    seconds from the command to the first answer of /health/ready (whole commands)
 
-MODEL is a folder with a tokenizer; the standard CPU model has none worth reading, so prompts are token ids.
+MODEL is a folder with a tokenizer, by default the standard CPU model in int4-g32 (see bench_inference.py). Prompts are
+random token ids.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from typing import Any
 import httpx2
 from _pair import print_json
 from _streams import RandomTokens, rate_of, write_together
+from bench_inference import standard_model
 
+from qnext.cli._bench_files import BenchFiles
 from qnext.eval.contest import spread
 
 PROMPT_TOKENS = 64
@@ -157,13 +160,15 @@ def show(name: str, figure: dict[str, float], target: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="model folder")
+    parser.add_argument("model", type=Path, nargs="?", help="model folder")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--idle", type=int, default=200)
     parser.add_argument("--active", type=int, default=32)
     options = parser.parse_args()
+    if options.model is None:
+        options.model = BenchFiles(Path(standard_model()), Path("runs/bench")).folder_of("int4-g32")
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     length = PROMPT_TOKENS + options.tokens + 16
     process = multiprocessing.get_context("spawn").Process(

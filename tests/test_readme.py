@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from qnext.cli import VERBS, main
+from qnext.cli import VERBS, _joined_verb, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What would take minutes is done for seconds; everything else runs as it stands.
 SHORTER = {"--minutes 3": "--minutes 0.05", "time_budget=60": "time_budget=3"}
+SERVER_URL = "http://127.0.0.1:8000"
 
 
 def blocks(language: str) -> list[str]:
@@ -29,6 +33,20 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line and not line.startswith("#")]
 
 
+@contextmanager
+def serving(arguments: list[str]) -> Iterator[str]:
+    """The URL of a server that a command starts, on a free port."""
+    command = [sys.executable, "-m", "qnext", *arguments, "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        try:
+            found = next(filter(None, (re.match(r"ready: (\S+)", line) for line in process.stderr)))
+            yield found[1]
+        finally:
+            process.terminate()
+
+
 def run_verb(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     with pytest.raises(SystemExit) as stop:
@@ -37,7 +55,7 @@ def run_verb(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_verb_is_shown() -> None:
-    shown = {words[1] for words in commands() if words[0] == "qnext"}
+    shown = {_joined_verb(words[1:])[0] for words in commands() if words[0] == "qnext"}
     assert shown == set(VERBS)
 
 
@@ -67,15 +85,25 @@ def test_qnext_commands_and_python_run_in_order(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text(README, encoding="utf-8")
-    for words in commands():
-        if words[0] != "qnext":
-            continue
-        line = shlex.join(words[1:])
-        for long, short in SHORTER.items():
-            line = line.replace(long, short)
-        run_verb(shlex.split(line), monkeypatch)
+    (tmp_path / "requests.jsonl").write_text("".join(blocks("jsonl")), encoding="utf-8")
+    with ExitStack() as stack:
+        url = ""
+        for words in commands():
+            if words[0] != "qnext":
+                continue
+            line = shlex.join(words[1:])
+            for long, short in {**SHORTER, SERVER_URL: url}.items():
+                line = line.replace(long, short)
+            if words[1] == "serve":
+                url = stack.enter_context(serving(shlex.split(line)))
+            else:
+                run_verb(shlex.split(line), monkeypatch)
     assert (tmp_path / "runs/demo/model/model.safetensors").is_file()
     assert (tmp_path / "runs/logits.npy").is_file()
+    answers = [json.loads(line) for line in (tmp_path / "runs/answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sorted((answer["custom_id"], answer["response"]["status_code"]) for answer in answers) == [
+        ("one", 200), ("two", 200),
+    ]  # fmt: skip
     assert pulled == ["Qwen/Qwen3-Next-80B-A3B-Instruct"]
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
@@ -103,6 +131,7 @@ SMALL_BENCHMARKS = {
     ],
     "bench_long_context.py": ["--tokens", "700", "--decode", "4", "--edge", "128", "--yarn", "4"],
     "bench_demo.py": ["--seconds", "3"],
+    "bench_server.py": ["MODEL", "--streams", "2", "--tokens", "8", "--rounds", "1", "--idle", "4", "--active", "2"],
     "bench_quality.py": ["--minutes", "0.02", "--tokens", "2048", "--eval-bytes", "20000"],
 }
 

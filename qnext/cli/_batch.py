@@ -22,6 +22,7 @@ from qnext.errors import QnextError
 
 if TYPE_CHECKING:
     from qnext.engine import Engine
+    from qnext.server.app import Server
     from qnext.server.served import ServedModel
 
 Ask = Callable[[BatchRequest], Awaitable[httpx2.Response]]
@@ -29,6 +30,7 @@ Ask = Callable[[BatchRequest], Awaitable[httpx2.Response]]
 MAX_ATTEMPTS = 8
 _MAX_WAIT = 60.0  # seconds between two attempts
 _RETRIED = (429, 503)
+_WATCH_SECONDS = 0.25
 
 
 @dataclass
@@ -186,19 +188,35 @@ async def ask_here(engine: Engine, served: ServedModel, *, request_seconds: floa
     server = Server(limits=limits, with_page=False)
     server.attach(engine, served)
     transport = httpx2.ASGITransport(app=make_application(server, public_routes(with_page=False)))
+    watching = asyncio.create_task(_watch(server))
     try:
         async with httpx2.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:
 
             async def ask(request: BatchRequest) -> httpx2.Response:
-                response = await client.post(request.url, content=orjson.dumps(request.body), headers=headers_of(None))
-                if response.status_code >= 500 and server.fault is not None:
-                    raise QnextError(server.fault)
-                return response
+                posting = asyncio.ensure_future(
+                    client.post(request.url, content=orjson.dumps(request.body), headers=headers_of(None))
+                )
+                try:
+                    await asyncio.wait((posting, watching), return_when=asyncio.FIRST_COMPLETED)
+                    if watching.done():
+                        raise QnextError(watching.result())
+                    return posting.result()
+                finally:
+                    posting.cancel()
 
             yield ask
     finally:
-        await server.drain(0.0)
+        watching.cancel()
+        if server.fault is None:  # else its thread may never end; it ends with the process
+            await server.drain(0.0)
         server.close()
+
+
+async def _watch(server: Server) -> str:
+    """Why the engine does not work any more, once it does not."""
+    while server.fault is None:
+        await asyncio.sleep(_WATCH_SECONDS)
+    return server.fault
 
 
 @contextlib.asynccontextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 FOLDERS, FILES = "#folders", "#files"  # lines that ask the shell for names of its own
 
-_NO_HINT = re.compile(r"N|X|FACTOR|TEXT|PROMPT|NAME|KEY=VALUE|[\dN,.]+")
+_NO_HINT = re.compile(r"N|X|FACTOR|TEXT|PROMPT|NAME|URL|KEY|KEY=VALUE|[\dNX,.]+")
 
 
 def candidates(words: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import httpx2
 import orjson
 
 from qnext.cli._load_prompts import Prompt
-from qnext.cli._remote import refusal
+from qnext.cli._remote import error_message
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -175,7 +175,7 @@ async def _timed(client: httpx2.AsyncClient, path: str, body: bytes) -> Timing:
     try:
         async with client.stream("POST", path, content=body) as response:
             if response.status_code != 200:
-                timing.error = refusal("", response.status_code, await response.aread()).lstrip(": ")
+                timing.error = f"{response.status_code}: {error_message(await response.aread())}"
                 return timing
             rest = b""
             async for piece in response.aiter_raw():
@@ -193,8 +193,10 @@ def _take(timing: Timing, frame: bytes) -> None:
     if not frame.startswith(b"data:") or frame == b"data: [DONE]":
         return
     document = orjson.loads(frame[5:])
+    if not isinstance(document, dict):
+        return
     if document.get("error"):
-        timing.error = refusal("", 200, frame[5:]).lstrip(": ")
+        timing.error = f"in the stream: {error_message(frame[5:])}"
         return
     if any(_has_token(choice) for choice in document.get("choices") or ()):
         timing.tick()

@@ -95,14 +95,10 @@ def tables(document: Mapping[str, Any], metrics: Sequence[str], percentiles: Seq
     runs: list[dict[str, Any]] = document["runs"]
     columns = [f"p{each:g}" for each in percentiles]
     if len(runs) > 1:
-        table = Table("load", "failed", "requests/s", "answer tokens/s", "client")
-        for metric in metrics:
-            for column in columns:
-                table.add_column(f"{metric} {column} ms", justify="right")
+        summary = Table("load", "failed", "requests/s", "answer tokens/s", "client busy")
         for run in runs:
-            cells = [_cell(run[f"{metric}_ms"], column) for metric in metrics for column in columns]
-            table.add_row(_load_name(run), str(run["failed"]), *_rates(run), f"{run['client_load']:.0%}", *cells)
-        return [table]
+            summary.add_row(_load_name(run), str(run["failed"]), *_rates(run), f"{run['client_load']:.0%}")
+        return [summary, *(_sweep_table(runs, metric, columns) for metric in metrics)]
     (run,) = runs
     summary = Table(show_header=False)
     for name, value in _lines(run).items():
@@ -112,6 +108,15 @@ def tables(document: Mapping[str, Any], metrics: Sequence[str], percentiles: Seq
         cells = [_cell(run[f"{metric}_ms"], column) for column in ("mean", *columns)]
         times.add_row(f"{metric}, {METRICS[metric]}", *cells)
     return [summary, times]
+
+
+def _sweep_table(runs: Sequence[Mapping[str, Any]], metric: str, columns: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(f"{metric}, {METRICS[metric]}, ms", "mean", *columns)
+    for run in runs:
+        table.add_row(_load_name(run), *(_cell(run[f"{metric}_ms"], column) for column in ("mean", *columns)))
+    return table
 
 
 def _lines(run: Mapping[str, Any]) -> dict[str, str]:
@@ -136,8 +141,9 @@ def _rates(run: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _load_name(run: Mapping[str, Any]) -> str:
-    rate = "all at once" if run["request_rate"] is None else f"{run['request_rate']:g} requests/s"
-    return rate if run["max_concurrency"] is None else f"{rate}, {run['max_concurrency']} in flight"
+    rate = [] if run["request_rate"] is None else [f"{run['request_rate']:g} requests/s"]
+    bound = [] if run["max_concurrency"] is None else [f"{run['max_concurrency']} in flight"]
+    return ", ".join(rate + bound) or "all at once"
 
 
 def _cell(statistics: Mapping[str, float] | None, column: str) -> str:

@@ -66,7 +66,12 @@ def unreachable(root: str, error: Exception) -> UsageError:
 
 
 def refusal(root: str, status: int, body: bytes) -> str:
-    """One line of an answer that is an error, in the forms of OpenAI and Anthropic or in none."""
+    """One line of an answer that is an error."""
+    return f"{root}: {status}: {error_message(body)}"
+
+
+def error_message(body: bytes) -> str:
+    """What an error says, on one line: in the forms of OpenAI and Anthropic, or in none."""
     import orjson
 
     try:
@@ -76,7 +81,7 @@ def refusal(root: str, status: int, body: bytes) -> str:
     except (ValueError, KeyError, TypeError):
         words = body.decode("utf-8", "replace")
     line = "".join(c if c.isprintable() else " " for c in " ".join(words.split()))
-    return f"{root}: {status}: {line[:_MAX_MESSAGE] or 'no message'}"
+    return line[:_MAX_MESSAGE] or "no message"
 
 
 def stream_events(response: httpx2.Response) -> Iterator[dict[str, Any]]:
@@ -93,7 +98,7 @@ def stream_events(response: httpx2.Response) -> Iterator[dict[str, Any]]:
         if not isinstance(document, dict):
             continue
         if document.get("error"):
-            raise UsageError(refusal(str(response.url.host), response.status_code, data))
+            raise UsageError(f"{response.url.host}: {error_message(data)}")
         yield document
 
 

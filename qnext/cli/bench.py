@@ -50,7 +50,7 @@ def command(
 
     Contestants run in turn, each in a process of its own, with random tokens. The ratios are what a run can claim;
     the rates belong to this machine at this time. Shares of bandwidth and peak relate a figure to what was measured
-    here of memory and arithmetic.
+    here of memory and arithmetic. `qnext bench serve` puts a load on a running server.
     """
     from qnext.cli._bench import run_bench
     from qnext.cli._bench_table import format_table

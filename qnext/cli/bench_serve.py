@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from qnext.cli import _load_flags as flags
 from qnext.cli._remote import ApiKey
 from qnext.errors import UsageError
 
@@ -21,78 +22,34 @@ if TYPE_CHECKING:
     from qnext.cli._load import Load, Timing
     from qnext.cli._load_prompts import Prompt, RandomPrompts
 
-_LOAD, _PROMPTS, _REPORT = "Load", "Prompts", "Report"
-
-
-def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
 
 def command(
-    url: Annotated[
-        str, typer.Option("--url", "--base-url", metavar="URL", help="The server.")
-    ] = "http://127.0.0.1:8000",
+    url: flags.Url = "http://127.0.0.1:8000",
     api_key: ApiKey = None,
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="NAME", help="Of the server's models; default: its first.")
-    ] = None,
-    endpoint: Annotated[
-        str, typer.Option("--endpoint", metavar="PATH", help="/v1/completions or /v1/chat/completions.")
-    ] = "/v1/completions",
-    dataset_name: Annotated[
-        str, _option(_PROMPTS, "--dataset-name", help="random, or custom or sharegpt for a file.")
-    ] = "random",
-    dataset_path: Annotated[
-        Path | None,
-        _option(_PROMPTS, "--dataset-path", metavar="FILE", help="JSONL or JSON: prompt, or ShareGPT's conversations."),
-    ] = None,
-    random_input_len: Annotated[int, _option(_PROMPTS, "--random-input-len", help="Tokens of a prompt.")] = 1024,
-    random_output_len: Annotated[int, _option(_PROMPTS, "--random-output-len", help="Tokens of an answer.")] = 128,
-    random_prefix_len: Annotated[
-        int, _option(_PROMPTS, "--random-prefix-len", help="More tokens before, the same for all.")
-    ] = 0,
-    random_range_ratio: Annotated[
-        float, _option(_PROMPTS, "--random-range-ratio", help="Lengths vary by this share.")
-    ] = 0.0,
-    custom_output_len: Annotated[
-        int, _option(_PROMPTS, "--custom-output-len", min=1, help="Of a file's prompts without output_tokens.")
-    ] = 256,
-    num_prompts: Annotated[int, _option(_PROMPTS, "--num-prompts", min=1, help="Requests of a run.")] = 100,
-    seed: Annotated[int, _option(_PROMPTS, "--seed", help="Of prompts and times.")] = 0,
-    ignore_eos: Annotated[bool, _option(_PROMPTS, "--ignore-eos", help="Answers have their full length.")] = False,
-    temperature: Annotated[float | None, _option(_PROMPTS, "--temperature", help="Default: the server's.")] = None,
-    request_rate: Annotated[float, _option(_LOAD, "--request-rate", help="A second; inf: all at once.")] = math.inf,
-    burstiness: Annotated[
-        float, _option(_LOAD, "--burstiness", help="1: a Poisson process; less: in bursts; more: evenly.")
-    ] = 1.0,
-    max_concurrency: Annotated[
-        int | None, _option(_LOAD, "--max-concurrency", min=1, help="Requests at once; others wait unsent.")
-    ] = None,
-    sweep_concurrency: Annotated[
-        str | None, _option(_LOAD, "--sweep-concurrency", metavar="N,N,...", help="A run for each.")
-    ] = None,
-    sweep_rate: Annotated[
-        str | None, _option(_LOAD, "--sweep-rate", metavar="X,X,...", help="A run for each request rate.")
-    ] = None,
-    warmups: Annotated[
-        int, _option(_LOAD, "--warmups", "--num-warmups", min=0, help="Requests before, not counted.")
-    ] = 0,
-    percentile_metrics: Annotated[
-        str, _option(_REPORT, "--percentile-metrics", help="Those that the table shows.")
-    ] = "ttft,tpot,itl,e2el",
-    metric_percentiles: Annotated[
-        str, _option(_REPORT, "--metric-percentiles", metavar="N,N,...", help="Which percentiles.")
-    ] = "50,90,99",
-    goodput: Annotated[
-        list[str] | None,
-        _option(_REPORT, "--goodput", help='Milliseconds of a good answer: "ttft:500 tpot:50"; repeatable.'),
-    ] = None,
-    as_json: Annotated[
-        bool, _option(_REPORT, "--json", help="One JSON document on stdout instead of a table.")
-    ] = False,
-    save_result: Annotated[
-        Path | None, _option(_REPORT, "--save-result", metavar="FILE", help="The document to a file, too.")
-    ] = None,
+    model: flags.Model = None,
+    endpoint: flags.Endpoint = "/v1/completions",
+    dataset_name: flags.DatasetName = "random",
+    dataset_path: flags.DatasetPath = None,
+    random_input_len: flags.RandomInputLen = 1024,
+    random_output_len: flags.RandomOutputLen = 128,
+    random_prefix_len: flags.RandomPrefixLen = 0,
+    random_range_ratio: flags.RandomRangeRatio = 0.0,
+    custom_output_len: flags.CustomOutputLen = 256,
+    num_prompts: flags.NumPrompts = 100,
+    seed: flags.Seed = 0,
+    ignore_eos: flags.IgnoreEos = False,
+    temperature: flags.Temperature = None,
+    request_rate: flags.RequestRate = math.inf,
+    burstiness: flags.Burstiness = 1.0,
+    max_concurrency: flags.MaxConcurrency = None,
+    sweep_concurrency: flags.SweepConcurrency = None,
+    sweep_rate: flags.SweepRate = None,
+    warmups: flags.Warmups = 0,
+    percentile_metrics: flags.PercentileMetrics = "ttft,tpot,itl,e2el",
+    metric_percentiles: flags.MetricPercentiles = "50,90,99",
+    goodput: flags.Goodput = None,
+    as_json: flags.AsJson = False,
+    save_result: flags.SaveResult = None,
 ) -> None:
     """Send requests to a running server and time every answer, token by token.
 
@@ -118,13 +75,14 @@ def command(
     if sweep_concurrency and sweep_rate:
         raise UsageError("--sweep-concurrency and --sweep-rate exclude each other")
     shape = RandomPrompts(random_input_len, random_output_len, random_prefix_len, random_range_ratio)
+    load = Load(endpoint, request_rate, burstiness, max_concurrency, seed)
+    loads = _sweep(load, sweep_concurrency, sweep_rate)
     root = root_of(url)
     name = model_of(root, api_key, model)
     body: dict[str, Any] = {"model": name}
     body |= {"ignore_eos": True} if ignore_eos else {}
     body |= {} if temperature is None else {"temperature": temperature}
-    load = Load(endpoint, request_rate, burstiness, max_concurrency, seed, body)
-    loads = _sweep(load, sweep_concurrency, sweep_rate)
+    loads = [replace(each, body=body) for each in loads]
     with _prompt_source(root, headers_of(api_key), name, load, shape, dataset_path, custom_output_len) as prompts_of:
         runs = _measure(
             root, headers_of(api_key), loads, prompts_of, num_prompts=num_prompts, warmups=warmups, goals=goals,

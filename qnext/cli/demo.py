@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import sys
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +14,9 @@ import typer
 
 if TYPE_CHECKING:
     from qnext.cli._training import TrainingDisplay
-    from qnext.engine import SamplingParams
+    from qnext.engine import Engine, SamplingParams
     from qnext.recipes.recipe import Run
+    from qnext.server.served import ServedModel
 
 _PROMPTS = (
     "def read_lines(path, encoding=None):\n",
@@ -24,13 +28,17 @@ _SAMPLE_PROMPT = "def"
 
 def command(
     minutes: Annotated[float, typer.Option(min=0.01, max=600.0, help="time to train for")] = 200 / 60,
-    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="complete what you type, at the end")] = True,
+    chat: Annotated[
+        bool, typer.Option("--chat/--no-chat", help="at the end, serve the model's page and complete what you type")
+    ] = True,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of the page; any other where it is taken")] = 8000,
     out: Annotated[Path, typer.Option(help="folder of the run; an earlier demo there is replaced")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="seed of weights, data order and samples")] = 0,
 ) -> None:
     """Train a small Qwen3-Next on the Python library of this machine, report how well it does, and try it.
 
-    Nothing is downloaded. Leaves the model in OUT/model, as a Hugging Face folder.
+    Nothing is downloaded. Leaves the model in OUT/model, as a Hugging Face folder, and ends with its page open: a URL
+    is printed, and the page is there until the input ends.
     """
     from qnext.cli._training import TrainingDisplay, interruptible
     from qnext.ops import keep_freed_memory
@@ -51,7 +59,7 @@ def command(
     display.note(f"model saved in {folder}")
     _complete_prompts(run, display, seed)
     if chat:
-        _chat(run, display, seed)
+        _talk(folder, display, seed, port)
 
 
 def _remove_earlier(out: Path) -> None:
@@ -110,9 +118,38 @@ def _complete_prompts(run: Run, display: TrainingDisplay, seed: int) -> None:
         print(prompt + _generate(run, prompt, max_tokens=96, seed=seed) + "\n")
 
 
-def _chat(run: Run, display: TrainingDisplay, seed: int) -> None:
-    from qnext.cli.chat import run_chat
+def _talk(folder: Path, display: TrainingDisplay, seed: int, port: int) -> None:
+    """The model's page, and the same model in the terminal, until the input ends."""
+    from qnext.cli._chat_loop import converse
+    from qnext.cli._remote_talk import RemoteConversation
+    from qnext.cli._served import load_served
+    from qnext.cli._text_model import open_folder
+    from qnext.server.app import Server
+    from qnext.server.run import Listen, serving
 
-    if sys.stdin.isatty():
-        display.note("your turn: type the beginning of some Python, the model goes on")
-    run_chat(run.trainer.model, run.tokenizer, params=_sampling(128, seed), max_model_len=1024)
+    sampling: dict[str, float] = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
+
+    def load() -> tuple[Engine, ServedModel]:
+        engine, served = load_served(open_folder(str(folder)), names=["demo"], engine_options={"max_num_seqs": 4})
+        served.defaults.update(sampling)
+        return engine, served
+
+    with serving(Server, load, Listen(port=_free(port))) as (server, urls):
+        display.note(f"its page, with its experts at work: {urls.public}/")
+        if "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ or sys.platform == "darwin":
+            webbrowser.open(f"{urls.public}/")
+        if sys.stdin.isatty():
+            display.note("or here: type the beginning of some Python, the model goes on; Ctrl-D ends page and demo")
+        params = {**sampling, "max_tokens": 128, "seed": seed}
+        converse(RemoteConversation(urls.public, None, server.served.name, params, completes=True))
+
+
+def _free(port: int) -> int:
+    """The port, or 0 for any where it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return 0
+    return port

@@ -44,6 +44,11 @@ class Answer:
         self.end_reason: EndReason | None = None
 
     @property
+    def is_reasoning(self) -> bool:
+        """Whether no more than the thought has come."""
+        return self._is_reasoning
+
+    @property
     def stop_string(self) -> str | None:
         return self._stream.stop_string
 

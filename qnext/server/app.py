@@ -18,7 +18,7 @@ from starlette.routing import Route as StarletteRoute
 
 from qnext.server.audit import AuditLog, AuditRecord
 from qnext.server.endpoint import Endpoint
-from qnext.server.errors import ApiError, error_body
+from qnext.server.errors import ApiError, error_body, style_of
 from qnext.server.exchange import Exchange
 from qnext.server.guard import Guard
 from qnext.server.keys import Key, KeyRing
@@ -260,10 +260,12 @@ def describe(served: ServedModel, limits: Limits) -> dict[str, Any]:
 def make_application(server: Server, routes: Sequence[Route]) -> Guard:
     """An ASGI application of the routes."""
     table = [StarletteRoute(route.path, Endpoint(server, route), methods=[route.method]) for route in routes]
+    for entry, route in zip(table, routes, strict=True):
+        if route.limit == "generation" and entry.methods is not None:
+            entry.methods.discard("HEAD")  # an answer without an end has no head to ask for alone
 
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        style: Literal["openai", "anthropic"] = "anthropic" if request.url.path.startswith("/v1/messages") else "openai"
         is_method = error.status_code == 405
         fault = ApiError(
             error.status_code, "this route has other methods" if is_method else "no such route",
@@ -271,7 +273,7 @@ def make_application(server: Server, routes: Sequence[Route]) -> Guard:
         )  # fmt: skip
         server.counters.count_request(None, request.method, error.status_code)
         return Response(
-            error_body(fault, style), status_code=error.status_code, headers=error.headers,
+            error_body(fault, style_of(request.url.path)), status_code=error.status_code, headers=error.headers,
             media_type="application/json",
         )  # fmt: skip
 

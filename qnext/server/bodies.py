@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from qnext.server.limits import (
     MAX_BAD_WORDS,
@@ -16,7 +16,10 @@ from qnext.server.limits import (
 
 
 class Body(BaseModel):
-    """Strict: no text for a number, nothing infinite. Keys that nobody knows are ignored: clients send many."""
+    """Strict: no text for a number, nothing infinite. Keys that nobody knows are ignored: clients send many.
+
+    Lists whose length a body may choose fail at their first fault: a million faults would each be written down.
+    """
 
     model_config = ConfigDict(
         strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True, protected_namespaces=()
@@ -25,11 +28,23 @@ class Body(BaseModel):
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenIds = Annotated[list[TokenId], Field(max_length=MAX_LISTED_TOKENS)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_LISTED_TOKENS, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Name = Annotated[str, Field(max_length=256)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
+def at_most(length: int) -> BeforeValidator:
+    """For dicts: counted before they are looked at, since they cannot fail at their first fault."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > length:
+            raise ValueError(f"more than {length} entries")
+        return value
+
+    return BeforeValidator(check)
 
 
 class StreamOptions(Body):
@@ -41,7 +56,7 @@ class StructuredOutputs(Body):
 
     json_: Any = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Texts | None = None
     grammar: str | None = None
 
 
@@ -64,7 +79,7 @@ class SamplingBody(Body):
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LISTED_TOKENS)] | None = None
+    logit_bias: Annotated[dict[str, Bias], at_most(MAX_LISTED_TOKENS)] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     bad_words: Annotated[list[Stop], Field(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -73,7 +88,7 @@ class SamplingBody(Body):
     structured_outputs: StructuredOutputs | None = None
     guided_json: Any = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Texts | None = None
     guided_grammar: str | None = None
     grammar: str | None = None
     cache_salt: Name | None = None

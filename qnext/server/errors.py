@@ -18,6 +18,65 @@ _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 _PATH = re.compile(r"(?<![\w/])/(?:[\w.@+-]+/)+[\w.@+-]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _FREE_MAPS = ("logit_bias", "metadata", "chat_template_kwargs", "parameters", "input_schema", "input", "schema")
+_WORD = re.compile(r"[^\s:,;()\[\]{}]{3,}")
+# Words of ours and of JSON schemas, which say what is wrong also where the caller used them.
+_SCHEMA_WORDS = frozenset(
+    [
+        "json",
+        "json_schema",
+        "schema",
+        "regex",
+        "lark",
+        "grammar",
+        "choice",
+        "start",
+        "rule",
+        "type",
+        "string",
+        "number",
+        "integer",
+        "boolean",
+        "object",
+        "array",
+        "null",
+        "properties",
+        "required",
+        "items",
+        "pattern",
+        "format",
+        "enum",
+        "const",
+        "anyof",
+        "oneof",
+        "allof",
+        "not",
+        "additionalproperties",
+        "prefixitems",
+        "minlength",
+        "maxlength",
+        "minitems",
+        "maxitems",
+        "minimum",
+        "maximum",
+        "multipleof",
+        "patternproperties",
+        "definitions",
+        "the",
+        "and",
+        "for",
+        "too",
+        "larger",
+        "longer",
+        "more",
+        "than",
+        "must",
+        "invalid",
+        "unknown",
+        "expected",
+        "failed",
+        "compile",
+    ]
+)
 # Kinds of the Anthropic surface by status; 529 is its own for an overloaded server, but clients retry 503 alike.
 _ANTHROPIC = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -62,12 +121,20 @@ class ApiError(Exception):
         return cls(500, "internal error", code="internal_error", headers={"x-should-retry": "false"})
 
 
-def from_user_error(error: Exception, *, param: str | None = None) -> ApiError:
-    """What the layers below refuse, as 400: their line without anything that could be the caller's or the machine's."""
+def from_user_error(error: Exception, *, param: str | None = None, source: str = "") -> ApiError:
+    """What the layers below refuse, as 400: their line without anything that could be the caller's or the machine's.
+
+    `source` is a text of the caller's of which a library's message may repeat words: those become "…", too.
+    """
     is_length = type(error).__name__ == "DoesNotFit"
+    message = _WORD.sub(lambda found: _unless_from(source, found[0]), str(error)) if source else str(error)
     return ApiError.bad(
-        sanitized(str(error)), param=param, code="context_length_exceeded" if is_length else "invalid_value"
+        sanitized(message), param=param, code="context_length_exceeded" if is_length else "invalid_value"
     )
+
+
+def _unless_from(source: str, word: str) -> str:
+    return "…" if word in source and word.lower() not in _SCHEMA_WORDS else word
 
 
 def from_validation(error: ValidationError) -> ApiError:
@@ -79,7 +146,7 @@ def from_validation(error: ValidationError) -> ApiError:
             place.append(str(part))
         elif re.fullmatch(r"[a-z][a-z0-9_]{0,39}", part):
             place.append(part)
-            if part in _FREE_MAPS:
+            if part in _FREE_MAPS and place != ["input"]:  # the input of a response is no map
                 break
     where = ".".join(place)
     others = error.error_count() - 1
@@ -103,9 +170,17 @@ def sanitized(text: str, *, keep_quoted: bool = False) -> str:
     return text if len(text) <= MAX_ERROR_MESSAGE else text[: MAX_ERROR_MESSAGE - 1] + "…"
 
 
+def style_of(path: str) -> ErrorStyle:
+    """How errors look where no route says it."""
+    return "anthropic" if path == "/v1/messages" or path.startswith("/v1/messages/") else "openai"
+
+
 def error_object(error: ApiError, style: ErrorStyle) -> dict[str, Any]:
     """The body of an error: that of OpenAI's API, or of Anthropic's."""
-    message = error.message if len(error.message) <= MAX_ERROR_MESSAGE else error.message[:MAX_ERROR_MESSAGE]
+    message = error.message
+    if style == "anthropic" and error.param is not None and not message.startswith(error.param):
+        message = f"{error.param}: {message}"  # its errors have no place for it
+    message = message[:MAX_ERROR_MESSAGE]
     if style == "anthropic":
         kind = _ANTHROPIC.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": message}}

@@ -1,20 +1,13 @@
-"""What every request and every answer passes, whatever the route: sizes of headers, a request id, safe headers.
-
-And the HTTP/1 protocol of uvicorn with a bound on how long headers may take.
-"""
+"""What every request and every answer passes, whatever the route: sizes of headers, a request id, safe headers."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
-from qnext.server.errors import ApiError, error_body
+from qnext.server.errors import ApiError, error_body, style_of
 from qnext.server.limits import Limits
 
 Message = MutableMapping[str, Any]
@@ -57,9 +50,9 @@ class Guard:
                 message["headers"] = [*message["headers"], *added]
             await send(message)
 
-        error = self._fault(headers) or _path_fault(scope)
+        error = _version_fault(scope) or self._fault(headers) or _path_fault(scope)
         if error is not None:
-            await _send_error(send_with_headers, error)
+            await _send_error(send_with_headers, error, scope["path"])
         elif scope["method"] == "OPTIONS" and len(added) > len(_SAFE_HEADERS) + 1:
             await send_with_headers({"type": "http.response.start", "status": 204, "headers": []})
             await send_with_headers({"type": "http.response.body", "body": b""})
@@ -73,9 +66,9 @@ class Guard:
         names = [name for name, _ in headers]
         lengths = [value for name, value in headers if name == b"content-length"]
         if b"transfer-encoding" in names and lengths:
-            return ApiError.bad("Content-Length and Transfer-Encoding exclude each other", code="invalid_request")
-        if len(lengths) > 1:
-            return ApiError.bad("more than one Content-Length", code="invalid_request")
+            return _smuggled("Content-Length and Transfer-Encoding exclude each other")
+        if len(lengths) > 1 or names.count(b"host") > 1:
+            return _smuggled("more than one Content-Length or Host")
         if b"content-encoding" in names:
             return ApiError(415, "compressed bodies are not accepted", code="unsupported_media_type")
         return None
@@ -96,6 +89,17 @@ class Guard:
         ]
 
 
+def _version_fault(scope: Message) -> ApiError | None:
+    if scope["http_version"] in ("1.0", "1.1"):
+        return None
+    return ApiError(505, "this server speaks HTTP/1.1", code="invalid_request", headers={"Connection": "close"})
+
+
+def _smuggled(message: str) -> ApiError:
+    """Of what follows nobody knows whether it is a body or the next request."""
+    return ApiError(400, message, code="invalid_request", headers={"Connection": "close"})
+
+
 def _path_fault(scope: Message) -> ApiError | None:
     path = scope["path"]
     if len(path) > 2_048 or any(ord(c) < 32 or c == "\x7f" for c in path):
@@ -108,44 +112,9 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
     return given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}".encode()
 
 
-async def _send_error(send: Any, error: ApiError) -> None:
-    body = error_body(error, "openai")
+async def _send_error(send: Any, error: ApiError, path: str) -> None:
+    body = error_body(error, style_of(path))
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-class PatientProtocol(H11Protocol):
-    """HTTP/1.1 that closes a connection whose headers do not come within `header_seconds`."""
-
-    header_seconds = Limits.header_seconds
-    _header_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._arm()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self._disarm()
-        elif self._header_timer is None and self.conn.trailing_data[0]:
-            self._arm()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._disarm()
-        super().connection_lost(exc)
-
-    def _arm(self) -> None:
-        self._header_timer = self.loop.call_later(self.header_seconds, self._close_late)
-
-    def _disarm(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
-
-    def _close_late(self) -> None:
-        self._header_timer = None
-        if not self.transport.is_closing() and self.conn.their_state is h11.IDLE:
-            self.transport.close()

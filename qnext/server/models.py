@@ -13,6 +13,9 @@ from qnext.server.exchange import Exchange
 from qnext.server.limits import MAX_MESSAGES
 from qnext.server.openai.chat import MessageBody, conversation
 from qnext.server.routes import Reply
+from qnext.text.templates import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
+
+_TEMPLATES = {"instruct": INSTRUCT_TEMPLATE, "thinking": THINKING_TEMPLATE}
 
 
 class TokenizeBody(Body):
@@ -20,15 +23,16 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None  # the family has none to add
     add_generation_prompt: bool | None = None
+    parse_special: bool | None = None  # false: names of control tokens in the text are text
     return_token_strs: bool | None = None
 
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
 async def list_models(exchange: Exchange) -> Reply:
@@ -66,7 +70,7 @@ async def tokenize(exchange: Exchange) -> Reply:
             conversation(body.messages), add_generation_prompt=body.add_generation_prompt is not False
         )
     else:
-        ids = await served.encode(body.prompt or "")
+        ids = await served.encode(body.prompt or "", allow_special=body.parse_special is not False)
     document: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": served.max_model_len}
     if body.return_token_strs:
         document["token_strs"] = [served.token_text(token) for token in ids]
@@ -87,7 +91,10 @@ async def tokenizer_info(exchange: Exchange) -> Reply:
     """What evaluation tools need of a remote tokenizer."""
     served = exchange.server.served
     chat_format = served.chat_format
-    template = chat_format.template.text if chat_format is not None and chat_format.template is not None else None
+    template = None
+    if chat_format is not None:
+        # Where the format is built in, a template of ours that renders the same.
+        template = _TEMPLATES.get(chat_format.name) if chat_format.template is None else chat_format.template.text
     pad = served.tokenizer.pad_id
     return Reply.of(
         {
@@ -97,7 +104,7 @@ async def tokenizer_info(exchange: Exchange) -> Reply:
             "eos_token": served.eos_token,
             "bos_token": None,
             "pad_token": None if pad is None else served.token_text(pad),
-            "chat_template": template,
+            "chat_template": None if template is None else template.removesuffix("\n"),  # which some renderers keep
             "chat_format": None if chat_format is None else chat_format.name,
         }
     )

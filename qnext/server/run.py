@@ -23,7 +23,7 @@ import uvicorn
 from qnext.errors import UsageError
 from qnext.server.admin import ADMIN_ROUTES
 from qnext.server.app import Server, make_application
-from qnext.server.guard import PatientProtocol
+from qnext.server.protocol import protocol_of
 from qnext.server.table import public_routes
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ _log = logging.getLogger("qnext.server")
 # The engine's thread gives the interpreter up this soon for whoever waits: tokens leave within a fraction of a step.
 _SWITCH_SECONDS = 0.0005
 _JANITOR_SECONDS = 0.25
+_FAULTS = 8  # looks of the janitor that must find one
 _KEEP_ALIVE_SECONDS = 75
 _BACKLOG = 1024
 EXIT_HUNG = 70  # a step of the model does not end, or the engine has failed: the supervisor should start anew
@@ -115,10 +116,10 @@ def serving(server_of: Callable[[], Server], load: Load, listen: Listen) -> Iter
 
 async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) -> None:
     sockets = [_socket(listen)]
-    listeners = [_uvicorn(make_application(server, public_routes(with_page=server.with_page)), server, listen)]
+    listeners = [listener(make_application(server, public_routes(with_page=server.with_page)), server, listen)]
     if listen.admin_port is not None:
         sockets.append(_socket(Listen("127.0.0.1", listen.admin_port)))
-        listeners.append(_uvicorn(make_application(server, ADMIN_ROUTES), server, Listen()))
+        listeners.append(listener(make_application(server, ADMIN_ROUTES), server, Listen()))
     runs = [asyncio.create_task(one.serve([sock])) for one, sock in zip(listeners, sockets, strict=True)]
     cleaning = asyncio.create_task(janitor(server))
     try:
@@ -152,13 +153,12 @@ async def _loaded(server: Server, load: Load) -> tuple[Engine, ServedModel]:
     return loading.result()
 
 
-def _uvicorn(application: Any, server: Server, listen: Listen) -> _Uvicorn:
-    protocol = type("Protocol", (PatientProtocol,), {"header_seconds": server.limits.header_seconds})
+def listener(application: Any, server: Server, listen: Listen) -> uvicorn.Server:
+    """uvicorn for one application, to be given its socket."""
     config = uvicorn.Config(
-        application, http=protocol, ws="none", loop="asyncio", lifespan="off", interface="asgi3",
+        application, http=protocol_of(server.limits), ws="none", loop="asyncio", lifespan="off", interface="asgi3",
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
-        h11_max_incomplete_event_size=server.limits.max_header_bytes, timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        limit_concurrency=server.limits.max_connections, backlog=_BACKLOG, timeout_graceful_shutdown=3,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS, backlog=_BACKLOG, timeout_graceful_shutdown=3,
         ssl_certfile=listen.certificate, ssl_keyfile=listen.certificate_key,
     )  # fmt: skip
     return _Uvicorn(config)
@@ -213,6 +213,7 @@ def _handle_signals(server: Server) -> None:
 
 async def janitor(server: Server) -> None:
     """Ends streams whose client reads nothing, measures the loop's lag, and ends a process whose engine hangs."""
+    num_faults = 0
     while True:
         due = time.monotonic() + _JANITOR_SECONDS
         await asyncio.sleep(_JANITOR_SECONDS)
@@ -223,7 +224,9 @@ async def janitor(server: Server) -> None:
                 exchange.outcome.error_code = "client_too_slow"
                 task.cancel()
         fault = server.fault
-        if fault is not None and server.state == "ready":
+        # A process that was stopped for long wakes up with an old heartbeat: the engine's thread gets a moment.
+        num_faults = 0 if fault is None else num_faults + 1
+        if num_faults >= _FAULTS and server.state == "ready":
             _log.critical("%s; ending the process", fault)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             sys.stderr.flush()

@@ -96,7 +96,8 @@ def structured_constraint(body: SamplingBody) -> tuple[Constraint, str] | None:
     inner = body.structured_outputs
     named = {
         "structured_outputs": (inner.json_, inner.regex, inner.choice, inner.grammar) if inner else (),
-        "guided_json": (body.guided_json, body.guided_regex, body.guided_choice, body.guided_grammar or body.grammar),
+        "guided_json": (body.guided_json, body.guided_regex, body.guided_choice, body.guided_grammar),
+        "grammar": (None, None, None, body.grammar),  # llama.cpp's
     }
     for field, values in named.items():
         for kind, value in zip(("json_schema", "regex", "choice", "lark"), values, strict=False):
@@ -104,7 +105,7 @@ def structured_constraint(body: SamplingBody) -> tuple[Constraint, str] | None:
                 continue
             if kind == "json_schema" and not isinstance(value, (dict, bool, str)):
                 raise ApiError.bad("the JSON schema must be an object", param=field)
-            name = field if field == "structured_outputs" else _GUIDED[kind]
+            name = _GUIDED[kind] if field == "guided_json" else field
             found.append((Constraint(kind, tuple(value) if kind == "choice" else value), name))  # type: ignore[arg-type]
     if len(found) > 1:
         raise ApiError.bad("an answer can follow one constraint only", param=found[1][1])

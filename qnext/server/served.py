@@ -59,6 +59,8 @@ class ServedModel:
         self.tool_style: ToolStyle = tool_style or self._style_of_format()
         self.tokens = list(tokenizer.token_table())
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
+        # A grammar may take seconds: nobody's text waits for somebody's grammar.
+        self._compilers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
 
     @property
     def name(self) -> str:
@@ -126,22 +128,28 @@ class ServedModel:
             raise ApiError.bad("this model has no chat format; use /v1/completions", code="no_chat_template")
         chat_format = self.chat_format
         length = sum(
-            len(m.content) + len(m.reasoning_content or "") + sum(len(str(c.arguments)) for c in m.tool_calls)
+            len(m.content)
+            + len(m.reasoning_content or "")
+            + sum(len(c.name) + _num_characters(c.arguments) for c in m.tool_calls)
             for m in messages
         )
+        length += _num_characters(tools)
         self._check_length(length, param)
-        if continues and (not messages or messages[-1].role != "assistant"):
-            raise ApiError.bad("only an assistant's message can be continued", param=param)
+        begun = messages[-1] if continues and messages else None
+        if continues and (begun is None or begun.role != "assistant" or begun.tool_calls):
+            raise ApiError.bad("only an assistant's message without tool calls can be continued", param=param)
 
         def work() -> tuple[list[int], bool]:
-            rendered = messages[:-1] if continues else messages
-            pieces = list(chat_format.render(rendered, tools=tools, add_generation_prompt=add_generation_prompt))
-            is_thinking = add_generation_prompt and opens_thought(pieces)
-            if is_thinking and (not thinks or continues):
-                pieces.append(Piece(f"\n{_THINK_CLOSE}\n\n", True))
+            rendered = messages if begun is None else messages[:-1]
+            opens = add_generation_prompt or begun is not None  # what has begun stands behind the head of its turn
+            pieces = list(chat_format.render(rendered, tools=tools, add_generation_prompt=opens))
+            is_thinking = opens and opens_thought(pieces)
+            if is_thinking and (not thinks or begun is not None):
+                thought = "" if begun is None else (begun.reasoning_content or "").strip("\n")
+                pieces += [Piece(thought, False), Piece(f"\n{_THINK_CLOSE}\n\n", True)]
                 is_thinking = False
-            if continues:
-                pieces.append(Piece(messages[-1].content, False))
+            if begun is not None:
+                pieces.append(Piece(begun.content, False))
             return self.tokenizer.encode_pieces(pieces), is_thinking
 
         return await self.run(work, param=param)
@@ -156,7 +164,11 @@ class ServedModel:
 
     async def compile(self, constraint: Constraint, *, param: str) -> CompiledGrammar:
         """Raises ApiError 400 for a constraint that is malformed, impossible, too large or too slow."""
-        return await self.run(lambda: self.grammars.compile(constraint), param=param)
+        run = asyncio.get_running_loop().run_in_executor
+        try:
+            return await run(self._compilers, lambda: self.grammars.compile(constraint))
+        except QnextError as error:
+            raise from_user_error(error, param=param, source=str(constraint.value)) from None
 
     def check_ids(self, ids: Sequence[int], *, param: str) -> None:
         """Raises ApiError 400 unless all are ids of the vocabulary."""
@@ -183,6 +195,7 @@ class ServedModel:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._compilers.shutdown(wait=False, cancel_futures=True)
 
     def _check_length(self, num_characters: int, param: str) -> None:
         if num_characters > MAX_TEXT_PER_TOKEN * self.max_model_len:
@@ -198,6 +211,23 @@ class ServedModel:
         if chat_format.template is None:
             return "xml" if chat_format.name == "coder" else "json"
         return "xml" if "<function=" in chat_format.template.text else "json"
+
+
+def _num_characters(value: object) -> int:
+    """Characters of all texts inside a value, keys as well."""
+    waiting, total = [value], 0
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            total += len(item)
+        elif isinstance(item, Mapping):
+            waiting.extend(item)
+            waiting.extend(item.values())
+        elif isinstance(item, Sequence):
+            waiting.extend(item)
+        else:
+            total += 1
+    return total
 
 
 def opens_thought(pieces: Sequence[Piece]) -> bool:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from qnext.server import models, probes
+from qnext.server.anthropic.bodies import CountBody, MessagesBody
+from qnext.server.anthropic.messages import count_tokens, messages
 from qnext.server.metrics import CONTENT_TYPE
 from qnext.server.openai.chat import ChatBody, chat_completions
 from qnext.server.openai.completions import CompletionBody, completions
+from qnext.server.openai.responses import responses
+from qnext.server.openai.responses_bodies import ResponseBody
 from qnext.server.routes import Route
 
 _OBJECT: dict[str, Any] = {"type": "object"}
@@ -25,6 +29,14 @@ def public_routes(*, with_page: bool = True) -> list[Route]:
               "answer a conversation", ChatBody, choices, streams=True),
         Route("POST", "/v1/completions", completions, "inference", "generation", "openai", "request",
               "continue a text", CompletionBody, choices, streams=True),
+        Route("POST", "/v1/responses", responses, "inference", "generation", "openai", "request",
+              "answer a conversation, in OpenAI's newer form", ResponseBody,
+              _with("id", "object", "model", "output", "status", "usage"), streams=True),
+        Route("POST", "/v1/messages", messages, "inference", "generation", "anthropic", "request",
+              "answer a conversation, in Anthropic's form", MessagesBody,
+              _with("id", "type", "role", "content", "stop_reason", "usage"), streams=True),
+        Route("POST", "/v1/messages/count_tokens", count_tokens, "inference", "light", "anthropic", "access",
+              "how many tokens a conversation has", CountBody, _with("input_tokens")),
         Route("GET", "/v1/models", models.list_models, "inference", "light", "openai", "none",
               "the names of the model", None, _with("object", "data")),
         Route("GET", "/v1/models/{model:path}", models.get_model, "inference", "light", "openai", "none",

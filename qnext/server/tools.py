@@ -18,6 +18,7 @@ _MAX_SCHEMA_BYTES = 64 << 10
 _MAX_SCHEMA_DEPTH = 32
 _MAX_SCHEMA_NODES = 2_000
 _MAX_PATTERN = 1_024
+_MAX_PATTERNS = 512  # of all tools of a request
 _MAX_ENUM = 2_048
 _TYPES = {"string", "number", "integer", "boolean", "object", "array", "null"}
 
@@ -36,7 +37,7 @@ class ToolBody(Body):
     function: FunctionBody | None = None
 
 
-Tools = Annotated[list[ToolBody], Field(max_length=MAX_TOOLS)]
+Tools = Annotated[list[ToolBody], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,11 @@ def offered(tools: Sequence[dict[str, Any]], choice: Any, *, param: str = "tools
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) < len(names):
         raise ApiError.bad("two tools have the same name", param=param)
+    num_patterns = 0
     for index, tool in enumerate(tools):
-        check_schema(tool["function"]["parameters"], param=f"{param}.{index}.parameters")
+        num_patterns += check_schema(tool["function"]["parameters"], param=f"{param}.{index}.parameters")
+        if num_patterns > _MAX_PATTERNS:
+            raise ApiError.bad(f"the tools have more than {_MAX_PATTERNS} patterns", param=param)
     if choice is None or choice == "auto":
         return Offer(tuple(tools))
     if choice == "none":
@@ -106,8 +110,9 @@ def _allowed(tools: Sequence[dict[str, Any]], choice: Mapping[str, Any]) -> Offe
     return Offer(kept, is_required=mode == "required")
 
 
-def check_schema(schema: object, *, param: str) -> None:
-    """Raises ApiError 400 for what is no JSON schema of an object's properties, or too large for one."""
+def check_schema(schema: object, *, param: str) -> int:
+    """The number of patterns. Raises ApiError 400 for what is no JSON schema of an object's properties, or too large
+    for one."""
     if not isinstance(schema, dict):
         raise ApiError.bad("the parameters of a tool must be a JSON schema object", param=param)
     if schema.get("type", "object") != "object":
@@ -115,7 +120,7 @@ def check_schema(schema: object, *, param: str) -> None:
     if len(json.dumps(schema)) > _MAX_SCHEMA_BYTES:
         raise ApiError.bad(f"the schema is larger than {_MAX_SCHEMA_BYTES} bytes", param=param)
     waiting: list[tuple[Any, int]] = [(schema, 1)]
-    num_nodes = 0
+    num_nodes = num_patterns = 0
     while waiting:
         node, depth = waiting.pop()
         num_nodes += 1
@@ -125,8 +130,12 @@ def check_schema(schema: object, *, param: str) -> None:
             continue
         if not isinstance(node, dict):
             raise ApiError.bad("a schema inside the schema is not an object", param=param)
+        num_patterns += "pattern" in node
+        if num_patterns > _MAX_PATTERNS:
+            raise ApiError.bad(f"the schema has more than {_MAX_PATTERNS} patterns", param=param)
         _check_node(node, param)
         waiting.extend((child, depth + 1) for child in _children(node, param))
+    return num_patterns
 
 
 def _check_node(node: Mapping[str, Any], param: str) -> None:
@@ -146,6 +155,8 @@ def _is_pattern(pattern: str) -> bool:
     # ECMAScript's names of groups and classes of characters, written as Python writes them or as any character.
     pattern = re.sub(r"\(\?<(?![=!])", "(?P<", pattern)
     pattern = re.sub(r"\\[pP]\{[^}]*\}", r"\\w", pattern)
+    # ECMAScript has no flags; to fold the case of a class, Python walks through all its characters, for seconds.
+    pattern = re.sub(r"\(\?[a-zA-Z-]+([:)])", lambda found: "(?:" if found[1] == ":" else "", pattern)
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):

@@ -67,19 +67,19 @@ class Generation:
         self._updates: deque[Update] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._failure: ApiError | None = None
-        self._num_open = params.n
+        self._open = set(range(params.n))  # answers that have not ended
 
     async def __aenter__(self) -> Generation:
         self._worker.enqueue(self)
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        if self._num_open:
+        if self._open:
             self._worker.abort(self)
 
     @property
     def has_ended(self) -> bool:
-        return self._num_open == 0
+        return not self._open
 
     @property
     def phase(self) -> str:
@@ -96,15 +96,16 @@ class Generation:
 
         Raises ApiError where the request is refused, or lost.
         """
-        while self._num_open:
+        while self._open:
             if not self._updates and self._failure is None:
                 await self._wait(self._worker.limits.ping_seconds)
                 if not self._updates and self._failure is None:
-                    yield []
+                    if self._open:
+                        yield []
                     continue
             found = list(self._updates)
             self._updates.clear()
-            self._num_open -= sum(update.finish_reason is not None for update in found)
+            self._open -= {update.index for update in found if update.finish_reason is not None}
             if found:
                 yield found
             if self._failure is not None:
@@ -127,8 +128,10 @@ class Generation:
 
     def stop(self, index: int) -> None:
         """End one answer now: it is complete, for its reader."""
-        self._num_open -= 1
+        # Its last token may have come by now, and been counted.
+        self._open.discard(index)
         self._worker.abort(self, index)
+        self._wake()
 
     def deliver(self, updates: Sequence[Update], failure: ApiError | None = None) -> None:
         """Called in the event loop by the worker."""
@@ -291,6 +294,10 @@ class EngineWorker:
             )  # fmt: skip
         except QnextError as error:
             self._fail([generation], from_user_error(error))
+            return
+        except Exception:  # what one request breaks must not end the thread that serves all
+            _log.exception("request %s cannot be begun", generation.request_id)
+            self._fail([generation], ApiError.internal())
             return
         self._unstarted[id(generation)] = generation
         for index, request in enumerate(generation.requests):

@@ -130,6 +130,9 @@ def test_ctrl_c_ends_the_request_on_the_server(server: Running, remote: RemoteCo
         time.sleep(0.01)
     assert not server.server.active and not engine.has_unfinished
     assert remote.stopwatch is not None and remote.stopwatch.num_tokens < 1_000, "not because it was done"
+    remote.params = {"max_tokens": 5, "temperature": 0}
+    remote.answer("And now?", silent, seen.append)
+    assert [turn.role for turn in remote.turns] == ["user", "assistant"] * 2 and remote.stopwatch.num_tokens == 5
 
 
 def test_a_conversation_through_a_pipe(

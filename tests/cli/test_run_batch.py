@@ -104,6 +104,21 @@ def test_a_second_run_asks_for_the_rest_alone(chat_folder: Path, tmp_path: Path,
     assert found[0] == answers["r0"] and found[1] == answers["r2"], "what was answered stays as it was"
 
 
+def test_a_broken_engine_ends_the_run(
+    chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def run_step(self: object, plan: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("qnext.engine.engine.Runner.run", run_step)
+    source = write(tmp_path / "in.jsonl", [line(f"r{i}") for i in range(300)])
+    arguments = ["-i", source, "-o", tmp_path / "out.jsonl", "--max-num-seqs", 2]
+    result = run(capsys, "run-batch", chat_folder, *arguments)
+    assert result.code == 2 and "the engine has failed" in result.err.splitlines()[-1]
+    found = read(tmp_path / "out.jsonl")
+    assert len(found) < 300 and {answer["response"]["status_code"] for answer in found} <= {500, 503}
+
+
 def test_standard_streams(
     chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
@@ -232,3 +247,27 @@ def test_ctrl_c_leaves_whole_lines(chat_folder: Path, tmp_path: Path) -> None:
     assert process.returncode == 130, error
     assert 0 < len(read(output)) < 600
     assert "the same command goes on" in error and "Traceback" not in error
+
+
+def test_clients_load_no_torch(chat_folder: Path, tmp_path: Path) -> None:
+    """They are there at once, on machines without a model too."""
+    source = write(tmp_path / "in.jsonl", [line("a")])
+    code = f"""
+import sys
+from qnext.cli import main
+for arguments in (
+    ["run-batch", "-i", {str(source)!r}, "-o", "-"],
+    ["chat", "--max-tokens", "3"],
+    ["bench", "serve", "--random-input-len", "4", "--random-output-len", "2", "--num-prompts", "2"],
+):
+    try:
+        main([*arguments, "--url", sys.argv[1]])
+    except SystemExit as exit_:
+        assert not exit_.code
+sys.exit(", ".join({{"torch", "transformers"}} & set(sys.modules)) or 0)
+"""
+    with running_server(chat_folder) as server:
+        command = [sys.executable, "-c", code, server.url]
+        done = subprocess.run(command, input="Hi\n", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "batch_req_" in done.stdout and "2 answered, 0 failed" in done.stdout

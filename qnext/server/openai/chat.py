@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -15,15 +14,16 @@ from qnext.engine.sampling.constraint import Constraint
 from qnext.errors import QnextError
 from qnext.server.answers import Answer, chat_logprob, timings, usage_counts
 from qnext.server.bodies import Body, Name, SamplingBody
+from qnext.server.dialogue import Dialogue, make_dialogue
 from qnext.server.errors import ApiError, error_body, from_user_error
 from qnext.server.exchange import Exchange
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOL_CALLS
 from qnext.server.routes import EventStream, Reply
 from qnext.server.sampling import sampling_params, stop_strings, structured_constraint
-from qnext.server.tools import Offer, ToolBody, Tools, function_tool, offered
+from qnext.server.tools import ToolBody, Tools, function_tool, offered
 from qnext.server.worker import Generation
 from qnext.text.messages import Message, ToolCall
-from qnext.text.output import Call, Content, OutputEvent, OutputParser, Reasoning, tool_call_grammar
+from qnext.text.output import Call, Content, OutputEvent, Reasoning
 
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -34,7 +34,7 @@ class PartBody(Body):
     text: str | None = None
 
 
-Parts = Annotated[list[PartBody], Field(max_length=MAX_CONTENT_PARTS)]
+Parts = Annotated[list[PartBody], Field(max_length=MAX_CONTENT_PARTS, fail_fast=True)]
 
 
 class CalledFunction(Body):
@@ -52,7 +52,7 @@ class MessageBody(Body):
     content: str | Parts | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: Annotated[list[CallBody], Field(max_length=MAX_TOOL_CALLS)] | None = None
+    tool_calls: Annotated[list[CallBody], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
     tool_call_id: Name | None = None
 
 
@@ -74,7 +74,7 @@ class TemplateArguments(Body):
 class ChatBody(SamplingBody):
     """The body of a chat completion."""
 
-    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = None
@@ -117,63 +117,6 @@ def conversation(bodies: Sequence[MessageBody]) -> list[Message]:
             Message(body.role, content_text(body.content, param=param), reasoning, calls, body.tool_call_id)
         )
     return messages
-
-
-@dataclass
-class Dialogue:
-    """A conversation ready for the engine: what all chat surfaces make of their bodies before they differ."""
-
-    prompt_ids: list[int]
-    is_thinking: bool  # the answer begins inside a thought
-    offer: Offer
-    constraint: Constraint | None = None
-    constraint_param: str = "response_format"
-    max_calls: int | None = None
-    stop: tuple[str, ...] = field(default=())
-
-    def new_answer(self, exchange: Exchange) -> Answer:
-        served = exchange.server.served
-        parser = OutputParser(
-            tool_style=served.tool_style if self.offer.tools else None, tools=self.offer.tools,
-            starts_in_reasoning=self.is_thinking, reads_reasoning=served.is_thinking,
-        )  # fmt: skip
-        return Answer(
-            served, stop=self.stop, parser=parser, starts_in_reasoning=self.is_thinking, max_calls=self.max_calls
-        )
-
-
-async def make_dialogue(
-    exchange: Exchange,
-    messages: Sequence[Message],
-    offer: Offer,
-    *,
-    constraint: tuple[Constraint, str] | None = None,
-    parallel_calls: bool = True,
-    thinks: bool = True,
-    continues: bool = False,
-    add_generation_prompt: bool = True,
-    stop: tuple[str, ...] = (),
-    param: str = "messages",
-) -> Dialogue:
-    """Render and encode; the constraint is that of the tools where one must be called. Raises ApiError."""
-    served = exchange.server.served
-    prompt_ids, is_thinking = await served.encode_chat(
-        messages, tools=offer.tools, thinks=thinks, continues=continues, add_generation_prompt=add_generation_prompt,
-        param=param,
-    )  # fmt: skip
-    chosen, chosen_param = constraint or (None, "response_format")
-    if offer.is_required:
-        text = tool_call_grammar(
-            offer.tools, style=served.tool_style, name=offer.name, parallel=parallel_calls and offer.name is None,
-            control_names=served.tokenizer.added_ids.keys(),
-        )  # fmt: skip
-        chosen, chosen_param = Constraint("lark", text), "tools"
-    if chosen is not None and is_thinking:
-        chosen = Constraint(chosen.kind, chosen.value, served.think_end)
-    return Dialogue(
-        prompt_ids, is_thinking, offer, chosen, chosen_param,
-        max_calls=1 if offer.tools and not parallel_calls else None, stop=stop,
-    )  # fmt: skip
 
 
 def response_constraint(body: ChatBody) -> tuple[Constraint, str] | None:

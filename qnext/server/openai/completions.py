@@ -29,7 +29,7 @@ from qnext.text.output import Content, OutputEvent, Reasoning
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 PromptText = str
-PromptTokens = list[int]
+PromptTokens = Annotated[list[int], Field(fail_fast=True)]
 
 
 class CompletionBody(SamplingBody):
@@ -38,8 +38,8 @@ class CompletionBody(SamplingBody):
     prompt: (
         PromptText
         | PromptTokens
-        | Annotated[list[PromptText], Field(max_length=MAX_PROMPTS)]
-        | Annotated[list[PromptTokens], Field(max_length=MAX_PROMPTS)]
+        | Annotated[list[PromptText], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[PromptTokens], Field(max_length=MAX_PROMPTS, fail_fast=True)]
     )
     suffix: str | None = None
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
@@ -59,6 +59,9 @@ async def completions(exchange: Exchange) -> Reply | EventStream:
     if body.suffix and body.echo:
         raise ApiError.bad("suffix excludes echo", param="suffix")
     prompts = await _prompts(exchange, body)
+    most = exchange.server.limits.max_queued_per_key
+    if len(prompts) * (body.n or 1) > most:
+        raise ApiError.bad(f"prompts times n must be at most {most}", param="n")
     constraint = structured_constraint(body)
     compiled = await exchange.server.compiled(constraint[0], param=constraint[1]) if constraint else None
     params = [
@@ -137,6 +140,7 @@ class _Run:
         stop = stop_strings(body)
         self.answers = [Answer(exchange.server.served, stop=stop) for _ in range(self.n * len(prompts))]
         self.generations: list[Generation | None] = [None] * len(prompts)
+        self._offsets = [0] * len(self.answers)  # characters of each choice whose log-probabilities are written
         self.id = f"cmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
 
@@ -251,7 +255,7 @@ class _Run:
         choice: dict[str, Any] = {
             "index": index,
             "text": written,
-            "logprobs": None if self.body.logprobs is None else self._logprobs(tokens, 0),
+            "logprobs": None if self.body.logprobs is None else self._logprobs(tokens, index),
             "finish_reason": "length" if self.body.max_tokens == 0 else answer.end_reason,
         }
         if self.body.prompt_logprobs is not None:
@@ -265,13 +269,14 @@ class _Run:
         found = self._generation(number).requests[0].prompt_sampled
         return list(found) if found else [SampledToken(token) for token in self.prompts[number]]
 
-    def _logprobs(self, tokens: Sequence[SampledToken], offset: int) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[SampledToken], choice: int) -> dict[str, Any]:
+        """Of the next tokens of a choice, whose offsets go on where its last ones ended."""
         names = [self._token_name(token.token_id) for token in tokens]
         offsets: list[int] = []
         served = self.exchange.server.served
         for token in tokens:
-            offsets.append(offset)
-            offset += len(served.token_bytes(token.token_id).decode("utf-8", "ignore"))
+            offsets.append(self._offsets[choice])
+            self._offsets[choice] += len(served.token_bytes(token.token_id).decode("utf-8", "ignore"))
         return {
             "tokens": names,
             "token_logprobs": [finite_logprob(token.logprob) for token in tokens],
@@ -306,7 +311,7 @@ class _Run:
                 {
                     "index": choice,
                     "text": text,
-                    "logprobs": None if self.body.logprobs is None else self._logprobs(tokens, 0),
+                    "logprobs": None if self.body.logprobs is None else self._logprobs(tokens, choice),
                     "finish_reason": end_reason,
                 }
             ],

@@ -10,6 +10,7 @@ import { Sidebar } from "./sidebar.js";
 import { Store } from "./store.js";
 import { setUpTheme } from "./theme.js";
 
+const lastOpen = sessionStorage.getItem("qnext-open"); // before anything else is opened
 const store = new Store();
 const settings = new Settings();
 /** What is known of the server; a key without the right to look at it can chat all the same. */
@@ -154,9 +155,8 @@ setUpKeys();
 chat.show();
 await store.load();
 sidebar = new Sidebar(store, chat);
+if (store.get(lastOpen)) chat.open(store.get(lastOpen));
 sidebar.show();
-const [newest] = store.list();
-if (newest && sessionStorage.getItem("qnext-open") === newest.id) chat.open(newest);
 if (!store.isLasting) chat.notice("This browser keeps nothing for this page: conversations are gone when it is closed.");
 addEventListener("keychange", describeServer);
 await describeServer();

@@ -46,7 +46,7 @@ HOSTILE = {
         "[\u0001javascript:alert(6)](\u0001javascript:alert(6)) [j](https://user:pw@evil.example/)"
     ),
     "code": "```html\n<script>alert(1)</script>\n<img src=x onerror=alert(2)>\n```\n`<b onclick=alert(3)>`",
-    "table": "| <img src=x onerror=alert(1)> | b |\n|---|---|\n| [x](javascript:alert(2)) | <script>alert(3)</script> |",
+    "table": "| <img src=x onerror=alert(1)> | b |\n|---|---|\n| [x](javascript:alert(2)) | <script>3</script> |",
     "word": f"{LONG_WORD} and `{LONG_WORD}` and https://evil.example/{LONG_WORD[:1500]}",
     "direction": "safe \u202egnp.exe\u202c [bank\u202e.com](https://evil.example/) \u2066\u2067 `a\u202eb`",
     "quotes": ">" * 100_000,
@@ -93,7 +93,7 @@ def chunks_for(message: dict[str, Any]) -> list[dict[str, Any]]:
         return words(f"The tool said: {text}")
     if text.startswith("hostile "):
         body = HOSTILE[text.removeprefix("hostile ")]
-        size = max(40, len(body) // 20)
+        size = max(40, len(body) // 6)
         return [delta(content=body[at : at + size]) for at in range(0, len(body), size)]
     if text.startswith("think"):
         return thoughts("First I look at the *question*. Then I answer it.") + words("The answer is 42.")

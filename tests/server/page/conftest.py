@@ -28,7 +28,9 @@ ARGUMENTS = [
 SIZES = {"wide": (1440, 900), "phone": (390, 844)}
 
 
-@pytest.fixture(scope="session")
+# For this folder, not for the session: while it is open, an event loop runs in the thread of the tests, and others of
+# the server start their own.
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     if not CHROMIUM.exists():
         pytest.skip(f"no browser at {CHROMIUM}")
@@ -38,19 +40,23 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served() -> Iterator[tuple[Script, str]]:
     script = Script()
     with serve(script) as address:
         yield script, address
 
 
+def renewed(script: Script) -> Script:
+    """The same object as at first, but for what still goes on."""
+    vars(script).update(vars(Script(num_viewers=script.num_viewers, num_running=script.num_running)))
+    return script
+
+
 @pytest.fixture
 def script(served: tuple[Script, str]) -> Script:
     """What the server says, as new."""
-    script, _ = served
-    vars(script).update(vars(Script()))
-    return script
+    return renewed(served[0])
 
 
 @pytest.fixture
@@ -74,7 +80,9 @@ class Opened:
         page.on("popup", lambda popup: self.faults.append(f"popup: {popup.url}"))
 
     def _console(self, message: Any) -> None:
-        if message.type in ("error", "warning") and not any(part in message.text for part in self.expected):
+        # Tests read pixels back, which the page never does; the browser would rather be told.
+        expected = (*self.expected, "willReadFrequently")
+        if message.type in ("error", "warning") and not any(part in message.text for part in expected):
             self.faults.append(f"console: {message.text}")
 
     def _dialog(self, dialog: Any) -> None:
@@ -102,6 +110,8 @@ def open_page(browser: Browser, address: str) -> Iterator[OpenPage]:
         *, size: str = "wide", theme: str = "dark", expected: tuple[str, ...] = (), wait: bool = True, **options: Any
     ) -> Page:
         width, height = SIZES[size]
+        # Without animations, unless a test is about them: drawing without a GPU takes the time of others.
+        options = {"reduced_motion": "reduce", **options}
         context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme=theme, has_touch=size == "phone", **options
         )
@@ -122,15 +132,17 @@ def open_page(browser: Browser, address: str) -> Iterator[OpenPage]:
     assert not faults, "\n".join(faults)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def one_page(browser: Browser, served: tuple[Script, str]) -> Iterator[Opened]:
     """A page that many tests share: loading one takes most of a test's time."""
     context = browser.new_context(
         viewport={"width": SIZES["wide"][0], "height": SIZES["wide"][1]},
         color_scheme="dark",
+        reduced_motion="reduce",
         permissions=["clipboard-read", "clipboard-write"],
     )
     context.set_default_timeout(8000)
+    renewed(served[0])
     one = Opened(context.new_page(), served[1])
     one.page.goto(served[1])
     one.page.wait_for_selector("html[data-ready]", state="attached")

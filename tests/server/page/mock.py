@@ -225,6 +225,8 @@ class LiveMock:
 
     def layers(self, is_busy: bool) -> list[dict[str, Any]]:
         script = self.script
+        if not script.num_experts:
+            return []
         shape = (script.num_layers, script.num_experts)
         if self.load_LE is None or self.load_LE.shape != shape:
             order_LE = np.argsort(self.random.random(shape), axis=1)

@@ -212,7 +212,8 @@ def test_markdown_becomes_elements(chat: Page) -> None:
     for selector, text in [
         ("h4", "Why hybrid models stay quick"), ("strong", "Gated DeltaNet"), ("em", "fixed"), ("p code", "all"),
         ("th.align-right", "memory per token"), ("ol > li:nth-child(3)", "their answers are added."),
-        ("ol ul li", "and one that is shared,"), ("pre .code-keyword >> nth=0", "def"), ("pre .code-call >> nth=0", "route"),
+        ("ol ul li", "and one that is shared,"),
+        ("pre .code-keyword >> nth=0", "def"), ("pre .code-call >> nth=0", "route"),
         ("blockquote", "Only 3.7 % of the weights take part in a token."), (".host", "(papers.example.org)"),
     ]:  # fmt: skip
         expect(answer.locator(selector)).to_have_text(text)

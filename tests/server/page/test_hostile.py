@@ -17,8 +17,8 @@ def test_hostile_output_is_inert(chat: Page, script: Script, name: str) -> None:
     ask(chat, f"hostile {name}")
     answer = last_answer(chat)
     assert answer.locator(FORBIDDEN).count() == 0
-    handlers = "[...document.querySelectorAll('.markdown *')].some((e) => [...e.attributes].some((a) => /^on|style/.test(a.name)))"
-    assert not chat.evaluate(handlers)
+    names = "[...document.querySelectorAll('.markdown *')].flatMap((e) => e.getAttributeNames())"
+    assert not [found for found in chat.evaluate(names) if found.startswith("on") or found == "style"]
     for link in answer.locator("a").all():
         assert (link.get_attribute("href") or "").startswith(("http://", "https://"))
     assert chat.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page
 
-STREAM = '\ufeff: hello\r\n\r\ndata: {"a": "ü🦉"}\n\ndata:one\ndata: two\r\n\r\nevent: x\rdata: three\r\rid: 4\n\ndata\n\ndata: end'
+STREAM = (
+    '\ufeff: hello\r\n\r\ndata: {"a": "ü🦉"}\n\ndata:one\ndata: two\r\n\r\n'
+    "event: x\rdata: three\r\rid: 4\n\ndata\n\ndata: end"
+)
 EVENTS = ['{"a": "ü🦉"}', "one\ntwo", "three", "", "end"]
 
 
@@ -37,7 +40,7 @@ def test_events_may_be_cut_anywhere(modules: Page) -> None:
         }""",
         STREAM,
     )
-    assert len(found) == len(STREAM)
+    assert len(found) == len(STREAM.encode("utf-16-le")) // 2
     assert all(events == EVENTS for events in found)
 
 

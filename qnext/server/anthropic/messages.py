@@ -1,0 +1,175 @@
+"""POST /v1/messages and /v1/messages/count_tokens."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Literal
+
+import orjson
+
+from qnext.engine.sampling.constraint import Constraint
+from qnext.server.answers import Answer, usage_counts
+from qnext.server.anthropic.bodies import CountBody, MessagesBody
+from qnext.server.anthropic.conversation import conversation, offer
+from qnext.server.bodies import SamplingBody
+from qnext.server.dialogue import Dialogue, make_dialogue
+from qnext.server.errors import ApiError, error_object
+from qnext.server.exchange import Exchange
+from qnext.server.routes import EventStream, Reply
+from qnext.server.sampling import sampling_params
+from qnext.server.worker import Generation, Update
+from qnext.server.writing import Event, event_frames, write_stream, write_whole
+from qnext.text.output import Call, Content, OutputEvent
+
+_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+BlockKind = Literal["text", "thinking"]
+
+
+async def messages(exchange: Exchange) -> Reply | EventStream:
+    body: MessagesBody = exchange.body
+    served = exchange.server.served
+    dialogue = await _dialogue(exchange, body, stop=tuple(body.stop_sequences or ()))
+    wanted = SamplingBody(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k)
+    params = sampling_params(
+        wanted, served, exchange.server.limits, num_prompt=len(dialogue.prompt_ids), max_tokens=body.max_tokens
+    )
+    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
+    writer = MessageWriter(exchange, dialogue.new_answer(exchange))
+    generating = exchange.generate(dialogue.prompt_ids, params, guide=guide)
+    if body.stream:
+        exchange.outcome.stream = True
+        return EventStream(write_stream(exchange, generating, writer))
+    await write_whole(generating, writer)
+    return Reply.of(writer.message())
+
+
+async def count_tokens(exchange: Exchange) -> Reply:
+    """As many as the prompt of the same body would have."""
+    dialogue = await _dialogue(exchange, exchange.body)
+    return Reply.of({"input_tokens": len(dialogue.prompt_ids)})
+
+
+async def _dialogue(exchange: Exchange, body: CountBody, *, stop: tuple[str, ...] = ()) -> Dialogue:
+    exchange.server.check_model(exchange, body.model)
+    choice = body.tool_choice
+    return await make_dialogue(
+        exchange, conversation(body), offer(body), constraint=_constraint(body), stop=stop,
+        parallel_calls=choice is None or not choice.disable_parallel_tool_use,
+        thinks=body.thinking is None or body.thinking.type != "disabled",
+        continues=body.messages[-1].role == "assistant",
+    )  # fmt: skip
+
+
+def _constraint(body: CountBody) -> tuple[Constraint, str] | None:
+    config = body.output_config
+    if config is not None and config.format is not None:
+        return Constraint("json_schema", config.format.schema_), "output_config.format.schema"
+    if body.output_format is not None:
+        return Constraint("json_schema", body.output_format.schema_), "output_format.schema"
+    return None
+
+
+class MessageWriter:
+    """An answer as blocks of content: thought, text and calls, in the order in which they come."""
+
+    ping = event_frames([{"type": "ping"}])
+
+    def __init__(self, exchange: Exchange, answer: Answer) -> None:
+        self.exchange = exchange
+        self.answer = answer
+        self.id = f"msg_{secrets.token_hex(12)}"
+        self.blocks: list[dict[str, Any]] = []
+        self._kind: BlockKind | None = None  # of the block that is open
+        self._texts: list[str] = []  # its pieces
+        self._usage: dict[str, Any] = {}
+
+    def message(self) -> dict[str, Any]:
+        """The message as far as it is written."""
+        return {
+            "id": self.id, "type": "message", "role": "assistant", "model": self.exchange.server.served.name,
+            "content": self.blocks, "stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence,
+            "usage": self._usage,
+        }  # fmt: skip
+
+    def begin(self, generation: Generation) -> list[Event]:
+        self._count(generation)
+        return [{"type": "message_start", "message": self.message()}, {"type": "ping"}]
+
+    def take(self, update: Update, generation: Generation) -> list[Event]:
+        return self.write(self.answer.take(update, generation))
+
+    def write(self, events: list[OutputEvent]) -> list[Event]:
+        found: list[Event] = []
+        for event in events:
+            if isinstance(event, Call):
+                found += self._close() + self._call(event)
+                continue
+            kind: BlockKind = "text" if isinstance(event, Content) else "thinking"
+            if kind != self._kind:
+                found += self._close() + self._open(kind)
+            self._texts.append(event.text)
+            found.append(self._delta({"type": f"{kind}_delta", kind: event.text}))
+        return found
+
+    def end(self, generation: Generation) -> list[Event]:
+        self._count(generation)
+        self.exchange.outcome.finish_reason = self.answer.end_reason
+        delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
+        return [
+            *self._close(),
+            {"type": "message_delta", "delta": delta, "usage": self._usage},
+            {"type": "message_stop"},
+        ]
+
+    def fail(self, error: ApiError) -> list[Event]:
+        return [error_object(error, "anthropic")]
+
+    @property
+    def _stop_sequence(self) -> str | None:
+        return self.answer.stop_string if self.answer.end_reason == "stop" else None
+
+    @property
+    def _stop_reason(self) -> str | None:
+        if self.answer.end_reason is None:
+            return None
+        return "stop_sequence" if self._stop_sequence is not None else _REASONS[self.answer.end_reason]
+
+    def _count(self, generation: Generation) -> None:
+        prompt, cached, generated, reasoning = usage_counts(generation, [self.answer])
+        self._usage = {
+            "input_tokens": prompt - cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "output_tokens": generated,
+            "output_tokens_details": {"thinking_tokens": reasoning},
+        }
+
+    def _start(self, block: dict[str, Any]) -> Event:
+        return {"type": "content_block_start", "index": len(self.blocks) - 1, "content_block": dict(block)}
+
+    def _delta(self, delta: dict[str, Any]) -> Event:
+        return {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": delta}
+
+    def _stop(self) -> Event:
+        return {"type": "content_block_stop", "index": len(self.blocks) - 1}
+
+    def _open(self, kind: BlockKind) -> list[Event]:
+        self._kind = kind
+        self.blocks.append({"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})})
+        return [self._start(self.blocks[-1])]
+
+    def _close(self) -> list[Event]:
+        kind, self._kind = self._kind, None
+        if kind is None:
+            return []
+        self.blocks[-1][kind] = "".join(self._texts)
+        self._texts.clear()
+        signed = [self._delta({"type": "signature_delta", "signature": ""})] if kind == "thinking" else []
+        return [*signed, self._stop()]
+
+    def _call(self, call: Call) -> list[Event]:
+        block = {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": call.name}
+        # As the model wrote it: reading and writing it again could change numbers and break lone surrogates.
+        self.blocks.append({**block, "input": orjson.Fragment(call.arguments)})
+        delta = self._delta({"type": "input_json_delta", "partial_json": call.arguments})
+        return [self._start({**block, "input": {}}), delta, self._stop()]

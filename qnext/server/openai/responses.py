@@ -1,0 +1,105 @@
+"""POST /v1/responses, of a server that keeps nothing."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from qnext.engine.params import SamplingParams
+from qnext.engine.sampling.constraint import Constraint
+from qnext.server.bodies import SamplingBody
+from qnext.server.dialogue import Dialogue, make_dialogue
+from qnext.server.errors import ApiError
+from qnext.server.exchange import Exchange
+from qnext.server.openai.response_writer import ResponseWriter
+from qnext.server.openai.responses_bodies import FunctionTool, ResponseBody, conversation
+from qnext.server.routes import EventStream, Reply
+from qnext.server.sampling import sampling_params
+from qnext.server.tools import function_tool, offered
+from qnext.server.writing import write_stream, write_whole
+
+_LOGPROBS = "message.output_text.logprobs"
+
+
+async def responses(exchange: Exchange) -> Reply | EventStream:
+    body: ResponseBody = exchange.body
+    _refuse_kept(body)
+    exchange.server.check_model(exchange, body.model)
+    dialogue = await _dialogue(exchange, body)
+    wants_logprobs = bool(body.top_logprobs) or _LOGPROBS in (body.include or ())
+    params = sampling_params(
+        SamplingBody(temperature=body.temperature, top_p=body.top_p), exchange.server.served, exchange.server.limits,
+        num_prompt=len(dialogue.prompt_ids), max_tokens=body.max_output_tokens,
+        logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
+    )  # fmt: skip
+    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
+    writer = ResponseWriter(exchange, dialogue.new_answer(exchange), _echo(body, params), num_top=params.logprobs)
+    generating = exchange.generate(dialogue.prompt_ids, params, guide=guide)
+    if body.stream:
+        exchange.outcome.stream = True
+        return EventStream(write_stream(exchange, generating, writer))
+    await write_whole(generating, writer)
+    return Reply.of(writer.response())
+
+
+def _refuse_kept(body: ResponseBody) -> None:
+    for name in ("previous_response_id", "conversation", "prompt"):
+        if getattr(body, name) is not None:
+            raise ApiError.bad("this server keeps no responses", param=name, code="unsupported_parameter")
+    if body.background:
+        raise ApiError.bad("this server keeps no responses", param="background", code="unsupported_parameter")
+
+
+async def _dialogue(exchange: Exchange, body: ResponseBody) -> Dialogue:
+    tools: list[dict[str, Any]] = []
+    for index, tool in enumerate(body.tools or ()):
+        if not isinstance(tool, FunctionTool):
+            raise ApiError.bad("a tool must be of type function: this server runs none itself", param=f"tools.{index}")
+        tools.append(function_tool(tool.name, tool.description, tool.parameters))
+    return await make_dialogue(
+        exchange, conversation(body), offered(tools, body.tool_choice), constraint=_constraint(body),
+        parallel_calls=body.parallel_tool_calls is not False,
+        thinks=body.reasoning is None or body.reasoning.effort != "none", param="input",
+    )  # fmt: skip
+
+
+def _constraint(body: ResponseBody) -> tuple[Constraint, str] | None:
+    wanted = body.text.format if body.text is not None else None
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return Constraint("json_object"), "text.format"
+    if wanted.schema_ is None:
+        raise ApiError.bad("a format of type json_schema needs a schema", param="text.format.schema")
+    return Constraint("json_schema", wanted.schema_), "text.format.schema"
+
+
+def _echo(body: ResponseBody, params: SamplingParams) -> dict[str, Any]:
+    """What a response says of its request."""
+    wanted = body.text.format if body.text is not None else None
+    text: dict[str, Any] = {"format": {"type": "text"}}
+    if wanted is not None:
+        text["format"] = wanted.model_dump(by_alias=True, exclude_none=True)
+    if body.text is not None and body.text.verbosity is not None:
+        text["verbosity"] = body.text.verbosity
+    tools = [tool for tool in body.tools or () if isinstance(tool, FunctionTool)]
+    return {
+        "created_at": int(time.time()),
+        "background": False,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": None,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": None,
+        "reasoning": {"effort": body.reasoning.effort if body.reasoning is not None else None, "summary": None},
+        "service_tier": "default",
+        "store": False,
+        "temperature": params.temperature,
+        "text": text,
+        "tool_choice": body.tool_choice if body.tool_choice is not None else "auto",
+        "tools": [tool.model_dump() for tool in tools],
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": params.top_p,
+        "truncation": "disabled",
+    }

@@ -1,0 +1,43 @@
+"""Hostile bytes, headers and keys: what an attacker needs no valid request for."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.server.hostile import wire
+from tests.server.hostile.harness import Harness, check_error, load_factor
+from tests.server.hostile.surfaces import MARK
+from tests.server.hostile.wire import CLOSED, Bytes
+
+_QUICK = [case for case in wire.REQUESTS if case.seconds <= 1.0]
+_SLOW = [case for case in wire.REQUESTS if case.seconds > 1.0]
+
+
+def _check(harness: Harness, case: Bytes) -> None:
+    received, is_closed, seconds = wire.talk(harness.address, case)
+    found = wire.statuses(received)
+    assert (found[0] if found else CLOSED) in case.statuses, f"{case.name}: {received[:300]!r}"
+    assert len(found) <= case.num_answers, f"{case.name}: {received[:600]!r}"
+    assert is_closed or not case.closes, f"{case.name}: still open after {seconds:.1f} s, {received[:300]!r}"
+    assert seconds < case.seconds * load_factor(), f"{case.name}: {seconds:.2f} s"
+    assert MARK.encode() not in received.lower() and b"Traceback" not in received, case.name
+    if found and found[-1] >= 400:
+        check_error(wire.bodies(received)[-1], "openai", case.name)
+
+
+@pytest.mark.parametrize("case", _QUICK, ids=[case.name for case in _QUICK])
+def test_bytes(harness: Harness, case: Bytes) -> None:
+    harness.forgive()
+    _check(harness, case)
+    harness.check_rest()
+
+
+def test_bytes_that_come_slowly(harness: Harness) -> None:
+    """All at once: they wait, and so does nobody else."""
+    harness.forgive()
+    harness.prober.mark()
+    with ThreadPoolExecutor(len(_SLOW)) as pool:
+        list(pool.map(lambda case: _check(harness, case), _SLOW))
+    harness.check_rest()
