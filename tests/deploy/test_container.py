@@ -209,6 +209,8 @@ def test_docker_compose_reads_the_file() -> None:
         pytest.skip("docker compose is not here")
     done = subprocess.run(
         [*compose, "--file", str(DEPLOY / "compose.yaml"), "config", "--quiet"],
-        env={"QNEXT_MODEL": "/srv/model", "PATH": "/usr/bin:/usr/local/bin", "HOME": "/tmp"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env={"QNEXT_MODEL": "/srv/model", "PATH": "/usr/bin:/usr/local/bin", "HOME": "/tmp"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
