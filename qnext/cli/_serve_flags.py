@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from qnext.cli._types import human_int
+
 _NETWORK, _ACCESS, _MODEL, _MEMORY = "Network", "Access", "Model", "Memory and batching"
 _LIMITS, _LOGS = "Limits", "Logs and metrics"
 
@@ -66,10 +68,21 @@ TrustRemoteCode = Annotated[
     bool, _option(_MODEL, "--trust-remote-code", help="Refused: no code of a model is ever run.")
 ]
 MaxModelLen = Annotated[
-    int | None, _option(_MEMORY, "--max-model-len", "--ctx-size", "--context", help="Tokens of a request in all.")
+    int | None,
+    _option(
+        _MEMORY,
+        "--max-model-len",
+        "--ctx-size",
+        "--context",
+        parser=human_int,
+        metavar="N",
+        help="Tokens of a request in all.",
+    ),
 ]
 MaxNumSeqs = Annotated[int, _option(_MEMORY, "--max-num-seqs", "--parallel", min=1, help="Answers written at once.")]
-MaxNumBatchedTokens = Annotated[int | None, _option(_MEMORY, "--max-num-batched-tokens", help="Tokens of one step.")]
+MaxNumBatchedTokens = Annotated[
+    int | None, _option(_MEMORY, "--max-num-batched-tokens", parser=human_int, metavar="N", help="Tokens of one step.")
+]
 KvCacheDtype = Annotated[
     Literal["auto", "float32", "bfloat16", "int8"],
     _option(_MEMORY, "--kv-cache-dtype", help="auto, float32, bfloat16 or int8."),
@@ -78,7 +91,9 @@ PrefixCaching = Annotated[
     bool, _option(_MEMORY, "--enable-prefix-caching/--no-enable-prefix-caching", help="Share common prefixes.")
 ]
 DiskCache = Annotated[Path | None, _option(_MEMORY, "--disk-cache", help="Keep prefixes here, over restarts too.")]
-DiskCacheBytes = Annotated[int, _option(_MEMORY, "--disk-cache-bytes", help="How much of the disk.")]
+DiskCacheBytes = Annotated[
+    int, _option(_MEMORY, "--disk-cache-bytes", parser=human_int, metavar="N", help="How much of the disk.")
+]
 MaxQueued = Annotated[int, _option(_LIMITS, "--max-queued-requests", min=0, help="Requests that wait; more get 503.")]
 MaxQueuedPerKey = Annotated[int, _option(_LIMITS, "--max-queued-per-key", min=0, help="Of one key; more get 429.")]
 QueueTimeout = Annotated[float, _option(_LIMITS, "--queue-timeout", help="Seconds until the first step.")]
@@ -89,7 +104,7 @@ ShutdownTimeout = Annotated[
 WatchdogTimeout = Annotated[
     float, _option(_LIMITS, "--watchdog-timeout", help="Seconds of one step, after which the process ends.")
 ]
-MaxBodyBytes = Annotated[int, _option(_LIMITS, "--max-body-bytes", max=16 << 20, help="Of a request.")]
+MaxBodyBytes = Annotated[int, _option(_LIMITS, "--max-body-bytes", parser=human_int, metavar="N", help="Of a request.")]
 MaxN = Annotated[int, _option(_LIMITS, "--max-n", min=1, max=128, help="Answers to one request.")]
 AuditLog = Annotated[Path | None, _option(_LOGS, "--audit-log", help="A line for each request.")]
 AuditChain = Annotated[bool, _option(_LOGS, "--audit-chain", help="Chain its lines by hashes.")]

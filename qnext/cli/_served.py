@@ -72,10 +72,10 @@ def _chat_format(folder: TextFolder) -> ChatFormat | None:
         return None
 
 
-def speculation_of(flag: bool | None, config: str | None) -> tuple[bool | None, int | None]:
-    """(whether to draft, how many tokens) of the flag and of vLLM's JSON."""
+def speculation_of(flag: bool | None, config: str | None) -> dict[str, Any]:
+    """Options of the engine that the flag and vLLM's JSON say."""
     if config is None:
-        return flag, None
+        return {"speculation": flag}
     try:
         values = json.loads(config)
         count = values.get("num_speculative_tokens")
@@ -83,7 +83,7 @@ def speculation_of(flag: bool | None, config: str | None) -> tuple[bool | None, 
         raise UsageError("--speculative-config must be a JSON object") from None
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= 8):
         raise UsageError("--speculative-config: num_speculative_tokens must be between 0 and 8")
-    return (False, None) if count == 0 else (flag is not False, count)
+    return {"speculation": False} if count == 0 else {"speculation": flag is not False, "max_draft_tokens": count}
 
 
 def name_of(model: str) -> str:

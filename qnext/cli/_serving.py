@@ -15,34 +15,32 @@ if TYPE_CHECKING:
     from qnext.server.run import Urls
 
 
-def log_to_stderr(form: str, *, secrets: Iterable[str] = ()) -> None:
+def log_to_stderr(form: Literal["text", "json"], *, secrets: Iterable[str] = ()) -> None:
     """One line per record on stderr, as text or JSON; keys are blacked out."""
-    import structlog
-
     from qnext.server.audit import RedactingFilter
 
-    shared: list[Any] = [
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    last: Any = (
-        structlog.processors.JSONRenderer()
-        if form == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
-    )
-    formatter = structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=[*shared, structlog.processors.format_exc_info] if form == "json" else shared,
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, last],
-    )
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(formatter)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(text if form == "text" else _json_formatter())
     handler.addFilter(RedactingFilter(secrets))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     # Uvicorn tells of every start and stop; its errors stay.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def _json_formatter() -> logging.Formatter:
+    import structlog
+
+    before: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    after: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()]
+    return structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=after)
 
 
 def new_server(

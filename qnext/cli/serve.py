@@ -69,22 +69,19 @@ def command(
     from qnext.server.limits import Limits
     from qnext.server.run import Listen, serve
 
-    if trust_remote_code:
-        raise UsageError("--trust-remote-code: nothing of a model is run as code here, so there is nothing to trust")
     listen = Listen(host, port, uds, admin_port, ssl_certfile, ssl_keyfile)
     ring = _key_ring(api_key, api_key_file, keys, admin_api_key)
-    _check_access(ring, listen, insecure_no_auth)
+    _check_access(ring, listen, insecure_no_auth, trust_remote_code)
     log_to_stderr(log_format, secrets=[*(api_key or ()), *(admin_api_key or ())])
     limits = Limits(
         max_body_bytes=max_body_bytes, max_n=max_n, max_queued=max_queued, max_queued_per_key=max_queued_per_key,
         queue_seconds=queue_timeout, request_seconds=request_timeout, drain_seconds=shutdown_timeout,
         watchdog_seconds=watchdog_timeout,
     )  # fmt: skip
-    use_drafts, num_drafts = speculation_of(speculation, speculative_config)
     engine = {
         "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len,
-        "prefix_cache": prefix_caching, "speculation": use_drafts, "max_draft_tokens": num_drafts,
-        "max_salt_fraction": 1.0 if ring.is_open else 0.5,
+        "prefix_cache": prefix_caching, "max_salt_fraction": 1.0 if ring.is_open else 0.5,
+        **speculation_of(speculation, speculative_config),
     }  # fmt: skip
     folder = open_folder(model, yarn=yarn)
     serve(
@@ -93,8 +90,7 @@ def command(
             folder, names=served_model_name or [name_of(model)], engine_options=engine, dtype=dtype, threads=threads,
             tool_style=TOOL_STYLES[tool_call_parser], with_defaults=generation_config == "auto",
             kv_cache_dtype=kv_cache_dtype, disk_cache=disk_cache, disk_cache_bytes=disk_cache_bytes,
-        ),
-        listen, on_ready=print_ready,
+        ), listen, on_ready=print_ready,
     )  # fmt: skip
 
 
@@ -113,8 +109,10 @@ def _key_ring(plain: list[str] | None, plain_file: Path | None, store: Path | No
     return KeyRing(store, plain=found, admin=admin or ())
 
 
-def _check_access(ring: KeyRing, listen: Listen, is_insecure: bool) -> None:
-    """Raises UsageError for an address that anybody could use, and for a listener that nobody could."""
+def _check_access(ring: KeyRing, listen: Listen, is_insecure: bool, trusts_code: bool) -> None:
+    """Raises UsageError for an address that anybody could use, a listener that nobody could, and for trust in code."""
+    if trusts_code:
+        raise UsageError("--trust-remote-code: nothing of a model is run as code here, so there is nothing to trust")
     if (listen.certificate is None) != (listen.certificate_key is None):
         raise UsageError("--ssl-certfile and --ssl-keyfile belong together")
     if ring.is_open and listen.uds is None and listen.host not in _LOOPBACK and not is_insecure:

@@ -31,7 +31,7 @@ class Dialogue:
     def new_answer(self, exchange: Exchange) -> Answer:
         served = exchange.server.served
         parser = OutputParser(
-            tool_style=served.tool_style if self.offer.tools else None, tools=self.offer.tools,
+            tool_style=served.tool_style if self.offer.callable else None, tools=self.offer.callable,
             starts_in_reasoning=self.is_thinking, reads_reasoning=served.is_thinking,
         )  # fmt: skip
         return Answer(
@@ -62,8 +62,8 @@ async def make_dialogue(
     if offer.is_required:
         try:
             text = tool_call_grammar(
-                offer.tools, style=served.tool_style, name=offer.name, parallel=parallel_calls and offer.name is None,
-                control_names=served.tokenizer.added_ids.keys(),
+                offer.callable, style=served.tool_style, name=offer.name,
+                parallel=parallel_calls and offer.name is None, control_names=served.tokenizer.added_ids.keys(),
             )  # fmt: skip
         except QnextError as error:
             raise from_user_error(error, param="tools") from None
@@ -72,7 +72,7 @@ async def make_dialogue(
         chosen = Constraint(chosen.kind, chosen.value, served.think_end)
     return Dialogue(
         prompt_ids, is_thinking, offer, chosen, chosen_param,
-        max_calls=1 if offer.tools and not parallel_calls else None, stop=stop,
+        max_calls=1 if offer.callable and not parallel_calls else None, stop=stop,
     )  # fmt: skip
 
 

@@ -125,7 +125,6 @@ async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) 
     try:
         engine, served = await _loaded(server, load)
         server.attach(engine, served)
-        gc.collect()
         gc.freeze()  # weights and vocabulary stay: no collection need look at them again
         urls = Urls(_url(listen, sockets[0]), _url(Listen(), sockets[-1]) if len(sockets) > 1 else None)
         on_ready(server, urls)

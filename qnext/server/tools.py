@@ -42,12 +42,14 @@ Tools = Annotated[list[ToolBody], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 @dataclass(frozen=True)
 class Offer:
-    """The tools that a request offers in OpenAI's form, and how the answer must use them.
+    """The tools of a request in OpenAI's form, and how the answer may use them.
 
-    `is_required`: it must call one; `name`: it must call that one.
+    All `tools` stand in the prompt, whatever the choice: what is cached of a conversation stays of use. Those of
+    `callable` may be called. `is_required`: it must call one; `name`: it must call that one.
     """
 
     tools: tuple[Mapping[str, Any], ...] = ()
+    callable: tuple[Mapping[str, Any], ...] = ()
     is_required: bool = False
     name: str | None = None
 
@@ -73,13 +75,13 @@ def offered(tools: Sequence[dict[str, Any]], choice: Any, *, param: str = "tools
         if num_patterns > _MAX_PATTERNS:
             raise ApiError.bad(f"the tools have more than {_MAX_PATTERNS} patterns", param=param)
     if choice is None or choice == "auto":
-        return Offer(tuple(tools))
+        return Offer(tuple(tools), tuple(tools))
     if choice == "none":
-        return Offer()
+        return Offer(tuple(tools))
     if choice == "required":
         if not tools:
             raise ApiError.bad("tool_choice needs tools", param="tool_choice")
-        return Offer(tuple(tools), is_required=True)
+        return Offer(tuple(tools), tuple(tools), is_required=True)
     if isinstance(choice, dict):
         if choice.get("type") == "allowed_tools":
             return _allowed(tools, choice)
@@ -87,7 +89,7 @@ def offered(tools: Sequence[dict[str, Any]], choice: Any, *, param: str = "tools
         if name is not None:
             if name not in names:
                 raise ApiError.bad("tool_choice names a tool that is not offered", param="tool_choice")
-            return Offer(tuple(tools), is_required=True, name=name)
+            return Offer(tuple(tools), tuple(tools), is_required=True, name=name)
     raise ApiError.bad("tool_choice must be none, auto, required or name a tool", param="tool_choice")
 
 
@@ -107,7 +109,7 @@ def _allowed(tools: Sequence[dict[str, Any]], choice: Mapping[str, Any]) -> Offe
     kept = tuple(tool for tool in tools if tool["function"]["name"] in wanted)
     if None in wanted or len(kept) < len(wanted):
         raise ApiError.bad("tool_choice names a tool that is not offered", param="tool_choice")
-    return Offer(kept, is_required=mode == "required")
+    return Offer(tuple(tools), kept, is_required=mode == "required")
 
 
 def check_schema(schema: object, *, param: str) -> int:

@@ -338,6 +338,7 @@ class EngineWorker:
             self._fail_lost()
             if self._num_failures >= _MAX_FAILURES:
                 self.is_broken = True
+                self._fail_all(ApiError.internal())
             return
         if events:
             self._num_failures = 0

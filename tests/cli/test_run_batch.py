@@ -83,6 +83,24 @@ def test_answers_here_are_those_over_http(chat_folder: Path, tmp_path: Path, cap
     assert here["chat"][0]["message"]["role"] == "assistant"
 
 
+def test_all_four_routes(chat_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    say = [{"role": "user", "content": "Hi"}]
+    bodies = {
+        "/v1/chat/completions": {"messages": say, "max_tokens": 5, "ignore_eos": True},
+        "/v1/completions": {"prompt": "Hello", "max_tokens": 5, "ignore_eos": True},
+        "/v1/responses": {"input": "Hi", "max_output_tokens": 5, "ignore_eos": True},
+        "/v1/messages": {"model": "chat", "messages": say, "max_tokens": 5, "ignore_eos": True},
+    }
+    lines = [{"custom_id": url, "method": "POST", "url": url, "body": body} for url, body in bodies.items()]
+    source = write(tmp_path / "in.jsonl", lines)
+    result = run(capsys, "run-batch", chat_folder, "-i", source, "-o", tmp_path / "out.jsonl")
+    answers = {answer["custom_id"]: answer["response"] for answer in read(tmp_path / "out.jsonl")}
+    assert {url: answer["status_code"] for url, answer in answers.items()} == dict.fromkeys(bodies, 200), answers
+    usages = [answer["body"]["usage"] for answer in answers.values()]
+    output = sum(usage.get("completion_tokens") or usage["output_tokens"] for usage in usages)
+    assert result.code == 0 and output > 0 and f"{output} of answers" in result.err
+
+
 def test_a_second_run_asks_for_the_rest_alone(chat_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     lines = [line(f"r{i}") for i in range(4)]
     source = write(tmp_path / "in.jsonl", [*lines, line("r0"), "nonsense\n", line("bad", temperature=9)])
@@ -237,11 +255,11 @@ def test_ctrl_c_leaves_whole_lines(chat_folder: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 100
         while (not output.exists() or output.stat().st_size < 2_000) and time.monotonic() < end:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=30)
+        _, error = process.communicate(timeout=100)
     finally:
         process.kill()
     assert process.returncode == 130, error

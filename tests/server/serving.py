@@ -79,7 +79,8 @@ def load_served(folder: Path, **engine_options: Any) -> tuple[Engine, ServedMode
     engine = Engine(model, max_num_seqs=engine_options.pop("max_num_seqs", 8), **engine_options)
     served = ServedModel(
         tokenizer, ChatFormat.for_folder(folder, tokenizer=tokenizer), names=[folder.name, "alias"],
-        vocab_size=model.config.vocab_size, max_model_len=engine.max_model_len, eos_ids=engine.eos_token_ids, defaults=sampling_defaults(folder),
+        vocab_size=model.config.vocab_size, max_model_len=engine.max_model_len, eos_ids=engine.eos_token_ids,
+        defaults=sampling_defaults(folder),
     )  # fmt: skip
     return engine, served
 

@@ -65,6 +65,12 @@ export class Chat {
     this.#running?.controller.abort();
   }
 
+  /** `conversation` is about to be deleted: nothing of it is shown or answered any more. */
+  leave(conversation) {
+    if (conversation === this.conversation) this.startNew();
+    if (conversation === this.#running?.conversation) this.stop();
+  }
+
   #isReady() {
     const problem = this.#settings.problem();
     if (problem) this.notice(problem);
@@ -135,7 +141,7 @@ export class Chat {
       this.#running = null;
     }
     this.#save(conversation);
-    if (conversation === this.conversation) this.show();
+    this.show(); // also where another conversation is open: it may send again
     announce(node.error ?? "The answer is complete.");
     if (failure?.status === 401) this.#askAndRepeat(conversation, node, failure);
   }
@@ -148,7 +154,8 @@ export class Chat {
   }
 
   #save(conversation = this.conversation) {
-    if (!conversation.root.children.length) return;
+    const isDeleted = conversation !== this.conversation && !this.#store.get(conversation.id);
+    if (isDeleted || !conversation.root.children.length) return;
     conversation.updated = Date.now();
     this.#store.put(conversation).catch(() => this.notice("This browser has no room left to keep the conversation."));
     this.#changed();

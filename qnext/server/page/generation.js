@@ -7,7 +7,8 @@ import { messagesFor, textFor } from "./tree.js";
 export function requestFor(conversation, parent, server, settings) {
   const common = { stream: true, stream_options: { include_usage: true }, timings: true, ...settings.requestFields(server.hasChat) };
   if (server.model) common.model = server.model;
-  if (!server.hasChat) return ["v1/completions", { prompt: textFor(conversation, parent), ...common }];
+  // Without a number a completion would have the 16 tokens of OpenAI's API.
+  if (!server.hasChat) return ["v1/completions", { prompt: textFor(conversation, parent), max_tokens: 256, ...common }];
   return ["v1/chat/completions", { messages: messagesFor(conversation, parent), ...common }];
 }
 

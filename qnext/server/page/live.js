@@ -126,6 +126,7 @@ export class LiveView {
 
   #zoomed(layer) {
     $("zoom-out").hidden = layer === null;
+    $("bars-note").hidden = layer !== null;
     const [first] = this.#model.layers.filter((one) => one.experts > 0);
     if (layer) {
       $("grid-caption").textContent = `${layer.name}, ${layer.experts} experts`;

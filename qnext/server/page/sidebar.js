@@ -99,11 +99,8 @@ export class Sidebar {
     const answer = (isYes) => async () => {
       this.#removing = null;
       if (isYes) {
+        this.#chat.leave(conversation);
         await this.#store.remove(conversation.id);
-        if (conversation.id === this.#chat.conversation.id) {
-          this.#chat.stop();
-          this.#chat.startNew();
-        }
       }
       this.show();
     };

@@ -59,6 +59,18 @@ def test_search_rename_and_delete(open_page: OpenPage) -> None:
     assert titles(chat) == ["Fruit"]
 
 
+def test_a_conversation_that_is_deleted_while_it_is_answered_stays_away(open_page: OpenPage, script: Script) -> None:
+    chat = open_page()
+    ask(chat, "slow one", wait=False)
+    expect(last_answer(chat)).to_contain_text("Slowly on")
+    chat.locator("#conversations").get_by_label("Delete").click()
+    chat.locator(".question").get_by_role("button", name="Delete").click()
+    wait_for_end(chat)
+    expect(chat.locator(".message")).to_have_count(0)
+    reload(chat)
+    assert titles(chat) == []
+
+
 def test_export_and_import_bring_everything_back(open_page: OpenPage, tmp_path: Path) -> None:
     chat = open_page()
     ask(chat, "think of a tree")
