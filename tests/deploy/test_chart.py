@@ -58,6 +58,7 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "host-cache": {"model": _MODEL, "keys": _KEYS, "diskCache": {"enabled": True, "hostPath": "/var/prefixes"}},
     "keda": {"model": _MODEL, "keys": _KEYS, "autoscaling": {"kind": "keda", "prometheusUrl": "http://prometheus:9090"}},
+    "kept-log": {"model": _MODEL, "keys": _KEYS, "audit": {"enabled": True, "existingClaim": "audit"}},
     "hpa": {"model": _MODEL, "keys": _KEYS, "autoscaling": {"kind": "hpa", "waiting": 5}},
 }  # fmt: skip
 
@@ -68,11 +69,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"keys": _KEYS}, "exactly one of model."),
     "shared cache": (
         {"model": _MODEL, "keys": _KEYS, "replicas": 2, "diskCache": {"enabled": True, "existingClaim": "c"}},
-        "two engines cannot share",
+        "belongs to one replica",
     ),
     "scaled shared cache": (
         {**GOOD["host-cache"], "autoscaling": {"kind": "hpa"}},
-        "two engines cannot share",
+        "belongs to one replica",
+    ),
+    "shared audit log": (
+        {"model": _MODEL, "keys": _KEYS, "replicas": 2, "audit": {"enabled": True, "existingClaim": "a"}},
+        "belongs to one replica",
+    ),
+    "two places for one cache": (
+        {**GOOD["host-cache"], "diskCache": {"enabled": True, "existingClaim": "a", "hostPath": "/b"}},
+        "at most one of diskCache",
     ),
     "keda without prometheus": ({"model": _MODEL, "keys": _KEYS, "autoscaling": {"kind": "keda"}}, "prometheusUrl"),
     "metrics without a key": ({"model": _MODEL, "keys": _KEYS, "serviceMonitor": {"enabled": True}}, "keySecret"),
@@ -214,9 +223,9 @@ def test_mounts_and_volumes_belong_together(case: str) -> None:
         assert volumes["model"]["persistentVolumeClaim"]["readOnly"] is True
 
 
-def test_a_cache_that_is_kept_has_one_pod_at_a_time() -> None:
+def test_files_that_are_kept_have_one_pod_at_a_time() -> None:
     for case in GOOD:
-        is_kept = case in ("kept-cache", "host-cache")
+        is_kept = case in ("kept-cache", "host-cache", "kept-log")
         assert manifests(case)["Deployment"]["spec"]["strategy"]["type"] == ("Recreate" if is_kept else "RollingUpdate")
 
 

@@ -190,6 +190,26 @@ def test_the_table_of_errors_has_every_code_of_the_server() -> None:
     assert {name for name in named if f'"{name}"' not in source} == set()
 
 
+def test_the_examples_of_errors_are_answers_of_the_server(server: Running) -> None:
+    openai, anthropic = (json.loads(block.text) for block in blocks(GUIDE / "errors.md") if block.language == "json")
+    messages = [{"role": "user", "content": "a"}]
+    with server.client(KEY) as client:
+        wrong = client.post("/v1/chat/completions", json={"messages": messages, "temperature": -1})
+        assert (wrong.status_code, wrong.json()) == (400, openai)
+        lacking = client.post("/v1/messages", json={"model": "qwen3-next", "messages": messages})
+        assert (lacking.status_code, lacking.json()) == (400, anthropic)
+
+
+def test_the_table_of_scopes_is_that_of_the_routes() -> None:
+    text = (GUIDE / "serve-a-team.md").read_text(encoding="utf-8")
+    routes = {route.path: route.scope for route in public_routes()}
+    for scope in ("tokenize", "metrics"):
+        (row,) = re.findall(rf"^\| `{scope}` \| (.*) \|$", text, re.MULTILINE)
+        assert set(re.findall(r"`([^`]+)`", row)) == {path for path, needed in routes.items() if needed == scope}
+    assert all(path.startswith("/v1/") == (scope == "inference") for path, scope in routes.items())
+    assert {route.scope for route in ADMIN_ROUTES} == {"admin"}
+
+
 def folder_gibibytes(scheme: str | None) -> float:
     """GiB of the 80B model's tensors, in bf16 or quantised with bf16 scales."""
     policy = None if scheme is None else make_policy(scheme, head=None, is_tied=False)

@@ -32,9 +32,13 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- .Values.keys.existingSecret | default (printf "%s-keys" (include "qnext.fullname" .)) -}}
 {{- end -}}
 
-{{- /* The disk cache outlives its pod: then there is one pod, and the old one ends before the new one starts. */ -}}
-{{- define "qnext.keepsCache" -}}
-{{- if and .Values.diskCache.enabled (or .Values.diskCache.existingClaim .Values.diskCache.hostPath) -}}yes{{- end -}}
+{{- /* Something that one server writes outlives its pod: one pod then, and the old one ends before the new one starts. */ -}}
+{{- define "qnext.keepsFiles" -}}
+{{- if and .Values.diskCache.enabled (or .Values.diskCache.existingClaim .Values.diskCache.hostPath) -}}
+yes
+{{- else if and .Values.audit.enabled .Values.audit.existingClaim -}}
+yes
+{{- end -}}
 {{- end -}}
 
 {{- /* Combinations that no schema can say. */ -}}
@@ -50,12 +54,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if eq (empty .Values.model.existingClaim) (empty .Values.model.hostPath) -}}
 {{- fail "set exactly one of model.existingClaim and model.hostPath" -}}
 {{- end -}}
-{{- if include "qnext.keepsCache" . -}}
 {{- if and .Values.diskCache.existingClaim .Values.diskCache.hostPath -}}
 {{- fail "set at most one of diskCache.existingClaim and diskCache.hostPath" -}}
 {{- end -}}
+{{- if include "qnext.keepsFiles" . -}}
 {{- if or (gt (int .Values.replicas) 1) (ne .Values.autoscaling.kind "none") -}}
-{{- fail "a disk cache that outlives its pod belongs to one replica: two engines cannot share its folder" -}}
+{{- fail "a disk cache or audit log that outlives its pod belongs to one replica: two cannot share it" -}}
 {{- end -}}
 {{- end -}}
 {{- if and (eq .Values.autoscaling.kind "keda") (not .Values.autoscaling.prometheusUrl) -}}
