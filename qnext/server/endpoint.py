@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from qnext.server.errors import ApiError, error_body, from_validation
 from qnext.server.exchange import Exchange
-from qnext.server.limits import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, MAX_JSON_VALUES
+from qnext.server.limits import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, MAX_JSON_MEMBERS, MAX_JSON_VALUES
 from qnext.server.routes import EventStream, Reply, Route
 
 if TYPE_CHECKING:
@@ -25,6 +25,12 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _log = logging.getLogger("qnext.server")
+_MAX_QUOTES = 500_000  # of a body with so many marks that they are counted outside of its texts
+_SIZES = (
+    ((b"[", b"{"), MAX_JSON_CONTAINERS, "objects and lists"),
+    ((b":",), MAX_JSON_MEMBERS, "members of objects"),
+    ((b",",), MAX_JSON_VALUES, "values"),
+)
 
 
 class _ClientGone(Exception):
@@ -139,14 +145,15 @@ def parse_body(raw: bytes, route: Route) -> BaseModel:
 
 def _check_size(raw: bytes) -> None:
     """Refuse bodies of many small values by their marks: each would cost fifty times its bytes, and the time of all."""
-    if raw.count(b"[") + raw.count(b"{") <= MAX_JSON_CONTAINERS and raw.count(b",") <= MAX_JSON_VALUES:
+    if all(sum(map(raw.count, marks)) <= most for marks, most, _ in _SIZES):
         return
-    texts = raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
-    marks = b"".join(texts[::2])  # what stands outside of strings
-    if marks.count(b"[") + marks.count(b"{") > MAX_JSON_CONTAINERS:
-        raise ApiError.bad(f"the body has more than {MAX_JSON_CONTAINERS} objects and lists", code="invalid_json")
-    if marks.count(b",") > MAX_JSON_VALUES:
-        raise ApiError.bad(f"the body has more than {MAX_JSON_VALUES} values", code="invalid_json")
+    texts = raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', _MAX_QUOTES)
+    if len(texts) > _MAX_QUOTES:
+        raise ApiError.bad("the body has too many texts", code="invalid_json")
+    outside = b"".join(texts[::2])  # of strings
+    for marks, most, what in _SIZES:
+        if sum(map(outside.count, marks)) > most:
+            raise ApiError.bad(f"the body has more than {most} {what}", code="invalid_json")
 
 
 def _check_depth(value: object) -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 # Bounds of a body's shape, the same for every server.
 MAX_JSON_DEPTH = 64
-MAX_JSON_CONTAINERS = 200_000  # objects and lists of a body
-MAX_JSON_VALUES = 1_000_000  # and what they hold
+MAX_JSON_CONTAINERS = 100_000  # objects and lists of a body
+MAX_JSON_MEMBERS = 200_000  # of its objects
+MAX_JSON_VALUES = 1_000_000  # and what lists and objects hold
 MAX_MESSAGES = 4_096
 MAX_CONTENT_PARTS = 1_024
 MAX_PROMPTS = 64

@@ -131,7 +131,8 @@ class Generation:
         # Its last token may have come by now, and been counted.
         self._open.discard(index)
         self._worker.abort(self, index)
-        self._wake()
+        if not self._open:
+            self._wake()
 
     def deliver(self, updates: Sequence[Update], failure: ApiError | None = None) -> None:
         """Called in the event loop by the worker."""

@@ -60,3 +60,22 @@ def test_whoever_waits_hears_that_another_task_ended_the_last_answer() -> None:
 
     (only,) = asyncio.run(asyncio.wait_for(read(), 5.0))
     assert [update.index for update in only] == [0]
+
+
+def test_nobody_hears_of_an_answer_that_ended_while_others_go_on() -> None:
+    """What wakes a stream without news would be written as a ping."""
+
+    async def read() -> list[list[Update]]:
+        one, _ = generation(n=2)
+        found = []
+        loop = asyncio.get_running_loop()
+        async with one:
+            one.deliver([token(0)])
+            async for updates in one.updates():
+                if not found:
+                    loop.call_later(0.01, one.stop, 0)
+                    loop.call_later(0.05, one.deliver, [token(1, ends=True)])
+                found.append(updates)
+        return found
+
+    assert [len(updates) for updates in asyncio.run(asyncio.wait_for(read(), 5.0))] == [1, 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -224,15 +224,13 @@ class _Run:
     def _guide(self) -> Guide | None:
         return None if self.compiled is None else self.compiled.new_state()
 
-    def _take(self, number: int, updates: list[Update]) -> list[tuple[int, list[OutputEvent]]]:
-        """(choice, what its reader gets) of updates of one prompt."""
-        found: list[tuple[int, list[OutputEvent]]] = []
+    def _take(self, number: int, updates: list[Update]) -> Iterator[tuple[int, list[OutputEvent]]]:
+        """(choice, what its reader gets) of updates of one prompt; a choice is as far as its last pair says."""
         for update in updates:
             choice = number * self.n + update.index
             answer = self.answers[choice]
             if answer.end_reason is None:
-                found.append((choice, answer.take(update, self._generation(number))))
-        return found
+                yield choice, answer.take(update, self._generation(number))
 
     def _generation(self, number: int) -> Generation:
         generation = self.generations[number]

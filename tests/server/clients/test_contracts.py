@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 
 import pytest
@@ -17,6 +18,12 @@ TOOLS = [
         "additionalProperties": False}}}
     for name in ("weather", "traffic")
 ]  # fmt: skip
+
+
+def test_no_client_of_these_tests_gets_out() -> None:
+    for host in ("192.0.2.1", "2001:db8::1", "api.openai.com"):
+        with pytest.raises(AssertionError, match="a test"):
+            socket.create_connection((host, 9), timeout=0.1)
 
 
 def accumulated(deltas: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -46,9 +53,11 @@ def by_index(deltas: list[dict[str, Any]]) -> list[dict[str, str]]:
     return [calls[index] for index in sorted(calls)]
 
 
-def test_qwen_agent_and_litellm_see_the_same_calls(server: Running) -> None:
-    body = {**ASK, "max_tokens": 1_000, "tools": TOOLS, "tool_choice": "required", "stream": True,
-            "top_k": 20, "repetition_penalty": 1.05, "temperature": 1.0}  # fmt: skip
+def test_qwen_agent_and_litellm_see_the_same_calls(server: Running, compact: dict[str, int]) -> None:
+    # Behind a call the grammar has a newline and another call, or the end: both unlikely, and so even.
+    ends = {str(token): -100 for token in server.server.served.eos_ids}
+    body = {**ASK, "max_tokens": 1_000, "tools": TOOLS, "tool_choice": "required", "stream": True, "top_k": 20,
+            "repetition_penalty": 1.05, "temperature": 1.0, "logit_bias": {**compact, **ends}}  # fmt: skip
     most = 0
     with server.client() as client:
         for seed in range(4):
@@ -159,3 +168,35 @@ def test_load_generators_get_exactly_the_tokens_they_ask_for(server: Running, ro
             assert whole["choices"][0]["token_ids"] == [end] * wanted
         ends = client.post(route, json={**prompt, "max_tokens": 9, "logit_bias": {str(end): 100}}).json()
     assert ends["choices"][0]["finish_reason"] == "stop" and ends["usage"]["completion_tokens"] == 1
+
+
+# What clients send that keep every parameter they know: null is the default, and so is an empty list.
+NOTHING = dict.fromkeys(
+    ["max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "stop", "stream", "stream_options", "seed",
+     "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "user", "tools", "tool_choice",
+     "parallel_tool_calls", "response_format", "reasoning_effort", "functions", "function_call", "metadata", "store",
+     "service_tier", "modalities", "prediction", "verbosity", "top_k", "min_p", "repetition_penalty", "echo", "suffix",
+     "best_of", "extra_body", "chat_template_kwargs", "structured_outputs", "guided_json"]
+)  # fmt: skip
+
+
+def test_null_is_the_default_of_everything(server: Running) -> None:
+    turns = [
+        {"role": "user", "content": "Hi", "name": None},
+        # An answer as openai-python dumps it.
+        {"role": "assistant", "content": "Hello", "refusal": None, "annotations": [], "audio": None,
+         "function_call": None, "tool_calls": None, "reasoning_content": None},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "c1", "type": "function", "index": 0, "function": {"name": "weather", "arguments": ""}}]},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "rain"}], "name": "weather"},
+        {"role": "user", "content": "And?"},
+    ]  # fmt: skip
+    some = {"max_tokens": 5, "temperature": 0}
+    with server.client() as client:
+        chat = {"messages": turns, **some}
+        plain = client.post("/v1/chat/completions", json=chat).json()["choices"]
+        assert client.post("/v1/chat/completions", json={**NOTHING, **chat}).json()["choices"] == plain
+        empty: dict[str, Any] = {"tools": [], "stop": [], "logit_bias": {}, "metadata": {}}
+        assert client.post("/v1/chat/completions", json={**NOTHING, **empty, **chat}).json()["choices"] == plain
+        text = client.post("/v1/completions", json={"prompt": "x", **some}).json()["choices"]
+        assert client.post("/v1/completions", json={**NOTHING, "prompt": "x", **some}).json()["choices"] == text

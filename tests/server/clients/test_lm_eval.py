@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.server.serving import Running
+from qnext.server.keys import KeyRing
+from tests.server.serving import Running, running_server
 
 if TYPE_CHECKING:
     from tests.server.clients.in_process import InProcess
@@ -106,6 +107,32 @@ def test_texts_are_scored_as_their_tokens(server: Running, in_process: InProcess
     # As strings, which the server encodes; without a beginning there is no text for the token before it.
     as_text = over_http(server, tokenized_requests=False)
     assert_close(as_text.loglikelihood(asked[:2]), expected[:2])
+
+
+def test_a_key_is_sent_to_the_tokenizer_too(
+    chat_model: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "sk-of-the-test"
+    monkeypatch.setenv("OPENAI_API_KEY", key)  # where it has the key of the model from
+    asked = requests_of(in_process)[:2]
+    with running_server(chat_model, keys=KeyRing.from_plain([key])) as running:
+        model = over_http(running, auth_token=key)
+        assert model.tokenizer_backend == "remote" and model.eot_token_id == in_process.eot_token_id
+        assert_close(model._loglikelihood_tokens(asked), in_process._loglikelihood_tokens(asked))
+
+
+@pytest.mark.parametrize("options", [{"tokenizer_backend": None}, {"tokenizer_backend": "remote"},
+                                     {"tokenizer_backend": "remote", "tokenized_requests": False}])  # fmt: skip
+def test_answers_to_texts_and_to_tokens_are_the_same(
+    server: Running, in_process: InProcess, until: list[str], options: dict[str, Any]
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    wanted = {"until": until, "max_gen_toks": 12}
+    questions = [row["question"] for row in DOCUMENTS if "<|" not in str(row["question"])]
+    asked = [Instance("generate_until", {}, (text, wanted), number) for number, text in enumerate(questions)]
+    found = over_http(server, batch_size=2, **options).generate_until(asked)
+    assert len(found) == 3 and found == in_process.generate_until(asked)
 
 
 @pytest.fixture(scope="module")

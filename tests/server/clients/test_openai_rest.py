@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,8 @@ def test_a_completion_whole_and_streamed(sdk: OpenAI) -> None:
     ))  # fmt: skip
     assert whole.choices[0].text.startswith("def main(") and whole.choices[0].finish_reason == "length"
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == whole.choices[0].text
+    reasons = [choice.finish_reason for chunk in chunks for choice in chunk.choices]
+    assert reasons[-1] == "length" and set(reasons[:-1]) == {None}, "it ends once, behind its whole text"
     assert whole.usage is not None and chunks[-1].usage is not None
     assert whole.usage.completion_tokens == chunks[-1].usage.completion_tokens == 12
     assert whole.usage.prompt_tokens == chunks[-1].usage.prompt_tokens == len("def main(")
@@ -111,6 +114,45 @@ def test_a_completion_ends_at_its_stop_at_once(sdk: OpenAI, stream: bool) -> Non
     assert "".join(choice.text for choice in choices) == text.split(text[4:6])[0]
     assert choices[-1].finish_reason == "stop"
     assert time.monotonic() - started < Limits.ping_seconds / 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_slots_of_all_its_prompts(server: Running, stream: bool) -> None:
+    import openai
+
+    metrics = server.server.worker.engine.metrics
+
+    async def begin_and_leave() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as sdk:
+            ask = sdk.completions.create(
+                model=MODEL, prompt=["one", "two", "three"], max_tokens=1_900, stream=stream,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            task = asyncio.create_task(ask)
+            while server.gauges().num_running < 3:
+                await asyncio.sleep(0.005)
+            if stream:
+                await (await task).close()
+            else:
+                task.cancel()
+                await asyncio.wait((task,))
+
+    before = metrics.finished.abort
+    asyncio.run(begin_and_leave())
+    end = time.monotonic() + 10.0
+    while server.gauges().num_running and time.monotonic() < end:
+        time.sleep(0.005)
+    assert server.gauges().num_running == 0 and server.server.worker.engine.metrics.finished.abort == before + 3
+
+
+def test_responses_answer_as_chat_completions_do(sdk: OpenAI) -> None:
+    chat = sdk.chat.completions.create(**{**CHAT, "max_tokens": 16}, temperature=0)
+    whole = sdk.responses.create(model=MODEL, input="Hi", max_output_tokens=16, temperature=0)
+    events = list(sdk.responses.create(model=MODEL, input="Hi", max_output_tokens=16, temperature=0, stream=True))
+    assert whole.output_text == chat.choices[0].message.content and whole.status == "incomplete"
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    assert whole.usage is not None and chat.usage is not None
+    assert whole.usage.input_tokens == chat.usage.prompt_tokens and whole.usage.output_tokens == 16
 
 
 def test_models_are_listed_and_found(sdk: OpenAI) -> None:

@@ -116,7 +116,6 @@ NUMBERS: dict[str, list[Any]] = {
     "max_tokens": [*_NO_NUMBERS, *_NO_FINITE, *_HUGE, -1, 0, 1.5],
     "max_completion_tokens": [*_NO_NUMBERS, *_NO_FINITE, *_HUGE, -1, 0, 1.5],
     "max_output_tokens": [*_NO_NUMBERS, *_NO_FINITE, *_HUGE, -1, 0, 1.5],
-    "max_tool_calls": [*_NO_NUMBERS, -1],
     "min_tokens": [*_NO_NUMBERS, *_NO_FINITE, *_HUGE, -1, 1.5, 1_000, 2**31],
     "top_logprobs": [*_NO_NUMBERS, *_HUGE, -1, 21, 10**6],
     "prompt_logprobs": [*_NO_NUMBERS, *_HUGE, -1, 21, 10**6, 1.5],
@@ -168,7 +167,8 @@ TEXTS: dict[str, list[Any]] = {
         5, "x", [], {"json": 5}, {"regex": "("}, {"choice": []}, {"grammar": MARK}, {"json": {}, "regex": "a"},
     ],
     "tools": [
-        5, "x", {}, [5], [None], [{}], [{"type": "function"}], [{"type": "web_search"}], [{"type": "bash_20250124"}], [{"type": MARK, "function": {"name": "f"}}],
+        5, "x", {}, [5], [None], [{}], [{"type": "function"}], [{"type": "web_search"}],
+        [{"type": "bash_20250124"}], [{"type": MARK, "function": {"name": "f"}}],
         [{"type": "function", "function": {"name": ""}}], [{"type": "function", "function": {"name": "a b"}}],
         [{"type": "function", "function": {"name": MARK * 10}}], [{"type": "function", "function": {"name": 5}}],
         [{"type": "function", "function": {"name": "f", "parameters": "x"}}],
@@ -274,7 +274,6 @@ PROMPTS = [
     Case("1,500 combining marks", _text("e" + "\u0301" * 700), (200,), only=_TEXTUAL),
     Case("beyond the first plane", _text("\U0001f9d1\u200d\U0001f680\U0010ffff\ufffe"), (200,), only=_TEXTUAL),
     Case("unassigned and private", _text("\ue000\U000f0000\u0378"), (200,), only=_TEXTUAL),
-    Case("prefill in a request", {"kv_transfer_params": {"do_remote_prefill": True}}, (200,)),
     Case("foreign settings", lambda s: {**s.valid, "mm_processor_kwargs": {"x": MARK}, "kv_transfer_params": MARK,
                                         "vllm_xargs": {}, "priority": -1}, (200,)),
     Case("calls of the user", {"messages": [{"role": "user", "content": "x", "tool_calls": [
@@ -420,7 +419,8 @@ STRUCTURED = [
     *(Case(f"grammar {g[:24]!r}", {"guided_grammar": g, "max_tokens": 12}, FINE_OR_BAD, seconds=2.0) for g in (
         'start: start "a" | "a"', "start: a\na: b\nb: a", 'start: ("a" | ("a" "a"))*', "start: /(a+)+b/",
         "start: " + "(" * 900 + '"a"' + ")" * 900, "\n".join(f'r{i}: r{i + 1}' for i in range(400)) + '\nr400: "a"',
-        'start: %json {"type": "stringg"}', "start: <|im_end|>", '%import common.WORD\nstart: WORD', "start: <[1-9999]>",
+        'start: %json {"type": "stringg"}', "start: <|im_end|>", '%import common.WORD\nstart: WORD',
+        "start: <[1-9999]>",
         'start: "a"{1,1000000000}', '%llguidance {"allow_initial_skip": true}\nstart: "a"', "start: @x",
         "start: a\na[max_tokens=5]: /.*/", 'start: "\\ud800"', "start: /\\x{110000}/",
     )),

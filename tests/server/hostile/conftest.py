@@ -40,7 +40,7 @@ def only_loopback() -> Iterator[list[Any]]:
 def harness(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     audit_path = tmp_path_factory.mktemp("audit") / "audit.jsonl"
     limits = Limits(
-        header_seconds=1.0, body_seconds=1.0, write_seconds=1.5, request_seconds=20.0, queue_seconds=10.0,
+        header_seconds=2.0, body_seconds=2.0, write_seconds=1.5, request_seconds=20.0, queue_seconds=10.0,
         drain_seconds=1.0, watchdog_seconds=600.0,
     )  # fmt: skip
     keys = KeyRing.from_plain([ATTACKER, BYSTANDER], admin=[ADMIN])
