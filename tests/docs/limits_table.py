@@ -33,7 +33,8 @@ OPERATOR: dict[str, tuple[str, str | None]] = {
 FIXED: dict[str, str] = {
     "MAX_JSON_DEPTH": "levels of a body's JSON",
     "MAX_JSON_CONTAINERS": "objects and lists of a body",
-    "MAX_JSON_VALUES": "values of a body",
+    "MAX_JSON_MEMBERS": "members of its objects",
+    "MAX_JSON_VALUES": "what its lists and objects hold in all",
     "MAX_MESSAGES": "messages of a conversation",
     "MAX_CONTENT_PARTS": "parts of a message's content",
     "MAX_PROMPTS": "prompts of one request to `/v1/completions`",
