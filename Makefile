@@ -1,11 +1,16 @@
 # `make` alone lists the targets. Everything runs in .venv, which is made on first use.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Files of tests are shared out among so many processes, each with one thread.
+WORKERS ?= 2
 DEMO_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard qnext/ops/cpu/CMakeLists.txt qnext/ops/cpu/src/*)
+SHARED := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Tests of the engine that the reference makes long, and of which little depends on who computes.
+SAME_WITHOUT := $(addprefix --ignore tests/engine/,test_metrics.py test_tiers.py test_hybrid_cache.py)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -25,10 +30,10 @@ demo: $(VENV)/.installed
 	$(BIN)/qnext demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(SHARED) -m "not slow and not gpu" $(PYTEST_ARGS)
 ifeq ($(strip $(PYTEST_ARGS)),)
 	@echo "once more without the native kernels"
-	QNEXT_BACKEND=reference $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/ops tests/model tests/engine
+	QNEXT_BACKEND=reference $(SHARED) -q -m "not slow and not gpu" tests/ops tests/model tests/engine $(SAME_WITHOUT)
 endif
 
 test-all: $(VENV)/.installed-dev

@@ -11,8 +11,9 @@ from typing import Any
 
 import httpx2
 
-from qnext.checkpoint import load_model, save_model
-from qnext.cli._sampling import sampling_defaults
+from qnext.checkpoint import save_model
+from qnext.cli._served import load_served
+from qnext.cli._text_model import open_folder
 from qnext.config import ModelConfig, hybrid_pattern
 from qnext.engine import Engine
 from qnext.model import CausalLM, initialize
@@ -20,9 +21,7 @@ from qnext.server.app import Server
 from qnext.server.limits import Limits
 from qnext.server.run import Listen, serving
 from qnext.server.served import ServedModel
-from qnext.text.chat import ChatFormat
 from qnext.text.templates import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
-from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import byte_level_tokenizer, save_tokenizer
 
 CONTEXT = 2_048
@@ -73,16 +72,10 @@ class Running:
         return self.server.worker.engine.metrics.gauges
 
 
-def load_served(folder: Path, **engine_options: Any) -> tuple[Engine, ServedModel]:
-    tokenizer = Tokenizer.from_folder(folder)
-    model = load_model(folder)
-    engine = Engine(model, max_num_seqs=engine_options.pop("max_num_seqs", 8), **engine_options)
-    served = ServedModel(
-        tokenizer, ChatFormat.for_folder(folder, tokenizer=tokenizer), names=[folder.name, "alias"],
-        vocab_size=model.config.vocab_size, max_model_len=engine.max_model_len, eos_ids=engine.eos_token_ids,
-        defaults=sampling_defaults(folder),
-    )  # fmt: skip
-    return engine, served
+def load_engine(folder: Path, **engine_options: Any) -> tuple[Engine, ServedModel]:
+    """As `qnext serve` does, under two names."""
+    options = {"max_num_seqs": 8, **engine_options}
+    return load_served(open_folder(str(folder)), names=[folder.name, "alias"], engine_options=options)
 
 
 @contextmanager
@@ -97,6 +90,6 @@ def running_server(
         loops.append(asyncio.get_running_loop())
         return Server(limits=limits or Limits(drain_seconds=1.0), **server_options)
 
-    with serving(new_server, lambda: load_served(folder, **(engine_options or {})), listen) as (server, urls):
+    with serving(new_server, lambda: load_engine(folder, **(engine_options or {})), listen) as (server, urls):
         assert urls.admin is not None
         yield Running(urls.public, urls.admin, server, loops[0])

@@ -121,7 +121,7 @@ export class Chat {
   async #answer(parent) {
     const { conversation } = this;
     const [address, body] = requestFor(conversation, parent, this.#server, this.#settings);
-    const node = addNode(conversation, parent.id, { role: "assistant" });
+    const node = addNode(conversation, parent.id, { role: "assistant", isPlain: !this.#server.hasChat });
     const controller = new AbortController();
     this.#running = { conversation, node, controller };
     this.hideNotice();

@@ -3,6 +3,7 @@
 import { button, count, h, icon, iconButton, percent, rate, seconds } from "./dom.js";
 import { copyText } from "./clipboard.js";
 import { codeBlock, MarkdownView } from "./markdown.js";
+import { PlainView } from "./plain.js";
 
 /**
  * Shows a node of a conversation. `actions`: edit(node, text), regenerate(node), choose(node, offset),
@@ -12,7 +13,7 @@ export class MessageView {
   #actions;
   #node;
   #state = {};
-  #answer = new MarkdownView();
+  #answer;
   #thoughts = null;
   #isFoldTouched = false;
   #callsShown = "";
@@ -24,6 +25,7 @@ export class MessageView {
   constructor(node, actions) {
     this.#node = node;
     this.#actions = actions;
+    this.#answer = node.isPlain ? new PlainView() : new MarkdownView();
     this.#body = h("div", { class: "body" });
     const names = { user: "You", assistant: "Answer", tool: `Result of ${node.name || "a tool"}` };
     this.element = h("article", { class: `message ${node.role}`, "aria-label": names[node.role], "data-id": node.id }, this.#body, this.#foot);

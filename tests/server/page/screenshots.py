@@ -1,4 +1,6 @@
-"""Pictures of the page for the documentation. `python -m tests.server.page.screenshots [URL]`; no address: the mock.
+"""Pictures of the page for the documentation: `python -m tests.server.page.screenshots [URL [QUESTION]]`.
+
+Without an address they show the mock. Those of the documentation are of `qnext serve` on the model of `qnext demo`.
 
 Each must stay below 250 KB.
 """
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.server.page.acts import ask
 from tests.server.page.conftest import ARGUMENTS, CHROMIUM
@@ -44,19 +46,21 @@ def save(page: Page, name: str) -> None:
         raise SystemExit(f"{path} is larger than {MAX_BYTES} bytes")
 
 
-def take_all(address: str) -> None:
+def take_all(address: str, question: str = QUESTION) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
+    expect.set_options(timeout=60_000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
         with opened(browser, address, "wide", "light") as page:
-            ask(page, QUESTION)
+            ask(page, question)
             page.wait_for_timeout(2500)
             save(page, "page-chat")
         with opened(browser, address, "wide", "dark") as page:
-            ask(page, QUESTION)
+            ask(page, question)
             page.wait_for_timeout(3500)
             save(page, "page-live")
         with opened(browser, address, "phone", "dark") as page:
+            ask(page, question)
             page.tap("#tab-live")
             page.wait_for_timeout(4000)
             save(page, "page-phone")
@@ -65,7 +69,7 @@ def take_all(address: str) -> None:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        take_all(sys.argv[1])
+        take_all(*sys.argv[1:3])
         return
     script = Script(num_layers=16, num_experts=64, top_k=4, name="qwen3-next-16x64", pause=0.008, always_busy=True)
     with serve(script) as address:
