@@ -37,6 +37,7 @@ async def health_live(exchange: Exchange) -> Reply:
 
 
 async def health_ready(exchange: Exchange) -> Reply:
+    """Loaded, not draining. Public: the balancers that ask carry no key, and it tells them this and nothing else."""
     server = exchange.server
     if server.is_ready:
         return Reply.of({"status": "ready"})

@@ -49,7 +49,7 @@ def public_routes(*, with_page: bool = True) -> list[Route]:
               "what clients need of the tokenizer", None, _with("eos_token")),
         Route("GET", "/health/live", probes.health_live, "public", "probe", "openai", "none",
               "whether the server lives", None, _with("status")),
-        Route("GET", "/health/ready", probes.health_ready, "any", "probe", "openai", "none",
+        Route("GET", "/health/ready", probes.health_ready, "public", "probe", "openai", "none",
               "whether it takes requests", None, _with("status")),
         Route("GET", "/version", models.version, "any", "probe", "openai", "none", "the version", None,
               _with("version")),

@@ -1,0 +1,100 @@
+"""Makes docs/guide/limits.md of qnext/server/limits.py: `python -m tests.docs.limits_table` writes it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from qnext.server import limits
+
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "limits.md"
+
+# field of Limits -> (what it bounds, the flag of `qnext serve` that changes it)
+OPERATOR: dict[str, tuple[str, str | None]] = {
+    "max_body_bytes": ("bytes of a body", "--max-body-bytes"),
+    "max_header_bytes": ("bytes of all headers", None),
+    "max_headers": ("headers of a request", None),
+    "max_n": ("answers to one request (`n`)", "--max-n"),
+    "max_queued": ("answers that wait for their turn, of all keys; more get 503", "--max-queued-requests"),
+    "max_queued_per_key": ("of one key; more get 429", "--max-queued-per-key"),
+    "max_connections": ("connections at once; more get 503", None),
+    "header_seconds": ("seconds for the headers of a request to come", None),
+    "body_seconds": ("seconds for its body", None),
+    "queue_seconds": ("seconds until its first step", "--queue-timeout"),
+    "request_seconds": ("seconds until its end", "--request-timeout"),
+    "write_seconds": ("seconds that a write waits for a client that reads nothing", None),
+    "ping_seconds": ("seconds of silence in a stream before a comment keeps it open", None),
+    "drain_seconds": ("seconds that running requests get when the server is told to stop", "--shutdown-timeout"),
+    "watchdog_seconds": ("seconds of one step, after which the process ends", "--watchdog-timeout"),
+    "retry_seconds": ("seconds that `Retry-After` says when the queue is full", None),
+}
+
+# constant -> what it bounds
+FIXED: dict[str, str] = {
+    "MAX_JSON_DEPTH": "levels of a body's JSON",
+    "MAX_JSON_CONTAINERS": "objects and lists of a body",
+    "MAX_JSON_MEMBERS": "members of its objects",
+    "MAX_JSON_VALUES": "what its lists and objects hold in all",
+    "MAX_MESSAGES": "messages of a conversation",
+    "MAX_CONTENT_PARTS": "parts of a message's content",
+    "MAX_PROMPTS": "prompts of one request to `/v1/completions`",
+    "MAX_STOPS": "stop texts",
+    "MAX_STOP_CHARACTERS": "characters of a stop text",
+    "MAX_LISTED_TOKENS": "tokens in `logit_bias`, `stop_token_ids`, `allowed_token_ids`",
+    "MAX_BAD_WORDS": "entries of `bad_words`",
+    "MAX_TOOLS": "tools of a request",
+    "MAX_TOOL_CALLS": "calls in one message",
+    "MAX_NAME_CHARACTERS": "characters of a tool's name",
+    "MAX_TEXT_PER_TOKEN": "characters of a prompt per token of the context; longer ones are not even tokenized",
+    "MAX_PROMPT_LOGPROB_TOKENS": "tokens of a prompt whose log-probabilities are asked for",
+    "MAX_LOGPROBS": "alternatives per token (`top_logprobs`, `logprobs`, `prompt_logprobs`)",
+    "MAX_ERROR_BYTES": "bytes of an error's body",
+    "MAX_ERROR_MESSAGE": "characters of its message",
+}
+
+
+def fixed_limits() -> dict[str, int]:
+    return {name: value for name, value in vars(limits).items() if name.isupper()}
+
+
+def page() -> str:
+    """The whole page. Raises KeyError for a limit that has no description above."""
+    operator = [(f.name, f.default, *OPERATOR[f.name]) for f in fields(limits.Limits)]
+    rows = [f"| {text} | {_number(value)} | {f'`{flag}`' if flag else ''} |" for _, value, text, flag in operator]
+    fixed = [f"| {FIXED[name]} | {_number(value)} |" for name, value in fixed_limits().items()]
+    return "\n".join(
+        [
+            "# Limits",
+            "",
+            "What a server bounds. Both tables are made from `qnext/server/limits.py` by",
+            "`python -m tests.docs.limits_table`, and a test holds them equal. What is beyond a limit is",
+            "refused with a status of [errors.md](errors.md).",
+            "",
+            "## Of the operator",
+            "",
+            "| what | default | flag |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "A key may have narrower ones: requests and tokens a minute, requests at once, tokens of a request",
+            "([serve-a-team.md](serve-a-team.md)).",
+            "",
+            "## Of every server",
+            "",
+            "| what | at most |",
+            "|---|---|",
+            *fixed,
+            "",
+        ]
+    )
+
+
+def _number(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    assert isinstance(value, int)
+    return f"{value:,}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

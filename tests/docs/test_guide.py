@@ -1,0 +1,235 @@
+"""The guide and deploy/README.md are true: commands exist, links lead somewhere, examples run, figures are computed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qnext.checkpoint.names import expected_tensors
+from qnext.cli import click_command
+from qnext.config import preset
+from qnext.planning import kv_bytes_per_token, state_bytes_per_sequence
+from qnext.quant.scheme import make_policy
+from qnext.server.admin import ADMIN_ROUTES
+from qnext.server.keys import KeyRing
+from qnext.server.table import public_routes
+from tests.docs import limits_table
+from tests.docs.snippets import ROOT, USAGE_ERROR, Block, blocks, check_arguments, commands, qnext_arguments
+from tests.server.serving import Running, running_server, save_served
+
+GUIDE = ROOT / "docs" / "guide"
+PAGES = [*sorted(GUIDE.glob("*.md")), ROOT / "deploy" / "README.md"]
+BLOCKS = [block for path in PAGES for block in blocks(path)]
+KEY = "secret-of-the-guide"
+ADDRESS = "http://127.0.0.1:8000"
+
+every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+
+
+def run_blocks(language: str) -> list[Block]:
+    return [block for block in BLOCKS if block.language == language and (block.is_run or language == "python")]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = save_served(tmp_path_factory.mktemp("guide") / "qwen3-next")
+    with running_server(folder, keys=KeyRing.from_plain([KEY])) as running:
+        yield running
+
+
+@every_page
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_index_names_every_page() -> None:
+    index = (GUIDE / "README.md").read_text(encoding="utf-8")
+    assert {p.name for p in GUIDE.glob("*.md")} - {"README.md"} == set(re.findall(r"\]\(([\w-]+\.md)\)", index))
+
+
+@every_page
+def test_commands_of_qnext_parse(path: Path) -> None:
+    found = [words for block in blocks(path) for words in commands(block)]
+    for words in found:
+        arguments = qnext_arguments(words)
+        if arguments is not None:
+            check_arguments(arguments)
+
+
+def test_the_check_of_commands_can_fail() -> None:
+    wrong = (["serve", "m", "--no-such-flag"], ["serve"], ["serve", "m", "--port", "x"], ["keys", "create"])
+    for arguments in wrong:
+        with pytest.raises(USAGE_ERROR):
+            check_arguments(arguments)
+    with pytest.raises(AssertionError):
+        check_arguments(["fly"])
+    block = Block(Path("x"), "sh", "sudo qnext keys list --file f | cat\ncurl -d '{\n}' x # qnext\n", False)
+    called, *others = commands(block)
+    assert qnext_arguments(called) == ["keys", "list", "--file", "f"]
+    assert others == [["cat"], ["curl", "-d", "{\n}", "x"]]
+
+
+def test_flags_named_in_the_text_exist() -> None:
+    """Flags in backticks outside code blocks are of `qnext serve` unless the text says another verb before them."""
+    known: set[str] = {"--help", "--config", "--shm-size"}
+    for verb in ("serve", "keys create", "quantize", "experts", "doctor", "bench", "chat"):
+        name, _, sub = verb.partition(" ")
+        command = click_command(name)
+        command = command.commands[sub] if sub else command
+        known |= {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    for path in PAGES:
+        text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for code in re.findall(r"`([^`\n]+)`", text):
+            if code.startswith(("docker", "kubectl", "helm")) or "PYTHON_IMAGE" in code:
+                continue
+            for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
+                assert flag in known, f"{path.name}: {flag}"
+
+
+def test_routes_named_exist() -> None:
+    routes = {route.path for route in (*public_routes(), *ADMIN_ROUTES)}
+    named = r"(?:/v1|/admin|/health|/live|/metrics|/tokenize|/detokenize|/tokenizer_info|/version)\b[/\w{}-]*"
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        for route in re.findall(rf"`(?:GET |POST )?({named})`|127\.0\.0\.1:8000({named})", text):
+            found = next(filter(None, route)).rstrip("/")
+            assert found in routes or found == "/v1", f"{path.name}: {found}"
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in ("json", "yaml")], ids=str)
+def test_files_parse(block: Block) -> None:
+    assert json.loads(block.text) if block.language == "json" else yaml.safe_load(block.text)
+
+
+@pytest.mark.parametrize("block", run_blocks("sh"), ids=str)
+def test_shell_examples_run(block: Block, server: Running) -> None:
+    for words in commands(block):
+        assert words[0] == "curl", words
+        words = [word.replace(ADDRESS, server.url).replace("$QNEXT_KEY", KEY) for word in words]
+        if "Authorization" not in " ".join(words):  # a page that knows no keys yet
+            words += ["-H", f"Authorization: Bearer {KEY}"]
+        done = subprocess.run([*words, "-sS", "--fail-with-body"], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stdout + done.stderr
+        check_answer(words, done.stdout)
+
+
+def check_answer(words: list[str], answer: str) -> None:
+    """What the page says of the answer."""
+    if any(word.endswith("/metrics") for word in words):
+        assert "qnext_num_requests_waiting" in answer
+        return
+    body = json.loads(words[words.index("-d") + 1]) if "-d" in words else {}
+    if body.get("stream"):
+        assert answer.rstrip().endswith("data: [DONE]") and '"usage":{' in answer
+        return
+    values = json.loads(answer)
+    choice = values.get("choices", [{}])[0]
+    if "response_format" in body:
+        assert json.loads(choice["message"]["content"])["verdict"] in ("good", "bad", "mixed")
+    elif "guided_choice" in body:
+        assert choice["text"] in body["guided_choice"]
+    elif "guided_regex" in body:
+        assert re.fullmatch(body["guided_regex"], choice["text"])
+    elif body.get("tool_choice") == "required":
+        assert choice["finish_reason"] == "tool_calls"
+        assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])["city"] in ("Oslo", "Rome")
+    elif body.get("timings"):
+        assert "cached_tokens" in values["usage"]["prompt_tokens_details"] and "prompt_ms" in values["timings"]
+    elif "messages" in body:
+        assert values["usage"]["completion_tokens"] <= body["max_tokens"]
+    elif "prompt" in body:
+        assert values["count"] == len(values["tokens"]) > 0
+    else:
+        assert values.get("data") or values["status"] in ("ok", "ready")
+
+
+@pytest.mark.parametrize("block", run_blocks("python"), ids=str)
+def test_python_examples_run(block: Block, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QNEXT_KEY", KEY)
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    code = compile(block.text.replace(ADDRESS, server.url), block.path.name, "exec", dont_inherit=True)
+    exec(code, {"__name__": __name__})
+
+
+def test_metrics_named_exist(server: Running) -> None:
+    with server.client(KEY) as client:
+        sample = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+        assert sample.status_code == 200
+        served = client.get("/metrics").text
+    for path in PAGES:
+        for name in re.findall(r"\bqnext_[a-z_]+", path.read_text(encoding="utf-8")):
+            assert f"# TYPE {name} " in served, f"{path.name}: {name}"
+
+
+def test_the_table_of_limits_is_that_of_the_program() -> None:
+    assert limits_table.PAGE.read_text(encoding="utf-8") == limits_table.page(), "python -m tests.docs.limits_table"
+    for _, flag in limits_table.OPERATOR.values():
+        if flag is not None:
+            check_arguments(["serve", "model", flag, "1"])
+
+
+def test_the_table_of_errors_has_every_code_of_the_server() -> None:
+    text = (GUIDE / "errors.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| \d{3} \| `([a-z_]+)`", text, re.MULTILINE))
+    named |= set(re.findall(r"`(client_[a-z_]+)`", text))
+    source = "\n".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "qnext" / "server").rglob("*.py")))
+    codes = set(re.findall(r'\b(?:error_)?code(?:: str)?(?: \| None)? ?= ?"([a-z_]+)"', source))
+    codes |= set(re.findall(r'code="[a-z_]+" if [^"\n]+ else "([a-z_]+)"', source))
+    assert len(codes) > 20
+    assert codes - named == set()
+    assert {name for name in named if f'"{name}"' not in source} == set()
+
+
+def test_the_examples_of_errors_are_answers_of_the_server(server: Running) -> None:
+    openai, anthropic = (json.loads(block.text) for block in blocks(GUIDE / "errors.md") if block.language == "json")
+    messages = [{"role": "user", "content": "a"}]
+    with server.client(KEY) as client:
+        wrong = client.post("/v1/chat/completions", json={"messages": messages, "temperature": -1})
+        assert (wrong.status_code, wrong.json()) == (400, openai)
+        lacking = client.post("/v1/messages", json={"model": "qwen3-next", "messages": messages})
+        assert (lacking.status_code, lacking.json()) == (400, anthropic)
+
+
+def test_the_table_of_scopes_is_that_of_the_routes() -> None:
+    text = (GUIDE / "serve-a-team.md").read_text(encoding="utf-8")
+    routes = {route.path: route.scope for route in public_routes()}
+    for scope in ("tokenize", "metrics"):
+        (row,) = re.findall(rf"^\| `{scope}` \| (.*) \|$", text, re.MULTILINE)
+        assert set(re.findall(r"`([^`]+)`", row)) == {path for path, needed in routes.items() if needed == scope}
+    assert all(path.startswith("/v1/") == (scope == "inference") for path, scope in routes.items())
+    assert {route.scope for route in ADMIN_ROUTES} == {"admin"}
+
+
+def folder_gibibytes(scheme: str | None) -> float:
+    """GiB of the 80B model's tensors, in bf16 or quantised with bf16 scales."""
+    policy = None if scheme is None else make_policy(scheme, head=None, is_tied=False)
+    total = 0.0
+    for name, shape in expected_tensors(preset("80b-a3b")).items():
+        found = None if policy is None else policy.scheme_of(name, shape)
+        total += prod(shape) * (2 if found is None else found.bits / 8 + 2 / found.group_size)
+    return total / 2**30
+
+
+def test_figures_of_memory_are_those_of_the_shapes() -> None:
+    text = (GUIDE / "run-the-80b.md").read_text(encoding="utf-8")
+    for label, scheme in (("bf16", None), ("`int8`", "int8"), ("`int4-g32`", "int4-g32"), ("`int4-g128`", "int4-g128")):
+        size = folder_gibibytes(scheme)
+        assert f"| {label} | {size * 2**30 / 1e9:.1f} GB ({size:.1f} GiB) |" in text
+    config = preset("80b-a3b")
+    whole = " ".join(path.read_text(encoding="utf-8") for path in PAGES)
+    per_1000 = {dtype: kv_bytes_per_token(config, dtype=dtype) * 1000 / 2**20 for dtype in ("bfloat16", "int8")}
+    assert set(re.findall(r"(\S+) MiB (?:for every|per) 1,000", whole)) == {f"{per_1000['bfloat16']:.1f}"}
+    assert f"`--kv-cache-dtype int8`: {per_1000['int8']:.1f} MiB" in whole
+    assert f"{per_1000['bfloat16'] * 262.144 / 1024:.1f} GiB for all 262,144 tokens" in whole
+    state = f"{state_bytes_per_sequence(config).total / 2**20:.1f}"
+    assert len(re.findall(rf"{re.escape(state)} MiB", whole)) == 2
