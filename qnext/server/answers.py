@@ -10,8 +10,8 @@ from qnext.text.output import Call, Content, OutputEvent, OutputParser
 from qnext.text.stream import TextStream
 
 if TYPE_CHECKING:
+    from qnext.server.generation import Generation, Update
     from qnext.server.served import ServedModel
-    from qnext.server.worker import Generation, Update
 
 EndReason = Literal["stop", "length", "tool_calls"]
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity

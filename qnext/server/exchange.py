@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from qnext.server.errors import ApiError
-from qnext.server.worker import Generation
+from qnext.server.generation import Generation
 
 if TYPE_CHECKING:
     from qnext.engine import SamplingParams

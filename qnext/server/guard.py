@@ -14,6 +14,7 @@ Message = MutableMapping[str, Any]
 Application = Callable[..., Awaitable[None]]
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
+_HEADER_NAMES = re.compile(rb"[A-Za-z0-9, -]{1,1000}")
 _SAFE_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -87,6 +88,12 @@ class Guard:
             ),
             (b"access-control-expose-headers", b"x-request-id, retry-after"),
         ]
+
+
+def _asked_headers(headers: list[tuple[bytes, bytes]]) -> bytes:
+    """What the page wants to send: the libraries of clients have headers of their own."""
+    asked = next((value for name, value in headers if name == b"access-control-request-headers"), b"")
+    return asked if _HEADER_NAMES.fullmatch(asked) else b"authorization, content-type, x-api-key"
 
 
 def _version_fault(scope: Message) -> ApiError | None:

@@ -10,7 +10,7 @@ import orjson
 
 from qnext.server.errors import ApiError
 from qnext.server.exchange import Exchange
-from qnext.server.worker import Generation, Update
+from qnext.server.generation import Generation, Update
 
 Event = dict[str, Any]  # with its name under "type"
 

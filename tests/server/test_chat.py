@@ -83,3 +83,12 @@ def test_n_answers_have_seeds_of_their_own(server: Running) -> None:
         for choice in chunk["choices"]:
             streamed[choice["index"]] += choice["delta"].get("content", "")
     assert streamed == texts
+
+
+def test_control_tokens_of_a_text_prompt_are_text_unless_asked_for(server: Running) -> None:
+    body = {"prompt": "<|im_start|>user", "max_tokens": 1, "return_token_ids": True}
+    special = server.server.served.tokenizer.added_ids["<|im_start|>"]
+    with server.client() as client:
+        plain = client.post("/v1/completions", json=body).json()["choices"][0]["prompt_token_ids"]
+        parsed = client.post("/v1/completions", json={**body, "parse_special": True}).json()["choices"][0]
+    assert special not in plain and parsed["prompt_token_ids"][0] == special

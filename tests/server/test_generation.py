@@ -8,8 +8,8 @@ from typing import Any
 
 from qnext.engine import SamplingParams
 from qnext.engine.request import SampledToken
+from qnext.server.generation import Generation, Update
 from qnext.server.limits import Limits
-from qnext.server.worker import Generation, Update
 
 
 def generation(*, n: int) -> tuple[Generation, list[int | None]]:

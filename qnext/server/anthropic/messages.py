@@ -15,9 +15,9 @@ from qnext.server.bodies import SamplingBody
 from qnext.server.dialogue import Dialogue, make_dialogue
 from qnext.server.errors import ApiError, error_object
 from qnext.server.exchange import Exchange
+from qnext.server.generation import Generation, Update
 from qnext.server.routes import EventStream, Reply
 from qnext.server.sampling import sampling_params
-from qnext.server.worker import Generation, Update
 from qnext.server.writing import Event, event_frames, write_stream, write_whole
 from qnext.text.output import Call, Content, OutputEvent
 

@@ -17,11 +17,11 @@ from qnext.server.bodies import Body, Name, SamplingBody
 from qnext.server.dialogue import Dialogue, make_dialogue
 from qnext.server.errors import ApiError, error_body, from_user_error
 from qnext.server.exchange import Exchange
+from qnext.server.generation import Generation
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOL_CALLS
 from qnext.server.routes import EventStream, Reply
 from qnext.server.sampling import sampling_params, stop_strings, structured_constraint
 from qnext.server.tools import ToolBody, Tools, function_tool, offered
-from qnext.server.worker import Generation
 from qnext.text.messages import Message, ToolCall
 from qnext.text.output import Call, Content, OutputEvent, Reasoning
 

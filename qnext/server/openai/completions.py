@@ -19,11 +19,11 @@ from qnext.server.answers import Answer, finite_logprob, timings, usage_counts
 from qnext.server.bodies import SamplingBody
 from qnext.server.errors import ApiError, error_body
 from qnext.server.exchange import Exchange
+from qnext.server.generation import Generation, Update
 from qnext.server.limits import MAX_LOGPROBS, MAX_PROMPTS
 from qnext.server.openai.chat import DONE, PING, FormatBody, usage
 from qnext.server.routes import EventStream, Reply
 from qnext.server.sampling import sampling_params, stop_strings, structured_constraint
-from qnext.server.worker import Generation, Update
 from qnext.text.output import Content, OutputEvent, Reasoning
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -47,6 +47,7 @@ class CompletionBody(SamplingBody):
     echo: bool | None = None
     response_format: FormatBody | None = None
     add_special_tokens: bool | None = None
+    parse_special: bool | None = None  # true: names of control tokens in a text prompt are these tokens
 
 
 async def completions(exchange: Exchange) -> Reply | EventStream:
@@ -91,7 +92,7 @@ async def _prompts(exchange: Exchange, body: CompletionBody) -> list[list[int]]:
     found: list[list[int]] = []
     for entry in many:
         if isinstance(entry, str):
-            ids = await served.encode(entry)
+            ids = await served.encode(entry, allow_special=bool(body.parse_special))
         else:
             ids = list(entry)  # type: ignore[arg-type]
             if len(ids) > served.max_model_len:

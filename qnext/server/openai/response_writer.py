@@ -9,7 +9,7 @@ from typing import Any, Literal
 from qnext.server.answers import Answer, chat_logprob, usage_counts
 from qnext.server.errors import ApiError
 from qnext.server.exchange import Exchange
-from qnext.server.worker import Generation, Update
+from qnext.server.generation import Generation, Update
 from qnext.server.writing import Event
 from qnext.text.output import Call, Content, OutputEvent
 
