@@ -38,6 +38,9 @@ AdminApiKey = Annotated[list[str] | None, _option(_ACCESS, "--admin-api-key", he
 InsecureNoAuth = Annotated[
     bool, _option(_ACCESS, "--insecure-no-auth", help="Serve everybody who reaches the address.")
 ]
+OpenReadiness = Annotated[
+    bool, _option(_ACCESS, "--open-readiness", help="/health/ready needs no key, for balancers and kubelets.")
+]
 ServedModelName = Annotated[
     list[str] | None,
     _option(_MODEL, "--served-model-name", "--alias", help="What clients call it; the first is answered with."),

@@ -47,6 +47,7 @@ def new_server(
     keys: KeyRing,
     limits: Limits,
     with_page: bool,
+    open_readiness: bool,
     origins: Sequence[str] | None,
     audit_log: Path | None,
     audit_chain: bool,
@@ -59,7 +60,7 @@ def new_server(
     audit = None if audit_log is None else AuditLog(audit_log, chain=audit_chain)
     return Server(
         keys=keys, limits=limits, audit=audit, metrics_compat=metrics_compat, origins=frozenset(origins or ()),
-        with_page=with_page,
+        with_page=with_page, open_readiness=open_readiness,
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ def command(
     admin_port: flags.AdminPort = None,
     admin_api_key: flags.AdminApiKey = None,
     insecure_no_auth: flags.InsecureNoAuth = False,
+    open_readiness: flags.OpenReadiness = False,
     served_model_name: flags.ServedModelName = None,
     dtype: flags.Dtype = None,
     threads: flags.Threads = None,
@@ -85,7 +86,7 @@ def command(
     }  # fmt: skip
     folder = open_folder(model, yarn=yarn)
     serve(
-        lambda: new_server(ring, limits, ui, origins, audit_log, audit_chain, metrics_compat),
+        lambda: new_server(ring, limits, ui, open_readiness, origins, audit_log, audit_chain, metrics_compat),
         lambda: load_served(
             folder, names=served_model_name or [name_of(model)], engine_options=engine, dtype=dtype, threads=threads,
             tool_style=TOOL_STYLES[tool_call_parser], with_defaults=generation_config == "auto",

@@ -61,6 +61,7 @@ class Server:
         metrics_compat: Literal["vllm"] | None = None,
         origins: frozenset[str] = frozenset(),
         with_page: bool = True,
+        open_readiness: bool = False,
     ) -> None:
         self.keys = keys or KeyRing()
         self.limits = limits or Limits()
@@ -68,6 +69,7 @@ class Server:
         self.metrics_compat = metrics_compat
         self.origins = origins
         self.with_page = with_page
+        self.open_readiness = open_readiness
         self.rates = KeyRates()
         self.logins = FailedLogins()
         self.counters = ServerCounters()

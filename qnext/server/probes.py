@@ -37,7 +37,7 @@ async def health_live(exchange: Exchange) -> Reply:
 
 
 async def health_ready(exchange: Exchange) -> Reply:
-    """Loaded, not draining. Public: the balancers that ask carry no key, and it tells them this and nothing else."""
+    """Loaded, not draining, and nothing else: where the server is told so, it answers without a key."""
     server = exchange.server
     if server.is_ready:
         return Reply.of({"status": "ready"})

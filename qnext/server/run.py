@@ -116,7 +116,8 @@ def serving(server_of: Callable[[], Server], load: Load, listen: Listen) -> Iter
 
 async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) -> None:
     sockets = [_socket(listen)]
-    listeners = [listener(make_application(server, public_routes(with_page=server.with_page)), server, listen)]
+    routes = public_routes(with_page=server.with_page, open_readiness=server.open_readiness)
+    listeners = [listener(make_application(server, routes), server, listen)]
     if listen.admin_port is not None:
         sockets.append(_socket(Listen("127.0.0.1", listen.admin_port)))
         listeners.append(listener(make_application(server, ADMIN_ROUTES), server, Listen()))

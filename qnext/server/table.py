@@ -12,7 +12,7 @@ from qnext.server.openai.chat import ChatBody, chat_completions
 from qnext.server.openai.completions import CompletionBody, completions
 from qnext.server.openai.responses import responses
 from qnext.server.openai.responses_bodies import ResponseBody
-from qnext.server.routes import Route
+from qnext.server.routes import Route, Scope
 
 _OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -21,8 +21,12 @@ def _with(*names: str) -> dict[str, Any]:
     return {"type": "object", "required": list(names)}
 
 
-def public_routes(*, with_page: bool = True) -> list[Route]:
-    """Every route that is served beside the administrators'."""
+def public_routes(*, with_page: bool = True, open_readiness: bool = False) -> list[Route]:
+    """Every route that is served beside the administrators'.
+
+    `open_readiness`: /health/ready asks for no key: the balancers and kubelets that ask carry none.
+    """
+    readiness: Scope = "public" if open_readiness else "any"
     choices = _with("id", "object", "created", "model", "choices", "usage")
     routes = [
         Route("POST", "/v1/chat/completions", chat_completions, "inference", "generation", "openai", "request",
@@ -49,7 +53,7 @@ def public_routes(*, with_page: bool = True) -> list[Route]:
               "what clients need of the tokenizer", None, _with("eos_token")),
         Route("GET", "/health/live", probes.health_live, "public", "probe", "openai", "none",
               "whether the server lives", None, _with("status")),
-        Route("GET", "/health/ready", probes.health_ready, "public", "probe", "openai", "none",
+        Route("GET", "/health/ready", probes.health_ready, readiness, "probe", "openai", "none",
               "whether it takes requests", None, _with("status")),
         Route("GET", "/version", models.version, "any", "probe", "openai", "none", "the version", None,
               _with("version")),

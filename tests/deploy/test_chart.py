@@ -191,7 +191,7 @@ def test_rights_of_the_pod(case: str) -> None:
 @every_case
 def test_probes_ask_public_routes(case: str) -> None:
     one = container(case)
-    public = {route.path for route in public_routes() if route.scope == "public"}
+    public = {route.path for route in public_routes(open_readiness=True) if route.scope == "public"}
     paths = {name: one[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
     assert set(paths.values()) <= public
     assert paths == {"startup": "/health/ready", "liveness": "/health/live", "readiness": "/health/ready"}

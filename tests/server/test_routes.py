@@ -26,7 +26,7 @@ from qnext.server.table import public_routes
 from tests.server.hostile.surfaces import surfaces
 from tests.server.serving import Running, running_server
 
-PUBLIC = {"/health/live", "/health/ready", "/", "/page/{name:path}"}  # all that answers without a key
+PUBLIC = {"/health/live", "/", "/page/{name:path}"}  # all that answers without a key
 ROUTES = [(route, False) for route in public_routes()] + [(route, True) for route in ADMIN_ROUTES]
 NAMES = [f"{route.method} {route.path}" for route, _ in ROUTES]
 VALID = {surface.path: surface.valid for surface in surfaces().values()}

@@ -111,7 +111,7 @@ def test_health(guarded: Running) -> None:
     status, body = curl("--head", f"{guarded.url}/health/live")
     assert status == 200 and "x-request-id" in body.lower() and body.startswith("HTTP/1.1 200")
     assert curl(f"{guarded.url}/health/live") == (200, '{"status":"ok"}')
-    assert curl(f"{guarded.url}/health/ready") == (200, '{"status":"ready"}')
+    assert curl("-H", f"x-api-key: {KEY}", f"{guarded.url}/health/ready") == (200, '{"status":"ready"}')
     assert curl(f"{guarded.url}/version")[0] == 401
     assert curl("-H", f"x-api-key: {KEY}", f"{guarded.url}/version")[0] == 200
     assert curl("-X", "DELETE", f"{guarded.url}/health/live")[0] == 405
