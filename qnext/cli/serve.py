@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,7 @@ def command(
     metrics_compat: flags.MetricsCompat = None,
 ) -> None:
     """Serve MODEL: OpenAI's and Anthropic's APIs, metrics, and a page. SIGTERM ends it without losing an answer."""
+    gc.disable()  # until the model is loaded: imports leave little garbage, and collections would look at all of it
     from qnext.cli._serving import log_to_stderr, new_server, print_ready
     from qnext.cli._text_model import open_folder
     from qnext.server.limits import Limits

@@ -59,8 +59,8 @@ class Endpoint:
             _log.exception("request %s to %s failed", exchange.request_id, self.route.path)
             await self._refuse(exchange, send, ApiError.internal())
         finally:
-            self.server.active.discard(exchange)
             self.server.book(exchange, time.perf_counter() - started)
+            self.server.active.discard(exchange)
 
     async def _answer(self, exchange: Exchange, receive: Receive, send: Send) -> None:
         exchange.key = self.server.authorize(exchange)

@@ -127,6 +127,7 @@ async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) 
         engine, served = await _loaded(server, load)
         server.attach(engine, served)
         gc.freeze()  # weights and vocabulary stay: no collection need look at them again
+        gc.enable()
         urls = Urls(_url(listen, sockets[0]), _url(Listen(), sockets[-1]) if len(sockets) > 1 else None)
         on_ready(server, urls)
         await server.stop_wanted.wait()

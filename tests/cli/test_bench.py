@@ -165,7 +165,7 @@ def test_table(document: tuple[dict[str, Any], list[list[str]]]) -> None:
     found, _ = document
     text = format_table(found)
     assert "against llama.cpp qwen3next Q8_0" in text and "decode at 64 over 0" in text and "some day" in text
-    assert max(map(len, text.splitlines())) <= 130
+    assert max(map(len, text.splitlines()[1:])) <= 130, "all but the line that names the folder"
 
 
 def test_bytes_of_quantised_weights_count(folder: Path) -> None:

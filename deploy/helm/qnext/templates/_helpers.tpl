@@ -76,6 +76,7 @@ yes
 {{- $_ := set $flags "port" 8000 -}}
 {{- $_ := set $flags "served-model-name" (list .Values.model.name) -}}
 {{- $_ := set $flags "shutdown-timeout" .Values.shutdownTimeoutSeconds -}}
+{{- $_ := set $flags "open-readiness" true -}}
 {{- if .Values.keys.insecureNoAuth -}}
 {{- $_ := set $flags "insecure-no-auth" true -}}
 {{- else -}}
