@@ -3,7 +3,7 @@
 import { h } from "./dom.js";
 
 export class PlainView {
-  element = h("pre", { class: "plain", tabindex: "0", "aria-label": "Continued text" });
+  element = h("pre", { class: "continued", tabindex: "0", "aria-label": "Continued text" });
 
   update(text) {
     if (this.element.textContent !== text) this.element.textContent = text;

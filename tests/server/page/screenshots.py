@@ -55,14 +55,15 @@ def take_all(address: str, question: str = QUESTION) -> None:
             ask(page, question)
             page.wait_for_timeout(2500)
             save(page, "page-chat")
+        # At work: some tokens are there and more are coming.
         with opened(browser, address, "wide", "dark") as page:
-            ask(page, question)
-            page.wait_for_timeout(3500)
+            ask(page, question, wait=False)
+            page.wait_for_timeout(1200)
             save(page, "page-live")
         with opened(browser, address, "phone", "dark") as page:
-            ask(page, question)
+            ask(page, question, wait=False)
             page.tap("#tab-live")
-            page.wait_for_timeout(4000)
+            page.wait_for_timeout(1200)
             save(page, "page-phone")
         browser.close()
 

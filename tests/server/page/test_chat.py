@@ -199,7 +199,7 @@ def test_without_a_chat_format_text_goes_on(open_page: OpenPage, script: Script)
     chat = open_page()
     expect(chat.locator("#prompt")).to_have_attribute("placeholder", "Text that the model continues")
     ask(chat, "Once upon a time")
-    expect(answers(chat).last.locator(".plain")).to_have_text("and so it went on.")
+    expect(answers(chat).last.locator(".continued")).to_have_text("and so it went on.")
     assert script.requests[-1]["path"] == "/v1/completions"
     assert script.requests[-1]["prompt"] == "Once upon a time"
     ask(chat, " The end")
