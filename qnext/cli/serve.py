@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +65,6 @@ def command(
     metrics_compat: flags.MetricsCompat = None,
 ) -> None:
     """Serve MODEL: OpenAI's and Anthropic's APIs, metrics, and a page. SIGTERM ends it without losing an answer."""
-    gc.disable()  # until the model is loaded: imports leave little garbage, and collections would look at all of it
     from qnext.cli._serving import log_to_stderr, new_server, print_ready
     from qnext.cli._text_model import open_folder
     from qnext.server.limits import Limits
@@ -74,7 +72,7 @@ def command(
 
     listen = Listen(host, port, uds, admin_port, ssl_certfile, ssl_keyfile)
     ring = _key_ring(api_key, api_key_file, keys, admin_api_key)
-    _check_access(ring, listen, insecure_no_auth, trust_remote_code)
+    _check_access(ring, listen, is_insecure=insecure_no_auth, trusts_code=trust_remote_code)
     log_to_stderr(log_format, secrets=[*(api_key or ()), *(admin_api_key or ())])
     limits = Limits(
         max_body_bytes=max_body_bytes, max_n=max_n, max_queued=max_queued, max_queued_per_key=max_queued_per_key,

@@ -120,7 +120,9 @@ class Server:
         """Why a loaded engine does not work, if it does not."""
         if self._worker is None:
             return None
-        if self._worker.is_broken or not self._worker.is_alive:
+        if not self._worker.is_alive:  # as it is when the server has stopped it
+            return "the engine has failed" if self.state == "ready" else None
+        if self._worker.is_broken:
             return "the engine has failed"
         if time.monotonic() - self._worker.heartbeat > self.limits.watchdog_seconds:
             return "a step of the engine does not end"

@@ -78,10 +78,14 @@ def serve(server_of: Callable[[], Server], load: Load, listen: Listen, *, on_rea
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
 
+    def freeze(server: Server, urls: Urls) -> None:
+        gc.freeze()  # weights and vocabulary stay: no collection need look at them again
+        on_ready(server, urls)
+
     async def main() -> None:
         server = server_of()
         _handle_signals(server)
-        await _serve(server, load, listen, on_ready)
+        await _serve(server, load, listen, freeze)
 
     asyncio.run(main())
 
@@ -126,8 +130,6 @@ async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) 
     try:
         engine, served = await _loaded(server, load)
         server.attach(engine, served)
-        gc.freeze()  # weights and vocabulary stay: no collection need look at them again
-        gc.enable()
         urls = Urls(_url(listen, sockets[0]), _url(Listen(), sockets[-1]) if len(sockets) > 1 else None)
         on_ready(server, urls)
         await server.stop_wanted.wait()
@@ -227,7 +229,7 @@ async def janitor(server: Server) -> None:
         fault = server.fault
         # A process that was stopped for long wakes up with an old heartbeat: the engine's thread gets a moment.
         num_faults = 0 if fault is None else num_faults + 1
-        if num_faults >= _FAULTS and server.state == "ready":
+        if num_faults >= _FAULTS:
             _log.critical("%s; ending the process", fault)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             sys.stderr.flush()

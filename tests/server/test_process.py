@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,8 +15,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from qnext.server.run import EXIT_HUNG
 from tests.cli.command import Capture, run
-from tests.server.process import Process, process
+from tests.server.process import ROOT, Process, process
 
 LONG = {"prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "temperature": 0, "stream": True}
 
@@ -161,3 +165,37 @@ def test_an_address_that_is_taken(chat_model: Path, server: object, capsys: Capt
     port = server.url.rsplit(":", 1)[1]  # type: ignore[attr-defined]
     result = run(capsys, "serve", chat_model, "--port", port)
     assert result.code == 2 and "cannot listen on" in result.err
+
+
+HUNG = """
+import sys, time
+from pathlib import Path
+from qnext.server.app import Server
+from qnext.server.limits import Limits
+from qnext.server.run import Listen, serve
+from tests.server.serving import load_engine
+
+def load():
+    engine, served = load_engine(Path(sys.argv[1]))
+    engine.step = lambda: time.sleep(600)
+    return engine, served
+
+serve(lambda: Server(limits=Limits(watchdog_seconds=0.5)), load, Listen(port=0),
+      on_ready=lambda server, urls: print(urls.public, flush=True))
+"""
+
+
+@pytest.mark.parametrize("is_told_to_stop", [False, True])
+def test_a_step_that_does_not_end_ends_the_process(chat_model: Path, is_told_to_stop: bool) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", HUNG, str(chat_model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as hung:
+        assert hung.stdout is not None
+        url = hung.stdout.readline().strip()
+        with contextlib.suppress(httpx2.HTTPError):
+            httpx2.post(f"{url}/v1/completions", json={"prompt": "a", "stream": True}, timeout=0.3)
+        if is_told_to_stop:
+            hung.send_signal(signal.SIGTERM)
+        _, errors = hung.communicate(timeout=60.0)
+    assert hung.returncode == EXIT_HUNG
+    assert "a step of the engine does not end" in errors and "most recent call first" in errors
