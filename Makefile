@@ -30,10 +30,14 @@ demo: $(VENV)/.installed
 	$(BIN)/qnext demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-dev
-	$(SHARED) -m "not slow and not gpu" $(PYTEST_ARGS)
 ifeq ($(strip $(PYTEST_ARGS)),)
+	$(SHARED) -m "not slow and not gpu" --ignore tests/server/hostile
+	@echo "alone, what looks at the time and memory of its process"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/server/hostile
 	@echo "once more without the native kernels"
 	QNEXT_BACKEND=reference $(SHARED) -q -m "not slow and not gpu" tests/ops tests/model tests/engine $(SAME_WITHOUT)
+else
+	$(SHARED) -m "not slow and not gpu" $(PYTEST_ARGS)
 endif
 
 test-all: $(VENV)/.installed-dev

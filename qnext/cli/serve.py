@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,14 +85,13 @@ def command(
         "prefix_cache": prefix_caching, "max_salt_fraction": 1.0 if ring.is_open else 0.5,
         **speculation_of(speculation, speculative_config),
     }  # fmt: skip
-    folder = open_folder(model, yarn=yarn)
     serve(
         lambda: new_server(ring, limits, ui, open_readiness, origins, audit_log, audit_chain, metrics_compat),
-        lambda: load_served(
-            folder, names=served_model_name or [name_of(model)], engine_options=engine, dtype=dtype, threads=threads,
-            tool_style=TOOL_STYLES[tool_call_parser], with_defaults=generation_config == "auto",
-            kv_cache_dtype=kv_cache_dtype, disk_cache=disk_cache, disk_cache_bytes=disk_cache_bytes,
-        ), listen, on_ready=print_ready,
+        partial(
+            load_served, open_folder(model, yarn=yarn), names=served_model_name or [name_of(model)],
+            engine_options=engine, dtype=dtype, threads=threads, tool_style=TOOL_STYLES[tool_call_parser],
+            with_defaults=generation_config == "auto", kv_cache_dtype=kv_cache_dtype, disk_cache=disk_cache,
+            disk_cache_bytes=disk_cache_bytes), listen, on_ready=print_ready,
     )  # fmt: skip
 
 
