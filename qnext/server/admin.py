@@ -47,10 +47,15 @@ async def reload_keys(exchange: Exchange) -> Reply:
 async def abort(exchange: Exchange) -> Reply:
     """End one request by its id."""
     wanted = exchange.path_params["request_id"]
+    headers = {"x-should-retry": "false"}
+    error = ApiError(503, "an administrator has ended this request", code="aborted_by_admin", headers=headers)
     for other, task in list(exchange.server.tasks.items()):
         if other.request_id == wanted:
-            other.outcome.error_code = "aborted_by_admin"
-            task.cancel()
+            other.outcome.error_code = error.code
+            for generation in other.generations:
+                generation.deliver([], error)  # a stream tells its client
+            if not other.generations:
+                task.cancel()
             return Reply.of({"aborted": True})
     raise ApiError(404, "no such request is running", code="not_found")
 

@@ -51,6 +51,7 @@ class Exchange:
     body: Any = None
     outcome: Outcome = field(default_factory=Outcome)
     reply_headers: dict[str, str] = field(default_factory=dict)
+    generations: list[Generation] = field(default_factory=list)  # that it has begun
     is_replying: bool = False
     write_began: float | None = None  # on the event loop's clock, while a write waits for the client
 
@@ -92,6 +93,7 @@ class Exchange:
             self.server.worker, prompt_ids, params, owner=self.owner, salt=self.salt(salt), guide=guide,
             request_id=f"{self.request_id}-{index}",
         )  # fmt: skip
+        self.generations.append(generation)
         with self.server.admission(self, len(prompt_ids)) as admitted:
             try:
                 async with generation:
