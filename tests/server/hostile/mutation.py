@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from typing import Any
 
 from hypothesis import strategies as st
 
+from qnext.server.limits import MAX_JSON_DEPTH
 from tests.server.hostile.catalogue import HOSTILE_SCHEMAS, tool
 from tests.server.hostile.surfaces import MARK, Raw, Surface
 
@@ -71,8 +73,10 @@ _VALUES = st.one_of(
 
 
 def places(value: Any, path: Path = ()) -> list[Path]:
-    """Of all parts of a body, itself left out."""
+    """Of all parts of a body, itself left out; what is nested deeper than any body may be counts as one."""
     found = [path] if path else []
+    if len(path) > MAX_JSON_DEPTH:
+        return found
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in entries:
         found += places(inner, (*path, key))
@@ -91,7 +95,8 @@ def mutated(draw: st.DrawFn, surface: Surface) -> Any:
         holder = body
         for step in outer:
             holder = holder[step]
-        _strike(draw, holder, key, body)
+        with contextlib.suppress(RecursionError):  # a copy of what is nested very deeply: the body stays as it was
+            _strike(draw, holder, key, body)
     return body
 
 
