@@ -1,14 +1,14 @@
 # `make` alone lists the targets. Everything runs in .venv, which is made on first use.
 PYTHON ?= python3
 PYTEST_ARGS ?=
-# Files of tests are shared out among so many processes, each with one thread.
+# Files of tests are shared out among so many processes, each with one thread, in their order: the longest goes first.
 WORKERS ?= 2
 DEMO_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard qnext/ops/cpu/CMakeLists.txt qnext/ops/cpu/src/*)
-SHARED := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+SHARED := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Tests of the engine that the reference makes long, and of which little depends on who computes.
 SAME_WITHOUT := $(addprefix --ignore tests/engine/,test_metrics.py test_tiers.py test_hybrid_cache.py)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
@@ -31,7 +31,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 ifeq ($(strip $(PYTEST_ARGS)),)
-	$(SHARED) -m "not slow and not gpu" --ignore tests/server/hostile
+	$(SHARED) -m "not slow and not gpu" --ignore tests/server/hostile tests/test_readme.py tests
 	@echo "alone, what looks at the time and memory of its process"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/server/hostile
 	@echo "once more without the native kernels"

@@ -198,8 +198,8 @@ async def ask_here(engine: Engine, served: ServedModel, *, request_seconds: floa
                 )
                 try:
                     await asyncio.wait((posting, watching), return_when=asyncio.FIRST_COMPLETED)
-                    if watching.done():
-                        raise QnextError(watching.result())
+                    if server.fault is not None:
+                        raise QnextError(server.fault)
                     return posting.result()
                 finally:
                     posting.cancel()
@@ -212,11 +212,10 @@ async def ask_here(engine: Engine, served: ServedModel, *, request_seconds: floa
         server.close()
 
 
-async def _watch(server: Server) -> str:
-    """Why the engine does not work any more, once it does not."""
+async def _watch(server: Server) -> None:
+    """Until the engine does not work any more."""
     while server.fault is None:
         await asyncio.sleep(_WATCH_SECONDS)
-    return server.fault
 
 
 @contextlib.asynccontextmanager
