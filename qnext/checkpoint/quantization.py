@@ -107,12 +107,14 @@ class _Block:
         self.values: dict[str, Any] = values
 
     def error(self, key: str, problem: str) -> ConfigError:
-        return ConfigError(f"{self.where}.{key}: {problem}")
+        # One line, whatever a file says.
+        shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in key[:80])
+        return ConfigError(f"{self.where}.{shown}: {problem}")
 
     def refuse_unknown(self, *known: str) -> None:
         for key in self.values:
             if key not in known:
-                raise self.error(str(key)[:80], "unknown key")
+                raise self.error(key, "unknown key")
 
     def choice(self, key: str, allowed: tuple[Any, ...]) -> Any:
         """A value that is one of `allowed`; None among them stands for an absent key too."""

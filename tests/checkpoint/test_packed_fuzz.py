@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qnext.checkpoint import load_model
-from qnext.errors import QnextError
+from qnext.checkpoint.quantization import read_quantization
+from qnext.errors import ConfigError, QnextError
 from qnext.model import Batch
 
 from .folders import edit_config
@@ -141,3 +142,11 @@ def test_any_bytes(data: st.DataObject, folders: dict[int, Path], tmp_path: Path
     content[place : place + len(noise)] = noise[: len(content) - place]
     file.write_bytes(content)
     assert_loads_or_is_refused(folder)
+
+
+def test_a_key_with_a_line_break_is_named_in_one_line(tmp_path: Path) -> None:
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "a\nb": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ConfigError, match="unknown key") as caught:
+        read_quantization(tmp_path)
+    assert "\n" not in str(caught.value)

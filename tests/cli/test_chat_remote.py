@@ -5,8 +5,6 @@ from __future__ import annotations
 import http.server
 import io
 import json
-import os
-import signal
 import sys
 import threading
 import time
@@ -120,7 +118,7 @@ def test_ctrl_c_ends_the_request_on_the_server(server: Running, remote: RemoteCo
     def write(text: str) -> None:
         seen.append(text)
         if len(seen) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            raise KeyboardInterrupt  # as Ctrl-C does, wherever it finds the reader
 
     remote.answer("Hi", write, write)
     assert remote.turns[-1].reasoning_content == "".join(seen) != ""
