@@ -32,8 +32,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 ifeq ($(strip $(PYTEST_ARGS)),)
 	$(SHARED) -m "not slow and not gpu" --ignore tests/server/hostile tests/test_readme.py tests
-	@echo "alone, what looks at the time and memory of its process"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/server/hostile
+	@echo "by themselves, those that look at the time and memory of their process"
+	$(SHARED) -q -m "not slow and not gpu" tests/server/hostile
 	@echo "once more without the native kernels"
 	QNEXT_BACKEND=reference $(SHARED) -q -m "not slow and not gpu" tests/ops tests/model tests/engine $(SAME_WITHOUT)
 else
