@@ -25,7 +25,7 @@ def test_a_short_soak(chat_model: Path) -> None:
 def test_twenty_minutes(chat_model: Path) -> None:
     report = soak(chat_model, minutes=20.0)
     check(report)
-    # Resident memory still creeps as the heap's pages are touched for the first time, while what malloc has in use stays
+    # Resident memory creeps as pages of the heap are touched for the first time; what malloc has in use does not
     # (docs/log.md). A hundred bytes for every request would be more than this.
     late = [memory for seconds, memory in report.resident if seconds >= report.seconds / 3]
     assert late[-1] - late[0] <= 0.01 * late[0], f"{report.slope:.0f} bytes a minute"
