@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard qnext/ops/cpu/CMakeLists.txt qnext/ops/cpu/src/*)
 SHARED := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Tests of the engine that the reference makes long, and of which little depends on who computes.
-SAME_WITHOUT := $(addprefix --ignore tests/engine/,test_metrics.py test_tiers.py test_hybrid_cache.py)
+SAME_WITHOUT := $(addprefix --ignore tests/engine/,test_metrics.py test_tiers.py test_hybrid_cache.py test_disk.py)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -32,8 +32,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 ifeq ($(strip $(PYTEST_ARGS)),)
 	$(SHARED) -m "not slow and not gpu" --ignore tests/server/hostile tests/test_readme.py tests
-	@echo "by themselves, those that look at the time and memory of their process"
-	$(SHARED) -q -m "not slow and not gpu" tests/server/hostile
+	@echo "alone, what looks at the time and memory of its process"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/server/hostile
 	@echo "once more without the native kernels"
 	QNEXT_BACKEND=reference $(SHARED) -q -m "not slow and not gpu" tests/ops tests/model tests/engine $(SAME_WITHOUT)
 else

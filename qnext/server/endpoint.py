@@ -26,6 +26,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 _log = logging.getLogger("qnext.server")
 _MAX_QUOTES = 500_000  # of a body with so many marks that they are counted outside of its texts
+_CONTAINERS = frozenset((dict, list))
 _SIZES = (
     ((b"[", b"{"), MAX_JSON_CONTAINERS, "objects and lists"),
     ((b":",), MAX_JSON_MEMBERS, "members of objects"),
@@ -162,7 +163,8 @@ def _check_depth(value: object) -> None:
         children: list[Any] = []
         for container in level:
             items = container.values() if isinstance(container, dict) else container
-            children.extend(item for item in items if isinstance(item, (dict, list)))
+            if not _CONTAINERS.isdisjoint(map(type, items)):  # a long list of numbers is passed over quickly
+                children.extend(item for item in items if isinstance(item, (dict, list)))
         if not children:
             return
         level = children
