@@ -31,9 +31,8 @@ class Answer:
         parser: OutputParser | None = None,
         starts_in_reasoning: bool = False,
         max_calls: int | None = None,
-        skip_special: bool = True,
     ) -> None:
-        self._stream = TextStream(served.tokenizer, stop=stop, skip_special=skip_special)
+        self._stream = TextStream(served.tokenizer, stop=stop)
         self._parser = parser
         self._max_calls = max_calls
         self._is_reasoning = starts_in_reasoning

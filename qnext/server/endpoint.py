@@ -243,7 +243,6 @@ def _exchange(server: Server, route: Route, scope: Message) -> Exchange:
         request_id=request_id,
         headers=headers,
         path_params=scope.get("path_params", {}),
-        query={},
         client=client[0] if client else "",
         # Anthropic's clients read the id under this name.
         reply_headers={"Request-Id": request_id} if route.errors == "anthropic" else {},

@@ -45,7 +45,6 @@ class Exchange:
     request_id: str
     headers: Mapping[str, str]  # lower case; of several with one name the first
     path_params: Mapping[str, str]
-    query: Mapping[str, str]
     client: str
     key: Key | None = None
     body: Any = None

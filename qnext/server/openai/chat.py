@@ -14,7 +14,7 @@ from qnext.engine.sampling.constraint import Constraint
 from qnext.errors import QnextError
 from qnext.server.answers import Answer, chat_logprob, timings, usage_counts
 from qnext.server.bodies import Body, Name, SamplingBody
-from qnext.server.dialogue import Dialogue, make_dialogue
+from qnext.server.dialogue import make_dialogue
 from qnext.server.errors import ApiError, error_body, from_user_error
 from qnext.server.exchange import Exchange
 from qnext.server.generation import Generation
@@ -164,7 +164,7 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None, prompt_logprobs=body.prompt_logprobs,
     )  # fmt: skip
     guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
-    run = _Run(exchange, body, dialogue, [dialogue.new_answer(exchange) for _ in range(params.n)])
+    run = _Run(exchange, body, [dialogue.new_answer(exchange) for _ in range(params.n)])
     generation = exchange.generate(dialogue.prompt_ids, params, guide=guide, salt=body.cache_salt)
     if body.stream:
         exchange.outcome.stream = True
@@ -175,10 +175,9 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
 class _Run:
     """One chat completion while it is written."""
 
-    def __init__(self, exchange: Exchange, body: ChatBody, dialogue: Dialogue, answers: list[Answer]) -> None:
+    def __init__(self, exchange: Exchange, body: ChatBody, answers: list[Answer]) -> None:
         self.exchange = exchange
         self.body = body
-        self.dialogue = dialogue
         self.answers = answers
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
