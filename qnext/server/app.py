@@ -27,6 +27,7 @@ from qnext.server.live import LiveHub
 from qnext.server.metrics import ServerCounters, ServerMetrics
 from qnext.server.rates import FailedLogins, KeyRates, Refusal
 from qnext.server.routes import Route
+from qnext.server.sampling import DEFAULTS
 from qnext.server.served import ServedModel
 from qnext.server.worker import EngineWorker
 
@@ -208,12 +209,9 @@ class Server:
             return
         self.audit.write(
             AuditRecord(
-                request_id=exchange.request_id, route=route.path, method=route.method, status=outcome.status,
-                key_id=exchange.key.id if exchange.key is not None else None, client=exchange.client,
-                model=outcome.model, params_hash=outcome.params_hash, prompt_tokens=outcome.prompt_tokens,
-                completion_tokens=outcome.completion_tokens, finish_reason=outcome.finish_reason,
-                seconds=round(seconds, 6), stream=outcome.stream, abort_phase=outcome.abort_phase,
-                error_code=outcome.error_code,
+                request_id=exchange.request_id, route=route.path, method=route.method, client=exchange.client,
+                key_id=exchange.key.id if exchange.key is not None else None, seconds=round(seconds, 6),
+                **vars(outcome),
             )
         )  # fmt: skip
 
@@ -254,7 +252,7 @@ def describe(served: ServedModel, limits: Limits) -> dict[str, Any]:
     return {
         "model": served.name,
         "max_model_len": served.max_model_len,
-        "sampling": {"temperature": 1.0, **served.defaults},
+        "sampling": {**DEFAULTS, **served.defaults},
         "has_chat": served.chat_format is not None,
         "thinking": served.is_thinking,
         "limits": asdict(limits),

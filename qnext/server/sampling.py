@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qnext.server.limits import Limits
     from qnext.server.served import ServedModel
 
-_DEFAULTS: Mapping[str, float] = {"temperature": 1.0}  # OpenAI's, where neither request nor model says otherwise
+DEFAULTS: Mapping[str, float] = {"temperature": 1.0}  # OpenAI's, where neither request nor model says otherwise
 _GUIDED = {"json_schema": "guided_json", "regex": "guided_regex", "choice": "guided_choice", "lark": "guided_grammar"}
 _PLAIN = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "min_tokens")
 
@@ -48,7 +48,7 @@ def sampling_params(
         raise ApiError.bad(
             f"log-probabilities are given for prompts of at most {MAX_PROMPT_LOGPROB_TOKENS} tokens", param="logprobs"
         )
-    values: dict[str, Any] = {**_DEFAULTS, **served.defaults}
+    values: dict[str, Any] = {**DEFAULTS, **served.defaults}
     values |= {name: value for name in _PLAIN if (value := getattr(body, name)) is not None}
     penalty = body.repetition_penalty if body.repetition_penalty is not None else body.repeat_penalty
     if penalty is not None:

@@ -10,16 +10,13 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from qnext.engine.sampling.constraint import GrammarLimits
 from qnext.server.bodies import Body
 from qnext.server.errors import ApiError
 from qnext.server.limits import MAX_NAME_CHARACTERS, MAX_TOOLS
 
-_MAX_SCHEMA_BYTES = 64 << 10
-_MAX_SCHEMA_DEPTH = 32
-_MAX_SCHEMA_NODES = 2_000
-_MAX_PATTERN = 1_024
+_LIMITS = GrammarLimits()  # a schema is bounded alike as a tool's and as an answer's
 _MAX_PATTERNS = 512  # of all tools of a request
-_MAX_ENUM = 2_048
 _TYPES = {"string", "number", "integer", "boolean", "object", "array", "null"}
 
 ToolName = Annotated[str, Field(pattern=rf"^[A-Za-z0-9_.-]{{1,{MAX_NAME_CHARACTERS}}}$")]
@@ -119,14 +116,14 @@ def check_schema(schema: object, *, param: str) -> int:
         raise ApiError.bad("the parameters of a tool must be a JSON schema object", param=param)
     if schema.get("type", "object") != "object":
         raise ApiError.bad("the parameters of a tool must be of type object", param=param)
-    if len(json.dumps(schema)) > _MAX_SCHEMA_BYTES:
-        raise ApiError.bad(f"the schema is larger than {_MAX_SCHEMA_BYTES} bytes", param=param)
+    if len(json.dumps(schema)) > _LIMITS.max_schema_bytes:
+        raise ApiError.bad(f"the schema is larger than {_LIMITS.max_schema_bytes} bytes", param=param)
     waiting: list[tuple[Any, int]] = [(schema, 1)]
     num_nodes = num_patterns = 0
     while waiting:
         node, depth = waiting.pop()
         num_nodes += 1
-        if depth > _MAX_SCHEMA_DEPTH or num_nodes > _MAX_SCHEMA_NODES:
+        if depth > _LIMITS.max_schema_depth or num_nodes > _LIMITS.max_schema_nodes:
             raise ApiError.bad("the schema is too deep or has too many parts", param=param)
         if isinstance(node, bool):
             continue
@@ -146,10 +143,10 @@ def _check_node(node: Mapping[str, Any], param: str) -> None:
         if not isinstance(kind, str) or kind not in _TYPES:
             raise ApiError.bad("the schema has an unknown type", param=param)
     pattern = node.get("pattern", "")
-    if not isinstance(pattern, str) or len(pattern) > _MAX_PATTERN or not _is_pattern(pattern):
+    if not isinstance(pattern, str) or len(pattern) > _LIMITS.max_regex_length or not _is_pattern(pattern):
         raise ApiError.bad("the schema has a pattern that is no regular expression", param=param)
     values = node.get("enum", [])
-    if not isinstance(values, list) or len(values) > _MAX_ENUM:
+    if not isinstance(values, list) or len(values) > _LIMITS.max_enum_values:
         raise ApiError.bad("an enum of the schema is no list, or too long", param=param)
 
 
