@@ -1,6 +1,8 @@
-"""Errors that are the user's to mend. Each carries the exit code of the command line."""
+"""Errors that are the user's to mend, each with the exit code of the command line, and warnings about files."""
 
 from __future__ import annotations
+
+import warnings
 
 
 class QnextError(ValueError):
@@ -37,7 +39,22 @@ class ConfigError(CorruptCheckpoint):
     """A configuration value is unknown, missing or contradictory; the message names file and key."""
 
 
+class NotSupported(QnextError):
+    """A sound file in a form, or with a value, that is not implemented here; the message names the culprit."""
+
+    exit_code = 6
+
+
 class ConstraintFailed(QnextError):
     """The output of one request cannot follow its constraint any further; only that request ends."""
 
     exit_code = 2
+
+
+class QnextWarning(UserWarning):
+    """Something in a file was passed over, and the result is as right as without it. `--strict` makes it an error."""
+
+
+def warn(message: str) -> None:
+    """Tell the user one line. The command line prints it once on stderr; a library caller filters it as a warning."""
+    warnings.warn(message, QnextWarning, stacklevel=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ _USAGE = """usage: qnext VERB [options]        qnext VERB --help for the options
 {verbs}
 
   --version    print the version
-exit codes: 0 ok, 2 usage, 3 model not found, 4 does not fit, 5 corrupt checkpoint, 130 interrupted
+exit codes: 0 ok, 2 usage, 3 model not found, 4 does not fit, 5 corrupt checkpoint,
+            6 not supported, 130 interrupted
 """
 
 
@@ -56,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[0] not in VERBS:
         print(f"qnext: no verb {arguments[0]!r}; `qnext --help` lists them", file=sys.stderr)
         sys.exit(2)
-    sys.exit(_run(arguments[0], arguments[1:]))
+    with warnings.catch_warnings():
+        _show_warnings(arguments[0])
+        code = _run(arguments[0], arguments[1:])
+    sys.exit(code)
 
 
 def _joined_verb(words: list[str]) -> list[str]:
@@ -109,6 +114,24 @@ def _run(verb: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _show_warnings(verb: str) -> None:
+    """A QnextWarning is one line on stderr, the same line once."""
+    from qnext.errors import QnextWarning
+
+    show = warnings.showwarning
+    shown: set[str] = set()
+
+    def show_line(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if not issubclass(category, QnextWarning):
+            show(message, category, *rest, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            print(f"qnext {verb}: warning: {message}", file=sys.stderr)
+
+    warnings.simplefilter("always", QnextWarning)
+    warnings.showwarning = show_line
 
 
 def _call(command: Any, verb: str, arguments: list[str], flags: dict[str, Any]) -> int:
