@@ -35,6 +35,7 @@ from qnext.ops.reference.delta import (
 from qnext.ops.reference.moe import Routing, SharedExpert
 from qnext.ops.reference.norm import gated_rms_norm, l2_norm
 from qnext.ops.reference.rope import apply_rope, rope_frequencies, yarn_frequencies
+from qnext.ops.rounding import round_to_groups, rounding_errors
 from qnext.ops.weights import Weight, dequantize, empty_quantized, write_quantized
 
 __all__ = [
@@ -78,6 +79,8 @@ __all__ = [
     "rms_norm",
     "rope_cos_sin",
     "rope_frequencies",
+    "round_to_groups",
+    "rounding_errors",
     "route",
     "set_num_threads",
     "swiglu",

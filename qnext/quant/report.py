@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qnext.ops import QuantizedWeight, rounding_errors
 from qnext.quant.layer import Rounded
 
 NUM_WORST = 20
@@ -125,13 +126,15 @@ def _figure(error: float | None) -> str:
 
 def measure_error(name: str, rounded: Rounded, rows: slice) -> TensorError:
     """Error of `rows` of a matrix, which lie on disk under `name`."""
-    original_FD = rounded.original[rows].to(torch.float32)
-    difference_FD = rounded.weight.dequantize()[rows] - original_FD
+    original_FD, weight = rounded.original[rows], rounded.weight
+    weight = QuantizedWeight(weight.codes[rows], weight.scales[rows], weight.bits, weight.group_size)
     output_error = None
     if rounded.moment is not None:
+        original_FD = original_FD.to(torch.float32)
+        difference_FD = weight.dequantize() - original_FD
         output_error = _ratio(_output_power(difference_FD, rounded.moment), _output_power(original_FD, rounded.moment))
-    weight_error = _ratio(float(difference_FD.square().sum()), float(original_FD.square().sum()))
-    return TensorError(name, rounded.weight.bits, rounded.weight.group_size, weight_error, output_error)
+    weight_error = _ratio(*rounding_errors(original_FD, weight).sum(0).tolist())
+    return TensorError(name, weight.bits, weight.group_size, weight_error, output_error)
 
 
 def _output_power(weight_FD: Tensor, moment_DD: Tensor) -> float:

@@ -3,7 +3,7 @@
 GPTQ is arXiv 2210.17323: inputs are rounded one after another, and what rounding one did wrong is made good by the
 inputs that are still open.
 
-Legend: ... stacked matrices or nothing, F outputs, D inputs, G groups of inputs, S inputs of a group.
+Legend: F outputs, D inputs, G groups of inputs.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qnext.ops import QuantizedWeight
+from qnext.ops import QuantizedWeight, round_to_groups
 from qnext.ops.quantized import pack_codes
 from qnext.quant.scheme import QuantScheme
 
 _BLOCK_ELEMENTS = 1 << 22  # of the weight, at a time: calibration keeps a few copies
-_SEARCH_ELEMENTS = 1 << 18  # the search passes over its copies many times: they must stay in a cache
 _BLOCK_INPUTS = 128  # inputs whose errors are applied to the later ones in one product
 DAMPING = 0.01  # of the mean of the diagonal, as in the paper
 
@@ -24,59 +23,17 @@ DAMPING = 0.01  # of the mean of the diagonal, as in the paper
 def round_nearest(
     weight_FD: Tensor, scheme: QuantScheme, *, scale_dtype: torch.dtype, importance_D: Tensor | None = None
 ) -> QuantizedWeight:
-    """Each weight at its nearest code, under scales that search_scales chose. `weight_FD` is [F, D] of any float."""
-    codes, scales = [], []
-    for block in weight_FD.split(_rows_at_once(_SEARCH_ELEMENTS, weight_FD)):
-        wide = block.to(torch.float32)
-        scales.append(search_scales(wide, scheme, scale_dtype=scale_dtype, importance_D=importance_D))
-        grouped = wide.unflatten(-1, (-1, scheme.group_size))
-        codes.append(pack_codes(_codes(grouped, scales[-1].float()[..., None], scheme).flatten(-2), bits=scheme.bits))
-    return QuantizedWeight(torch.cat(codes), torch.cat(scales), scheme.bits, scheme.group_size)
-
-
-def search_scales(
-    weight_FD: Tensor, scheme: QuantScheme, *, scale_dtype: torch.dtype, importance_D: Tensor | None = None
-) -> Tensor:
-    """[F, G] in `scale_dtype`: of some candidates the scale with the least squared error, `importance_D` weighing it.
+    """Each weight at its nearest code, under the scales with the least squared error, `importance_D` weighing it.
 
     Candidates put the group's extreme value near the outermost code of either side, a little outside (the extreme is
     clipped) to a little inside; a least-squares fit to the best candidate's codes is one more. A scale may be
     negative: codes reach one step further below zero than above, and the extreme goes there whatever its sign.
+    `weight_FD` is [F, D] of any float.
     """
-    blocks = [
-        _search_block(block.unflatten(-1, (-1, scheme.group_size)), scheme, scale_dtype, importance_D)
-        for block in weight_FD.split(_rows_at_once(_SEARCH_ELEMENTS, weight_FD))
-    ]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-
-
-def _search_block(
-    groups_FGS: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, importance_D: Tensor | None
-) -> Tensor:
-    weights_S: Tensor | float = 1.0 if importance_D is None else importance_D.view(-1, scheme.group_size)
-    extreme = groups_FGS.gather(-1, groups_FGS.abs().argmax(-1, keepdim=True))
-    best = torch.ones_like(extreme)
-    least = torch.full_like(extreme, torch.inf)
-
-    def consider(candidate: Tensor) -> None:
-        nonlocal best, least
-        # Codes are chosen for the scale as it is stored, so that its own rounding costs next to nothing.
-        scale = candidate.to(scale_dtype).float()
-        scale = torch.where((scale == 0) | ~scale.isfinite(), 1.0, scale)
-        error = (_values(groups_FGS, scale, scheme) - groups_FGS).square_().mul_(weights_S).sum(-1, keepdim=True)
-        is_better = error < least
-        best, least = torch.where(is_better, scale, best), torch.where(is_better, error, least)
-
-    for divisor in _divisors(scheme.bits):
-        consider(extreme / divisor)
-    steps = _codes(groups_FGS, best, scheme).float() - 2 ** (scheme.bits - 1)
-    weighted = steps * weights_S
-    consider((weighted * groups_FGS).sum(-1, keepdim=True) / (weighted * steps).sum(-1, keepdim=True))
-    return best.squeeze(-1).to(scale_dtype)
-
-
-def _rows_at_once(num_elements: int, weight_FD: Tensor) -> int:
-    return max(1, num_elements // weight_FD.shape[-1])
+    return round_to_groups(
+        weight_FD, importance_D, divisors=_divisors(scheme.bits), bits=scheme.bits, group_size=scheme.group_size,
+        scale_dtype=scale_dtype,
+    )  # fmt: skip
 
 
 def _divisors(bits: int) -> list[float]:
@@ -88,17 +45,6 @@ def _divisors(bits: int) -> list[float]:
         (-1.0, (-1.6, -1.2, -0.8, -0.4, 0.0, 0.25, 0.5, 0.75)),
         (1.0, (-0.4, 0.0, 0.5, 1.0, 1.25, 1.5)),
     ) for offset in offsets]  # fmt: skip
-
-
-def _codes(weight: Tensor, scale: Tensor, scheme: QuantScheme) -> Tensor:
-    zero = 2 ** (scheme.bits - 1)
-    return (weight / scale).round_().add_(zero).clamp_(0, 2 * zero - 1).to(torch.uint8)
-
-
-def _values(weight: Tensor, scale: Tensor, scheme: QuantScheme) -> Tensor:
-    """What the nearest codes stand for."""
-    zero = 2 ** (scheme.bits - 1)
-    return (weight / scale).round_().clamp_(-zero, zero - 1).mul_(scale)
 
 
 def round_calibrated(
@@ -114,9 +60,9 @@ def round_calibrated(
     importance_D = diagonal_D + damping * diagonal_D.mean() + 1e-30
     group_D = order_D // scheme.group_size
     codes, scales = [], []
-    for block in weight_FD.split(_rows_at_once(_BLOCK_ELEMENTS, weight_FD)):
+    for block in weight_FD.split(max(1, _BLOCK_ELEMENTS // weight_FD.shape[-1])):
         wide = block.to(torch.float32)
-        scale_FG = search_scales(wide, scheme, scale_dtype=scale_dtype, importance_D=importance_D)
+        scale_FG = round_nearest(wide, scheme, scale_dtype=scale_dtype, importance_D=importance_D).scales
         ordered = _round_in_order(wide[:, order_D], scale_FG.float()[:, group_D], factor_DD, scheme)
         codes.append(pack_codes(torch.empty_like(ordered).index_copy_(1, order_D, ordered), bits=scheme.bits))
         scales.append(scale_FG)

@@ -22,4 +22,5 @@ NB_MODULE(_native, m) {
   qnext::bind_delta(m);
   qnext::bind_attention(m);
   qnext::bind_limits(m);
+  qnext::bind_rounding(m);
 }

@@ -1,0 +1,98 @@
+"""Matrices to integer codes with a scale for each group of inputs, chosen among candidates.
+
+Legend: F outputs, D inputs, G groups of inputs, S inputs of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qnext.ops.quantized import QuantizedWeight, pack_codes
+
+_ELEMENTS = 1 << 18  # at a time: the search passes over its copies many times, and they must stay in a cache
+_LANES = 16
+
+
+def round_to_groups(
+    weight_FD: Tensor,
+    importance_D: Tensor | None,
+    *,
+    divisors: Sequence[float],
+    bits: int,
+    group_size: int,
+    scale_dtype: torch.dtype,
+) -> QuantizedWeight:
+    """See ops.round_to_groups."""
+    codes, scales = [], []
+    for block in weight_FD.split(max(1, _ELEMENTS // weight_FD.shape[-1])):
+        groups_FGS = block.to(torch.float32).unflatten(-1, (-1, group_size))
+        weights_GS = None if importance_D is None else importance_D.view(-1, group_size)
+        scale_FG1 = _search(groups_FGS, weights_GS, divisors, bits, scale_dtype)
+        codes_FD = _steps(groups_FGS, scale_FG1, bits).add_(2 ** (bits - 1)).to(torch.uint8).flatten(-2)
+        codes.append(pack_codes(codes_FD, bits=bits))
+        scales.append(scale_FG1.squeeze(-1).to(scale_dtype))
+    return QuantizedWeight(torch.cat(codes), torch.cat(scales), bits, group_size)
+
+
+def _search(
+    groups_FGS: Tensor, weights_GS: Tensor | None, divisors: Sequence[float], bits: int, scale_dtype: torch.dtype
+) -> Tensor:
+    extreme = groups_FGS.gather(-1, groups_FGS.abs().argmax(-1, keepdim=True))
+    best = torch.ones_like(extreme)
+    least = torch.full_like(extreme, torch.inf)
+
+    def consider(candidate: Tensor) -> None:
+        nonlocal best, least
+        # Codes are chosen for the scale as it is stored, so that its own rounding costs next to nothing.
+        scale = candidate.to(scale_dtype).float()
+        scale = torch.where((scale == 0) | ~scale.isfinite(), 1.0, scale)
+        square = _steps(groups_FGS, scale, bits).mul_(scale).sub_(groups_FGS).square_()
+        error = _sum(square if weights_GS is None else square.mul_(weights_GS))
+        is_better = error < least
+        best, least = torch.where(is_better, scale, best), torch.where(is_better, error, least)
+
+    for divisor in divisors:
+        consider(extreme / divisor)
+    steps = _steps(groups_FGS, best, bits)
+    weighted = steps if weights_GS is None else steps * weights_GS
+    consider(_sum(weighted * groups_FGS) / _sum(weighted * steps))
+    return best
+
+
+def _steps(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The nearest whole number of steps that a code can express."""
+    zero = 2 ** (bits - 1)
+    return (weight / scale).round_().clamp_(-zero, zero - 1)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Over the last dim, which is kept, in an order that every kernel can have: sixteen sums side by side, then halves
+    of them are added, quarters, and so on."""
+    sixteens = F.pad(values, (0, -values.shape[-1] % _LANES)).unflatten(-1, (-1, _LANES))
+    total = sixteens[..., 0, :]
+    for i in range(1, sixteens.shape[-2]):
+        total = total + sixteens[..., i, :]
+    while total.shape[-1] > 1:
+        low, high = total.chunk(2, dim=-1)
+        total = low + high
+    return total
+
+
+def rounding_errors(weight_FD: Tensor, rounded: QuantizedWeight) -> Tensor:
+    """See ops.rounding_errors."""
+    rows = max(1, _ELEMENTS // weight_FD.shape[-1])
+    parts = []
+    for start in range(0, len(weight_FD), rows):
+        block = slice(start, start + rows)
+        original = weight_FD[block].to(torch.float32)
+        weight = QuantizedWeight(
+            rounded.codes[block], rounded.scales[block], rounded.bits, rounded.group_size,
+            None if rounded.zeros is None else rounded.zeros[block],
+        )  # fmt: skip
+        gaps = weight.dequantize().sub_(original)
+        parts.append(torch.stack([each.square().sum(-1, dtype=torch.float64) for each in (gaps, original)], dim=-1))
+    return torch.cat(parts)
