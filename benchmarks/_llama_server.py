@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qnext.openmp import environment_of_others
+
 _GREEDY = {"temperature": 0, "top_k": 1, "cache_prompt": False}
 
 
@@ -31,7 +33,9 @@ class Server:
         self._port = port or _free_port()
         self._url = f"http://127.0.0.1:{self._port}"
         command = [str(binary), "-m", str(gguf), "--port", str(self._port), "--no-webui", *options]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment_of_others()
+        )
         for _ in range(1800):
             if self._process.poll() is not None:
                 break

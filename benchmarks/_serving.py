@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from _llama_server import Server
 from _pair import ratios
+
+from _llama_server import Server
 from _streams import RandomTokens, first_token_seconds, make_engine, rate_of, write_together
 
 from qnext.engine import SamplingParams

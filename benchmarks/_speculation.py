@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from _pair import ratios
+
 from _streams import Phase, RandomTokens, make_engine, write_together
 
 from qnext.engine import SamplingParams

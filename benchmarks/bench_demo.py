@@ -14,9 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from _pair import machine, print_json
+
 import numpy as np
 import torch
-from _pair import machine, print_json
 
 from qnext.config import to_hf
 from qnext.eval import EvalDocument, Perplexity, evaluate_perplexity

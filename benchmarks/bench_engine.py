@@ -28,10 +28,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from _pair import machine, print_json
+
 import torch
 from _known import train_known
 from _llama_server import Server
-from _pair import machine, print_json
 from _serving import many_streams, second_turn, shared_prompt, start_server
 from _speculation import KNOWN, drafting, share_known, texts_of
 from _streams import RandomTokens

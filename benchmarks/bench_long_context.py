@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from _pair import print_json
+
+import torch
 
 from qnext.config import ModelConfig, hybrid_pattern
 from qnext.engine import Engine, SamplingParams

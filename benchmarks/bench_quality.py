@@ -27,8 +27,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from _pair import machine, print_json
+
+import torch
 from torch import Tensor
 
 from qnext.checkpoint import load_model, save_model

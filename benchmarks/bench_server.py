@@ -27,8 +27,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from _pair import print_json
+
+import httpx2
 from _streams import RandomTokens, rate_of, write_together
 from bench_inference import standard_model
 

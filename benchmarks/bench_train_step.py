@@ -12,8 +12,9 @@ import statistics
 from functools import partial
 from typing import Any
 
-import torch
 from _pair import Contestants, Step, machine, print_json, ratios
+
+import torch
 
 from qnext.config import preset, to_hf
 from qnext.model import Batch, CausalLM, initialize

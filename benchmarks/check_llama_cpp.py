@@ -20,9 +20,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from _pair import print_json
+
 import torch
 from _llama_server import Server
-from _pair import print_json
 
 from qnext.checkpoint import load_model
 from qnext.checkpoint.files import TensorFiles

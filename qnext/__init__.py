@@ -2,4 +2,8 @@
 
 from __future__ import annotations
 
+from qnext.openmp import bound_spinning
+
 __version__ = "0.1.0"
+
+bound_spinning()

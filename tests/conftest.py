@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+import qnext  # noqa: F401 - before any test loads torch
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

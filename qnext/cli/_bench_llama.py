@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qnext.errors import DoesNotFit, UsageError
+from qnext.openmp import environment_of_others
 
 _KILLED = -9
 
@@ -66,7 +67,9 @@ class LlamaBench:
     def _run(self, *options: str) -> dict[str, Any]:
         command = [self._bench, "-m", str(self.gguf), "-t", str(self._threads), "-r", "1", "-o", "json", *options]
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment_of_others()
+            )
             try:
                 _, status, usage = os.wait4(process.pid, 0)
             except BaseException:
