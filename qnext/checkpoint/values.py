@@ -16,6 +16,7 @@ from qnext.checkpoint.header import TensorInfo
 from qnext.checkpoint.names import scale_name
 from qnext.checkpoint.packed import PackedWeight
 from qnext.checkpoint.quantization import FP8_BLOCK
+from qnext.ops import are_finite
 from qnext.ops.quantized import QuantizedWeight
 from qnext.quant.formats import from_awq, from_gptq, from_int_quantized, from_pack_quantized, gptq_zeros
 
@@ -127,14 +128,11 @@ def read_weight(layout: Layout, files: TensorFiles, name: str, *, dtype: torch.d
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number is finite, without a temporary as large as the tensor."""
+    if tensor.dtype != torch.float8_e4m3fn:
+        return are_finite(tensor)
+    # e4m3fn has no infinity; its NaN is all ones behind the sign.
     flat = tensor.detach().reshape(-1)
-    if tensor.dtype == torch.float8_e4m3fn:
-        # e4m3fn has no infinity; its NaN is all ones behind the sign.
-        return not any(bool(((part & 0x7F) == 0x7F).any()) for part in flat.view(torch.uint8).split(_CHUNK))
-    if not tensor.is_floating_point() or flat.numel() == 0:
-        return True
-    low, high = torch.aminmax(flat)
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+    return not any(bool(((part & 0x7F) == 0x7F).any()) for part in flat.view(torch.uint8).split(_CHUNK))
 
 
 def dequantize(weight_OI: Tensor, scale_bb: Tensor, *, dtype: torch.dtype) -> Tensor:

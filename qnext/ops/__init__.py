@@ -8,6 +8,7 @@ from qnext.ops.cpu.panels import PanelWeight
 from qnext.ops.delta_mixer import DeltaCache, PendingTokens, apply_pending, gated_delta_mixer
 from qnext.ops.dispatch import (
     add,
+    are_finite,
     argmax,
     concat,
     embedding,
@@ -54,6 +55,7 @@ __all__ = [
     "add",
     "apply_pending",
     "apply_rope",
+    "are_finite",
     "argmax",
     "attention",
     "attention_mixer",

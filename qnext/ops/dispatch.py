@@ -73,6 +73,17 @@ def argmax(rows_RY: Tensor, out_R: Tensor) -> None:
         torch.argmax(rows_RY, dim=-1, out=out_R)
 
 
+def are_finite(x: Tensor) -> bool:
+    """Whether every number is finite, without a temporary as large as the tensor."""
+    x = x.detach()
+    if is_native(x.device) and rows.fits_finite(x):
+        return rows.are_finite(native(), x)
+    if not x.is_floating_point() or x.numel() == 0:
+        return True
+    low, high = torch.aminmax(x)
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape and dtype."""
     if runs_native(gate, up) and rows.fits_rows(gate):

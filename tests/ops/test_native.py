@@ -264,3 +264,18 @@ def test_threads_change_nothing(num_threads: int) -> None:
         assert all(torch.equal(ops.linear(x_TD, weight), expected) for _ in range(20))
     finally:
         native.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 16, 31, 1000, (1 << 18) + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_number_is_looked_at(dtype: torch.dtype, count: int) -> None:
+    limits = torch.finfo(dtype)
+    numbers = torch.tensor([limits.max, limits.min, 0.0, -0.0, limits.smallest_normal / 4]).to(dtype)
+    numbers = numbers.repeat(count // 5 + 1)[:count]
+    assert ops.are_finite(numbers)
+    for place in {0, count // 2, count - 1} if count else ():
+        for bad in (torch.inf, -torch.inf, torch.nan):
+            spoilt = numbers.clone()
+            spoilt[place] = bad
+            assert not ops.are_finite(spoilt)
+    assert ops.are_finite(torch.arange(count)) and ops.are_finite(numbers.repeat(2).view(2, count).t())

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 _LANES = 16
+# The exponent's field, all ones: infinity, or no number.
+_EXPONENTS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 def fits_rows(x: Tensor) -> bool:
@@ -121,3 +123,14 @@ def route(
         0 if load_E is None else load_E.data_ptr(),
     )  # fmt: skip
     return weights, chosen
+
+
+def fits_finite(x: Tensor) -> bool:
+    """Whether the kernels look through these numbers."""
+    return x.dtype in _EXPONENTS and x.is_contiguous()
+
+
+def are_finite(native: Any, x: Tensor) -> bool:
+    """See ops.are_finite."""
+    finite: bool = native.are_finite(x.data_ptr(), x.numel(), 8 * x.itemsize, _EXPONENTS[x.dtype])
+    return finite

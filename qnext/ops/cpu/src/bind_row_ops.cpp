@@ -100,6 +100,14 @@ void bind_row_ops(nb::module_& m) {
         });
       },
       without_lock);
+  m.def(
+      "are_finite",
+      [](uintptr_t numbers, int64_t count, int bits, uint32_t exponent) {
+        const RowKernels& kernels = active_row_kernels();
+        return bits == 16 ? kernels.are_finite_16(pointer<const uint16_t>(numbers), count, (uint16_t)exponent)
+                          : kernels.are_finite_32(pointer<const uint32_t>(numbers), count, exponent);
+      },
+      without_lock);
 }
 
 }  // namespace qnext

@@ -138,9 +138,27 @@ void route(const float* logits, int64_t num_tokens, int64_t num_experts, int64_t
     for (int64_t i = 0; i < num_tokens * top_k; ++i) ++load[experts[i]];
 }
 
+// A number without its sign, as an integer, is as large as `exponent` only where it is infinite or none.
+template <typename T>
+bool are_finite(const T* numbers, int64_t count, T exponent) {
+  constexpr int64_t kPerTask = 1 << 18;
+  bool finite = true;
+  parallel_for((count + kPerTask - 1) / kPerTask, [&](int64_t task) {
+    const T without_sign = static_cast<T>(~T{0}) >> 1;
+    T largest = 0;
+    for (int64_t i = task * kPerTask; i < smaller(count, (task + 1) * kPerTask); ++i) {
+      const T size = numbers[i] & without_sign;
+      largest = size > largest ? size : largest;
+    }
+    if (largest >= exponent) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+  });
+  return finite;
+}
+
 }  // namespace
 
 extern const RowKernels row_kernels;
-const RowKernels row_kernels{embed, rope, put_rows, argmax, concat, rms_norm, add, swiglu, route};
+const RowKernels row_kernels{embed, rope,   put_rows, argmax, concat, rms_norm, add,
+                             swiglu, route, are_finite<uint16_t>, are_finite<uint32_t>};
 
 }  // namespace qnext::QNEXT_ISA

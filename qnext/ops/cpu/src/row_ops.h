@@ -27,6 +27,9 @@ struct RowKernels {
   // load[e], unless load is null, grows by the number of tokens that chose expert e.
   void (*route)(const float* logits, int64_t num_tokens, int64_t num_experts, int64_t top_k, bool renormalize,
                 float* weights, int64_t* experts, int64_t* load);
+  // Whether all numbers of 16 (bf16, f16) or 32 bits are finite: `exponent` is the exponent's field, all ones.
+  bool (*are_finite_16)(const uint16_t* numbers, int64_t count, uint16_t exponent);
+  bool (*are_finite_32)(const uint32_t* numbers, int64_t count, uint32_t exponent);
 };
 
 }  // namespace qnext
