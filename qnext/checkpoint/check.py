@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from qnext.checkpoint.formats.forms import Quantization
 from qnext.checkpoint.header import TensorInfo
-from qnext.checkpoint.names import Part, disk_parts, is_leftover, num_disk_parts, scale_name
+from qnext.checkpoint.names import Part, disk_parts, is_leftover, num_disk_parts
 from qnext.checkpoint.packed import PackedWeight, PackedWeights, find_packed, packed_problems
-from qnext.checkpoint.quantization import FP8_BLOCK, Quantization, read_quantization
+from qnext.checkpoint.quantization import read_quantization
 from qnext.config import ModelConfig, read_config
 from qnext.errors import ConfigError
 from qnext.planning import parameter_shapes
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
-SCALE_DTYPES = ("F32", "BF16")
 # A folder that lacks more tensors than this has another configuration; their names are not even listed.
 _MANY = 1_000_000
 
@@ -51,9 +51,10 @@ class Layout:
         self.packed: dict[str, PackedWeight] = packed.weights  # likewise
         self.packing = packed
 
-    @property
-    def is_fp8(self) -> bool:
-        return self.quantization is not None and self.quantization.is_fp8
+    def stored_names(self, name: str) -> list[str]:
+        """The tensors on disk that a weight consists of: itself, or those that it lies packed in."""
+        packed = self.packed.get(name)
+        return [name] if packed is None else [stored.name for stored in packed.stored.values()]
 
     @cached_property
     def roles(self) -> dict[str, Role]:
@@ -99,16 +100,12 @@ def structure_problems(layout: Layout, tensors: dict[str, TensorInfo], folder: P
         )
     else:
         yield from (f"{folder}: tensor {name} is missing" for name in missing)
-    known = set(layout.targets) | set(layout.roles)
+    known = set(layout.targets) | set(layout.roles) | layout.packing.passed_over
     for name, target in layout.targets.items():
         if name in layout.packed:
             yield from packed_problems(layout.packed[name], tensors)
         elif name in tensors and name not in disputed:
             yield from _tensor_problems(tensors[name], target.part.shape)
-            if tensors[name].dtype == "F8_E4M3":
-                known.add(scale_name(name))
-                yield from _scale_problems(layout, tensors, tensors[name])
-    yield from _stack_problems(layout, tensors)
     if layout.config.tie_word_embeddings:
         # A tied head that was written all the same is compared with the embedding when values are read.
         known.add("lm_head.weight")
@@ -123,50 +120,8 @@ def structure_problems(layout: Layout, tensors: dict[str, TensorInfo], folder: P
                 yield f"{info.file}: tensor {name} is surplus: config.json describes no such tensor"
 
 
-def _stack_problems(layout: Layout, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """Experts of a layer are one weight in memory: all packed alike, or none."""
-    first: dict[str, tuple[str, tuple[object, ...]]] = {}
-    for name, target in layout.targets.items():
-        if target.part.expert is None or name in layout.packing.disputed:
-            continue
-        form: tuple[object, ...] = ()
-        if name in layout.packed:
-            packed = layout.packed[name]
-            scales = tensors.get(packed.stored["scales"].name)
-            form = (packed.form, None if scales is None else scales.dtype)
-        other, expected = first.setdefault(target.parameter, (name, form))
-        if form != expected:
-            stored = layout.packed[name].stored["codes"].name if name in layout.packed else name
-            place = f"{tensors[stored].file}: " if stored in tensors else ""
-            yield (
-                f"{place}tensor {name} is stored in another form than {other}, but both are part of {target.parameter}"
-            )
-
-
 def _tensor_problems(info: TensorInfo, shape: tuple[int, ...]) -> Iterator[str]:
     if info.shape != shape:
         yield f"{info.file}: tensor {info.name} has shape {list(info.shape)}, config.json asks for {list(shape)}"
-    if info.dtype not in (*FLOAT_DTYPES, "F8_E4M3"):
+    if info.dtype not in FLOAT_DTYPES:
         yield f"{info.file}: tensor {info.name} has dtype {info.dtype}, which is no weight"
-
-
-def _scale_problems(layout: Layout, tensors: dict[str, TensorInfo], info: TensorInfo) -> Iterator[str]:
-    name = scale_name(info.name)
-    if not layout.is_fp8:
-        yield f"{info.file}: tensor {info.name} is F8_E4M3, but config.json has no quantization_config"
-    elif len(info.shape) != 2:
-        yield f"{info.file}: tensor {info.name} is F8_E4M3, but no matrix"
-    elif name not in tensors:
-        yield f"{info.file}: tensor {info.name} is F8_E4M3, but its scales {name} are missing"
-    else:
-        scale, shape = tensors[name], _scale_shape(info.shape)
-        if scale.shape != shape:
-            yield f"{scale.file}: tensor {name} has shape {list(scale.shape)}, its weight asks for {list(shape)}"
-        if scale.dtype not in SCALE_DTYPES:
-            yield f"{scale.file}: tensor {name} has dtype {scale.dtype}, only F32 and BF16 are supported"
-
-
-def _scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Shape of the block scales of an [O, I] weight."""
-    out_dim, in_dim = shape
-    return -(-out_dim // FP8_BLOCK), -(-in_dim // FP8_BLOCK)

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from qnext import ops
-from qnext.checkpoint.check import Layout, read_layout, structure_problems
+from qnext.checkpoint.check import FLOAT_DTYPES, Layout, read_layout, structure_problems
 from qnext.checkpoint.files import TORCH_DTYPES, TensorFiles
+from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.header import TensorInfo
-from qnext.checkpoint.values import is_finite, read_packed, read_weight, row_blocks, tensor_value_problems
+from qnext.checkpoint.packed import PackedWeight
+from qnext.checkpoint.packed_values import is_in_order, read_packed, row_blocks
+from qnext.checkpoint.values import read_weight, tensor_value_problems
 from qnext.config import ModelConfig
-from qnext.errors import CorruptCheckpoint, UsageError
+from qnext.errors import CorruptCheckpoint, UsageError, warn
 from qnext.model import CausalLM
 from qnext.planning import parameter_shapes
 
@@ -58,7 +61,7 @@ def load_model(
         layout = read_layout(files.folder, files.tensors)
         for problem in structure_problems(layout, files.tensors, files.folder):
             raise CorruptCheckpoint(problem)
-        codes = {} if dequantize else _quantized_parameters(layout, files.tensors)
+        codes = {} if dequantize else _quantized_parameters(layout, files)
         if codes and torch.device(device).type != "cpu":
             raise UsageError(
                 f"{files.folder}: integer weights are computed on the CPU only; dequantize to use {device}"
@@ -151,7 +154,7 @@ def _copy(layout: Layout, files: TensorFiles, name: str, model: CausalLM) -> Non
             files.drop(packed.stored["codes"].name)
         return
     place = destination.data[part.place]
-    if name in layout.packed or files.tensors[name].dtype == "F8_E4M3":
+    if name in layout.packed:
         place.copy_(read_weight(layout, files, name, dtype=place.dtype))
     else:
         parts = place.view(-1).split(files.piece_items(name))
@@ -163,18 +166,38 @@ def _copy(layout: Layout, files: TensorFiles, name: str, model: CausalLM) -> Non
         raise UsageError(f"{files.tensors[stored].file}: tensor {stored} holds numbers beyond the range of float16")
 
 
-def _quantized_parameters(layout: Layout, tensors: Mapping[str, TensorInfo]) -> dict[str, Codes]:
-    """The parameters that stay codes. The parts of a stack agree in form, which structure_problems has checked."""
-    found: dict[str, Codes] = {}
+def _quantized_parameters(layout: Layout, files: TensorFiles) -> dict[str, Codes]:
+    """The parameters that stay codes: those of one form in all parts, with their groups in order.
+
+    The rest of what is packed in integers becomes tensors, and a warning says how many.
+    """
+    forms: dict[str, set[Codes | None]] = {}
+    has_integers: set[str] = set()
     shapes = parameter_shapes(layout.config)
-    for name, packed in layout.packed.items():
-        parameter = layout.targets[name].parameter
-        if parameter not in found and not parameter.endswith(_ALWAYS_PLAIN):
-            scale_dtype = TORCH_DTYPES[tensors[packed.stored["scales"].name].dtype]
-            found[parameter] = Codes(
-                shapes[parameter], packed.form.bits, packed.group_size, scale_dtype, not packed.form.is_symmetric
-            )
-    return found
+    for name, target in layout.targets.items():
+        packed = layout.packed.get(name)
+        codes = None
+        if packed is not None and packed.form.keeps_codes:
+            has_integers.add(target.parameter)
+            if is_in_order(packed, files):
+                codes = _codes_of(packed, shapes[target.parameter], files.tensors)
+        forms.setdefault(target.parameter, set()).add(codes)
+    found = {name: next(iter(each)) for name, each in forms.items() if len(each) == 1}
+    kept = {name: codes for name, codes in found.items() if codes is not None and not name.endswith(_ALWAYS_PLAIN)}
+    numbers = [name for name in sorted(has_integers - kept.keys()) if not name.endswith(_ALWAYS_PLAIN)]
+    if numbers:
+        warn(
+            f"{files.folder}: {len(numbers)} weights like {numbers[0]} are kept as numbers and not as codes: "
+            "their parts differ in form, or their columns are in activation order (desc_act)"
+        )
+    return kept
+
+
+def _codes_of(packed: PackedWeight, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo]) -> Codes:
+    scale_dtype = TORCH_DTYPES[tensors[packed.stored["scales"].name].dtype]
+    if packed.form.layout == "bnb-int8":
+        scale_dtype = torch.float32
+    return Codes(shape, packed.form.code_bits, packed.group_size, scale_dtype, not packed.form.is_symmetric)
 
 
 def _parameter_dtypes(
@@ -182,7 +205,7 @@ def _parameter_dtypes(
 ) -> dict[str, torch.dtype]:
     """dtype of each parameter but those in `quantized`. As stored, all matrices must agree: one pass multiplies them.
 
-    Packed weights that become tensors take the embedding's, which is never packed.
+    Packed weights that become tensors take the embedding's, or bfloat16 where that is packed too.
     """
     dtypes: dict[str, torch.dtype] = {}
     matrix: tuple[str, torch.dtype] | None = None
@@ -190,7 +213,7 @@ def _parameter_dtypes(
         if target.parameter in quantized:
             continue
         info = tensors["model.embed_tokens.weight" if name in layout.packed else name]
-        dtype = wanted or (torch.bfloat16 if info.dtype == "F8_E4M3" else TORCH_DTYPES[info.dtype])
+        dtype = wanted or (TORCH_DTYPES[info.dtype] if info.dtype in FLOAT_DTYPES else torch.bfloat16)
         if len(info.shape) > 1:
             matrix = matrix or (name, dtype)
             if dtype != matrix[1]:

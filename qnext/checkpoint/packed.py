@@ -1,4 +1,4 @@
-"""The tensors that a packed weight consists of, checked from headers alone. No torch.
+"""Which weights lie packed, and in which form: the tensors say it, config.json must not contradict. No torch.
 
 Legend: F outputs, D inputs, G groups of inputs.
 """
@@ -8,28 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from qnext.checkpoint.formats.forms import LAYOUTS, Claim, Form, Quantization
 from qnext.checkpoint.header import TensorInfo
-from qnext.checkpoint.quantization import Form, Quantization
+from qnext.checkpoint.stored import Stored, choose_fp8_block, size_problem, stored_tensors
+from qnext.errors import NotSupported, warn
 
-SCALE_DTYPES = ("BF16", "F16", "F32")
-# Names after the module's that only packed weights have.
-_MARKS = {
-    "pack-quantized": "weight_packed", "int-quantized": "weight_scale", "awq": "qweight", "gptq": "qweight",
-    "gptq_v2": "qweight",
-}  # fmt: skip
-_ALL_MARKS = tuple(dict.fromkeys(_MARKS.values()))
-
-
-class Stored(NamedTuple):
-    """One tensor of a packed weight as it must lie on disk."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtypes: tuple[str, ...]
+# Names after a module's of tensors that scale activations or the cache, which are both kept finer here.
+_ACTIVATION_TENSORS = frozenset({
+    "input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "activation_scale", "output_scale",
+    "output_zero_point", "q_scale", "k_scale", "v_scale", "kv_scale", "k_zero_point", "v_zero_point",
+})  # fmt: skip
+# The same of tensors that a weight may keep which was stored as it is.
+_WEIGHT_TENSORS = frozenset({"weight_scale", "weight_zero_point", "weight_g_idx"})
+_PLAIN_DTYPES = ("BF16", "F16", "F32")
 
 
 class PackedWeight(NamedTuple):
-    """A weight [F, D] that lies packed; `stored` by what the tensor holds: codes, scales, zeros, shape, index."""
+    """A weight [F, D] that lies packed; `stored` by what the tensor holds: codes, scales, zeros, shape, index, ..."""
 
     shape: tuple[int, int]
     form: Form
@@ -37,135 +32,214 @@ class PackedWeight(NamedTuple):
 
     @property
     def group_size(self) -> int:
+        """Inputs that share a scale, where codes are kept."""
         return self.form.group_size or self.shape[1]
 
 
 class PackedWeights(NamedTuple):
-    """What the tensors say where config.json declares a quantisation, and what contradicts it, one line each."""
+    """What the tensors say, and what is wrong with them, one line each."""
 
     weights: dict[str, PackedWeight]  # by name of the weight
     problems: list[str]
     disputed: frozenset[str]  # names of weights that a line of `problems` is about
+    passed_over: frozenset[str]  # names of tensors that are not needed
 
 
-NOTHING_PACKED = PackedWeights({}, [], frozenset())
+class _Differences:
+    """Weights where configuration and tensors differ: how many of each kind, and one of them."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+
+    def add(self, text: str, module: str) -> None:
+        self._found.setdefault(text, []).append(module)
+
+    def tell(self, where: str) -> None:
+        for text, modules in self._found.items():
+            count = f"{len(modules)} weights (the first is {modules[0]})" if modules[1:] else modules[0]
+            warn(f"{where}: {text.format(count)}; read as the tensors are")
 
 
 def find_packed(
     quantization: Quantization | None, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]
 ) -> PackedWeights:
-    """Which of the weights `shapes` (by name on disk) are packed. The tensors decide; config.json must agree."""
-    if quantization is not None and quantization.is_fp8:
-        return NOTHING_PACKED
-    found = PackedWeights({}, [], frozenset())
-    disputed: set[str] = set()
+    """Which of the weights `shapes` (by name on disk) are packed.
+
+    Tensors that say themselves what they are are read whatever config.json says, with a warning where it differs.
+    Raises NotSupported for tensors that scale inputs.
+    """
+    weights: dict[str, PackedWeight] = {}
+    problems: dict[str, str] = {}
+    differences = _Differences()
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        marks = [mark for mark in _ALL_MARKS if f"{module}.{mark}" in tensors]
-        if quantization is None and not marks:
+        layout, mark = _layout_of(name, shape, tensors)
+        claim = Claim(None, quantization is None) if quantization is None else quantization.claim(module)
+        if layout is None:
+            is_plain = name in tensors and len(shape) == 2 and tensors[name].dtype in _PLAIN_DTYPES
+            if claim.form is not None and claim.is_certain and is_plain:
+                differences.add(f"{claim.form.describe()} is asked for {{}}, stored as it is", module)
             continue
-        problem = None
-        if quantization is None:
-            problem = f"{tensors[f'{module}.{marks[0]}'].file}: tensor {module}.{marks[0]} is part of a packed weight, "
-            problem += "but config.json has no quantization_config"
-        elif len(shape) == 2 and name.endswith(".weight") and not name.endswith("embed_tokens.weight"):
-            form, problem = _form_of(quantization, module, marks, tensors)
-            if form is not None:
-                matrix = (shape[0], shape[1])
-                problem = _size_problem(tensors[f"{module}.{_MARKS[form.layout]}"], matrix, form)
-                found.weights[name] = PackedWeight(matrix, form, _stored(module, matrix, form, tensors))
-        elif marks:
-            problem = f"{tensors[f'{module}.{marks[0]}'].file}: tensor {module}.{marks[0]}: {module} cannot be packed"
+        problem = _place_problem(name, shape, layout, tensors[mark], tensors)
+        form = None
+        if problem is None:
+            form, problem = _form_of(quantization, claim, layout, (shape[0], shape[1]), name, tensors)
+        if form is not None and problem is None:
+            matrix = (shape[0], shape[1])
+            problem = size_problem(tensors[mark], matrix, form)
+            weights[name] = PackedWeight(matrix, form, stored_tensors(name, matrix, form, tensors))
+            if claim.is_certain or claim.form is not None:
+                _compare(claim, form, module, differences)
         if problem is not None:
-            found.problems.append(problem)
-            disputed.add(name)
-            found.weights.pop(name, None)
-    return found._replace(disputed=frozenset(disputed))
+            problems[name] = problem
+            weights.pop(name, None)
+    differences.tell("config.json" if quantization is None else quantization.where)
+    passed_over = _passed_over(shapes, tensors) if quantization is not None or weights else frozenset()
+    return PackedWeights(weights, list(problems.values()), frozenset(problems), passed_over)
 
 
-def _form_of(
-    quantization: Quantization, module: str, marks: list[str], tensors: Mapping[str, TensorInfo]
-) -> tuple[Form | None, str | None]:
-    """The form of a weight that is packed, and what is wrong."""
-    claim = quantization.claim(module)
-    plain = tensors.get(f"{module}.weight")
-    if claim.form is None:
-        if marks:
-            info = tensors[f"{module}.{marks[0]}"]
-            return None, f"{info.file}: tensor {info.name}: quantization_config leaves {module} as it is"
-        return None, None
-    mark = _MARKS[claim.form.layout]
-    if mark in marks:
-        if plain is not None and claim.form.layout != "int-quantized":
-            return None, f"{plain.file}: tensor {plain.name} is there beside {module}.{mark}"
-        return claim.form, None
-    if marks:
-        info = tensors[f"{module}.{marks[0]}"]
-        return None, f"{info.file}: tensor {info.name}: quantization_config asks for {module}.{mark}"
-    if plain is not None and claim.is_certain:
-        return None, (
-            f"{plain.file}: tensor {plain.name} is not packed, but quantization_config asks for "
-            f"{claim.form.describe()} and does not except {module}"
-        )
-    return None, None
+def _layout_of(name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo]) -> tuple[str | None, str]:
+    """The layout of a weight, and the tensor that shows it; None for a weight that is plain or not there."""
+    module = name.removesuffix(".weight")
+    scale = tensors.get(f"{module}.weight_scale")
+    if (mark := f"{module}.weight_packed") in tensors:
+        if tensors[mark].dtype != "U8":
+            return "pack-quantized", mark
+        is_nvfp4 = f"{module}.weight_global_scale" in tensors or (scale is not None and scale.dtype == "F8_E4M3")
+        return ("nvfp4" if is_nvfp4 else "mxfp4"), mark
+    if (mark := f"{module}.qweight") in tensors:
+        return ("awq" if tensors[mark].shape[:1] == shape[1:2] else "gptq"), mark
+    if name not in tensors:
+        return None, name
+    if f"{name}.absmax" in tensors:
+        return ("bnb-fp4" if f"{name}.quant_state.bitsandbytes__fp4" in tensors else "bnb-nf4"), name
+    dtype = tensors[name].dtype
+    if dtype in ("F8_E4M3", "F8_E5M2"):
+        return "fp8", name
+    if dtype == "U8" and scale is not None:
+        return "nvfp4-modelopt", name
+    if dtype == "I8":
+        if f"{module}.SCB" in tensors:
+            return "bnb-int8", name
+        return ("int-quantized", name) if scale is not None else (None, name)
+    return None, name
 
 
-def _size_problem(info: TensorInfo, shape: tuple[int, int], form: Form) -> str | None:
-    num_outputs, num_inputs = shape
-    group_size = form.group_size or num_inputs
-    if num_inputs % group_size:
-        return f"{info.file}: tensor {info.name}: {num_inputs} inputs are no whole number of groups of {group_size}"
-    per_word = 32 // form.bits
-    if form.layout in ("pack-quantized", "int-quantized"):
-        per_byte = 8 // form.bits
-        if num_inputs % per_byte:
-            return f"{info.file}: tensor {info.name}: rows of {num_inputs} codes of {form.bits} bits end inside a byte"
-    elif num_outputs % per_word or (form.layout != "awq" and num_inputs % per_word):
-        return f"{info.file}: tensor {info.name}: a matrix of {list(shape)} does not fill words of {per_word} codes"
+def _place_problem(
+    name: str, shape: tuple[int, ...], layout: str, mark: TensorInfo, tensors: Mapping[str, TensorInfo]
+) -> str | None:
+    """Whether this weight can be packed at all, and is there once."""
+    module = name.removesuffix(".weight")
+    for key in ("pre_quant_scale", "smoother", "input_channel_scale"):
+        if f"{module}.{key}" in tensors:
+            info = tensors[f"{module}.{key}"]
+            raise NotSupported(f"{info.file}: tensor {info.name} scales the inputs of {module}, which is not supported")
+    if len(shape) != 2 and layout == "fp8":
+        return f"{mark.file}: tensor {name} is {mark.dtype}, but no matrix"
+    is_embedding = name.endswith("embed_tokens.weight") and LAYOUTS[layout].kind == "int"
+    if len(shape) != 2 or not name.endswith(".weight") or is_embedding:
+        return f"{mark.file}: tensor {mark.name}: {module} cannot be packed"
+    if mark.name != name and name in tensors:
+        plain = tensors[name]
+        return f"{plain.file}: tensor {plain.name} is there beside {mark.name}"
     return None
 
 
-def _stored(module: str, shape: tuple[int, int], form: Form, tensors: Mapping[str, TensorInfo]) -> dict[str, Stored]:
-    num_outputs, num_inputs = shape
-    groups = num_inputs // (form.group_size or num_inputs)
-    words = {size: -(-size * form.bits // 32) for size in shape}
+def _form_of(
+    quantization: Quantization | None,
+    claim: Claim,
+    layout: str,
+    shape: tuple[int, int],
+    name: str,
+    tensors: Mapping[str, TensorInfo],
+) -> tuple[Form | None, str | None]:
+    """The form of a packed weight: as it is claimed where the layout is, otherwise as shapes say; or what is wrong."""
+    layouts = ("gptq", "gptq_v2") if layout == "gptq" else (layout,)
+    claimed = (claim.form, *(() if quantization is None else quantization.forms))
+    form = next((form for form in claimed if form is not None and form.layout in layouts), None)
+    module = name.removesuffix(".weight")
+    if layout == "fp8":
+        return choose_fp8_block(tensors[name], shape, None if form is None else form.block, tensors)
+    if LAYOUTS[layout].kind == "float":
+        group_size = {"mxfp4": 32, "bnb-nf4": 64, "bnb-fp4": 64}.get(layout, 16)
+        return Form(layout, 4, group_size), None
+    if layout == "bnb-int8":
+        return Form(layout, 8), None
+    if form is None:
+        info = tensors[f"{module}.{LAYOUTS[layout].mark}"]
+        if quantization is None and layout != "pack-quantized":
+            problem = f"{info.file}: tensor {info.name} is part of a packed weight, but config.json has no "
+            return None, f"{problem}quantization_config"
+        if layout == "gptq":
+            return None, f"{info.file}: tensor {info.name} is GPTQ's, of which quantization_config says nothing"
+        has_zeros = f"{module}.weight_zero_point" in tensors
+        is_symmetric = layout in ("pack-quantized", "int-quantized") and not has_zeros
+        form = Form(layout, 8 if layout == "int-quantized" else 0, 0, is_symmetric)
+    return _measured(form, shape, module, tensors)
 
-    def of(key: str, sizes: tuple[int, ...], *dtypes: str) -> Stored:
-        return Stored(f"{module}.{key}", sizes, dtypes)
 
-    if form.layout in ("pack-quantized", "int-quantized"):
-        stored = {"scales": of("weight_scale", (num_outputs, groups), *SCALE_DTYPES)}
-        if form.layout == "pack-quantized":
-            stored["codes"] = of("weight_packed", (num_outputs, words[num_inputs]), "I32")
-            stored["shape"] = of("weight_shape", (2,), "I64", "I32")
-        else:
-            stored["codes"] = of("weight", shape, "I8")
-        if not form.is_symmetric:
-            zeros = of("weight_zero_point", (num_outputs, groups), "I8")
-            info = tensors.get(zeros.name)
-            if form.layout == "pack-quantized" and (info is None or info.dtype != "I8"):
-                zeros = Stored(zeros.name, (words[num_outputs], groups), ("I32",))
-            stored["zeros"] = zeros
-        return stored
-    codes = (num_inputs, words[num_outputs]) if form.layout == "awq" else (words[num_inputs], num_outputs)
-    stored = {
-        "codes": of("qweight", codes, "I32"),
-        "zeros": of("qzeros", (groups, words[num_outputs]), "I32"),
-        "scales": of("scales", (groups, num_outputs), *SCALE_DTYPES),
-    }
-    if f"{module}.g_idx" in tensors:
-        stored["index"] = of("g_idx", (num_inputs,), "I32", "I64")
-    return stored
+def _measured(
+    form: Form, shape: tuple[int, int], module: str, tensors: Mapping[str, TensorInfo]
+) -> tuple[Form | None, str | None]:
+    """A form whose bits and group size are known: where it leaves them open (0), the sizes of the tensors say them."""
+    codes = tensors.get(f"{module}.{LAYOUTS[form.layout].mark}")
+    if form.bits == 0:
+        assert codes is not None
+        length = codes.shape[-1] if form.layout == "pack-quantized" else codes.shape[0]
+        bits = 4 if form.layout == "awq" else length * 32 // shape[1]
+        if not 2 <= bits <= 8:
+            return None, f"{codes.file}: tensor {codes.name} of shape {list(codes.shape)} holds no {list(shape)} codes"
+        form = form._replace(bits=bits)
+    if form.group_size == 0:
+        is_words = form.layout in ("awq", "gptq", "gptq_v2")
+        scales = tensors.get(f"{module}.{'scales' if is_words else 'weight_scale'}")
+        if scales is None:
+            return None, f"{'' if codes is None else f'{codes.file}: '}tensor {module}: its scales are missing"
+        groups = (scales.shape[0] if is_words else scales.shape[-1]) if scales.shape else 1
+        if groups == 0 or shape[1] % groups:
+            return None, f"{scales.file}: tensor {scales.name} has shape {list(scales.shape)}, which divides no {shape}"
+        form = form._replace(group_size=None if groups == 1 else shape[1] // groups)
+    return form, None
+
+
+def _compare(claim: Claim, form: Form, module: str, differences: _Differences) -> None:
+    if claim.form is None:
+        differences.add(f"leaves {{}} as it is, stored as {form.describe()}", module)
+    elif claim.form.layout != form.layout or (claim.form.block is not None and claim.form.block != form.block):
+        differences.add(f"{claim.form.describe()} is asked for {{}}, stored as {form.describe()}", module)
+
+
+def _passed_over(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
+    """Tensors that no weight needs, with one warning."""
+    modules = {name.removesuffix(".weight") for name in shapes}
+    modules |= {module.rpartition(".")[0] for module in modules}
+    found = []
+    for name in tensors:
+        module, _, key = name.rpartition(".")
+        if key in _ACTIVATION_TENSORS and module in modules:
+            found.append(name)
+        elif key in _WEIGHT_TENSORS and f"{module}.weight" in shapes:
+            weight = tensors.get(f"{module}.weight")
+            if weight is not None and weight.dtype in _PLAIN_DTYPES:
+                found.append(name)
+    if found:
+        first = tensors[found[0]]
+        count = f"{len(found)} tensors like {found[0]} are" if found[1:] else f"tensor {found[0]} is"
+        warn(f"{first.file.parent}: {count} passed over: activations and the cache are kept finer than they ask for")
+    return frozenset(found)
 
 
 def packed_problems(packed: PackedWeight, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     """One line for each tensor that is missing, of a size that does not fit, or of a wrong dtype."""
     codes = tensors.get(packed.stored["codes"].name)
-    for wanted in packed.stored.values():
+    for kind, wanted in packed.stored.items():
         info = tensors.get(wanted.name)
         if info is None:
             place = f"{codes.file}: " if codes is not None else ""
-            yield f"{place}tensor {wanted.name} is missing ({packed.form.describe()})"
+            if packed.form.layout == "fp8" and codes is not None and kind == "scales":
+                yield f"{place}tensor {codes.name} is {codes.dtype}, but its scales {wanted.name} are missing"
+            else:
+                yield f"{place}tensor {wanted.name} is missing ({packed.form.describe()})"
             continue
         if info.shape != wanted.shape:
             yield (

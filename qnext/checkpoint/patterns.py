@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 MAX_PATTERN_LENGTH = 500
 # Steps that one pattern may take on one name: four times "any number of anything" and a few choices.
@@ -25,8 +25,8 @@ class ModuleNames:
     """Exact names, and patterns that match from the beginning of a name, as compressed-tensors and GPTQModel do."""
 
     def __init__(self, names: Iterable[str], patterns: Iterable[str]) -> None:
-        self.names = frozenset(names)
-        self._patterns = [_compile(pattern) for pattern in patterns]
+        self.names = frozenset(_canonical(name) for name in names)
+        self._patterns = [_compile(_canonical(pattern)) for pattern in patterns]
         self._seconds = 0.0
 
     def __contains__(self, name: object) -> bool:
@@ -47,13 +47,43 @@ class NamePieces:
     """Names that stand for every module on whose path they lie, at whole pieces: mlp.gate is not mlp.gate_proj."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._names = frozenset(tuple(name.strip(".").split(".")) for name in names)
+        self._names = frozenset(tuple(_canonical(name).strip(".").split(".")) for name in names)
 
     def __contains__(self, name: object) -> bool:
         assert isinstance(name, str)
         pieces = name.split(".")
         ends = range(1, len(pieces) + 1)
         return any(tuple(pieces[start:end]) in self._names for end in ends for start in range(end))
+
+
+class OtherModules:
+    """Every module whose name contains `within` and that `inside` does not hold."""
+
+    def __init__(self, inside: Container[str], *, within: str) -> None:
+        self._inside = inside
+        self._within = within
+
+    def __contains__(self, name: object) -> bool:
+        assert isinstance(name, str)
+        return self._within in name and name not in self._inside
+
+
+def module_names(names: Iterable[str]) -> ModuleNames:
+    """Names as compressed-tensors writes them: a pattern has the prefix re:."""
+    listed = list(names)
+    return ModuleNames(
+        (name for name in listed if not name.startswith("re:")), (name[3:] for name in listed if name.startswith("re:"))
+    )
+
+
+def searched(pattern: str) -> ModuleNames:
+    """A pattern that may be found anywhere in a name."""
+    return ModuleNames((), [pattern if pattern.startswith(("^", ".*")) else f".*{pattern}"])
+
+
+def _canonical(name: str) -> str:
+    """Names in multimodal wrappers of the same text model, as names or in patterns."""
+    return name.replace(r"language_model\.", "").replace("language_model.", "")
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from qnext.checkpoint.check import Layout, read_layout, structure_problems
 from qnext.checkpoint.files import MAX_SHARD_BYTES, TORCH_DTYPES, ShardWriter, TensorFiles, TensorSpec, write_text
-from qnext.checkpoint.header import load_json
-from qnext.checkpoint.names import Part, disk_parts, scale_name
+from qnext.checkpoint.names import Part, disk_parts
 from qnext.checkpoint.save import new_folder, write_side_files
-from qnext.checkpoint.values import dequantize, tensor_value_problems
+from qnext.checkpoint.values import read_weight, tensor_value_problems
 from qnext.config import ModelConfig, to_hf
-from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError
+from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError, warn
 from qnext.ops import QuantizedWeight
 from qnext.planning import parameter_shapes
 from qnext.quant.formats import PackedGroup, compressed_tensors_config, compressed_tensors_of, compressed_tensors_specs
@@ -55,15 +54,15 @@ def quantize_folder(
     """Write `folder` in compressed-tensors' pack-quantized layout, the tokenizer with it, and say what it cost.
 
     With `sample`, text runs through the layers: matrices are rounded by GPTQ (to nearest where not `is_calibrated`),
-    and both models are compared. Scales have the dtype of the kept matrices; FP8 tensors that are kept become bf16.
+    and both models are compared. Scales have the dtype of the kept matrices; packed floats that are kept become bf16.
     `progress` is called with bytes of the source done and in all. Raises UsageError for a folder that is quantised
-    already (FP8 is not meant) or an output that exists, DoesNotFit when the disk is too small, CorruptCheckpoint for a
-    damaged source.
+    already (floats are not meant) or an output that exists, DoesNotFit when the disk is too small, CorruptCheckpoint
+    for a damaged source.
     """
     source = Path(source)
-    _refuse_quantized(source)
     with TensorFiles(source) as files:
         layout = read_layout(files.folder, files.tensors)
+        _refuse_quantized(layout, source)
         for problem in structure_problems(layout, files.tensors, files.folder):
             raise CorruptCheckpoint(problem)
         out = QuantizedOutput(files, layout, policy, progress)
@@ -143,32 +142,25 @@ class QuantizedOutput:
         return self._policy.scheme, self._policy.head if "lm_head.weight_packed" in self.plan else None
 
     def kept_dtype(self, name: str) -> torch.dtype:
-        dtype = self.files.tensors[name].dtype
-        return torch.bfloat16 if dtype == "F8_E4M3" else TORCH_DTYPES[dtype]
+        return torch.bfloat16 if name in self.layout.packed else TORCH_DTYPES[self.files.tensors[name].dtype]
 
     def scheme_of(self, parameter: str) -> QuantScheme | None:
         part = disk_parts(parameter, self.shapes[parameter])[0]
         return self._policy.scheme_of(part.name, part.shape)
 
     def read_part(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor of the source, checked; FP8 is multiplied by its scales. A view where nothing changes."""
-        info = self.files.tensors[name]
-        for problem in tensor_value_problems(self.layout, self.files, info):
-            raise CorruptCheckpoint(problem)
-        values = self.files.read(name)
-        if values.dtype != torch.float8_e4m3fn:
-            return values.to(dtype)
-        scales = scale_name(name)
-        for problem in tensor_value_problems(self.layout, self.files, self.files.tensors[scales]):
-            raise CorruptCheckpoint(problem)
-        return dequantize(values, self.files.read(scales), dtype=dtype)
+        """A weight of the source, checked; packed floats become numbers. A view where nothing changes."""
+        for stored in self.layout.stored_names(name):
+            for problem in tensor_value_problems(self.layout, self.files, self.files.tensors[stored]):
+                raise CorruptCheckpoint(problem)
+        return read_weight(self.layout, self.files, name, dtype=dtype)
 
     def read_parameter(self, name: str) -> Tensor:
         """A parameter of the model in fp32, experts stacked; the pages of its files are given back."""
         values = torch.empty(self.shapes[name])
         for part in disk_parts(name, self.shapes[name]):
             values[part.place] = self.read_part(part.name, torch.float32)
-            self.files.drop(part.name)
+            self._drop(part.name)
         return values
 
     def keep(self, name: str) -> None:
@@ -208,10 +200,14 @@ class QuantizedOutput:
         self._count(name)
 
     def _count(self, name: str) -> None:
-        self.files.drop(name)
-        self._done += self.files.tensors[name].num_bytes
+        self._drop(name)
+        self._done += sum(self.files.tensors[stored].num_bytes for stored in self.layout.stored_names(name))
         if self._progress is not None:
             self._progress(self._done, self._total)
+
+    def _drop(self, name: str) -> None:
+        for stored in self.layout.stored_names(name):
+            self.files.drop(stored)
 
     def fill(self, module: nn.Module, prefix: str) -> None:
         """Give a module that was made on the meta device its parameters, in fp32."""
@@ -225,16 +221,16 @@ class QuantizedOutput:
         return (name for name in self.shapes if name.startswith(prefix))
 
 
-def _refuse_quantized(source: Path) -> None:
-    path = source / "config.json"
-    if not path.is_file():
-        return  # read_index says what is missing
-    block = load_json(path.read_bytes(), path).get("quantization_config")
-    if isinstance(block, dict) and block.get("quant_method") != "fp8":
-        raise UsageError(
-            f"{source}: is quantised already (quantization_config.quant_method {block.get('quant_method')!r}); "
-            "start from the original weights"
-        )
+def _refuse_quantized(layout: Layout, source: Path) -> None:
+    """Integer codes are refused: rounding them again adds to what they have lost. Of floats a warning says it."""
+    forms = {packed.form for packed in layout.packed.values()}
+    codes = sorted(form.describe() for form in forms if form.keeps_codes)
+    if codes:
+        method = layout.quantization.method if layout.quantization is not None else "none"
+        raise UsageError(f"{source}: is quantised already ({method}: {codes[0]}); start from the original weights")
+    small = sorted(form.describe() for form in forms if form.bits < 8)
+    if small:
+        warn(f"{source}: weights in {small[0]} are rounded a second time; the original weights would lose less")
 
 
 def _check_disk(folder: Path, needed: int) -> None:

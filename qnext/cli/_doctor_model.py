@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qnext.cli._doctor import Finding
-from qnext.errors import CorruptCheckpoint, QnextError, UsageError
+from qnext.errors import CorruptCheckpoint, NotSupported, QnextError, UsageError
 
 if TYPE_CHECKING:
     from qnext.checkpoint.check import Layout
@@ -30,7 +30,7 @@ def model_findings(
     try:
         index = read_index(folder)
         layout = read_layout(folder, index.tensors)
-    except CorruptCheckpoint as error:
+    except (CorruptCheckpoint, NotSupported) as error:
         yield _checkpoint([str(error)], quick=quick)
         return
     yield _configuration(layout)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qnext.ops.quantized import QuantizedWeight, pack_codes
+from qnext.ops.quantized import QUANTIZED_BITS, QuantizedWeight, pack_codes
 
 # Which output the i-th nibble of an AWQ word belongs to, and the place of each output's nibble.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -26,6 +26,20 @@ _AWQ_PLACES = tuple(AWQ_ORDER.index(i) for i in range(8))
 def packed_width(count: int, *, bits: int) -> int:
     """int32 words that hold `count` codes."""
     return -(-count * bits // 32)
+
+
+def unpack_codes(words_W: Tensor, *, count: int, bits: int) -> Tensor:
+    """int32 [..., W] -> the first `count` codes in uint8, of any number of bits: one stream, the lowest bit first.
+
+    A code of 3, 5, 6 or 7 bits may begin in one word and end in the next.
+    """
+    if bits in (4, 8):
+        return unpack_words(words_W, bits=bits)[..., :count]
+    padded_W = torch.nn.functional.pad(words_W, (0, 1)).to(torch.int64) & 0xFFFFFFFF
+    starts = torch.arange(count) * bits
+    first = starts // 32
+    pair = padded_W[..., first] | (padded_W[..., first + 1] << 32)
+    return ((pair >> (starts % 32)) & (2**bits - 1)).to(torch.uint8)
 
 
 def unpack_words(words_W: Tensor, *, bits: int) -> Tensor:
@@ -46,10 +60,20 @@ def pack_words(codes: Tensor, *, bits: int) -> Tensor:
 def from_pack_quantized(
     packed_FW: Tensor, scale_FG: Tensor, zero_point: Tensor | None = None, *, num_inputs: int, bits: int
 ) -> QuantizedWeight:
-    """compressed-tensors' pack-quantized, whose codes lie as QuantizedWeight has them: nothing is copied but zeros.
+    """compressed-tensors' pack-quantized, whose codes of 4 and 8 bits lie as QuantizedWeight has them: only zeros are
+    copied. Codes of other widths become those of the next one.
 
     `zero_point` is int32 [ceil(F * bits / 32), G], packed along the outputs, or int8 [F, G], as older files have it.
     """
+    if bits not in QUANTIZED_BITS:
+        codes_FD = unpack_codes(packed_FW, count=num_inputs, bits=bits)
+        if zero_point is not None and zero_point.dtype == torch.int8:
+            zeros_FG = _to_offset(zero_point, bits=bits)
+        elif zero_point is not None:
+            zeros_FG = unpack_codes(zero_point.T, count=packed_FW.shape[0], bits=bits).T
+        else:
+            zeros_FG = None
+        return _widened(codes_FD, scale_FG, zeros_FG, bits=bits)
     codes_FW = _view_as(packed_FW, torch.uint8)[:, : num_inputs * bits // 8]
     zeros_FG = None
     if zero_point is not None and zero_point.dtype == torch.int8:
@@ -90,19 +114,59 @@ def from_gptq(
     The first format stores zeros less one, with a zero of 0 wrapped around; gptq_v2 as they are. `qzeros_GW` None
     gives the symmetric form.
     """
+    if bits not in QUANTIZED_BITS:
+        codes_FD = unpack_codes(qweight_WF.T, count=qweight_WF.shape[0] * 32 // bits, bits=bits)
+        zeros = None
+        if qzeros_GW is not None:
+            zeros = gptq_zeros(qzeros_GW, count=qweight_WF.shape[1], bits=bits, is_v2=is_v2).T.contiguous()
+        return _widened(codes_FD, scales_GF.T.contiguous(), zeros, bits=bits)
     # [W, F] -> [F, W]: the words of one output follow each other, so that its bytes are its codes in order.
     codes = _view_as(qweight_WF.T, torch.uint8)
     zeros_FG = None
     if qzeros_GW is not None:
-        zeros_FG = gptq_zeros(qzeros_GW, bits=bits, is_v2=is_v2).T.contiguous()
+        zeros_FG = gptq_zeros(qzeros_GW, count=qweight_WF.shape[1], bits=bits, is_v2=is_v2).T.contiguous()
     num_inputs = codes.shape[1] * 8 // bits
     return QuantizedWeight(codes, scales_GF.T.contiguous(), bits, num_inputs // scales_GF.shape[0], zeros_FG)
 
 
-def gptq_zeros(qzeros_GW: Tensor, *, bits: int, is_v2: bool) -> Tensor:
-    """uint8 [G, F]: the codes that stand for zero."""
-    stored_GF = unpack_words(qzeros_GW, bits=bits)
+def gptq_zeros(qzeros_GW: Tensor, *, count: int, bits: int, is_v2: bool) -> Tensor:
+    """uint8 [G, F]: the codes that stand for zero, of `count` outputs."""
+    stored_GF = unpack_codes(qzeros_GW, count=count, bits=bits)
     return stored_GF if is_v2 else (stored_GF + 1) & (2**bits - 1)
+
+
+def from_bitsandbytes_int8(weight_FD: Tensor, maxima_F: Tensor) -> QuantizedWeight:
+    """bitsandbytes' LLM.int8(): bytes whose 127 stands for the largest magnitude of the output, stored as SCB."""
+    scales_F1 = (maxima_F.to(torch.float32) / 127)[:, None]
+    return QuantizedWeight(_to_offset(weight_FD, bits=8), scales_F1, 8, weight_FD.shape[1])
+
+
+def dequantize_ordered(weight: QuantizedWeight, index_D: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """[F, D] of a matrix whose input d belongs to group `index_D[d]`, wherever it stands: activation order."""
+    columns = index_D.to(torch.int64)
+    codes = weight.codes
+    if weight.bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    out_FD = torch.empty(codes.shape, dtype=dtype)
+    step = max(1, (1 << 22) // max(1, codes.shape[1]))
+    for start in range(0, codes.shape[0], step):
+        rows = slice(start, start + step)
+        values = codes[rows].to(torch.float32)
+        if weight.zeros is None:
+            values -= 2.0 ** (weight.bits - 1)
+        else:
+            values -= weight.zeros[rows][:, columns].to(torch.float32)
+        out_FD[rows] = values.mul_(weight.scales[rows].to(torch.float32)[:, columns])
+    return out_FD
+
+
+def _widened(codes_FD: Tensor, scales_FG: Tensor, zeros_FG: Tensor | None, *, bits: int) -> QuantizedWeight:
+    """Codes of any width in the next one of QUANTIZED_BITS; they stand for the same numbers."""
+    wide = next(known for known in QUANTIZED_BITS if known > bits)
+    if zeros_FG is None:  # the middle code stays the zero
+        codes_FD = codes_FD + (2 ** (wide - 1) - 2 ** (bits - 1))
+    group_size = codes_FD.shape[1] // scales_FG.shape[1]
+    return QuantizedWeight(pack_codes(codes_FD, bits=wide), scales_FG, wide, group_size, zeros_FG)
 
 
 def compressed_tensors_of(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:

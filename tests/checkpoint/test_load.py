@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qnext.checkpoint import create_folder, load_model, save_model
 from qnext.checkpoint.files import TensorFiles
-from qnext.checkpoint.values import is_finite
+from qnext.checkpoint.finite import is_finite
 from qnext.config import read_config
 from qnext.errors import ConfigError, CorruptCheckpoint, ModelNotFound, UsageError
 from qnext.model import Batch, CausalLM, initialize
@@ -102,9 +102,9 @@ DAMAGES = {
         lambda t: t.update({"model.norm.weight": torch.zeros(48, dtype=torch.int32)}),
         r"tensor model.norm.weight has dtype I32, which is no weight",
     ),
-    "fp8 without a declaration": (
+    "fp8 without scales": (
         lambda t: t.update({"lm_head.weight": torch.zeros(300, 48).to(torch.float8_e4m3fn)}),
-        r"lm_head.weight is F8_E4M3, but config.json has no quantization_config",
+        r"lm_head.weight is F8_E4M3, but its scales lm_head.weight_scale_inv are missing",
     ),
     "one matrix in another dtype": (
         lambda t: t.update({"lm_head.weight": torch.zeros(300, 48).half()}),
@@ -231,7 +231,7 @@ def test_fp8_blocks_are_multiplied_by_their_scales(tmp_path: Path, scale_dtype: 
 FP8_DAMAGES = {
     "scales missing": (lambda t, n: t.pop(n), "its scales .* are missing"),
     "scales misshaped": (lambda t, n: t.update({n: t[n].T.repeat(2, 1)}), "its weight asks for"),
-    "scales in fp16": (lambda t, n: t.update({n: t[n].half()}), "only F32 and BF16"),
+    "scales of doubles": (lambda t, n: t.update({n: t[n].double()}), "has dtype F64, not BF16 or F16 or F32"),
     "scale NaN": (lambda t, n: t[n].fill_(float("nan")), "holds NaN or infinity"),
     "scale huge": (lambda t, n: t[n].fill_(3e38), "a scale beyond"),
     "scale of no weight": (lambda t, n: t.update({"lm_head.weight_scale_inv": torch.ones(3, 1)}), "is surplus"),
@@ -252,16 +252,14 @@ def test_damaged_fp8(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "bitsandbytes", "bits": 4}, "quant_method: 'bitsandbytes' is not supported"),
-        ({"quant_method": "fp8"}, "weight_block_size: missing"),
-        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"weight_block_size: \[64, 64\] is not supported"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}, "fmt: 'e5m2'"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "'static'"),
-        ({}, "quant_method: missing"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size: must be two positive integers"),
+        ({"quant_method": "fp8", "modules_to_not_convert": "lm_head"}, "modules_to_not_convert: must be a list"),
+        ({"quant_method": 8}, "quant_method: must be a word"),
+        ({}, "quant_method: missing; read are fp8"),
         ([1], "must be an object"),
     ],
 )
-def test_other_quantization_is_refused_by_name(tmp_path: Path, quantization: object, message: str) -> None:
+def test_a_damaged_quantization_is_refused_by_name(tmp_path: Path, quantization: object, message: str) -> None:
     folder = tiny_folder(tmp_path / "m")
     edit_config(folder, quantization_config=quantization)
     with pytest.raises(ConfigError, match=f"config.json: quantization_config.*{message}"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qnext.checkpoint import files as files_module
-from qnext.checkpoint import load_model, values
+from qnext.checkpoint import load_model, packed_values
 from qnext.checkpoint.files import ShardWriter, TensorFiles, TensorSpec
 from qnext.checkpoint.names import disk_parts
 from qnext.checkpoint.save import write_config
@@ -156,7 +156,7 @@ def test_unaligned_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (files_module, values):
+    for module in (files_module, packed_values):
         monkeypatch.setattr(module, "PIECE_BYTES", 256)
 
 

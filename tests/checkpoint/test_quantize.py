@@ -23,7 +23,8 @@ from qnext.eval import EvalDocument, evaluate_perplexity
 from qnext.model import Batch
 from qnext.quant.report import QualityReport
 from qnext.quant.scheme import make_policy
-from tests.checkpoint.folders import edit_config, make_fp8, poke
+from tests.checkpoint.folders import make_fp8, poke
+from tests.checkpoint.packed_folders import FORMS, PackedForm, packed_folder
 from tests.checkpoint.quantized import DENSE, NEXT, model_of, save_random, stored_weights
 
 KEPT = ("norm", "mlp.gate.", "shared_expert_gate", "in_proj_ba", "conv1d", "A_log", "dt_bias", "embed_tokens", "mtp.fc")
@@ -235,8 +236,9 @@ def test_refusals(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "broken"}
 
 
-def test_other_quantisation_is_not_taken_for_weights(source: Path, tmp_path: Path) -> None:
-    shutil.copytree(source, tmp_path / "awq")
-    edit_config(tmp_path / "awq", quantization_config={"quant_method": "awq"})
-    with pytest.raises(UsageError, match="awq"):
-        quantize(tmp_path / "awq", tmp_path / "never")
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[4], FORMS[6], FORMS[7]], ids=str)
+def test_codes_are_not_rounded_again(tmp_path: Path, form: PackedForm) -> None:
+    packed_folder(tmp_path / "packed", form)
+    with pytest.raises(UsageError, match=rf"quantised already \({form.method}: {form.layout} int"):
+        quantize(tmp_path / "packed", tmp_path / "never")
+    assert not (tmp_path / "never").exists()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qnext.checkpoint.files import MAX_SHARD_BYTES, ShardWriter, write_text
+from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.gguf.blocks import decode, integer_codes
 from qnext.checkpoint.gguf.container import BlockType, GgufFile, GgufTensor, read_gguf
 from qnext.checkpoint.gguf.keys import config_from_keys
@@ -21,7 +22,6 @@ from qnext.checkpoint.gguf.names import Change, Entry, Slab, gguf_entries, slabs
 from qnext.checkpoint.gguf.packing import BITS, GROUP_SIZE, packed_parameters, packed_plan, quantization_config
 from qnext.checkpoint.names import disk_parts
 from qnext.checkpoint.save import disk_plan, new_folder, write_side_files
-from qnext.checkpoint.values import is_finite
 from qnext.config import ModelConfig, to_hf
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.planning import parameter_shapes

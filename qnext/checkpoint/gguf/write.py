@@ -13,12 +13,14 @@ from torch import Tensor
 
 from qnext.checkpoint.check import Layout, read_layout, structure_problems
 from qnext.checkpoint.files import TensorFiles
+from qnext.checkpoint.finite import is_finite
+from qnext.checkpoint.formats.forms import Form
 from qnext.checkpoint.gguf.blocks import encode, encode_codes
 from qnext.checkpoint.gguf.container import BLOCK_TYPES, BlockType, GgufSpec, GgufWriter, Value, new_file
 from qnext.checkpoint.gguf.keys import config_to_keys
 from qnext.checkpoint.gguf.names import Change, Entry, gguf_entries, matrix_shape, slabs
-from qnext.checkpoint.quantization import Form
-from qnext.checkpoint.values import is_finite, read_packed, read_weight, tensor_value_problems
+from qnext.checkpoint.packed_values import is_in_order, read_packed
+from qnext.checkpoint.values import read_weight, tensor_value_problems
 from qnext.errors import CorruptCheckpoint, UsageError
 
 # option -> block type of the matrices and the number of general.file_type (llama.h, enum llama_ftype)
@@ -98,19 +100,21 @@ class _Source:
     def exact_form(self, name: str) -> Form | None:
         """The form of a packed weight that Q8_0 or Q4_0 can hold as it is: symmetric, groups of whole blocks."""
         packed = self._layout.packed.get(name)
-        if packed is None or not packed.form.is_symmetric or packed.group_size % BLOCK_TYPES["Q8_0"].num_items:
+        if packed is None or not packed.form.keeps_codes or not packed.form.is_symmetric:
             return None
-        return packed.form
+        is_whole = packed.group_size % BLOCK_TYPES["Q8_0"].num_items == 0
+        return packed.form if is_whole and is_in_order(packed, self._files) else None
 
     def matrix(self, name: str) -> Tensor:
         if self._last is not None and self._last[0] == name:
             return self._last[1]
         self._check_packed(name)
-        is_plain = name in self._files.tensors and self._files.tensors[name].dtype != "F8_E4M3"
+        packed = self._layout.packed.get(name)
+        is_plain = packed is None
         if is_plain:
             tensor = self._files.read(name)
         else:
-            dtype = torch.float32 if name in self._layout.packed else torch.bfloat16
+            dtype = torch.float32 if packed is not None and packed.form.keeps_codes else torch.bfloat16
             tensor = read_weight(self._layout, self._files, name, dtype=dtype)
         matrix_RI = tensor.reshape(matrix_shape(tuple(tensor.shape)))
         if not is_plain:
@@ -128,17 +132,15 @@ class _Source:
         return codes_RI, weight.scales[start:end].to(torch.float32)
 
     def drop(self, name: str) -> None:
-        packed = self._layout.packed.get(name)
-        for stored in [name] if packed is None else [wanted.name for wanted in packed.stored.values()]:
+        for stored in self._layout.stored_names(name):
             self._files.drop(stored)
 
     def error(self, name: str, problem: str) -> CorruptCheckpoint:
         return CorruptCheckpoint(f"{self._files.folder}: tensor {name} {problem}")
 
     def _check_packed(self, name: str) -> None:
-        packed = self._layout.packed.get(name)
-        for stored in () if packed is None else packed.stored.values():
-            for problem in tensor_value_problems(self._layout, self._files, self._files.tensors[stored.name]):
+        for stored in self._layout.stored_names(name) if name in self._layout.packed else ():
+            for problem in tensor_value_problems(self._layout, self._files, self._files.tensors[stored]):
                 raise CorruptCheckpoint(problem)
 
 

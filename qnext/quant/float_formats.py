@@ -1,0 +1,113 @@
+"""Floats of few bits on disk, to numbers: FP8 with scales for blocks, FP4 with scales for groups, bitsandbytes' tables.
+
+Everything is computed in fp32 and rounded once. Sizes and dtypes are checked by who reads the headers.
+
+Sources: OCP Microscaling Formats 1.0 (E2M1, E8M0), compressed-tensors 0.20 (compressors/nvfp4, mxfp4, mxfp8), ModelOpt
+(export of NVFP4: weight_scale_2), bitsandbytes (functional.py: dequantize_4bit, dequantize_blockwise).
+
+Legend: F outputs, D inputs, G groups of inputs, N numbers, B blocks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# E2M1 by code: a sign, two bits of exponent, one behind the point.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def scale_values(scales: Tensor) -> Tensor:
+    """Scales in fp32; bytes are exponents of two, plus 127."""
+    if scales.dtype == torch.uint8:
+        scales = scales.view(torch.float8_e8m0fnu)
+    return scales.to(torch.float32)
+
+
+def from_fp8(weight_FD: Tensor, scales: Tensor, *, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """weight * scale. `block` outputs and inputs share a scale, 0 standing for all of them."""
+    num_outputs, num_inputs = weight_FD.shape
+    rows, columns = block[0] or num_outputs, block[1] or num_inputs
+    grid = scale_values(scales).reshape(-(-num_outputs // rows), -(-num_inputs // columns))
+    out_FD = torch.empty(weight_FD.shape, dtype=dtype)
+    step = max(rows, 128 // rows * rows)
+    for start in range(0, num_outputs, step):
+        part = grid[start // rows : -(-min(start + step, num_outputs) // rows)]
+        part = part.repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
+        values = weight_FD[start : start + step].to(torch.float32)
+        out_FD[start : start + step] = values * part[: values.shape[0], :num_inputs]
+    return out_FD
+
+
+def from_fp4(
+    codes: Tensor,
+    scales_FG: Tensor,
+    *,
+    factor: Tensor | None = None,
+    divisor: Tensor | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """E2M1 codes uint8 [F, D / 2], the lower nibble first, times the scale of their group.
+
+    The scales are multiplied first by `factor` (ModelOpt's weight_scale_2) or divided by `divisor` (compressed-tensors'
+    weight_global_scale), each one number.
+    """
+    scales = scale_values(scales_FG)
+    if factor is not None:
+        scales = scales * factor.to(torch.float32).reshape(())
+    if divisor is not None:
+        scales = scales / divisor.to(torch.float32).reshape(())
+    return _scaled_nibbles(codes, scales, dtype)
+
+
+def _scaled_nibbles(codes: Tensor, scales_FG: Tensor, dtype: torch.dtype) -> Tensor:
+    table = torch.tensor(E2M1)
+    num_outputs, width = codes.shape
+    out_FD = torch.empty((num_outputs, 2 * width), dtype=dtype)
+    step = max(1, (1 << 20) // max(1, width))
+    for start in range(0, num_outputs, step):
+        rows = slice(start, start + step)
+        nibbles = torch.stack((codes[rows] & 15, codes[rows] >> 4), dim=-1).flatten(-2)
+        values = table[nibbles.to(torch.int32)].unflatten(-1, (scales_FG.shape[1], -1))
+        out_FD[rows] = (values * scales_FG[rows, :, None]).flatten(-2)
+    return out_FD
+
+
+class Nested(NamedTuple):
+    """Block maxima that are quantised themselves: codes into `map`, a scale for every `block_size` of them."""
+
+    scales_B: Tensor
+    map: Tensor
+    block_size: int
+    offset: float
+
+
+def from_bitsandbytes(
+    codes: Tensor,
+    absmax_B: Tensor,
+    table: Tensor,
+    *,
+    shape: tuple[int, int],
+    block_size: int,
+    nested: Nested | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """4-bit codes of the whole matrix in one row, the higher nibble first, with a maximum for each block of numbers."""
+    count = shape[0] * shape[1]
+    packed = codes.contiguous().reshape(-1).view(torch.uint8)
+    maxima = absmax_B
+    if nested is not None:
+        factors = nested.scales_B.repeat_interleave(nested.block_size)[: len(absmax_B)]
+        maxima = nested.map[absmax_B.to(torch.int32)] * factors + nested.offset
+    maxima = maxima.to(torch.float32)
+    out_N = torch.empty(count, dtype=dtype)
+    step = block_size * max(1, (1 << 21) // block_size)  # whole blocks, and an even number of codes
+    for start in range(0, count, step):
+        end = min(start + step, count)
+        part = packed[start // 2 : -(-end // 2)]
+        nibbles = torch.stack((part >> 4, part & 15), dim=-1).flatten()[: end - start]
+        factors = maxima[start // block_size : -(-end // block_size)].repeat_interleave(block_size)[: end - start]
+        out_N[start:end] = table[nibbles.to(torch.int32)] * factors
+    return out_N.view(shape)
