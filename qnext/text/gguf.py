@@ -69,6 +69,11 @@ def vocabulary_keys(folder: str | os.PathLike[str], *, num_rows: int) -> dict[st
     return keys if template is None else keys | {_TEMPLATE: template}
 
 
+def has_vocabulary(keys: Mapping[str, Any]) -> bool:
+    """Whether the keys of a GGUF file describe a tokenizer; weights are sometimes converted without one."""
+    return f"{_PREFIX}tokens" in keys and keys.get(f"{_PREFIX}model") not in ("none", "no_vocab")
+
+
 def write_vocabulary(
     keys: Mapping[str, Any], folder: str | os.PathLike[str], *, source: str, model_max_length: int
 ) -> None:
