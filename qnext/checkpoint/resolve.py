@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from qnext.config import PRESETS
-from qnext.errors import ModelNotFound
+from qnext.errors import ModelNotFound, NotSupported
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -14,14 +14,25 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def resolve_model(name: str | Path) -> Path:
     """The folder of a model: a folder itself, or a hub name that is in the local Hugging Face cache.
 
-    Nothing is downloaded. Raises ModelNotFound, saying what would help.
+    Nothing is downloaded. Raises ModelNotFound, saying what would help, and NotSupported for GGUF files.
     """
+    folder = resolve_folder(name)
+    files = sorted(folder.glob("*.gguf"))
+    if files and not any(folder.glob("*.safetensors")):
+        raise NotSupported(f"{folder}: GGUF is not run as it is; `qnext convert {files[0]} OUT` makes a folder of it")
+    return folder
+
+
+def resolve_folder(name: str | Path) -> Path:
+    """As resolve_model, whatever the folder holds."""
     path = Path(name).expanduser()
-    if path.is_dir() and str(name):
+    text = str(name)
+    if path.is_dir() and text:
         return path
     if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            raise NotSupported(f"{path}: GGUF is not run as it is; `qnext convert {path} OUT` makes a folder of it")
         raise ModelNotFound(f"{path}: is a file, a model is a folder")
-    text = str(name)
     if text in PRESETS:
         raise ModelNotFound(
             f"{text} is a preset and has no weights; `qnext init {text} OUT` makes a folder with random ones"

@@ -14,7 +14,10 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL|IN.gguf", help="a folder, a hub name, or a GGUF file")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL|IN.gguf", help="a folder, a hub name, or a GGUF file: any part of a split one"),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf|OUT", help="the file or folder to make; must be new")],
     kind: Annotated[
         str | None, typer.Option("--type", metavar="|".join(_KINDS), help="of the matrices in OUT.gguf; else bf16")
@@ -29,15 +32,15 @@ def command(
     """Write a folder as GGUF for llama.cpp, or a GGUF file as a Hugging Face folder, and print its path."""
     from qnext.errors import UsageError
 
-    is_import = model.endswith(".gguf") and Path(model).is_file()
-    if is_import == (out.suffix == ".gguf"):
+    source = _gguf_source(model, out)
+    if (source is None) != (out.suffix == ".gguf"):
         raise UsageError("one of the two must be a GGUF file that ends in .gguf: `convert MODEL OUT.gguf` or back")
-    if is_import:
+    if source is not None:
         if kind is not None:
             raise UsageError("--type is for OUT.gguf; a folder has --dtype")
         if dtype is not None and dtype not in _DTYPES:
             raise UsageError(f"--dtype {dtype}: must be one of {', '.join(_DTYPES)}")
-        _import(Path(model), out, dtype, dequantize)
+        _import(source, out, dtype, dequantize)
     else:
         if dtype is not None or dequantize:
             raise UsageError("--dtype and --dequantize are for a folder; OUT.gguf has --type")
@@ -45,6 +48,19 @@ def command(
             raise UsageError(f"--type {kind}: must be one of {', '.join(_KINDS)}")
         _export(model, out, kind or "bf16")
     print(out)
+
+
+def _gguf_source(model: str, out: Path) -> Path | None:
+    """The GGUF file that MODEL stands for; None where it is a folder to be exported."""
+    from qnext.checkpoint.gguf import find_gguf
+    from qnext.checkpoint.resolve import resolve_folder
+
+    if out.suffix == ".gguf" and Path(model).is_dir():
+        return None
+    found = find_gguf(model)
+    if found is None and out.suffix != ".gguf" and not Path(model).exists():
+        found = find_gguf(str(resolve_folder(model)))
+    return found
 
 
 def _export(model: str, out: Path, kind: str) -> None:
@@ -66,18 +82,23 @@ def _import(path: Path, out: Path, dtype: str | None, dequantize: bool) -> None:
     import torch
 
     from qnext.checkpoint.gguf import import_gguf, read_gguf
-    from qnext.checkpoint.gguf.keys import config_from_keys
+    from qnext.checkpoint.gguf.read_keys import config_from_keys
     from qnext.cli._progress import byte_progress
-    from qnext.text.gguf import write_vocabulary
+    from qnext.errors import warn
+    from qnext.text.gguf import has_vocabulary, write_vocabulary
 
     file = read_gguf(path)
     config = config_from_keys(file)
     with tempfile.TemporaryDirectory(prefix="qnext-") as made:
-        write_vocabulary(file.keys, made, source=str(path), model_max_length=config.max_position_embeddings)
+        has_tokenizer = has_vocabulary(file.keys)
+        if has_tokenizer:
+            write_vocabulary(file.keys, made, source=str(file.path), model_max_length=config.max_position_embeddings)
+        else:
+            warn(f"{file.path}: holds no vocabulary; the folder gets no tokenizer and can only be given token ids")
         with byte_progress("reading") as progress:
             report = import_gguf(
                 path, out, dtype=None if dtype is None else getattr(torch, dtype), dequantize=dequantize,
-                tokenizer_folder=made, progress=progress,
+                tokenizer_folder=made if has_tokenizer else None, progress=progress,
             )  # fmt: skip
     name = str(report.dtype).removeprefix("torch.")
     if report.packed:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from qnext.errors import CorruptCheckpoint, UsageError
+from qnext.errors import CorruptCheckpoint, NotSupported, UsageError, warn
 from qnext.text.tokenizer import Tokenizer, read_json_object
 from qnext.text.train import (
     DEFAULT_SPECIAL_TOKENS,
@@ -26,9 +27,23 @@ from qnext.text.train import (
     save_tokenizer,
 )
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_UNDEFINED, _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 0, 1, 2, 3, 4, 5
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
+# Values of tokenizer.ggml.pre that llama.cpp splits in the family's way (src/llama-vocab.cpp).
+SPLITTINGS = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")
+_PADDING = re.compile(r"\[PAD\d+\]|\[EMPTY_\d+\]")
+_LOOKS_LIKE_CONTROL = re.compile(r"<\|.+\|>")
+# general.sampling.* -> key of generation_config.json, smallest and largest value that it may have there
+SAMPLING_KEYS = {
+    "temp": ("temperature", 0.0, 100.0),
+    "top_k": ("top_k", 0, 1 << 31),
+    "top_p": ("top_p", 1e-6, 1.0),
+    "min_p": ("min_p", 0.0, 1.0),
+    "penalty_repeat": ("repetition_penalty", 1e-6, 100.0),
+}
+# general.sampling.* that have no counterpart, with the value that does nothing
+_OTHER_SAMPLING: dict[str, Any] = {"xtc_probability": 0, "mirostat": 0}
 # Stands where a tokenizer merges nothing, for llama.cpp refuses an empty list: two NUL bytes, which no token holds.
 _NO_MERGE = "\u0100 \u0100"
 # Tokens of the family that look like control tokens and are none.
@@ -69,13 +84,19 @@ def vocabulary_keys(folder: str | os.PathLike[str], *, num_rows: int) -> dict[st
     return keys if template is None else keys | {_TEMPLATE: template}
 
 
+def has_vocabulary(keys: Mapping[str, Any]) -> bool:
+    """Whether the keys of a GGUF file describe a tokenizer; weights are sometimes converted without one."""
+    return f"{_PREFIX}tokens" in keys and keys.get(f"{_PREFIX}model") not in ("none", "no_vocab")
+
+
 def write_vocabulary(
     keys: Mapping[str, Any], folder: str | os.PathLike[str], *, source: str, model_max_length: int
 ) -> None:
     """Write tokenizer.json and its companions from the keys of a GGUF file, named `source` in errors.
 
-    generation_config.json gets the end token of the file and those two that llama.cpp knows by name. Raises
-    CorruptCheckpoint naming the key that is missing, of another family, or contradicts another.
+    generation_config.json gets the end tokens of the file, those two that llama.cpp knows by name, and its values for
+    sampling. Raises CorruptCheckpoint naming the key that is missing or contradicts another, NotSupported for a
+    tokenizer of another family.
     """
     reader = _Reader(keys, source)
     backend = reader.backend()
@@ -85,15 +106,21 @@ def write_vocabulary(
     try:
         Tokenizer(backend, source=source)
         save_tokenizer(
-            backend, folder, model_max_length=model_max_length, chat_template=reader.template(),
-            eos_token=reader.tokens[ids[0]], pad_token=fallback if pad is None else pad,
-        )  # fmt: skip
+            backend,
+            folder,
+            model_max_length=model_max_length,
+            chat_template=reader.template(),
+            eos_token=reader.tokens[ids[0]],
+            pad_token=fallback if pad is None else reader.tokens[pad],
+        )
     except UsageError as error:
         raise CorruptCheckpoint(f"{source}: {error}") from None
-    generation = {"eos_token_id": ids if len(ids) > 1 else ids[0]}
+    generation: dict[str, Any] = {"eos_token_id": ids if len(ids) > 1 else ids[0]}
     for name, key in (("bos_token_id", "bos_token_id"), ("pad_token_id", "padding_token_id")):
-        if f"{_PREFIX}{key}" in keys:
-            generation[name] = keys[f"{_PREFIX}{key}"]
+        index = reader.token(f"{_PREFIX}{key}")
+        if index is not None:
+            generation[name] = index
+    generation |= _sampling(keys, source)
     (Path(folder) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
@@ -103,13 +130,32 @@ class _Reader:
     def __init__(self, keys: Mapping[str, Any], source: str) -> None:
         self.keys = keys
         self.source = source
-        for key, only in ((f"{_PREFIX}model", "gpt2"), (f"{_PREFIX}pre", "qwen2")):
-            if keys.get(key) != only:
-                raise self.error(key, f"{str(keys.get(key))[:60]!r} is not supported, only {only!r}")
+        if f"{_PREFIX}pre" not in keys:
+            self.warn(f"{_PREFIX}pre", f"missing; texts are split as {SPLITTINGS[0]!r} says")
+        for key, known in (("model", ("gpt2",)), ("pre", SPLITTINGS)):
+            value = keys.get(_PREFIX + key, SPLITTINGS[0] if key == "pre" else None)
+            if value not in known:
+                problem = f"{str(value)[:60]!r} is not supported, only {known[0]!r}"
+                raise NotSupported(f"{source}: key {_PREFIX}{key}: {problem}")
+        for key in ("add_bos_token", "add_eos_token"):
+            if keys.get(_PREFIX + key):
+                self.warn(_PREFIX + key, "is true; the family's tokenizers add none, and none is added")
         self.tokens: list[str] = self.list_of(str, f"{_PREFIX}tokens")
-        self.types: list[int] = self.list_of(int, f"{_PREFIX}token_type")
-        if len(self.types) != len(self.tokens):
-            raise self.error(f"{_PREFIX}token_type", f"{len(self.types)} types of {len(self.tokens)} tokens")
+        self.types = self.token_types()
+
+    def token_types(self) -> list[int]:
+        """What each token is. Without the list the names tell, as far as they do in this family."""
+        key = f"{_PREFIX}token_type"
+        if key not in self.keys:
+            self.warn(key, "missing; names such as <|im_end|> tell which tokens are control tokens")
+            return [_type_by_name(name) for name in self.tokens]
+        types: list[int] = self.list_of(int, key)
+        if len(types) < len(self.tokens):
+            raise self.error(key, f"{len(types)} types of {len(self.tokens)} tokens")
+        return types[: len(self.tokens)]
+
+    def warn(self, key: str, problem: str) -> None:
+        warn(f"{self.source}: key {key}: {problem}")
 
     def error(self, key: str, problem: str) -> CorruptCheckpoint:
         return CorruptCheckpoint(f"{self.source}: key {key}: {problem}")
@@ -124,16 +170,16 @@ class _Reader:
         vocab: dict[str, int] = {}
         special: dict[str, tuple[int, SpecialToken]] = {}
         for index, (name, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
-            if kind == _UNUSED:
+            if kind == _UNUSED or not name:
                 continue
-            if kind not in (_NORMAL, _CONTROL, _USER_DEFINED):
+            if kind not in (_UNDEFINED, _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED):
                 raise self.error(f"{_PREFIX}token_type", f"token {index} has type {kind}, which BPE has not")
-            if not name or name in vocab or name in special:
-                raise self.error(f"{_PREFIX}tokens", f"{name[:60]!r} is empty or appears twice")
-            if kind == _NORMAL:
+            if name in vocab or name in special:
+                raise self.error(f"{_PREFIX}tokens", f"{name[:60]!r} appears twice")
+            if kind in (_UNDEFINED, _NORMAL):
                 vocab[name] = index
             else:
-                special[name] = (index, SpecialToken(name, kind == _CONTROL and name not in _MARKUP))
+                special[name] = (index, SpecialToken(name, kind != _USER_DEFINED and name not in _MARKUP))
         merges = self.merges()
         added = [token for _, token in special.values()]
         try:
@@ -147,7 +193,7 @@ class _Reader:
         return backend
 
     def merges(self) -> list[tuple[str, str]]:
-        if f"{_PREFIX}merges" not in self.keys:
+        if f"{_PREFIX}merges" not in self.keys and all(map(_is_single, self.tokens, self.types)):
             return []
         if self.keys[f"{_PREFIX}merges"] == [_NO_MERGE] and _NO_MERGE.replace(" ", "") not in self.tokens:
             return []
@@ -157,18 +203,20 @@ class _Reader:
                 raise self.error(f"{_PREFIX}merges", f"{' '.join(pair)[:60]!r} is no pair")
         return pairs
 
-    def token(self, key: str) -> str | None:
-        """Name of the token whose id stands under `key`."""
+    def token(self, key: str) -> int | None:
+        """The id under `key`. One that is none is passed over, as llama.cpp does; -1 is how some tools write none."""
         index = self.keys.get(key)
-        if index is None:
+        if index is None or index == -1:
             return None
         if type(index) is not int or not 0 <= index < len(self.tokens):
-            raise self.error(key, f"{str(index)[:60]} is no token")
-        return self.tokens[index]
+            self.warn(key, f"{str(index)[:60]} is no token and is passed over")
+            return None
+        return index
 
     def end_ids(self, backend: Backend) -> list[int]:
-        names = (self.token(f"{_PREFIX}eos_token_id"), IM_END, END_OF_TEXT)
-        found = [backend.token_to_id(name) for name in names if name is not None]
+        given = [self.token(f"{_PREFIX}{name}_token_id") for name in ("eos", "eot", "eom")]
+        names = [self.tokens[index] for index in given if index is not None]
+        found = [backend.token_to_id(name) for name in (*names, IM_END, END_OF_TEXT)]
         ids = list(dict.fromkeys(index for index in found if index is not None))
         if not ids:
             raise self.error(f"{_PREFIX}eos_token_id", "missing or unused, and no token is known to end a text")
@@ -178,7 +226,40 @@ class _Reader:
         value = self.keys.get(_TEMPLATE)
         if value is not None and not isinstance(value, str):
             raise self.error(_TEMPLATE, "must be text")
+        others = sorted(key for key in self.keys if key.startswith(f"{_TEMPLATE}."))
+        if others:
+            warn(f"{self.source}: only {_TEMPLATE} is kept, not {', '.join(others)[:200]}")
         return value
+
+
+def _type_by_name(name: str) -> int:
+    if _PADDING.fullmatch(name):
+        return _UNUSED
+    if name in _MARKUP:
+        return _USER_DEFINED
+    return _CONTROL if _LOOKS_LIKE_CONTROL.fullmatch(name) else _NORMAL
+
+
+def _is_single(name: str, kind: int) -> bool:
+    """Whether no merge is needed to make the token."""
+    return len(name) <= 1 or kind not in (_UNDEFINED, _NORMAL)
+
+
+def _sampling(keys: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What general.sampling.* says, as keys of generation_config.json."""
+    values: dict[str, Any] = {}
+    for key, (name, smallest, largest) in SAMPLING_KEYS.items():
+        value = keys.get(f"general.sampling.{key}")
+        if value is None or (key == "top_k" and value == -1):
+            continue
+        if type(value) not in (int, float) or not smallest <= value <= largest:
+            warn(f"{source}: key general.sampling.{key}: {str(value)[:60]} is out of range and is passed over")
+            continue
+        values[name] = int(value) if key == "top_k" else float(f"{value:.7g}")  # fp32 has no more digits
+    for key, neutral in _OTHER_SAMPLING.items():
+        if keys.get(f"general.sampling.{key}", neutral) != neutral:
+            warn(f"{source}: key general.sampling.{key}: has no counterpart and is passed over")
+    return values | ({"do_sample": values.get("temperature", 1.0) > 0} if values else {})
 
 
 def _is_of_family(description: dict[str, Any]) -> bool:

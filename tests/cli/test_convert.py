@@ -68,8 +68,8 @@ def _float32() -> object:
         (("m.gguf", "out", "--dtype", "int8"), 2, "--dtype int8: must be one of"),
         (("model", "m.gguf"), 2, "m.gguf: exists"),
         (("m.gguf", "model"), 2, "exists and is not empty"),
-        (("nothing.gguf", "out"), 2, "must be a GGUF file"),
-        (("bad.gguf", "out"), 5, "bad.gguf: no GGUF file"),
+        (("nothing.gguf", "out"), 3, "nothing.gguf: no such file"),
+        (("bad.gguf", "out"), 5, "bad.gguf: no GGUF file but zeros"),
         (("80b-a3b", "n.gguf"), 3, "is a preset and has no weights"),
     ],
 )

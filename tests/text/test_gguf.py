@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qnext.errors import CorruptCheckpoint, UsageError
-from qnext.text.gguf import vocabulary_keys, write_vocabulary
+from qnext.errors import CorruptCheckpoint, NotSupported, UsageError
+from qnext.text.gguf import has_vocabulary, vocabulary_keys, write_vocabulary
 from qnext.text.templates import INSTRUCT_TEMPLATE
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import (
@@ -109,8 +109,6 @@ def change(key: str, value: Any) -> dict[str, Any]:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "model": (change("model", "llama"), "tokenizer.ggml.model: 'llama' is not supported, only 'gpt2'"),
-    "splitting": (change("pre", "llama-bpe"), "tokenizer.ggml.pre: 'llama-bpe' is not supported"),
     "no tokens": (change("tokens", None), "tokenizer.ggml.tokens: must be a list of str"),
     "numbers as tokens": (change("tokens", [1, 2]), "tokenizer.ggml.tokens: must be a list of str"),
     "types": (change("token_type", [1]), "tokenizer.ggml.token_type: 1 types of"),
@@ -118,8 +116,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "merge": (change("merges", ["a b c"]), "tokenizer.ggml.merges: 'a b c' is no pair"),
     "merge of nothing": (change("merges", ["ab "]), "tokenizer.ggml.merges: 'ab ' is no pair"),
     "merge of strangers": (change("merges", ["Å Æ"]), "tokenizer.ggml.merges: "),
-    "end": (change("eos_token_id", 10**6), "tokenizer.ggml.eos_token_id: 1000000 is no token"),
-    "padding": (change("padding_token_id", -1), "tokenizer.ggml.padding_token_id: -1 is no token"),
+    "no merges": (change("merges", None), "tokenizer.ggml.merges: must be a list of str"),
     "template": ({"tokenizer.chat_template": 3}, "tokenizer.chat_template: must be text"),
 }
 
@@ -130,6 +127,119 @@ def test_a_wrong_key_is_refused_by_name(folder: Path, tmp_path: Path, name: str)
     with pytest.raises(CorruptCheckpoint, match=r"^m\.gguf: ") as caught:
         write_vocabulary(keys_of(folder) | changes, tmp_path, source="m.gguf", model_max_length=77)
     assert message in str(caught.value)
+
+
+FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
+    "model": (change("model", "llama"), "tokenizer.ggml.model: 'llama' is not supported, only 'gpt2'"),
+    "no model": (change("model", None), "tokenizer.ggml.model: 'None' is not supported"),
+    "splitting": (change("pre", "llama-bpe"), "tokenizer.ggml.pre: 'llama-bpe' is not supported, only 'qwen2'"),
+    "newer splitting": (change("pre", "qwen35"), "tokenizer.ggml.pre: 'qwen35' is not supported"),
+    "splitting of none": (change("pre", "default"), "tokenizer.ggml.pre: 'default' is not supported"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_other_tokenizers_are_not_called_damage(folder: Path, tmp_path: Path, name: str) -> None:
+    changes, message = FOREIGN[name]
+    with pytest.raises(NotSupported, match=rf"^m\.gguf: key {message}"):
+        write_vocabulary(keys_of(folder) | changes, tmp_path, source="m.gguf", model_max_length=77)
+
+
+def texts_agree(one: Path, other: Path) -> None:
+    ours, theirs = Tokenizer.from_folder(one), Tokenizer.from_folder(other)
+    for text in [*TEXTS, "<|im_start|>user\n<think>é</think><tool_call><|im_end|>"]:
+        for allow in (False, True):
+            assert ours.encode(text, allow_special=allow) == theirs.encode(text, allow_special=allow)
+    assert ours.special_ids == theirs.special_ids
+    assert ours.eos_ids == theirs.eos_ids | {theirs.token_id("<|endoftext|>")}
+
+
+# what is changed, and the key that a warning names
+LIBERAL: dict[str, tuple[dict[str, Any], str | None]] = {
+    "splitting is missing": (change("pre", None), "tokenizer.ggml.pre: missing; texts are split as 'qwen2'"),
+    "splitting of the same kind": (change("pre", "deepseek-r1-qwen"), None),
+    "types are missing": (change("token_type", None), "tokenizer.ggml.token_type: missing"),
+    "scores": (change("scores", [0.0] * 9), None),
+    "other keys": ({"tokenizer.huggingface.json": "{}", "tokenizer.ggml.seperator_token_id": 1}, None),
+    "end that is none": (change("eos_token_id", 10**6), "tokenizer.ggml.eos_token_id: 1000000 is no token"),
+    "end is missing": (change("eos_token_id", None), None),
+    "padding of some tools": (change("padding_token_id", -1), None),
+    "padding that is none": (change("padding_token_id", "x"), "tokenizer.ggml.padding_token_id: x is no token"),
+    "beginning is added": (change("add_bos_token", True), "tokenizer.ggml.add_bos_token: is true"),
+    "end is added": (change("add_eos_token", True), "tokenizer.ggml.add_eos_token: is true"),
+    "templates": (
+        {"tokenizer.chat_template.tool_use": "x", "tokenizer.chat_templates": ["tool_use"]},
+        "only tokenizer.c",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIBERAL)
+def test_the_same_tokenizer_from_fewer_or_other_keys(
+    folder: Path, tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    changes, warning = LIBERAL[name]
+    keys = {key: value for key, value in (keys_of(folder) | changes).items() if value is not None}
+    write_vocabulary(keys, tmp_path, source="m.gguf", model_max_length=77)
+    texts_agree(tmp_path, folder)
+    messages = [str(item.message) for item in recwarn]
+    assert (warning is None) == (not messages)
+    assert warning is None or warning in messages[0]
+
+
+def test_types_that_say_little(folder: Path, tmp_path: Path) -> None:
+    """Undefined is normal, unknown is control, a longer list is cut, an empty name is unused."""
+    keys = keys_of(folder)
+    types = [{1: 0, 3: 2}.get(kind, kind) for kind in keys["tokenizer.ggml.token_type"]]
+    tokens = [*keys["tokenizer.ggml.tokens"][:-1], ""]
+    changes = change("token_type", [*types[:-1], 1, 6, 6]) | change("tokens", tokens)
+    write_vocabulary(keys | changes, tmp_path, source="m.gguf", model_max_length=77)
+    texts_agree(tmp_path, folder)
+
+
+def test_all_end_tokens_count(folder: Path, tmp_path: Path) -> None:
+    ids = {name: i for i, name in enumerate(keys_of(folder)["tokenizer.ggml.tokens"])}
+    changes = change("eot_token_id", ids["<|file_sep|>"]) | change("eom_token_id", ids["<|fim_pad|>"])
+    write_vocabulary(keys_of(folder) | changes, tmp_path, source="m.gguf", model_max_length=77)
+    expected = [ids[name] for name in ("<|im_end|>", "<|file_sep|>", "<|fim_pad|>", "<|endoftext|>")]
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == expected
+
+
+SAMPLING: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
+    "none": ({}, {}, None),
+    "instruct": (
+        {"temp": 0.699999988079071, "top_k": 20, "top_p": 0.800000011920929, "min_p": 0.0, "sequence": "kpmt"},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.0, "do_sample": True}, None,
+    ),
+    "greedy": ({"temp": 0}, {"temperature": 0.0, "do_sample": False}, None),
+    "all tokens": ({"top_k": -1, "top_p": 1}, {"top_p": 1.0, "do_sample": True}, None),
+    "penalty": (
+        {"penalty_repeat": 1.0499999523162842, "penalty_last_n": 64},
+        {"repetition_penalty": 1.05, "do_sample": True}, None,
+    ),
+    "beyond the range": ({"top_p": 1.5, "temp": 0.5}, {"temperature": 0.5, "do_sample": True}, "top_p: 1.5 is out of"),
+    "text": ({"temp": "hot"}, {}, "general.sampling.temp: hot is out of range"),
+    "no counterpart": ({"mirostat": 2}, {}, "general.sampling.mirostat: has no counterpart"),
+    "one that does nothing": ({"xtc_probability": 0.0, "mirostat": 0, "mirostat_tau": 5.0}, {}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_values_for_sampling(folder: Path, tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder) -> None:
+    given, expected, warning = SAMPLING[name]
+    keys = keys_of(folder) | {f"general.sampling.{key}": value for key, value in given.items()}
+    write_vocabulary(keys, tmp_path, source="m.gguf", model_max_length=77)
+    values = json.loads((tmp_path / "generation_config.json").read_text())
+    assert values == {"eos_token_id": values["eos_token_id"]} | expected
+    messages = [str(item.message) for item in recwarn]
+    assert (warning is None) == (not messages)
+    assert warning is None or warning in messages[0]
+
+
+@pytest.mark.parametrize("keys", [{}, change("model", "none"), change("model", "no_vocab")])
+def test_a_file_without_a_vocabulary(folder: Path, keys: dict[str, Any]) -> None:
+    assert has_vocabulary(keys_of(folder))
+    assert not has_vocabulary(keys)
 
 
 @pytest.mark.parametrize("kind", ["twice", "byte", "not byte-level"])

@@ -10,13 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qnext.checkpoint.gguf.container import read_gguf
+    from qnext.checkpoint.gguf.block_types import EXPORT_TYPES
+    from qnext.checkpoint.gguf.parts import find_gguf, read_gguf
     from qnext.checkpoint.gguf.read import import_gguf
-    from qnext.checkpoint.gguf.write import EXPORT_TYPES, export_gguf
+    from qnext.checkpoint.gguf.write import export_gguf
 
-__all__ = ["EXPORT_TYPES", "export_gguf", "import_gguf", "read_gguf"]
+__all__ = ["EXPORT_TYPES", "export_gguf", "find_gguf", "import_gguf", "read_gguf"]
 
-_HOME = {"EXPORT_TYPES": "write", "export_gguf": "write", "import_gguf": "read", "read_gguf": "container"}
+_HOME = {
+    "EXPORT_TYPES": "block_types",
+    "export_gguf": "write",
+    "import_gguf": "read",
+    "read_gguf": "parts",
+    "find_gguf": "parts",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qnext.checkpoint.gguf.container import BlockType
+from qnext.checkpoint.gguf.block_types import BlockType
+from qnext.checkpoint.gguf.codebook_blocks import CODEBOOK_DECODERS
+from qnext.checkpoint.gguf.fields import half, nibbles, pairs
+from qnext.checkpoint.gguf.small_blocks import SMALL_DECODERS
 
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 ENCODED = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 
@@ -26,7 +29,7 @@ def encode(x_RI: Tensor, block: BlockType) -> Tensor:
 
 
 def decode(raw_RB: Tensor, block: BlockType) -> Tensor:
-    """Bytes [R, B] as fp32 rows [R, I]."""
+    """Bytes [R, B] as fp32 rows [R, I]; numbers of eight bytes are rounded."""
     if block.name in _FLOATS:
         return raw_RB.view(_FLOATS[block.name]).to(torch.float32)
     return _DECODERS[block.name](raw_RB.unflatten(-1, (-1, block.num_bytes))).flatten(1)
@@ -42,7 +45,7 @@ def integer_codes(raw_RB: Tensor, block: BlockType) -> tuple[Tensor, Tensor]:
     if block.name == "Q8_0":
         return (raw_RNB[..., 2:] ^ 0x80).flatten(1), scale_RN
     assert block.name == "Q4_0", block
-    return _nibbles(raw_RNB[..., 2:]).flatten(1), scale_RN
+    return nibbles(raw_RNB[..., 2:]).flatten(1), scale_RN
 
 
 def encode_codes(codes_RI: Tensor, scale_RG: Tensor, block: BlockType, *, bits: int) -> Tensor:
@@ -89,31 +92,16 @@ def _scale_bytes(scale_RN1: Tensor) -> Tensor:
     return scale_RN1.to(torch.float16).view(torch.uint8)
 
 
-def _half(raw_RNB: Tensor, start: int) -> Tensor:
-    """The f16 number at byte `start` of every block, as fp32 [R, N, 1]."""
-    return raw_RNB[..., start : start + 2].contiguous().view(torch.float16).to(torch.float32)
-
-
-def _nibbles(raw: Tensor) -> Tensor:
-    """All lower nibbles, then all upper ones."""
-    return torch.cat((raw & 15, raw >> 4), dim=-1)
-
-
-def _pairs(raw: Tensor, *, bits: int) -> Tensor:
-    """[..., J] bytes as [..., 8 / bits, J] fields, the lowest bits first."""
-    return torch.stack([(raw >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-2)
-
-
 def _decode_q8_0(raw: Tensor) -> Tensor:
-    return raw[..., 2:].contiguous().view(torch.int8).to(torch.float32) * _half(raw, 0)
+    return raw[..., 2:].contiguous().view(torch.int8).to(torch.float32) * half(raw, 0)
 
 
 def _decode_q4_0(raw: Tensor) -> Tensor:
-    return (_nibbles(raw[..., 2:]).to(torch.float32) - 8) * _half(raw, 0)
+    return (nibbles(raw[..., 2:]).to(torch.float32) - 8) * half(raw, 0)
 
 
 def _decode_q4_1(raw: Tensor) -> Tensor:
-    return _nibbles(raw[..., 4:]).to(torch.float32) * _half(raw, 0) + _half(raw, 2)
+    return nibbles(raw[..., 4:]).to(torch.float32) * half(raw, 0) + half(raw, 2)
 
 
 def _fifth_bits(raw_4: Tensor) -> Tensor:
@@ -123,34 +111,34 @@ def _fifth_bits(raw_4: Tensor) -> Tensor:
 
 
 def _decode_q5_0(raw: Tensor) -> Tensor:
-    codes = _nibbles(raw[..., 6:]) | _fifth_bits(raw[..., 2:6])
-    return (codes.to(torch.float32) - 16) * _half(raw, 0)
+    codes = nibbles(raw[..., 6:]) | _fifth_bits(raw[..., 2:6])
+    return (codes.to(torch.float32) - 16) * half(raw, 0)
 
 
 def _decode_q5_1(raw: Tensor) -> Tensor:
-    codes = _nibbles(raw[..., 8:]) | _fifth_bits(raw[..., 4:8])
-    return codes.to(torch.float32) * _half(raw, 0) + _half(raw, 2)
+    codes = nibbles(raw[..., 8:]) | _fifth_bits(raw[..., 4:8])
+    return codes.to(torch.float32) * half(raw, 0) + half(raw, 2)
 
 
 def _decode_q2_k(raw: Tensor) -> Tensor:
     """Scales and minima of 16 sub-blocks (16 bytes), codes (64), scale of scales, scale of minima."""
     scales = raw[..., :16]
-    codes_RNSJ = _pairs(raw[..., 16:80].unflatten(-1, (2, 32)), bits=2).flatten(-3).unflatten(-1, (16, 16))
-    step = _half(raw, 80) * (scales & 15)
-    minimum = _half(raw, 82) * (scales >> 4)
+    codes_RNSJ = pairs(raw[..., 16:80].unflatten(-1, (2, 32)), bits=2).flatten(-3).unflatten(-1, (16, 16))
+    step = half(raw, 80) * (scales & 15)
+    minimum = half(raw, 82) * (scales >> 4)
     return (step[..., None] * codes_RNSJ - minimum[..., None]).flatten(-2)
 
 
 def _decode_q3_k(raw: Tensor) -> Tensor:
     """Upper bits (32 bytes; a set bit means that nothing is subtracted), codes (64), 6-bit scales (12), scale."""
-    upper_RNSJ = _pairs(raw[..., :32], bits=1)  # [..., 8, 32]
-    lower = _pairs(raw[..., 32:96].unflatten(-1, (2, 32)), bits=2).flatten(-3, -2)  # [..., 8, 32]
+    upper_RNSJ = pairs(raw[..., :32], bits=1)  # [..., 8, 32]
+    lower = pairs(raw[..., 32:96].unflatten(-1, (2, 32)), bits=2).flatten(-3, -2)  # [..., 8, 32]
     codes = lower.to(torch.float32) - 4.0 * (1 - upper_RNSJ.to(torch.float32))
     packed = raw[..., 96:108]
-    low = _nibbles(packed[..., :8])
-    high = _pairs(packed[..., 8:12], bits=2).flatten(-2)
+    low = nibbles(packed[..., :8])
+    high = pairs(packed[..., 8:12], bits=2).flatten(-2)
     scales = (low | (high << 4)).to(torch.float32) - 32
-    step = _half(raw, 108) * scales
+    step = half(raw, 108) * scales
     return (step[..., None] * codes.flatten(-2).unflatten(-1, (16, 16))).flatten(-2)
 
 
@@ -164,33 +152,43 @@ def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def _with_minima(raw: Tensor, codes_RNSJ: Tensor) -> Tensor:
     scales, minima = _scales_and_minima(raw[..., 4:16])
-    step, minimum = _half(raw, 0) * scales, _half(raw, 2) * minima
+    step, minimum = half(raw, 0) * scales, half(raw, 2) * minima
     return (step[..., None] * codes_RNSJ - minimum[..., None]).flatten(-2)
 
 
 def _decode_q4_k(raw: Tensor) -> Tensor:
     """Scale of scales, scale of minima, 12 bytes of both, codes (128 bytes)."""
-    codes_RNSJ = _pairs(raw[..., 16:].unflatten(-1, (4, 32)), bits=4).flatten(-3, -2)
+    codes_RNSJ = pairs(raw[..., 16:].unflatten(-1, (4, 32)), bits=4).flatten(-3, -2)
     return _with_minima(raw, codes_RNSJ)
 
 
 def _decode_q5_k(raw: Tensor) -> Tensor:
     """As Q4_K, with 32 bytes of fifth bits before the codes."""
-    lower = _pairs(raw[..., 48:].unflatten(-1, (4, 32)), bits=4).flatten(-3, -2)
-    return _with_minima(raw, lower | (_pairs(raw[..., 16:48], bits=1) << 4))
+    lower = pairs(raw[..., 48:].unflatten(-1, (4, 32)), bits=4).flatten(-3, -2)
+    return _with_minima(raw, lower | (pairs(raw[..., 16:48], bits=1) << 4))
 
 
 def _decode_q6_k(raw: Tensor) -> Tensor:
     """Lower nibbles (128 bytes), upper two bits (64), 16 signed scales, scale of scales."""
-    lower = _pairs(raw[..., :128].unflatten(-1, (2, 64)), bits=4).flatten(-2)  # [..., 2, 128]
-    upper = _pairs(raw[..., 128:192].unflatten(-1, (2, 32)), bits=2).flatten(-2)
+    lower = pairs(raw[..., :128].unflatten(-1, (2, 64)), bits=4).flatten(-2)  # [..., 2, 128]
+    upper = pairs(raw[..., 128:192].unflatten(-1, (2, 32)), bits=2).flatten(-2)
     codes = (lower | (upper << 4)).flatten(-2).to(torch.float32) - 32
     scales = raw[..., 192:208].contiguous().view(torch.int8).to(torch.float32)
-    step = _half(raw, 208) * scales
+    step = half(raw, 208) * scales
     return (step[..., None] * codes.unflatten(-1, (16, 16))).flatten(-2)
 
 
 _DECODERS = {
-    "Q8_0": _decode_q8_0, "Q4_0": _decode_q4_0, "Q4_1": _decode_q4_1, "Q5_0": _decode_q5_0, "Q5_1": _decode_q5_1,
-    "Q2_K": _decode_q2_k, "Q3_K": _decode_q3_k, "Q4_K": _decode_q4_k, "Q5_K": _decode_q5_k, "Q6_K": _decode_q6_k,
-}  # fmt: skip
+    "Q8_0": _decode_q8_0,
+    "Q4_0": _decode_q4_0,
+    "Q4_1": _decode_q4_1,
+    "Q5_0": _decode_q5_0,
+    "Q5_1": _decode_q5_1,
+    "Q2_K": _decode_q2_k,
+    "Q3_K": _decode_q3_k,
+    "Q4_K": _decode_q4_k,
+    "Q5_K": _decode_q5_k,
+    "Q6_K": _decode_q6_k,
+    **CODEBOOK_DECODERS,
+    **SMALL_DECODERS,
+}

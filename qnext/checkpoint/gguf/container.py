@@ -10,62 +10,51 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
+from qnext.checkpoint.gguf.block_types import BLOCK_OF_NUMBER, REFUSED_TYPES, BlockType
 from qnext.checkpoint.header import check_name
-from qnext.errors import CorruptCheckpoint, UsageError
+from qnext.errors import CorruptCheckpoint, NotSupported, warn
 
 MAGIC = b"GGUF"
-VERSION = 3
 DEFAULT_ALIGNMENT = 32
-_READ_VERSIONS = (2, 3)
+READ_VERSIONS = (2, 3)
 _MAX_ALIGNMENT = 1 << 16
 _MAX_DIMS = 4
 _MAX_HEADER_BYTES = 256 << 20
 _MAX_ARRAY_ITEMS = 1 << 23  # of all arrays together; a vocabulary and its merges have some 300,000
+_MAX_ARRAY_DEPTH = 4
 _MAX_KEY_BYTES = 65_535
-_SMALLEST_KEY, _SMALLEST_TENSOR = 14, 33  # bytes
+_MAX_FILE_BYTES = 1 << 62  # of what a header may announce
+_SMALLEST_KEY, _SMALLEST_TENSOR, _SMALLEST_ARRAY = 14, 33, 12  # bytes
 
-Value: TypeAlias = "bool | int | float | str | list[bool] | list[int] | list[float] | list[str]"
+Value: TypeAlias = "bool | int | float | str | list[bool] | list[int] | list[float] | list[str] | list[list]"
 
 # number of a value type -> struct code
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64 = 4, 5, 6, 7, 8, 9, 10
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 
-
-class BlockType(NamedTuple):
-    """How a row is stored: blocks of `num_items` numbers in `num_bytes` bytes; `number` stands for it in files."""
-
-    name: str
-    number: int
-    num_items: int
-    num_bytes: int
-
-
-BLOCK_TYPES = {
-    block.name: block
-    for block in (
-        BlockType("F32", 0, 1, 4),
-        BlockType("F16", 1, 1, 2),
-        BlockType("BF16", 30, 1, 2),
-        BlockType("Q4_0", 2, 32, 18),
-        BlockType("Q4_1", 3, 32, 20),
-        BlockType("Q5_0", 6, 32, 22),
-        BlockType("Q5_1", 7, 32, 24),
-        BlockType("Q8_0", 8, 32, 34),
-        BlockType("Q2_K", 10, 256, 84),
-        BlockType("Q3_K", 11, 256, 110),
-        BlockType("Q4_K", 12, 256, 144),
-        BlockType("Q5_K", 13, 256, 176),
-        BlockType("Q6_K", 14, 256, 210),
-    )
+# first bytes of files that are taken for GGUF -> what they are
+_DAMAGED = {
+    b"version https://git-lfs": "a git-lfs pointer; the file itself was not downloaded",
+    b"<": "a page of HTML or XML, as a failed download leaves it",
+    b"{": "JSON text, as a failed download leaves it",
+    b"Entry not found": "the answer of a hub that has no such file",
+    b"Invalid": "the text of a failed download",
+    bytes(24): "zeros, as an interrupted download leaves them",
 }
-_BLOCK_OF_NUMBER = {block.number: block for block in BLOCK_TYPES.values()}
+_OTHER_FORMATS = {
+    b"lmgg": "a GGML file from before GGUF; llama.cpp's convert_llama_ggml_to_gguf.py reads some of them",
+    b"fmgg": "a GGML file from before GGUF; llama.cpp's convert_llama_ggml_to_gguf.py reads some of them",
+    b"tjgg": "a GGML file from before GGUF; llama.cpp's convert_llama_ggml_to_gguf.py reads some of them",
+    b"PK\x03\x04": "a zip archive, as PyTorch writes its files",
+    b"\x80\x02": "a Python pickle",
+    b"\x1f\x8b": "a gzip archive; gunzip makes it a file again",
+    b"\x28\xb5\x2f\xfd": "a zstd archive; unzstd makes it a file again",
+}
 
 
 class GgufSpec(NamedTuple):
@@ -80,35 +69,64 @@ class GgufSpec(NamedTuple):
 
 
 class GgufTensor(NamedTuple):
-    """A tensor of a file: bytes [start, end) counted from the file's beginning; `shape` as in GgufSpec."""
+    """A tensor: bytes [start, end) of `path`, counted from the file's beginning; `shape` as in GgufSpec."""
 
     name: str
     block: BlockType
     shape: tuple[int, ...]
     start: int
     end: int
+    path: Path
 
 
 class GgufFile(NamedTuple):
-    """What a file says about itself."""
+    """What a file, or the parts of a split one together, say about themselves. `path` is that of the first part."""
 
     path: Path
     keys: dict[str, Value]
     tensors: dict[str, GgufTensor]
 
 
-def read_gguf(path: str | Path) -> GgufFile:
-    """Keys and tensor descriptions of a GGUF file of version 2 or 3.
+def read_part(path: str | Path) -> GgufFile:
+    """Keys and tensor descriptions of one GGUF file of version 2 or 3, which may be a part of a split model.
 
-    Raises CorruptCheckpoint naming file and key or tensor for whatever contradicts the format or the file's size.
+    Raises CorruptCheckpoint naming file and key or tensor for whatever contradicts the format or the file's size,
+    NotSupported for other formats, versions and types of tensors.
     """
     source = Path(path)
     with source.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
+        head = file.read(64)
+        if head[:4] != MAGIC:
+            raise _another_format(source, head, size)
         if size < 24:
-            raise CorruptCheckpoint(f"{source}: no GGUF file, only {size} bytes")
+            raise CorruptCheckpoint(f"{source}: truncated: no GGUF file has only {size} bytes")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             return _Reader(source, mapped).read()
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
+    with path.open("rb") as file:
+        return file.read(4) == MAGIC
+
+
+def _another_format(path: Path, head: bytes, size: int) -> CorruptCheckpoint | NotSupported:
+    """The error that says what a file without GGUF's first bytes is."""
+    if size == 0:
+        return CorruptCheckpoint(f"{path}: no GGUF file, it is empty")
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    for start, meaning in _DAMAGED.items():
+        if text.startswith(start):
+            return CorruptCheckpoint(f"{path}: no GGUF file but {meaning}")
+    for start, meaning in _OTHER_FORMATS.items():
+        if head.startswith(start):
+            return NotSupported(f"{path}: no GGUF file but {meaning}")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+        return NotSupported(
+            f"{path}: no GGUF file but a safetensors file; a model of those is a folder with config.json"
+        )
+    return CorruptCheckpoint(f"{path}: no GGUF file, it begins with {head[:4]!r}")
 
 
 class _Reader:
@@ -125,11 +143,17 @@ class _Reader:
     def error(self, problem: str) -> CorruptCheckpoint:
         return CorruptCheckpoint(f"{self.path}: {self.where}: {problem}")
 
+    def unsupported(self, problem: str) -> NotSupported:
+        return NotSupported(f"{self.path}: {self.where}: {problem}")
+
     def take(self, num_bytes: int) -> bytes:
         if num_bytes > self.end - self.position:
             if self.end < len(self.data):
                 raise self.error(f"the header is longer than {_MAX_HEADER_BYTES >> 20} MiB")
-            raise self.error(f"truncated: needs {num_bytes} bytes, {self.end - self.position} are left")
+            raise self.error(
+                f"truncated in its header: {self.position + num_bytes} bytes or more are expected, "
+                f"the file has {len(self.data)}"
+            )
         raw = self.data[self.position : self.position + num_bytes]
         self.position += num_bytes
         return raw
@@ -147,20 +171,18 @@ class _Reader:
             raise self.error("text that is not UTF-8") from None
 
     def read(self) -> GgufFile:
-        magic = self.take(4)
-        if magic != MAGIC:
-            raise CorruptCheckpoint(f"{self.path}: no GGUF file, it begins with {magic!r}")
+        self.take(len(MAGIC))
         version = self.number("I")
-        if version not in _READ_VERSIONS:
+        if version not in READ_VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-            kind = "big-endian" if swapped in _READ_VERSIONS else f"version {version}"
-            raise self.error(f"{kind} is not supported, only little-endian of versions 2 and 3")
+            kind = "big-endian" if swapped in READ_VERSIONS else f"version {version}"
+            raise self.unsupported(f"{kind} is not supported, only little-endian of versions 2 and 3")
         num_tensors, num_keys = self.number("Q"), self.number("Q")
         left = len(self.data) - self.position
         if num_keys > left // _SMALLEST_KEY or num_tensors > left // _SMALLEST_TENSOR:
             raise self.error(f"{num_keys} keys and {num_tensors} tensors do not fit into {left} bytes")
         keys = self.read_keys(num_keys)
-        alignment = self.check_keys(keys)
+        alignment = self.alignment(keys)
         tensors = self.read_tensors(num_tensors, alignment)
         return GgufFile(self.path, keys, tensors)
 
@@ -178,41 +200,39 @@ class _Reader:
         return keys
 
     def value(self, kind: int) -> Value:
-        if kind == _STRING:
+        if kind == STRING:
             return self.text()
-        if kind == _ARRAY:
+        if kind == ARRAY:
             return self.array(self.number("I"), self.number("Q"))
         return self.scalars(kind, 1)[0]
 
-    def array(self, kind: int, count: int) -> Value:
-        if kind == _ARRAY:
-            raise self.error("arrays of arrays are not supported")
-        smallest = 8 if kind == _STRING else self.item_size(kind)
+    def array(self, kind: int, count: int, *, depth: int = 1) -> list:
+        if depth > _MAX_ARRAY_DEPTH:
+            raise self.unsupported(f"arrays inside arrays are read {_MAX_ARRAY_DEPTH} deep")
+        smallest = {STRING: 8, ARRAY: _SMALLEST_ARRAY}.get(kind) or self.item_size(kind)
         if count > (self.end - self.position) // smallest:
             raise self.error(f"an array of {count} items does not fit into what is left of the file")
         self.items_left -= count
         if self.items_left < 0:
             raise self.error(f"arrays of more than {_MAX_ARRAY_ITEMS} items in all")
-        if kind == _STRING:
+        if kind == STRING:
             return [self.text() for _ in range(count)]
+        if kind == ARRAY:
+            return [self.array(self.number("I"), self.number("Q"), depth=depth + 1) for _ in range(count)]
         return self.scalars(kind, count)
 
     def item_size(self, kind: int) -> int:
-        if kind not in _SCALARS:
+        if kind not in SCALARS:
             raise self.error(f"unknown value type {kind}")
-        return struct.calcsize("<" + _SCALARS[kind])
+        return struct.calcsize("<" + SCALARS[kind])
 
     def scalars(self, kind: int, count: int) -> list:
         raw = self.take(self.item_size(kind) * count)
-        if kind == _BOOL and raw.strip(b"\0\1"):
+        if kind == BOOL and raw.strip(b"\0\1"):
             raise self.error("a truth value that is neither 0 nor 1")
-        return list(struct.unpack(f"<{count}{_SCALARS[kind]}", raw))
+        return list(struct.unpack(f"<{count}{SCALARS[kind]}", raw))
 
-    def check_keys(self, keys: Mapping[str, Value]) -> int:
-        """Refuse one part of a split model; returns the alignment."""
-        self.where = "key split.count"
-        if keys.get("split.count", 1) not in (0, 1):
-            raise self.error("this is one file of several; llama-gguf-split --merge makes them one")
+    def alignment(self, keys: Mapping[str, Value]) -> int:
         self.where = "key general.alignment"
         alignment = keys.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
@@ -229,7 +249,12 @@ class _Reader:
             if name in described:
                 raise self.error("appears twice")
             described[name] = (self.describe(), self.number("Q"))
-        data_start = self.position + -self.position % alignment
+        return self.place(described, self.position + -self.position % alignment, alignment)
+
+    def place(
+        self, described: Mapping[str, tuple[GgufSpec, int]], data_start: int, alignment: int
+    ) -> dict[str, GgufTensor]:
+        """The tensors with their bytes: one after the other without holes, up to the end of the file."""
         position = data_start
         tensors: dict[str, GgufTensor] = {}
         for name, (spec, offset) in described.items():
@@ -239,12 +264,19 @@ class _Reader:
                 fault = "is not aligned" if offset % alignment else "overlaps or leaves a hole"
                 raise self.error(f"offset {offset} {fault}; the tensors before it end at {position - data_start}")
             end = start + spec.num_bytes
-            if end > len(self.data):
-                raise self.error(f"truncated: ends at byte {end} of {len(self.data)}")
-            tensors[name] = GgufTensor(name, spec.block, spec.shape, start, end)
+            if end > _MAX_FILE_BYTES:
+                raise self.error(f"shape {list(spec.shape)} of {spec.block.name} is larger than any file")
+            tensors[name] = GgufTensor(name, spec.block, spec.shape, start, end, self.path)
             position = end + -end % alignment
-        if len(self.data) > max(position, data_start):
-            raise CorruptCheckpoint(f"{self.path}: {len(self.data) - position} bytes after the last tensor")
+        size = len(self.data)
+        expected = max((tensor.end for tensor in tensors.values()), default=0)
+        if expected > size:
+            cut = next(tensor.name for tensor in tensors.values() if tensor.end > size)
+            raise CorruptCheckpoint(
+                f"{self.path}: truncated: {size} of {expected} bytes, from tensor {cut} on; download it again"
+            )
+        if size > max(position, data_start):
+            warn(f"{self.path}: {size - position} bytes after the last tensor are not read")
         return tensors
 
     def describe(self) -> GgufSpec:
@@ -253,107 +285,10 @@ class _Reader:
             raise self.error(f"{num_dims} dimensions; between 1 and {_MAX_DIMS} are allowed")
         shape = tuple(reversed([self.number("Q") for _ in range(num_dims)]))
         number = self.number("I")
-        if number not in _BLOCK_OF_NUMBER:
-            raise self.error(f"type {number} is not supported; known are {', '.join(BLOCK_TYPES)}")
-        spec = GgufSpec(_BLOCK_OF_NUMBER[number], shape)
+        if number not in BLOCK_OF_NUMBER:
+            meaning = REFUSED_TYPES.get(number, "unknown")
+            raise self.unsupported(f"type {number} ({meaning}) is not supported")
+        spec = GgufSpec(BLOCK_OF_NUMBER[number], shape)
         if not all(shape) or shape[-1] % spec.block.num_items:
             raise self.error(f"shape {list(shape)} does not fit type {spec.block.name}")
-        if spec.num_bytes > len(self.data):
-            raise self.error(f"shape {list(shape)} of {spec.block.name} is larger than the file")
         return spec
-
-
-class GgufWriter:
-    """Writes the tensors that `specs` announces, each once and in that order, none kept in memory."""
-
-    def __init__(self, file: BinaryIO, keys: Mapping[str, Value], specs: Mapping[str, GgufSpec]) -> None:
-        self._file = file
-        self._waiting = iter(specs.items())
-        header = [MAGIC, struct.pack("<IQQ", VERSION, len(specs), len(keys))]
-        header += [piece for name, value in keys.items() for piece in (_text(name), _encode(name, value))]
-        offset = 0
-        for name, spec in specs.items():
-            dims = tuple(reversed(spec.shape))
-            header += [_text(name), struct.pack(f"<I{len(dims)}Q", len(dims), *dims)]
-            header.append(struct.pack("<IQ", spec.block.number, offset))
-            offset += spec.num_bytes + -spec.num_bytes % DEFAULT_ALIGNMENT
-        self._write(b"".join(header))
-        self._pad()
-
-    def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
-        """The bytes of the next tensor, in pieces that add up to what was announced."""
-        expected, spec = next(self._waiting)
-        assert name == expected, (name, expected)
-        before = self._file.tell()
-        for piece in pieces:
-            self._write(piece)
-        assert self._file.tell() - before == spec.num_bytes, name
-        self._pad()
-
-    def finish(self) -> None:
-        assert next(self._waiting, None) is None
-
-    def _write(self, piece: bytes | memoryview) -> None:
-        self._file.write(piece)
-
-    def _pad(self) -> None:
-        self._file.write(bytes(-self._file.tell() % DEFAULT_ALIGNMENT))
-
-
-@contextmanager
-def new_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A temporary file beside `path` that takes its name when the block ends well, and vanishes otherwise."""
-    target = Path(path)
-    if target.exists() or target.is_symlink():
-        raise UsageError(f"{target}: exists")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.partial-")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp hides the file from others; a model gets the mode that any new file has.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode("utf-8")
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _encode(name: str, value: Value) -> bytes:
-    if isinstance(value, list):
-        # llama.cpp takes the token types as int32 only; every other list of numbers here is of truth values.
-        kind = _kind(name, value[0]) if value else _STRING
-        kind = _INT32 if kind == _UINT32 else kind
-        items = b"".join(_item(name, kind, item) for item in value)
-        return struct.pack("<IIQ", _ARRAY, kind, len(value)) + items
-    kind = _kind(name, value)
-    return struct.pack("<I", kind) + _item(name, kind, value)
-
-
-def _kind(name: str, value: Value) -> int:
-    if isinstance(value, bool):
-        return _BOOL
-    if isinstance(value, int):
-        return _UINT32
-    if isinstance(value, float):
-        return _FLOAT32
-    assert isinstance(value, str), (name, value)
-    return _STRING
-
-
-def _item(name: str, kind: int, value: Value) -> bytes:
-    if isinstance(value, str):
-        return _text(value)
-    try:
-        return struct.pack("<" + _SCALARS[kind], value)
-    except (struct.error, OverflowError):
-        raise UsageError(f"{name}: {value} does not fit into a GGUF file") from None

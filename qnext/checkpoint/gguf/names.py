@@ -55,7 +55,9 @@ _BLOCK = {
     "mlp.shared_expert.down_proj.weight": "ffn_down_shexp.weight",
     "mlp.shared_expert_gate.weight": "ffn_gate_inp_shexp.weight",
 }
-_QKVZ, _GATE_UP = "linear_attn.in_proj_qkvz.weight", "mlp.experts.gate_up_proj"
+_QKVZ, _GATE_UP, _DOWN = "linear_attn.in_proj_qkvz.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+_QKV = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")
+_ONE_EXPERT = re.compile(r"blk\.\d+\.ffn_(?P<part>gate|up|down)\.(?P<expert>\d+)\.weight")
 # Kept in fp32 whatever the rest is: llama.cpp multiplies by them in fp32, or its loader asks for it.
 _FLOAT32 = re.compile(r".*(_norm\.weight|norm\.weight|ssm_a|ssm_dt\.bias|ssm_conv1d\.weight|ffn_gate_inp\w*\.weight)")
 
@@ -71,12 +73,22 @@ class Change(Enum):
 
 
 class Entry(NamedTuple):
-    """A tensor of a GGUF file and the parameter of the model that it belongs to."""
+    """A tensor of a GGUF file and the parameter of the model that it belongs to.
+
+    Where a tensor holds several parameters it has an entry for each: `first_row` is where that begins, and
+    `whole_shape` that of the tensor.
+    """
 
     name: str
     shape: tuple[int, ...]
     parameter: str
     change: Change
+    first_row: int = 0
+    whole_shape: tuple[int, ...] | None = None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.whole_shape or self.shape
 
     @property
     def is_float32(self) -> bool:
@@ -101,8 +113,9 @@ def architecture(config: ModelConfig) -> str:
 def gguf_entries(config: ModelConfig, present: Container[str] = ()) -> list[Entry]:
     """All tensors of a file in the order of the folder.
 
-    `present` are the names in a file that is read: some tools leave gate and up together (ffn_gate_up_exps), or
-    in_proj_qkvz as it is (ssm_in); where those names are present they are expected.
+    `present` are the names in a file that is read: some tools leave gate and up together (ffn_gate_up_exps), put q, k
+    and v together (attn_qkv), leave in_proj_qkvz as it is (ssm_in) or the experts apart (ffn_up.0); where those names
+    are present they are expected.
     """
     entries: list[Entry] = []
     for name, shape in parameter_shapes(config).items():
@@ -129,6 +142,13 @@ def _entries_of(config: ModelConfig, name: str, shape: tuple[int, ...], present:
         qkv_rows = config.linear_conv_dim
         yield Entry(block + "attn_qkv.weight", (qkv_rows, shape[1]), name, change)
         yield Entry(block + "attn_gate.weight", (shape[0] - qkv_rows, shape[1]), name, change)
+    elif part in _QKV and block + "attn_qkv.weight" in present:
+        yield _part_of_qkv(config, part, Entry(block + "attn_qkv.weight", shape, name, change))
+    elif part in (_GATE_UP, _DOWN) and block + "ffn_down.0.weight" in present:
+        for expert in range(shape[0]):
+            rows = shape[1] // 2 if part == _GATE_UP else shape[1]
+            for kind in ("gate", "up") if part == _GATE_UP else ("down",):
+                yield Entry(f"{block}ffn_{kind}.{expert}.weight", (rows, shape[2]), name, change)
     elif part == _GATE_UP and block + "ffn_gate_up_exps.weight" not in present:
         half = (shape[0], shape[1] // 2, shape[2])
         yield Entry(block + "ffn_gate_exps.weight", half, name, change)
@@ -145,16 +165,28 @@ def _entries_of(config: ModelConfig, name: str, shape: tuple[int, ...], present:
         yield Entry(block + names[part], kept, name, change)
 
 
+def _part_of_qkv(config: ModelConfig, part: str, entry: Entry) -> Entry:
+    """q, k or v inside attn_qkv: all of q, with its gate, then k, then v."""
+    q_rows = config.num_attention_heads * config.head_dim * (2 if config.attention_output_gate else 1)
+    rows = [q_rows, *[config.num_key_value_heads * config.head_dim] * 2]
+    first = sum(rows[: _QKV.index(part)])
+    return entry._replace(first_row=first, whole_shape=(sum(rows), entry.shape[1]))
+
+
 def slabs(config: ModelConfig, entry: Entry) -> Iterator[Slab]:
     """The rows of a tensor of the file, in order, each with its place in the folder."""
     parameter = entry.parameter
-    if parameter.endswith((_GATE_UP, "mlp.experts.down_proj")):
+    one_expert = _ONE_EXPERT.fullmatch(entry.name)
+    if one_expert is not None and parameter.endswith((_GATE_UP, _DOWN)):
+        experts = parameter.rpartition(".")[0]
+        yield Slab(f"{experts}.{one_expert['expert']}.{one_expert['part']}_proj.weight", *[(0, entry.shape[0])] * 2)
+    elif parameter.endswith((_GATE_UP, _DOWN)):
         yield from _expert_slabs(config, entry)
-    elif entry.name.endswith(("attn_qkv.weight", "attn_gate.weight")):
+    elif parameter.endswith(_QKVZ) and not entry.name.endswith("ssm_in.weight"):
         yield from _qkvz_slabs(config, entry)
     else:
         num_rows = matrix_shape(entry.shape)[0]
-        yield Slab(parameter, (0, num_rows), (0, num_rows))
+        yield Slab(parameter, (0, num_rows), (entry.first_row, entry.first_row + num_rows))
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

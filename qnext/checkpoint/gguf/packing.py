@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from qnext.checkpoint.files import TensorSpec
-from qnext.checkpoint.gguf.container import BlockType, GgufFile
+from qnext.checkpoint.gguf.block_types import KEPT_BITS, BlockType
+from qnext.checkpoint.gguf.container import GgufFile
 from qnext.checkpoint.gguf.names import Entry
+from qnext.checkpoint.gguf.structure import scale_name
 from qnext.checkpoint.names import disk_parts
 from qnext.config import ModelConfig
 from qnext.planning import parameter_shapes
@@ -25,25 +27,29 @@ from qnext.quant.formats import PackedGroup, compressed_tensors_config, compress
 from qnext.quant.scheme import make_policy
 
 GROUP_SIZE = 32
-BITS = {"Q8_0": 8, "Q4_0": 4}
 _EXPERT = re.compile(r"(.+\.experts\.)\d+(\..+)")
 
 
 def packed_parameters(config: ModelConfig, file: GgufFile, entries: Iterable[Entry]) -> dict[str, BlockType]:
-    """The parameters that stay packed: all their tensors in the file are of one of the two types.
+    """The parameters that stay packed: all their tensors in the file are of one of the two types, without a factor.
 
     Only those that `qnext quantize` would pack are; the embedding, small projections and mtp.fc are dequantised.
     """
     head = "keep" if config.tie_word_embeddings else "int8"
     policy = make_policy("int8-g32", head=head, is_tied=config.tie_word_embeddings)
     kinds: dict[str, set[BlockType]] = {}
+    with_factor: set[str] = set()
     for entry in entries:
         kinds.setdefault(entry.parameter, set()).add(file.tensors[entry.name].block)
+        if scale_name(entry.name) in file.tensors:
+            with_factor.add(entry.parameter)
     packed: dict[str, BlockType] = {}
     for name, shape in parameter_shapes(config).items():
         part = disk_parts(name, shape)[0]
         block = next(iter(kinds[name]))
-        if len(kinds[name]) == 1 and block.name in BITS and policy.scheme_of(part.name, part.shape) is not None:
+        if name in with_factor or len(kinds[name]) > 1 or block.name not in KEPT_BITS:
+            continue
+        if policy.scheme_of(part.name, part.shape) is not None:
             packed[name] = block
     return packed
 
@@ -53,7 +59,7 @@ def packed_plan(
 ) -> dict[str, TensorSpec]:
     """`plan` with the tensors of packed weights in the place of the weights."""
     bits = {
-        part.name: BITS[packed[name].name]
+        part.name: KEPT_BITS[packed[name].name]
         for name, shape in parameter_shapes(config).items()
         if name in packed
         for part in disk_parts(name, shape)
@@ -80,7 +86,7 @@ def quantization_config(config: ModelConfig, packed: Mapping[str, BlockType]) ->
         for part in disk_parts(name, shape):
             module = part.name.removesuffix(".weight")
             if name in packed:
-                bits[module] = BITS[packed[name].name]
+                bits[module] = KEPT_BITS[packed[name].name]
             elif len(part.shape) == 2 and module != "model.embed_tokens":
                 kept.append(module)
     common = Counter(bits.values()).most_common(1)[0][0]

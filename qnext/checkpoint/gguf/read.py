@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from qnext.checkpoint.files import MAX_SHARD_BYTES, ShardWriter, write_text
 from qnext.checkpoint.finite import is_finite
+from qnext.checkpoint.gguf.block_types import KEPT_BITS, BlockType
 from qnext.checkpoint.gguf.blocks import decode, integer_codes
-from qnext.checkpoint.gguf.container import BlockType, GgufFile, GgufTensor, read_gguf
-from qnext.checkpoint.gguf.keys import config_from_keys
+from qnext.checkpoint.gguf.container import GgufFile
 from qnext.checkpoint.gguf.names import Change, Entry, Slab, gguf_entries, slabs
-from qnext.checkpoint.gguf.packing import BITS, GROUP_SIZE, packed_parameters, packed_plan, quantization_config
+from qnext.checkpoint.gguf.packing import GROUP_SIZE, packed_parameters, packed_plan, quantization_config
+from qnext.checkpoint.gguf.parts import read_gguf
+from qnext.checkpoint.gguf.read_keys import config_from_keys
+from qnext.checkpoint.gguf.structure import check_structure, scale_name
 from qnext.checkpoint.names import disk_parts
 from qnext.checkpoint.save import disk_plan, new_folder, write_side_files
 from qnext.config import ModelConfig, to_hf
@@ -54,22 +58,22 @@ def import_gguf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportReport:
-    """Write the model of a GGUF file to a new folder as Hugging Face names and shapes it.
+    """Write the model of a GGUF file, or of all parts of a split one, to a new folder as Hugging Face shapes it.
 
     Q8_0 and Q4_0 stay as they are, in the layout of compressed-tensors, unless `dequantize`. `dtype` None is that of
     the file's matrices, bfloat16 where they are quantised. Vectors that `dtype` cannot hold exactly stay in fp32;
     matrices are rounded to it, and the report names them. Tokenizer files are copied from `tokenizer_folder`. Memory
-    stays near one tensor of the folder. Raises CorruptCheckpoint naming file and key or tensor, UsageError when
-    `folder` exists and is not empty or a number does not fit in `dtype`.
+    stays near one tensor of the folder. Raises CorruptCheckpoint or NotSupported naming file and key or
+    tensor, UsageError when `folder` exists and is not empty or a number does not fit in `dtype`.
     """
     file = read_gguf(path)
     config = config_from_keys(file)
     entries = gguf_entries(config, present=file.tensors)
-    _check_structure(file, entries)
+    check_structure(file, config, entries)
     chosen = dtype or _matrix_dtype(file, entries)
     packed = {} if dequantize else packed_parameters(config, file, entries)
-    with file.path.open("rb") as stream:
-        reader = _Rows(file, stream)
+    with ExitStack() as streams:
+        reader = _Rows(file, streams)
         vectors = {entry.parameter: _as_vector(reader, entry, chosen) for entry in entries if len(entry.shape) == 1}
         dtypes = dict.fromkeys(parameter_shapes(config), chosen) | {n: v.dtype for n, v in vectors.items()}
         plan = packed_plan(config, disk_plan(config, dtypes), packed)
@@ -103,67 +107,66 @@ def _write_config(folder: Path, config: ModelConfig, dtype: torch.dtype, packed:
 
 
 class _Rows:
-    """Rows of the file's tensors in fp32, as a folder has them. Keeps the names of those that were rounded."""
+    """Rows of the file's tensors in fp32, as a folder has them. Keeps the names of those that were rounded.
 
-    def __init__(self, file: GgufFile, stream: BinaryIO) -> None:
+    The files are opened when they are first read and closed with `streams`.
+    """
+
+    def __init__(self, file: GgufFile, streams: ExitStack) -> None:
         self.file = file
-        self.stream = stream
         self.num_bytes = 0
         self.rounded: dict[str, None] = {}
+        self._streams = streams
+        self._open: dict[Path, BinaryIO] = {}
 
-    def raw(self, tensor: GgufTensor, start: int, end: int) -> Tensor:
-        """Bytes [R, B] of rows [start, end)."""
-        row_bytes = tensor.shape[-1] // tensor.block.num_items * tensor.block.num_bytes
+    def raw(self, entry: Entry, start: int, end: int) -> Tensor:
+        """Bytes [R, B] of rows [start, end) of the tensor."""
+        tensor = self.file.tensors[entry.name]
+        row_bytes = entry.shape[-1] // tensor.block.num_items * tensor.block.num_bytes
         buffer = bytearray((end - start) * row_bytes)
-        self.stream.seek(tensor.start + start * row_bytes)
-        if self.stream.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+        stream = self._open.get(tensor.path)
+        if stream is None:
+            stream = self._open[tensor.path] = self._streams.enter_context(tensor.path.open("rb"))
+        stream.seek(tensor.start + start * row_bytes)
+        if stream.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
             raise self.error(tensor.name, "truncated while it was read")
         self.num_bytes += len(buffer)
         return torch.frombuffer(buffer, dtype=torch.uint8).view(end - start, row_bytes)
 
     def error(self, name: str, problem: str) -> CorruptCheckpoint:
-        return CorruptCheckpoint(f"{self.file.path}: tensor {name}: {problem}")
+        return CorruptCheckpoint(f"{self.file.tensors[name].path}: tensor {name}: {problem}")
+
+    def scale(self, entry: Entry, row: int) -> float:
+        """What the row is multiplied by: some files keep a factor for a tensor, or for each expert, beside it."""
+        tensor = self.file.tensors.get(scale_name(entry.name))
+        if tensor is None:
+            return 1.0
+        num_scales = torch.Size(tensor.shape).numel()
+        beside = Entry(tensor.name, (num_scales,), entry.parameter, Change.NONE)
+        scales = decode(self.raw(beside, 0, 1), tensor.block)[0]
+        if not is_finite(scales):
+            raise self.error(tensor.name, "holds NaN or infinity")
+        return float(scales[row // entry.shape[1] if num_scales > 1 else 0])
 
     def raw_chunks(self, entry: Entry, start: int, end: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, bytes) over rows [start, end), a few million numbers at a time."""
-        tensor = self.file.tensors[entry.name]
-        step = max(1, _CHUNK_ITEMS // tensor.shape[-1])
+        step = max(1, _CHUNK_ITEMS // entry.shape[-1])
         for first in range(start, end, step):
-            yield first, self.raw(tensor, first, min(first + step, end))
+            yield first, self.raw(entry, first, min(first + step, end))
 
     def chunks(self, entry: Entry, start: int, end: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, fp32 rows as the file has them) over rows [start, end)."""
+        scale = self.scale(entry, start)
         for first, raw_RB in self.raw_chunks(entry, start, end):
-            x_RI = decode(raw_RB, self.file.tensors[entry.name].block)
+            x_RI = decode(raw_RB, self.file.tensors[entry.name].block) * scale
             if not is_finite(x_RI):
                 raise self.error(entry.name, "holds NaN or infinity")
             yield first, x_RI
 
 
-def _check_structure(file: GgufFile, entries: list[Entry]) -> None:
-    for entry in entries:
-        if entry.name not in file.tensors:
-            raise CorruptCheckpoint(f"{file.path}: tensor {entry.name} is missing")
-        shape = file.tensors[entry.name].shape
-        # Some tools drop leading dimensions of one.
-        if _without_ones(shape) != _without_ones(entry.shape):
-            raise CorruptCheckpoint(
-                f"{file.path}: tensor {entry.name} has shape {list(shape)}, the keys ask for {list(entry.shape)}"
-            )
-    surplus = file.tensors.keys() - {entry.name for entry in entries}
-    for name in sorted(surplus):
-        raise CorruptCheckpoint(f"{file.path}: tensor {name} is surplus: the keys describe no such tensor")
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return shape
-
-
 def _matrix_dtype(file: GgufFile, entries: list[Entry]) -> torch.dtype:
     kinds = {file.tensors[entry.name].block.name for entry in entries if not entry.is_float32}
-    if kinds == {"F32"}:
+    if kinds <= {"F32", "F64"}:
         return torch.float32
     return torch.float16 if kinds == {"F16"} else torch.bfloat16
 
@@ -244,7 +247,7 @@ def _packed(
     """The tensors of a packed weight, as qnext.quant.formats lays them out."""
     num_rows, num_inputs = shape
     block = reader.file.tensors[places[0][0].name].block
-    bits = BITS[block.name]
+    bits = KEPT_BITS[block.name]
     words_RW = torch.empty(num_rows, packed_width(num_inputs, bits=bits), dtype=torch.int32)
     scales_RN = torch.empty(num_rows, num_inputs // GROUP_SIZE, dtype=torch.float16)
     for entry, slab in places:

@@ -15,16 +15,16 @@ from qnext.checkpoint.check import Layout, read_layout, structure_problems
 from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.formats.forms import Form
+from qnext.checkpoint.gguf.block_types import BLOCK_TYPES, EXPORT_TYPES, BlockType
 from qnext.checkpoint.gguf.blocks import encode, encode_codes
-from qnext.checkpoint.gguf.container import BLOCK_TYPES, BlockType, GgufSpec, GgufWriter, Value, new_file
+from qnext.checkpoint.gguf.container import GgufSpec, Value
 from qnext.checkpoint.gguf.keys import config_to_keys
 from qnext.checkpoint.gguf.names import Change, Entry, gguf_entries, matrix_shape, slabs
+from qnext.checkpoint.gguf.writer import GgufWriter, new_file
 from qnext.checkpoint.packed_values import is_in_order, read_packed
 from qnext.checkpoint.values import read_weight, tensor_value_problems
 from qnext.errors import CorruptCheckpoint, UsageError
 
-# option -> block type of the matrices and the number of general.file_type (llama.h, enum llama_ftype)
-EXPORT_TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7), "q4_0": ("Q4_0", 2)}
 _QUANTIZATION_VERSION = 2
 _CHUNK_ITEMS = 1 << 22
 

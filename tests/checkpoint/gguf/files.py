@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
 
+from qnext.checkpoint.gguf.block_types import BLOCK_TYPES
+from qnext.checkpoint.gguf.container import GgufSpec, Value
+from qnext.checkpoint.gguf.writer import GgufWriter, new_file
 from qnext.config import ModelConfig
 from tests.checkpoint.folders import CONFIGS
 
@@ -23,6 +28,14 @@ GGUF_CONFIGS: dict[str, ModelConfig] = {
     "dense": replace(CONFIGS["dense"], hidden_size=64, intermediate_size=96),
     "dense tied": replace(CONFIGS["dense"], tie_word_embeddings=True, eos_token_id=None),
 }
+
+
+class Raw(NamedTuple):
+    """Bytes of a tensor of a type; `shape` is that of the numbers."""
+
+    block: str
+    shape: tuple[int, ...]
+    data: np.ndarray
 
 
 def small_file(path: Path) -> Path:
@@ -46,6 +59,23 @@ def small_file(path: Path) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file whose types are all floats, by the reference's reader."""
+    return {tensor.name: tensor.data.copy() for tensor in gguf.GGUFReader(path).tensors}
+
+
+def write_arrays(path: Path, keys: Mapping[str, Value], tensors: Mapping[str, np.ndarray | Raw]) -> Path:
+    """A file with these tensors: arrays of fp32, or bytes of another type."""
+    raw = {name: data if isinstance(data, Raw) else Raw("F32", data.shape, data) for name, data in tensors.items()}
+    with new_file(path) as file:
+        specs = {name: GgufSpec(BLOCK_TYPES[item.block], item.shape) for name, item in raw.items()}
+        writer = GgufWriter(file, keys, specs)
+        for name, item in raw.items():
+            writer.write(name, [np.ascontiguousarray(item.data).tobytes()])
+        writer.finish()
     return path
 
 

@@ -7,15 +7,21 @@ import numpy as np
 import pytest
 import torch
 
+from qnext.checkpoint.gguf.block_types import BLOCK_TYPES
 from qnext.checkpoint.gguf.blocks import ENCODED, decode, encode, encode_codes, integer_codes
-from qnext.checkpoint.gguf.container import BLOCK_TYPES
+from qnext.checkpoint.gguf.codebooks import codebook
 
-QUANTIZED = [name for name, block in BLOCK_TYPES.items() if block.num_items > 1]
 # bytes of a block that hold f16 scales
 SCALES = {
     "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
-    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ1_S": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,),
+    "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,), "Q1_0": (0,),
+    "Q2_0": (0,),
 }  # fmt: skip
+# types that the reference package writes; the others have no rounding of their own there
+WRITTEN = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4")
+# types that the reference package names and does not decode
+WITHOUT_REFERENCE = ("Q1_0", "Q2_0", "F64")
 
 
 def rows() -> np.ndarray:
@@ -61,21 +67,70 @@ def test_rounding_errors_are_at_most_half_a_step(name: str) -> None:
     assert bool((error <= step * largest * 1.01 + 127 * step * 2**-11 + 127 * 2**-25).all())
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES)
+def random_blocks(name: str) -> np.ndarray:
+    """Any bytes [6, 30, B], with scales that are numbers."""
+    rng = np.random.default_rng(5)
+    raw = rng.integers(0, 256, (6, 30, BLOCK_TYPES[name].num_bytes), dtype=np.uint8)
+    for at in SCALES.get(name, ()):
+        raw[..., at : at + 2] = rng.standard_normal((6, 30)).astype(np.float16)[..., None].view(np.uint8)
+    if name == "MXFP4":
+        raw[..., 0] = np.arange(180).reshape(6, 30) + 70
+        raw[0, :5, 0] = [0, 1, 2, 251, 3]  # beyond 251 the largest level is infinite
+    if name == "IQ1_M":  # the upper byte of the f16 number lies in the upper halves of two bytes
+        raw[..., 55] = (raw[..., 55] & 0x8F) | 0x30
+    return raw
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCK_TYPES if name not in WITHOUT_REFERENCE])
 def test_decoding_is_that_of_ggml(name: str) -> None:
-    """Any bytes, with scales that are numbers."""
     block = BLOCK_TYPES[name]
     rng = np.random.default_rng(5)
-    raw = rng.integers(0, 256, (6, 3, block.num_bytes), dtype=np.uint8)
-    for at in SCALES.get(name, ()):
-        raw[..., at : at + 2] = rng.standard_normal((6, 3)).astype(np.float16)[..., None].view(np.uint8)
+    raw = random_blocks(name)
     if block.num_items == 1:
         raw = rng.standard_normal((6, 256)).astype(np.float32)
         raw = gguf.quants.quantize(raw, gguf.GGMLQuantizationType[name]).view(np.uint8)
     raw = raw.reshape(6, -1)
     stored = raw.view({"F32": np.float32, "F16": np.float16}.get(name, np.uint8))
     expected = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[name])
+    assert np.isfinite(expected).all() and len(np.unique(expected)) > 100
     assert np.array_equal(decode(torch.from_numpy(raw), block).numpy(), expected)
+
+
+def test_signs_and_four_levels() -> None:
+    """Q1_0 and Q2_0 against loops over the formula in ggml-quants.c: dequantize_row_q1_0 and _q2_0."""
+    for name, bits in (("Q1_0", 1), ("Q2_0", 2)):
+        block = BLOCK_TYPES[name]
+        raw_RNB = random_blocks(name)
+        for raw_NB, values_I in zip(raw_RNB, decode(torch.from_numpy(raw_RNB).flatten(1), block), strict=True):
+            for raw_B, values_J in zip(raw_NB, values_I.unflatten(0, (-1, block.num_items)), strict=True):
+                scale = float(raw_B[:2].view(np.float16)[0])
+                whole = int.from_bytes(raw_B[2:].tobytes(), "little")
+                codes = [(whole >> (bits * i)) & (2**bits - 1) for i in range(block.num_items)]
+                levels = (-1, 1) if bits == 1 else (-1, 0, 1, 2)
+                assert values_J.tolist() == [scale * levels[code] for code in codes]
+
+
+def test_numbers_of_eight_bytes() -> None:
+    x_RI = np.random.default_rng(2).standard_normal((3, 7))
+    raw_RB = torch.from_numpy(x_RI).view(torch.uint8)
+    assert np.array_equal(decode(raw_RB, BLOCK_TYPES["F64"]).numpy(), x_RI.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_quantised_matrix_is_decoded_as_the_reference_does(name: str) -> None:
+    kind = gguf.GGMLQuantizationType[name]
+    x_RI = np.random.default_rng(6).standard_normal((5, 512), dtype=np.float32) * 0.02
+    raw_RB = gguf.quants.quantize(x_RI, kind)
+    values = decode(torch.from_numpy(raw_RB), BLOCK_TYPES[name]).numpy()
+    assert np.array_equal(values, gguf.quants.dequantize(raw_RB, kind))
+    assert np.abs(values - x_RI).max() < 0.07  # the coarsest keeps the largest number of a block and zero
+
+
+@pytest.mark.parametrize("name", ["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
+def test_codebooks_are_those_of_ggml(name: str) -> None:
+    theirs = getattr(gguf.quants, name)
+    theirs.init_grid()
+    assert np.array_equal(codebook(name).numpy(), theirs.grid.reshape(theirs.grid_shape))
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])

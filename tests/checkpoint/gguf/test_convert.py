@@ -13,14 +13,13 @@ from torch import Tensor
 from qnext.checkpoint import load_model, save_model
 from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.gguf import EXPORT_TYPES, export_gguf, import_gguf, read_gguf
-from qnext.checkpoint.gguf.container import GgufSpec, GgufWriter, new_file
 from qnext.checkpoint.gguf.names import gguf_entries
 from qnext.config import read_config
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.model import CausalLM, initialize
 from tests.checkpoint.folders import make_fp8
 
-from .files import GGUF_CONFIGS
+from .files import GGUF_CONFIGS, arrays_of, write_arrays
 
 KEYS = {"tokenizer.ggml.model": "gpt2"}
 
@@ -153,7 +152,7 @@ def test_forms_of_other_tools(tmp_path: Path) -> None:
     config = GGUF_CONFIGS["next"]
     folder = folder_of(tmp_path / "m")
     export_gguf(folder, tmp_path / "m.gguf", kind="f32", tokenizer_keys=KEYS)
-    tensors = {tensor.name: tensor.data.copy() for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    tensors = arrays_of(tmp_path / "m.gguf")
     with TensorFiles(folder) as files:
         for i in range(config.num_hidden_layers + 1):
             block = f"blk.{i}."
@@ -165,12 +164,7 @@ def test_forms_of_other_tools(tmp_path: Path) -> None:
                 del tensors[f"{block}attn_gate.weight"], tensors[f"{block}attn_qkv.weight"]
                 whole = files.read(f"model.layers.{i}.linear_attn.in_proj_qkvz.weight")
                 tensors[f"{block}ssm_in.weight"] = whole.float().numpy()
-    f32 = read_gguf(tmp_path / "m.gguf").tensors["output.weight"].block
-    with new_file(tmp_path / "other.gguf") as file:
-        specs = {name: GgufSpec(f32, data.shape) for name, data in tensors.items()}
-        writer = GgufWriter(file, read_gguf(tmp_path / "m.gguf").keys, specs)
-        for name, data in tensors.items():
-            writer.write(name, [data.tobytes()])
+    write_arrays(tmp_path / "other.gguf", read_gguf(tmp_path / "m.gguf").keys, tensors)
     import_gguf(tmp_path / "other.gguf", tmp_path / "back", dtype=torch.bfloat16)
     assert_same(tensors_of(tmp_path / "back"), tensors_of(folder))
 
@@ -234,39 +228,12 @@ def test_bad_numbers_in_a_file(tmp_path: Path, exported: bytes, name: str, raw: 
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.gguf"]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        (b"blk.0.ssm_out.weight", b"blk.0.ssm_xxx.weight", "tensor blk.0.ssm_out.weight is missing"),
-        (b"qnext.initializer_range", b"qwen3next.unheard_of_xx", "key qwen3next.unheard_of_xx: unknown"),
-    ],
-)
-def test_names_that_do_not_belong(tmp_path: Path, exported: bytes, old: bytes, new: bytes, message: str) -> None:
+def test_a_tensor_of_another_name(tmp_path: Path, exported: bytes) -> None:
     path = tmp_path / "m.gguf"
-    assert exported.count(old) == 1
-    path.write_bytes(exported.replace(old, new))
-    with pytest.raises(CorruptCheckpoint, match=message):
+    assert exported.count(b"blk.0.ssm_out.weight") == 1
+    path.write_bytes(exported.replace(b"blk.0.ssm_out.weight", b"blk.0.ssm_xxx.weight"))
+    with pytest.raises(CorruptCheckpoint, match=r"tensor blk\.0\.ssm_out\.weight is missing"):
         import_gguf(path, tmp_path / "back")
-
-
-def test_surplus_and_shapes(tmp_path: Path) -> None:
-    export_gguf(folder_of(tmp_path / "m"), tmp_path / "good.gguf", kind="f32", tokenizer_keys=KEYS)
-    good = read_gguf(tmp_path / "good.gguf")
-    f32 = good.tensors["output.weight"].block
-    shapes = {name: tensor.shape for name, tensor in good.tensors.items()}
-    wrong = {
-        "tensor rope_freqs.weight is surplus": shapes | {"rope_freqs.weight": (4,)},
-        r"tensor blk.0.ssm_out.weight has shape \[48, 31\], the keys ask for \[48, 32\]": shapes
-        | {"blk.0.ssm_out.weight": (48, 31)},
-    }
-    for message, changed in wrong.items():
-        with new_file(tmp_path / "m.gguf") as file:
-            writer = GgufWriter(file, good.keys, {name: GgufSpec(f32, shape) for name, shape in changed.items()})
-            for name, shape in changed.items():
-                writer.write(name, [bytes(4 * int(np.prod(shape)))])
-        with pytest.raises(CorruptCheckpoint, match=message):
-            import_gguf(tmp_path / "m.gguf", tmp_path / "back")
-        (tmp_path / "m.gguf").unlink()
 
 
 def test_numbers_beyond_the_type(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import torch
 from qnext.checkpoint import load_model
 from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.gguf import export_gguf, import_gguf, read_gguf
-from qnext.checkpoint.gguf.container import BLOCK_TYPES, GgufSpec, GgufWriter, new_file
+from qnext.checkpoint.gguf.block_types import BLOCK_TYPES
+from qnext.checkpoint.gguf.container import GgufSpec
 from qnext.checkpoint.gguf.names import gguf_entries
 from qnext.checkpoint.gguf.packing import packed_parameters, quantization_config
+from qnext.checkpoint.gguf.writer import GgufWriter, new_file
 from qnext.checkpoint.names import expected_tensors
 from qnext.checkpoint.quantize import quantize_folder
 from qnext.errors import CorruptCheckpoint, UsageError
