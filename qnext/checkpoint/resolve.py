@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from qnext.config import PRESETS
-from qnext.errors import ModelNotFound
+from qnext.errors import ModelNotFound, NotSupported
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -14,12 +14,14 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def resolve_model(name: str | Path) -> Path:
     """The folder of a model: a folder itself, or a hub name that is in the local Hugging Face cache.
 
-    Nothing is downloaded. Raises ModelNotFound, saying what would help.
+    Nothing is downloaded. Raises ModelNotFound, or NotSupported for a GGUF file, saying what would help.
     """
     path = Path(name).expanduser()
     if path.is_dir() and str(name):
         return path
     if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            raise NotSupported(f"{path}: a GGUF file is not run as it is; `qnext convert {path} OUT` makes a folder")
         raise ModelNotFound(f"{path}: is a file, a model is a folder")
     text = str(name)
     if text in PRESETS:

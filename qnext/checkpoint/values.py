@@ -30,6 +30,8 @@ def tensor_value_problems(
 
     Without `check_finite` only those of packed weights that would change what others stand for.
     """
+    if info.name in layout.passed_over:
+        return
     role = layout.roles.get(info.name)
     if role is not None and (role.kind != "scales" or check_finite):
         problem = _packed_problem(layout.packed[role.weight], role.kind, files, info)
@@ -42,9 +44,6 @@ def tensor_value_problems(
         yield f"{info.file}: tensor {info.name} holds NaN or infinity"
     elif is_fp8_scale and not _stays_finite(files, info.name, _LARGEST_E4M3):
         yield f"{info.file}: tensor {info.name} holds a scale beyond what FP8 weights can be multiplied by"
-    is_tied_head = layout.config.tie_word_embeddings and info.name == "lm_head.weight"
-    if is_tied_head and not _are_equal(files, info.name, "model.embed_tokens.weight"):
-        yield f"{info.file}: tensor lm_head.weight differs from the embedding, but config.json ties them"
 
 
 def _packed_problem(packed: PackedWeight, kind: str, files: TensorFiles, info: TensorInfo) -> str | None:
@@ -80,13 +79,6 @@ def _is_finite(files: TensorFiles, name: str) -> bool:
 def _stays_finite(files: TensorFiles, name: str, factor: float) -> bool:
     """Whether every number times `factor` is finite in fp32."""
     return all(is_finite(piece.to(torch.float32) * factor) for piece in files.pieces(name))
-
-
-def _are_equal(files: TensorFiles, name: str, other: str) -> bool:
-    infos = files.tensors[name], files.tensors[other]
-    if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):
-        return False
-    return all(torch.equal(*pieces) for pieces in zip(*map(files.pieces, (name, other)), strict=True))
 
 
 def read_packed(packed: PackedWeight, files: TensorFiles) -> QuantizedWeight:
