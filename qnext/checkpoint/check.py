@@ -91,15 +91,15 @@ def read_layout(folder: Path, tensors: dict[str, TensorInfo]) -> Layout:
     layout = _layout(config, quantization, tensors, path)
     missing = [name for name in layout.missing(tensors) if name.startswith("mtp.")]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        asked = "is asked for by config.json" if not has_mtp else "is not whole"
-        warn(f"{folder}: multi-token prediction {asked}, but tensor {missing[0]}{more} is missing; it is not used")
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        asked = "asked for by config.json" if not has_mtp else "not whole"
+        warn(f"{folder}: multi-token prediction is {asked}: tensor {missing[0]}{more} missing; the model runs without")
         layout = _layout(config.with_(num_nextn_predict_layers=0), quantization, tensors, path)
     layout.passed_over = frozenset(_passed_over(layout, tensors, is_wrapped=is_wrapped(values)))
     drafters = sum(name.startswith("mtp.") for name in layout.passed_over)
     if drafters and not missing:
-        what = f"{drafters} tensors" if layout.config.num_nextn_predict_layers else "config.json asks for none: tensors"
-        warn(f"{folder}: multi-token prediction: {what} that are not used are passed over (mtp.*)")
+        count = f"{drafters} tensors (mtp.*) are" if drafters > 1 else "1 tensor (mtp.*) is"
+        warn(f"{folder}: multi-token prediction: {count} not used")
     others = sorted(name for name in layout.passed_over if not name.startswith("mtp.") and not is_leftover(name))
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
