@@ -8,13 +8,17 @@ that appears twice, names that look like paths), so every rule is checked in thi
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qnext.errors import CorruptCheckpoint, ModelNotFound
+from qnext.checkpoint.aliases import canonical
+from qnext.checkpoint.foreign import without_model
+from qnext.checkpoint.tensor_info import TensorInfo as TensorInfo
+from qnext.errors import CorruptCheckpoint, ModelNotFound, NotSupported, warn
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -22,23 +26,14 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_LENGTH = 512
 ITEM_SIZES = {
     "BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1,
+    "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8,
 }  # fmt: skip
-
-
-class TensorInfo(NamedTuple):
-    """Where one tensor lies: bytes [start, end) of `file`, counted from the file's beginning."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    end: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.end - self.start
+# The format's other dtypes: sound files, which no weight of a model that is read here has.
+OTHER_DTYPES = (
+    "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64", "C128",
+)  # fmt: skip
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class CheckpointIndex(NamedTuple):
@@ -55,19 +50,42 @@ def read_index(folder: str | Path) -> CheckpointIndex:
     Raises ModelNotFound where there is no safetensors model, CorruptCheckpoint naming file and tensor for the rest.
     """
     root = Path(folder)
-    single, index = root / SINGLE_FILE, root / INDEX_FILE
     if not root.is_dir():
         raise ModelNotFound(f"{root}: no such folder")
-    if single.exists() and index.exists():
-        raise CorruptCheckpoint(f"{root}: holds both {SINGLE_FILE} and {INDEX_FILE}; which one is meant is unclear")
-    if single.exists():
-        return CheckpointIndex(root, (single,), read_header(_regular_file(root, SINGLE_FILE)))
-    if not index.exists():
-        only_pickle = any(root.glob("pytorch_model*.bin"))
-        hint = "; pytorch_model*.bin is pickle and is never read" if only_pickle else ""
-        raise ModelNotFound(f"{root}: neither {SINGLE_FILE} nor {INDEX_FILE} there{hint}")
+    single, index = root / SINGLE_FILE, root / INDEX_FILE
+    files: tuple[Path, ...]
+    uses_index = _is_there(index)
+    if uses_index and _is_there(single) and not _needs_index(index):
+        uses_index = False
+    if uses_index:
+        files, tensors = _read_indexed(root, index)
+    elif _is_there(single):
+        files, tensors = (single,), read_header(_regular_file(root, SINGLE_FILE))
+    else:
+        files, tensors = _read_without_index(root)
+    return CheckpointIndex(root, files, canonical(tensors))
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file of this name is there, be it a link to nothing."""
+    return path.is_file() or path.is_symlink()
+
+
+def _needs_index(index: Path) -> bool:
+    """Beside model.safetensors: an index may name that file alone, or shards that were merged into it and are gone."""
+    shards = set(_read_weight_map(index).values())
+    if shards != {SINGLE_FILE} and any(_is_there(index.parent / shard) for shard in shards):
+        raise CorruptCheckpoint(f"{index.parent}: holds both {SINGLE_FILE} and {INDEX_FILE}; which is meant is unclear")
+    return shards == {SINGLE_FILE}
+
+
+def _read_indexed(root: Path, index: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
     weight_map = _read_weight_map(index)
-    files = {name: _regular_file(root, name, index) for name in dict.fromkeys(weight_map.values())}
+    shards = list(dict.fromkeys(weight_map.values()))
+    absent = [name for name in shards if not _is_there(root / name)]
+    if absent:
+        raise CorruptCheckpoint(_missing_shards(root, absent, len(shards), f"named by {index.name}"))
+    files = {name: _regular_file(root, name) for name in shards}
     tensors: dict[str, TensorInfo] = {}
     for shard, path in files.items():
         for name, info in read_header(path).items():
@@ -78,7 +96,40 @@ def read_index(folder: str | Path) -> CheckpointIndex:
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CorruptCheckpoint(f"{files[shard]}: tensor {name} is missing, although {INDEX_FILE} places it here")
-    return CheckpointIndex(root, tuple(files.values()), tensors)
+    return tuple(files.values()), tensors
+
+
+def _missing_shards(root: Path, absent: list[str], count: int, known_by: str) -> str:
+    many = f"; {len(absent)} of {count} files are missing" if len(absent) > 1 else ""
+    partial = any(root.rglob("*.incomplete"))
+    return f"{root / absent[0]}: file is missing, {known_by}{many}" + ("; its download is not complete" * partial)
+
+
+def _read_without_index(root: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
+    """Shards whose names say that all are there need no index, and one file alone may have any name."""
+    named = sorted(path.name for path in root.glob("*.safetensors") if not path.name.startswith((".", "adapter_")))
+    shards = {name: match for name in named if (match := _SHARD.fullmatch(name))}
+    kinds = {(match[1], match[3]) for match in shards.values()}
+    if len(kinds) == 1 and len(shards) == len(named):
+        stem, last = kinds.pop()
+        if int(last) > 100_000 or int(last) < len(shards):
+            raise CorruptCheckpoint(f"{root / named[0]}: a shard beyond the last, {last}")
+        wanted = [f"{stem}-{i:05d}-of-{last}.safetensors" for i in range(1, int(last) + 1)]
+        absent = [name for name in wanted if name not in shards]
+        if absent:
+            raise CorruptCheckpoint(_missing_shards(root, absent, len(wanted), "and there is no index"))
+        named = wanted
+    elif len(named) != 1 or named[0].startswith("consolidated"):
+        raise without_model(root)
+    files = tuple(_regular_file(root, name) for name in named)
+    tensors: dict[str, TensorInfo] = {}
+    for path in files:
+        for name, info in read_header(path).items():
+            if name in tensors:
+                raise CorruptCheckpoint(f"{path}: tensor {name} is here and in {tensors[name].file.name}")
+            tensors[name] = info
+    warn(f"{root}: no {INDEX_FILE}; {named[0]}{f' to {named[-1]}' if len(named) > 1 else ''} taken as the model")
+    return files, tensors
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -86,6 +137,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
+        if prefix == _LFS_POINTER[:8] and prefix + file.read(len(_LFS_POINTER) - 8) == _LFS_POINTER:
+            raise CorruptCheckpoint(
+                f"{path}: is a pointer of git-lfs, not the tensors; `git lfs pull` in its folder gets them"
+            )
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8:
             raise CorruptCheckpoint(f"{path}: truncated inside its header ({size} bytes)")
@@ -130,6 +185,8 @@ def _read_entry(name: str, entry: Any, path: Path, data_start: int) -> TensorInf
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CorruptCheckpoint(f"{path}: tensor {name}: needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype in OTHER_DTYPES:
+        raise NotSupported(f"{path}: tensor {name}: dtype {dtype} is not supported")
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise CorruptCheckpoint(f"{path}: tensor {name}: dtype {dtype!r} is not supported")
     if not _are_sizes(shape) or len(shape) > 8:
@@ -181,15 +238,14 @@ def _read_weight_map(index: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _regular_file(folder: Path, name: str, index: Path | None = None) -> Path:
-    """`folder / name`, which must be a file there or a link of the Hugging Face cache into its blobs."""
+def _regular_file(folder: Path, name: str) -> Path:
+    """`folder / name`, which must be a file or a link to one: the cache of the hub, volumes and shared storage link."""
     path = folder / name
     try:
         is_regular = stat.S_ISREG(path.stat().st_mode)
     except OSError:
-        named_by = f", named by {index.name}" if index is not None else ""
-        raise CorruptCheckpoint(f"{path}: file is missing{named_by}") from None
-    real_folder, target = folder.resolve(), path.resolve()
-    if not is_regular or target.parent not in (real_folder, real_folder.parent.parent / "blobs"):
-        raise CorruptCheckpoint(f"{path}: is no regular file of this folder")
+        link = f"; it is a link to {path.readlink()}" if path.is_symlink() else ""
+        raise CorruptCheckpoint(f"{path}: file is missing{link}") from None
+    if not is_regular:
+        raise CorruptCheckpoint(f"{path}: is no regular file")
     return path

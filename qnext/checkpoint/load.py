@@ -24,7 +24,8 @@ from qnext.planning import parameter_shapes
 
 Progress = Callable[[int, int], None]
 # What the model reads as tensors: a gate is small, and its last bits choose experts.
-_ALWAYS_PLAIN = (".mlp.gate.weight", ".shared_expert_gate.weight")
+_ROUTER = ".mlp.gate.weight"
+_ALWAYS_PLAIN = (_ROUTER, ".shared_expert_gate.weight")
 
 
 class Codes(NamedTuple):
@@ -49,13 +50,16 @@ def load_model(
 ) -> CausalLM:
     """The model in a Hugging Face folder of safetensors files.
 
-    `dtype` None keeps what is stored; FP8 weights become bfloat16. Integer weights (compressed-tensors, AWQ, GPTQ)
-    keep their codes, on the CPU, as a QuantizedWeight or a PanelWeight in the place of the parameter, unless
-    `dequantize` asks for tensors; gates always become tensors. `progress` is called with bytes read and bytes in all.
-    Files are mapped and their pages given back once copied, so memory stays near the weights alone. The model holds
-    exactly what the folder describes: a missing, surplus, misshaped or (with `check_finite`) non-finite tensor raises
-    CorruptCheckpoint naming file and tensor. Raises ModelNotFound where there is no model, ConfigError for a bad
-    config.json, UsageError where a value does not fit in `dtype` or codes are wanted on another device.
+    `dtype` None keeps what is stored, tensor by tensor; FP8 weights become bfloat16. Integer weights
+    (compressed-tensors, AWQ, GPTQ) keep their codes, on the CPU, as a QuantizedWeight or a PanelWeight in the place
+    of the parameter, unless `dequantize` asks for tensors; gates always become tensors. `progress` is called with
+    bytes read and bytes in all. Files are mapped and their pages given back once copied, so memory stays near the
+    weights alone.
+
+    A missing, surplus, misshaped or (with `check_finite`) non-finite tensor raises CorruptCheckpoint naming file and
+    tensor. Raises ModelNotFound where there is no model, ConfigError for a config.json that contradicts itself,
+    NotSupported for a form that is not read, UsageError where a value does not fit in `dtype` or codes are wanted on
+    another device. Warns of what is passed over.
     """
     with TensorFiles(folder) as files:
         layout = read_layout(files.folder, files.tensors)
@@ -203,23 +207,25 @@ def _codes_of(packed: PackedWeight, shape: tuple[int, ...], tensors: Mapping[str
 def _parameter_dtypes(
     layout: Layout, tensors: Mapping[str, TensorInfo], wanted: torch.dtype | None, quantized: set[str]
 ) -> dict[str, torch.dtype]:
-    """dtype of each parameter but those in `quantized`. As stored, all matrices must agree: one pass multiplies them.
+    """dtype of each parameter but those in `quantized`: as stored, the widest where its parts differ.
 
-    Packed weights that become tensors take the embedding's, or bfloat16 where that is packed too.
+    Packed weights that become tensors take the embedding's, or bfloat16 where that is packed too. A `wanted` dtype
+    leaves a router as it is that is stored wider than the embedding: somebody kept the last bits that choose experts.
     """
+    embedding = _stored_dtype(tensors.get("model.embed_tokens.weight"))
     dtypes: dict[str, torch.dtype] = {}
-    matrix: tuple[str, torch.dtype] | None = None
     for name, target in layout.targets.items():
-        if target.parameter in quantized:
+        parameter = target.parameter
+        if parameter in quantized:
             continue
-        info = tensors["model.embed_tokens.weight" if name in layout.packed else name]
-        dtype = wanted or (TORCH_DTYPES[info.dtype] if info.dtype in FLOAT_DTYPES else torch.bfloat16)
-        if len(info.shape) > 1:
-            matrix = matrix or (name, dtype)
-            if dtype != matrix[1]:
-                raise CorruptCheckpoint(
-                    f"{info.file}: tensor {name} has dtype {info.dtype}, unlike {matrix[0]} "
-                    f"({tensors[matrix[0]].dtype}); a dtype must be asked for"
-                )
-        dtypes[target.parameter] = dtype
+        stored = embedding if name in layout.packed else _stored_dtype(tensors[name])
+        is_wide_router = parameter.endswith(_ROUTER) and torch.promote_types(stored, embedding) != embedding
+        if wanted is not None:
+            stored = torch.promote_types(stored, wanted) if is_wide_router else wanted
+        dtypes[parameter] = torch.promote_types(dtypes.get(parameter, stored), stored)
     return dtypes
+
+
+def _stored_dtype(info: TensorInfo | None) -> torch.dtype:
+    """What is packed becomes bfloat16."""
+    return torch.bfloat16 if info is None or info.dtype not in FLOAT_DTYPES else TORCH_DTYPES[info.dtype]

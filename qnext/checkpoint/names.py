@@ -72,6 +72,11 @@ def is_leftover(name: str) -> bool:
     return _LEFTOVER.fullmatch(name) is not None
 
 
+def module_of(name: str) -> str:
+    """The module that a tensor on disk belongs to: its name without the last word."""
+    return name.rpartition(".")[0]
+
+
 def scale_name(name: str) -> str:
     """Name of the block scales of an FP8 weight. They multiply, whatever the name says."""
     return name + "_scale_inv"

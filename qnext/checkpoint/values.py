@@ -21,26 +21,18 @@ def tensor_value_problems(
 
     Without `check_finite` only those of packed weights that would change what others stand for.
     """
+    if info.name in layout.passed_over:
+        return
     role = layout.roles.get(info.name)
     if role is not None:
         packed = layout.packed[role.weight]
         problem = packed_problem(packed, role.kind, files, info, check_finite=check_finite)
         if problem is not None:
             yield f"{info.file}: tensor {info.name} {problem}"
-    if role is not None or not check_finite or info.name in layout.packing.passed_over:
+    if role is not None or not check_finite:
         return
     if not is_finite_on_disk(files, info.name):
         yield f"{info.file}: tensor {info.name} holds NaN or infinity"
-    is_tied_head = layout.config.tie_word_embeddings and info.name == "lm_head.weight"
-    if is_tied_head and not _are_equal(files, info.name, "model.embed_tokens.weight"):
-        yield f"{info.file}: tensor lm_head.weight differs from the embedding, but config.json ties them"
-
-
-def _are_equal(files: TensorFiles, name: str, other: str) -> bool:
-    infos = files.tensors[name], files.tensors[other]
-    if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):
-        return False
-    return all(torch.equal(*pieces) for pieces in zip(*map(files.pieces, (name, other)), strict=True))
 
 
 def read_weight(layout: Layout, files: TensorFiles, name: str, *, dtype: torch.dtype) -> Tensor:

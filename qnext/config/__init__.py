@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qnext.config.hf import from_hf, read_config, to_hf
+from qnext.config.hf import from_hf, is_wrapped, load_config_json, read_config, says_tied, to_hf
 from qnext.config.model import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig, YarnScaling, hybrid_pattern
 from qnext.config.presets import PRESETS, preset
 
@@ -14,7 +14,10 @@ __all__ = [
     "YarnScaling",
     "from_hf",
     "hybrid_pattern",
+    "is_wrapped",
+    "load_config_json",
     "preset",
     "read_config",
+    "says_tied",
     "to_hf",
 ]

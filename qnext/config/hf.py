@@ -1,173 +1,109 @@
-"""ModelConfig from and to Hugging Face's config.json, strictly: nothing is guessed."""
+"""ModelConfig from and to Hugging Face's config.json.
+
+Reading is liberal where the meaning is certain, writing is strict. An absent key means what the reference takes for
+the family (families.py), unless the tensors of the folder say otherwise; keys without effect are passed over
+(keys.py); an unknown key is named in a warning. What contradicts itself is a ConfigError, what would change the
+arithmetic and is not implemented is NotSupported.
+"""
 
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qnext.config.model import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig, YarnScaling, hybrid_pattern
-from qnext.errors import ConfigError, ModelNotFound
-
-ARCHITECTURES = {
-    "qwen3_next": "Qwen3NextForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qnext": "QnextForCausalLM",
-}
-
-# Keys that say nothing about the arithmetic; quantization_config is read by the checkpoint loader.
-_IGNORED = frozenset((
-    "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_router_logits",
-    "quantization_config", "_name_or_path", "name_or_path", "return_dict", "output_hidden_states", "output_attentions",
-    "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder", "problem_type", "id2label", "label2id",
-    "finetuning_task", "torchscript", "tokenizer_class", "prefix", "task_specific_params",
-    "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "pruned_heads",
-    "decoder_start_token_id", "sep_token_id", "_attn_implementation", "_attn_implementation_internal",
-    "attn_implementation", "unsloth_fixed", "unsloth_version",
-))  # fmt: skip
-# Keys whose only supported value is given; another value changes the arithmetic.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_dropout": (0.0, 0),
-    "use_sliding_window": (False, None),
-}
-_SLIDING = ("sliding_window", "max_window_layers")
-_COMMON = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-           "max_position_embeddings", "rms_norm_eps", "attention_bias", "tie_word_embeddings")  # fmt: skip
-_LINEAR = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
-           "linear_conv_kernel_dim")  # fmt: skip
-_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
-            "mlp_only_layers")  # fmt: skip
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_SWITCHES = ("attention_output_gate", "zero_centered_norm", "mtp_uses_final_norm")
-_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
-_PATTERN = ("num_hidden_layers", "layer_types")
-_MTP = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
-_OPTIONAL = ("initializer_range", "router_aux_loss_coef", "intermediate_size")
-
-_INTEGERS = frozenset(
-    [
-        "vocab_size",
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "num_hidden_layers",
-        "full_attention_interval",
-        "intermediate_size",
-        "num_experts",
-        "num_experts_per_tok",
-        "moe_intermediate_size",
-        "shared_expert_intermediate_size",
-        "decoder_sparse_step",
-        "num_nextn_predict_layers",
-        "mtp_num_hidden_layers",
-        "bos_token_id",
-        "pad_token_id",
-    ]
-) | frozenset(_LINEAR)
-_NUMBERS = frozenset(
-    ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "initializer_range", "router_aux_loss_coef")
+from qnext.config import keys
+from qnext.config.families import (
+    ARCHITECTURES,
+    COMMON_KEYS,
+    EXPERT_KEYS,
+    FAMILIES,
+    LINEAR_KEYS,
+    MTP_KEYS,
+    SWITCH_KEYS,
+    Family,
 )
-_TOO_LARGE = 2**53
+from qnext.config.model import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig, YarnScaling, hybrid_pattern
+from qnext.config.reader import Reader, listed, shorten
+from qnext.config.rope import read_rope
+from qnext.errors import ConfigError, ModelNotFound, warn
+
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MAX_LAYERS = 10_000  # a larger number is damage, and its layer list would fill the memory
-_BOOLEANS = frozenset(("attention_bias", "tie_word_embeddings", "norm_topk_prob", *_SWITCHES))
+# Where a wrapper of several modalities keeps its language model, and what it says of that outside the block.
+_TEXT_BLOCKS = ("text_config", "llm_config", "language_config")
+_OF_WRAPPER = ("tie_word_embeddings", *_TOKENS)
+_LFS_POINTER = b"version https://git-lfs"
 
 
-class _Reader:
-    """Reads typed values from one JSON object and remembers which keys were read."""
-
-    def __init__(self, values: dict[str, Any], file: str) -> None:
-        self.values = values
-        self.file = file
-
-    def error(self, key: str, problem: str) -> ConfigError:
-        return ConfigError(f"{self.file}: {key}: {problem}")
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def get(self, key: str) -> Any:
-        if not self.has(key):
-            raise self.error(key, "missing")
-        return self.check_type(key, self.values[key])
-
-    def get_or(self, key: str, default: Any) -> Any:
-        return self.get(key) if self.has(key) else default
-
-    def check_type(self, key: str, value: Any) -> Any:
-        if key in _INTEGERS and (not isinstance(value, int) or isinstance(value, bool)):
-            raise self.error(key, f"must be an integer, not {value!r}")
-        if key in _INTEGERS and abs(value) >= _TOO_LARGE:
-            raise self.error(key, f"is out of range: {value!r}")
-        if key in _BOOLEANS and not isinstance(value, bool):
-            raise self.error(key, f"must be true or false, not {value!r}")
-        if key in _NUMBERS:
-            if not _is_finite_number(value):
-                raise self.error(key, f"must be a finite number, not {value!r}")
-            return float(value)
-        return value
-
-
-def _is_finite_number(value: Any) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def read_config(folder: str | Path, *, has_mtp: bool = False) -> ModelConfig:
-    """The configuration of a model folder. `has_mtp`: see from_hf."""
+def read_config(
+    folder: str | Path, *, has_mtp: bool = False, tensors_say: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """The configuration of a model folder. `has_mtp` and `tensors_say`: see from_hf."""
     path = Path(folder) / "config.json"
+    return from_hf(load_config_json(path), file=str(path), has_mtp=has_mtp, tensors_say=tensors_say)
+
+
+def load_config_json(path: Path) -> Any:
+    """The JSON of a config.json in which no key appears twice. Raises ModelNotFound and ConfigError."""
     if not path.is_file():
         raise ModelNotFound(f"{path.parent}: no config.json there")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        content = path.read_bytes()
+        if content.startswith(_LFS_POINTER):
+            raise ConfigError(f"{path}: is a pointer of git-lfs; `git lfs pull` in its folder gets the file")
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, OSError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path}: not readable as JSON ({error})") from None
     except RecursionError:
         raise ConfigError(f"{path}: not readable as JSON (nested too deeply)") from None
-    return from_hf(values, file=str(path), has_mtp=has_mtp)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
+        names = [key for key, _ in pairs]
+        repeated = next(key for key in names if names.count(key) > 1)
         raise ValueError(f"{repeated} is given twice")
     return values
 
 
-def from_hf(values: Any, *, file: str = "config.json", has_mtp: bool = False) -> ModelConfig:
+def from_hf(
+    values: Any,
+    *,
+    file: str = "config.json",
+    has_mtp: bool = False,
+    tensors_say: Mapping[str, Any] | None = None,
+) -> ModelConfig:
     """Read the content of a config.json, old flat keys and `rope_parameters` alike.
 
     `has_mtp` says whether the checkpoint holds MTP tensors; it decides only where the file is silent, as the
-    released ones are. Raises ConfigError with file and key for a value that is unknown, missing or contradictory.
+    released ones are. `tensors_say` holds sizes that the tensors show, by their key: they count where the file leaves
+    a key out, and for the rows of the embedding and a head of its own also against the file. Raises ConfigError with
+    file and key for a contradiction, NotSupported for a family or a value that is not implemented; warns once of all
+    unknown keys.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: must hold a JSON object")
-    reader = _Reader(values, file)
-    model_type = reader.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise reader.error("model_type", f"{model_type!r} is not supported; known: {', '.join(ARCHITECTURES)}")
-    _refuse_unknown(reader, model_type)
+    model_type, values = _language_model(values, file)
+    family, found = FAMILIES[model_type], dict(tensors_say or {})
+    reader = Reader(values, file, found, family.defaults)
+    _check_keys(reader, model_type)
     layer_types = _layer_types(reader, model_type)
-    fields: dict[str, Any] = {key: reader.get(key) for key in _COMMON}
-    fields.update(_rope(reader, model_type))
+    _check_windows(reader, model_type, len(layer_types))
+    fields: dict[str, Any] = _sizes(reader, model_type, found)
+    fields.update(read_rope(reader))
     if LINEAR_ATTENTION in layer_types:
-        fields.update({key: reader.get(key) for key in _LINEAR})
-    elif model_type in ("qwen3_next", "qnext"):
-        fields.update({key: reader.get_or(key, 0) for key in _LINEAR})
-    fields.update(_feed_forward(reader, model_type))
+        fields.update({key: reader.get(key) for key in LINEAR_KEYS})
+    elif family.is_hybrid:
+        fields.update({key: reader.get_or(key, 0) for key in LINEAR_KEYS})
+    fields.update(_feed_forward(reader, family, layer_types))
     fields.update(_switches(reader, model_type))
-    fields.update({key: _token_ids(reader, key) for key in _TOKENS})
-    fields["num_nextn_predict_layers"] = _num_mtp_layers(reader, model_type, has_mtp)
+    fields.update({key: _token_ids(reader, key, fields["vocab_size"]) for key in _TOKENS})
+    fields["num_nextn_predict_layers"] = _num_mtp_layers(reader, family, has_mtp)
     for key in ("initializer_range", "router_aux_loss_coef"):
         if reader.has(key):
             fields[key] = reader.get(key)
@@ -177,157 +113,224 @@ def from_hf(values: Any, *, file: str = "config.json", has_mtp: bool = False) ->
         raise ConfigError(f"{file}: {error}") from None
 
 
-def _refuse_unknown(reader: _Reader, model_type: str) -> None:
-    known = {"model_type", *_COMMON, *_ROPE, *_PATTERN, *_TOKENS, *_OPTIONAL, *_FIXED, *_SLIDING}
-    if model_type in ("qwen3_next", "qnext"):
-        known |= {"full_attention_interval", *_LINEAR, *_EXPERTS, "shared_expert_intermediate_size", *_MTP}
-    if model_type == "qnext":
-        known |= set(_SWITCHES)
-    if model_type == "qwen3_moe":
-        known |= {*_EXPERTS, "num_local_experts"}
+def is_wrapped(values: Any) -> bool:
+    """Whether a config.json describes several modalities, a language model of these families among them."""
+    return _text_block(values) is not None
+
+
+def says_tied(values: Any) -> bool:
+    """Whether a config.json says that the embedding is the head."""
+    block = _text_block(values) or {}
+    found = [source.get("tie_word_embeddings") for source in (block, values) if isinstance(source, dict)]
+    return next((value is True for value in found if value is not None), False)
+
+
+def _text_block(values: Any) -> dict[str, Any] | None:
+    blocks = (values.get(key) for key in _TEXT_BLOCKS) if isinstance(values, dict) else ()
+    for block in blocks:
+        if isinstance(block, dict) and block:
+            model_type = block.get("model_type", values.get("model_type"))
+            if isinstance(model_type, str) and model_type in FAMILIES:
+                return block
+    return None
+
+
+def _language_model(values: dict[str, Any], file: str) -> tuple[str, dict[str, Any]]:
+    """(model_type, the keys that describe the language model). Raises NotSupported for another family."""
+    block = _text_block(values)
+    if block is not None:
+        is_family = values.get("model_type") in FAMILIES
+        outer = values if is_family else {key: values[key] for key in _OF_WRAPPER if values.get(key) is not None}
+        merged = {**outer, **{key: value for key, value in block.items() if value is not None}}
+        return str(merged["model_type"]), merged
+    reader = Reader(values, file)
+    named = values.get("architectures")
+    named = [named] if isinstance(named, str) else named or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise reader.error("architectures", f"must be a list of names, not {shorten(named)}")
+    families = [key for key, family in FAMILIES.items() if {family.architecture, family.base} & set(named)]
+    if not reader.has("model_type"):
+        if not families:
+            raise reader.error("model_type", "missing")
+        return families[0], values
+    model_type = values["model_type"]
+    supported = ", ".join(f"{key} ({family.title})" for key, family in FAMILIES.items() if family.defaults)
+    if not isinstance(model_type, str):
+        raise reader.error("model_type", f"must be a name, not {shorten(model_type)}")
+    if model_type not in FAMILIES:
+        raise reader.not_supported("model_type", model_type, f"supported are {supported}")
+    if named and model_type not in families:
+        raise reader.not_supported("architectures", named[0], f"{model_type} is {ARCHITECTURES[model_type]}")
+    return model_type, values
+
+
+def _check_keys(reader: Reader, model_type: str) -> None:
+    """Refuses values that would change the arithmetic, warns of those without effect and of unknown keys."""
+    family = FAMILIES[model_type]
+    known = family.keys | (set(SWITCH_KEYS) if model_type == "qnext" else set())
+    neutral = {**keys.NEUTRAL, **(keys.NEUTRAL_IN_HYBRID if family.is_hybrid else keys.NEUTRAL_ELSEWHERE)}
+    unknown, unused = [], []
     for key, value in reader.values.items():
-        if key not in known and key not in _IGNORED:
-            raise reader.error(key, f"unknown key (value {str(value)[:60]!r})")
-    for key, allowed in _FIXED.items():
-        if key in reader.values and reader.values[key] not in allowed:
-            raise reader.error(key, f"{reader.values[key]!r} is not supported, only {allowed[0]!r}")
-    if reader.has("num_local_experts") and reader.has("num_experts"):
-        if reader.values["num_local_experts"] != reader.values["num_experts"]:
-            raise reader.error("num_local_experts", "contradicts num_experts")
-    elif reader.has("num_local_experts"):
-        reader.values = {**reader.values, "num_experts": reader.values["num_local_experts"]}
+        if key in known or key in keys.WITHOUT_EFFECT or key in MTP_KEYS or key == "use_sliding_window":
+            continue
+        if key in neutral:
+            if not keys.is_neutral(value, neutral[key]):
+                reason = keys.REASONS.get(key, _only(neutral[key]))
+                raise reader.not_supported(key, value, reason)
+        elif key in keys.UNUSED:
+            allowed, why = keys.UNUSED[key]
+            if not keys.is_unused(value, allowed):
+                unused.append((key, why))
+        elif value is not None:
+            unknown.append(key)
+    for key, why in unused:
+        warn(f"{reader.file}: {key} {why}")
+    if unknown:
+        warn(f"{reader.file}: unknown key{'s' if len(unknown) > 1 else ''} {listed(unknown)}, passed over")
+    _rename_experts(reader)
 
 
-def _layer_types(reader: _Reader, model_type: str) -> tuple[str, ...]:
+def _only(allowed: tuple[Any, ...]) -> str:
+    return f"only {' or '.join(map(repr, allowed))} is" if allowed else "only null is"
+
+
+def _rename_experts(reader: Reader) -> None:
+    if not reader.has("num_local_experts"):
+        return
+    count = reader.get("num_local_experts")
+    if reader.has("num_experts") and reader.get("num_experts") != count:
+        raise reader.error("num_local_experts", "contradicts num_experts")
+    reader.values = {**reader.values, "num_experts": count}
+
+
+def _layer_types(reader: Reader, model_type: str) -> tuple[str, ...]:
     num_layers = reader.get("num_hidden_layers")
     if not 1 <= num_layers <= _MAX_LAYERS:
         raise reader.error("num_hidden_layers", f"must lie between 1 and {_MAX_LAYERS}, not {num_layers}")
+    is_hybrid = FAMILIES[model_type].is_hybrid
+    if not is_hybrid and not reader.has("layer_types"):
+        return (FULL_ATTENTION,) * num_layers
     from_interval = None
-    if model_type in ("qwen3_next", "qnext") and reader.has("full_attention_interval"):
-        interval = reader.get("full_attention_interval")
-        if interval < 1:
-            raise reader.error("full_attention_interval", f"must be at least 1, not {interval}")
-        from_interval = hybrid_pattern(num_layers, interval=interval)
+    if is_hybrid and reader.has("full_attention_interval"):
+        from_interval = _every(reader, num_layers)
     if reader.has("layer_types"):
         named = reader.get("layer_types")
         if not isinstance(named, list) or len(named) != num_layers:
             raise reader.error("layer_types", f"must list {num_layers} layers, as num_hidden_layers says")
+        if "sliding_attention" in named or "chunked_attention" in named:
+            raise reader.not_supported("layer_types", "sliding_attention", "full and linear attention are")
         if from_interval is not None and tuple(named) != from_interval:
             raise reader.error("layer_types", "contradicts full_attention_interval")
         return tuple(named)
     if from_interval is not None:
         return from_interval
-    if model_type in ("qwen3_next", "qnext"):
-        raise reader.error("layer_types", "missing, and full_attention_interval too")
-    return (FULL_ATTENTION,) * num_layers
+    for defaults in reader.defaults:
+        if "layer_types" in defaults:  # the names of the tensors
+            return tuple(defaults["layer_types"])
+        if "full_attention_interval" in defaults:
+            return _every(reader, num_layers)
+    raise reader.error("layer_types", "missing, and full_attention_interval too")
 
 
-def _rope(reader: _Reader, model_type: str) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        if not reader.has(key):
+def _every(reader: Reader, num_layers: int) -> tuple[str, ...]:
+    interval = reader.get("full_attention_interval")
+    if interval < 1:
+        raise reader.error("full_attention_interval", f"must be at least 1, not {interval}")
+    return hybrid_pattern(num_layers, interval=interval)
+
+
+def _check_windows(reader: Reader, model_type: str, num_layers: int) -> None:
+    """Attention over a window is not implemented. Several spellings say that there is none."""
+    if not reader.get_or("use_sliding_window", False):
+        return
+    window = reader.get_or("sliding_window", None)
+    first = reader.get_or("max_window_layers", None)
+    is_beyond = model_type == "qwen3" and first is not None and first >= num_layers
+    if not is_beyond and (window is not None or "sliding_window" not in reader.values):
+        raise reader.not_supported("use_sliding_window", True, "every layer must see the whole context")
+
+
+def _sizes(reader: Reader, model_type: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The common fields. The tensors have the last word on the vocabulary and on a head of its own."""
+    fields: dict[str, Any] = {}
+    for key in COMMON_KEYS:
+        is_open = not reader.has(key) and not any(key in defaults for defaults in reader.defaults)
+        if key == "head_dim" and is_open and model_type != "qnext" and fields["num_attention_heads"] > 0:
+            fields[key] = fields["hidden_size"] // fields["num_attention_heads"]
             continue
-        block = reader.get(key)
-        if not isinstance(block, dict):
-            raise reader.error(key, f"must be an object or null, not {block!r}")
-        for name, value in block.items():
-            if name in nested and nested[name] != value:
-                raise reader.error(f"{key}.{name}", "contradicts rope_scaling")
-            nested[name] = value
-    found: dict[str, Any] = {}
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in nested:
-            value = reader.check_type(key, nested.pop(key))
-            if reader.has(key) and reader.get(key) != value:
-                raise reader.error(key, "contradicts rope_parameters")
-            found[key] = value
-        elif reader.has(key):
-            found[key] = reader.get(key)
-        elif key == "rope_theta" or model_type in ("qwen3_next", "qnext"):
-            raise reader.error(key, "missing")
-    found["rope_scaling"] = _yarn(reader, nested)
-    return found
-
-
-def _yarn(reader: _Reader, nested: dict[str, Any]) -> YarnScaling | None:
-    kinds = [nested.pop(key) for key in ("rope_type", "type") if key in nested]
-    if any(kind != kinds[0] for kind in kinds):
-        raise reader.error("rope_scaling.rope_type", f"contradicts type ({kinds[0]!r}, {kinds[1]!r})")
-    kind = kinds[0] if kinds else "default"
-    if kind not in ("default", "yarn"):
-        raise reader.error("rope_scaling.rope_type", f"{kind!r} is not supported, only 'default' and 'yarn'")
-    known = () if kind == "default" else tuple(YarnScaling.__dataclass_fields__)
-    for key, value in nested.items():
-        if key not in known:
-            raise reader.error(f"rope_scaling.{key}", f"unknown key for rope_type {kind!r}")
-        wanted, is_right = _yarn_type(key, value)
-        if not is_right:
-            raise reader.error(f"rope_scaling.{key}", f"must be {wanted}, not {value!r}")
-    if kind == "default":
-        return None
-    for key in ("factor", "original_max_position_embeddings"):
-        if key not in nested:
-            raise reader.error(f"rope_scaling.{key}", "missing")
-    try:
-        return YarnScaling(**nested)
-    except ConfigError as error:
-        raise ConfigError(f"{reader.file}: {error}") from None
-
-
-def _yarn_type(key: str, value: Any) -> tuple[str, bool]:
-    """What a value of `rope_scaling` must be, in words, and whether it is."""
-    if key == "truncate":
-        return "true or false", isinstance(value, bool)
-    if key == "original_max_position_embeddings":
-        return "an integer", type(value) is int and value < _TOO_LARGE
-    return "a finite number", _is_finite_number(value) or (key == "attention_factor" and value is None)
-
-
-def _feed_forward(reader: _Reader, model_type: str) -> dict[str, Any]:
-    fields: dict[str, Any] = {"intermediate_size": reader.get_or("intermediate_size", 0)}
-    if model_type == "qwen3":
-        fields["intermediate_size"] = reader.get("intermediate_size")
-        return fields
-    for key in _EXPERTS:
+        is_null = key in reader.values and not reader.has(key)
+        if key == "num_key_value_heads" and is_null and key not in found and model_type == "qwen3":
+            fields[key] = fields["num_attention_heads"]
+            continue
         fields[key] = reader.get(key)
-    if fields["num_experts"] < 1 and model_type != "qnext":
-        raise reader.error("num_experts", f"must be at least 1, not {fields['num_experts']}")
-    layers = fields["mlp_only_layers"]
-    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise reader.error("mlp_only_layers", f"must be a list of layer numbers, not {layers!r}")
-    fields["mlp_only_layers"] = tuple(layers)
-    if model_type in ("qwen3_next", "qnext"):
-        fields["shared_expert_intermediate_size"] = reader.get("shared_expert_intermediate_size")
+    rows = found.get("vocab_size", fields["vocab_size"])
+    if rows != fields["vocab_size"]:
+        warn(f"{reader.file}: vocab_size is {fields['vocab_size']}, but the embedding has {rows} rows, which count")
+        fields["vocab_size"] = rows
+    if fields["tie_word_embeddings"] and found.get("tie_word_embeddings") is False:
+        warn(f"{reader.file}: tie_word_embeddings is true, but lm_head.weight differs from the embedding and is used")
+        fields["tie_word_embeddings"] = False
+    if not reader.has("tie_word_embeddings") and found.get("tie_word_embeddings"):
+        warn(f"{reader.file}: tie_word_embeddings is missing, and there is no lm_head.weight: the embedding serves")
     return fields
 
 
-def _switches(reader: _Reader, model_type: str) -> dict[str, bool]:
+def _feed_forward(reader: Reader, family: Family, layer_types: tuple[str, ...]) -> dict[str, Any]:
+    if not family.has_experts:
+        return {"intermediate_size": reader.get("intermediate_size")}
+    fields: dict[str, Any] = {key: reader.get(key) for key in EXPERT_KEYS}
+    if fields["num_experts"] < 1 and family.defaults:
+        raise reader.error("num_experts", f"must be at least 1, not {fields['num_experts']}")
+    layers = fields["mlp_only_layers"]
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise reader.error("mlp_only_layers", f"must be a list of layer numbers, not {shorten(layers)}")
+    fields["mlp_only_layers"] = tuple(layers)
+    if family.is_hybrid:
+        fields["shared_expert_intermediate_size"] = reader.get("shared_expert_intermediate_size")
+    fields["intermediate_size"] = reader.get("intermediate_size") if family.defaults else 0
+    if reader.has("intermediate_size"):
+        fields["intermediate_size"] = reader.get("intermediate_size")
+    return fields
+
+
+def _switches(reader: Reader, model_type: str) -> dict[str, bool]:
     if model_type == "qnext":
-        return {key: reader.get(key) for key in _SWITCHES}
+        return {key: reader.get(key) for key in SWITCH_KEYS}
     is_next = model_type == "qwen3_next"
     return {"attention_output_gate": is_next, "zero_centered_norm": is_next}
 
 
-def _token_ids(reader: _Reader, key: str) -> int | tuple[int, ...] | None:
+def _token_ids(reader: Reader, key: str, vocab_size: int) -> int | tuple[int, ...] | None:
+    """Ids as the file gives them; one that is -1 is none, and one outside the vocabulary can never occur."""
     if not reader.has(key):
         return None
-    value = reader.get(key)
-    if key == "eos_token_id" and isinstance(value, list):
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in value):
-            raise reader.error(key, "must be an integer or a list of integers")
-        return tuple(value)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise reader.error(key, f"must be an integer, not {value!r}")
-    return value
+    value = reader.values[key]
+    is_list = key == "eos_token_id" and isinstance(value, list)
+    ids = [reader.check_type("pad_token_id", token, name=key) for token in (value if is_list else [value])]
+    if any(token < -1 for token in ids):
+        raise reader.error(key, f"must be an id, not {shorten(value)}")
+    outside = [token for token in ids if token >= vocab_size]
+    if outside:
+        warn(f"{reader.file}: {key} {outside[0]} is outside the vocabulary of {vocab_size} and passed over")
+    kept = tuple(token for token in ids if 0 <= token < vocab_size)
+    if is_list:
+        return kept or None
+    return kept[0] if kept else None
 
 
-def _num_mtp_layers(reader: _Reader, model_type: str, has_mtp: bool) -> int:
-    counts = {key: reader.get(key) for key in _MTP if reader.has(key)}
+def _num_mtp_layers(reader: Reader, family: Family, has_mtp: bool) -> int:
+    counts = {key: reader.check_type(key, reader.values[key]) for key in MTP_KEYS if reader.has(key)}
     if len(set(counts.values())) > 1:
         raise reader.error("mtp_num_hidden_layers", "contradicts num_nextn_predict_layers")
-    if counts:
-        return int(next(iter(counts.values())))
-    return int(has_mtp and model_type in ("qwen3_next", "qnext"))
+    for key, count in counts.items():
+        if count < 0:
+            raise reader.error(key, f"must not be negative, but is {count}")
+        if count and not (family.is_hybrid and count == 1):
+            kind = "one layer of Qwen3-Next" if family.is_hybrid else "Qwen3-Next's"
+            warn(f"{reader.file}: {key} is {count}: only {kind} drafts tokens; the model runs without drafts")
+            return 0
+        return int(count)
+    return int(has_mtp and family.is_hybrid)
 
 
 def hf_model_type(config: ModelConfig) -> str:
@@ -351,14 +354,20 @@ def to_hf(config: ModelConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
     Rotary keys are written flat and, where YaRN is on, as `rope_scaling`: every reader known accepts this form.
     """
     model_type = hf_model_type(config)
-    keys: tuple[str, ...] = (*_COMMON, *_OPTIONAL, "rope_theta")
+    keys: tuple[str, ...] = (
+        *COMMON_KEYS,
+        "initializer_range",
+        "router_aux_loss_coef",
+        "intermediate_size",
+        "rope_theta",
+    )
     if model_type in ("qwen3_next", "qnext"):
-        keys += (*_EXPERTS, "shared_expert_intermediate_size", "partial_rotary_factor", "num_nextn_predict_layers")
-        keys += _LINEAR
+        keys += (*EXPERT_KEYS, "shared_expert_intermediate_size", "partial_rotary_factor", "num_nextn_predict_layers")
+        keys += LINEAR_KEYS
     if model_type == "qwen3_moe":
-        keys += _EXPERTS
+        keys += EXPERT_KEYS
     if model_type == "qnext":
-        keys += _SWITCHES
+        keys += SWITCH_KEYS
     values: dict[str, Any] = {"architectures": [ARCHITECTURES[model_type]], "model_type": model_type}
     values["num_hidden_layers"] = config.num_hidden_layers
     for key in keys:

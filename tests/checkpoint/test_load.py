@@ -15,7 +15,7 @@ from qnext.checkpoint import create_folder, load_model, save_model
 from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.finite import is_finite
 from qnext.config import read_config
-from qnext.errors import ConfigError, CorruptCheckpoint, ModelNotFound, UsageError
+from qnext.errors import ConfigError, CorruptCheckpoint, ModelNotFound, QnextWarning, UsageError
 from qnext.model import Batch, CausalLM, initialize
 
 from .folders import CONFIGS, edit_config, make_fp8, poke, rewrite, tiny_folder, tiny_model
@@ -106,19 +106,6 @@ DAMAGES = {
         lambda t: t.update({"lm_head.weight": torch.zeros(300, 48).to(torch.float8_e4m3fn)}),
         r"lm_head.weight is F8_E4M3, but its scales lm_head.weight_scale_inv are missing",
     ),
-    "one matrix in another dtype": (
-        lambda t: t.update({"lm_head.weight": torch.zeros(300, 48).half()}),
-        r"lm_head.weight has dtype F16, unlike model.embed_tokens.weight \(F32\)",
-    ),
-    "no mtp": (
-        lambda t: [t.pop(name) for name in list(t) if name.startswith("mtp.")],
-        r"config.json asks for multi-token prediction .* mtp.fc.weight is missing; set it to 0 to load",
-    ),
-    "half an mtp": (lambda t: t.pop("mtp.fc.weight"), r"multi-token prediction .* mtp.fc.weight is missing$"),
-    "stacked on disk": (
-        lambda t: t.update({"model.layers.0.mlp.experts.down_proj": torch.zeros(5, 48, 20)}),
-        r"model.layers.0.mlp.experts.down_proj is surplus",
-    ),
 }  # fmt: skip
 
 
@@ -131,12 +118,6 @@ def test_damage_is_named(tmp_path: Path, name: str) -> None:
         load_model(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
-
-
-def test_one_dtype_for_all_mends_mixed_matrices(tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path / "m")
-    rewrite(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].half()}))
-    assert {parameter.dtype for parameter in load_model(folder, dtype=torch.float32).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -175,26 +156,22 @@ def test_mtp_is_taken_from_the_tensors_where_the_config_is_silent(tmp_path: Path
     assert load_model(folder).mtp is None
 
 
-def test_mtp_that_the_config_denies_is_surplus(tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path / "m")
-    edit_config(folder, num_nextn_predict_layers=0)
-    with pytest.raises(CorruptCheckpoint, match=r"tensor mtp\.\S+ is surplus"):
-        load_model(folder)
-
-
 def test_rotary_leftovers_are_ignored(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m")
     rewrite(folder, lambda t: t.update({"model.layers.3.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
     assert_same_weights(load_model(folder), tiny_model())
 
 
-def test_a_written_tied_head_must_equal_the_embedding(tmp_path: Path) -> None:
+def test_a_written_tied_head_is_compared_with_the_embedding(tmp_path: Path) -> None:
+    """As the reference: a head that was written beside the embedding and differs is the head."""
     folder = tiny_folder(tmp_path / "m", "next tied")
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert_same_weights(load_model(folder), tiny_model("next tied"))
-    rewrite(folder, lambda t: t["lm_head.weight"].neg_())
-    with pytest.raises(CorruptCheckpoint, match=r"lm_head.weight differs from the embedding"):
-        load_model(folder)
+    rewrite(folder, lambda t: t["lm_head.weight"][-1].neg_())
+    with pytest.warns(QnextWarning, match=r"lm_head.weight differs from the embedding and is used"):
+        model = load_model(folder)
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(model.lm_head.weight[-1], -model.model.embed_tokens.weight[-1])
 
 
 def test_no_config(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,13 @@ from qnext.config import (
     to_hf,
 )
 from qnext.config.hf import hf_model_type
-from qnext.errors import ConfigError, ModelNotFound
+from qnext.errors import ConfigError, ModelNotFound, NotSupported, QnextWarning
 
 
 def released_80b() -> dict[str, Any]:
-    """The architecture keys of the released 80B-A3B Instruct config.json, in the flat form it was published in."""
+    """The config.json of the released 80B-A3B Instruct: its keys and values, no more and no fewer."""
     return {
         "architectures": ["Qwen3NextForCausalLM"],
-        "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": 151643,
         "decoder_sparse_step": 1,
@@ -138,116 +138,81 @@ def test_qwen3_families_have_plain_norms_and_no_gate() -> None:
     assert config.layer_types == (FULL_ATTENTION,) * 2
 
 
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"linear_attn_magic": 1}, "linear_attn_magic"),
-        ({"hidden_size": None}, "hidden_size"),
-        ({"hidden_size": "2048"}, "hidden_size"),
-        ({"hidden_size": 2048.0}, "hidden_size"),
-        ({"hidden_size": True}, "hidden_size"),
-        ({"hidden_size": 0}, "hidden_size"),
-        ({"head_dim": 10**400}, "head_dim"),
-        ({"norm_topk_prob": 1}, "norm_topk_prob"),
-        ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
-        ({"rms_norm_eps": -1e-6}, "rms_norm_eps"),
-        ({"rope_theta": math.inf}, "rope_theta"),
-        ({"rope_theta": 10**400}, "rope_theta"),
-        ({"rope_theta": 1.0}, "rope_theta"),
-        ({"rope_theta": None}, "rope_theta"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"attention_dropout": 0.1}, "attention_dropout"),
-        ({"num_experts": 0}, "num_experts"),
-        ({"num_experts": -4}, "num_experts"),
-        ({"num_experts_per_tok": 513}, "num_experts_per_tok"),
-        ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
-        ({"moe_intermediate_size": 0}, "moe_intermediate_size"),
-        ({"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size"),
-        ({"num_key_value_heads": 3}, "num_attention_heads"),
-        ({"linear_num_value_heads": 17}, "linear_num_value_heads"),
-        ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim"),
-        ({"layer_types": ["full_attention"] * 47}, "layer_types"),
-        ({"layer_types": ["full_attention"] * 48}, "layer_types"),
-        ({"layer_types": "full_attention"}, "layer_types"),
-        ({"full_attention_interval": None}, "layer_types"),
-        ({"full_attention_interval": 0}, "full_attention_interval"),
-        ({"full_attention_interval": None, "layer_types": ["sliding_attention"] * 48}, "layer_types"),
-        ({"full_attention_interval": None, "layer_types": [["full_attention"]] * 48}, "layer_types"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers"),
-        ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
-        ({"mlp_only_layers": [48]}, "mlp_only_layers"),
-        ({"mlp_only_layers": 3}, "mlp_only_layers"),
-        ({"mlp_only_layers": [True]}, "mlp_only_layers"),
-        ({"mlp_only_layers": [0], "intermediate_size": 0}, "intermediate_size"),
-        ({"intermediate_size": -1}, "intermediate_size"),
-        ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
-        ({"initializer_range": -0.02}, "initializer_range"),
-        ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef"),
-        ({"partial_rotary_factor": 0.255}, "partial_rotary_factor"),
-        ({"partial_rotary_factor": 0.0}, "partial_rotary_factor"),
-        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
-        ({"rope_scaling": "yarn"}, "rope_scaling"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),
-        ({"rope_scaling": {"rope_type": ["yarn"], "factor": 2.0}}, "rope_type"),
-        ({"rope_scaling": {"rope_type": "yarn", "type": "linear"}}, "rope_type"),
-        ({"rope_scaling": without(YARN, "factor")}, "rope_scaling.factor"),
-        ({"rope_scaling": without(YARN, "original_max_position_embeddings")}, "original_max_position_embeddings"),
-        ({"rope_scaling": {**YARN, "factor": 0.5}}, "rope_scaling.factor"),
-        ({"rope_scaling": {**YARN, "factor": True}}, "rope_scaling.factor"),
-        ({"rope_scaling": {**YARN, "factor": 10**400}}, "rope_scaling.factor"),
-        ({"rope_scaling": {**YARN, "mscale": 1.0}}, "rope_scaling.mscale"),
-        ({"rope_scaling": {**YARN, "truncate": 1.5}}, "rope_scaling.truncate"),
-        ({"rope_scaling": {**YARN, "beta_slow": 0}}, "rope_scaling.beta_slow"),
-        ({"rope_scaling": {**YARN, "beta_fast": 0.5}}, "rope_scaling.beta_fast"),
-        ({"rope_scaling": {**YARN, "attention_factor": 0.0}}, "rope_scaling.attention_factor"),
-        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 8.5}}, "original_max_position_embeddings"),
-        ({"rope_scaling": YARN, "rope_parameters": {**YARN, "factor": 2.0}}, "rope_parameters.factor"),
-        ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta"),
-        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers"),
-        ({"num_nextn_predict_layers": 1, "mtp_num_hidden_layers": 0}, "mtp_num_hidden_layers"),
-        ({"eos_token_id": 151936}, "eos_token_id"),
-        ({"eos_token_id": [151645, -1]}, "eos_token_id"),
-        ({"eos_token_id": [None]}, "eos_token_id"),
-        ({"bos_token_id": [151643]}, "bos_token_id"),
-        ({"pad_token_id": -1}, "pad_token_id"),
-        ({"model_type": "llama"}, "model_type"),
-        ({"model_type": None}, "model_type"),
-        ({"model_type": ["qwen3_next"]}, "model_type"),
-    ],
-)  # fmt: skip
-def test_a_refusal_names_file_and_key(changes: dict[str, Any], key: str) -> None:
+CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"hidden_size": "2048"}, "hidden_size"),
+    ({"hidden_size": 2048.5}, "hidden_size"),
+    ({"hidden_size": True}, "hidden_size"),
+    ({"hidden_size": 0}, "hidden_size"),
+    ({"head_dim": 10**400}, "head_dim"),
+    ({"norm_topk_prob": 1}, "norm_topk_prob"),
+    ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps"),
+    ({"rope_theta": math.inf}, "rope_theta"),
+    ({"rope_theta": 10**400}, "rope_theta"),
+    ({"rope_theta": 1.0}, "rope_theta"),
+    ({"num_experts": 0}, "num_experts"),
+    ({"num_experts": -4}, "num_experts"),
+    ({"num_local_experts": 4}, "num_local_experts"),
+    ({"num_experts_per_tok": 513}, "num_experts_per_tok"),
+    ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
+    ({"moe_intermediate_size": 0}, "moe_intermediate_size"),
+    ({"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size"),
+    ({"num_key_value_heads": 3}, "num_attention_heads"),
+    ({"linear_num_value_heads": 17}, "linear_num_value_heads"),
+    ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim"),
+    ({"layer_types": ["full_attention"] * 47}, "layer_types"),
+    ({"layer_types": ["full_attention"] * 48}, "layer_types"),
+    ({"layer_types": "full_attention"}, "layer_types"),
+    ({"full_attention_interval": 0}, "full_attention_interval"),
+    ({"full_attention_interval": None, "layer_types": ["no_attention"] * 48}, "layer_types"),
+    ({"full_attention_interval": None, "layer_types": [["full_attention"]] * 48}, "layer_types"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers"),
+    ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
+    ({"mlp_only_layers": [48]}, "mlp_only_layers"),
+    ({"mlp_only_layers": 3}, "mlp_only_layers"),
+    ({"mlp_only_layers": [True]}, "mlp_only_layers"),
+    ({"mlp_only_layers": [0], "intermediate_size": 0}, "intermediate_size"),
+    ({"intermediate_size": -1}, "intermediate_size"),
+    ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
+    ({"initializer_range": -0.02}, "initializer_range"),
+    ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef"),
+    ({"partial_rotary_factor": 0.255}, "partial_rotary_factor"),
+    ({"partial_rotary_factor": 0.0}, "partial_rotary_factor"),
+    ({"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
+    ({"rope_scaling": "yarn"}, "rope_scaling"),
+    ({"rope_scaling": {"rope_type": ["yarn"], "factor": 2.0}}, "rope_type"),
+    ({"rope_scaling": {"rope_type": "yarn", "type": "linear"}}, "rope_type"),
+    ({"rope_scaling": without(YARN, "factor")}, "rope_scaling.factor"),
+    ({"rope_scaling": {**YARN, "factor": 0.5}}, "rope_scaling.factor"),
+    ({"rope_scaling": {**YARN, "factor": True}}, "rope_scaling.factor"),
+    ({"rope_scaling": {**YARN, "factor": 10**400}}, "rope_scaling.factor"),
+    ({"rope_scaling": {**YARN, "truncate": 1.5}}, "rope_scaling.truncate"),
+    ({"rope_scaling": {**YARN, "beta_slow": 0}}, "rope_scaling.beta_slow"),
+    ({"rope_scaling": {**YARN, "beta_fast": 0.5}}, "rope_scaling.beta_fast"),
+    ({"rope_scaling": {**YARN, "attention_factor": 0.0}}, "rope_scaling.attention_factor"),
+    ({"rope_scaling": {**YARN, "original_max_position_embeddings": 8.5}}, "original_max_position_embeddings"),
+    ({"rope_scaling": YARN, "original_max_position_embeddings": 8192}, "original_max_position_embeddings"),
+    ({"rope_scaling": YARN, "rope_parameters": {**YARN, "factor": 2.0}}, "rope_parameters.factor"),
+    ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta"),
+    ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
+    ({"num_nextn_predict_layers": 1, "mtp_num_hidden_layers": 0}, "mtp_num_hidden_layers"),
+    ({"eos_token_id": [None]}, "eos_token_id"),
+    ({"eos_token_id": -2}, "eos_token_id"),
+    ({"bos_token_id": [151643]}, "bos_token_id"),
+    ({"model_type": None, "architectures": None}, "model_type"),
+    ({"model_type": ["qwen3_next"]}, "model_type"),
+    ({"architectures": 3}, "architectures"),
+]
+
+
+@pytest.mark.parametrize(("changes", "key"), CONTRADICTIONS)
+def test_a_contradiction_names_file_and_key(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         from_hf({**released_80b(), **changes}, file="some/config.json")
     message = str(caught.value)
     assert message.startswith("some/config.json: ")
     assert key in message
     assert "\n" not in message
-
-
-@pytest.mark.parametrize("key", sorted(set(released_80b())))
-def test_every_key_is_required_or_without_effect(key: str) -> None:
-    """Nothing that decides the arithmetic has a silent default."""
-    without_effect = {
-        "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "initializer_range",
-        "intermediate_size", "output_router_logits", "rope_scaling", "router_aux_loss_coef", "torch_dtype",
-        "transformers_version", "use_cache", "use_sliding_window",
-    }  # fmt: skip
-    values = without(released_80b(), key)
-    if key in without_effect:
-        from_hf(values)
-        return
-    with pytest.raises(ConfigError, match=key):
-        from_hf(values)
-
-
-def test_a_key_of_another_family_is_refused() -> None:
-    with pytest.raises(ConfigError, match="linear_key_head_dim"):
-        from_hf({**moe_values(), "linear_key_head_dim": 128})
-    with pytest.raises(ConfigError, match="full_attention_interval"):
-        from_hf({**moe_values(), "full_attention_interval": 4})
-    with pytest.raises(ConfigError, match="attention_output_gate"):
-        from_hf({**released_80b(), "attention_output_gate": False})
 
 
 @pytest.mark.parametrize(
@@ -359,18 +324,22 @@ JUNK = st.one_of(
     ),
 )  # fmt: skip
 KEYS = [*released_80b(), "rope_parameters", "layer_types", "num_nextn_predict_layers", "num_local_experts",
-        "attention_output_gate", "zero_centered_norm", "mtp_uses_final_norm", "sliding_window"]  # fmt: skip
+        "attention_output_gate", "zero_centered_norm", "mtp_uses_final_norm", "sliding_window",
+        "attention_bias", "max_window_layers", "original_max_position_embeddings", "text_config", "top_p"]  # fmt: skip
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.dictionaries(st.sampled_from(KEYS), JUNK, min_size=1, max_size=4), st.sampled_from(["next", "moe", "qnext"]))
 def test_junk_is_read_or_refused_and_never_crashes(changes: dict[str, Any], base: str) -> None:
     ablation = preset("nano-5m").with_(attention_output_gate=False)
     start = {"next": released_80b, "moe": moe_values, "qnext": lambda: to_hf(ablation)}[base]()
     try:
-        config = from_hf({**start, **changes})
-    except ConfigError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QnextWarning)
+            config = from_hf({**start, **changes})
+    except (ConfigError, NotSupported) as error:
         assert str(error).startswith("config.json: ")
+        assert "\n" not in str(error)
         return
     assert isinstance(config, ModelConfig)
 
