@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from qnext.checkpoint.nearby import meant_model, models_inside, published_models
 from qnext.config import PRESETS
 from qnext.errors import ModelNotFound
 
@@ -18,6 +19,9 @@ def resolve_model(name: str | Path) -> Path:
     """
     path = Path(name).expanduser()
     if path.is_dir() and str(name):
+        inside = [] if (path / "config.json").exists() else models_inside(path)
+        if inside:
+            raise ModelNotFound(f"{path}: holds no model itself; did you mean {inside[0]}?")
         return path
     if path.is_file():
         raise ModelNotFound(f"{path}: is a file, a model is a folder")
@@ -27,13 +31,14 @@ def resolve_model(name: str | Path) -> Path:
             f"{text} is a preset and has no weights; `qnext init {text} OUT` makes a folder with random ones"
         )
     if not _HUB_NAME.fullmatch(text):
-        raise ModelNotFound(f"{text or 'empty name'}: no such folder or preset")
+        raise ModelNotFound(f"{text or 'empty name'}: no such folder or preset{meant_model(text) if text else ''}")
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(huggingface_hub.snapshot_download(text, local_files_only=True))
     except (OSError, HFValidationError):
-        raise ModelNotFound(
-            f"{text}: no such folder, and not in the local cache; `qnext pull {text}` downloads it"
-        ) from None
+        hint = meant_model(text)
+        if not hint or text in published_models():
+            hint = f"; `qnext pull {text}` downloads it"
+        raise ModelNotFound(f"{text}: no such folder, and not in the local cache{hint}") from None

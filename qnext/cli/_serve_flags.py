@@ -58,7 +58,10 @@ ToolCallParser = Annotated[
     _option(_MODEL, "--tool-call-parser", help="auto, hermes (JSON) or qwen3_coder (XML)."),
 ]
 AutoToolChoice = Annotated[
-    bool, _option(_MODEL, "--enable-auto-tool-choice", help="Always on; accepted for vLLM's users.")
+    bool,
+    _option(
+        _MODEL, "--enable-auto-tool-choice", show_default=False, help="Without effect: always on; as vLLM's users type."
+    ),
 ]
 ReasoningParser = Annotated[
     str | None, _option(_MODEL, "--reasoning-parser", help="Chosen by the chat format; accepted for vLLM's users.")
@@ -95,7 +98,7 @@ PrefixCaching = Annotated[
 ]
 DiskCache = Annotated[Path | None, _option(_MEMORY, "--disk-cache", help="Keep prefixes here, over restarts too.")]
 DiskCacheBytes = Annotated[
-    int, _option(_MEMORY, "--disk-cache-bytes", parser=human_int, metavar="N", help="How much of the disk.")
+    int, _option(_MEMORY, "--disk-cache-bytes", parser=human_int, metavar="N", show_default="8G", help="How much.")
 ]
 MaxQueued = Annotated[int, _option(_LIMITS, "--max-queued-requests", min=0, help="Requests that wait; more get 503.")]
 MaxQueuedPerKey = Annotated[int, _option(_LIMITS, "--max-queued-per-key", min=0, help="Of one key; more get 429.")]
@@ -107,7 +110,10 @@ ShutdownTimeout = Annotated[
 WatchdogTimeout = Annotated[
     float, _option(_LIMITS, "--watchdog-timeout", help="Seconds of one step, after which the process ends.")
 ]
-MaxBodyBytes = Annotated[int, _option(_LIMITS, "--max-body-bytes", parser=human_int, metavar="N", help="Of a request.")]
+MaxBodyBytes = Annotated[
+    int,
+    _option(_LIMITS, "--max-body-bytes", parser=human_int, metavar="N", show_default="8M", help="Of a request."),
+]
 MaxN = Annotated[int, _option(_LIMITS, "--max-n", min=1, max=128, help="Answers to one request.")]
 AuditLog = Annotated[Path | None, _option(_LOGS, "--audit-log", help="A line for each request.")]
 AuditChain = Annotated[bool, _option(_LOGS, "--audit-chain", help="Chain its lines by hashes.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ TOOL_STYLES = {
     "auto": None, "hermes": "json", "json": "json", "qwen25": "json", "qwen": "json",
     "qwen3_coder": "xml", "qwen3_xml": "xml", "xml": "xml",
 }  # fmt: skip
+
+
+_MOST_CARD_HEAD = 4096  # characters of a README.md that are looked at
 
 
 def load_served(
@@ -87,5 +91,14 @@ def speculation_of(flag: bool | None, config: str | None) -> dict[str, Any]:
 
 
 def name_of(model: str) -> str:
-    """What a server calls MODEL: its hub name, or that of its folder."""
-    return model if "/" in model and not Path(model).exists() else Path(model).resolve().name
+    """What a server calls MODEL: its hub name, `model_name` of its card (README.md), or the name of its folder."""
+    if "/" in model and not Path(model).exists():
+        return model
+    folder = Path(model).resolve()
+    try:
+        with (folder / "README.md").open(encoding="utf-8", errors="replace") as file:
+            head = re.match(r"---\n(.*?)^---$", file.read(_MOST_CARD_HEAD), re.DOTALL | re.MULTILINE)
+    except OSError:
+        return folder.name
+    name = head and re.search(r"^model_name: *([\w.-]{1,100}) *$", head[1], re.MULTILINE)
+    return name[1] if name else folder.name

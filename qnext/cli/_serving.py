@@ -70,7 +70,9 @@ def print_ready(server: Server, urls: Urls) -> None:
     auth = "no key needed" if server.keys.is_open else "keys needed"
     kind = "chat/completions" if served.chat_format is not None else "completions"
     body = (
-        '{"messages":[{"role":"user","content":"Hello"}]}' if served.chat_format is not None else '{"prompt":"Hello"}'
+        '{"messages":[{"role":"user","content":"Hello"}]}'
+        if served.chat_format is not None
+        else '{"prompt":"def main(","max_tokens":64}'
     )
     header = "" if server.keys.is_open else " -H 'Authorization: Bearer KEY'"
     lines = [
