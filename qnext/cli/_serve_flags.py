@@ -32,7 +32,8 @@ ApiKey = Annotated[list[str] | None, _option(_ACCESS, "--api-key", help="A key t
 ApiKeyFile = Annotated[Path | None, _option(_ACCESS, "--api-key-file", help="A file with one key a line.")]
 Keys = Annotated[Path | None, _option(_ACCESS, "--keys", help="Keys made by `qnext keys`.")]
 AdminPort = Annotated[
-    int | None, _option(_ACCESS, "--admin-port", help="Routes for administrators, on the loopback interface.")
+    int | None,
+    _option(_ACCESS, "--admin-port", min=0, max=65535, help="Routes for administrators, on the loopback interface."),
 ]
 AdminApiKey = Annotated[list[str] | None, _option(_ACCESS, "--admin-api-key", help="A key for them.")]
 InsecureNoAuth = Annotated[
@@ -64,7 +65,8 @@ AutoToolChoice = Annotated[
     ),
 ]
 ReasoningParser = Annotated[
-    str | None, _option(_MODEL, "--reasoning-parser", help="Chosen by the chat format; accepted for vLLM's users.")
+    str | None,
+    _option(_MODEL, "--reasoning-parser", help="Without effect: the chat format decides. As vLLM's users type."),
 ]
 GenerationConfig = Annotated[
     Literal["auto", "none"],
@@ -102,13 +104,13 @@ DiskCacheBytes = Annotated[
 ]
 MaxQueued = Annotated[int, _option(_LIMITS, "--max-queued-requests", min=0, help="Requests that wait; more get 503.")]
 MaxQueuedPerKey = Annotated[int, _option(_LIMITS, "--max-queued-per-key", min=0, help="Of one key; more get 429.")]
-QueueTimeout = Annotated[float, _option(_LIMITS, "--queue-timeout", help="Seconds until the first step.")]
-RequestTimeout = Annotated[float, _option(_LIMITS, "--request-timeout", help="Seconds of a request.")]
+QueueTimeout = Annotated[float, _option(_LIMITS, "--queue-timeout", min=0.001, help="Seconds until the first step.")]
+RequestTimeout = Annotated[float, _option(_LIMITS, "--request-timeout", min=0.001, help="Seconds of a request.")]
 ShutdownTimeout = Annotated[
-    float, _option(_LIMITS, "--shutdown-timeout", help="Seconds that running requests get after SIGTERM.")
+    float, _option(_LIMITS, "--shutdown-timeout", min=0.0, help="Seconds that running requests get after SIGTERM.")
 ]
 WatchdogTimeout = Annotated[
-    float, _option(_LIMITS, "--watchdog-timeout", help="Seconds of one step, after which the process ends.")
+    float, _option(_LIMITS, "--watchdog-timeout", min=0.1, help="Seconds of one step, after which the process ends.")
 ]
 MaxBodyBytes = Annotated[
     int,

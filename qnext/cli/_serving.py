@@ -80,4 +80,6 @@ def print_ready(server: Server, urls: Urls) -> None:
         + (f", page at {url}/" if server.with_page else ""),
         f"try:   curl {url}/v1/{kind} -H 'Content-Type: application/json'{header} -d '{body}'",
     ]
+    if urls.elsewhere is not None:
+        lines.insert(1, f"from other machines: {urls.elsewhere}")
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -89,6 +89,9 @@ def command(
         raise UsageError("--api-key and --model belong to --url")
     folder = open_folder(model, yarn=yarn)
     params = options.resolve_sampling(folder.path, flags)
+    from qnext.engine import check_options
+
+    check_options(folder.config, max_model_len=context, speculation=speculation)
     chat_format = None if complete else _chat_format(folder)
     if system is not None and chat_format is None:
         raise UsageError("a system message needs a chat format")
