@@ -86,14 +86,12 @@ def command(
         "prefix_cache": prefix_caching, "max_salt_fraction": 1.0 if ring.is_open else 0.5,
         **speculation_of(speculation, speculative_config),
     }  # fmt: skip
-    serve(
-        lambda: new_server(ring, limits, ui, open_readiness, origins, audit_log, audit_chain, metrics_compat),
-        partial(
-            load_served, open_folder(model, yarn=yarn), names=served_model_name or [name_of(model)],
-            engine_options=engine, dtype=dtype, threads=threads, tool_style=TOOL_STYLES[tool_call_parser],
-            with_defaults=generation_config == "auto", kv_cache_dtype=kv_cache_dtype, disk_cache=disk_cache,
-            disk_cache_bytes=disk_cache_bytes), listen, on_ready=print_ready,
-    )  # fmt: skip
+    load = partial(
+        load_served, open_folder(model, yarn=yarn), names=served_model_name or [name_of(model)], engine_options=engine,
+        dtype=dtype, threads=threads, tool_style=TOOL_STYLES[tool_call_parser], kv_cache_dtype=kv_cache_dtype,
+        with_defaults=generation_config == "auto", disk_cache=disk_cache, disk_cache_bytes=disk_cache_bytes)  # fmt: skip
+    server = partial(new_server, ring, limits, ui, open_readiness, origins, audit_log, audit_chain, metrics_compat)
+    serve(server, load, listen, on_ready=print_ready)
 
 
 def _check_values(names: list[str] | None, max_body_bytes: int, reasoning_parser: str | None) -> None:
