@@ -122,6 +122,7 @@ def click_command(verb: str) -> Any:
 
 def _run(verb: str, arguments: list[str]) -> int:
     from qnext.cli._config_file import apply_environment, flag_name, read_flags, take_config
+    from qnext.cli._requirements import check_torch, missing
     from qnext.errors import QnextError
 
     try:
@@ -135,6 +136,8 @@ def _run(verb: str, arguments: list[str]) -> int:
 
             print_matching(verb, command, word)
             return 0
+        if not {"-h", "--help"} & set(arguments):
+            check_torch(verb)
         code = _call(command, verb, arguments, flags)
         if code == 2 and flags:
             given = ", ".join(flag_name(parameter) for parameter in command.params if parameter.name in flags)
@@ -143,6 +146,12 @@ def _run(verb: str, arguments: list[str]) -> int:
     except QnextError as error:
         print(f"qnext {verb}: {error}", file=sys.stderr)
         return error.exit_code
+    except ImportError as error:
+        text = missing(error)
+        if text is None:
+            raise
+        print(f"qnext {verb}: {text}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"qnext {verb}: {error.filename or ''}: {error.strerror or error}".replace(": : ", ": "), file=sys.stderr)
         return 2

@@ -89,7 +89,8 @@ def command(
     load = partial(
         load_served, open_folder(model, yarn=yarn), names=served_model_name or [name_of(model)], engine_options=engine,
         dtype=dtype, threads=threads, tool_style=TOOL_STYLES[tool_call_parser], kv_cache_dtype=kv_cache_dtype,
-        with_defaults=generation_config == "auto", disk_cache=disk_cache, disk_cache_bytes=disk_cache_bytes)  # fmt: skip
+        with_defaults=generation_config == "auto", disk_cache=disk_cache, disk_cache_bytes=disk_cache_bytes,
+    )  # fmt: skip
     server = partial(new_server, ring, limits, ui, open_readiness, origins, audit_log, audit_chain, metrics_compat)
     serve(server, load, listen, on_ready=print_ready)
 
