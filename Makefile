@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c const
 .PHONY: help demo test test-all check bench clean
 
 help:
-	@echo "make demo      train a small Qwen3-Next here on the CPU, then talk to it   (DEMO_ARGS=\"--minutes 5\")"
+	@echo "make demo      train a small Qwen3-Next here on the CPU; it completes code (DEMO_ARGS=\"--minutes 5\")"
 	@echo "make test      the tests that every change must pass, a few minutes        (PYTEST_ARGS=tests/ops)"
 	@echo "make test-all  every test: also the slow ones, and those for a GPU where there is one"
 	@echo "make check     ruff and mypy"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
+from collections.abc import Iterable
 
 
 class QnextError(ValueError):
@@ -58,3 +60,14 @@ class QnextWarning(UserWarning):
 def warn(message: str) -> None:
     """Tell the user one line. The command line prints it once on stderr; a library caller filters it as a warning."""
     warnings.warn(message, QnextWarning, stacklevel=2)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a wrong name: "; did you mean x?" with the nearest, or nothing where none is near.
+
+    >>> did_you_mean("sevre", ["serve", "train"]), did_you_mean("walrus", ["serve", "train"])
+    ('; did you mean serve?', '')
+    """
+    by_plain = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(word.casefold(), by_plain, n=1, cutoff=0.6)
+    return f"; did you mean {by_plain[near[0]]}?" if near else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from qnext.checkpoint.nearby import meant_model, models_inside, published_models
 from qnext.config import PRESETS
 from qnext.errors import ModelNotFound, NotSupported
 
@@ -20,6 +21,9 @@ def resolve_model(name: str | Path) -> Path:
     files = sorted(folder.glob("*.gguf"))
     if files and not any(folder.glob("*.safetensors")):
         raise NotSupported(f"{folder}: GGUF is not run as it is; `qnext convert {files[0]} OUT` makes a folder of it")
+    inside = [] if files or (folder / "config.json").exists() else models_inside(folder)
+    if inside:
+        raise ModelNotFound(f"{folder}: holds no model itself; did you mean {inside[0]}?")
     return folder
 
 
@@ -38,13 +42,14 @@ def resolve_folder(name: str | Path) -> Path:
             f"{text} is a preset and has no weights; `qnext init {text} OUT` makes a folder with random ones"
         )
     if not _HUB_NAME.fullmatch(text):
-        raise ModelNotFound(f"{text or 'empty name'}: no such folder or preset")
+        raise ModelNotFound(f"{text or 'empty name'}: no such folder or preset{meant_model(text) if text else ''}")
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(huggingface_hub.snapshot_download(text, local_files_only=True))
     except (OSError, HFValidationError):
-        raise ModelNotFound(
-            f"{text}: no such folder, and not in the local cache; `qnext pull {text}` downloads it"
-        ) from None
+        hint = meant_model(text)
+        if not hint or text in published_models():
+            hint = f"; `qnext pull {text}` downloads it"
+        raise ModelNotFound(f"{text}: no such folder, and not in the local cache{hint}") from None

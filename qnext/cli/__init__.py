@@ -12,14 +12,14 @@ from qnext import __version__
 
 # verb -> one line of help; `qnext/cli/<verb>.py` holds a typer command called `command`, or several as `app`
 VERBS = {
-    "demo": "train a small Qwen3-Next on the Python library on this machine, then talk to it",
+    "demo": "train a small Qwen3-Next on the Python library of this machine, then let it complete code",
     "init": "make a model folder with random weights",
     "pull": "download a model from the Hugging Face hub",
     "inspect": "parameters by part, active parameters, dtypes, shapes",
     "verify": "check every tensor of a model folder",
     "logits": "token ids in, logits to a .npy file",
     "generate": "complete a prompt",
-    "chat": "talk to a model",
+    "chat": "talk to a model, in the terminal",
     "serve": "a model behind OpenAI's and Anthropic's APIs, with a page",
     "run-batch": "answer a file of requests, here or by a running server",
     "train": "train by a recipe",
@@ -34,8 +34,22 @@ VERBS = {
     "completion": "a script that completes verbs, flags and models in bash, zsh or fish",
 }
 
-_USAGE = """usage: qnext VERB [options]        qnext VERB --help for the options of a verb
-                                    qnext VERB --help=WORD for those that mention WORD
+# What other programs call these verbs.
+_SYNONYMS = {
+    "run": "chat",
+    "talk": "chat",
+    "complete": "generate",
+    "download": "pull",
+    "info": "inspect",
+    "api": "serve",
+    "check": "verify",
+    "perplexity": "eval",
+    "new": "init",
+    "export": "convert",
+}
+
+_USAGE = """usage: qnext VERB [options]        qnext VERB -h               options of a verb
+                                   qnext VERB --help=memory    those that mention a word
 
 {verbs}
 
@@ -48,15 +62,22 @@ exit codes: 0 ok, 2 usage, 3 model not found, 4 does not fit, 5 corrupt checkpoi
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `qnext` command; ends the process with the exit code."""
     arguments = _joined_verb(list(sys.argv[1:] if arguments is None else arguments))
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = _joined_verb([*arguments[1:], "--help"])
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, VERBS))
         print(_USAGE.format(verbs="\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())), end="")
         sys.exit(0 if arguments else 2)
-    if arguments[0] == "--version":
+    if arguments[0] in ("--version", "-V", "version"):
         print(__version__)
         sys.exit(0)
+    if arguments[0].startswith("--help="):
+        from qnext.cli._help import print_matching_everywhere
+
+        print_matching_everywhere(list(VERBS), click_command, arguments[0].partition("=")[2])
+        sys.exit(0)
     if arguments[0] not in VERBS:
-        print(f"qnext: no verb {arguments[0]!r}; `qnext --help` lists them", file=sys.stderr)
+        print(f"qnext: no verb {arguments[0]!r}{_verb_hint(arguments[0])}", file=sys.stderr)
         sys.exit(2)
     with warnings.catch_warnings():
         _show_warnings(arguments[0])
@@ -70,23 +91,38 @@ def _joined_verb(words: list[str]) -> list[str]:
     return [joined, *words[2:]] if len(words) > 1 and joined in VERBS else words
 
 
+def _verb_hint(word: str) -> str:
+    from qnext.errors import did_you_mean
+
+    if word in _SYNONYMS:
+        return f"; did you mean {_SYNONYMS[word]}?"
+    return did_you_mean(word, VERBS) or "; `qnext --help` lists them"
+
+
 def click_command(verb: str) -> Any:
     """The click command of a verb. Imports its module, nothing heavier."""
     import typer
 
+    from qnext.cli._command import HELP_FLAGS, VerbCommand
     from qnext.cli._config_file import EPILOG
+    from qnext.cli._help import example
 
     name = verb.replace("-", "_")
     module = importlib.import_module(f"qnext.cli.{name}")
     app = getattr(module, "app", None)
     if app is None:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        app.command(epilog=EPILOG.format(verb=name.upper()))(module.command)
-    return typer.main.get_command(app)
+        app.command(cls=VerbCommand, epilog=EPILOG.format(verb=name.upper()))(module.command)
+    command = typer.main.get_command(app)
+    command.context_settings["help_option_names"] = list(HELP_FLAGS)  # commands of a group inherit them
+    for each in getattr(command, "commands", {"": command}).values():
+        each.epilog = f"{each.epilog or ''} {example(each)} prints the options that mention that word.".strip()
+    return command
 
 
 def _run(verb: str, arguments: list[str]) -> int:
     from qnext.cli._config_file import apply_environment, flag_name, read_flags, take_config
+    from qnext.cli._requirements import check_torch, missing
     from qnext.errors import QnextError
 
     try:
@@ -96,10 +132,12 @@ def _run(verb: str, arguments: list[str]) -> int:
         apply_environment(verb, command, flags)
         word = _help_word(arguments)
         if word is not None:
-            from qnext.cli._help_search import print_matching
+            from qnext.cli._help import print_matching
 
             print_matching(verb, command, word)
             return 0
+        if not {"-h", "--help"} & set(arguments):
+            check_torch(verb)
         code = _call(command, verb, arguments, flags)
         if code == 2 and flags:
             given = ", ".join(flag_name(parameter) for parameter in command.params if parameter.name in flags)
@@ -108,6 +146,12 @@ def _run(verb: str, arguments: list[str]) -> int:
     except QnextError as error:
         print(f"qnext {verb}: {error}", file=sys.stderr)
         return error.exit_code
+    except ImportError as error:
+        text = missing(error)
+        if text is None:
+            raise
+        print(f"qnext {verb}: {text}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"qnext {verb}: {error.filename or ''}: {error.strerror or error}".replace(": : ", ": "), file=sys.stderr)
         return 2
@@ -135,11 +179,23 @@ def _show_warnings(verb: str) -> None:
 
 
 def _call(command: Any, verb: str, arguments: list[str], flags: dict[str, Any]) -> int:
+    import typer
+
+    from qnext.cli._command import mistake
+
     try:
-        command.main(args=arguments, prog_name=f"qnext {verb}", default_map=flags)
+        code = command.main(args=arguments, prog_name=f"qnext {verb}", default_map=flags, standalone_mode=False)
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1
-    return 0
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own errors have it, whichever click typer has
+            raise
+        is_help = type(error).__name__ == "NoArgsIsHelpError"
+        print(error.format_message() if is_help else mistake(error, verb), file=sys.stdout if is_help else sys.stderr)
+        return int(getattr(error, "exit_code", 2))
+    return code if isinstance(code, int) else 0
 
 
 def _help_word(arguments: list[str]) -> str | None:

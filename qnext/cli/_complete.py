@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 FOLDERS, FILES = "#folders", "#files"  # lines that ask the shell for names of its own
@@ -51,7 +49,8 @@ def _join_equals(words: Sequence[str]) -> list[str]:
 def _of_verb(verb: str, before: list[str], last: str) -> Iterator[str]:
     from qnext.cli import click_command
 
-    parameters = click_command(verb).params
+    command = click_command(verb)
+    parameters, model_flags = command.params, getattr(command, "model_flags", ())
     options = {
         flag: parameter
         for parameter in parameters
@@ -67,16 +66,19 @@ def _of_verb(verb: str, before: list[str], last: str) -> Iterator[str]:
             has_ended = True
         elif has_ended or not word.startswith("-") or word == "-":
             num_positional += 1
-        elif word == "--config" or (word in options and not options[word].is_flag):
+        elif word in ("--config", *model_flags) or (word in options and not options[word].is_flag):
             waiting = word
     if waiting == "--config":
         yield FILES
+    elif waiting in model_flags:
+        yield from _argument_values(next(each for each in parameters if each.name == "model"))
     elif waiting:
         yield from _values(options[waiting].metavar or "FILE")
     elif last.startswith("-") and not has_ended:
         yield from (f"{flag}\t{_first_sentence(parameter.help)}" for flag, parameter in options.items())
         yield "--config\tflags from a YAML or JSON file"
-        yield "--help\t"
+        yield from (f"{flag}\tMODEL by a flag" for flag in model_flags)
+        yield from ("-h\t", "--help\t")
     else:
         arguments = [parameter for parameter in parameters if not hasattr(parameter, "is_flag")]
         if num_positional < len(arguments):
@@ -92,7 +94,9 @@ def _argument_values(argument: Any) -> Iterator[str]:
 
         yield from (f"{name}\tpreset" for name in PRESETS)
     if "MODEL" in metavar:
-        yield from (f"{name}\tin the local cache" for name in _cached_models())
+        from qnext.checkpoint.nearby import cached_models
+
+        yield from (f"{name}\tin the local cache" for name in cached_models())
         yield FILES if ".gguf" in metavar else FOLDERS
     elif "PRESET" not in metavar:
         yield from _values(metavar)
@@ -106,13 +110,6 @@ def _values(metavar: str) -> Iterator[str]:
         yield from (f"{choice}\t" for choice in metavar.split("|"))
     elif not _NO_HINT.fullmatch(metavar):
         yield FILES
-
-
-def _cached_models() -> list[str]:
-    """Hub names in the local cache, found without the library of the hub."""
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    folder = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    return sorted(path.name.removeprefix("models--").replace("--", "/", 1) for path in folder.glob("models--*--*"))
 
 
 def _first_sentence(text: str | None) -> str:

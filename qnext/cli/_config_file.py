@@ -17,7 +17,7 @@ from qnext.errors import UsageError
 MAX_FILE_BYTES = 1 << 20
 EPILOG = (
     "Any flag can also come from a file (--config FILE, YAML or JSON: flag names and their values) or from the "
-    "environment (QNEXT_{verb}_FLAG). --help=WORD prints the options that mention WORD."
+    "environment (QNEXT_{verb}_FLAG)."
 )
 
 

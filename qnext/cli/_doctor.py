@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -37,6 +38,12 @@ def machine_findings() -> Iterator[Finding]:
     """Software, processor, memory, disk: about the machine and this process, whatever the model."""
     yield from _software()
     yield _processor()
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        reason = f"torch cannot be imported: {' '.join(str(error).split())}"
+        yield Finding("torch", "problem", reason, "README.md says how to install it")
+        return
     yield from _kernels()
     yield _gpu()
     yield _memory()
@@ -178,18 +185,45 @@ def _kernels() -> Iterator[Finding]:
         yield self_test()
 
 
-def _gpu() -> Finding:
+def _gpu(drivers: Path = Path("/proc/driver/nvidia/gpus"), kfd: Path = Path("/sys/class/kfd/kfd/topology")) -> Finding:
+    """Verbs compute on the CPU, whatever is there. A build of torch for the CPU sees no GPU; the driver's files do."""
+    devices = _gpus_of_torch() or _gpus_of_drivers(drivers, kfd)
+    if not devices:
+        return Finding("gpu", "ok", "none found; qnext computes on the CPU", data={"devices": [], "is_used": False})
+    text = ", ".join(
+        each["name"] + (f" ({each['total_bytes'] / 2**30:.0f} GiB)" if "total_bytes" in each else "")
+        for each in devices
+    )
+    text += ": not used yet, qnext computes on the CPU"
+    return Finding("gpu", "ok", text, data={"devices": devices, "is_used": False})
+
+
+def _gpus_of_torch() -> list[dict[str, Any]]:
     import torch
 
-    if not torch.cuda.is_available():
-        return Finding("gpu", "ok", "none; the CPU computes", data={"devices": []})
     devices: list[dict[str, Any]] = []
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
-        devices.append({"name": properties.name, "free_bytes": free, "total_bytes": total})
-    text = ", ".join(f"{each['name']} ({each['total_bytes'] / 2**30:.0f} GiB)" for each in devices)
-    return Finding("gpu", "ok", text, data={"devices": devices})
+        devices.append({"name": properties.name, "total_bytes": properties.total_memory})
+    if not devices and torch.backends.mps.is_available():
+        devices.append({"name": "Apple GPU"})
+    return devices
+
+
+def _gpus_of_drivers(drivers: Path, kfd: Path) -> list[dict[str, Any]]:
+    """NVIDIA's driver has a file for each GPU, AMD's a node for each; nodes of processors have no compute units."""
+    found: list[dict[str, Any]] = []
+    for path, pattern in ((drivers, "*/information"), (kfd, "nodes/*/properties")):
+        for file in sorted(path.glob(pattern)):
+            try:
+                text = file.read_text(encoding="utf-8", errors="replace")
+            except OSError:
+                continue
+            model = re.search(r"^Model:\s*(.+?)\s*$", text, re.MULTILINE)
+            units = re.search(r"^simd_count (\d+)", text, re.MULTILINE)
+            if model or (units and int(units[1])):
+                found.append({"name": model[1] if model else "AMD GPU"})
+    return found
 
 
 def _memory() -> Finding:

@@ -32,7 +32,8 @@ ApiKey = Annotated[list[str] | None, _option(_ACCESS, "--api-key", help="A key t
 ApiKeyFile = Annotated[Path | None, _option(_ACCESS, "--api-key-file", help="A file with one key a line.")]
 Keys = Annotated[Path | None, _option(_ACCESS, "--keys", help="Keys made by `qnext keys`.")]
 AdminPort = Annotated[
-    int | None, _option(_ACCESS, "--admin-port", help="Routes for administrators, on the loopback interface.")
+    int | None,
+    _option(_ACCESS, "--admin-port", min=0, max=65535, help="Routes for administrators, on the loopback interface."),
 ]
 AdminApiKey = Annotated[list[str] | None, _option(_ACCESS, "--admin-api-key", help="A key for them.")]
 InsecureNoAuth = Annotated[
@@ -58,10 +59,14 @@ ToolCallParser = Annotated[
     _option(_MODEL, "--tool-call-parser", help="auto, hermes (JSON) or qwen3_coder (XML)."),
 ]
 AutoToolChoice = Annotated[
-    bool, _option(_MODEL, "--enable-auto-tool-choice", help="Always on; accepted for vLLM's users.")
+    bool,
+    _option(
+        _MODEL, "--enable-auto-tool-choice", show_default=False, help="Without effect: always on; as vLLM's users type."
+    ),
 ]
 ReasoningParser = Annotated[
-    str | None, _option(_MODEL, "--reasoning-parser", help="Chosen by the chat format; accepted for vLLM's users.")
+    str | None,
+    _option(_MODEL, "--reasoning-parser", help="Without effect: the chat format decides. As vLLM's users type."),
 ]
 GenerationConfig = Annotated[
     Literal["auto", "none"],
@@ -95,19 +100,22 @@ PrefixCaching = Annotated[
 ]
 DiskCache = Annotated[Path | None, _option(_MEMORY, "--disk-cache", help="Keep prefixes here, over restarts too.")]
 DiskCacheBytes = Annotated[
-    int, _option(_MEMORY, "--disk-cache-bytes", parser=human_int, metavar="N", help="How much of the disk.")
+    int, _option(_MEMORY, "--disk-cache-bytes", parser=human_int, metavar="N", show_default="8G", help="How much.")
 ]
 MaxQueued = Annotated[int, _option(_LIMITS, "--max-queued-requests", min=0, help="Requests that wait; more get 503.")]
 MaxQueuedPerKey = Annotated[int, _option(_LIMITS, "--max-queued-per-key", min=0, help="Of one key; more get 429.")]
-QueueTimeout = Annotated[float, _option(_LIMITS, "--queue-timeout", help="Seconds until the first step.")]
-RequestTimeout = Annotated[float, _option(_LIMITS, "--request-timeout", help="Seconds of a request.")]
+QueueTimeout = Annotated[float, _option(_LIMITS, "--queue-timeout", min=0.001, help="Seconds until the first step.")]
+RequestTimeout = Annotated[float, _option(_LIMITS, "--request-timeout", min=0.001, help="Seconds of a request.")]
 ShutdownTimeout = Annotated[
-    float, _option(_LIMITS, "--shutdown-timeout", help="Seconds that running requests get after SIGTERM.")
+    float, _option(_LIMITS, "--shutdown-timeout", min=0.0, help="Seconds that running requests get after SIGTERM.")
 ]
 WatchdogTimeout = Annotated[
-    float, _option(_LIMITS, "--watchdog-timeout", help="Seconds of one step, after which the process ends.")
+    float, _option(_LIMITS, "--watchdog-timeout", min=0.1, help="Seconds of one step, after which the process ends.")
 ]
-MaxBodyBytes = Annotated[int, _option(_LIMITS, "--max-body-bytes", parser=human_int, metavar="N", help="Of a request.")]
+MaxBodyBytes = Annotated[
+    int,
+    _option(_LIMITS, "--max-body-bytes", parser=human_int, metavar="N", show_default="8M", help="Of a request."),
+]
 MaxN = Annotated[int, _option(_LIMITS, "--max-n", min=1, max=128, help="Answers to one request.")]
 AuditLog = Annotated[Path | None, _option(_LOGS, "--audit-log", help="A line for each request.")]
 AuditChain = Annotated[bool, _option(_LOGS, "--audit-chain", help="Chain its lines by hashes.")]

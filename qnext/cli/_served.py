@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ TOOL_STYLES = {
 }  # fmt: skip
 
 
+_MOST_CARD_HEAD = 4096  # characters of a README.md that are looked at
+
+
 def load_served(
     folder: TextFolder,
     *,
@@ -40,19 +44,20 @@ def load_served(
     import torch
 
     from qnext.cli._text_model import end_token_ids, load_weights
-    from qnext.engine import DiskCache, Engine
+    from qnext.engine import DiskCache, Engine, check_options
     from qnext.server.served import ServedModel
 
     if threads is not None:
         torch.set_num_threads(threads)
     defaults = options.sampling_defaults(folder.path) if with_defaults else {}
     chat_format = _chat_format(folder)
+    disk = None if disk_cache is None else DiskCache(disk_cache, max_bytes=disk_cache_bytes)
+    check_options(folder.config, disk_cache=disk, **engine_options)
     network = load_weights(folder, dtype)
     eos_ids = end_token_ids(folder.tokenizer, folder.config)
     engine = Engine(
         network, eos_token_ids=eos_ids, kv_dtype=None if kv_cache_dtype == "auto" else getattr(torch, kv_cache_dtype),
-        disk_cache=None if disk_cache is None else DiskCache(disk_cache, max_bytes=disk_cache_bytes),
-        **engine_options,
+        disk_cache=disk, **engine_options,
     )  # fmt: skip
     print(engine.memory_plan.describe(), file=sys.stderr, flush=True)
     served = ServedModel(
@@ -81,11 +86,26 @@ def speculation_of(flag: bool | None, config: str | None) -> dict[str, Any]:
         count = values.get("num_speculative_tokens")
     except (ValueError, AttributeError):
         raise UsageError("--speculative-config must be a JSON object") from None
+    for key in values.keys() - {"method", "num_speculative_tokens"}:
+        raise UsageError(
+            f"--speculative-config: {key}: drafts come from the model's own MTP layer, nothing else is known"
+        )
+    if values.get("method", "mtp") not in ("mtp", "qwen3_next_mtp"):
+        raise UsageError(f"--speculative-config: method {values['method']!r}: must be mtp or qwen3_next_mtp")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= 8):
         raise UsageError("--speculative-config: num_speculative_tokens must be between 0 and 8")
     return {"speculation": False} if count == 0 else {"speculation": flag is not False, "max_draft_tokens": count}
 
 
 def name_of(model: str) -> str:
-    """What a server calls MODEL: its hub name, or that of its folder."""
-    return model if "/" in model and not Path(model).exists() else Path(model).resolve().name
+    """What a server calls MODEL: its hub name, `model_name` of its card (README.md), or the name of its folder."""
+    if "/" in model and not Path(model).exists():
+        return model
+    folder = Path(model).resolve()
+    try:
+        with (folder / "README.md").open(encoding="utf-8", errors="replace") as file:
+            head = re.match(r"---\n(.*?)^---$", file.read(_MOST_CARD_HEAD), re.DOTALL | re.MULTILINE)
+    except OSError:
+        return folder.name
+    name = head and re.search(r"^model_name: *([\w.-]{1,100}) *$", head[1], re.MULTILINE)
+    return name[1] if name else folder.name

@@ -70,7 +70,9 @@ def print_ready(server: Server, urls: Urls) -> None:
     auth = "no key needed" if server.keys.is_open else "keys needed"
     kind = "chat/completions" if served.chat_format is not None else "completions"
     body = (
-        '{"messages":[{"role":"user","content":"Hello"}]}' if served.chat_format is not None else '{"prompt":"Hello"}'
+        '{"messages":[{"role":"user","content":"Hello"}]}'
+        if served.chat_format is not None
+        else '{"prompt":"def main(","max_tokens":64}'
     )
     header = "" if server.keys.is_open else " -H 'Authorization: Bearer KEY'"
     lines = [
@@ -78,4 +80,6 @@ def print_ready(server: Server, urls: Urls) -> None:
         + (f", page at {url}/" if server.with_page else ""),
         f"try:   curl {url}/v1/{kind} -H 'Content-Type: application/json'{header} -d '{body}'",
     ]
+    if urls.elsewhere is not None:
+        lines.insert(1, f"from other machines: {urls.elsewhere}")
     print("\n".join(lines), file=sys.stderr, flush=True)

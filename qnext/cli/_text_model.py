@@ -27,15 +27,32 @@ class TextFolder(NamedTuple):
     yarn: float | None = None  # stretches the context; the configuration is stretched already
 
 
+class ModelFolder(NamedTuple):
+    """The same without a tokenizer, for verbs that take token ids."""
+
+    path: Path
+    config: ModelConfig
+    stored_bytes: int
+    yarn: float | None = None
+
+
 def open_folder(model: str, *, yarn: float | None = None) -> TextFolder:
     """Configuration and tokenizer of MODEL, the context stretched by a factor of YaRN where one is given.
 
     Raises ModelNotFound, CorruptCheckpoint, UsageError for a factor that is none.
     """
+    from qnext.text.tokenizer import Tokenizer
+
+    folder = open_model(model, yarn=yarn)
+    tokenizer = Tokenizer.from_folder(folder.path)
+    return TextFolder(folder.path, folder.config, tokenizer, folder.stored_bytes, yarn)
+
+
+def open_model(model: str, *, yarn: float | None = None) -> ModelFolder:
+    """As open_folder, but the tokenizer."""
     from qnext.checkpoint.check import read_layout
     from qnext.checkpoint.header import read_index
     from qnext.checkpoint.resolve import resolve_model
-    from qnext.text.tokenizer import Tokenizer
 
     if yarn is not None and not 1.0 <= yarn <= 64.0:
         raise UsageError(f"--yarn must be between 1 and 64, not {yarn:g}")
@@ -45,10 +62,10 @@ def open_folder(model: str, *, yarn: float | None = None) -> TextFolder:
     if yarn is not None:
         config = config.with_yarn(yarn)
     stored_bytes = sum(info.num_bytes for info in tensors.values())
-    return TextFolder(path, config, Tokenizer.from_folder(path), stored_bytes, yarn)
+    return ModelFolder(path, config, stored_bytes, yarn)
 
 
-def load_weights(folder: TextFolder, dtype: str | None) -> CausalLM:
+def load_weights(folder: TextFolder | ModelFolder, dtype: str | None) -> CausalLM:
     """The model in the folder, in `dtype` or as stored. Raises DoesNotFit before reading what memory cannot hold."""
     import torch
 
@@ -65,7 +82,9 @@ def load_weights(folder: TextFolder, dtype: str | None) -> CausalLM:
     available = available_bytes(torch.device("cpu"))
     if needed > available:
         smallest = weight_bytes(folder.config, dtype="bfloat16")
-        hint = f"; --dtype bfloat16 needs {format_bytes(smallest)}" if smallest < needed else ""
+        hint = f"; --dtype bfloat16 needs {format_bytes(smallest)}" if smallest <= available else ""
+        if not hint and needed > smallest // 2:
+            hint = f"; `qnext quantize {folder.path} OUT --scheme int4-g32` makes a much smaller folder"
         raise DoesNotFit(
             f"{folder.path}: weights of {format_bytes(needed)}, but {format_bytes(available)} of memory are free{hint}"
         )

@@ -29,7 +29,10 @@ def command(
     url: Url = None,
     api_key: ApiKey = None,
     name: Annotated[
-        str | None, typer.Option("--model", metavar="NAME", help="Of the server's models; default: its first.")
+        str | None,
+        typer.Option(
+            "-m", "--model", metavar="NAME", help="With --url, of the server's models; else the same as MODEL."
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message.")] = None,
     complete: Annotated[
@@ -66,8 +69,10 @@ def command(
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty, "seed": seed,
     }  # fmt: skip
+    if url is None and model is None:
+        model, name = name, None
     if (model is None) == (url is None):
-        raise UsageError("give either MODEL or --url")
+        raise UsageError("give either MODEL or --url, such as runs/demo/model or http://127.0.0.1:8000")
     if model is None:
         assert url is not None
         if any(value is not None for value in (context, yarn, speculation, dtype)):
@@ -84,6 +89,9 @@ def command(
         raise UsageError("--api-key and --model belong to --url")
     folder = open_folder(model, yarn=yarn)
     params = options.resolve_sampling(folder.path, flags)
+    from qnext.engine import check_options
+
+    check_options(folder.config, max_model_len=context, speculation=speculation)
     chat_format = None if complete else _chat_format(folder)
     if system is not None and chat_format is None:
         raise UsageError("a system message needs a chat format")
@@ -150,5 +158,5 @@ def _chat_format(folder: TextFolder) -> ChatFormat | None:
     try:
         return ChatFormat.for_folder(folder.path, tokenizer=folder.tokenizer)
     except UsageError as error:
-        note(f"{error}: each input is completed as plain text")
+        note(f"{error}: each input is completed as plain text, and questions get no answer")
         return None

@@ -1,4 +1,4 @@
-"""qnext demo: a few minutes from nothing to a small model that completes Python."""
+"""`qnext demo`: a few minutes from nothing to a small model that completes Python."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from qnext.cli._training import TrainingDisplay
-    from qnext.engine import Engine, SamplingParams
+    from qnext.engine import Engine
     from qnext.recipes.recipe import Run
     from qnext.server.served import ServedModel
 
@@ -27,7 +27,8 @@ _SAMPLE_PROMPT = "def"
 
 
 def command(
-    minutes: Annotated[float, typer.Option(min=0.01, max=600.0, help="time to train for")] = 200 / 60,
+    minutes: Annotated[float, typer.Option(min=0.01, max=600.0, show_default="200 s", help="time to train for")] = 200
+    / 60,
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="at the end, serve the model's page and complete what you type")
     ] = True,
@@ -37,8 +38,8 @@ def command(
 ) -> None:
     """Train a small Qwen3-Next on the Python library of this machine, report how well it does, and try it.
 
-    Nothing is downloaded. Leaves the model in OUT/model, as a Hugging Face folder, and ends with its page open: a URL
-    is printed, and the page is there until the input ends.
+    The model completes Python code; it is no assistant. Nothing is downloaded. Leaves the model in OUT/model, as a
+    Hugging Face folder, and ends with its page open: a URL is printed, and the page is there until the input ends.
     """
     from qnext.cli._training import TrainingDisplay, interruptible
     from qnext.ops import keep_freed_memory
@@ -56,7 +57,7 @@ def command(
         run.trainer.run()
     _report(run, display)
     folder = run.save()
-    display.note(f"model saved in {folder}")
+    display.note(f"model saved in {folder}; `qnext generate {folder} 'def main('` lets it complete code")
     _complete_prompts(run, display, seed)
     if chat:
         _talk(folder, display, seed, port)
@@ -73,17 +74,12 @@ def _remove_earlier(out: Path) -> None:
     shutil.rmtree(out)
 
 
-def _sampling(max_tokens: int, seed: int) -> SamplingParams:
-    from qnext.engine import SamplingParams
-
-    return SamplingParams(temperature=0.6, top_p=0.9, repetition_penalty=1.1, max_tokens=max_tokens, seed=seed)
-
-
 def _generate(run: Run, prompt: str, *, max_tokens: int, seed: int) -> str:
-    from qnext.engine import Engine
+    from qnext.engine import Engine, SamplingParams
 
     engine = Engine(run.trainer.model, max_num_seqs=1, max_model_len=1024)
-    (completion,) = engine.generate([run.tokenizer.encode(prompt)], _sampling(max_tokens, seed))
+    params = SamplingParams(**run.recipe.sampling, max_tokens=max_tokens, seed=seed)
+    (completion,) = engine.generate([run.tokenizer.encode(prompt)], params)
     return run.tokenizer.decode(list(completion.output_ids), skip_special=True)
 
 
@@ -122,25 +118,23 @@ def _talk(folder: Path, display: TrainingDisplay, seed: int, port: int) -> None:
     """The model's page, and the same model in the terminal, until the input ends."""
     from qnext.cli._chat_loop import converse
     from qnext.cli._remote_talk import RemoteConversation
-    from qnext.cli._served import load_served
+    from qnext.cli._served import load_served, name_of
     from qnext.cli._text_model import open_folder
     from qnext.server.app import Server
     from qnext.server.run import Listen, serving
 
-    sampling: dict[str, float] = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
-
     def load() -> tuple[Engine, ServedModel]:
-        engine, served = load_served(open_folder(str(folder)), names=["demo"], engine_options={"max_num_seqs": 4})
-        served.defaults.update(sampling)
-        return engine, served
+        names = [name_of(str(folder))]
+        return load_served(open_folder(str(folder)), names=names, engine_options={"max_num_seqs": 4})
 
     with serving(Server, load, Listen(port=_free(port))) as (server, urls):
+        display.note("the model completes Python code; it is no assistant and answers no questions")
         display.note(f"its page, with its experts at work: {urls.public}/")
         if "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ or sys.platform == "darwin":
             webbrowser.open(f"{urls.public}/")
         if sys.stdin.isatty():
             display.note("or here: type the beginning of some Python, the model goes on; Ctrl-D ends page and demo")
-        params = {**sampling, "max_tokens": 128, "seed": seed}
+        params = {"max_tokens": 128, "seed": seed}
         converse(RemoteConversation(urls.public, None, server.served.name, params, completes=True))
 
 

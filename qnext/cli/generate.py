@@ -76,10 +76,11 @@ def command(
     if params.seed is None:
         # Drawn here so that --json can name it and the answer can be had again.
         params = replace(params, seed=secrets.randbits(32))
-    from qnext.engine import Engine
+    from qnext.engine import Engine, check_options
     from qnext.text.stream import TextStream
 
     stream = TextStream(folder.tokenizer, stop=stop or ())
+    check_options(folder.config, speculation=speculation)
     network = load_weights(folder, dtype)
     assert params.max_tokens is not None
     engine = Engine(

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnext.cli._command import VerbCommand, VerbGroup
 from qnext.errors import UsageError
 
 if TYPE_CHECKING:
     from qnext.server.keys import Key, KeyStore
 
 app = typer.Typer(
+    cls=VerbGroup,
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -35,7 +37,7 @@ _SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _COLUMNS = ("id", "name", "state", "expires", "scopes", "models", "rpm", "tpm", "parallel", "context")
 
 
-@app.command()
+@app.command(cls=VerbCommand)
 def create(
     name: Annotated[str, typer.Option("--name", help="whose key it is")],
     file: File = None,
@@ -81,7 +83,7 @@ def create(
     _print_secret(store, key, secret, "made", as_json)
 
 
-@app.command("list")
+@app.command("list", cls=VerbCommand)
 def list_(file: File = None, as_json: AsJson = False) -> None:
     """One line for each key."""
     keys = _store(file).keys()
@@ -94,7 +96,7 @@ def list_(file: File = None, as_json: AsJson = False) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-@app.command()
+@app.command(cls=VerbCommand)
 def show(key_id: Id, file: File = None, as_json: AsJson = False) -> None:
     """Everything about one key but its secret, which nobody has."""
     values = _public(_store(file).find(key_id))
@@ -108,7 +110,7 @@ def show(key_id: Id, file: File = None, as_json: AsJson = False) -> None:
         print(f"{name:<20} {'-' if shown is None else shown}")
 
 
-@app.command()
+@app.command(cls=VerbCommand)
 def revoke(key_id: Id, file: File = None, as_json: AsJson = False) -> None:
     """Make a key worthless for good; its line stays, for the audit log."""
     store = _store(file)
@@ -118,7 +120,7 @@ def revoke(key_id: Id, file: File = None, as_json: AsJson = False) -> None:
     _note(store, key, "revoked")
 
 
-@app.command()
+@app.command(cls=VerbCommand)
 def rotate(key_id: Id, file: File = None, as_json: AsJson = False) -> None:
     """Give a key a new secret, printed once, alone on stdout. Limits and id stay."""
     store = _store(file)

@@ -29,9 +29,7 @@ def command(
     chunk: Annotated[int | None, typer.Option(help="read N tokens at a time through the cache", metavar="N")] = None,
 ) -> None:
     """Write the logits after every token, and print the file's path."""
-    from qnext.checkpoint.check import read_layout
-    from qnext.checkpoint.header import read_index
-    from qnext.checkpoint.resolve import resolve_model
+    from qnext.cli._text_model import load_weights, open_model
     from qnext.errors import UsageError
 
     if dtype not in (None, *_DTYPES):
@@ -39,20 +37,16 @@ def command(
     if chunk is not None and chunk < 1:
         raise UsageError(f"--chunk must be at least 1, not {chunk}")
     token_ids = _parse_tokens(tokens)
-    folder = resolve_model(model)
+    folder = open_model(model)
     # The ids are checked before the weights are read, which takes minutes for a large model.
-    _check_tokens(token_ids, read_layout(folder, read_index(folder).tensors).config)
+    _check_tokens(token_ids, folder.config)
     if not out.absolute().parent.is_dir():
         raise UsageError(f"{out.parent}: no such folder")
-
-    import torch
-
-    from qnext.checkpoint import load_model
+    if out.is_dir():
+        raise UsageError(f"{out}: is a folder; --out takes the file to write")
     from qnext.cli._prefill import iterate_logits
-    from qnext.cli._progress import byte_progress
 
-    with byte_progress("loading") as progress:
-        loaded = load_model(folder, dtype=None if dtype is None else getattr(torch, dtype), progress=progress)
+    loaded = load_weights(folder, dtype)
     rows = iterate_logits(loaded, token_ids, chunk=chunk)
     _write_npy(out, rows, shape=(len(token_ids), loaded.config.vocab_size))
     print(out)

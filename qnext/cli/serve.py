@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qnext.cli import _sampling as options
 from qnext.cli import _serve_flags as flags
 from qnext.cli._served import TOOL_STYLES, load_served, name_of, speculation_of
-from qnext.errors import ModelNotFound, UsageError
+from qnext.errors import ModelNotFound, UsageError, warn
 
 if TYPE_CHECKING:
     from qnext.server.keys import KeyRing
@@ -71,6 +71,7 @@ def command(
     from qnext.server.limits import Limits
     from qnext.server.run import Listen, serve
 
+    _check_values(served_model_name, max_body_bytes, reasoning_parser)
     listen = Listen(host, port, uds, admin_port, ssl_certfile, ssl_keyfile)
     ring = _key_ring(api_key, api_key_file, keys, admin_api_key)
     _check_access(ring, listen, is_insecure=insecure_no_auth, trusts_code=trust_remote_code)
@@ -85,14 +86,22 @@ def command(
         "prefix_cache": prefix_caching, "max_salt_fraction": 1.0 if ring.is_open else 0.5,
         **speculation_of(speculation, speculative_config),
     }  # fmt: skip
-    serve(
-        lambda: new_server(ring, limits, ui, open_readiness, origins, audit_log, audit_chain, metrics_compat),
-        partial(
-            load_served, open_folder(model, yarn=yarn), names=served_model_name or [name_of(model)],
-            engine_options=engine, dtype=dtype, threads=threads, tool_style=TOOL_STYLES[tool_call_parser],
-            with_defaults=generation_config == "auto", kv_cache_dtype=kv_cache_dtype, disk_cache=disk_cache,
-            disk_cache_bytes=disk_cache_bytes), listen, on_ready=print_ready,
+    load = partial(
+        load_served, open_folder(model, yarn=yarn), names=served_model_name or [name_of(model)], engine_options=engine,
+        dtype=dtype, threads=threads, tool_style=TOOL_STYLES[tool_call_parser], kv_cache_dtype=kv_cache_dtype,
+        with_defaults=generation_config == "auto", disk_cache=disk_cache, disk_cache_bytes=disk_cache_bytes,
     )  # fmt: skip
+    server = partial(new_server, ring, limits, ui, open_readiness, origins, audit_log, audit_chain, metrics_compat)
+    serve(server, load, listen, on_ready=print_ready)
+
+
+def _check_values(names: list[str] | None, max_body_bytes: int, reasoning_parser: str | None) -> None:
+    if not all(name.strip() for name in names or ()):
+        raise UsageError("--served-model-name must not be empty")
+    if max_body_bytes < 1:
+        raise UsageError(f"--max-body-bytes must be at least 1, not {max_body_bytes}")
+    if reasoning_parser is not None:
+        warn(f"--reasoning-parser {reasoning_parser}: without effect, the model's chat format decides")
 
 
 def _key_ring(plain: list[str] | None, plain_file: Path | None, store: Path | None, admin: list[str] | None) -> KeyRing:
@@ -116,9 +125,26 @@ def _check_access(ring: KeyRing, listen: Listen, is_insecure: bool, trusts_code:
         raise UsageError("--trust-remote-code: nothing of a model is run as code here, so there is nothing to trust")
     if (listen.certificate is None) != (listen.certificate_key is None):
         raise UsageError("--ssl-certfile and --ssl-keyfile belong together")
+    if listen.certificate is not None:
+        _check_certificate(listen.certificate, listen.certificate_key)
     if ring.is_open and listen.uds is None and listen.host not in _LOOPBACK and not is_insecure:
         raise UsageError(
             f"{listen.host} can be reached from elsewhere: give --api-key or --keys, or --insecure-no-auth"
         )
     if listen.admin_port is not None and not any("admin" in key.scopes for key in ring.keys):
         raise UsageError("--admin-port needs --admin-api-key, or a key with the scope admin in --keys")
+
+
+def _check_certificate(certificate: str, key: str | None) -> None:
+    """Raises UsageError where the files are not there or are no pair."""
+    import ssl
+
+    for option, name in (("--ssl-certfile", certificate), ("--ssl-keyfile", key)):
+        if name is not None and not Path(name).is_file():
+            raise UsageError(f"{option} {name}: no such file")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        raise UsageError(
+            f"--ssl-certfile {certificate}: no certificate that fits --ssl-keyfile {key} ({error})"
+        ) from None

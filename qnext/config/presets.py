@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qnext.config.model import FULL_ATTENTION, ModelConfig, hybrid_pattern
-from qnext.errors import ModelNotFound
+from qnext.errors import ModelNotFound, did_you_mean
 
 _BOS, _EOS = 151643, 151645
 
@@ -99,5 +99,5 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 def preset(name: str) -> ModelConfig:
     """The configuration called `name`; ModelNotFound lists the known names."""
     if name not in PRESETS:
-        raise ModelNotFound(f"no preset {name!r}; known: {', '.join(PRESETS)}")
+        raise ModelNotFound(f"no preset {name!r}; known: {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]()

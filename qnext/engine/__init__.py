@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qnext.engine.completion import Completion
+from qnext.engine.early import check_options
 from qnext.engine.engine import Engine
 from qnext.engine.expert_load import ExpertCounts, ExpertLoad, LayerLoad
 from qnext.engine.memory import MemoryPlan
@@ -30,4 +31,5 @@ __all__ = [
     "SampledToken",
     "SamplingParams",
     "TokenEvent",
+    "check_options",
 ]

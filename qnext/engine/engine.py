@@ -29,7 +29,7 @@ from qnext.engine.runner import Runner
 from qnext.engine.sampling.sampler import Window, verify
 from qnext.engine.sampling.seeds import child_seed
 from qnext.engine.scheduling.scheduler import Scheduler
-from qnext.engine.sizes import WantedSizes, choose_sizes
+from qnext.engine.sizes import WantedSizes, choose_sizes, wants_drafter
 from qnext.engine.speculation.drafter import DEFAULT_DRAFT_TOKENS, Drafter
 from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
 from qnext.engine.storage.tiers import DiskCache, make_tiers
@@ -92,9 +92,7 @@ class Engine:
     ) -> None:
         config = model.config
         self.model = model
-        has_drafter = model.mtp is not None if speculation is None else speculation
-        if has_drafter and model.mtp is None:
-            raise UsageError("the model has no layer for multi-token prediction, so it cannot speculate")
+        has_drafter = wants_drafter(speculation, has_layer=model.mtp is not None)
         if max_draft_tokens is None:
             max_draft_tokens = DEFAULT_DRAFT_TOKENS if has_drafter else 0
         if has_drafter and max_draft_tokens < 1:

@@ -49,6 +49,23 @@ class Sizes:
     workspace_bytes: int
 
 
+def checked_model_len(config: ModelConfig, wanted: int | None) -> int:
+    """Tokens of a request in all: what is wanted, or the model's context. Raises UsageError beyond it."""
+    length = config.context_length if wanted is None else wanted
+    if not 2 <= length <= config.context_length:
+        raise UsageError(
+            f"max_model_len must be between 2 and the model's context of {config.context_length}, not {length}"
+        )
+    return length
+
+
+def wants_drafter(wanted: bool | None, *, has_layer: bool) -> bool:
+    """Whether the MTP layer drafts: as is wanted, or where the model has one. Raises UsageError where it has none."""
+    if wanted and not has_layer:
+        raise UsageError("the model has no layer for multi-token prediction, so it cannot speculate")
+    return has_layer if wanted is None else wanted
+
+
 def choose_sizes(model: CausalLM, wanted: WantedSizes) -> Sizes:
     """Sizes that fit the memory that is free now, when the weights are loaded but nothing else is.
 
@@ -58,11 +75,7 @@ def choose_sizes(model: CausalLM, wanted: WantedSizes) -> Sizes:
     config = model.config
     if wanted.state_dtype not in STATE_DTYPES:
         raise UsageError(f"states are kept in float32 or bfloat16, not in {wanted.state_dtype}")
-    max_model_len = config.context_length if wanted.max_model_len is None else wanted.max_model_len
-    if not 2 <= max_model_len <= config.context_length:
-        raise UsageError(
-            f"max_model_len must be between 2 and the model's context of {config.context_length}, not {max_model_len}"
-        )
+    max_model_len = checked_model_len(config, wanted.max_model_len)
     if wanted.num_blocks is not None and wanted.kv_budget_bytes is not None:
         raise UsageError("give num_blocks or kv_budget_bytes, not both")
     block_bytes = BLOCK_SIZE * kv_bytes_per_token(config, dtype=str(wanted.kv_dtype).removeprefix("torch."))

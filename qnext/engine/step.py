@@ -40,12 +40,17 @@ class Limits:
             raise UsageError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
         if not 0 < self.max_salt_fraction <= 1:
             raise UsageError(f"max_salt_fraction must be in (0, 1], not {self.max_salt_fraction}")
-        least = self.max_num_seqs - 1 + self.chunk_size
-        if self.max_num_batched_tokens < least:
-            raise UsageError(
-                f"max_num_batched_tokens must be at least max_num_seqs - 1 + {self.chunk_size} = {least}, "
-                f"not {self.max_num_batched_tokens}: a prompt would starve beside running requests"
-            )
+        check_step_size(self.max_num_batched_tokens, max_num_seqs=self.max_num_seqs, chunk_size=self.chunk_size)
+
+
+def check_step_size(max_num_batched_tokens: int, *, max_num_seqs: int, chunk_size: int) -> None:
+    """Raises UsageError where a step has no room for a piece of a prompt beside running requests."""
+    least = max_num_seqs - 1 + chunk_size
+    if max_num_batched_tokens < least:
+        raise UsageError(
+            f"max_num_batched_tokens must be at least max_num_seqs - 1 + {chunk_size} = {least}, "
+            f"not {max_num_batched_tokens}: a prompt would starve beside running requests"
+        )
 
 
 class SequencePlan(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from qnext.errors import UsageError
+from qnext.errors import UsageError, did_you_mean
 
 # Module names, relative to a layer or whole, of the matrices that are quantised; norms and vectors are none.
 _QUANTIZED = re.compile(
@@ -45,7 +45,7 @@ SCHEMES = {
 def find_scheme(name: str) -> QuantScheme:
     """The scheme called `name`; UsageError lists the known names."""
     if name not in SCHEMES:
-        raise UsageError(f"no scheme {name!r}; known: {', '.join(SCHEMES)}")
+        raise UsageError(f"no scheme {name!r}; known: {', '.join(SCHEMES)}{did_you_mean(name, SCHEMES)}")
     return SCHEMES[name]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qnext.errors import UsageError
+from qnext.errors import UsageError, did_you_mean
 from qnext.recipes.code import demo, micro_code, small_code
 from qnext.recipes.recipe import Recipe, override
 
@@ -14,7 +14,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {"small-code": small_code, "micro-cod
 def recipe(name: str) -> Recipe:
     """The recipe called `name`; UsageError lists the known names."""
     if name not in RECIPES:
-        raise UsageError(f"no recipe {name!r}; known: {', '.join(RECIPES)}")
+        raise UsageError(f"no recipe {name!r}; known: {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
     return RECIPES[name]()
 
 

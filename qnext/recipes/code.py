@@ -17,6 +17,13 @@ _SKIPPED = (
     "site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data",
 )  # fmt: skip
 
+# Greedy, models of this size repeat themselves after a line or two.
+SAMPLING = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
+ABOUT = (
+    "A code completion model: it goes on with the beginning of some Python. It has seen nothing but the Python "
+    "standard library, knows no chat format, and answers no questions."
+)
+
 
 def standard_library(*, held_out_share: float) -> Corpus:
     """The code of this Python's standard library, without its tests, split by top-level package."""
@@ -44,6 +51,8 @@ def small_code() -> Recipe:
         ),
         corpus=partial(standard_library, held_out_share=0.05),
         eval_bytes=200_000,
+        sampling=SAMPLING,
+        about=ABOUT,
     )  # fmt: skip
 
 
@@ -58,6 +67,8 @@ def micro_code() -> Recipe:
         ),
         corpus=partial(standard_library, held_out_share=0.05),
         eval_bytes=400_000,
+        sampling=SAMPLING,
+        about=ABOUT,
     )  # fmt: skip
 
 
@@ -77,4 +88,6 @@ def demo(*, seconds: float, seed: int) -> Recipe:
         ),
         corpus=partial(standard_library, held_out_share=0.05),
         eval_bytes=200_000,
+        sampling=SAMPLING,
+        about=ABOUT,
     )  # fmt: skip

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from qnext import __version__
 from qnext.checkpoint import save_model
 from qnext.config import ModelConfig
-from qnext.errors import UsageError
+from qnext.errors import UsageError, did_you_mean
 from qnext.eval import EvalDocument, Perplexity, evaluate_perplexity
 from qnext.model import CausalLM, initialize
+from qnext.planning import count_active, count_parameters
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import END_OF_TEXT, save_tokenizer, train_bpe
 from qnext.training import Hooks, PackedStream, TrainConfig, Trainer
@@ -29,6 +31,8 @@ class Recipe:
     train: TrainConfig
     corpus: Callable[[], Corpus]
     eval_bytes: int  # how much held-out text the loop evaluates on
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # what generation_config.json recommends
+    about: str = ""  # what the model is and is not, for the folder's README.md
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,29 @@ class Run:
     evaluate: Callable[[], Perplexity] | None
 
     def save(self) -> Path:
-        """Write weights, configuration and tokenizer to `<folder>/model`, in the place of an earlier one."""
-        target = self.folder / "model"
-        save_model(self.trainer.model, target, tokenizer_folder=self.folder / "tokenizer", overwrite=True)
+        """Write weights, configuration, tokenizer, recommended sampling and a README.md to `<folder>/model`, in the
+        place of an earlier one."""
+        target, model = self.folder / "model", self.trainer.model
+        end_id, pad_id = model.config.eos_token_id, model.config.pad_token_id
+        generation: dict[str, Any] = {"eos_token_id": end_id, "pad_token_id": pad_id}
+        if self.recipe.sampling:
+            generation |= {"do_sample": True, **self.recipe.sampling}
+        save_model(
+            model, target, tokenizer_folder=self.folder / "tokenizer", overwrite=True, generation_config=generation
+        )
+        (target / "README.md").write_text(self._card(), encoding="utf-8")
         return target
+
+    def _card(self) -> str:
+        """A model card. `model_name` is what a server calls the model."""
+        counts, active = count_parameters(self.trainer.model.config), count_active(self.trainer.model.config)
+        return (
+            f"---\nmodel_name: {self.recipe.name}\n---\n\n# {self.recipe.name}\n\n"
+            + (f"{self.recipe.about}\n\n" if self.recipe.about else "")
+            + f"{counts.total:,} parameters, {active.with_head:,} active for a token; "
+            f"trained on {self.trainer.tokens:,} tokens in {self.trainer.step:,} steps with qnext {__version__}.\n\n"
+            f"Data: {self.corpus.description}.\n"
+        )
 
 
 def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, hooks: Hooks | None = None) -> Run:
@@ -124,8 +147,8 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         if key == "model.num_hidden_layers":
             model = model.with_layers(_parse(text, int, key))
         elif key.startswith("model."):
-            field = key.removeprefix("model.")
-            model = model.with_(**{field: _parse(text, _field_type(ModelConfig, field, key), key)})
+            name = key.removeprefix("model.")
+            model = model.with_(**{name: _parse(text, _field_type(ModelConfig, name, key), key)})
         else:
             train[key] = _parse(text, _field_type(TrainConfig, key, key), key)
     if train.get("total_steps") is not None:
@@ -136,8 +159,9 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
 
 
 def _field_type(owner: type, name: str, key: str) -> Any:
-    if name not in {field.name for field in fields(owner)}:
-        raise UsageError(f"--set {key}: unknown; known are " + ", ".join(field.name for field in fields(owner)))
+    known = [each.name for each in fields(owner)]
+    if name not in known:
+        raise UsageError(f"--set {key}: unknown; known are {', '.join(known)}{did_you_mean(name, known)}")
     return typing.get_type_hints(owner)[name]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import faulthandler
 import gc
 import logging
@@ -37,6 +38,7 @@ _JANITOR_SECONDS = 0.25
 _FAULTS = 8  # looks of the janitor that must find one
 _KEEP_ALIVE_SECONDS = 75
 _BACKLOG = 1024
+_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 EXIT_HUNG = 70  # a step of the model does not end, or the engine has failed: the supervisor should start anew
 
 
@@ -57,6 +59,7 @@ class Urls(NamedTuple):
 
     public: str
     admin: str | None
+    elsewhere: str | None = None  # for other machines, where all interfaces are listened on
 
 
 class _Uvicorn(uvicorn.Server):
@@ -130,7 +133,8 @@ async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) 
     try:
         engine, served = await _loaded(server, load)
         server.attach(engine, served)
-        urls = Urls(_url(listen, sockets[0]), _url(Listen(), sockets[-1]) if len(sockets) > 1 else None)
+        admin = _url(Listen(), sockets[-1]) if len(sockets) > 1 else None
+        urls = Urls(_url(listen, sockets[0]), admin, _url_elsewhere(listen, sockets[0]))
         on_ready(server, urls)
         await server.stop_wanted.wait()
         await server.drain(server.limits.drain_seconds)
@@ -182,17 +186,26 @@ def _socket(listen: Listen) -> socket.socket:
             one.bind((listen.host, listen.port))
     except OSError as error:
         where = listen.uds or f"{listen.host}:{listen.port}"
-        raise UsageError(f"cannot listen on {where}: {error.strerror or error}") from None
+        hint = "; another --port, or 0 for a free one" if error.errno == errno.EADDRINUSE and listen.uds is None else ""
+        raise UsageError(f"cannot listen on {where}: {error.strerror or error}{hint}") from None
     one.setblocking(False)
     return one
 
 
 def _url(listen: Listen, one: socket.socket) -> str:
+    """An address that a browser on this machine can open: "0.0.0.0" is no place to go to."""
     if listen.uds is not None:
         return f"unix:{listen.uds}"
     host, port = one.getsockname()[:2]
+    host = _LOOPBACK_OF.get(host, host)
     shown = f"[{host}]" if ":" in host else host
     return f"{'https' if listen.certificate else 'http'}://{shown}:{port}"
+
+
+def _url_elsewhere(listen: Listen, one: socket.socket) -> str | None:
+    if listen.uds is not None or one.getsockname()[0] not in _LOOPBACK_OF:
+        return None
+    return f"{'https' if listen.certificate else 'http'}://{socket.gethostname()}:{one.getsockname()[1]}"
 
 
 def _handle_signals(server: Server) -> None:

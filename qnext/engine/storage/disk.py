@@ -39,7 +39,7 @@ from qnext.engine.storage.disk_entry import (
     read_header,
     token_bytes,
 )
-from qnext.engine.storage.disk_folder import LOCK_FILE, lock_folder, open_folder
+from qnext.engine.storage.disk_folder import LOCK_FILE, check_size, lock_folder, open_folder
 from qnext.engine.storage.disk_statistics import DiskStatistics
 from qnext.errors import UsageError
 
@@ -79,9 +79,8 @@ class DiskStore:
     def __init__(
         self, folder: Path | str, *, max_bytes: int, fingerprint: bytes, queue_bytes: int = QUEUE_BYTES
     ) -> None:
-        if max_bytes <= 0:
-            raise UsageError(f"prefix cache {folder}: max_bytes is {max_bytes}, must be positive")
         self.folder = Path(folder)
+        check_size(self.folder, max_bytes)
         self._max_bytes = max_bytes
         self._queue_bytes = queue_bytes
         self._fingerprint = fingerprint

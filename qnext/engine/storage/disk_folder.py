@@ -11,6 +11,12 @@ from qnext.errors import UsageError
 LOCK_FILE = "qnext-prefix-cache.lock"
 
 
+def check_size(folder: Path, max_bytes: int) -> None:
+    """Raises UsageError for a store that may hold nothing."""
+    if max_bytes <= 0:
+        raise UsageError(f"prefix cache {folder}: max_bytes is {max_bytes}, must be positive")
+
+
 def open_folder(folder: Path) -> int:
     """A descriptor of the folder, which is made where it lacks; every file is reached through it."""
     try:

@@ -256,13 +256,18 @@ class PrefixFetch:
                     return
 
 
+def check_tiers(prefix_cache: bool, disk_cache: DiskCache | None, host_cache_bytes: int | None) -> None:
+    """Raises UsageError for tiers that nothing would come to."""
+    if not prefix_cache and (disk_cache is not None or host_cache_bytes):
+        raise UsageError("a cache on disk or in the host's memory needs prefix_cache")
+
+
 def make_tiers(
     model: CausalLM, cache: Cache, prefix_cache: bool, disk_cache: DiskCache | None, host_cache_bytes: int | None
 ) -> Tiers | None:
     """As Engine's arguments say. Raises UsageError."""
+    check_tiers(prefix_cache, disk_cache, host_cache_bytes)
     if not prefix_cache:
-        if disk_cache is not None or host_cache_bytes:
-            raise UsageError("a cache on disk or in the host's memory needs prefix_cache")
         return None
     if host_cache_bytes is None:
         host_cache_bytes = available_bytes(torch.device("cpu")) // 8 if cache.device.type == "cuda" else 0

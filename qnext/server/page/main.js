@@ -58,6 +58,7 @@ function welcome(model) {
   if (sparse.length) facts.push(`${sparse[0].top_k} of ${sparse[0].experts} experts for each token`);
   facts.push(`${count(model.max_model_len)} tokens of context`);
   $("welcome-title").textContent = model.has_chat ? `Ask ${model.model}` : `Let ${model.model} go on`;
+  $("welcome-kind").hidden = model.has_chat;
   $("welcome-facts").textContent = facts.join(" · ");
   $("prompt").placeholder = model.has_chat ? "Ask anything" : "Text that the model continues";
 }
