@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
@@ -28,6 +29,8 @@ MAX_SHARD_BYTES = 5_000_000_000
 PIECE_BYTES = 8 << 20
 # Touching one page of a file may map what lies around it, but nothing beyond the table of its page, on x86-64 2 MiB.
 _PAGE_TABLE_BYTES = 2 << 20
+_WRITE_BACK_BYTES = 64 << 20
+_SYNC_FILE_RANGE_WRITE = 2  # Linux; Python has no name for it
 
 assert sys.byteorder == "little", "safetensors files are little-endian and are mapped as they are"
 
@@ -71,6 +74,14 @@ class TensorFiles:
     def piece_items(self, name: str) -> int:
         """Numbers in each of the pieces of a tensor but the last."""
         return PIECE_BYTES // ITEM_SIZES[self.tensors[name].dtype]
+
+    def expect(self, name: str) -> None:
+        """Have the system begin to read a tensor that is wanted soon."""
+        info = self.tensors[name]
+        if info.num_bytes and hasattr(mmap, "MADV_WILLNEED"):
+            mapped, _ = self._map(info.file)
+            start = info.start - info.start % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, start, info.end - start)
 
     def drop(self, name: str) -> None:
         """Give the pages of a tensor back to the system; reading it again reads the file again."""
@@ -124,6 +135,7 @@ class _Shard:
         self.offsets: dict[str, int] = {}
         self.missing = set(specs)
         self.file: BinaryIO | None = None
+        self._num_held = 0  # bytes that the system was not yet told to write
         # Wide items first keeps every tensor aligned, which readers that cast bytes in place rely on.
         position, entries = 0, {}
         for name in sorted(specs, key=lambda name: -ITEM_SIZES[DTYPE_NAMES[specs[name].dtype]]):
@@ -145,14 +157,27 @@ class _Shard:
         self.file.seek(len(self.prefix) + self.offsets[name])
         self.file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         self.missing.remove(name)
+        self._num_held += tensor.nbytes
         if not self.missing:
             self.file.flush()
             os.fsync(self.file.fileno())
             self.close()
+        elif self._num_held >= _WRITE_BACK_BYTES:
+            self.file.flush()
+            _start_write_back(self.file.fileno())
+            self._num_held = 0
 
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
+
+
+def _start_write_back(descriptor: int) -> None:
+    """Have the system begin to write what it holds of a file, so that the fsync at the end finds little left to do."""
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+        function(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)
 
 
 class ShardWriter:

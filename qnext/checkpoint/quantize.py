@@ -19,6 +19,7 @@ from qnext.checkpoint.files import MAX_SHARD_BYTES, TORCH_DTYPES, ShardWriter, T
 from qnext.checkpoint.names import Part, disk_parts
 from qnext.checkpoint.save import new_folder, write_side_files
 from qnext.checkpoint.values import read_weight, tensor_value_problems
+from qnext.checkpoint.write_behind import WriteBehind
 from qnext.config import ModelConfig, to_hf
 from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError, warn
 from qnext.ops import QuantizedWeight
@@ -30,6 +31,7 @@ from qnext.quant.rounding import round_nearest
 from qnext.quant.scheme import QuantPolicy, QuantScheme
 
 Progress = Callable[[int, int], None]
+_READ_AHEAD_BYTES = 64 << 20
 _SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -73,12 +75,11 @@ def quantize_folder(
         with new_folder(folder) as temporary:
             _write_config(temporary, layout.config, out)
             write_side_files(temporary, layout.config, source if (source / "tokenizer.json").is_file() else None, None)
-            writer = ShardWriter(temporary, out.plan, max_shard_bytes=max_shard_bytes)
+            writer = WriteBehind(ShardWriter(temporary, out.plan, max_shard_bytes=max_shard_bytes))
             try:
                 out.writer = writer
                 if sample is None:
-                    for name in parameter_shapes(layout.config):
-                        out.round_parameter(name)
+                    out.round_all()
                 else:
                     from qnext.checkpoint.calibrate import run_layers
 
@@ -105,7 +106,7 @@ class QuantizedOutput:
         self.config = layout.config
         self.shapes = parameter_shapes(layout.config)
         self.errors: list[TensorError] = []
-        self.writer: ShardWriter | None = None
+        self.writer: WriteBehind | None = None
         self._policy = policy
         self._progress = progress
         self._done = 0
@@ -168,16 +169,30 @@ class QuantizedOutput:
         for part in disk_parts(name, self.shapes[name]):
             self._keep_part(part.name)
 
-    def round_parameter(self, name: str) -> None:
-        """Write a parameter, rounded to nearest where the policy quantises it, one tensor of the disk at a time."""
-        for part in disk_parts(name, self.shapes[name]):
-            scheme = self._policy.scheme_of(part.name, part.shape)
-            if scheme is None:
-                self._keep_part(part.name)
-                continue
-            original = self.read_part(part.name, self.kept_dtype(part.name))
-            weight = round_nearest(original, scheme, scale_dtype=self.scale_dtype)
-            self._write_rounded(part, Rounded(name, None, original, weight, None), slice(None))
+    def round_all(self) -> None:
+        """Write all parameters, rounded to nearest where the policy quantises them, one tensor of the disk at a time.
+
+        What comes next is read meanwhile.
+        """
+        parts = [(name, part) for name, shape in self.shapes.items() for part in disk_parts(name, shape)]
+        num_expected = num_ahead = 0
+        for name, part in parts:
+            while num_expected < len(parts) and num_ahead < _READ_AHEAD_BYTES:
+                expected = parts[num_expected][1].name
+                self.files.expect(expected)
+                num_expected += 1
+                num_ahead += self.files.tensors[expected].num_bytes
+            self._round_part(name, part)
+            num_ahead -= self.files.tensors[part.name].num_bytes
+
+    def _round_part(self, name: str, part: Part) -> None:
+        scheme = self._policy.scheme_of(part.name, part.shape)
+        if scheme is None:
+            self._keep_part(part.name)
+            return
+        original = self.read_part(part.name, self.kept_dtype(part.name))
+        weight = round_nearest(original, scheme, scale_dtype=self.scale_dtype)
+        self._write_rounded(part, Rounded(name, None, original, weight, None), slice(None))
 
     def write(self, name: str, rounded: Rounded) -> None:
         """Write what became of the parameter `name`, or of one expert of it."""

@@ -75,24 +75,28 @@ def plain_group(group: list[float], divisors: Sequence[float], bits: int) -> tup
     zero = 2 ** (bits - 1)
     extreme = next(x for x in group if abs(x) == max(map(abs, group)))
 
-    def steps_for(scale: float) -> list[int]:
-        return [min(max(round(as_float32(x / scale)), -zero), zero - 1) for x in group]
+    def steps_of(quotients: list[float]) -> list[int]:
+        return [min(max(round(quotient), -zero), zero - 1) for quotient in quotients]
+
+    def quotients_by(scale: float) -> list[float]:
+        return [as_float32(x * as_float32(1.0 / scale)) for x in group]
 
     def error_of(scale: float) -> float:
-        gaps = [as_float32(as_float32(s * scale) - x) for s, x in zip(steps_for(scale), group, strict=True)]
-        return plain_sum([as_float32(gap * gap) for gap in gaps])
+        quotients = quotients_by(scale)
+        gaps = [as_float32(step - quotient) for step, quotient in zip(steps_of(quotients), quotients, strict=True)]
+        return as_float32(plain_sum([as_float32(gap * gap) for gap in gaps]) * as_float32(scale * scale))
 
     best, least = 1.0, math.inf
     for divisor in divisors:
         scale = as_float32(extreme / as_float32(divisor)) if divisor else 1.0
         if error_of(scale) < least:
             best, least = scale, error_of(scale)
-    steps = steps_for(best)
+    steps = steps_of(quotients_by(best))
     fit = as_float32(
         plain_sum([as_float32(s * x) for s, x in zip(steps, group, strict=True)]) / plain_sum([s * s for s in steps])
     )
     best = fit if error_of(fit) < least else best
-    return best, [step + zero for step in steps_for(best)]
+    return best, [step + zero for step in steps_of([as_float32(x / best) for x in group])]
 
 
 @pytest.mark.parametrize(("bits", "group_size"), FORMS)

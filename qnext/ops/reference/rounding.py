@@ -32,7 +32,8 @@ def round_to_groups(
         groups_FGS = block.to(torch.float32).unflatten(-1, (-1, group_size))
         weights_GS = None if importance_D is None else importance_D.view(-1, group_size)
         scale_FG1 = _search(groups_FGS, weights_GS, divisors, bits, scale_dtype)
-        codes_FD = _steps(groups_FGS, scale_FG1, bits).add_(2 ** (bits - 1)).to(torch.uint8).flatten(-2)
+        steps_FGS = _held((groups_FGS / scale_FG1).round_(), bits)
+        codes_FD = steps_FGS.add_(2 ** (bits - 1)).to(torch.uint8).flatten(-2)
         codes.append(pack_codes(codes_FD, bits=bits))
         scales.append(scale_FG1.squeeze(-1).to(scale_dtype))
     return QuantizedWeight(torch.cat(codes), torch.cat(scales), bits, group_size)
@@ -47,26 +48,28 @@ def _search(
 
     def consider(candidate: Tensor) -> None:
         nonlocal best, least
-        # Codes are chosen for the scale as it is stored, so that its own rounding costs next to nothing.
+        # Codes are chosen for the scale as it is stored, so that its own rounding costs next to nothing. Errors are
+        # those of products with the reciprocal: a division for each would take as long as all else.
         scale = candidate.to(scale_dtype).float()
         scale = torch.where((scale == 0) | ~scale.isfinite(), 1.0, scale)
-        square = _steps(groups_FGS, scale, bits).mul_(scale).sub_(groups_FGS).square_()
-        error = _sum(square if weights_GS is None else square.mul_(weights_GS))
+        quotients = groups_FGS * scale.reciprocal()
+        square = _held(quotients.round(), bits).sub_(quotients).square_()
+        error = _sum(square if weights_GS is None else square.mul_(weights_GS)) * (scale * scale)
         is_better = error < least
         best, least = torch.where(is_better, scale, best), torch.where(is_better, error, least)
 
     for divisor in divisors:
         consider(extreme / divisor)
-    steps = _steps(groups_FGS, best, bits)
+    steps = _held((groups_FGS * best.reciprocal()).round_(), bits)
     weighted = steps if weights_GS is None else steps * weights_GS
     consider(_sum(weighted * groups_FGS) / _sum(weighted * steps))
     return best
 
 
-def _steps(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The nearest whole number of steps that a code can express."""
+def _held(steps: Tensor, bits: int) -> Tensor:
+    """Between the outermost codes, in place."""
     zero = 2 ** (bits - 1)
-    return (weight / scale).round_().clamp_(-zero, zero - 1)
+    return steps.clamp_(-zero, zero - 1)
 
 
 def _sum(values: Tensor) -> Tensor:

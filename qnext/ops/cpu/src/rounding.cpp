@@ -15,40 +15,7 @@ typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 
-// ---- quotients ----
-
-// Division takes a processor longer than all else that is done to a number here. With the correctly rounded reciprocal
-// and fused operations three of them give the same bits (Markstein, IBM J. Res. Dev. 34, 1990), as long as nothing
-// overflows or loses bits below the normal numbers: `is_plain` says so.
-#if defined(__FMA__)
-constexpr bool kHasFma = true;
-#else
-constexpr bool kHasFma = false;
-#endif
-
-struct Divisor {
-  f32reg value, inverse;
-};
-
-template <bool kPlain>
-QNEXT_INLINE f32reg quotient(f32reg x, const Divisor& by) {
-  if constexpr (!kPlain) {
-    return x / by.value;
-  } else {
-    const f32reg guess = x * by.inverse;
-    return fma(fma(-guess, by.value, x), by.inverse, guess);
-  }
-}
-
-// For every group: quotients below a half need not be exact, they round to zero.
-QNEXT_INLINE bool is_plain(f32x8 scales, f32x8 extremes) {
-  bool plain = kHasFma;
-  for (int g = 0; g < kGroups; ++g) {
-    const float size = fabsf(scales[g]);
-    plain &= size > 0x1p-90f && size < 0x1p90f && fabsf(extremes[g]) < size * 0x1p20f;
-  }
-  return plain;
-}
+// ---- steps ----
 
 QNEXT_INLINE f32reg round_even(f32reg v) {
 #if defined(__AVX512F__)
@@ -62,9 +29,8 @@ QNEXT_INLINE f32reg round_even(f32reg v) {
 }
 
 // The nearest whole number of steps that a code can express, from -zero to zero - 1.
-template <bool kPlain>
-QNEXT_INLINE f32reg steps_of(f32reg x, const Divisor& by, f32reg lowest, f32reg highest) {
-  return round_even(vmin(vmax(quotient<kPlain>(x, by), lowest), highest));
+QNEXT_INLINE f32reg nearest_step(f32reg quotient, f32reg lowest, f32reg highest) {
+  return round_even(vmin(vmax(quotient, lowest), highest));
 }
 
 // ---- sums ----
@@ -197,29 +163,28 @@ QNEXT_INLINE void for_each_register(const Groups<kSize>& groups, Body&& body, Af
   }
 }
 
-template <int kSize, bool kWeighted, bool kPlain>
+template <int kSize, bool kWeighted>
 QNEXT_INLINE f32x8 errors_of(const Groups<kSize>& groups, f32x8 scales, f32reg lowest, f32reg highest) {
-  alignas(32) float values[kGroups], inverses[kGroups];
+  alignas(32) float inverses[kGroups];
   const f32x8 inverse = 1.0f / scales;
-  memcpy(values, &scales, sizeof values);
   memcpy(inverses, &inverse, sizeof inverses);
   f32x8 halves[kGroups];
   Lanes sums;
   for_each_register<kSize, kWeighted>(
       groups,
       [&](f32reg x, f32reg weight, int g, int part, bool is_first) __attribute__((always_inline)) {
-        const Divisor by{splat_register(values[g]), splat_register(inverses[g])};
-        const f32reg gap = steps_of<kPlain>(x, by, lowest, highest) * by.value - x;
+        const f32reg quotient = x * splat_register(inverses[g]);
+        const f32reg gap = nearest_step(quotient, lowest, highest) - quotient;
         f32reg square = gap * gap;
         if constexpr (kWeighted) square = square * weight;
         sums.part[part] = is_first ? square : sums.part[part] + square;
       },
       [&](int g) __attribute__((always_inline)) { halves[g] = halve<Add>(sums); });
-  return finish<Add>(halves);
+  return finish<Add>(halves) * (scales * scales);
 }
 
 // The scales that fit the codes of other ones best.
-template <int kSize, bool kWeighted, bool kPlain>
+template <int kSize, bool kWeighted>
 QNEXT_INLINE f32x8 fit(const Groups<kSize>& groups, f32x8 scales, f32reg lowest, f32reg highest) {
   const f32x8 inverse = 1.0f / scales;
   f32x8 products[kGroups], squares[kGroups];
@@ -227,7 +192,7 @@ QNEXT_INLINE f32x8 fit(const Groups<kSize>& groups, f32x8 scales, f32reg lowest,
   for_each_register<kSize, kWeighted>(
       groups,
       [&](f32reg x, f32reg weight, int g, int part, bool is_first) __attribute__((always_inline)) {
-        const f32reg steps = steps_of<kPlain>(x, {splat_register(scales[g]), splat_register(inverse[g])}, lowest, highest);
+        const f32reg steps = nearest_step(x * splat_register(inverse[g]), lowest, highest);
         f32reg weighted = steps;
         if constexpr (kWeighted) weighted = steps * weight;
         product.part[part] = is_first ? weighted * x : product.part[part] + weighted * x;
@@ -244,19 +209,15 @@ template <int kSize, bool kWeighted>
 QNEXT_INLINE f32x8 search(const Groups<kSize>& groups, f32x8 extremes, const RoundingArguments& a, f32reg lowest,
                           f32reg highest) {
   f32x8 best = f32x8{} + 1.0f, least = f32x8{} + INFINITY;
-  const auto consider = [&](f32x8 candidates) __attribute__((always_inline)) {
+  for (int64_t i = 0; i <= a.num_divisors; ++i) {
+    const f32x8 candidates =
+        i < a.num_divisors ? extremes / a.divisors[i] : fit<kSize, kWeighted>(groups, best, lowest, highest);
     const f32x8 scales = usable_scales(candidates, a.scale_kind);
-    const f32x8 errors = is_plain(scales, extremes)
-                             ? errors_of<kSize, kWeighted, kHasFma>(groups, scales, lowest, highest)
-                             : errors_of<kSize, kWeighted, false>(groups, scales, lowest, highest);
+    const f32x8 errors = errors_of<kSize, kWeighted>(groups, scales, lowest, highest);
     const i32x8 is_better = errors < least;
     best = is_better ? scales : best;
     least = is_better ? errors : least;
-  };
-  for (int64_t i = 0; i <= a.num_divisors; ++i)
-    consider(i < a.num_divisors  ? extremes / a.divisors[i]
-             : is_plain(best, extremes) ? fit<kSize, kWeighted, kHasFma>(groups, best, lowest, highest)
-                                        : fit<kSize, kWeighted, false>(groups, best, lowest, highest));
+  }
   return best;
 }
 
@@ -296,10 +257,10 @@ QNEXT_INLINE float load_scale(const RoundingArguments& a, int64_t at) {
 template <int kSize>
 QNEXT_INLINE void store_codes(const float* values, const RoundingArguments& a, int64_t first, float scale, f32reg lowest,
                               f32reg highest) {
-  const Divisor by{splat_register(scale), {}};
   int8_t signed_codes[kSize];
   for (int i = 0; i < kSize; i += kRegisterLanes)
-    store(signed_codes + i, round_to_int(steps_of<false>(load_register(values + i), by, lowest, highest)));
+    store(signed_codes + i,
+          round_to_int(nearest_step(load_register(values + i) / splat_register(scale), lowest, highest)));
   uint8_t* out = a.codes + first * a.bits / 8;
   if (a.bits == 8) {
     for (int i = 0; i < kSize; ++i) out[i] = (uint8_t)(signed_codes[i] ^ 0x80);

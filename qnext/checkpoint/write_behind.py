@@ -1,0 +1,46 @@
+"""Writing beside computing: tensors go to a ShardWriter on a thread of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor
+
+from qnext.checkpoint.files import ShardWriter
+
+_MAX_WAITING_BYTES = 64 << 20
+
+
+class WriteBehind:
+    """What ShardWriter is, but `write` returns while the tensor waits, which must not change any more.
+
+    At most 64 MiB wait, or one tensor that is larger; then `write` waits too. What went wrong is raised by a later
+    call, `finish` at the latest.
+    """
+
+    def __init__(self, writer: ShardWriter) -> None:
+        self._writer = writer
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._num_bytes = 0
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        while self._waiting and (self._waiting[0][0].done() or self._num_bytes + tensor.nbytes > _MAX_WAITING_BYTES):
+            self._wait_for_one()
+        self._waiting.append((self._thread.submit(self._writer.write, name, tensor), tensor.nbytes))
+        self._num_bytes += tensor.nbytes
+
+    def _wait_for_one(self) -> None:
+        future, num_bytes = self._waiting.popleft()
+        self._num_bytes -= num_bytes
+        future.result()
+
+    def finish(self) -> None:
+        while self._waiting:
+            self._wait_for_one()
+        self._writer.finish()
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._writer.close()
