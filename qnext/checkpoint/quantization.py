@@ -50,6 +50,9 @@ def read_quantization(folder: Path) -> Quantization | None:
 def _find_block(folder: Path) -> tuple[Block, str] | None:
     path = folder / "config.json"
     config = load_json(path.read_bytes(), path)
+    declared = config.get("quantization_config")
+    if isinstance(config.get("quantization"), dict) and not (isinstance(declared, dict) and "quant_method" in declared):
+        raise NotSupported(f"{path}: quantization: 'mlx' is not supported ({NOT_READ['mlx']}); {_what_is_read()}")
     for key in ("quantization_config", "compression_config"):
         values = config.get(key)
         if values is not None:
@@ -61,8 +64,6 @@ def _find_block(folder: Path) -> tuple[Block, str] | None:
     if isinstance(text, dict) and isinstance(text.get("quantization_config"), dict):
         block = Block(text["quantization_config"], f"{path}: text_config.quantization_config")
         return block, _method(block, None)
-    if isinstance(config.get("quantization"), dict):
-        raise NotSupported(f"{path}: quantization: 'mlx' is not supported ({NOT_READ['mlx']}); {_what_is_read()}")
     for name, method in _SIDE_FILES.items():
         path = folder / name
         if path.is_file():

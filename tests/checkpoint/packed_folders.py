@@ -48,6 +48,9 @@ FORMS = [
     PackedForm("gptq", "gptq", 4, 16),
     PackedForm("gptq", "gptq", 8, -1, False),
     PackedForm("gptq", "gptq_v2", 4, 8, False),
+    PackedForm("gptq", "gptq", 2, 16),
+    PackedForm("gptq", "gptq", 2, 8, False),
+    PackedForm("compressed-tensors", "pack-quantized", 2, 16, False),
 ]
 
 

@@ -54,6 +54,7 @@ def assert_holds(model: CausalLM, expected: dict[str, Tensor]) -> None:
     assert num_packed == len(expected) > 20
 
 
+@pytest.mark.filterwarnings("error::qnext.errors.QnextWarning")
 @pytest.mark.parametrize("dequantize", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_form_gives_the_numbers_that_were_packed(tmp_path: Path, form: PackedForm, dequantize: bool) -> None:
@@ -369,7 +370,9 @@ def test_activation_order_is_read(tmp_path: Path) -> None:
             codes = ((words[..., None] >> (4 * torch.arange(8))) & 15).flatten(1)
             scales = files.read(f"{key}.scales").float().T
             expected[f"{key}.weight"] = (codes - 8).float() * scales[:, index]
-    with pytest.warns(QnextWarning, match=r"1 weights like model.layers.0.mlp.experts.down_proj are kept as numbers"):
+    with pytest.warns(
+        QnextWarning, match=r"m: model.layers.0.mlp.experts.down_proj: numbers instead of codes in memory"
+    ):
         model = load_model(folder, dtype=torch.float32)
     assert_holds(model, expected)
     weights = weights_of(model)

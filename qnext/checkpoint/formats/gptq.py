@@ -61,6 +61,7 @@ def _codes_form(block: Block, layout: str, keys: tuple[str, str], default: Form 
     if block.get(keys[1]) is not None:
         group_size = block.group_size(keys[1])
     if layout == "awq":
+        block.neutral("sym")
         return Form(layout, bits, group_size, False)
     return Form(layout, bits, group_size, block.flag("sym", default.is_symmetric) is True)
 
@@ -105,7 +106,7 @@ def _dynamic_rules(block: Block, form: Form) -> list[Rule]:
 
 
 def read_awq(block: Block) -> Quantization:
-    block.neutral(*_NEUTRAL, "lm_head", "sym")
+    block.neutral(*_NEUTRAL, "lm_head")
     version = block.word("version")
     if version not in ("gemm", "exllama", "ipex", None):  # the last two are kernels for the same layout
         raise block.not_supported("version", f"{version!r} is not supported, only 'gemm'")
