@@ -14,10 +14,23 @@ from qnext.checkpoint.stored import Stored, choose_fp8_block, size_problem, stor
 from qnext.errors import NotSupported, warn
 
 # Names after a module's of tensors that scale activations or the cache, which are both kept finer here.
-_ACTIVATION_TENSORS = frozenset({
-    "input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "activation_scale", "output_scale",
-    "output_zero_point", "q_scale", "k_scale", "v_scale", "kv_scale", "k_zero_point", "v_zero_point",
-})  # fmt: skip
+_ACTIVATION_TENSORS = frozenset(
+    {
+        "input_scale",
+        "input_zero_point",
+        "input_global_scale",
+        "input_scale_ub",
+        "activation_scale",
+        "output_scale",
+        "output_zero_point",
+        "q_scale",
+        "k_scale",
+        "v_scale",
+        "kv_scale",
+        "k_zero_point",
+        "v_zero_point",
+    }
+)
 # The same of tensors that a weight may keep which was stored as it is.
 _WEIGHT_TENSORS = frozenset({"weight_scale", "weight_zero_point", "weight_g_idx"})
 _PLAIN_DTYPES = ("BF16", "F16", "F32")

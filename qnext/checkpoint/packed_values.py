@@ -216,9 +216,14 @@ def read_packed_numbers(packed: PackedWeight, files: TensorFiles, *, dtype: torc
             offset = float(state.get("nested_offset", 0.0))
             nested = Nested(parts["nested_scales"], parts["nested_map"], state.get("nested_blocksize", 256), offset)
         return from_bitsandbytes(
-            parts["codes"], parts["scales"], parts["map"], shape=packed.shape, block_size=state["blocksize"],
-            nested=nested, dtype=dtype,
-        )  # fmt: skip
+            parts["codes"],
+            parts["scales"],
+            parts["map"],
+            shape=packed.shape,
+            block_size=state["blocksize"],
+            nested=nested,
+            dtype=dtype,
+        )
     is_divided = form.layout == "nvfp4"
     factor, divisor = (None, parts["global"]) if is_divided else (parts.get("global"), None)
     return from_fp4(parts["codes"], parts["scales"], factor=factor, divisor=divisor, dtype=dtype)

@@ -18,13 +18,24 @@ from qnext.checkpoint.patterns import PatternError
 from qnext.errors import ConfigError, NotSupported, warn
 
 _READERS = {
-    "fp8": read_fp8, "mxfp8": read_fp8, "fbgemm_fp8": read_fp8, "compressed-tensors": read_compressed_tensors,
-    "modelopt": read_modelopt, "gptq": read_gptq, "awq": read_awq, "auto-round": read_auto_round,
+    "fp8": read_fp8,
+    "mxfp8": read_fp8,
+    "fbgemm_fp8": read_fp8,
+    "compressed-tensors": read_compressed_tensors,
+    "modelopt": read_modelopt,
+    "gptq": read_gptq,
+    "awq": read_awq,
+    "auto-round": read_auto_round,
     "bitsandbytes": read_bitsandbytes,
-}  # fmt: skip
+}
 assert _READERS.keys() == METHODS.keys()
-# Files beside config.json that older programs wrote, asked where config.json is silent; and the method they mean.
-_SIDE_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Files beside config.json, asked where that is silent, and the method that they mean if they name none.
+_SIDE_FILES = {
+    "quantization_config.json": None,
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 
 
 def read_quantization(folder: Path) -> Quantization | None:
@@ -69,9 +80,9 @@ def _find_block(folder: Path) -> tuple[Block, str] | None:
         if path.is_file():
             values = load_json(path.read_bytes(), path)
             inner: Any = values.get("quantization")
-            if method == "modelopt" and isinstance(inner, dict):
-                return Block(inner, f"{path}: quantization"), method
-            return Block(values, str(path)), method
+            is_inner = method == "modelopt" and isinstance(inner, dict)
+            block = Block(inner, f"{path}: quantization") if is_inner else Block(values, str(path))
+            return block, _method(block, method)
     return None
 
 
@@ -93,10 +104,15 @@ def _method(block: Block, default: str | None) -> str:
 def _implied_method(block: Block) -> str:
     """Blocks without quant_method that have a key which only one program writes."""
     for key, method in (
-        ("load_in_4bit", "bitsandbytes"), ("load_in_8bit", "bitsandbytes"), ("config_groups", "compressed-tensors"),
-        ("quant_algo", "modelopt"), ("autoround_version", "auto-round"), ("zero_point", "awq"),
-        ("desc_act", "gptq"), ("weight_block_size", "fp8"),
-    ):  # fmt: skip
+        ("load_in_4bit", "bitsandbytes"),
+        ("load_in_8bit", "bitsandbytes"),
+        ("quant_algo", "modelopt"),
+        ("config_groups", "compressed-tensors"),
+        ("autoround_version", "auto-round"),
+        ("zero_point", "awq"),
+        ("desc_act", "gptq"),
+        ("weight_block_size", "fp8"),
+    ):
         if key in block.values:
             return method
     raise block.error("quant_method", f"missing; {_what_is_read()}")

@@ -22,8 +22,8 @@ _IGNORED = frozenset((
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_router_logits",
     "quantization_config", "quantization", "compression_config", "_name_or_path", "name_or_path", "return_dict",
     "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder",
-    "problem_type", "id2label", "label2id", "finetuning_task", "torchscript", "tokenizer_class", "prefix", "task_specific_params",
-    "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "pruned_heads",
+    "problem_type", "id2label", "label2id", "finetuning_task", "torchscript", "tokenizer_class", "prefix",
+    "task_specific_params", "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "pruned_heads",
     "decoder_start_token_id", "sep_token_id", "_attn_implementation", "_attn_implementation_internal",
     "attn_implementation", "unsloth_fixed", "unsloth_version",
 ))  # fmt: skip

@@ -17,8 +17,8 @@ from qnext.checkpoint.quantization import read_quantization
 from qnext.errors import NotSupported, QnextWarning
 
 from .folders import edit_config, tiny_folder
-from .packed_folders import FORMS, packed_folder, quantization_config
-from .test_packed import assert_holds
+from .packed_folders import FORMS, assert_holds, packed_folder, quantization_config
+from .written_configs import WRITTEN
 
 AWQ, GPTQ, GPTQ_V2 = FORMS[6], FORMS[7], FORMS[9]
 EXPERT = "model.layers.2.mlp.experts.3.up_proj"
@@ -45,9 +45,12 @@ GPTQ_BLOCK = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True,
 def test_gptq_by_module(tmp_path: Path) -> None:
     """The first pattern that matches holds."""
     dynamic = {
-        "-:.*mlp\\.gate$": {}, "lm_head": {}, "+:.*\\.2\\..*up_proj": {"bits": 8, "group_size": 32},
-        ".*up_proj": {"sym": False}, "+:.*experts.*": {"bits": 3},
-    }  # fmt: skip
+        "-:.*mlp\\.gate$": {},
+        "lm_head": {},
+        "+:.*\\.2\\..*up_proj": {"bits": 8, "group_size": 32},
+        ".*up_proj": {"sym": False},
+        "+:.*experts.*": {"bits": 3},
+    }
     found = read(tmp_path, {**GPTQ_BLOCK, "dynamic": dynamic})
     modules = ("model.layers.0.mlp.gate", EXPERT, EXPERT.replace("2", "1"), EXPERT.replace("up", "down"), "lm_head")
     assert forms_of(found, *modules) == [None, "gptq int8-g32", "gptq int4-g128", "gptq int3-g128", None]
@@ -68,35 +71,60 @@ def test_gptq_names_what_is_packed(tmp_path: Path) -> None:
 
 
 AUTO_ROUND = {
-    "quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True, "data_type": "int",
-    "packing_format": "auto_round:auto_gptq", "autoround_version": "0.10.0", "iters": 200, "seqlen": 2048,
-    "batch_size": 8, "low_gpu_mem_usage": True, "enable_quanted_input": True, "nsamples": 512,
+    "quant_method": "auto-round",
+    "bits": 4,
+    "group_size": 128,
+    "sym": True,
+    "data_type": "int",
+    "packing_format": "auto_round:auto_gptq",
+    "autoround_version": "0.10.0",
+    "iters": 200,
+    "seqlen": 2048,
+    "batch_size": 8,
+    "low_gpu_mem_usage": True,
+    "enable_quanted_input": True,
+    "nsamples": 512,
     "block_name_to_quantize": "model.layers",
-}  # fmt: skip
+}
 
 
 def test_auto_round_by_module(tmp_path: Path) -> None:
     """Names before patterns, patterns anywhere in the name, 16 bits and more for plain."""
     extra = {
-        ".*gate$": {"bits": 16, "data_type": "float"}, EXPERT: {"bits": 8, "group_size": 32, "data_type": "int"},
-        "experts\\.\\d+\\.up_proj": {"bits": 2}, "model.layers.1.self_attn": {"bits": 16, "data_type": "fp"},
+        ".*gate$": {"bits": 16, "data_type": "float"},
+        EXPERT: {"bits": 8, "group_size": 32, "data_type": "int"},
+        "experts\\.\\d+\\.up_proj": {"bits": 2},
+        "model.layers.1.self_attn": {"bits": 16, "data_type": "fp"},
         "lm_head": {"bits": 8, "sym": False, "act_bits": 16},
-    }  # fmt: skip
+    }
     found = read(tmp_path, {**AUTO_ROUND, "extra_config": extra})
     modules = (EXPERT, EXPERT.replace("2", "0"), EXPERT.replace("up", "down"), "model.layers.0.mlp.gate", "lm_head")
     assert forms_of(found, *modules) == [
-        "gptq int8-g32", "gptq int2-g128", "gptq int4-g128", None, "gptq int8-g128",
-    ]  # fmt: skip
+        "gptq int8-g32",
+        "gptq int2-g128",
+        "gptq int4-g128",
+        None,
+        "gptq int8-g128",
+    ]
     assert forms_of(found, "model.layers.1.self_attn.q_proj", "mtp.layers.0.self_attn.q_proj") == [None, None]
 
 
 @pytest.mark.parametrize("method", ["auto-round", "auto_round", "AutoRound", "intel/auto-round"])
 @pytest.mark.parametrize(
     ("packing", "layout"),
-    [("auto_round:auto_gptq", "gptq"), ("auto_round:gptq", "gptq"), ("auto_gptq", "gptq"), (None, "gptq"),
-     ("auto_round", "gptq_v2"), ("auto_round:gptqmodel", "gptq_v2"), ("auto_round:auto_awq", "awq"),
-     ("auto_round:awq", "awq"), ("auto_round:llm_compressor", None), ("auto_round:fp8_static", None)],
-)  # fmt: skip
+    [
+        ("auto_round:auto_gptq", "gptq"),
+        ("auto_round:gptq", "gptq"),
+        ("auto_gptq", "gptq"),
+        (None, "gptq"),
+        ("auto_round", "gptq_v2"),
+        ("auto_round:gptqmodel", "gptq_v2"),
+        ("auto_round:auto_awq", "awq"),
+        ("auto_round:awq", "awq"),
+        ("auto_round:llm_compressor", None),
+        ("auto_round:fp8_static", None),
+    ],
+)
 def test_auto_round_is_what_it_packs(tmp_path: Path, packing: str | None, layout: str | None, method: str) -> None:
     found = read(tmp_path, {**AUTO_ROUND, "packing_format": packing, "quant_method": method})
     form = found.claim(EXPERT).form
@@ -106,8 +134,11 @@ def test_auto_round_is_what_it_packs(tmp_path: Path, packing: str | None, layout
 
 
 PACKINGS = {
-    "auto_round:auto_gptq": GPTQ, "auto_round:gptqmodel": GPTQ_V2, "auto_round": GPTQ_V2, "auto_round:auto_awq": AWQ,
-}  # fmt: skip
+    "auto_round:auto_gptq": GPTQ,
+    "auto_round:gptqmodel": GPTQ_V2,
+    "auto_round": GPTQ_V2,
+    "auto_round:auto_awq": AWQ,
+}
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -146,10 +177,12 @@ def test_a_module_of_a_form_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "block",
-    [{"w_bit": 4, "q_group_size": 16, "zero_point": True, "version": "GEMM"},
-     {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "exllama", "modules_to_not_convert": None},
-     {"quant_method": "AWQ", "bits": 4, "zero_point": True, "backend": "autoawq", "do_fuse": False}],
-)  # fmt: skip
+    [
+        {"w_bit": 4, "q_group_size": 16, "zero_point": True, "version": "GEMM"},
+        {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "exllama", "modules_to_not_convert": None},
+        {"quant_method": "AWQ", "bits": 4, "zero_point": True, "backend": "autoawq", "do_fuse": False},
+    ],
+)
 def test_awq_as_it_is_written(tmp_path: Path, block: dict[str, Any]) -> None:
     expected = packed_folder(tmp_path / "m", AWQ)
     edit_config(tmp_path / "m", quantization_config=block)
@@ -157,18 +190,38 @@ def test_awq_as_it_is_written(tmp_path: Path, block: dict[str, Any]) -> None:
 
 
 OLD_FILES = {
+    "quantization_config.json": (
+        GPTQ,
+        {
+            "bits": 4,
+            "data_type": "int",
+            "group_size": 16,
+            "sym": True,
+            "iters": 0,
+            "low_gpu_mem_usage": True,
+            "autoround_version": "0.12.2",
+            "quant_method": "auto-round",
+            "packing_format": "auto_round:auto_gptq",
+        },
+    ),
     "quantize_config.json": (GPTQ, {"bits": 4, "group_size": 16, "desc_act": False, "sym": True, "damp_percent": 0.1}),
     "quant_config.json": (AWQ, {"zero_point": True, "q_group_size": 16, "w_bit": 4, "version": "GEMM"}),
 }
 
 
 @pytest.mark.parametrize("file", OLD_FILES)
-def test_files_that_older_programs_wrote(tmp_path: Path, file: str) -> None:
+def test_files_beside_config(tmp_path: Path, file: str) -> None:
     form, values = OLD_FILES[file]
     expected = packed_folder(tmp_path / "m", form)
     edit_config(tmp_path / "m", quantization_config=None)
     (tmp_path / "m" / file).write_text(json.dumps(values))
     assert_holds(load_model(tmp_path / "m", dtype=torch.float32), expected)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_configurations_as_they_are_written_need_no_warning(tmp_path: Path, name: str) -> None:
+    """Keys and values that these programs write."""
+    read(tmp_path, WRITTEN[name])
 
 
 @pytest.mark.parametrize("key", ["compression_config", "nested", "text_config"])

@@ -32,9 +32,11 @@ FP8: dict[str, tuple[dict[str, Any], Any, tuple[int, int]]] = {
     "channel": ({"strategy": "channel"}, lambda w: w.abs().amax(1, keepdim=True), (1, 0)),
     "group": ({"strategy": "group", "group_size": 16}, lambda w: w.view(24, 6, 16).abs().amax(-1), (1, 16)),
     "block": (
-        {"strategy": "block", "block_structure": [8, 32]}, lambda w: w.view(3, 8, 3, 32).abs().amax((1, 3)), (8, 32),
+        {"strategy": "block", "block_structure": [8, 32]},
+        lambda w: w.view(3, 8, 3, 32).abs().amax((1, 3)),
+        (8, 32),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("strategy", FP8)
