@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from qnext.checkpoint.formats.forms import LAYOUTS, Claim, Form, Quantization
 from qnext.checkpoint.header import TensorInfo
-from qnext.checkpoint.stored import Stored, choose_fp8_block, size_problem, stored_tensors
+from qnext.checkpoint.stored import SCALE_DTYPES, Stored, choose_fp8_block, size_problem, stored_tensors
 from qnext.errors import NotSupported, warn
 
 # Names after a module's of tensors that scale activations or the cache, which are both kept finer here.
@@ -100,7 +100,11 @@ def find_packed(
         if form is not None and problem is None:
             matrix = (shape[0], shape[1])
             problem = size_problem(tensors[mark], matrix, form)
-            weights[name] = PackedWeight(matrix, form, stored_tensors(name, matrix, form, tensors))
+            stored = stored_tensors(name, matrix, form, tensors)
+            if (bias := f"{module}.bias") in tensors and bias not in shapes:
+                # AutoGPTQ gave every module one; that it is zero is for the values to show.
+                stored["bias"] = Stored(bias, (shape[0],), SCALE_DTYPES)
+            weights[name] = PackedWeight(matrix, form, stored)
             if claim.is_certain or claim.form is not None:
                 _compare(claim, form, module, differences)
         if problem is not None:
@@ -229,7 +233,7 @@ def _passed_over(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Te
     found = []
     for name in tensors:
         module, _, key = name.rpartition(".")
-        if key in _ACTIVATION_TENSORS and module in modules:
+        if key in _ACTIVATION_TENSORS and (module in modules or module.rpartition(".")[0] in modules):
             found.append(name)
         elif key in _WEIGHT_TENSORS and f"{module}.weight" in shapes:
             weight = tensors.get(f"{module}.weight")

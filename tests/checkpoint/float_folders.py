@@ -26,7 +26,7 @@ from .packed_folders import PACKED_CONFIG, is_packed_weight
 
 # Inner sizes are multiples of 32, the group of MXFP4, and no whole blocks of 128.
 FLOAT_CONFIG: ModelConfig = replace(
-    PACKED_CONFIG, hidden_size=160, shared_expert_intermediate_size=32, linear_value_head_dim=16
+    PACKED_CONFIG, hidden_size=160, shared_expert_intermediate_size=32, linear_num_value_heads=8
 )
 E2M1 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 Packed = tuple[dict[str, Tensor], Tensor]  # tensors after the module's name, and what they stand for in fp32

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qnext import ops
 from qnext.checkpoint import load_model
+from qnext.checkpoint.gguf import export_gguf, import_gguf
 from qnext.errors import CorruptCheckpoint, NotSupported, QnextWarning
 
 from .float_folders import FLOAT_CONFIG, FloatForm, float_folder, float_forms, fp8
@@ -252,6 +253,20 @@ def test_floats_can_be_quantised(tmp_path: Path, capsys: Capture, name: str) -> 
     values = ops.dequantize(weights["model.layers.0.mlp.experts.down_proj"], torch.float32)[1]
     error = (values - expected[f"{DOWN}.weight"]).norm() / expected[f"{DOWN}.weight"].norm()
     assert 0 < error < 0.01
+
+
+@pytest.mark.parametrize("name", ["official", "NVFP4", "nf4, nested", "int8", "W8A8, one scale"])
+def test_forms_become_gguf_and_come_back(tmp_path: Path, name: str) -> None:
+    """Floats by way of bfloat16, codes exactly."""
+    expected = float_folder(tmp_path / "m", FORMS[name])
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf", kind="f32", tokenizer_keys={"tokenizer.ggml.model": "gpt2"})
+    import_gguf(tmp_path / "m.gguf", tmp_path / "back")
+    if "int8" not in FORMS[name].shown:
+        expected = {key: weight.bfloat16().float() for key, weight in expected.items()}
+    assert_holds(
+        load_model(tmp_path / "back", dtype=torch.float32),
+        {key: weight for key, weight in expected.items() if not key.startswith("mtp.")},
+    )
 
 
 def test_an_fp8_embedding_is_read(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qnext.checkpoint import load_model
 from qnext.checkpoint.files import TensorFiles
-from qnext.errors import QnextWarning
+from qnext.errors import CorruptCheckpoint, QnextWarning
 
 from .folders import edit_config, rewrite
 from .packed_folders import (
@@ -165,3 +165,46 @@ def test_experts_of_different_forms_become_numbers(tmp_path: Path, name: str) ->
     model = load_model(folder, dtype=torch.float32)
     assert_holds(model, expected)
     assert isinstance(weights_of(model)["model.layers.0.mlp.experts.down_proj"], Tensor)
+
+
+BESIDE: dict[str, tuple[PackedForm, dict[str, Tensor]]] = {
+    "a bias of zeros": (GPTQ, {f"{DOWN}.bias": torch.zeros(48, dtype=torch.float16)}),
+    "an index that was never written": (GROUPED, {f"{DOWN}.weight_g_idx": torch.full((32,), -1)}),
+    "an index in order": (GROUPED, {f"{DOWN}.weight_g_idx": torch.arange(32) // 16}),
+    "scales of the cache": (GROUPED, {"model.layers.3.self_attn.k_scale": torch.ones(1)}),
+    "scales of the cache at their projection": (GPTQ, {"model.layers.3.self_attn.v_proj.output_scale": torch.ones(1)}),
+    "scales of the cache in a module of their own": (AWQ, {"model.layers.3.self_attn.attn.k_scale": torch.ones(1)}),
+    "zeros of a symmetric form": (GROUPED, {f"{DOWN}.weight_zero_point": torch.zeros(48, 2, dtype=torch.int8)}),
+    "zeros of the other format": (GPTQ, {f"{DOWN}.qzeros": torch.full((2, 6), 0x88888888 - 2**32, dtype=torch.int32)}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::qnext.errors.QnextWarning")
+@pytest.mark.parametrize("name", BESIDE)
+def test_tensors_beside_that_change_nothing(tmp_path: Path, name: str) -> None:
+    form, tensors = BESIDE[name]
+    expected = packed_folder(tmp_path / "m", form, change=lambda t: t.update(tensors))
+    model = load_model(tmp_path / "m", dtype=torch.float32)
+    assert_holds(model, expected)
+    assert not isinstance(weights_of(model)["model.layers.0.mlp.experts.down_proj"], Tensor)
+
+
+def test_a_bias_that_is_one(tmp_path: Path) -> None:
+    packed_folder(tmp_path / "m", GPTQ, change=lambda t: t.update({f"{DOWN}.bias": torch.ones(48)}))
+    with pytest.raises(CorruptCheckpoint, match=r"down_proj.bias is a bias, but config.json describes none"):
+        load_model(tmp_path / "m")
+
+
+def test_an_index_of_compressed_tensors(tmp_path: Path) -> None:
+    """actorder "group": the same rule as GPTQ's desc_act."""
+    index = torch.randperm(32, generator=torch.Generator().manual_seed(3)) // 16
+    expected = packed_folder(
+        tmp_path / "m", GROUPED, change=lambda t: t.update({f"{DOWN}.weight_g_idx": index.to(torch.int32)})
+    )
+    edit_config(tmp_path / "m", quantization_config=_weights(actorder="group"))
+    with TensorFiles(tmp_path / "m") as files:
+        words, scales = files.read(f"{DOWN}.weight_packed"), files.read(f"{DOWN}.weight_scale").float()
+        codes = ((words[..., None] >> (4 * torch.arange(8))) & 15).flatten(1)
+        expected[f"{DOWN}.weight"] = (codes - 8).float() * scales[:, index]
+    with pytest.warns(QnextWarning, match="activation order"):
+        assert_holds(load_model(tmp_path / "m", dtype=torch.float32), expected)
