@@ -91,7 +91,7 @@ def find_packed(
         if layout is None:
             is_plain = name in tensors and len(shape) == 2 and tensors[name].dtype in _PLAIN_DTYPES
             if claim.form is not None and claim.is_certain and is_plain:
-                differences.add(f"{claim.form.describe()} is asked for {{}}, stored as it is", module)
+                differences.add(f"{claim.form.describe()} is asked for {{}}, stored plain", module)
             continue
         problem = _place_problem(name, shape, layout, tensors[mark], tensors)
         form = None
@@ -221,7 +221,7 @@ def _measured(
 
 def _compare(claim: Claim, form: Form, module: str, differences: _Differences) -> None:
     if claim.form is None:
-        differences.add(f"leaves {{}} as it is, stored as {form.describe()}", module)
+        differences.add(f"leaves {{}} plain, stored as {form.describe()}", module)
     elif claim.form.layout != form.layout or (claim.form.block is not None and claim.form.block != form.block):
         differences.add(f"{claim.form.describe()} is asked for {{}}, stored as {form.describe()}", module)
 

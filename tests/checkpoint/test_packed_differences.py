@@ -45,11 +45,11 @@ def _gptq(**changes: Any) -> dict[str, Any]:
 READ_ALL_THE_SAME: dict[str, tuple[PackedForm, dict[str, Any] | None, str | None]] = {
     "everything ignored": (
         GROUPED, {**quantization_config(GROUPED), "ignore": ["re:.*"]},
-        r"leaves \d+ weights \(the first is .*\) as it is, stored as pack-quantized int4-g16",
+        r"leaves \d+ weights \(the first is .*\) plain, stored as pack-quantized int4-g16",
     ),
     "split names where the folder has fused ones": (
         GROUPED, {**quantization_config(GROUPED), "ignore": ["lm_head", "mtp.fc", "re:.*gate$", "re:.*in_proj_(a|b)$"]},
-        r"int4-g16 is asked for 3 weights \(the first is .*in_proj_ba\), stored as it is",
+        r"int4-g16 is asked for 3 weights \(the first is .*in_proj_ba\), stored plain",
     ),
     "awq declared as compressed-tensors": (AWQ, quantization_config(GROUPED), r"stored as awq int4-g16"),
     "words and no declaration": (GROUPED, None, r"config.json: leaves \d+ weights .*, stored as pack-quantized"),
@@ -63,7 +63,7 @@ READ_ALL_THE_SAME: dict[str, tuple[PackedForm, dict[str, Any] | None, str | None
                              **quantization_config(GPTQ)["dynamic"]}), None,
     ),
     "modules of a block": (
-        GPTQ, _gptq(modules_in_block_to_quantize=[["mlp.experts.0.gate_proj"]]), r"leaves \d+ weights .*as it is",
+        GPTQ, _gptq(modules_in_block_to_quantize=[["mlp.experts.0.gate_proj"]]), r"leaves \d+ weights .*plain",
     ),
     "blocks": (GPTQ, _gptq(block_name_to_quantize="model.layers"), None),
     "kv cache": (
