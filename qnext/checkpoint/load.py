@@ -183,7 +183,10 @@ def _quantized_parameters(layout: Layout, files: TensorFiles) -> dict[str, Codes
         codes = None
         if packed is not None and packed.form.keeps_codes:
             has_integers.add(target.parameter)
-            if is_in_order(packed, files):
+            in_order = is_in_order(packed, files)
+            if "index" in packed.stored:
+                files.drop(packed.stored["index"].name)
+            if in_order:
                 codes = _codes_of(packed, shapes[target.parameter], files.tensors)
         forms.setdefault(target.parameter, set()).add(codes)
     found = {name: next(iter(each)) for name, each in forms.items() if len(each) == 1}
@@ -191,8 +194,8 @@ def _quantized_parameters(layout: Layout, files: TensorFiles) -> dict[str, Codes
     numbers = [name for name in sorted(has_integers - kept.keys()) if not name.endswith(_ALWAYS_PLAIN)]
     if numbers:
         warn(
-            f"{files.folder}: {len(numbers)} weights like {numbers[0]} are kept as numbers and not as codes: "
-            "their parts differ in form, or their columns are in activation order (desc_act)"
+            f"{files.folder}: {numbers[0]}{f' and {len(numbers) - 1} more' if numbers[1:] else ''}: numbers instead of "
+            "codes in memory, since parts differ in form or columns are in activation order (desc_act)"
         )
     return kept
 

@@ -10,14 +10,27 @@ from typing import NamedTuple
 
 from qnext.checkpoint.formats.forms import LAYOUTS, Claim, Form, Quantization
 from qnext.checkpoint.header import TensorInfo
-from qnext.checkpoint.stored import Stored, choose_fp8_block, size_problem, stored_tensors
+from qnext.checkpoint.stored import SCALE_DTYPES, Stored, choose_fp8_block, size_problem, stored_tensors
 from qnext.errors import NotSupported, warn
 
 # Names after a module's of tensors that scale activations or the cache, which are both kept finer here.
-_ACTIVATION_TENSORS = frozenset({
-    "input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "activation_scale", "output_scale",
-    "output_zero_point", "q_scale", "k_scale", "v_scale", "kv_scale", "k_zero_point", "v_zero_point",
-})  # fmt: skip
+_ACTIVATION_TENSORS = frozenset(
+    {
+        "input_scale",
+        "input_zero_point",
+        "input_global_scale",
+        "input_scale_ub",
+        "activation_scale",
+        "output_scale",
+        "output_zero_point",
+        "q_scale",
+        "k_scale",
+        "v_scale",
+        "kv_scale",
+        "k_zero_point",
+        "v_zero_point",
+    }
+)
 # The same of tensors that a weight may keep which was stored as it is.
 _WEIGHT_TENSORS = frozenset({"weight_scale", "weight_zero_point", "weight_g_idx"})
 _PLAIN_DTYPES = ("BF16", "F16", "F32")
@@ -78,7 +91,7 @@ def find_packed(
         if layout is None:
             is_plain = name in tensors and len(shape) == 2 and tensors[name].dtype in _PLAIN_DTYPES
             if claim.form is not None and claim.is_certain and is_plain:
-                differences.add(f"{claim.form.describe()} is asked for {{}}, stored as it is", module)
+                differences.add(f"{claim.form.describe()} is asked for {{}}, stored plain", module)
             continue
         problem = _place_problem(name, shape, layout, tensors[mark], tensors)
         form = None
@@ -87,7 +100,11 @@ def find_packed(
         if form is not None and problem is None:
             matrix = (shape[0], shape[1])
             problem = size_problem(tensors[mark], matrix, form)
-            weights[name] = PackedWeight(matrix, form, stored_tensors(name, matrix, form, tensors))
+            stored = stored_tensors(name, matrix, form, tensors)
+            if (bias := f"{module}.bias") in tensors and bias not in shapes:
+                # AutoGPTQ gave every module one; that it is zero is for the values to show.
+                stored["bias"] = Stored(bias, (shape[0],), SCALE_DTYPES)
+            weights[name] = PackedWeight(matrix, form, stored)
             if claim.is_certain or claim.form is not None:
                 _compare(claim, form, module, differences)
         if problem is not None:
@@ -204,7 +221,7 @@ def _measured(
 
 def _compare(claim: Claim, form: Form, module: str, differences: _Differences) -> None:
     if claim.form is None:
-        differences.add(f"leaves {{}} as it is, stored as {form.describe()}", module)
+        differences.add(f"leaves {{}} plain, stored as {form.describe()}", module)
     elif claim.form.layout != form.layout or (claim.form.block is not None and claim.form.block != form.block):
         differences.add(f"{claim.form.describe()} is asked for {{}}, stored as {form.describe()}", module)
 
@@ -216,7 +233,7 @@ def _passed_over(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Te
     found = []
     for name in tensors:
         module, _, key = name.rpartition(".")
-        if key in _ACTIVATION_TENSORS and module in modules:
+        if key in _ACTIVATION_TENSORS and (module in modules or module.rpartition(".")[0] in modules):
             found.append(name)
         elif key in _WEIGHT_TENSORS and f"{module}.weight" in shapes:
             weight = tensors.get(f"{module}.weight")

@@ -51,7 +51,9 @@ def packed_problem(
     tensor = files.read(info.name)
     if kind == "shape" and tensor.tolist() != list(packed.shape):
         return f"says {tensor.tolist()}, config.json asks for {list(packed.shape)}"
-    if kind == "index":
+    if kind == "bias" and bool(tensor.any()):
+        return "is a bias, but config.json describes none"
+    if kind == "index" and not _is_unset(tensor):
         groups = packed.shape[1] // packed.group_size
         if tensor.numel() and (int(tensor.min()) < 0 or int(tensor.max()) >= groups):
             return f"names a group beyond the {groups} that there are"
@@ -161,12 +163,17 @@ def _read_state(packed: PackedWeight, files: TensorFiles) -> dict[str, Any] | No
     return state if isinstance(state, dict) and (shape is None or isinstance(shape, list)) else None
 
 
+def _is_unset(index_D: Tensor) -> bool:
+    """Whether an index was never written: compressed-tensors fills it with -1 first."""
+    return bool((index_D == -1).all())
+
+
 def is_in_order(packed: PackedWeight, files: TensorFiles) -> bool:
     """Whether the inputs of each group follow each other, as they do without activation order."""
     if "index" not in packed.stored:
         return True
     index = files.read(packed.stored["index"].name)
-    return torch.equal(index.to(torch.int64), torch.arange(packed.shape[1]) // packed.group_size)
+    return _is_unset(index) or torch.equal(index.to(torch.int64), torch.arange(packed.shape[1]) // packed.group_size)
 
 
 def read_packed(packed: PackedWeight, files: TensorFiles) -> QuantizedWeight:
@@ -216,9 +223,14 @@ def read_packed_numbers(packed: PackedWeight, files: TensorFiles, *, dtype: torc
             offset = float(state.get("nested_offset", 0.0))
             nested = Nested(parts["nested_scales"], parts["nested_map"], state.get("nested_blocksize", 256), offset)
         return from_bitsandbytes(
-            parts["codes"], parts["scales"], parts["map"], shape=packed.shape, block_size=state["blocksize"],
-            nested=nested, dtype=dtype,
-        )  # fmt: skip
+            parts["codes"],
+            parts["scales"],
+            parts["map"],
+            shape=packed.shape,
+            block_size=state["blocksize"],
+            nested=nested,
+            dtype=dtype,
+        )
     is_divided = form.layout == "nvfp4"
     factor, divisor = (None, parts["global"]) if is_divided else (parts.get("global"), None)
     return from_fp4(parts["codes"], parts["scales"], factor=factor, divisor=divisor, dtype=dtype)

@@ -18,13 +18,24 @@ from qnext.checkpoint.patterns import PatternError
 from qnext.errors import ConfigError, NotSupported, warn
 
 _READERS = {
-    "fp8": read_fp8, "mxfp8": read_fp8, "fbgemm_fp8": read_fp8, "compressed-tensors": read_compressed_tensors,
-    "modelopt": read_modelopt, "gptq": read_gptq, "awq": read_awq, "auto-round": read_auto_round,
+    "fp8": read_fp8,
+    "mxfp8": read_fp8,
+    "fbgemm_fp8": read_fp8,
+    "compressed-tensors": read_compressed_tensors,
+    "modelopt": read_modelopt,
+    "gptq": read_gptq,
+    "awq": read_awq,
+    "auto-round": read_auto_round,
     "bitsandbytes": read_bitsandbytes,
-}  # fmt: skip
+}
 assert _READERS.keys() == METHODS.keys()
-# Files beside config.json that older programs wrote, asked where config.json is silent; and the method they mean.
-_SIDE_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Files beside config.json, asked where that is silent, and the method that they mean if they name none.
+_SIDE_FILES = {
+    "quantization_config.json": None,
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 
 
 def read_quantization(folder: Path) -> Quantization | None:
@@ -50,6 +61,9 @@ def read_quantization(folder: Path) -> Quantization | None:
 def _find_block(folder: Path) -> tuple[Block, str] | None:
     path = folder / "config.json"
     config = load_json(path.read_bytes(), path)
+    declared = config.get("quantization_config")
+    if isinstance(config.get("quantization"), dict) and not (isinstance(declared, dict) and "quant_method" in declared):
+        raise NotSupported(f"{path}: quantization: 'mlx' is not supported ({NOT_READ['mlx']}); {_what_is_read()}")
     for key in ("quantization_config", "compression_config"):
         values = config.get(key)
         if values is not None:
@@ -61,16 +75,14 @@ def _find_block(folder: Path) -> tuple[Block, str] | None:
     if isinstance(text, dict) and isinstance(text.get("quantization_config"), dict):
         block = Block(text["quantization_config"], f"{path}: text_config.quantization_config")
         return block, _method(block, None)
-    if isinstance(config.get("quantization"), dict):
-        raise NotSupported(f"{path}: quantization: 'mlx' is not supported ({NOT_READ['mlx']}); {_what_is_read()}")
     for name, method in _SIDE_FILES.items():
         path = folder / name
         if path.is_file():
             values = load_json(path.read_bytes(), path)
             inner: Any = values.get("quantization")
-            if method == "modelopt" and isinstance(inner, dict):
-                return Block(inner, f"{path}: quantization"), method
-            return Block(values, str(path)), method
+            is_inner = method == "modelopt" and isinstance(inner, dict)
+            block = Block(inner, f"{path}: quantization") if is_inner else Block(values, str(path))
+            return block, _method(block, method)
     return None
 
 
@@ -92,10 +104,15 @@ def _method(block: Block, default: str | None) -> str:
 def _implied_method(block: Block) -> str:
     """Blocks without quant_method that have a key which only one program writes."""
     for key, method in (
-        ("load_in_4bit", "bitsandbytes"), ("load_in_8bit", "bitsandbytes"), ("config_groups", "compressed-tensors"),
-        ("quant_algo", "modelopt"), ("autoround_version", "auto-round"), ("zero_point", "awq"),
-        ("desc_act", "gptq"), ("weight_block_size", "fp8"),
-    ):  # fmt: skip
+        ("load_in_4bit", "bitsandbytes"),
+        ("load_in_8bit", "bitsandbytes"),
+        ("quant_algo", "modelopt"),
+        ("config_groups", "compressed-tensors"),
+        ("autoround_version", "auto-round"),
+        ("zero_point", "awq"),
+        ("desc_act", "gptq"),
+        ("weight_block_size", "fp8"),
+    ):
         if key in block.values:
             return method
     raise block.error("quant_method", f"missing; {_what_is_read()}")

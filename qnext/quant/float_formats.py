@@ -18,6 +18,8 @@ from torch import Tensor
 # E2M1 by code: a sign, two bits of exponent, one behind the point.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
+_ROWS = 128  # outputs that are computed at a time, so that what is between stays small
+
 
 def scale_values(scales: Tensor) -> Tensor:
     """Scales in fp32; bytes are exponents of two, plus 127."""
@@ -32,12 +34,10 @@ def from_fp8(weight_FD: Tensor, scales: Tensor, *, block: tuple[int, int], dtype
     rows, columns = block[0] or num_outputs, block[1] or num_inputs
     grid = scale_values(scales).reshape(-(-num_outputs // rows), -(-num_inputs // columns))
     out_FD = torch.empty(weight_FD.shape, dtype=dtype)
-    step = max(rows, 128 // rows * rows)
-    for start in range(0, num_outputs, step):
-        part = grid[start // rows : -(-min(start + step, num_outputs) // rows)]
-        part = part.repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
-        values = weight_FD[start : start + step].to(torch.float32)
-        out_FD[start : start + step] = values * part[: values.shape[0], :num_inputs]
+    for start in range(0, num_outputs, _ROWS):
+        values = weight_FD[start : start + _ROWS].to(torch.float32)
+        part = grid[torch.arange(start, start + len(values)) // rows]
+        out_FD[start : start + _ROWS] = values * part.repeat_interleave(columns, dim=1)[:, :num_inputs]
     return out_FD
 
 

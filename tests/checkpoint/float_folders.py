@@ -26,7 +26,7 @@ from .packed_folders import PACKED_CONFIG, is_packed_weight
 
 # Inner sizes are multiples of 32, the group of MXFP4, and no whole blocks of 128.
 FLOAT_CONFIG: ModelConfig = replace(
-    PACKED_CONFIG, hidden_size=160, shared_expert_intermediate_size=32, linear_value_head_dim=16
+    PACKED_CONFIG, hidden_size=160, shared_expert_intermediate_size=32, linear_num_value_heads=8
 )
 E2M1 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 Packed = tuple[dict[str, Tensor], Tensor]  # tensors after the module's name, and what they stand for in fp32
@@ -98,8 +98,11 @@ def bitsandbytes_4bit(weight: Tensor, *, kind: str, is_nested: bool, storage: to
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
     maxima = padded.abs().amax(1).clamp(min=1e-8)
     state: dict[str, Any] = {
-        "quant_type": kind, "blocksize": block_size, "dtype": "bfloat16", "shape": list(weight.shape),
-    }  # fmt: skip
+        "quant_type": kind,
+        "blocksize": block_size,
+        "dtype": "bfloat16",
+        "shape": list(weight.shape),
+    }
     rest = {}
     if is_nested:
         offset = float(maxima.mean())
@@ -119,9 +122,12 @@ def bitsandbytes_4bit(weight: Tensor, *, kind: str, is_nested: bool, storage: to
     packed = ((codes[::2] << 4) | codes[1::2]).to(torch.uint8).view(storage)[:, None]
     text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return {
-        "weight": packed, "weight.absmax": stored, "weight.quant_map": table, **rest,
+        "weight": packed,
+        "weight.absmax": stored,
+        "weight.quant_map": table,
+        **rest,
         f"weight.quant_state.bitsandbytes__{kind}": text,
-    }, values  # fmt: skip
+    }, values
 
 
 def bitsandbytes_8bit(weight: Tensor) -> Packed:
@@ -141,17 +147,32 @@ def int8_per_tensor(weight: Tensor) -> Packed:
 def compressed(format: str, bits: int, kind: str, strategy: str, **weights: Any) -> dict[str, Any]:
     """A quantization_config of compressed-tensors."""
     group = {
-        "targets": ["Linear"], "output_activations": None,
+        "targets": ["Linear"],
+        "output_activations": None,
         "input_activations": {"num_bits": 8, "type": kind, "dynamic": True, "strategy": "token", "symmetric": True},
-        "weights": {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": False,
-                    "observer": "minmax", "observer_kwargs": {}, **weights},
-    }  # fmt: skip
+        "weights": {
+            "num_bits": bits,
+            "type": kind,
+            "symmetric": True,
+            "strategy": strategy,
+            "dynamic": False,
+            "observer": "minmax",
+            "observer_kwargs": {},
+            **weights,
+        },
+    }
     return {
-        "quant_method": "compressed-tensors", "format": format, "quantization_status": "compressed",
-        "config_groups": {"group_0": group}, "kv_cache_scheme": None, "global_compression_ratio": None,
-        "version": "0.12.2", "transform_config": {}, "sparsity_config": {},
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": "0.12.2",
+        "transform_config": {},
+        "sparsity_config": {},
         "ignore": ["lm_head", "mtp.fc", r"re:.*mlp\.gate$", "re:.*shared_expert_gate", "re:.*in_proj_ba"],
-    }  # fmt: skip
+    }
 
 
 class FloatForm(NamedTuple):
@@ -165,18 +186,29 @@ class FloatForm(NamedTuple):
 _OFFICIAL = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 _INV = "weight_scale_inv"
 _BNB = {
-    "quant_method": "bitsandbytes", "_load_in_4bit": True, "_load_in_8bit": False, "load_in_4bit": True,
-    "load_in_8bit": False, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
-    "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["lm_head"],
-    "llm_int8_threshold": 6.0, "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
-}  # fmt: skip
+    "quant_method": "bitsandbytes",
+    "_load_in_4bit": True,
+    "_load_in_8bit": False,
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8",
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "llm_int8_skip_modules": ["lm_head"],
+    "llm_int8_threshold": 6.0,
+    "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False,
+}
 
 
 def _modelopt(algorithm: str) -> dict[str, Any]:
     return {
-        "quant_method": "modelopt", "quant_algo": algorithm, "producer": {"name": "modelopt", "version": "0.33.1"},
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "producer": {"name": "modelopt", "version": "0.33.1"},
         "ignore": ["lm_head", "*mlp.gate", "model.layers.*.shared_expert_gate"],
-    }  # fmt: skip
+    }
 
 
 def float_forms() -> dict[str, FloatForm]:
@@ -185,56 +217,82 @@ def float_forms() -> dict[str, FloatForm]:
         "official": (lambda w: fp8(w, rows=128, columns=128, key=_INV), _OFFICIAL, "fp8 128x128"),
         "official, other blocks": (
             lambda w: fp8(w, rows=64, columns=128, key=_INV, scale_dtype=torch.bfloat16),
-            {**_OFFICIAL, "weight_block_size": [64, 128]}, "fp8 64x128",
+            {**_OFFICIAL, "weight_block_size": [64, 128]},
+            "fp8 64x128",
         ),
         "official, powers of two": (
-            lambda w: fp8(w, rows=128, columns=128, key=_INV, scale_dtype=torch.uint8,
-                          shape=lambda s: s.view(torch.float8_e8m0fnu)),
-            {**_OFFICIAL, "scale_fmt": "ue8m0", "fmt": "e4m3"}, "fp8 128x128",
+            lambda w: fp8(
+                w,
+                rows=128,
+                columns=128,
+                key=_INV,
+                scale_dtype=torch.uint8,
+                shape=lambda s: s.view(torch.float8_e8m0fnu),
+            ),
+            {**_OFFICIAL, "scale_fmt": "ue8m0", "fmt": "e4m3"},
+            "fp8 128x128",
         ),
         "one scale, static": (
             lambda w: fp8(w, key=_INV, shape=lambda s: s.reshape(())),
-            {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None,
-             "modules_to_not_convert": None}, "fp8 tensor",
+            {
+                "quant_method": "fp8",
+                "activation_scheme": "static",
+                "weight_block_size": None,
+                "modules_to_not_convert": None,
+            },
+            "fp8 tensor",
         ),
-        "E5M2": (lambda w: fp8(w, dtype=torch.float8_e5m2, shape=lambda s: s.reshape(1)),
-                 {"quant_method": "fp8", "fmt": "e5m2", "ignored_layers": ["lm_head"]}, "fp8 tensor"),
+        "E5M2": (
+            lambda w: fp8(w, dtype=torch.float8_e5m2, shape=lambda s: s.reshape(1)),
+            {"quant_method": "fp8", "fmt": "e5m2", "ignored_layers": ["lm_head"]},
+            "fp8 tensor",
+        ),
         "fbgemm": (lambda w: fp8(w, rows=1), {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "fp8 ch"),
         "FP8-dynamic": (
             lambda w: fp8(w, rows=1, scale_dtype=torch.bfloat16),
-            compressed("float-quantized", 8, "float", "channel"), "fp8 channel",
+            compressed("float-quantized", 8, "float", "channel"),
+            "fp8 channel",
         ),
         "FP8 of vectors": (
             lambda w: fp8(w, rows=1, scale_dtype=torch.float16, shape=lambda s: s[:, 0]),
-            compressed("naive-quantized", 8, "float", "channel"), "fp8 channel",
+            compressed("naive-quantized", 8, "float", "channel"),
+            "fp8 channel",
         ),
         "FP8, one scale": (
-            lambda w: fp8(w, shape=lambda s: s[0]), compressed("float-quantized", 8, "float", "tensor"), "fp8 tensor",
+            lambda w: fp8(w, shape=lambda s: s[0]),
+            compressed("float-quantized", 8, "float", "tensor"),
+            "fp8 tensor",
         ),
         "FP8-block": (
             lambda w: fp8(w, rows=128, columns=128, scale_dtype=torch.bfloat16),
-            compressed("float-quantized", 8, "float", "block", block_structure=[128, 128]), "fp8 128x128",
+            compressed("float-quantized", 8, "float", "block", block_structure=[128, 128]),
+            "fp8 128x128",
         ),
         "FP8 in groups": (
-            lambda w: fp8(w, rows=1, columns=16), compressed("float-quantized", 8, "float", "group", group_size=16),
+            lambda w: fp8(w, rows=1, columns=16),
+            compressed("float-quantized", 8, "float", "group", group_size=16),
             "fp8 g16",
         ),
         "MXFP8": (
             lambda w: fp8(w, rows=1, columns=32, scale_dtype=torch.uint8),
-            compressed("mxfp8-quantized", 8, "float", "group", group_size=32, scale_dtype="torch.uint8"), "fp8 g32",
+            compressed("mxfp8-quantized", 8, "float", "group", group_size=32, scale_dtype="torch.uint8"),
+            "fp8 g32",
         ),
         "NVFP4": (
             lambda w: nvfp4(w, is_modelopt=False),
-            compressed("nvfp4-pack-quantized", 4, "float", "tensor_group", group_size=16), "nvfp4 g16",
+            compressed("nvfp4-pack-quantized", 4, "float", "tensor_group", group_size=16),
+            "nvfp4 g16",
         ),
         "MXFP4": (mxfp4, compressed("mxfp4-pack-quantized", 4, "float", "group", group_size=32), "mxfp4 g32"),
         "W8A8, one scale": (int8_per_tensor, compressed("int-quantized", 8, "int", "tensor"), "int-quantized int8"),
         "ModelOpt FP8": (
-            lambda w: _with(fp8(w, shape=lambda s: s.reshape(())), input_scale=torch.tensor(0.5)), _modelopt("FP8"),
+            lambda w: _with(fp8(w, shape=lambda s: s.reshape(())), input_scale=torch.tensor(0.5)),
+            _modelopt("FP8"),
             "fp8 tensor",
         ),
         "ModelOpt FP8 blocks": (
-            lambda w: fp8(w, rows=128, columns=128, shape=lambda s: s[:, None, :, None]), _modelopt("FP8_PB_WO"),
+            lambda w: fp8(w, rows=128, columns=128, shape=lambda s: s[:, None, :, None]),
+            _modelopt("FP8_PB_WO"),
             "fp8 128x128",
         ),
         "ModelOpt NVFP4": (lambda w: nvfp4(w, is_modelopt=True), _modelopt("NVFP4"), "nvfp4-modelopt g16"),
@@ -244,14 +302,16 @@ def float_forms() -> dict[str, FloatForm]:
         "nf4": (lambda w: bitsandbytes_4bit(w, kind="nf4", is_nested=False), {"load_in_4bit": True}, "bnb-nf4 g64"),
         "nf4 stored as bf16": (
             lambda w: bitsandbytes_4bit(w, kind="nf4", is_nested=True, storage=torch.bfloat16),
-            {**_BNB, "bnb_4bit_quant_storage": "bfloat16"}, "bnb-nf4 g64",
+            {**_BNB, "bnb_4bit_quant_storage": "bfloat16"},
+            "bnb-nf4 g64",
         ),
         "fp4": (
-            lambda w: bitsandbytes_4bit(w, kind="fp4", is_nested=True), {**_BNB, "bnb_4bit_quant_type": "fp4"},
+            lambda w: bitsandbytes_4bit(w, kind="fp4", is_nested=True),
+            {**_BNB, "bnb_4bit_quant_type": "fp4"},
             "bnb-fp4 g64",
         ),
         "int8": (bitsandbytes_8bit, {**_BNB, "load_in_4bit": False, "load_in_8bit": True}, "bnb-int8 int8"),
-    }  # fmt: skip
+    }
     return {name: FloatForm(*form) for name, form in forms.items()}
 
 

@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qnext import ops
 from qnext.checkpoint import save_model
+from qnext.checkpoint.names import disk_parts
 from qnext.config import ModelConfig
 from qnext.model import CausalLM, initialize
+from qnext.planning import parameter_shapes
 
 from .folders import CONFIGS, edit_config, rewrite
 
@@ -48,6 +51,9 @@ FORMS = [
     PackedForm("gptq", "gptq", 4, 16),
     PackedForm("gptq", "gptq", 8, -1, False),
     PackedForm("gptq", "gptq_v2", 4, 8, False),
+    PackedForm("gptq", "gptq", 2, 16),
+    PackedForm("gptq", "gptq", 2, 8, False),
+    PackedForm("compressed-tensors", "pack-quantized", 2, 16, False),
 ]
 
 
@@ -178,3 +184,24 @@ def packed_folder(
     rewrite(path, pack_all)
     edit_config(path, quantization_config=quantization_config(form))
     return expected
+
+
+def weights_of(model: CausalLM) -> dict[str, ops.Weight]:
+    """Every weight under its parameter's name, whether it is a parameter or not."""
+    found: dict[str, ops.Weight] = {}
+    for name in parameter_shapes(model.config):
+        prefix, _, key = name.rpartition(".")
+        found[name] = getattr(model.get_submodule(prefix), key)
+    return found
+
+
+def assert_holds(model: CausalLM, expected: dict[str, Tensor]) -> None:
+    shapes = parameter_shapes(model.config)
+    num_packed = 0
+    for name, weight in weights_of(model).items():
+        values = ops.dequantize(weight, torch.float32)
+        for part in disk_parts(name, shapes[name]):
+            if part.name in expected:
+                assert torch.equal(values[part.place], expected[part.name]), part.name
+                num_packed += 1
+    assert num_packed == len(expected) > 20

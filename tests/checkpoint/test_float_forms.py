@@ -14,11 +14,12 @@ from torch import Tensor
 
 from qnext import ops
 from qnext.checkpoint import load_model
+from qnext.checkpoint.gguf import export_gguf, import_gguf
 from qnext.errors import CorruptCheckpoint, NotSupported, QnextWarning
 
 from .float_folders import FLOAT_CONFIG, FloatForm, float_folder, float_forms, fp8
 from .folders import edit_config
-from .test_packed import assert_holds, weights_of
+from .packed_folders import assert_holds, weights_of
 
 FORMS = float_forms()
 DOWN = "model.layers.0.mlp.experts.1.down_proj"
@@ -71,10 +72,13 @@ def test_a_usual_folder_is_read_without_a_word(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("ModelOpt FP8", "tensors like .*input_scale are passed over: activations and the cache are kept finer"),
-     ("NVFP4", "input_global_scale are passed over"), ("FP8 without a word", "config.json: leaves .* stored as fp8 ch"),
-     ("W8A8, one scale", "input_scale are passed over")],
-)  # fmt: skip
+    [
+        ("ModelOpt FP8", "tensors like .*input_scale are passed over: activations and the cache are kept finer"),
+        ("NVFP4", "input_global_scale are passed over"),
+        ("FP8 without a word", "config.json: leaves .* stored as fp8 ch"),
+        ("W8A8, one scale", "input_scale are passed over"),
+    ],
+)
 def test_what_is_passed_over_is_told(tmp_path: Path, name: str, message: str) -> None:
     float_folder(tmp_path / "m", FORMS[name])
     with pytest.warns(QnextWarning, match=message):
@@ -106,8 +110,10 @@ def test_forms_by_module(tmp_path: Path) -> None:
         return FORMS[form].pack(weight)
 
     config = dict(FORMS["FP8-dynamic"].config or {}, format="mixed-precision")
-    groups = {f"group_{i}": dict((FORMS[name].config or {})["config_groups"]["group_0"]) for i, name in
-              enumerate(("NVFP4", "FP8-dynamic"))}  # fmt: skip
+    groups = {
+        f"group_{i}": dict((FORMS[name].config or {})["config_groups"]["group_0"])
+        for i, name in enumerate(("NVFP4", "FP8-dynamic"))
+    }
     groups["group_0"] |= {"targets": [r"re:.*down_proj$"], "format": "nvfp4-pack-quantized"}
     groups["group_1"] |= {"format": "float-quantized"}
     expected = float_folder(tmp_path / "m", FloatForm(pack, {**config, "config_groups": groups}, ""))
@@ -118,14 +124,24 @@ def test_forms_by_module(tmp_path: Path) -> None:
 
 SIDE_FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ModelOpt": (
-        "ModelOpt NVFP4", "hf_quant_config.json",
-        {"producer": {"name": "modelopt"}, "quantization": {
-            "quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16, "exclude_modules": ["lm_head"]}},
+        "ModelOpt NVFP4",
+        "hf_quant_config.json",
+        {
+            "producer": {"name": "modelopt"},
+            "quantization": {
+                "quant_algo": "NVFP4",
+                "kv_cache_quant_algo": "FP8",
+                "group_size": 16,
+                "exclude_modules": ["lm_head"],
+            },
+        },
     ),
     "ModelOpt FP8": (
-        "ModelOpt FP8", "hf_quant_config.json", {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}},
+        "ModelOpt FP8",
+        "hf_quant_config.json",
+        {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SIDE_FILES)
@@ -190,9 +206,11 @@ DAMAGES: dict[str, tuple[str, Any, str]] = {
     "bnb order": ("int8", _set(f"{DOWN}.weight_format", _filled(1)), "weight_format asks for an order"),
     "bytes without scales": ("int8", lambda t: t.pop(f"{DOWN}.SCB"), "has dtype I8, which is no weight"),
     "FP8 norm": (
-        "FP8-dynamic", _set("model.norm.weight", lambda t: t.to(torch.float8_e4m3fn)), "is F8_E4M3, but no matrix",
+        "FP8-dynamic",
+        _set("model.norm.weight", lambda t: t.to(torch.float8_e4m3fn)),
+        "is F8_E4M3, but no matrix",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -235,6 +253,20 @@ def test_floats_can_be_quantised(tmp_path: Path, capsys: Capture, name: str) -> 
     values = ops.dequantize(weights["model.layers.0.mlp.experts.down_proj"], torch.float32)[1]
     error = (values - expected[f"{DOWN}.weight"]).norm() / expected[f"{DOWN}.weight"].norm()
     assert 0 < error < 0.01
+
+
+@pytest.mark.parametrize("name", ["official", "NVFP4", "nf4, nested", "int8", "W8A8, one scale"])
+def test_forms_become_gguf_and_come_back(tmp_path: Path, name: str) -> None:
+    """Floats by way of bfloat16, codes exactly."""
+    expected = float_folder(tmp_path / "m", FORMS[name])
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf", kind="f32", tokenizer_keys={"tokenizer.ggml.model": "gpt2"})
+    import_gguf(tmp_path / "m.gguf", tmp_path / "back")
+    if "int8" not in FORMS[name].shown:
+        expected = {key: weight.bfloat16().float() for key, weight in expected.items()}
+    assert_holds(
+        load_model(tmp_path / "back", dtype=torch.float32),
+        {key: weight for key, weight in expected.items() if not key.startswith("mtp.")},
+    )
 
 
 def test_an_fp8_embedding_is_read(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +19,19 @@ from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.names import disk_parts
 from qnext.checkpoint.values import read_weight
 from qnext.engine.memory import weight_bytes
-from qnext.errors import ConfigError, CorruptCheckpoint, NotSupported, QnextWarning, UsageError
-from qnext.model import Batch, CausalLM
+from qnext.errors import ConfigError, CorruptCheckpoint, NotSupported, UsageError
+from qnext.model import Batch
 from qnext.planning import parameter_shapes
 
 from .folders import edit_config, rewrite, tiny_folder
-from .packed_folders import FORMS, PackedForm, pack, packed_folder, quantization_config, random_codes
+from .packed_folders import FORMS, PackedForm, packed_folder, quantization_config, weights_of
 
 GROUPED, AWQ, GPTQ = FORMS[0], FORMS[6], FORMS[7]
 DOWN = "model.layers.0.mlp.experts.1.down_proj"
 QKVZ = "model.layers.0.linear_attn.in_proj_qkvz"
 
 
-def weights_of(model: CausalLM) -> dict[str, ops.Weight]:
-    """Every weight under its parameter's name, whether it is a parameter or not."""
-    found: dict[str, ops.Weight] = {}
-    for name in parameter_shapes(model.config):
-        prefix, _, key = name.rpartition(".")
-        found[name] = getattr(model.get_submodule(prefix), key)
-    return found
-
-
-def assert_holds(model: CausalLM, expected: dict[str, Tensor]) -> None:
-    shapes = parameter_shapes(model.config)
-    num_packed = 0
-    for name, weight in weights_of(model).items():
-        values = ops.dequantize(weight, torch.float32)
-        for part in disk_parts(name, shapes[name]):
-            if part.name in expected:
-                assert torch.equal(values[part.place], expected[part.name]), part.name
-                num_packed += 1
-    assert num_packed == len(expected) > 20
-
-
+@pytest.mark.filterwarnings("error::qnext.errors.QnextWarning")
 @pytest.mark.parametrize("dequantize", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_form_gives_the_numbers_that_were_packed(tmp_path: Path, form: PackedForm, dequantize: bool) -> None:
@@ -291,134 +269,6 @@ def test_what_is_sound_but_not_implemented_is_no_damage(tmp_path: Path, name: st
         load_model(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
-
-
-def _gptq(**changes: Any) -> dict[str, Any]:
-    return {**quantization_config(GPTQ), **changes}
-
-
-# What config.json says differs from the tensors, or says too much; and what the warning tells, None for no warning.
-READ_ALL_THE_SAME: dict[str, tuple[PackedForm, dict[str, Any] | None, str | None]] = {
-    "everything ignored": (
-        GROUPED, {**quantization_config(GROUPED), "ignore": ["re:.*"]},
-        r"leaves \d+ weights \(the first is .*\) as it is, stored as pack-quantized int4-g16",
-    ),
-    "split names where the folder has fused ones": (
-        GROUPED, {**quantization_config(GROUPED), "ignore": ["lm_head", "mtp.fc", "re:.*gate$", "re:.*in_proj_(a|b)$"]},
-        r"int4-g16 is asked for 3 weights \(the first is .*in_proj_ba\), stored as it is",
-    ),
-    "awq declared as compressed-tensors": (AWQ, quantization_config(GROUPED), r"stored as awq int4-g16"),
-    "words and no declaration": (GROUPED, None, r"config.json: leaves \d+ weights .*, stored as pack-quantized"),
-    "unknown keys in one line": (
-        GROUPED, {**_weights(flavour=1), "colour": 2}, r"quantization_config: colour, .*flavour: not known here",
-    ),
-    "activation order within groups": (GROUPED, _weights(actorder="weight"), None),
-    "no group size": (GPTQ, _gptq(group_size=None, bits=None), None),
-    "dynamic that changes nothing": (
-        GPTQ, _gptq(dynamic={"lm_head": {}, "+:.*experts.*": {"bits": 4, "group_size": 16},
-                             **quantization_config(GPTQ)["dynamic"]}), None,
-    ),
-    "modules of a block": (
-        GPTQ, _gptq(modules_in_block_to_quantize=[["mlp.experts.0.gate_proj"]]), r"leaves \d+ weights .*as it is",
-    ),
-    "blocks": (GPTQ, _gptq(block_name_to_quantize="model.layers"), None),
-    "kv cache": (
-        GROUPED, {**quantization_config(GROUPED), "kv_cache_scheme": {"num_bits": 8}}, r"the cache is kept finer",
-    ),
-    "activations": (
-        GROUPED, {**quantization_config(GROUPED), "config_groups": {"group_0": {
-            **quantization_config(GROUPED)["config_groups"]["group_0"],
-            "input_activations": {"num_bits": 8, "dynamic": False}, "output_activations": {"num_bits": 8}}}}, None,
-    ),
-    "dense beside packed": (
-        GROUPED, {**quantization_config(GROUPED), "format": "dense", "sparsity_config": {"format": "dense"}},
-        r"leaves \d+ weights",
-    ),
-    "mixed": (GROUPED, {**quantization_config(GROUPED), "format": "mixed-precision"}, None),
-    "a method of another spelling": (GPTQ, _gptq(quant_method="GPTQModel"), None),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", READ_ALL_THE_SAME)
-def test_the_tensors_are_the_last_word(tmp_path: Path, name: str) -> None:
-    form, config, message = READ_ALL_THE_SAME[name]
-    folder = tmp_path / "m"
-    expected = packed_folder(folder, form)
-    edit_config(folder, quantization_config=config)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert_holds(load_model(folder, dtype=torch.float32), expected)
-    told = [str(each.message) for each in caught if each.category is QnextWarning]
-    if message is None:
-        assert told == []
-    else:
-        assert any(re.search(message, line) for line in told), told
-        assert all("\n" not in line for line in told)
-
-
-def test_activation_order_is_read(tmp_path: Path) -> None:
-    """Each input finds its group by the index: numbers are exact, and what is in order keeps its codes."""
-    folder = tmp_path / "m"
-    order = torch.randperm(32, generator=torch.Generator().manual_seed(3))
-    index = torch.arange(32)[order] // 16
-    keys = [f"model.layers.0.mlp.experts.{expert}.down_proj" for expert in range(3)]
-    expected = packed_folder(folder, GPTQ, change=lambda t: t.update({f"{key}.g_idx": index.int() for key in keys}))
-    with TensorFiles(folder) as files:
-        for key in keys:
-            words = files.read(f"{key}.qweight").T
-            codes = ((words[..., None] >> (4 * torch.arange(8))) & 15).flatten(1)
-            scales = files.read(f"{key}.scales").float().T
-            expected[f"{key}.weight"] = (codes - 8).float() * scales[:, index]
-    with pytest.warns(QnextWarning, match=r"1 weights like model.layers.0.mlp.experts.down_proj are kept as numbers"):
-        model = load_model(folder, dtype=torch.float32)
-    assert_holds(model, expected)
-    weights = weights_of(model)
-    assert isinstance(weights["model.layers.0.mlp.experts.down_proj"], Tensor)
-    assert not isinstance(weights["model.layers.1.mlp.experts.down_proj"], Tensor)
-
-
-MIXED: dict[str, tuple[PackedForm, Any]] = {
-    "an expert that is plain": (AWQ, lambda t, w: _replace(t, {f"{DOWN}.weight": w.bfloat16()})),
-    "an expert of other bits": (GROUPED, lambda t, w: _replace(t, _pack_again(w, FORMS[2]))),
-    "an expert of other scales": (
-        GROUPED, lambda t, w: t.update({f"{DOWN}.weight_scale": t[f"{DOWN}.weight_scale"].float()}),
-    ),
-    "an expert of bytes": (GROUPED, lambda t, w: _replace(t, _pack_again(w, FORMS[4]))),
-}  # fmt: skip
-
-
-def _replace(tensors: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-    for key in [key for key in tensors if key.startswith(f"{DOWN}.")]:
-        del tensors[key]
-    tensors.update(new)
-
-
-def _pack_again(weight: Tensor, form: PackedForm) -> dict[str, Tensor]:
-    codes = random_codes(weight.shape, form, scale_dtype=torch.float16, seed=99)
-    return pack(DOWN, codes, form)
-
-
-@pytest.mark.filterwarnings("ignore::qnext.errors.QnextWarning")
-@pytest.mark.parametrize("name", MIXED)
-def test_experts_of_different_forms_become_numbers(tmp_path: Path, name: str) -> None:
-    form, change = MIXED[name]
-    folder = tmp_path / "m"
-    expected = packed_folder(folder, form)
-    config = quantization_config(form)
-    if "bits" in name or "bytes" in name:
-        other = FORMS[4] if "bytes" in name else FORMS[2]
-        expected[f"{DOWN}.weight"] = random_codes(
-            torch.Size((48, 32)), other, scale_dtype=torch.float16, seed=99
-        ).dequantize()
-        group = quantization_config(other)["config_groups"]["group_0"]
-        config["config_groups"]["group_1"] = {**group, "targets": [DOWN], "format": other.layout}
-    elif "plain" in name:
-        expected[f"{DOWN}.weight"] = expected[f"{DOWN}.weight"].bfloat16().float()
-    rewrite(folder, lambda t: change(t, expected[f"{DOWN}.weight"]))
-    edit_config(folder, quantization_config=config)
-    model = load_model(folder, dtype=torch.float32)
-    assert_holds(model, expected)
-    assert isinstance(weights_of(model)["model.layers.0.mlp.experts.down_proj"], Tensor)
 
 
 def test_packed_without_a_declaration(tmp_path: Path) -> None:

@@ -18,25 +18,37 @@ from qnext.checkpoint.quantization import read_quantization
 from qnext.errors import NotSupported, QnextError, QnextWarning
 from qnext.model import Batch
 
+from .float_folders import float_folder, float_forms
 from .folders import edit_config
 from .packed_folders import FORMS, packed_folder, quantization_config
 
-FORM_INDICES = [0, 3, 5, 6, 7, 9]
+FLOATS = float_forms()
+# Every layout of integers by its place in FORMS, and of floats by its name.
+FORM_INDICES: list[int | str] = [
+    0, 3, 5, 6, 7, 9, "official", "FP8-block", "NVFP4", "ModelOpt NVFP4", "MXFP4", "nf4, nested", "int8",
+]  # fmt: skip
 ODD_VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.sampled_from([0, -1, 1, 3, 4, 8, 16, 2**31, 2**63]),
     st.floats(), st.text(max_size=8), st.just([]), st.just({}),
     st.sampled_from(["Linear", "re:.*", "channel", "group"]),
     st.lists(st.sampled_from(["lm_head", "re:.*", "re:(", "mtp", "Linear"]), max_size=3),
 )  # fmt: skip
-FUZZ = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int | str, Path]:
     root = tmp_path_factory.mktemp("forms")
     for index in FORM_INDICES:
-        packed_folder(root / str(index), FORMS[index])
+        if isinstance(index, int):
+            packed_folder(root / str(index), FORMS[index])
+        else:
+            float_folder(root / str(index), FLOATS[index])
     return {index: root / str(index) for index in FORM_INDICES}
+
+
+def config_of(index: int | str) -> dict[str, Any]:
+    return quantization_config(FORMS[index]) if isinstance(index, int) else FLOATS[index].config or {}
 
 
 def assert_loads_or_is_refused(folder: Path) -> None:
@@ -61,9 +73,9 @@ def paths_in(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @FUZZ
 @given(data=st.data())
-def test_any_quantization_config(data: st.DataObject, folders: dict[int, Path], tmp_path: Path) -> None:
+def test_any_quantization_config(data: st.DataObject, folders: dict[int | str, Path], tmp_path: Path) -> None:
     index = data.draw(st.sampled_from(FORM_INDICES))
-    config = copy.deepcopy(quantization_config(FORMS[data.draw(st.sampled_from([index, index, index, 0, 6, 7]))]))
+    config = copy.deepcopy(config_of(data.draw(st.sampled_from([index, index, index, 0, 6, 7, "NVFP4"]))))
     for _ in range(data.draw(st.integers(1, 2))):
         path = data.draw(st.sampled_from([path for path in paths_in(config) if path]))
         block: Any = config
@@ -91,7 +103,7 @@ def write_header(path: Path, header: dict[str, Any], data: bytes) -> None:
 
 @FUZZ
 @given(data=st.data())
-def test_any_header(data: st.DataObject, folders: dict[int, Path], tmp_path: Path) -> None:
+def test_any_header(data: st.DataObject, folders: dict[int | str, Path], tmp_path: Path) -> None:
     """Shapes, dtypes and names that still fit the bytes, so that the packed readers and not the header's see them."""
     source = folders[data.draw(st.sampled_from(FORM_INDICES))]
     folder = tmp_path / "m"
@@ -108,7 +120,12 @@ def test_any_header(data: st.DataObject, folders: dict[int, Path], tmp_path: Pat
         entry["shape"] = data.draw(st.sampled_from([entry["shape"][::-1], [*entry["shape"], 1], [1, *entry["shape"]],
                                                     [2 * s for s in entry["shape"]], [2**62, 0]]))  # fmt: skip
     elif action == "dtype":
-        same_size = [["I32", "F32"], ["F16", "BF16", "I16"], ["I8", "U8", "F8_E4M3", "BOOL"], ["I64", "F64"]]
+        same_size = [
+            ["I32", "F32"],
+            ["F16", "BF16", "I16"],
+            ["I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "BOOL"],
+            ["I64", "F64"],
+        ]
         entry["dtype"] = data.draw(st.sampled_from(next(group for group in same_size if entry["dtype"] in group)))
     elif action == "rename":
         stem = name.rpartition(".")[0]
@@ -125,7 +142,7 @@ def test_any_header(data: st.DataObject, folders: dict[int, Path], tmp_path: Pat
 
 @FUZZ
 @given(data=st.data())
-def test_any_bytes(data: st.DataObject, folders: dict[int, Path], tmp_path: Path) -> None:
+def test_any_bytes(data: st.DataObject, folders: dict[int | str, Path], tmp_path: Path) -> None:
     """Codes may be anything; scales, shapes, zeros and indices may not."""
     source = folders[data.draw(st.sampled_from(FORM_INDICES))]
     folder = tmp_path / "m"
@@ -134,7 +151,7 @@ def test_any_bytes(data: st.DataObject, folders: dict[int, Path], tmp_path: Path
     content = bytearray(file.read_bytes())
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    marks = ("scale", "zero", "shape", "g_idx", "weight_packed", "qweight")
+    marks = ("scale", "zero", "shape", "g_idx", "weight_packed", "qweight", "absmax", "map", "state", "SCB")
     names = sorted(name for name in header if any(mark in name for mark in marks))
     start, end = header[data.draw(st.sampled_from(names))]["data_offsets"]
     place = 8 + length + data.draw(st.integers(start, end - 1))

@@ -43,7 +43,7 @@ class Block:
 
     def unknown(self) -> Iterator[str]:
         """Keys that no reader asked for, those of inner objects with their path."""
-        yield from (shown(key) for key in self.values if key not in self._known)
+        yield from (shown(key) for key in self.values if key not in self._known and self.values[key] is not None)
         for inner in self._inner:
             prefix = inner.where.removeprefix(f"{self.where}.")
             yield from (f"{prefix}.{key}" for key in inner.unknown())

@@ -66,7 +66,7 @@ def _read_group(group: Block, whole: str | None) -> tuple[Form | None, list[str]
         group.neutral("weights")
         return None, targets
     weights = group.block("weights")
-    weights.neutral("observer", "observer_kwargs", "scale_dtype", "zp_dtype", "actorder", "dynamic")
+    weights.neutral("observer", "observer_kwargs", "scale_dtype", "zp_dtype", "actorder", "dynamic", "group_size")
     kind = weights.choice("type", ("int", "float", None)) or "int"
     if layout not in _LAYOUTS:  # mixed-precision or absent: the numbers say it
         layout = _usual_format(weights, kind, has_activations=bool(group.get("input_activations")))

@@ -44,9 +44,20 @@ _ALGORITHMS: dict[str | None, Form | None] = {
 def read_modelopt(block: Block) -> Quantization:
     """NotSupported for algorithms that scale inputs (AWQ) or whose layouts are not known."""
     block.neutral(
-        "quant_method", "producer", "group_size", "config_groups", "quantized_layers", "version", "activation_scheme",
-        "has_zero_point", "pre_quant_scale", "format", "quantization_status", "weight_only", "smoothquant_val",
-    )  # fmt: skip
+        "quant_method",
+        "producer",
+        "group_size",
+        "config_groups",
+        "quantized_layers",
+        "version",
+        "activation_scheme",
+        "has_zero_point",
+        "pre_quant_scale",
+        "format",
+        "quantization_status",
+        "weight_only",
+        "smoothquant_val",
+    )
     algorithm = block.choice("quant_algo", tuple(_ALGORITHMS))
     if block.get("kv_cache_quant_algo") or block.get("kv_cache_scheme"):
         warn(f"{block.where}: the cache is kept finer than kv_cache_scheme asks for")
@@ -62,10 +73,18 @@ def read_modelopt(block: Block) -> Quantization:
 
 def read_bitsandbytes(block: Block) -> Quantization:
     block.neutral(
-        "quant_method", "_load_in_4bit", "_load_in_8bit", "load_in_8bit", "bnb_4bit_compute_dtype",
-        "bnb_4bit_quant_storage", "bnb_4bit_use_double_quant", "llm_int8_enable_fp32_cpu_offload",
-        "llm_int8_has_fp16_weight", "llm_int8_threshold", "target_parameters",
-    )  # fmt: skip
+        "quant_method",
+        "_load_in_4bit",
+        "_load_in_8bit",
+        "load_in_8bit",
+        "bnb_4bit_compute_dtype",
+        "bnb_4bit_quant_storage",
+        "bnb_4bit_use_double_quant",
+        "llm_int8_enable_fp32_cpu_offload",
+        "llm_int8_has_fp16_weight",
+        "llm_int8_threshold",
+        "target_parameters",
+    )
     kind = block.choice("bnb_4bit_quant_type", ("nf4", "fp4", None)) or "fp4"
     form = Form(f"bnb-{kind}", 4, 64) if block.get("load_in_4bit") else Form("bnb-int8", 8)
     skipped = NamePieces(block.names("llm_int8_skip_modules"))

@@ -44,22 +44,48 @@ METHODS = {
     "bitsandbytes": "nf4, fp4 and int8",
 }
 ALIASES = {
-    "auto_round": "auto-round", "autoround": "auto-round", "intel/auto-round": "auto-round", "inc": "auto-round",
-    "intel": "auto-round", "modelopt_fp8": "modelopt", "modelopt_fp4": "modelopt", "modelopt_mixed": "modelopt",
-    "gptqmodel": "gptq", "gptq_v2": "gptq", "compressed_tensors": "compressed-tensors", "sparseml":
-    "compressed-tensors", "fbgemm-fp8": "fbgemm_fp8", "bnb": "bitsandbytes", "bitsandbytes_4bit": "bitsandbytes",
+    "auto_round": "auto-round",
+    "autoround": "auto-round",
+    "intel/auto-round": "auto-round",
+    "inc": "auto-round",
+    "intel": "auto-round",
+    "modelopt_fp8": "modelopt",
+    "modelopt_fp4": "modelopt",
+    "modelopt_mixed": "modelopt",
+    "gptqmodel": "gptq",
+    "gptq_v2": "gptq",
+    "compressed_tensors": "compressed-tensors",
+    "sparseml": "compressed-tensors",
+    "fbgemm-fp8": "fbgemm_fp8",
+    "bnb": "bitsandbytes",
+    "bitsandbytes_4bit": "bitsandbytes",
     "bitsandbytes_8bit": "bitsandbytes",
-}  # fmt: skip
+}
 # quant_method -> why a folder of it is not read.
 NOT_READ = {
-    "aqlm": "codebooks of vectors", "bitnet": "ternary weights with rounded activations", "eetq": "codes in the order "
-    "of a GPU kernel", "exl2": "EXL2's own files", "exl3": "EXL3's own files", "fouroversix": "FP4 with its own scales",
-    "fp_quant": "FP4 behind a rotation", "gguf": "GGUF inside safetensors", "higgs": "codebooks behind a rotation",
-    "hqq": "HQQ's own layout", "metal": "affine codes for Metal kernels", "mlx": "MLX's own layout", "mxfp4":
-    "experts as gpt-oss stacks them", "nvfp4": "nothing is stored in it", "quanto": "quanto's own layout", "quark":
-    "Quark's own layout", "quip": "codebooks behind a rotation", "sinq": "SINQ's own layout", "spqr": "sparse outliers",
-    "torchao": "pickled tensor subclasses", "vptq": "codebooks of vectors",
-}  # fmt: skip
+    "aqlm": "codebooks of vectors",
+    "bitnet": "ternary weights with rounded activations",
+    "eetq": "codes in the order of a GPU kernel",
+    "exl2": "EXL2's own files",
+    "exl3": "EXL3's own files",
+    "fouroversix": "FP4 with its own scales",
+    "fp_quant": "FP4 behind a rotation",
+    "gguf": "GGUF inside safetensors",
+    "higgs": "codebooks behind a rotation",
+    "hqq": "HQQ's own layout",
+    "metal": "affine codes for Metal kernels",
+    "mlx": "MLX's own layout",
+    "mxfp4": "experts as gpt-oss stacks them",
+    "nvfp4": "nothing is stored in it",
+    "qqq": "two scales for each weight",
+    "quanto": "quanto's own layout",
+    "quark": "Quark's own layout",
+    "quip": "codebooks behind a rotation",
+    "sinq": "SINQ's own layout",
+    "spqr": "sparse outliers",
+    "torchao": "pickled tensor subclasses",
+    "vptq": "codebooks of vectors",
+}
 
 
 class Form(NamedTuple):

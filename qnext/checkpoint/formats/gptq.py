@@ -16,16 +16,19 @@ from qnext.checkpoint.patterns import ModuleNames, NamePieces, OtherModules, sea
 SHAPES_DECIDE = 0  # as bits or group size of a form: the sizes of the tensors say it
 
 # How the makers of a folder ran, and what other programs compute it with.
-_NEUTRAL = (
-    "quant_method", "method", "desc_act", "meta", "damp_percent", "damp_auto_increment", "static_groups",
-    "true_sequential", "model_name_or_path", "model_file_base_name", "dataset", "tokenizer", "batch_size",
-    "module_name_preceding_first_block", "pad_token_id", "backend", "use_cuda_fp16", "model_seqlen", "use_exllama",
-    "disable_exllama", "exllama_config", "max_input_length", "cache_block_outputs", "act_group_aware", "mse",
-    "hyb_act", "quantizer", "offload_to_disk", "offload_to_disk_path", "lm_head_low_gpu_mem_usage",
-    "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "uri", "v2", "v2_alpha", "gptaq", "gptaq_alpha", "foem",
-    "failsafe", "fallback", "pack_impl", "device", "gc_mode", "wait_for_submodule_finalizers", "parallel_packing",
-    "process", "hessian", "moe", "smooth",
-)  # fmt: skip
+_WORDS = """
+quant_method method desc_act meta damp_percent damp_auto_increment static_groups true_sequential model_name_or_path
+model_file_base_name dataset tokenizer batch_size module_name_preceding_first_block pad_token_id backend use_cuda_fp16
+model_seqlen use_exllama disable_exllama exllama_config max_input_length cache_block_outputs act_group_aware mse
+hyb_act quantizer offload_to_disk offload_to_disk_path lm_head_low_gpu_mem_usage do_fuse fuse_max_seq_len
+modules_to_fuse uri v2 v2_alpha gptaq gptaq_alpha foem failsafe fallback pack_impl device gc_mode
+wait_for_submodule_finalizers parallel_packing process hessian moe smooth v2_memory_device fail_safe
+hessian_chunk_size use_marlin gptaq_memory_device mock_quantization buffered_fwd autoround_version iters nsamples
+seqlen lr minmax_lr enable_quanted_input enable_minmax_tuning low_gpu_mem_usage gradient_accumulate_steps amp
+scale_dtype quant_block_list enable_norm_bias_tuning data_type act_bits act_group_size act_sym act_dynamic
+act_data_type super_bits super_group_size
+"""
+_NEUTRAL = tuple(_WORDS.split())
 
 
 def _default_rules(block: Block, form: Form) -> list[Rule]:
@@ -61,6 +64,7 @@ def _codes_form(block: Block, layout: str, keys: tuple[str, str], default: Form 
     if block.get(keys[1]) is not None:
         group_size = block.group_size(keys[1])
     if layout == "awq":
+        block.neutral("sym")
         return Form(layout, bits, group_size, False)
     return Form(layout, bits, group_size, block.flag("sym", default.is_symmetric) is True)
 
@@ -77,7 +81,8 @@ def read_gptq(block: Block) -> Quantization:
         named = named or {"gptq_v2"}
     block.choice("is_marlin_format", (False, None))
     block.choice("pack_dtype", ("int32", None))
-    form = _codes_form(block, named.pop() if named else "gptq", ("bits", "group_size"))
+    bits_key = "wbits" if block.get("wbits") is not None and block.get("bits") is None else "bits"
+    form = _codes_form(block, named.pop() if named else "gptq", (bits_key, "group_size"))
     rules = _dynamic_rules(block, form)
     if block.flag("lm_head") is not True:
         rules.insert(0, Rule(None, NamePieces(["lm_head"])))
@@ -105,7 +110,7 @@ def _dynamic_rules(block: Block, form: Form) -> list[Rule]:
 
 
 def read_awq(block: Block) -> Quantization:
-    block.neutral(*_NEUTRAL, "lm_head", "sym")
+    block.neutral(*_NEUTRAL, "lm_head")
     version = block.word("version")
     if version not in ("gemm", "exllama", "ipex", None):  # the last two are kernels for the same layout
         raise block.not_supported("version", f"{version!r} is not supported, only 'gemm'")
@@ -120,6 +125,9 @@ def read_awq(block: Block) -> Quantization:
     return Quantization("awq", tuple(_default_rules(block, form)), block.where)
 
 
+_AUTO_ROUND_WORDS = (
+    "supported_types model_free enable_alg_ext quant_lm_head static_kv_dtype scheme algorithm regex_config provider"
+)
 # The packings of AutoRound whose zeros are stored as they are; those of auto_gptq are stored less one.
 _ZEROS_AS_THEY_ARE = ("auto_round", "auto_round:gptqmodel", "auto_round:auto_round", "auto_round:gptq_v2")
 
@@ -127,15 +135,10 @@ _ZEROS_AS_THEY_ARE = ("auto_round", "auto_round:gptqmodel", "auto_round:auto_rou
 def read_auto_round(block: Block) -> Quantization:
     """Integers are GPTQ or AWQ by `packing_format`; floats and groups are what compressed-tensors calls them."""
     if block.get("config_groups"):
-        block.neutral("packing_format", "autoround_version", "provider", "iters", "nsamples", "seqlen")
+        block.neutral("packing_format", *_NEUTRAL, *_AUTO_ROUND_WORDS.split())
         return read_compressed_tensors(block)._replace(method="auto-round")
-    block.neutral(
-        *_NEUTRAL, "autoround_version", "iters", "nsamples", "seqlen", "lr", "minmax_lr", "enable_quanted_input",
-        "enable_minmax_tuning", "low_gpu_mem_usage", "gradient_accumulate_steps", "amp", "act_bits", "act_group_size",
-        "act_sym", "act_dynamic", "act_data_type", "super_bits", "super_group_size", "quant_block_list",
-        "enable_norm_bias_tuning", "scale_dtype", "supported_types", "model_free", "enable_alg_ext", "quant_lm_head",
-        "static_kv_dtype", "scheme", "algorithm", "lm_head", "transform_config", "regex_config",
-    )  # fmt: skip
+    block.neutral(*_NEUTRAL, "lm_head", *_AUTO_ROUND_WORDS.split())
+    block.must_be_empty("transform_config", "rotation_config")
     packing = block.word("packing_format")
     if packing is None:
         backend = block.word("backend") or ""
@@ -144,16 +147,20 @@ def read_auto_round(block: Block) -> Quantization:
     is_packed = packing in _ZEROS_AS_THEY_ARE or "gptq" in packing or "awq" in packing
     if not data_type.startswith("int") or not is_packed:
         # Floats, and packings of other programs, whose tensors say what they are.
-        block.neutral("bits", "group_size", "sym", "extra_config", *_BLOCK_KEYS)
+        block.neutral("bits", "group_size", "sym", "extra_config", "dynamic", *_BLOCK_KEYS)
         return Quantization("auto-round", (), block.where)
     layout = "awq" if "awq" in packing else "gptq_v2" if packing in _ZEROS_AS_THEY_ARE else "gptq"
     form = _codes_form(block, layout, ("bits", "group_size"))
-    return Quantization("auto-round", (*_extra_rules(block, form), *_default_rules(block, form)), block.where)
+    rules = (*_extra_rules(block, form), *_dynamic_rules(block, form), *_default_rules(block, form))
+    return Quantization("auto-round", rules, block.where)
 
 
 _BLOCK_KEYS = (
-    "block_name_to_quantize", "to_quant_block_names", "modules_in_block_to_quantize", "modules_to_not_convert",
-)  # fmt: skip
+    "block_name_to_quantize",
+    "to_quant_block_names",
+    "modules_in_block_to_quantize",
+    "modules_to_not_convert",
+)
 
 
 def _extra_rules(block: Block, form: Form) -> list[Rule]:
@@ -165,10 +172,7 @@ def _extra_rules(block: Block, form: Form) -> list[Rule]:
     patterns: list[Rule] = []
     for key in extra.values:
         inner = extra.block(key)
-        inner.neutral(
-            "data_type", "act_bits", "act_group_size", "act_sym", "act_dynamic", "act_data_type", "super_bits",
-            "super_group_size", "scale_dtype", "in_blocks", "fixed_by_user", "tmp",
-        )  # fmt: skip
+        inner.neutral(*_NEUTRAL, "in_blocks", "fixed_by_user", "tmp")
         own = None if _is_plain(inner) else _codes_form(inner, form.layout, ("bits", "group_size"), form)
         if own is None:
             inner.neutral("bits", "group_size", "sym")

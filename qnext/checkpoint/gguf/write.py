@@ -79,7 +79,7 @@ def _block_type(source: _Source, entry: Entry, wanted: BlockType) -> BlockType:
     if wanted.num_items > 1:
         form = source.exact_form(next(slabs(source.config, entry)).disk_name)
         if form is not None:
-            return wanted if form.bits == 4 else BLOCK_TYPES["Q8_0"]
+            return wanted if form.code_bits == 4 else BLOCK_TYPES["Q8_0"]
         if entry.name.endswith("ssm_ba.weight"):
             return BLOCK_TYPES["F32"]
     head = "token_embd.weight" if source.config.tie_word_embeddings else "output.weight"
@@ -152,7 +152,7 @@ def _encoded(source: _Source, entry: Entry, block: BlockType) -> Iterator[memory
             end = min(start + num_rows, slab.disk_rows[1])
             if form is not None:
                 codes_RI, scale_RG = source.codes(slab.disk_name, start, end)
-                raw_RB = encode_codes(codes_RI, scale_RG, block, bits=form.bits)
+                raw_RB = encode_codes(codes_RI, scale_RG, block, bits=form.code_bits)
             else:
                 raw_RB = encode(_floats(source, entry, slab.disk_name, start, end), block)
             if not _is_in_range(raw_RB, block):
