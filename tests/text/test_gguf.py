@@ -115,7 +115,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "truth as types": (change("token_type", [True]), "tokenizer.ggml.token_type: must be a list of int"),
     "merge": (change("merges", ["a b c"]), "tokenizer.ggml.merges: 'a b c' is no pair"),
     "merge of nothing": (change("merges", ["ab "]), "tokenizer.ggml.merges: 'ab ' is no pair"),
-    "merge of strangers": (change("merges", ["Å Æ"]), "tokenizer.ggml.merges: "),
+    "merge of strangers": (change("merges", ["€ a"]), "tokenizer.ggml.merges: '€ a' makes no token out of two"),
+    "merge to a stranger": (change("merges", ["ī Ā"]), "tokenizer.ggml.merges: 'ī Ā' makes no token out of two"),
     "no merges": (change("merges", None), "tokenizer.ggml.merges: must be a list of str"),
     "template": ({"tokenizer.chat_template": 3}, "tokenizer.chat_template: must be text"),
 }
@@ -240,6 +241,13 @@ def test_values_for_sampling(folder: Path, tmp_path: Path, name: str, recwarn: p
 def test_a_file_without_a_vocabulary(folder: Path, keys: dict[str, Any]) -> None:
     assert has_vocabulary(keys_of(folder))
     assert not has_vocabulary(keys)
+
+
+def test_merges_are_needed(folder: Path, tmp_path: Path) -> None:
+    keys = keys_of(folder)
+    del keys["tokenizer.ggml.merges"]
+    with pytest.raises(CorruptCheckpoint, match=r"^m\.gguf: key tokenizer\.ggml\.merges: must be a list of str"):
+        write_vocabulary(keys, tmp_path, source="m.gguf", model_max_length=77)
 
 
 @pytest.mark.parametrize("kind", ["twice", "byte", "not byte-level"])
