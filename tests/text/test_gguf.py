@@ -210,19 +210,21 @@ SAMPLING: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     "none": ({}, {}, None),
     "instruct": (
         {"temp": 0.699999988079071, "top_k": 20, "top_p": 0.800000011920929, "min_p": 0.0, "sequence": "kpmt"},
-        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.0, "do_sample": True}, None,
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.0, "do_sample": True},
+        None,
     ),
     "greedy": ({"temp": 0}, {"temperature": 0.0, "do_sample": False}, None),
     "all tokens": ({"top_k": -1, "top_p": 1}, {"top_p": 1.0, "do_sample": True}, None),
     "penalty": (
         {"penalty_repeat": 1.0499999523162842, "penalty_last_n": 64},
-        {"repetition_penalty": 1.05, "do_sample": True}, None,
+        {"repetition_penalty": 1.05, "do_sample": True},
+        None,
     ),
     "beyond the range": ({"top_p": 1.5, "temp": 0.5}, {"temperature": 0.5, "do_sample": True}, "top_p: 1.5 is out of"),
     "text": ({"temp": "hot"}, {}, "general.sampling.temp: hot is out of range"),
     "no counterpart": ({"mirostat": 2}, {}, "general.sampling.mirostat: has no counterpart"),
     "one that does nothing": ({"xtc_probability": 0.0, "mirostat": 0, "mirostat_tau": 5.0}, {}, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SAMPLING)
@@ -262,9 +264,11 @@ def test_wrong_tokens(folder: Path, tmp_path: Path, kind: str) -> None:
         tokens[5] = "€"
     with pytest.raises(CorruptCheckpoint, match=r"^m\.gguf: "):
         write_vocabulary(
-            keys | change("tokens", tokens) | change("token_type", types) | change("merges", []), tmp_path,
-            source="m.gguf", model_max_length=77,
-        )  # fmt: skip
+            keys | change("tokens", tokens) | change("token_type", types) | change("merges", []),
+            tmp_path,
+            source="m.gguf",
+            model_max_length=77,
+        )
 
 
 def test_no_end_token_at_all(tmp_path: Path) -> None:

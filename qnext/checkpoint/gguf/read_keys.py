@@ -32,17 +32,36 @@ OTHER_FILES = {
     "vocab": "a vocabulary without a model",
 }
 _OTHER_KEYS = (
-    "block_count", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-    "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor",
-    "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
-    "nextn_predict_layers", "ssm.inner_size", "attention.recurrent_layers", "full_attention_interval",
-)  # fmt: skip
+    "block_count",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.freq_base",
+    "rope.dimension_count",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "nextn_predict_layers",
+    "ssm.inner_size",
+    "attention.recurrent_layers",
+    "full_attention_interval",
+)
 # Keys that llama.cpp knows and that do not touch these architectures.
 WITHOUT_EFFECT = (
-    "vocab_size", "rope.scaling.finetuned", "rope.dimension_sections", "rope.dimension_count_swa", "rope.freq_base_swa",
-    "attention.layer_norm_epsilon", "attention.key_length_swa", "attention.value_length_swa", "tensor_data_layout",
-    "token_shift_count", "ssm.dt_b_c_rms",
-)  # fmt: skip
+    "vocab_size",
+    "rope.scaling.finetuned",
+    "rope.dimension_sections",
+    "rope.dimension_count_swa",
+    "rope.freq_base_swa",
+    "attention.layer_norm_epsilon",
+    "attention.key_length_swa",
+    "attention.value_length_swa",
+    "tensor_data_layout",
+    "token_shift_count",
+    "ssm.dt_b_c_rms",
+)
 _OFF, _SCALE = (0.0, False), (0.0, 1.0)
 # Keys that are read as long as they say what is computed anyway; another value would change the arithmetic.
 NEUTRAL_VALUES: dict[str, tuple[Value, ...]] = {

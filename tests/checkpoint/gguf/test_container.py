@@ -166,7 +166,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     "hole": (header([], [tensor("a", (8,), offset=32)], 64), "tensor a: offset 32 overlaps or leaves a hole"),
     "not aligned": (header([], [tensor("a", (8,), offset=4)], 64), "tensor a: offset 4 is not aligned"),
     "offset that overflows": (header([], [tensor("a", (8,), offset=2**64 - 32)], 32), "tensor a: offset"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LIES)

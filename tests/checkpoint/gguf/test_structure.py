@@ -176,7 +176,7 @@ def test_a_factor_keeps_a_matrix_from_being_packed(plain: Path, tmp_path: Path) 
         report = import_gguf(path, tmp_path / f"back{len(scale)}")
         assert (report.packed, report.dequantized) == (
             ((), ("blk.0.ffn_down_shexp.weight",)) if scale else (("blk.0.ffn_down_shexp.weight",), ())
-        )  # fmt: skip
+        )
 
 
 def test_floats_of_several_kinds(folder: Path, plain: Path, tmp_path: Path) -> None:
