@@ -147,12 +147,12 @@ VERBS_WITH_A_MODEL = {
 def test_a_verb_that_is_given_gguf_says_what_helps(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    """Both for a file and for a folder of nothing else, as a download of a repository leaves it."""
+    """For a file of any name, and for a folder of nothing else, as a download of a repository leaves it."""
     monkeypatch.chdir(tmp_path)
     Path("repo").mkdir()
-    for path in ("m.gguf", "repo/m-Q4_K_M.gguf", "repo/m-Q8_0.gguf", "repo/config.json"):
+    for path in ("m.gguf", "sha256-0a", "repo/m-Q4_K_M.gguf", "repo/m-Q8_0.gguf", "repo/config.json"):
         Path(path).write_bytes(b"GGUF" + bytes(100))
-    for name, file in (("m.gguf", "m.gguf"), ("repo", "repo/m-Q4_K_M.gguf")):
+    for name, file in (("m.gguf", "m.gguf"), ("sha256-0a", "sha256-0a"), ("repo", "repo/m-Q4_K_M.gguf")):
         result = run(capsys, verb, name, *VERBS_WITH_A_MODEL[verb])
         assert result.code == 6, result
         assert f"{name}: GGUF is not run as it is; `qnext convert {file} OUT` makes a folder of it" in result.err

@@ -61,6 +61,9 @@ WITHOUT_EFFECT = (
     "tensor_data_layout",
     "token_shift_count",
     "ssm.dt_b_c_rms",
+    "mrope_sections",
+    "rope.mrope_section",
+    "rope.mrope_interleaved",
 )
 _OFF, _SCALE = (0.0, False), (0.0, 1.0)
 # Keys that are read as long as they say what is computed anyway; another value would change the arithmetic.
@@ -68,6 +71,7 @@ NEUTRAL_VALUES: dict[str, tuple[Value, ...]] = {
     "attention.causal": (True,),
     "pooling_type": (0,),
     "expert_weights_norm": (True,),
+    "norm_top_k_prob": (True,),
     "expert_weights_scale": _SCALE,
     "expert_gating_func": (0, 1),
     "expert_shared_count": (0, 1),
@@ -94,6 +98,7 @@ NEUTRAL_VALUES: dict[str, tuple[Value, ...]] = {
     "use_parallel_residual": (False,),
     "n_deepstack_layers": (0,),
     "num_loops": (0, 1),
+    "ssm.v_head_reordered": (False,),
     "rope.scale_linear": _SCALE,
     "rope.scaling.alpha": _SCALE,
     "rope.scaling.attn_factor": (1.0,),
