@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from qnext.checkpoint.gguf.container import is_gguf
 from qnext.checkpoint.nearby import meant_model, models_inside, published_models
 from qnext.config import PRESETS
 from qnext.errors import ModelNotFound, NotSupported
@@ -34,7 +35,7 @@ def resolve_folder(name: str | Path) -> Path:
     if path.is_dir() and text:
         return path
     if path.is_file():
-        if path.suffix.lower() == ".gguf":
+        if path.suffix.lower() == ".gguf" or is_gguf(path):
             raise NotSupported(f"{path}: GGUF is not run as it is; `qnext convert {path} OUT` makes a folder of it")
         raise ModelNotFound(f"{path}: is a file, a model is a folder")
     if text in PRESETS:

@@ -52,8 +52,27 @@ def command(
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelNotFound(f"{name}: cannot be downloaded: {reason[0][:200]}") from None
     if not any(Path(folder).glob("*.safetensors")):
+        _refuse_gguf(name, revision)
         raise ModelNotFound(f"{name}: holds no safetensors files, so it is no model that can be loaded")
     print(json.dumps({"folder": str(folder)}) if as_json else folder)
+
+
+def _refuse_gguf(name: str, revision: str | None) -> None:
+    """Raise NotSupported where the hub has GGUF files of the model, saying how they become a folder."""
+    import huggingface_hub
+
+    from qnext.errors import NotSupported
+
+    try:
+        files = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.gguf"], dry_run=True)
+    except OSError:
+        return
+    names = sorted(info.filename for info in files) if isinstance(files, list) else []
+    if names:
+        raise NotSupported(
+            f"{name}: holds GGUF files and no safetensors; `hf download {name} {names[0]} --local-dir DIR`, "
+            f"then `qnext convert DIR/{names[0]} OUT`"
+        )
 
 
 def _download(name: str, out: Path | None, revision: str | None, *, as_json: bool) -> str:

@@ -180,7 +180,7 @@ class _Reader:
                 vocab[name] = index
             else:
                 special[name] = (index, SpecialToken(name, kind != _USER_DEFINED and name not in _MARKUP))
-        merges = self.merges()
+        merges = self.merges(vocab)
         added = [token for _, token in special.values()]
         try:
             backend = build_tokenizer(vocab, merges, special_tokens=added)
@@ -192,15 +192,18 @@ class _Reader:
             raise self.error(f"{_PREFIX}merges", str(error).splitlines()[0][:200]) from None
         return backend
 
-    def merges(self) -> list[tuple[str, str]]:
+    def merges(self, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+        """Pairs of tokens that make a token. The library that merges them must see no others: some stop the process."""
         if f"{_PREFIX}merges" not in self.keys and all(map(_is_single, self.tokens, self.types)):
             return []
-        if self.keys[f"{_PREFIX}merges"] == [_NO_MERGE] and _NO_MERGE.replace(" ", "") not in self.tokens:
+        if self.keys.get(f"{_PREFIX}merges") == [_NO_MERGE] and _NO_MERGE.replace(" ", "") not in self.tokens:
             return []
         pairs = [tuple(line.split(" ")) for line in self.list_of(str, f"{_PREFIX}merges")]
         for pair in pairs:
             if len(pair) != 2 or not all(pair):
                 raise self.error(f"{_PREFIX}merges", f"{' '.join(pair)[:60]!r} is no pair")
+            if not (pair[0] in vocab and pair[1] in vocab and pair[0] + pair[1] in vocab):
+                raise self.error(f"{_PREFIX}merges", f"{' '.join(pair)[:60]!r} makes no token out of two")
         return pairs
 
     def token(self, key: str) -> int | None:

@@ -192,6 +192,21 @@ def test_a_pipe_sees_the_folder_alone(tmp_path: Path) -> None:
     assert "the hub has no such model" in missing.stderr.splitlines()[-1]
 
 
+def test_a_repository_of_gguf_files(tmp_path: Path) -> None:
+    """Nothing but the small files is downloaded, and the next two commands are named."""
+    (tmp_path / "hub").mkdir()
+    for name in ("README.md", "m-Q4_K_M.gguf", "m-Q8_0.gguf"):
+        (tmp_path / "hub" / name).write_bytes(b"GGUF" * 100)
+    with LocalHub(tmp_path / "hub").running() as hub:
+        done = pull(hub, tmp_path / "home", "org/model", tmp_path / "out")
+    assert done.returncode == 6
+    assert done.stderr.splitlines()[-1] == (
+        "qnext pull: org/model: holds GGUF files and no safetensors; `hf download org/model m-Q4_K_M.gguf "
+        "--local-dir DIR`, then `qnext convert DIR/m-Q4_K_M.gguf OUT`"
+    )
+    assert {name for name, _ in hub.ranges} == {"README.md"}
+
+
 def test_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     with file_bars() as report:
         assert report is None

@@ -115,7 +115,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "truth as types": (change("token_type", [True]), "tokenizer.ggml.token_type: must be a list of int"),
     "merge": (change("merges", ["a b c"]), "tokenizer.ggml.merges: 'a b c' is no pair"),
     "merge of nothing": (change("merges", ["ab "]), "tokenizer.ggml.merges: 'ab ' is no pair"),
-    "merge of strangers": (change("merges", ["Å Æ"]), "tokenizer.ggml.merges: "),
+    "merge of strangers": (change("merges", ["€ a"]), "tokenizer.ggml.merges: '€ a' makes no token out of two"),
+    "merge to a stranger": (change("merges", ["ī Ā"]), "tokenizer.ggml.merges: 'ī Ā' makes no token out of two"),
     "no merges": (change("merges", None), "tokenizer.ggml.merges: must be a list of str"),
     "template": ({"tokenizer.chat_template": 3}, "tokenizer.chat_template: must be text"),
 }
@@ -209,19 +210,21 @@ SAMPLING: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     "none": ({}, {}, None),
     "instruct": (
         {"temp": 0.699999988079071, "top_k": 20, "top_p": 0.800000011920929, "min_p": 0.0, "sequence": "kpmt"},
-        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.0, "do_sample": True}, None,
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.0, "do_sample": True},
+        None,
     ),
     "greedy": ({"temp": 0}, {"temperature": 0.0, "do_sample": False}, None),
     "all tokens": ({"top_k": -1, "top_p": 1}, {"top_p": 1.0, "do_sample": True}, None),
     "penalty": (
         {"penalty_repeat": 1.0499999523162842, "penalty_last_n": 64},
-        {"repetition_penalty": 1.05, "do_sample": True}, None,
+        {"repetition_penalty": 1.05, "do_sample": True},
+        None,
     ),
     "beyond the range": ({"top_p": 1.5, "temp": 0.5}, {"temperature": 0.5, "do_sample": True}, "top_p: 1.5 is out of"),
     "text": ({"temp": "hot"}, {}, "general.sampling.temp: hot is out of range"),
     "no counterpart": ({"mirostat": 2}, {}, "general.sampling.mirostat: has no counterpart"),
     "one that does nothing": ({"xtc_probability": 0.0, "mirostat": 0, "mirostat_tau": 5.0}, {}, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SAMPLING)
@@ -242,6 +245,13 @@ def test_a_file_without_a_vocabulary(folder: Path, keys: dict[str, Any]) -> None
     assert not has_vocabulary(keys)
 
 
+def test_merges_are_needed(folder: Path, tmp_path: Path) -> None:
+    keys = keys_of(folder)
+    del keys["tokenizer.ggml.merges"]
+    with pytest.raises(CorruptCheckpoint, match=r"^m\.gguf: key tokenizer\.ggml\.merges: must be a list of str"):
+        write_vocabulary(keys, tmp_path, source="m.gguf", model_max_length=77)
+
+
 @pytest.mark.parametrize("kind", ["twice", "byte", "not byte-level"])
 def test_wrong_tokens(folder: Path, tmp_path: Path, kind: str) -> None:
     keys = keys_of(folder)
@@ -254,9 +264,11 @@ def test_wrong_tokens(folder: Path, tmp_path: Path, kind: str) -> None:
         tokens[5] = "€"
     with pytest.raises(CorruptCheckpoint, match=r"^m\.gguf: "):
         write_vocabulary(
-            keys | change("tokens", tokens) | change("token_type", types) | change("merges", []), tmp_path,
-            source="m.gguf", model_max_length=77,
-        )  # fmt: skip
+            keys | change("tokens", tokens) | change("token_type", types) | change("merges", []),
+            tmp_path,
+            source="m.gguf",
+            model_max_length=77,
+        )
 
 
 def test_no_end_token_at_all(tmp_path: Path) -> None:

@@ -160,6 +160,8 @@ def _entries_of(config: ModelConfig, name: str, shape: tuple[int, ...], present:
             _QKVZ: "ssm_in.weight",
             _GATE_UP: "ffn_gate_up_exps.weight",
         }
+        if block + "ssm_dt" in present:  # as Ollama's converter called it
+            names["linear_attn.dt_bias"] = "ssm_dt"
         # conv1d has a middle dimension of one in the folder
         kept = (shape[0], shape[2]) if part == "linear_attn.conv1d.weight" else shape
         yield Entry(block + names[part], kept, name, change)

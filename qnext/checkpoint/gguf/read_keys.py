@@ -32,23 +32,46 @@ OTHER_FILES = {
     "vocab": "a vocabulary without a model",
 }
 _OTHER_KEYS = (
-    "block_count", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-    "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor",
-    "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
-    "nextn_predict_layers", "ssm.inner_size", "attention.recurrent_layers", "full_attention_interval",
-)  # fmt: skip
+    "block_count",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.freq_base",
+    "rope.dimension_count",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "nextn_predict_layers",
+    "ssm.inner_size",
+    "attention.recurrent_layers",
+    "full_attention_interval",
+)
 # Keys that llama.cpp knows and that do not touch these architectures.
 WITHOUT_EFFECT = (
-    "vocab_size", "rope.scaling.finetuned", "rope.dimension_sections", "rope.dimension_count_swa", "rope.freq_base_swa",
-    "attention.layer_norm_epsilon", "attention.key_length_swa", "attention.value_length_swa", "tensor_data_layout",
-    "token_shift_count", "ssm.dt_b_c_rms",
-)  # fmt: skip
+    "vocab_size",
+    "rope.scaling.finetuned",
+    "rope.dimension_sections",
+    "rope.dimension_count_swa",
+    "rope.freq_base_swa",
+    "attention.layer_norm_epsilon",
+    "attention.key_length_swa",
+    "attention.value_length_swa",
+    "tensor_data_layout",
+    "token_shift_count",
+    "ssm.dt_b_c_rms",
+    "mrope_sections",
+    "rope.mrope_section",
+    "rope.mrope_interleaved",
+)
 _OFF, _SCALE = (0.0, False), (0.0, 1.0)
 # Keys that are read as long as they say what is computed anyway; another value would change the arithmetic.
 NEUTRAL_VALUES: dict[str, tuple[Value, ...]] = {
     "attention.causal": (True,),
     "pooling_type": (0,),
     "expert_weights_norm": (True,),
+    "norm_top_k_prob": (True,),
     "expert_weights_scale": _SCALE,
     "expert_gating_func": (0, 1),
     "expert_shared_count": (0, 1),
@@ -75,6 +98,7 @@ NEUTRAL_VALUES: dict[str, tuple[Value, ...]] = {
     "use_parallel_residual": (False,),
     "n_deepstack_layers": (0,),
     "num_loops": (0, 1),
+    "ssm.v_head_reordered": (False,),
     "rope.scale_linear": _SCALE,
     "rope.scaling.alpha": _SCALE,
     "rope.scaling.attn_factor": (1.0,),

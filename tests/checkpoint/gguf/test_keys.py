@@ -93,19 +93,19 @@ ABSENT: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "base": ("dense", ("rope.freq_base",), {"rope_theta": 10_000.0}),
     "key heads": ("moe", ("attention.head_count_kv",), {"num_key_value_heads": 4}),
     "value length": ("dense", ("attention.value_length",), {}),
-    "head": (
-        "dense", ("attention.key_length", "attention.value_length"), {"head_dim": 16, "num_attention_heads": 4}
-    ),
+    "head": ("dense", ("attention.key_length", "attention.value_length"), {"head_dim": 16, "num_attention_heads": 4}),
     "rotary": ("next", ("rope.dimension_count",), {"partial_rotary_factor": 1.0}),
     "expert": ("moe", ("expert_feed_forward_length",), {"intermediate_size": 64, "moe_intermediate_size": 32}),
     "shared": (
-        "next", ("expert_shared_feed_forward_length",), {"shared_expert_intermediate_size": 64, "intermediate_size": 64}
+        "next",
+        ("expert_shared_feed_forward_length",),
+        {"shared_expert_intermediate_size": 64, "intermediate_size": 64},
     ),
     "neurons": ("moe", ("feed_forward_length",), {"intermediate_size": 0}),
     "inner": ("next", ("ssm.inner_size",), {}),
     "MTP": ("next", ("nextn_predict_layers",), {}),
     "no scaling": ("next", ("rope.scaling.type",), {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ABSENT)
@@ -244,7 +244,7 @@ OTHERS: dict[str, tuple[dict[str, Value | None], str]] = {
     "gating": ({"qwen3next__expert_gating_func": 2}, "expert_gating_func: 2 is not supported, only 0 or 1"),
     "scaling": ({"qwen3next__rope__scaling__type": "longrope"}, "'longrope' is not supported"),
     "stretched": ({"qwen3next__rope__scaling__factor": 2.0}, "rope.scaling.type: 'linear' is not supported"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -282,14 +282,15 @@ WRONG: dict[str, tuple[dict[str, Value | None], str]] = {
     "recurrent MTP": ({"qwen3next__attention__recurrent_layers": [True] * 5}, "must hold 4 truth values"),
     "recurrent number": ({"qwen3next__attention__recurrent_layers": [1, 1, 1, 2]}, "must hold 4 truth values"),
     "interval": (
-        {"qwen3next__attention__recurrent_layers": None, "qwen3next__full_attention_interval": 0}, "must be at least 1"
+        {"qwen3next__attention__recurrent_layers": None, "qwen3next__full_attention_interval": 0},
+        "must be at least 1",
     ),
     "no head": ({"qwen3next__attention__key_length": 0, "qwen3next__attention__value_length": 0}, "must be positive"),
     "rotary": ({"qwen3next__rope__dimension_count": 99}, "partial_rotary_factor"),
     "base": ({"qwen3next__rope__freq_base": float("nan")}, "rope.freq_base: must be a finite number"),
     "tokens": ({"tokenizer__ggml__tokens": ["a"] * 999}, "tokenizer.ggml.tokens: 999 tokens, token_embd.weight has"),
     "end tokens": ({"qnext__eos_token_ids": [1, 2]}, "contradicts tokenizer.ggml.eos_token_id"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -120,6 +120,17 @@ def test_the_dimension_of_one_of_the_convolution(folder: Path, plain: Path, tmp_
     assert_is_folder(tmp_path / "back", folder)
 
 
+def test_an_older_name_of_the_time_step(folder: Path, plain: Path, tmp_path: Path) -> None:
+    """And heads of keys as one number for each layer, zero where there are none: Ollama's converter wrote both."""
+    arrays = arrays_of(plain)
+    changes: Tensors = {name.removesuffix(".bias"): data for name, data in arrays.items() if "ssm_dt" in name}
+    heads = [0 if kind == "linear_attention" else CONFIG.num_key_value_heads for kind in CONFIG.layer_types]
+    keys: dict[str, Value] = {"qwen3next.attention.head_count_kv": [*heads, CONFIG.num_key_value_heads]}
+    path = rewritten(plain, tmp_path / "m.gguf", changes, without=r".*\.ssm_dt\.bias", **keys)
+    import_gguf(path, tmp_path / "back", dtype=torch.bfloat16)
+    assert_is_folder(tmp_path / "back", folder)
+
+
 def test_queries_keys_and_values_together(folder: Path, plain: Path, tmp_path: Path) -> None:
     """As the converter's --fuse-qkv writes them."""
     arrays = arrays_of(plain)
@@ -176,7 +187,7 @@ def test_a_factor_keeps_a_matrix_from_being_packed(plain: Path, tmp_path: Path) 
         report = import_gguf(path, tmp_path / f"back{len(scale)}")
         assert (report.packed, report.dequantized) == (
             ((), ("blk.0.ffn_down_shexp.weight",)) if scale else (("blk.0.ffn_down_shexp.weight",), ())
-        )  # fmt: skip
+        )
 
 
 def test_floats_of_several_kinds(folder: Path, plain: Path, tmp_path: Path) -> None:
