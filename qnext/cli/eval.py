@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from qnext.cli._types import Strict
 from qnext.errors import UsageError
 
 
@@ -17,6 +18,7 @@ def command(
     files: Annotated[list[Path], typer.Argument(help="UTF-8 text files")],
     sequence_length: Annotated[int, typer.Option(help="longer files are read in pieces of this many tokens")] = 2048,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    strict: Strict = False,
 ) -> None:
     """Bits per byte on files, each a document of its own, and the acceptance of the MTP draft."""
     from qnext.checkpoint import load_model

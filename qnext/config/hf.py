@@ -27,7 +27,7 @@ from qnext.config.families import (
 from qnext.config.model import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig, YarnScaling, hybrid_pattern
 from qnext.config.reader import Reader, listed, shorten
 from qnext.config.rope import read_rope
-from qnext.errors import ConfigError, ModelNotFound, warn
+from qnext.errors import ConfigError, ModelNotFound, NotSupported, warn
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MAX_LAYERS = 10_000  # a larger number is damage, and its layer list would fill the memory
@@ -327,7 +327,8 @@ def _num_mtp_layers(reader: Reader, family: Family, has_mtp: bool) -> int:
             raise reader.error(key, f"must not be negative, but is {count}")
         if count and not (family.is_hybrid and count == 1):
             kind = "one layer of Qwen3-Next" if family.is_hybrid else "Qwen3-Next's"
-            warn(f"{reader.file}: {key} is {count}: only {kind} drafts tokens; the model runs without drafts")
+            message = f"{reader.file}: {key} is {count}: only {kind} drafts tokens; the model runs without drafts"
+            warn(message, error=NotSupported)
             return 0
         return int(count)
     return int(has_mtp and family.is_hybrid)
