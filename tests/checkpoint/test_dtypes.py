@@ -61,7 +61,7 @@ def test_each_matrix_keeps_its_dtype_and_the_model_computes(tmp_path: Path, form
     assert float((logits - expected).abs().mean()) < 0.01 * float(expected.abs().max())
     engine = Engine(model, max_num_seqs=1, max_model_len=64)
     (done,) = engine.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True))
-    assert len(done.tokens) == 4
+    assert len(done.output_ids) == 4
 
 
 @pytest.mark.parametrize("name", ["next", "moe"])
