@@ -54,12 +54,16 @@ class ConstraintFailed(QnextError):
 
 
 class QnextWarning(UserWarning):
-    """Something in a file was passed over, and the result is as right as without it. `--strict` makes it an error."""
+    """Something in a file was passed over, and the result is as right as without it. `--strict` makes it `error`."""
+
+    def __init__(self, message: str, error: type[QnextError] = ConfigError) -> None:
+        super().__init__(message)
+        self.error = error
 
 
-def warn(message: str) -> None:
+def warn(message: str, *, error: type[QnextError] = ConfigError) -> None:
     """Tell the user one line. The command line prints it once on stderr; a library caller filters it as a warning."""
-    warnings.warn(message, QnextWarning, stacklevel=2)
+    warnings.warn(QnextWarning(message, error), stacklevel=2)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

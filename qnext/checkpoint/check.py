@@ -90,8 +90,9 @@ def read_layout(folder: Path, tensors: dict[str, TensorInfo]) -> Layout:
     config = from_hf(values, file=str(path), has_mtp=has_mtp, tensors_say=found)
     quantization = read_quantization(folder)
     layout = _layout(config, quantization, tensors, path)
-    missing = [name for name in layout.missing(tensors) if name.startswith("mtp.")]
-    if missing:
+    missing = layout.missing(tensors)
+    is_without_drafts = bool(missing) and all(name.startswith("mtp.") for name in missing)
+    if is_without_drafts:
         more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
         asked = "asked for by config.json" if not has_mtp else "not whole"
         warn(f"{folder}: multi-token prediction is {asked}: tensor {missing[0]}{more} missing; the model runs without")
@@ -99,7 +100,7 @@ def read_layout(folder: Path, tensors: dict[str, TensorInfo]) -> Layout:
     passed_over = set(_passed_over(layout, tensors, is_wrapped=is_wrapped(values)))
     layout.passed_over = layout.packing.passed_over | passed_over
     drafters = sum(name.startswith("mtp.") for name in passed_over)
-    if drafters and not missing:
+    if drafters and not is_without_drafts:
         count = f"{drafters} tensors (mtp.*) are" if drafters > 1 else "1 tensor (mtp.*) is"
         warn(f"{folder}: multi-token prediction: {count} not used")
     others = sorted(name for name in passed_over if not name.startswith("mtp.") and not is_leftover(name))

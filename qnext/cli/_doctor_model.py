@@ -30,7 +30,11 @@ def model_findings(
     try:
         index = read_index(folder)
         layout = read_layout(folder, index.tensors)
-    except (CorruptCheckpoint, NotSupported) as error:
+    except NotSupported as error:
+        data = {"problems": [str(error)], "num_problems": 1, "quick": quick, "not_supported": True}
+        yield Finding("checkpoint", "problem", str(error), "the files may be sound, but this form is not read", data)
+        return
+    except CorruptCheckpoint as error:
         yield _checkpoint([str(error)], quick=quick)
         return
     yield _configuration(layout)
@@ -105,7 +109,7 @@ def _problems(folder: Path, *, quick: bool, progress: Callable[[int, int], None]
     from qnext.cli.verify import checkpoint_problems, tokenizer_problems
 
     if not quick:
-        return list(checkpoint_problems(folder, progress))
+        return list(map(str, checkpoint_problems(folder, progress)))
     index = read_index(folder)
     layout = read_layout(folder, index.tensors)
     return [*structure_problems(layout, index.tensors, folder), *tokenizer_problems(folder, layout.config)]

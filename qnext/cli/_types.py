@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+from qnext.errors import QnextWarning
 
 _FACTORS = {
     "": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4,
@@ -27,3 +33,24 @@ def human_int(text: str | int) -> int:
     if rest:
         raise ValueError(f"{text!r} is no whole number")
     return value
+
+
+def _be_strict(value: bool) -> bool:
+    """A warning about a file ends the verb, as the error that it names. `qnext.cli.main` undoes it at its end."""
+    if not value:
+        return value
+    show = warnings.showwarning
+
+    def raise_error(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if isinstance(message, QnextWarning):
+            raise message.error(str(message))
+        show(message, category, *rest, **more)
+
+    warnings.showwarning = raise_error
+    return value
+
+
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", callback=_be_strict, help="A warning about the model's files is an error."),
+]

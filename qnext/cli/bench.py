@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qnext.cli._types import Strict
+
 if TYPE_CHECKING:
     from qnext.cli._bench import BenchPlan
     from qnext.config import ModelConfig
@@ -45,6 +47,7 @@ def command(
     ] = Path("runs/bench"),
     date: Annotated[str | None, typer.Option(help="noted in the result as it is")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout instead of a table")] = False,
+    strict: Strict = False,
 ) -> None:
     """Measure prefill, decoding at several depths, loading and memory.
 
@@ -81,15 +84,16 @@ def _plan(
     date: str | None,
 ) -> BenchPlan:
     """Everything that can be refused is refused here, before any work."""
+    from qnext.checkpoint.check import read_layout
+    from qnext.checkpoint.header import read_index
     from qnext.checkpoint.resolve import resolve_model
     from qnext.cli._bench import LLAMA_CPP, TRANSFORMERS, BenchPlan, peers_of
     from qnext.cli._bench_files import BenchFiles
     from qnext.cli._bench_llama import find_tools
-    from qnext.config import read_config
     from qnext.errors import UsageError
 
     folder = resolve_model(model)
-    config = read_config(folder)
+    config = read_layout(folder, read_index(folder).tensors).config
     files = BenchFiles(folder, cache)
     schemes = list(dict.fromkeys(schemes)) or [files.stored]
     peers = list(dict.fromkeys(peers))

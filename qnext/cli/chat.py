@@ -11,7 +11,7 @@ from qnext.cli import _sampling as options
 from qnext.cli._chat_loop import ReadLine, converse, note
 from qnext.cli._remote import ApiKey, Url
 from qnext.cli._text_model import TextFolder, end_token_ids, load_weights, open_folder
-from qnext.cli._types import human_int
+from qnext.cli._types import Strict, human_int
 from qnext.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def command(
     yarn: options.Yarn = None,
     speculation: options.Speculation = None,
     dtype: options.DType = None,
+    strict: Strict = False,
 ) -> None:
     """Talk to a model; /help lists the commands.
 

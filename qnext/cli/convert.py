@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from qnext.cli._types import Strict
+
 _KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -28,6 +30,7 @@ def command(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="make Q8_0 and Q4_0 of IN.gguf plain numbers too")
     ] = False,
+    strict: Strict = False,
 ) -> None:
     """Write a folder as GGUF for llama.cpp, or a GGUF file as a Hugging Face folder, and print its path."""
     from qnext.errors import UsageError

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qnext.cli._types import Strict
+
 if TYPE_CHECKING:
     from qnext.cli._doctor import Finding
 
@@ -18,17 +20,18 @@ def command(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="a folder or a hub name to look at too")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="of the checkpoint read headers, not every value")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    strict: Strict = False,
 ) -> None:
     """Look at software, processor, kernels, memory and disk, and at MODEL: memory plan, checkpoint, tokenizer, chat.
 
     Exit code 0 where there is no problem (warnings may be), 1 where there is one, 3 for a model that is not found, 5
-    for a corrupt one.
+    for a corrupt one, 6 for one that is not supported.
     """
     from qnext.checkpoint.resolve import resolve_model
     from qnext.cli._doctor import machine_findings
     from qnext.cli._doctor_model import model_findings
     from qnext.cli._progress import byte_progress
-    from qnext.errors import CorruptCheckpoint
+    from qnext.errors import CorruptCheckpoint, NotSupported
 
     folder = None if model is None else resolve_model(model)
     sections: dict[str, list[Finding]] = {"machine": list(machine_findings())}
@@ -45,7 +48,10 @@ def command(
         warned = sum(finding.status == "warning" for finding in found)
         print(f"{len(problems)} problems, {warned} warnings", file=sys.stderr)
     if problems:
-        raise typer.Exit(CorruptCheckpoint.exit_code if any(p.name == "checkpoint" for p in problems) else 1)
+        of_files = [problem for problem in problems if problem.name == "checkpoint"]
+        is_unsupported = any(problem.data.get("not_supported") for problem in of_files)
+        code = NotSupported.exit_code if is_unsupported else CorruptCheckpoint.exit_code
+        raise typer.Exit(code if of_files else 1)
 
 
 def _print(sections: dict[str, list[Finding]]) -> None:

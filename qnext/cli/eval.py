@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from qnext.cli._sampling import DType
+from qnext.cli._types import Strict
 from qnext.errors import UsageError
 
 
@@ -19,6 +20,7 @@ def command(
     sequence_length: Annotated[int, typer.Option(help="longer files are read in pieces of this many tokens")] = 2048,
     dtype: DType = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    strict: Strict = False,
 ) -> None:
     """Bits per byte on files, each a document of its own, and the acceptance of the MTP draft."""
     from qnext.cli._text_model import load_weights, open_folder

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qnext.cli._sampling import DType, Speculation
+from qnext.cli._types import Strict
 from qnext.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def command(
     speculation: Speculation = False,
     dtype: DType = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout, with every count")] = False,
+    strict: Strict = False,
 ) -> None:
     """Print how evenly each layer uses its experts on a text.
 

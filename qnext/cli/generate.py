@@ -14,6 +14,7 @@ import typer
 
 from qnext.cli import _sampling as options
 from qnext.cli._text_model import TextFolder, end_token_ids, load_weights, open_folder, write_text
+from qnext.cli._types import Strict
 from qnext.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def command(
     speculation: options.Speculation = None,
     dtype: options.DType = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
+    strict: Strict = False,
 ) -> None:
     """Complete PROMPT: text on stdout as it comes, memory plan and speed on stderr.
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnext.cli._types import Strict
+
 if TYPE_CHECKING:
     from qnext.config import ModelConfig
 
@@ -34,11 +36,13 @@ class _Report:
     num_bytes: int | None
     tensors: list[_Tensors]
     packed: dict[str, int] | None = None  # numbers in each packed form, such as "awq int4-g128"
+    dtypes_by_part: dict[str, dict[str, int]] | None = None  # the same as `dtypes`, for each field of ParameterCounts
 
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL|PRESET", help="a folder, a hub name, or a preset")],
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    strict: Strict = False,
 ) -> None:
     """Print parameters by part, active parameters, dtypes, shapes, and what a sequence costs."""
     report = _describe(model)
@@ -60,20 +64,25 @@ def _describe(model: str) -> _Report:
     from qnext.checkpoint.header import read_index
     from qnext.checkpoint.resolve import resolve_model
     from qnext.errors import CorruptCheckpoint
+    from qnext.planning.counts import part_of
 
     index = read_index(resolve_model(model))
     layout = read_layout(index.folder, index.tensors)
     for problem in structure_problems(layout, index.tensors, index.folder):
         raise CorruptCheckpoint(problem)
     dtypes: Counter[str] = Counter()
+    by_part: dict[str, Counter[str]] = {}
     for info in index.tensors.values():
         dtypes[info.dtype] += prod(info.shape)
+        part = "not used" if info.name in layout.passed_over else part_of(info.name)
+        by_part.setdefault(part, Counter())[info.dtype] += prod(info.shape)
     num_bytes = sum(info.num_bytes for info in index.tensors.values())
     tensors = _distinct((info.name, info.shape, info.dtype) for info in index.tensors.values())
     packed: Counter[str] = Counter()
     for weight in layout.packed.values():
         packed[weight.form.describe()] += prod(weight.shape)
-    return _Report(model, layout.config, dict(dtypes), num_bytes, tensors, dict(packed) or None)
+    stored = {part: dict(counts) for part, counts in by_part.items()}
+    return _Report(model, layout.config, dict(dtypes), num_bytes, tensors, dict(packed) or None, stored)
 
 
 def _distinct(rows: Iterable[tuple[str, tuple[int, ...], str | None]]) -> list[_Tensors]:
@@ -99,6 +108,7 @@ def _to_json(report: _Report) -> dict[str, Any]:
             "active_without_head": active.without_head, "active_with_head": active.with_head,
         },
         "dtypes": report.dtypes,
+        "dtypes_by_part": report.dtypes_by_part,
         "packed": report.packed,
         "bytes": report.num_bytes,
         "tensors": [asdict(row) for row in report.tensors],
@@ -112,6 +122,8 @@ def _print(report: _Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from qnext.engine.memory import format_bytes
+
     values = _to_json(report)
     console = Console(highlight=False, soft_wrap=True)
     config, parameters = report.config, values["parameters"]
@@ -122,19 +134,20 @@ def _print(report: _Report) -> None:
             f"{config.num_experts} experts of width {config.moe_intermediate_size}, {config.num_experts_per_tok} chosen"
         )
     print(f"vocabulary {config.vocab_size:,}, context {config.context_length:,}")
-    parts = Table("part", "parameters", box=None)
+    parts = Table("part", "parameters", "stored", box=None)
     parts.columns[1].justify = "right"
+    stored = report.dtypes_by_part or {}
     for name, count in parameters.items():
         if count:
-            parts.add_row(name.replace("_", " "), f"{count:,}")
+            parts.add_row(name.replace("_", " "), f"{count:,}", " + ".join(stored.get(name, {})))
     console.print(parts)
     if report.num_bytes is not None and report.dtypes is not None:
         dtypes = ", ".join(f"{name} {count:,}" for name, count in report.dtypes.items())
-        print(f"on disk {report.num_bytes / 2**20:,.1f} MiB: {dtypes}")
+        print(f"on disk {format_bytes(report.num_bytes)}: {dtypes}")
     if report.packed is not None:
         print("packed weights: " + ", ".join(f"{form} {count:,}" for form, count in report.packed.items()))
-    print(f"KV per 1,000 tokens {values['kv_bytes_per_1000_tokens'] / 2**20:.1f} MiB (bfloat16)")
-    print(f"state per sequence {values['state_bytes_per_sequence']['total'] / 2**20:.1f} MiB")
+    print(f"KV per 1,000 tokens {format_bytes(values['kv_bytes_per_1000_tokens'])} (bfloat16)")
+    print(f"state per sequence {format_bytes(values['state_bytes_per_sequence']['total'])}")
     tensors = Table("tensor", "shape", "dtype", "count", box=None)
     for row in report.tensors:
         tensors.add_row(row.name, str(row.shape).replace("[", r"\["), row.dtype or "-", f"{row.count:,}")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnext.cli._types import Strict
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,6 +29,7 @@ def command(
         str | None, typer.Option(metavar="|".join(_DTYPES), help="of the weights; default: as stored")
     ] = None,
     chunk: Annotated[int | None, typer.Option(help="read N tokens at a time through the cache", metavar="N")] = None,
+    strict: Strict = False,
 ) -> None:
     """Write the logits after every token, and print the file's path."""
     from qnext.cli._text_model import load_weights, open_model

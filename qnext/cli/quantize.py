@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qnext.cli._types import Strict
 from qnext.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,16 +37,18 @@ def command(
     tokens: Annotated[int, typer.Option(min=_MIN_TOKENS, help="of the text, at most; spread over all of it")] = 131072,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="write the quality report there, as JSON")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="the quality report on stdout, as JSON")] = False,
+    strict: Strict = False,
 ) -> None:
     """Quantise a model and report what it cost.
 
     The layout is compressed-tensors' pack-quantized. Layers are read, rounded and written one at a time. With --text
     four fifths of its sequences calibrate GPTQ; KL, perplexity and the routers' choices are measured on the rest.
     """
+    from qnext.checkpoint.check import read_layout
+    from qnext.checkpoint.header import read_index
     from qnext.checkpoint.quantize import quantize_folder
     from qnext.checkpoint.resolve import resolve_model
     from qnext.cli._progress import byte_progress
-    from qnext.config import read_config
     from qnext.quant.scheme import find_scheme, make_policy
 
     if method not in _METHODS:
@@ -56,7 +59,7 @@ def command(
     source = resolve_model(model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not empty")
-    config = read_config(source)
+    config = read_layout(source, read_index(source).tensors).config
     policy = make_policy(scheme, head=head, is_tied=config.tie_word_embeddings)
     sample = None if text is None else _read_sample(text, source, config.max_position_embeddings, tokens)
     with byte_progress("quantising") as progress:

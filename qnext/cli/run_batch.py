@@ -14,7 +14,7 @@ import typer
 
 from qnext.cli import _sampling as options
 from qnext.cli._remote import ApiKey, Url
-from qnext.cli._types import human_int
+from qnext.cli._types import Strict, human_int
 from qnext.errors import ModelNotFound, UsageError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def command(
     yarn: options.Yarn = None,
     speculation: options.Speculation = None,
     dtype: options.DType = None,
+    strict: Strict = False,
 ) -> None:
     """Answer every request of a file: lines {custom_id, method, url, body} become {id, custom_id, response, error}.
 

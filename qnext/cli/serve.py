@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from qnext.cli import _sampling as options
 from qnext.cli import _serve_flags as flags
 from qnext.cli._served import TOOL_STYLES, load_served, name_of, speculation_of
+from qnext.cli._text_model import open_folder
+from qnext.cli._types import Strict
 from qnext.errors import ModelNotFound, UsageError, warn
 
 if TYPE_CHECKING:
@@ -64,10 +66,10 @@ def command(
     audit_chain: flags.AuditChain = False,
     log_format: flags.LogFormat = "text",
     metrics_compat: flags.MetricsCompat = None,
+    strict: Strict = False,
 ) -> None:
     """Serve MODEL: OpenAI's and Anthropic's APIs, metrics, and a page. SIGTERM ends it without losing an answer."""
     from qnext.cli._serving import log_to_stderr, new_server, print_ready
-    from qnext.cli._text_model import open_folder
     from qnext.server.limits import Limits
     from qnext.server.run import Listen, serve
 

@@ -27,7 +27,7 @@ from qnext.config.families import (
 from qnext.config.model import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig, YarnScaling, hybrid_pattern
 from qnext.config.reader import Reader, listed, shorten
 from qnext.config.rope import read_rope
-from qnext.errors import ConfigError, ModelNotFound, warn
+from qnext.errors import ConfigError, ModelNotFound, NotSupported, warn
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MAX_LAYERS = 10_000  # a larger number is damage, and its layer list would fill the memory
@@ -93,7 +93,6 @@ def from_hf(
     reader = Reader(values, file, found, family.defaults)
     _check_keys(reader, model_type)
     layer_types = _layer_types(reader, model_type)
-    _check_windows(reader, model_type, len(layer_types))
     fields: dict[str, Any] = _sizes(reader, model_type, found)
     fields.update(read_rope(reader))
     if LINEAR_ATTENTION in layer_types:
@@ -108,9 +107,11 @@ def from_hf(
         if reader.has(key):
             fields[key] = reader.get(key)
     try:
-        return ModelConfig(layer_types=layer_types, **fields)
+        config = ModelConfig(layer_types=layer_types, **fields)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
+    _check_windows(reader, model_type, config)
+    return config
 
 
 def is_wrapped(values: Any) -> bool:
@@ -239,14 +240,16 @@ def _every(reader: Reader, num_layers: int) -> tuple[str, ...]:
     return hybrid_pattern(num_layers, interval=interval)
 
 
-def _check_windows(reader: Reader, model_type: str, num_layers: int) -> None:
+def _check_windows(reader: Reader, model_type: str, config: ModelConfig) -> None:
     """Attention over a window is not implemented. Several spellings say that there is none."""
     if not reader.get_or("use_sliding_window", False):
         return
     window = reader.get_or("sliding_window", None)
     first = reader.get_or("max_window_layers", None)
-    is_beyond = model_type == "qwen3" and first is not None and first >= num_layers
-    if not is_beyond and (window is not None or "sliding_window" not in reader.values):
+    is_beyond = model_type == "qwen3" and first is not None and first >= config.num_hidden_layers
+    is_none = window is None and "sliding_window" in reader.values
+    is_whole = window is not None and window >= config.context_length
+    if not (is_beyond or is_none or is_whole):
         raise reader.not_supported("use_sliding_window", True, "every layer must see the whole context")
 
 
@@ -327,7 +330,8 @@ def _num_mtp_layers(reader: Reader, family: Family, has_mtp: bool) -> int:
             raise reader.error(key, f"must not be negative, but is {count}")
         if count and not (family.is_hybrid and count == 1):
             kind = "one layer of Qwen3-Next" if family.is_hybrid else "Qwen3-Next's"
-            warn(f"{reader.file}: {key} is {count}: only {kind} drafts tokens; the model runs without drafts")
+            message = f"{reader.file}: {key} is {count}: only {kind} drafts tokens; the model runs without drafts"
+            warn(message, error=NotSupported)
             return 0
         return int(count)
     return int(has_mtp and family.is_hybrid)

@@ -35,6 +35,7 @@ from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
 from qnext.engine.storage.tiers import DiskCache, make_tiers
 from qnext.errors import UsageError
 from qnext.model import CausalLM
+from qnext.planning import state_bytes_per_sequence
 
 
 class Engine:
@@ -171,6 +172,9 @@ class Engine:
             max_num_seqs=self.scheduler.limits.max_num_seqs,
             max_model_len=self.max_model_len,
             workspace_bytes=self._sizes.workspace_bytes,
+            state_bytes_per_sequence=state_bytes_per_sequence(
+                self.model.config, state_dtype=str(self.cache.state_dtype).removeprefix("torch.")
+            ).total,
         )
 
     def add_request(

@@ -30,6 +30,7 @@ class MemoryPlan:
     max_num_seqs: int
     max_model_len: int
     workspace_bytes: int
+    state_bytes_per_sequence: int  # of the linear layers, the figure of qnext.planning
 
     @property
     def total_bytes(self) -> int:
@@ -40,8 +41,9 @@ class MemoryPlan:
         return self.kv_bytes * 1000 // (self.num_blocks * self.block_size) if self.num_blocks else 0
 
     @property
-    def state_bytes_per_sequence(self) -> int:
-        return self.state_bytes // self.num_slots
+    def draft_bytes_per_sequence(self) -> int:
+        """What drafting keeps beside the state of a sequence."""
+        return self.state_bytes // self.num_slots - self.state_bytes_per_sequence
 
     @property
     def num_prefixes(self) -> int:
@@ -56,10 +58,12 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """Two lines for people."""
+        drafts = self.draft_bytes_per_sequence
         return (
             f"weights {format_bytes(self.weight_bytes)}, KV {format_bytes(self.kv_bytes_per_1000_tokens)} per 1,000 "
             f"tokens, state {format_bytes(self.state_bytes_per_sequence)} per sequence, "
-            f"steps {format_bytes(self.workspace_bytes)}\n"
+            + (f"{format_bytes(drafts)} for its drafts, " if drafts else "")
+            + f"steps {format_bytes(self.workspace_bytes)}\n"
             f"cache {format_bytes(self.kv_bytes + self.state_bytes)}: {self.num_blocks * self.block_size:,} tokens of "
             f"KV; {self.num_full_sequences} of {self.max_num_seqs} sequences at the full length of "
             f"{self.max_model_len:,} tokens"

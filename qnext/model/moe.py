@@ -32,9 +32,9 @@ class Router(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
 
     def forward(self, x_TD: Tensor, *, load_E: Tensor | None = None) -> RouterOutput:
-        # A router that is kept wider than the activations computes so: its last bits choose experts.
-        wide_TD = x_TD.to(torch.promote_types(x_TD.dtype, self.weight.dtype))
-        logits_TE = ops.linear(wide_TD, self.weight)
+        if self.weight.dtype.itemsize > x_TD.dtype.itemsize:
+            x_TD = x_TD.to(self.weight.dtype)  # a router that is kept wider computes so: its last bits choose experts
+        logits_TE = ops.linear(x_TD, self.weight)
         routing = ops.route(logits_TE, top_k=self.top_k, norm_topk_prob=self.norm_topk_prob, load_E=load_E)
         return RouterOutput(logits_TE, routing)
 

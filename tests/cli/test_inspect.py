@@ -47,6 +47,45 @@ def test_folder(tmp_path: Path, capsys: Capture) -> None:
     assert {row["dtype"] for row in document["tensors"]} == {"BF16"}
 
 
+def test_dtypes_by_part(tmp_path: Path, capsys: Capture) -> None:
+    """Routers in fp32, outputs of attention in fp16, one expert in fp32 among others in bf16."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = make_model(tmp_path)
+    shards = sorted(folder.glob("*.safetensors"))
+    for shard in shards:
+        tensors = load_file(shard)
+        for name in tensors:
+            if name.endswith(".mlp.gate.weight") or ".experts.0.up_proj" in name:
+                tensors[name] = tensors[name].float()
+            elif name.endswith(".o_proj.weight"):
+                tensors[name] = tensors[name].to(torch.float16)
+        save_file(tensors, shard, metadata={"format": "pt"})
+    document = json.loads(run(capsys, "inspect", folder, "--json").out)
+    stored, parameters = document["dtypes_by_part"], document["parameters"]
+    assert {part: set(dtypes) for part, dtypes in stored.items()} == {
+        "embedding": {"BF16"}, "attention": {"BF16", "F16"}, "delta_net": {"BF16"}, "norms": {"BF16"},
+        "router": {"F32"}, "experts": {"BF16", "F32"}, "shared_experts": {"BF16"}, "mtp": {"BF16", "F16", "F32"},
+    }  # fmt: skip
+    for part, dtypes in stored.items():
+        assert sum(dtypes.values()) == parameters[part]
+    assert document["dtypes"]["F16"] == stored["attention"]["F16"] + stored["mtp"]["F16"]
+    lines = {" ".join(line.split()) for line in run(capsys, "inspect", folder).out.splitlines()}
+    assert f"router {parameters['router']:,} F32" in lines
+
+
+def test_the_state_of_a_sequence_is_one_figure(tmp_path: Path, capsys: Capture) -> None:
+    folder = make_model(tmp_path)
+    document = json.loads(run(capsys, "inspect", folder, "--json").out)
+    from qnext.engine.memory import format_bytes
+
+    figure = format_bytes(document["state_bytes_per_sequence"]["total"])
+    assert f"state per sequence {figure}\n" in run(capsys, "inspect", folder).out
+    assert f"state {figure} per sequence" in run(capsys, "doctor", folder, "--quick", "--json").out
+    assert f"state {figure} per sequence" in run(capsys, "generate", folder, "hi", "--max-tokens", 1).err
+
+
 def test_text(tmp_path: Path, capsys: Capture) -> None:
     folder = make_model(tmp_path)
     document = json.loads(run(capsys, "inspect", folder, "--json").out)
@@ -54,7 +93,7 @@ def test_text(tmp_path: Path, capsys: Capture) -> None:
     assert result.code == 0
     lines = {" ".join(line.split()) for line in result.out.splitlines()}
     parameters = document["parameters"]
-    assert f"experts {parameters['experts']:,}" in lines
+    assert f"experts {parameters['experts']:,} BF16" in lines
     assert f"active with head {parameters['active_with_head']:,}" in lines
     assert "model.layers.*.linear_attn.conv1d.weight [512, 1, 4] BF16 3" in lines
 
@@ -86,7 +125,7 @@ ERRORS = {
     "no config": (lambda f: (f / "config.json").unlink(), None, 3, "no config.json"),
     "zero experts": (lambda f: _config(f, num_experts=0), None, 5, "num_experts: must be at least 1, not 0"),
     "top-k": (lambda f: _config(f, num_experts_per_tok=9), None, 5, "num_experts_per_tok (9) exceeds num_experts (5)"),
-    "unknown key": (lambda f: _config(f, soft_cap=3), None, 5, "soft_cap: unknown key"),
+    "not implemented": (lambda f: _config(f, hidden_act="gelu"), None, 6, "hidden_act: 'gelu' is not supported"),
     "experts": (lambda f: _config(f, num_experts=6), None, 5, "experts.5.gate_proj.weight is missing"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), None, 5, "not readable as JSON"),
 }  # fmt: skip

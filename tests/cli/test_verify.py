@@ -18,7 +18,8 @@ INDEX = "model.safetensors.index.json"
 def test_sound_model(tmp_path: Path, capsys: Capture) -> None:
     folder = make_model(tmp_path)
     assert run(capsys, "verify", folder) == (0, f"{folder}: ok\n", "")
-    assert json.loads(run(capsys, "verify", folder, "--json").out) == {"model": str(folder), "ok": True, "problems": []}
+    expected = {"model": str(folder), "ok": True, "problems": [], "warnings": []}
+    assert json.loads(run(capsys, "verify", folder, "--json").out) == expected
 
 
 def _truncate(folder: Path) -> None:
@@ -108,4 +109,83 @@ def test_nothing_to_verify(tmp_path: Path, capsys: Capture) -> None:
     assert "is a preset and has no weights" in result.error_line
     result = run(capsys, "verify", tmp_path)
     assert result.code == 3
-    assert "neither model.safetensors nor" in result.error_line
+    assert "is an empty folder" in result.error_line
+
+
+def _config(**changes: object) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / "config.json", lambda values: values.update(changes))
+
+
+WARNED: dict[str, tuple[Callable[[Path], object], str, int]] = {
+    "unknown keys": (_config(soft_cap=3, magic=1), "unknown keys soft_cap, magic", 5),
+    "no drafts": (_config(num_nextn_predict_layers=0), "(mtp.*) are not used", 5),
+    "drafts of another kind": (_config(num_nextn_predict_layers=2), "only one layer of Qwen3-Next drafts", 6),
+    "dropout": (_config(attention_dropout=0.1), "is for training", 5),
+    "no index": (lambda folder: (folder / INDEX).unlink(), "taken as the model", 5),
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_what_is_passed_over_is_listed_apart(tmp_path: Path, capsys: Capture, name: str) -> None:
+    folder = make_model(tmp_path)
+    change, words, code = WARNED[name]
+    change(folder)
+    result = run(capsys, "verify", folder)
+    assert (result.code, result.out) == (0, f"{folder}: ok\n")
+    lines = result.err.splitlines()
+    assert all(line.startswith("qnext verify: warning: ") for line in lines)
+    assert sum(words in line for line in lines) == 1
+    document = json.loads(run(capsys, "verify", folder, "--json").out)
+    assert (document["ok"], document["problems"], len(document["warnings"])) == (True, [], len(lines))
+    strict = run(capsys, "verify", folder, "--strict", "--json")
+    document = json.loads(strict.out)
+    assert (document["ok"], document["warnings"], len(document["problems"])) == (False, [], len(lines))
+    assert strict.code == (code if len(lines) == 1 else 5)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "logits", "generate"])
+def test_strict_makes_warnings_errors_of_every_verb(tmp_path: Path, capsys: Capture, verb: str) -> None:
+    folder = make_model(tmp_path)
+    edit_json(folder / "config.json", lambda values: values.update(soft_cap=3))
+    arguments = {"inspect": [], "logits": ["--tokens", "1,2", "--out", tmp_path / "l.npy"], "generate": ["hello"]}[verb]
+    result = run(capsys, verb, folder, *arguments, "--strict")
+    assert result.code == 5
+    assert result.error_line.endswith("config.json: unknown key soft_cap, passed over")
+    relaxed = run(capsys, verb, folder, *arguments)
+    assert relaxed.code == 0
+    assert relaxed.err.count("warning: ") == 1
+
+
+def test_every_verb_that_loads_a_model_can_be_strict() -> None:
+    from qnext.cli import VERBS, click_command
+
+    loading = set()
+    for verb in VERBS.keys() - {"pull"}:
+        parameters = getattr(click_command(verb), "params", [])
+        arguments = [each for each in parameters if each.param_type_name == "argument"]
+        if any(str(each.metavar).startswith("MODEL") for each in arguments):
+            loading.add(verb)
+            assert "--strict" in {option for each in parameters for option in each.opts}, verb
+    assert loading >= {"verify", "inspect", "generate", "serve", "chat", "convert", "quantize", "bench", "logits"}
+
+
+def test_a_form_that_is_not_supported_is_no_damage(tmp_path: Path, capsys: Capture) -> None:
+    folder = make_model(tmp_path)
+    edit_json(folder / "config.json", lambda values: values.update(model_type="qwen3_5_moe_text", architectures=None))
+    for verb in ("verify", "inspect"):
+        result = run(capsys, verb, folder)
+        assert result.code == 6
+        assert "model_type: 'qwen3_5_moe_text' is not supported; supported are qwen3_next" in result.error_line
+    assert run(capsys, "doctor", folder, "--quick", "--json").code == 6
+    document = json.loads(run(capsys, "verify", folder, "--json").out)
+    assert (document["ok"], len(document["problems"])) == (False, 1)
+
+
+def test_damage_beside_what_is_not_supported_is_damage() -> None:
+    from qnext.cli.verify import Findings
+    from qnext.errors import ConfigError, CorruptCheckpoint, NotSupported
+
+    codes = [Findings([kind("x") for kind in kinds], []).exit_code for kinds in (
+        [], [NotSupported], [NotSupported, NotSupported], [CorruptCheckpoint, NotSupported], [ConfigError],
+    )]  # fmt: skip
+    assert codes == [0, 6, 6, 5, 5]

@@ -242,6 +242,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"mlp_bias": True}, "mlp_bias: True"),
     ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window: True"),
     ({"use_sliding_window": True}, "use_sliding_window: True"),
+    ({"use_sliding_window": True, "sliding_window": 262144, "rope_scaling": YARN}, "use_sliding_window: True"),
     ({"full_attention_interval": None, "layer_types": ["sliding_attention"] * 48}, "layer_types"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling.rope_type: 'linear'"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
@@ -289,6 +290,7 @@ def test_whole_numbers_may_be_written_as_floats() -> None:
     [
         {"use_sliding_window": True, "sliding_window": None},
         {"use_sliding_window": None, "sliding_window": 32768},
+        {"use_sliding_window": True, "sliding_window": 262144},
         {"rope_scaling": {"type": "default"}},
         {"rope_scaling": {"rope_type": "default", "rope_theta": 10000000.0}},
         {"rope_scaling": {"rope_type": None, "factor": None}},
