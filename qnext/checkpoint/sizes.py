@@ -23,7 +23,9 @@ def sizes_of(tensors: Mapping[str, TensorInfo], *, is_tied: bool) -> dict[str, A
     for name, info in tensors.items():
         match = _LAYER.fullmatch(name)
         if match is not None:
-            shape = info.shape if info.dtype in _WEIGHTS else ()
+            # bitsandbytes may keep its bytes as numbers of any dtype.
+            is_weight = info.dtype in _WEIGHTS and f"{name}.absmax" not in tensors
+            shape = info.shape if is_weight else ()
             layers.setdefault(int(match[1]), {})[match[2]] = shape
     found = _of_embedding(tensors, is_tied=is_tied)
     if sorted(layers) == list(range(len(layers))) and layers:

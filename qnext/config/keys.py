@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Nothing that they say changes a logit. quantization_config is read by the checkpoint loader.
+# Nothing that they say changes a logit. Those of a quantisation are read by the checkpoint loader.
 WITHOUT_EFFECT = frozenset(
     [
         "model_type",
@@ -20,6 +20,8 @@ WITHOUT_EFFECT = frozenset(
         "use_cache",
         "output_router_logits",
         "quantization_config",
+        "quantization",
+        "compression_config",
         "_name_or_path",
         "name_or_path",
         "model_name",
@@ -212,8 +214,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (0,),
     "linear_conv_bias": (False,),
     "mtp_use_dedicated_embeddings": (False,),
-    "quantization": (),
-    "compression_config": (),
 }
 # The same, where the neutral value is another in a hybrid than in the other families.
 NEUTRAL_IN_HYBRID: dict[str, tuple[Any, ...]] = {
@@ -238,8 +238,6 @@ NEUTRAL_ELSEWHERE: dict[str, tuple[Any, ...]] = {
 }
 # Why, where the key alone does not tell.
 REASONS = {
-    "quantization": "that is mlx's own quantisation; start from the original weights",
-    "compression_config": "that is a form of quantization_config that is no longer written",
     "mtp_use_dedicated_embeddings": "set it to false and remove the mtp tensors to use the model without",
 }
 
