@@ -31,8 +31,11 @@ def command(
         RevisionNotFoundError,
     )
 
-    from qnext.errors import ModelNotFound, UsageError
+    from qnext.checkpoint.nearby import published_models
+    from qnext.errors import ModelNotFound, UsageError, did_you_mean
 
+    if "/" not in name and (hint := did_you_mean(f"Qwen/{name}", published_models())):
+        raise ModelNotFound(f"{name}: a hub name looks like organisation/model{hint}")
     if out is not None and out.exists() and not out.is_dir():
         raise UsageError(f"{out}: exists and is no folder")
     try:
@@ -40,7 +43,8 @@ def command(
     except GatedRepoError:
         raise ModelNotFound(f"{name}: access must be granted on the hub first, then `hf auth login`") from None
     except RepositoryNotFoundError:
-        raise ModelNotFound(f"{name}: the hub has no such model, or it is private") from None
+        hint = did_you_mean(name, published_models()) if name not in published_models() else ""
+        raise ModelNotFound(f"{name}: the hub has no such model, or it is private{hint}") from None
     except RevisionNotFoundError:
         raise ModelNotFound(f"{name}: the hub has no revision {revision!r} of it") from None
     except HFValidationError:
@@ -49,8 +53,10 @@ def command(
         # A full or read-only disk carries an errno; what the network does to a request does not.
         if error.errno is not None and not isinstance(error, ConnectionError):
             raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelNotFound(f"{name}: cannot be downloaded: {reason[0][:200]}") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("Got: ")[:200]
+        if "ConnectError" in reason or "Name or service not known" in reason or "Max retries" in reason:
+            reason = f"the hub cannot be reached ({reason}); with the network back the same command goes on"
+        raise ModelNotFound(f"{name}: cannot be downloaded: {reason}") from None
     if not any(Path(folder).glob("*.safetensors")):
         _refuse_gguf(name, revision)
         raise ModelNotFound(f"{name}: holds no safetensors files, so it is no model that can be loaded")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
 import pytest
 
 from qnext.cli import _chat_loop
+from qnext.cli._sampling import resolve_sampling
+from qnext.cli._served import name_of
 from qnext.cli.demo import _free, _talk
+from qnext.recipes import RECIPES, demo
+from qnext.recipes.recipe import prepare
+from tests.cli.test_train import tiny_recipe
 
 
 class Display:
@@ -44,7 +51,7 @@ def test_the_page_is_open_while_the_terminal_talks(
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     _talk(plain_folder, display, 0, 0)  # type: ignore[arg-type]
-    assert "<title>" in pages[0]
+    assert "<title>" in pages[0] and "answers no questions" in " ".join(display.lines)
     assert capsys.readouterr().out.strip(), "the model went on"
 
 
@@ -53,3 +60,30 @@ def test_a_port_that_is_taken_gives_way() -> None:
         port = taken.getsockname()[1]
         assert _free(port) == 0
     assert _free(port) == port
+
+
+def test_the_folder_recommends_its_sampling_and_says_what_it_is(tmp_path: Path) -> None:
+    recipe = demo(seconds=1.0, seed=0)
+    run = prepare(replace(tiny_recipe(), name="demo", sampling=recipe.sampling, about=recipe.about), tmp_path / "run")
+    folder = run.save()
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["do_sample"] is True and generation["eos_token_id"] == run.trainer.model.config.eos_token_id
+    params = resolve_sampling(folder, {"max_tokens": 8})
+    assert (params.temperature, params.top_p, params.repetition_penalty) == (0.6, 0.9, 1.1)
+    assert resolve_sampling(folder, {"temperature": 0.0}).temperature == 0.0
+    assert name_of(str(folder)) == "demo"
+    card = (folder / "README.md").read_text()
+    assert "code completion model" in card and "answers no questions" in card and "thirty functions" in card
+
+
+def test_every_recipe_of_code_is_sampled_and_says_what_it_is() -> None:
+    recipes = [demo(seconds=1.0, seed=0), *(RECIPES[name]() for name in ("small-code", "micro-code"))]
+    for recipe in recipes:
+        assert recipe.sampling["temperature"] > 0 and "no questions" in recipe.about
+
+
+def test_a_recipe_without_sampling_leaves_none(tmp_path: Path) -> None:
+    run = prepare(tiny_recipe(), tmp_path / "run")
+    folder = run.save()
+    assert set(json.loads((folder / "generation_config.json").read_text())) == {"eos_token_id", "pad_token_id"}
+    assert name_of(str(folder)) == "tiny"

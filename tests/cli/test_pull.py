@@ -95,6 +95,29 @@ def test_failures_are_one_line(tmp_path: Path, capsys: Capture, install: Any, na
     assert message in result.error_line
 
 
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("Qwen/Qwen3-0.6", _answer(errors.RepositoryNotFoundError), "or it is private; did you mean Qwen/Qwen3-0.6B?"),
+        ("qwen/Qwen3-Coder-Nxt", _answer(errors.RepositoryNotFoundError), "did you mean Qwen/Qwen3-Coder-Next?"),
+        ("Qwen3-0.6B", None, "looks like organisation/model; did you mean Qwen/Qwen3-0.6B?"),
+        ("org/model", errors.LocalEntryNotFoundError("Got: ConnectError: x"), "cannot be reached (ConnectError: x)"),
+        (
+            "org/model",
+            OSError("HTTPSConnectionPool: Max retries exceeded"),
+            "with the network back the same command goes",
+        ),
+    ],
+)
+def test_a_failure_says_what_helps(
+    tmp_path: Path, capsys: Capture, install: Any, name: str, error: Exception | None, message: str
+) -> None:
+    install(Hub(error=error))
+    result = run(capsys, "pull", name, tmp_path / "out")
+    assert result.code == 3
+    assert message in result.error_line
+
+
 def test_a_full_disk_is_not_a_missing_model(capsys: Capture, install: Any) -> None:
     install(Hub(error=OSError(errno.ENOSPC, "No space left on device", "blob")))
     result = run(capsys, "pull", "org/model")

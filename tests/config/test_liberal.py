@@ -255,7 +255,6 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"n_shared_experts": 2}, "n_shared_experts: 2"),
     ({"attn_output_gate": False}, "attn_output_gate: False"),
     ({"attention_output_gate": False}, "attention_output_gate: False"),
-    ({"quantization": {"group_size": 64, "bits": 4}}, "mlx's own quantisation"),
     ({"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config"),
     ({"is_causal": False}, "is_causal: False"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),

@@ -80,7 +80,7 @@ def test_the_check_of_commands_can_fail() -> None:
 
 def test_flags_named_in_the_text_exist() -> None:
     """Flags in backticks outside code blocks are of `qnext serve` unless the text says another verb before them."""
-    known: set[str] = {"--help", "--config", "--shm-size"}
+    known: set[str] = {"--help", "--config", "--shm-size", "--model-path"}
     for verb in ("serve", "keys create", "quantize", "experts", "doctor", "bench", "chat"):
         name, _, sub = verb.partition(" ")
         command = click_command(name)

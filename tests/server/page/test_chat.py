@@ -198,6 +198,8 @@ def test_without_a_chat_format_text_goes_on(open_page: OpenPage, script: Script)
     script.has_chat = False
     chat = open_page()
     expect(chat.locator("#prompt")).to_have_attribute("placeholder", "Text that the model continues")
+    expect(chat.locator("#welcome-kind")).to_have_text(re.compile("no chat format.*answers no questions"))
+    expect(chat.locator("#welcome-kind")).to_be_visible()
     ask(chat, "Once upon a time")
     expect(answers(chat).last.locator(".continued")).to_have_text("and so it went on.")
     assert script.requests[-1]["path"] == "/v1/completions"
@@ -219,6 +221,11 @@ def test_markdown_becomes_elements(chat: Page) -> None:
         expect(answer.locator(selector)).to_have_text(text)
     for link in answer.locator("a").all():
         assert link.get_attribute("rel") == "noopener noreferrer" and link.get_attribute("target") == "_blank"
+
+
+def test_a_model_that_talks_is_not_said_to_be_mute(chat: Page) -> None:
+    expect(chat.locator("#welcome-title")).to_contain_text("Ask")
+    expect(chat.locator("#welcome-kind")).to_be_hidden()
 
 
 def test_keys_of_the_keyboard(chat: Page, script: Script) -> None:
