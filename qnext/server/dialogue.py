@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from qnext.engine.sampling.constraint import Constraint
-from qnext.errors import QnextError
 from qnext.server.answers import Answer
-from qnext.server.errors import from_user_error
 from qnext.server.exchange import Exchange
 from qnext.server.tools import Offer
 from qnext.text.messages import Message
 from qnext.text.output import OutputParser, tool_call_grammar
+
+if TYPE_CHECKING:
+    from qnext.server.served import ServedModel
 
 
 @dataclass
@@ -59,34 +60,63 @@ async def make_dialogue(
         add_generation_prompt=add_generation_prompt, param=param,
     )  # fmt: skip
     chosen, chosen_param = constraint or (None, "response_format")
-    if offer.is_required:
-        try:
-            text = tool_call_grammar(
-                offer.callable, style=served.tool_style, name=offer.name,
-                parallel=parallel_calls and offer.name is None, control_names=served.tokenizer.added_ids.keys(),
-            )  # fmt: skip
-        except QnextError as error:
-            raise from_user_error(error, param="tools") from None
-        chosen, chosen_param = Constraint("lark", text), "tools"
+    if offer.callable and (offer.is_required or chosen is not None):
+        may_repeat = parallel_calls and offer.name is None
+        text = await served.run(lambda: _call_grammar(served, offer, parallel=may_repeat), param="tools")
+        if offer.is_required:
+            chosen, chosen_param = Constraint("lark", text), "tools"
+        elif chosen is not None:  # the answer is a call, or follows its format
+            chosen = replace(chosen, alternative=text)
     if chosen is not None and is_thinking:
-        chosen = Constraint(chosen.kind, chosen.value, served.think_end)
+        chosen = replace(chosen, starts_after=served.think_end)
     return Dialogue(
         prompt_ids, is_thinking, offer, chosen, chosen_param,
         max_calls=1 if offer.callable and not parallel_calls else None, stop=stop,
     )  # fmt: skip
 
 
-def in_order_of_calls(messages: Sequence[Message]) -> list[Message]:
-    """The messages with neighbouring results in the order of the calls that they answer.
+def _call_grammar(served: ServedModel, offer: Offer, *, parallel: bool) -> str:
+    return tool_call_grammar(
+        offer.enforceable(), style=served.tool_style, name=offer.name, parallel=parallel,
+        control_names=served.tokenizer.added_ids.keys(),
+    )  # fmt: skip
 
-    Chat formats write no ids, so that a model can tell results apart by their order alone.
+
+def in_order_of_calls(messages: Sequence[Message]) -> list[Message]:
+    """The messages with each result right behind its call, and several of them in the order of their calls.
+
+    Chat formats write no ids, so that a model can tell results apart by their order alone. Clients send results over
+    several turns, and other turns between call and result. A result whose call is gone becomes text of the user.
     """
+    turns: list[tuple[Message, list[Message]]] = []  # with the results of its calls
+    by_id: dict[str, int] = {}  # the turn that made a call last
+    for message in messages:
+        if message.role != "tool":
+            by_id.update((call.id, len(turns)) for call in message.tool_calls if call.id is not None)
+            turns.append((message, []))
+            continue
+        turn = by_id.get(message.tool_call_id or "")
+        if turn is None:
+            turn = _last_caller(turns)
+        if turn is None:
+            turns.append((Message("user", f"Result of an earlier call of a tool:\n{message.content}"), []))
+        else:
+            turns[turn][1].append(message)
     ordered: list[Message] = []
-    for is_result, group in groupby(messages, key=lambda message: message.role == "tool"):
-        found = list(group)
-        if is_result and ordered:
-            places = {call.id: place for place, call in enumerate(ordered[-1].tool_calls)}
-            if all(message.tool_call_id in places for message in found):
-                found.sort(key=lambda message: places[message.tool_call_id])
-        ordered += found
+    for message, results in turns:
+        places = {call.id: place for place, call in enumerate(message.tool_calls)}
+        if all(result.tool_call_id in places for result in results):
+            results.sort(key=lambda result: places[result.tool_call_id])
+        ordered += [message, *results]
     return ordered
+
+
+def _last_caller(turns: Sequence[tuple[Message, list[Message]]]) -> int | None:
+    """The assistant's last turn, where no turn of the user came after it and it called something."""
+    for index in range(len(turns) - 1, -1, -1):
+        message = turns[index][0]
+        if message.role == "assistant":
+            return index if message.tool_calls else None
+        if message.role == "user":
+            return None
+    return None

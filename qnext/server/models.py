@@ -67,7 +67,7 @@ async def tokenize(exchange: Exchange) -> Reply:
         raise ApiError.bad("exactly one of prompt and messages is needed", param="prompt")
     if body.messages is not None:
         ids, _ = await served.encode_chat(
-            conversation(body.messages), add_generation_prompt=body.add_generation_prompt is not False
+            conversation(body.messages, exchange.ignore), add_generation_prompt=body.add_generation_prompt is not False
         )
     else:
         ids = await served.encode(body.prompt or "", allow_special=body.parse_special is not False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 ToolStyle = Literal["json", "xml"]
 Result = TypeVar("Result")
 
+_CLAUDE = re.compile(r"(?:anthropic[./])?claude-")
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 _FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
@@ -93,8 +95,11 @@ class ServedModel:
         return tuple(self.tokenizer.encode(_THINK_CLOSE, allow_special=True))
 
     def check_name(self, name: str | None) -> None:
-        """Raises ApiError 404 for another model's name; none at all is this one."""
-        if name is not None and name not in self.names:
+        """Raises ApiError 404 for another model's name; none at all is this one, and so is any of Claude's.
+
+        Claude Code asks for several of these by itself, whatever model it was told to use.
+        """
+        if name is not None and name not in self.names and not _CLAUDE.match(name):
             raise ApiError(404, "no such model; GET /v1/models lists them", code="model_not_found", param="model")
 
     async def run(self, function: Callable[[], Result], *, param: str | None = None) -> Result:
@@ -105,8 +110,8 @@ class ServedModel:
             raise from_user_error(error, param=param) from None
 
     async def encode(self, text: str, *, param: str = "prompt", allow_special: bool = False) -> list[int]:
-        """Token ids of a text. Raises ApiError for one that cannot fit the context, before it is tokenized."""
-        self._check_length(len(text), param)
+        """Token ids of a text. Raises ApiError for one that cannot fit the context, from its beginning alone."""
+        await self._check_length(len(text), (text,), param)
         return await self.run(lambda: self.tokenizer.encode(text, allow_special=allow_special), param=param)
 
     async def encode_chat(
@@ -134,7 +139,7 @@ class ServedModel:
             for m in messages
         )
         length += _num_characters(tools)
-        self._check_length(length, param)
+        await self._check_length(length, [message.content for message in messages], param)
         begun = messages[-1] if continues and messages else None
         if continues and (begun is None or begun.role != "assistant" or begun.tool_calls):
             raise ApiError.bad("only an assistant's message without tool calls can be continued", param=param)
@@ -197,12 +202,29 @@ class ServedModel:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._compilers.shutdown(wait=False, cancel_futures=True)
 
-    def _check_length(self, num_characters: int, param: str) -> None:
-        if num_characters > MAX_TEXT_PER_TOKEN * self.max_model_len:
-            raise ApiError.bad(
-                f"the text has {num_characters} characters, more than the context of {self.max_model_len} tokens can "
-                "hold", param=param, code="context_length_exceeded",
-            )  # fmt: skip
+    async def _check_length(self, num_characters: int, texts: Sequence[str], param: str) -> None:
+        """Refuse what is far too long by the tokens of its first part: the whole could take long to count."""
+        most = MAX_TEXT_PER_TOKEN * self.max_model_len
+        if num_characters <= most:
+            return
+
+        def count() -> int:
+            left, found = most, 0
+            for text in texts:
+                found += len(self.tokenizer.encode(text if len(text) <= left else _whole_words(text, left)))
+                left -= len(text)
+                if left <= 0:
+                    break
+            return found
+
+        num_tokens = await self.run(count, param=param)
+        maximum = self.max_model_len - 1
+        if num_tokens > maximum:
+            raise ApiError.too_long(num_tokens, maximum, is_least=True, param=param)
+        raise ApiError.bad(
+            f"prompt is too long: {num_characters} characters, more than {MAX_TEXT_PER_TOKEN} for each of the "
+            f"{maximum} tokens of the maximum", param=param, code="context_length_exceeded",
+        )  # fmt: skip
 
     def _style_of_format(self) -> ToolStyle:
         chat_format = self.chat_format
@@ -211,6 +233,14 @@ class ServedModel:
         if chat_format.template is None:
             return "xml" if chat_format.name == "coder" else "json"
         return "xml" if "<function=" in chat_format.template.text else "json"
+
+
+def _whole_words(text: str, length: int) -> str:
+    """The first characters of a text, cut before a space, where no token spans the cut, if there is one."""
+    end = text.rfind(" ", 1, length)
+    while end > 0 and text[end - 1].isspace():
+        end = text.rfind(" ", 1, end)
+    return text[: end if end > 0 else length]
 
 
 def _num_characters(value: object) -> int:

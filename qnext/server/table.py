@@ -55,6 +55,8 @@ def public_routes(*, with_page: bool = True, open_readiness: bool = False) -> li
               "whether the server lives", None, _with("status")),
         Route("GET", "/health/ready", probes.health_ready, readiness, "probe", "openai", "none",
               "whether it takes requests", None, _with("status")),
+        Route("GET", "/health", probes.health, "public", "probe", "openai", "none",
+              "whether it takes requests, without a word", content_type="text/plain"),
         Route("GET", "/version", models.version, "any", "probe", "openai", "none", "the version", None,
               _with("version")),
         Route("GET", "/metrics", probes.metrics, "metrics", "probe", "openai", "none", "for Prometheus",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qnext.engine.sampling.schemas import enforceable
 from qnext.errors import UsageError
 
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
@@ -28,11 +29,15 @@ class Constraint:
     `value` is a JSON schema (text, object or boolean), a regular expression that the whole output must match, the
     choices, or a Lark grammar with the rule `start`; it is not read for "json_object". `starts_after` are the token
     ids that end the reasoning: the constraint holds for what follows their first appearance in the output.
+    `is_strict`: a schema that cannot be enforced whole is refused, not relaxed. `alternative`: Lark of what the output
+    may be instead, such as a tool call.
     """
 
     kind: ConstraintKind
     value: str | bool | Mapping[str, Any] | tuple[str, ...] = ""
     starts_after: tuple[int, ...] | None = None
+    is_strict: bool = False
+    alternative: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,21 @@ class GrammarLimits:
 
 def grammar_text(constraint: Constraint, limits: GrammarLimits) -> str:
     """The Lark grammar of a constraint. Raises UsageError, in one line, for what is malformed or too large."""
+    text = _own_text(constraint, limits)
+    if constraint.alternative is None:
+        return text
+    either = "".join(
+        f"{name}: %lark {{\n{grammar.replace(_OPTIONS, '')}}}\n"
+        for name, grammar in (("own", text), ("other", constraint.alternative))
+    )
+    return f"{_OPTIONS}start: own | other\n{either}"
+
+
+def _own_text(constraint: Constraint, limits: GrammarLimits) -> str:
     value = constraint.value
     if constraint.kind == "json_schema":
-        return _json_text(_checked_schema(value, limits), limits)
+        schema = _checked_schema(value, limits)
+        return _json_text(enforceable(schema, is_strict=constraint.is_strict).schema, limits)
     if constraint.kind == "json_object":
         return _json_text({"type": "object"}, limits)
     if constraint.kind == "choice":
@@ -84,7 +101,7 @@ def grammar_text(constraint: Constraint, limits: GrammarLimits) -> str:
 
 def _json_text(schema: dict[str, Any], limits: GrammarLimits) -> str:
     # Unbounded white space is how a model that does not know what to write fills its whole allowance.
-    options = {"whitespace_pattern": rf"[ \t\n\r]{{1,{limits.max_whitespace}}}"}
+    options = {"whitespace_pattern": rf"[ \t\n\r]{{1,{limits.max_whitespace}}}", "coerce_one_of": True}
     return _OPTIONS + "start: %json " + json.dumps({**schema, "x-guidance": options}, allow_nan=False) + "\n"
 
 
@@ -101,7 +118,7 @@ def _checked_schema(value: object, limits: GrammarLimits) -> dict[str, Any]:
         raise UsageError("json_schema: the schema false allows no output")
     if not isinstance(value, Mapping):
         raise UsageError(f"json_schema: must be an object, not {type(value).__name__}")
-    _check_nodes(value, limits)
+    check_nodes(value, limits)
     if "x-guidance" in value:
         raise UsageError("json_schema: x-guidance is not supported")
     try:
@@ -112,8 +129,8 @@ def _checked_schema(value: object, limits: GrammarLimits) -> dict[str, Any]:
     return dict(value)
 
 
-def _check_nodes(schema: Mapping[str, Any], limits: GrammarLimits) -> None:
-    """Depth, nodes, enum values and lengths of patterns, without recursion."""
+def check_nodes(schema: Mapping[str, Any], limits: GrammarLimits) -> None:
+    """Depth, nodes, enum values and lengths of patterns, without recursion. Raises UsageError."""
     waiting: list[tuple[Any, int]] = [(schema, 1)]
     num_nodes = num_values = num_keyed = 0
     while waiting:

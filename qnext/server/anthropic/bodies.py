@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from qnext.server.bodies import Body, Name, Stops
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_MESSAGES, MAX_TOOLS
@@ -30,13 +30,15 @@ class ToolUseBlock(Body):
     type: Literal["tool_use"]
     id: Name
     name: Name
-    input: dict[str, Any]
+    input: dict[str, Any] | None = None
 
 
 class OtherBlock(Body):
-    """Images, documents, what servers' tools found: a model of text cannot read it."""
+    """Images, documents, what servers' tools found. What text they hold is read."""
 
-    type: str
+    model_config = ConfigDict(extra="allow")
+
+    type: Annotated[str, Field(max_length=64)]
 
 
 def _kind(value: Any) -> str:
@@ -81,24 +83,28 @@ Blocks = Annotated[_Blocks, BeforeValidator(_as_blocks, json_schema_input_type=s
 
 class TurnBody(Body):
     role: Literal["user", "assistant", "system"]
-    content: Blocks
+    content: Blocks | None = None
 
 
 class CustomTool(Body):
     type: Literal["custom"] | None = None
     name: ToolName
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class ServerTool(Body):
-    """A tool that Anthropic's servers run, or whose form only their models know."""
+    """A tool that Anthropic's servers run, or whose parameters its type says."""
 
-    type: str
+    type: Annotated[str, Field(max_length=64)]
+    name: ToolName | None = None
 
 
 def _tool_kind(value: Any) -> str:
-    return "custom" if not isinstance(value, dict) or value.get("type") in (None, "custom") else "server"
+    # "function" is OpenAI's word: a tool in its form is a mistake, and not one of a server.
+    kinds = (None, "custom", "function")
+    return "custom" if not isinstance(value, dict) or value.get("type") in kinds else "server"
 
 
 Tool = Annotated[Annotated[CustomTool, Tag("custom")] | Annotated[ServerTool, Tag("server")], Discriminator(_tool_kind)]
@@ -134,6 +140,7 @@ class CountBody(Body):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # its older name
+    mcp_servers: Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None = None  # passed over
 
 
 class MessagesBody(CountBody):

@@ -10,7 +10,8 @@ import orjson
 from qnext.engine.sampling.constraint import Constraint
 from qnext.server.answers import Answer, usage_counts
 from qnext.server.anthropic.bodies import CountBody, MessagesBody
-from qnext.server.anthropic.conversation import conversation, offer
+from qnext.server.anthropic.conversation import conversation
+from qnext.server.anthropic.tools import offer
 from qnext.server.bodies import SamplingBody
 from qnext.server.dialogue import Dialogue, make_dialogue
 from qnext.server.errors import ApiError, error_object
@@ -53,7 +54,8 @@ async def _dialogue(exchange: Exchange, body: CountBody, *, stop: tuple[str, ...
     exchange.server.check_model(exchange, body.model)
     choice = body.tool_choice
     return await make_dialogue(
-        exchange, conversation(body), offer(body), constraint=_constraint(body), stop=stop,
+        exchange, conversation(body, exchange.ignore), offer(body, exchange.ignore),
+        constraint=_constraint(body), stop=stop,
         parallel_calls=choice is None or not choice.disable_parallel_tool_use,
         thinks=body.thinking is None or body.thinking.type != "disabled",
         continues=body.messages[-1].role == "assistant",

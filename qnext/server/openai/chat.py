@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -18,10 +18,11 @@ from qnext.server.dialogue import make_dialogue
 from qnext.server.errors import ApiError, error_body, from_user_error
 from qnext.server.exchange import Exchange
 from qnext.server.generation import Generation
-from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOL_CALLS
+from qnext.server.history import Note, part_text, without_attribution
+from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOL_CALLS, MAX_TOOLS
 from qnext.server.routes import EventStream, Reply
 from qnext.server.sampling import sampling_params, stop_strings, structured_constraint
-from qnext.server.tools import ToolBody, Tools, function_tool, offered
+from qnext.server.tools import Collected, FunctionBody, Offer, Origin, Tools, free_input, free_text
 from qnext.text.messages import Message, ToolCall
 from qnext.text.output import Call, Content, OutputEvent, Reasoning
 
@@ -30,8 +31,12 @@ DONE = b"data: [DONE]\n\n"
 
 
 class PartBody(Body):
+    """A part of a message. Of those that are no text, what names them is read."""
+
     type: Annotated[str, Field(max_length=64)]
     text: str | None = None
+    refusal: str | None = None
+    file: Any = None
 
 
 Parts = Annotated[list[PartBody], Field(max_length=MAX_CONTENT_PARTS, fail_fast=True)]
@@ -42,23 +47,32 @@ class CalledFunction(Body):
     arguments: str | dict[str, Any] | None = None
 
 
+class CalledCustom(Body):
+    name: Annotated[str, Field(max_length=256)]
+    input: str | None = None
+
+
 class CallBody(Body):
     id: Name | None = None
-    function: CalledFunction
+    function: CalledFunction | None = None
+    custom: CalledCustom | None = None
 
 
 class MessageBody(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Parts | None = None
+    refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: Annotated[list[CallBody], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
     tool_call_id: Name | None = None
+    function_call: CalledFunction | None = None  # how tool_calls were written before there were several
 
 
 class SchemaBody(Body):
     name: Annotated[str, Field(max_length=128)] | None = None
-    schema_: dict[str, Any] | bool = Field(alias="schema")
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    strict: bool | None = None
 
 
 class FormatBody(Body):
@@ -82,6 +96,8 @@ class ChatBody(SamplingBody):
     tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    functions: Annotated[list[FunctionBody], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None  # once `tools`
+    function_call: str | dict[str, Any] | None = None  # and once `tool_choice`
     response_format: FormatBody | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: TemplateArguments | None = None
@@ -89,34 +105,57 @@ class ChatBody(SamplingBody):
     continue_final_message: bool | None = None
 
 
-def content_text(content: str | Sequence[PartBody] | None, *, param: str) -> str:
-    """Text of a message. Raises ApiError 400 for parts that are no text: nothing is ever fetched."""
+def content_text(content: str | Sequence[PartBody] | None, *, param: str, is_past: bool, note: Note) -> str:
+    """Text of a message: parts that are none have a short text in their place where they are of the past.
+
+    Raises ApiError 400 for those of the present question. Nothing is ever fetched.
+    """
     if content is None or isinstance(content, str):
         return content or ""
     texts: list[str] = []
     for part in content:
-        text = part.text if part.type in ("text", "input_text", "output_text") else None
-        if text is None:
-            raise ApiError.bad("this model reads text only", param=param, code="unsupported_content")
-        texts.append(text)
+        if part.type in ("text", "input_text", "output_text"):
+            texts.append(part.text or "")
+        elif part.type == "refusal":
+            texts.append(part.refusal or "")
+        else:
+            held = {"file": part.file} if isinstance(part.file, dict) else {}
+            texts.append(part_text(part.type, held, is_past=is_past, param=param, note=note))
     return "".join(texts)
 
 
-def conversation(bodies: Sequence[MessageBody]) -> list[Message]:
-    """The messages as chat formats read them."""
+def conversation(bodies: Sequence[MessageBody], note: Note) -> list[Message]:
+    """The messages as chat formats read them. `note` is told of what the model cannot read."""
     messages: list[Message] = []
     for index, body in enumerate(bodies):
         param = f"messages.{index}"
         reasoning = body.reasoning_content if body.reasoning_content is not None else body.reasoning
-        calls = tuple(
-            ToolCall(call.function.name, call.function.arguments or {}, call.id) for call in body.tool_calls or ()
-        )
+        calls = _calls_made(body, param)
         if body.role != "assistant" and (calls or reasoning is not None):
             raise ApiError.bad("only an assistant's message has tool_calls or reasoning", param=param)
-        messages.append(
-            Message(body.role, content_text(body.content, param=param), reasoning, calls, body.tool_call_id)
-        )
+        is_present = body.role == "user" and index == len(bodies) - 1
+        text = content_text(body.content, param=param, is_past=not is_present, note=note)
+        if body.role in ("system", "developer"):
+            text = without_attribution(text)
+            if not text and body.content:
+                continue
+        role = "tool" if body.role == "function" else body.role
+        messages.append(Message(role, text or body.refusal or "", reasoning, calls, body.tool_call_id))
     return messages
+
+
+def _calls_made(body: MessageBody, param: str) -> tuple[ToolCall, ...]:
+    calls: list[ToolCall] = []
+    for call in body.tool_calls or ():
+        if call.function is not None:
+            calls.append(ToolCall(call.function.name, call.function.arguments or {}, call.id))
+        elif call.custom is not None:
+            calls.append(ToolCall(call.custom.name, {"input": call.custom.input or ""}, call.id))
+        else:
+            raise ApiError.bad("a call needs a function", param=f"{param}.tool_calls")
+    if body.function_call is not None and not calls:
+        calls.append(ToolCall(body.function_call.name, body.function_call.arguments or {}))
+    return tuple(calls)
 
 
 def response_constraint(body: ChatBody) -> tuple[Constraint, str] | None:
@@ -134,23 +173,53 @@ def response_constraint(body: ChatBody) -> tuple[Constraint, str] | None:
         schema = wanted.json_schema.schema_
     if schema is None:
         return Constraint("json_object"), "response_format"
-    return Constraint("json_schema", schema), "response_format"
+    is_strict = wanted.json_schema is not None and bool(wanted.json_schema.strict)
+    return Constraint("json_schema", schema, is_strict=is_strict), "response_format"
+
+
+def offer_of(body: ChatBody, note: Note) -> Offer:
+    """The tools of a body, in the form of today or in that of `functions`. Raises ApiError 400."""
+    found = Collected()
+    choice = body.tool_choice
+    for index, tool in enumerate(body.tools or ()):
+        if tool.type == "function" and tool.function is not None:
+            function = tool.function
+            found.add(function.name, function.description, function.parameters, is_strict=function.strict)
+        elif tool.type == "custom" and tool.custom is not None:
+            custom = tool.custom
+            origin = Origin("custom", custom.name)
+            found.add(custom.name, custom.description, free_text(custom.format), origin=origin)
+        elif tool.type in ("function", "custom") or tool.function is not None:
+            raise ApiError.bad("a tool must be of type function, and have one", param=f"tools.{index}")
+        else:
+            note(tool.type)  # of another server
+    if body.functions:
+        if body.tools:
+            raise ApiError.bad("tools and functions exclude each other", param="functions")
+        for function in body.functions:
+            found.add(function.name, function.description, function.parameters, param="functions")
+        choice = body.function_call
+        if isinstance(choice, dict):
+            choice = {"type": "function", **choice}
+    elif body.function_call is not None:
+        raise ApiError.bad("function_call needs functions", param="function_call")
+    return found.offered(choice)
 
 
 async def chat_completions(exchange: Exchange) -> Reply | EventStream:
     body: ChatBody = exchange.body
     served = exchange.server.served
     exchange.server.check_model(exchange, body.model)
-    tools = [_tool(tool, index) for index, tool in enumerate(body.tools or ())]
+    offer = offer_of(body, exchange.ignore)
     effort = body.reasoning_effort
     wants_thought = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
     if body.continue_final_message and body.add_generation_prompt:
         raise ApiError.bad("continue_final_message excludes add_generation_prompt", param="continue_final_message")
     try:
-        messages = conversation(body.messages)
+        messages = conversation(body.messages, exchange.ignore)
         dialogue = await make_dialogue(
-            exchange, messages, offered(tools, body.tool_choice), constraint=response_constraint(body),
-            parallel_calls=body.parallel_tool_calls is not False, stop=stop_strings(body),
+            exchange, messages, offer, constraint=response_constraint(body),
+            parallel_calls=body.parallel_tool_calls is not False and not body.functions, stop=stop_strings(body),
             thinks=wants_thought is not False and effort != "none", continues=bool(body.continue_final_message),
             add_generation_prompt=body.add_generation_prompt is not False,
         )  # fmt: skip
@@ -164,7 +233,7 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None, prompt_logprobs=body.prompt_logprobs,
     )  # fmt: skip
     guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
-    run = _Run(exchange, body, [dialogue.new_answer(exchange) for _ in range(params.n)])
+    run = _Run(exchange, body, offer, [dialogue.new_answer(exchange) for _ in range(params.n)])
     generation = exchange.generate(dialogue.prompt_ids, params, guide=guide, salt=body.cache_salt)
     if body.stream:
         exchange.outcome.stream = True
@@ -175,9 +244,10 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
 class _Run:
     """One chat completion while it is written."""
 
-    def __init__(self, exchange: Exchange, body: ChatBody, answers: list[Answer]) -> None:
+    def __init__(self, exchange: Exchange, body: ChatBody, offer: Offer, answers: list[Answer]) -> None:
         self.exchange = exchange
         self.body = body
+        self.offer = offer
         self.answers = answers
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
@@ -214,7 +284,7 @@ class _Run:
                         was_open = answer.end_reason is None
                         frames += self._deltas(update.index, answer.take(update, generation))
                         if was_open and answer.end_reason is not None:
-                            frames.append(self._chunk(update.index, {}, finish_reason=answer.end_reason))
+                            frames.append(self._chunk(update.index, {}, finish_reason=self._reason(update.index)))
                     yield b"".join(frames) if updates else PING
                 self._note()
                 yield self._last(generation) + DONE
@@ -245,8 +315,11 @@ class _Run:
                 deltas.append({"content": event.text})
             elif isinstance(event, Reasoning):
                 deltas.append({"reasoning_content": event.text, "reasoning": event.text})
+            elif self.body.functions:
+                deltas.append({"function_call": {"name": event.name, "arguments": event.arguments}})
             else:
-                deltas.append({"tool_calls": [{"index": self._num_calls[index], **_call(event)}]})
+                call = _call(event, self.offer.origins)
+                deltas.append({"tool_calls": [{"index": self._num_calls[index], **call}]})
                 self._num_calls[index] += 1
         logged = self._new_logprobs(index)
         if logged and not deltas:
@@ -279,20 +352,26 @@ class _Run:
     def _choice(self, index: int, events: list[OutputEvent]) -> dict[str, Any]:
         content = "".join(event.text for event in events if isinstance(event, Content))
         reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
-        calls = [_call(event) for event in events if isinstance(event, Call)]
+        calls = [event for event in events if isinstance(event, Call)]
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls or reasoning else "")}
         message["refusal"] = None
         if reasoning:
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
-        if calls:
-            message["tool_calls"] = calls
+        if calls and self.body.functions:
+            message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
+        elif calls:
+            message["tool_calls"] = [_call(event, self.offer.origins) for event in calls]
         logged = self._new_logprobs(index)
         return {
             "index": index,
             "message": message,
             "logprobs": {"content": logged} if self.body.logprobs else None,
-            "finish_reason": self.answers[index].end_reason,
+            "finish_reason": self._reason(index),
         }
+
+    def _reason(self, index: int) -> str | None:
+        reason = self.answers[index].end_reason
+        return "function_call" if reason == "tool_calls" and self.body.functions else reason
 
     def _usage(self, generation: Generation) -> dict[str, Any]:
         return usage(*usage_counts(generation, self.answers))
@@ -311,12 +390,8 @@ def usage(prompt: int, cached: int, generated: int, reasoning: int) -> dict[str,
     }
 
 
-def _call(event: Call) -> dict[str, Any]:
-    function = {"name": event.name, "arguments": event.arguments}
-    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
-
-
-def _tool(tool: ToolBody, index: int) -> dict[str, Any]:
-    if tool.type != "function" or tool.function is None:
-        raise ApiError.bad("a tool must be of type function", param=f"tools.{index}")
-    return function_tool(tool.function.name, tool.function.description, tool.function.parameters)
+def _call(event: Call, origins: Mapping[str, Origin]) -> dict[str, Any]:
+    head = {"id": f"call_{secrets.token_hex(12)}"}
+    if event.name in origins:  # a custom tool
+        return {**head, "type": "custom", "custom": {"name": event.name, "input": free_input(event.arguments)}}
+    return {**head, "type": "function", "function": {"name": event.name, "arguments": event.arguments}}

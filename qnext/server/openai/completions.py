@@ -71,6 +71,7 @@ async def completions(exchange: Exchange) -> Reply | EventStream:
             max_tokens=1 if body.max_tokens == 0 else body.max_tokens, default_max_tokens=DEFAULT_MAX_TOKENS,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo and body.logprobs is not None else body.prompt_logprobs,
+            param="prompt",
         )
         for ids in prompts
     ]  # fmt: skip
@@ -96,7 +97,7 @@ async def _prompts(exchange: Exchange, body: CompletionBody) -> list[list[int]]:
         else:
             ids = list(entry)  # type: ignore[arg-type]
             if len(ids) > served.max_model_len:
-                _refuse_length(len(ids), served.max_model_len)
+                raise ApiError.too_long(len(ids), served.max_model_len - 1, param="prompt")
             served.check_ids(ids, param="prompt")
         if body.suffix:
             ids = await _around_hole(exchange, ids, body.suffix)
@@ -104,13 +105,6 @@ async def _prompts(exchange: Exchange, body: CompletionBody) -> list[list[int]]:
             raise ApiError.bad("the prompt is empty", param="prompt")
         found.append(ids)
     return found
-
-
-def _refuse_length(num_tokens: int, limit: int) -> None:
-    raise ApiError.bad(
-        f"the prompt has {num_tokens} tokens, but the context holds {limit}", param="prompt",
-        code="context_length_exceeded",
-    )  # fmt: skip
 
 
 async def _around_hole(exchange: Exchange, ids: list[int], suffix: str) -> list[int]:

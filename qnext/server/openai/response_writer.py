@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from qnext.server.answers import Answer, chat_logprob, usage_counts
 from qnext.server.errors import ApiError
 from qnext.server.exchange import Exchange
 from qnext.server.generation import Generation, Update
+from qnext.server.openai.foreign import call_item
+from qnext.server.tools import Origin
 from qnext.server.writing import Event
 from qnext.text.output import Call, Content, OutputEvent
 
 ItemKind = Literal["message", "reasoning"]
+_ARGUMENTS = "function_call_arguments"
 _PART = {"message": "output_text", "reasoning": "reasoning_text"}
 
 
@@ -25,13 +29,22 @@ class ResponseWriter:
 
     ping = b": ping\n\n"
 
-    def __init__(self, exchange: Exchange, answer: Answer, echo: dict[str, Any], *, num_top: int | None = None) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        answer: Answer,
+        echo: dict[str, Any],
+        *,
+        num_top: int | None = None,
+        origins: Mapping[str, Origin] | None = None,
+    ) -> None:
         self.exchange = exchange
         self.answer = answer
         self.id = f"resp_{secrets.token_hex(12)}"
         self.items: list[dict[str, Any]] = []
         self._echo = echo
         self._num_top = num_top
+        self._origins = origins or {}
         self._kind: ItemKind | None = None  # of the item that is open
         self._texts: list[str] = []  # its pieces
         self._logged: list[dict[str, Any]] = []  # log-probabilities of its tokens
@@ -92,9 +105,15 @@ class ResponseWriter:
         self.exchange.outcome.finish_reason = self.answer.end_reason
         return [*found, self._lifecycle(status)]
 
+    def refuse(self, error: ApiError) -> list[Event]:
+        """A response that fails before it has begun."""
+        return [self._lifecycle("created"), *self.fail(error)]
+
     def fail(self, error: ApiError) -> list[Event]:
         self._close("incomplete")  # what was written stands in the response
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        if error.code == "context_length_exceeded":
+            code = error.code
         self._end |= {"status": "failed", "error": {"code": code, "message": error.message}}
         return [self._lifecycle("failed")]
 
@@ -152,13 +171,33 @@ class ResponseWriter:
         part: dict[str, Any] = {"type": _PART[kind], "text": "".join(self._texts)}
         return {**part, "annotations": [], "logprobs": self._logged} if kind == "message" else part
 
+    def _foreign(self, call: Call, origin: Origin) -> list[Event]:
+        """A call of a tool that is no function, or is one of a namespace."""
+        item = call_item(call, origin)
+        self.items.append(item)
+        begun = {**item, "status": "in_progress"}
+        name, key = {"custom": ("custom_tool_call_input", "input"), "function": (_ARGUMENTS, "arguments")}.get(
+            origin.kind, ("", "")
+        )
+        if not name:
+            return [self._item_event("added", begun), self._item_event("done", item)]
+        more = {"name": origin.name} if origin.kind == "function" else {}
+        return [
+            self._item_event("added", {**begun, key: ""}),
+            self._event(f"{name}.delta", delta=item[key]),
+            self._event(f"{name}.done", **{key: item[key]}, **more),
+            self._item_event("done", item),
+        ]
+
     def _call(self, call: Call) -> list[Event]:
+        if call.name in self._origins:
+            return self._foreign(call, self._origins[call.name])
         item = {"id": _id("fc"), "type": "function_call", "call_id": _id("call"), "name": call.name}
         self.items.append({**item, "arguments": call.arguments, "status": "completed"})
         return [
             self._item_event("added", {**item, "arguments": "", "status": "in_progress"}),
-            self._event("function_call_arguments.delta", delta=call.arguments),
-            self._event("function_call_arguments.done", arguments=call.arguments, name=call.name),
+            self._event(f"{_ARGUMENTS}.delta", delta=call.arguments),
+            self._event(f"{_ARGUMENTS}.done", arguments=call.arguments, name=call.name),
             self._item_event("done", self.items[-1]),
         ]
 
