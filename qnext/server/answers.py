@@ -133,16 +133,37 @@ def finite_logprob(value: float | None) -> float | None:
     return None if value is None else max(value, _LEAST_LOGPROB)
 
 
-def chat_logprob(served: ServedModel, token: SampledToken, num_top: int) -> dict[str, Any]:
+def token_name(served: ServedModel, token_id: int, *, as_id: bool) -> str:
+    """A token's text, or with `as_id` (return_tokens_as_token_ids) a name that tells it from all others."""
+    return f"token_id:{token_id}" if as_id else served.token_text(token_id)
+
+
+def chat_logprob(served: ServedModel, token: SampledToken, num_top: int, *, as_id: bool = False) -> dict[str, Any]:
     """OpenAI's form of a token of a chat answer."""
-    entry = _named(served, token.token_id, token.logprob)
-    entry["top_logprobs"] = [_named(served, other, value) for other, value in token.top_logprobs[:num_top]]
+    entry = _named(served, token.token_id, token.logprob, as_id)
+    entry["top_logprobs"] = [_named(served, other, value, as_id) for other, value in token.top_logprobs[:num_top]]
     return entry
 
 
-def _named(served: ServedModel, token_id: int, logprob: float | None) -> dict[str, Any]:
+def prompt_logprobs(served: ServedModel, tokens: Sequence[SampledToken]) -> list[dict[str, Any] | None]:
+    """vLLM's form of a prompt's tokens: each with its alternatives by id; null for the first, which has none."""
+    found: list[dict[str, Any] | None] = []
+    for token in tokens:
+        if token.logprob is None:
+            found.append(None)
+            continue
+        ranked = {other: (value, rank) for rank, (other, value) in enumerate(token.top_logprobs, 1)}
+        ranked.setdefault(token.token_id, (token.logprob, token.rank or 0))
+        found.append({
+            str(other): {"logprob": finite_logprob(value), "rank": rank, "decoded_token": served.token_text(other)}
+            for other, (value, rank) in ranked.items()
+        })  # fmt: skip
+    return found
+
+
+def _named(served: ServedModel, token_id: int, logprob: float | None, as_id: bool) -> dict[str, Any]:
     return {
-        "token": served.token_text(token_id),
+        "token": token_name(served, token_id, as_id=as_id),
         "logprob": finite_logprob(logprob),
         "bytes": list(served.token_bytes(token_id)),
     }

@@ -26,6 +26,8 @@ class Body(BaseModel):
     )
 
 
+# Of the body itself: what nobody knows is kept, so that the client can be told of it.
+KEEPS_UNKNOWN = ConfigDict(extra="allow")
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_LISTED_TOKENS, fail_fast=True)]
@@ -49,6 +51,7 @@ def at_most(length: int) -> BeforeValidator:
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class StructuredOutputs(Body):

@@ -115,6 +115,8 @@ def _refuse_foreign(body: SamplingBody) -> None:
         raise ApiError.bad("a chat template in a request is not accepted", param="chat_template")
     if body.prompt_embeds is not None:
         raise ApiError.bad("prompts are text or token ids", param="prompt_embeds")
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError.bad("log-probabilities of the prompt are not streamed", param="prompt_logprobs")
     if body.stream_options is not None and not body.stream:
         raise ApiError.bad("stream_options needs stream", param="stream_options")
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qnext.engine.sampling.gbnf import is_gbnf, lark_of
 from qnext.engine.sampling.schemas import enforceable
 from qnext.errors import UsageError
 
@@ -27,8 +28,9 @@ class Constraint:
     """What the output must look like.
 
     `value` is a JSON schema (text, object or boolean), a regular expression that the whole output must match, the
-    choices, or a Lark grammar with the rule `start`; it is not read for "json_object". `starts_after` are the token
-    ids that end the reasoning: the constraint holds for what follows their first appearance in the output.
+    choices, or a grammar: Lark with the rule `start`, or GBNF with `root`. It is not read for "json_object".
+    `starts_after` are the token ids that end the reasoning: the constraint holds for what follows their first
+    appearance in the output.
     `is_strict`: a schema that cannot be enforced whole is refused, not relaxed. `alternative`: Lark of what the output
     may be instead, such as a tool call.
     """
@@ -197,6 +199,8 @@ def _lark_text(text: str, limits: GrammarLimits) -> str:
     _check_size("lark", text, limits.max_lark_bytes)
     if not text.strip():
         raise UsageError("lark: the grammar is empty")
+    if is_gbnf(text):
+        text = lark_of(text)
     # Rules and brackets are resolved by recursion: a chain of thousands of them would overflow the stack.
     if len(_RULE.findall(text)) > limits.max_lark_rules:
         raise UsageError(f"lark: more than {limits.max_lark_rules} rules")

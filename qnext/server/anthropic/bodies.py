@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from qnext.server.bodies import Body, Name, Stops
+from qnext.server.bodies import KEEPS_UNKNOWN, Body, Name, Stops
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_MESSAGES, MAX_TOOLS
 from qnext.server.tools import ToolName
 
@@ -118,6 +118,7 @@ class ToolChoice(Body):
 
 class Thinking(Body):
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    display: Annotated[str, Field(max_length=64)] | None = None
 
 
 class OutputFormat(Body):
@@ -131,6 +132,8 @@ class OutputConfig(Body):
 
 class CountBody(Body):
     """A conversation whose tokens are to be counted."""
+
+    model_config = KEEPS_UNKNOWN
 
     model: Annotated[str, Field(max_length=512)]
     messages: Annotated[list[TurnBody], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from qnext.engine.sampling.constraint import Constraint
 from qnext.errors import QnextError
-from qnext.server.answers import Answer, chat_logprob, timings, usage_counts
-from qnext.server.bodies import Body, Name, SamplingBody
+from qnext.server.answers import Answer, chat_logprob, prompt_logprobs, timings, usage_counts
+from qnext.server.bodies import KEEPS_UNKNOWN, Body, Name, SamplingBody
 from qnext.server.dialogue import make_dialogue
 from qnext.server.errors import ApiError, error_body, from_user_error
 from qnext.server.exchange import Exchange
@@ -87,6 +87,8 @@ class TemplateArguments(Body):
 
 class ChatBody(SamplingBody):
     """The body of a chat completion."""
+
+    model_config = KEEPS_UNKNOWN
 
     messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
@@ -267,6 +269,9 @@ class _Run:
         document = {**self._head("chat.completion"), "choices": choices, "usage": self._usage(generation)}
         if self.body.return_token_ids:
             document["prompt_token_ids"] = list(generation.prompt_ids)
+        if self.body.prompt_logprobs is not None:
+            sampled = generation.requests[0].prompt_sampled
+            document["prompt_logprobs"] = prompt_logprobs(self.exchange.server.served, sampled)
         if self.body.timings:
             document["timings"] = timings(generation.requests[0])
         self._note()
@@ -335,7 +340,8 @@ class _Run:
         tokens = self.answers[index].tokens[self._num_logged[index] :]
         self._num_logged[index] += len(tokens)
         served = self.exchange.server.served
-        return [chat_logprob(served, token, self.body.top_logprobs or 0) for token in tokens]
+        as_id = bool(self.body.return_tokens_as_token_ids)
+        return [chat_logprob(served, token, self.body.top_logprobs or 0, as_id=as_id) for token in tokens]
 
     def _last(self, generation: Generation) -> bytes:
         document: dict[str, Any] = {**self._head("chat.completion.chunk"), "choices": []}

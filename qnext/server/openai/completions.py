@@ -15,8 +15,8 @@ from pydantic import Field
 from qnext.engine.params import SamplingParams
 from qnext.engine.request import Guide, SampledToken
 from qnext.engine.sampling.grammar import CompiledGrammar
-from qnext.server.answers import Answer, finite_logprob, timings, usage_counts
-from qnext.server.bodies import SamplingBody
+from qnext.server.answers import Answer, finite_logprob, prompt_logprobs, timings, token_name, usage_counts
+from qnext.server.bodies import KEEPS_UNKNOWN, SamplingBody
 from qnext.server.errors import ApiError, error_body
 from qnext.server.exchange import Exchange
 from qnext.server.generation import Generation, Update
@@ -34,6 +34,8 @@ PromptTokens = Annotated[list[int], Field(fail_fast=True)]
 
 class CompletionBody(SamplingBody):
     """The body of a completion: a text, token ids, or a list of either."""
+
+    model_config = KEEPS_UNKNOWN
 
     prompt: (
         PromptText
@@ -252,7 +254,7 @@ class _Run:
             "finish_reason": "length" if self.body.max_tokens == 0 else answer.end_reason,
         }
         if self.body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = [self._alternatives(token) for token in self._prompt_tokens(number)]
+            choice["prompt_logprobs"] = prompt_logprobs(self.exchange.server.served, self._prompt_tokens(number))
         if self.body.return_token_ids:
             choice["token_ids"] = list(self._generation(number).requests[index % self.n].output_ids)
             choice["prompt_token_ids"] = ids
@@ -288,9 +290,8 @@ class _Run:
         return found
 
     def _token_name(self, token_id: int) -> str:
-        if self.body.return_tokens_as_token_ids:
-            return f"token_id:{token_id}"
-        return self.exchange.server.served.token_text(token_id)
+        as_id = bool(self.body.return_tokens_as_token_ids)
+        return token_name(self.exchange.server.served, token_id, as_id=as_id)
 
     def _echo_frame(self, choice: int) -> bytes:
         number = choice // self.n

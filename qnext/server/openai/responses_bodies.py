@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
-from qnext.server.bodies import Body, Name, at_most
+from qnext.server.bodies import KEEPS_UNKNOWN, Body, Name, at_most
 from qnext.server.errors import ApiError
 from qnext.server.history import Note, part_text, without_attribution
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
@@ -169,6 +169,7 @@ class TextBody(Body):
 
 class ReasoningBody(Body):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Annotated[str, Field(max_length=64)] | None = None
 
 
 _Key = Annotated[str, Field(max_length=64)]
@@ -177,6 +178,8 @@ _Value = Annotated[str, Field(max_length=512)]
 
 class ResponseBody(Body):
     """The body of a response."""
+
+    model_config = KEEPS_UNKNOWN
 
     model: Annotated[str, Field(max_length=512)] | None = None
     input: Items

@@ -162,7 +162,11 @@ TEXTS: dict[str, list[Any]] = {
     "guided_choice": [[], [5], "x", {}, ["x"] * 3_000 + [MARK], [MARK * 10_000]],
     "guided_regex": [5, [], "(", "[", "*", "a{2,1}", "(?<=a)b", "(?=a)", r"(a)\1", "x" * 2_000, "\\", f"({MARK}"],
     "guided_grammar": [5, "", " ", MARK, "start:", "start: start", "start: missing", "x" * 1_000_000, "start: ("],
-    "grammar": [5, "", MARK, 'root ::= "a"', "start: start start"],
+    "grammar": [
+        5, "", MARK, 'start ::= "a"', "start: start start", f"root ::= {MARK}", "root ::= (", "root ::= root",
+        "root ::=[]",
+        f"root ::= {'(' * 900}", f'root ::= "{MARK}', "\n".join(f"r{i} ::= r{i + 1}" for i in range(9_000)),
+    ],
     "structured_outputs": [
         5, "x", [], {"json": 5}, {"regex": "("}, {"choice": []}, {"grammar": MARK}, {"json": {}, "regex": "a"},
     ],
