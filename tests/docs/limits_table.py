@@ -45,7 +45,7 @@ FIXED: dict[str, str] = {
     "MAX_TOOLS": "tools of a request",
     "MAX_TOOL_CALLS": "calls in one message",
     "MAX_NAME_CHARACTERS": "characters of a tool's name",
-    "MAX_TEXT_PER_TOKEN": "characters of a prompt per token of the context; longer ones are not even tokenized",
+    "MAX_TEXT_PER_TOKEN": "characters of a prompt per token of the context; longer ones are counted in part",
     "MAX_PROMPT_LOGPROB_TOKENS": "tokens of a prompt whose log-probabilities are asked for",
     "MAX_LOGPROBS": "alternatives per token (`top_logprobs`, `logprobs`, `prompt_logprobs`)",
     "MAX_ERROR_BYTES": "bytes of an error's body",

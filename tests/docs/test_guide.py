@@ -21,7 +21,7 @@ from qnext.quant.scheme import make_policy
 from qnext.server.admin import ADMIN_ROUTES
 from qnext.server.keys import KeyRing
 from qnext.server.table import public_routes
-from tests.docs import limits_table
+from tests.docs import fields_table, limits_table
 from tests.docs.snippets import ROOT, USAGE_ERROR, Block, blocks, check_arguments, commands, qnext_arguments
 from tests.server.serving import Running, running_server, save_served
 
@@ -176,6 +176,10 @@ def test_the_table_of_limits_is_that_of_the_program() -> None:
     for _, flag in limits_table.OPERATOR.values():
         if flag is not None:
             check_arguments(["serve", "model", flag, "1"])
+
+
+def test_the_tables_of_fields_are_those_of_the_program() -> None:
+    assert fields_table.PAGE.read_text(encoding="utf-8") == fields_table.page(), "python -m tests.docs.fields_table"
 
 
 def test_the_table_of_errors_has_every_code_of_the_server() -> None:

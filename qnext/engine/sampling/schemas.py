@@ -44,7 +44,7 @@ RELAXED: Mapping[str, str] = {
     "$ref": "any value, where it points outside of the schema",
     "pattern": "any text, with look-around, back references, or marks of word and line inside",
     "patternProperties": "such a pattern is passed over",
-    "required": "passed over where it is no list",
+    "required": "passed over where it is true or false",
     "minProperties": "any number, where some of the named properties are optional",
     "maxProperties": "any number, where some of the named properties are optional",
     "minimum": "no bound beyond 2^62; the same for the other bounds",
