@@ -51,8 +51,8 @@ def page() -> str:
             "",
             "## History",
             "",
-            "What earlier turns hold beside text becomes text: "
-            f"{_list(PLACEHOLDERS)} a short note in brackets; documents of plain text, results of searches and of",
+            f"What earlier turns hold beside text becomes text: {_list(PLACEHOLDERS)}",
+            "a short note in brackets; documents of plain text, results of searches and of",
             "other servers' tools what can be read of them; calls of tools of other kinds calls; a result whose call is gone",
             "text of the user. In the question that is asked now (the last message, of the user) a picture, a sound or",
             "a file is refused with `unsupported_content`; results of tools are history.",
