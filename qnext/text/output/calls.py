@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from qnext.text.output.events import OutputEvent
+from qnext.text.output.events import CallEnd, OutputEvent
 from qnext.text.output.json_calls import JsonCallReader
 from qnext.text.output.scan import CALL_KINDS, KINDS, Tag, skip_space, tag_at
 from qnext.text.output.values import ToolTable
@@ -70,12 +70,13 @@ class CallReader:
     def feed(self, text: str, start: int) -> int:
         """Read on from `start`; returns how far: what is left may begin a tag."""
         end = min(len(text), start + MAX_CALL_LENGTH - self._num_held)
-        place = self._open(text, start, end)
+        place = self._open(text, start, end) if self._form is None else start
         if self._form is not None and not self.has_failed:
             place = self._form.feed(text, place, end)
         self._held.append(text[start:place])
         self._num_held += place - start
-        if self._num_held + end - place >= MAX_CALL_LENGTH and not self.is_done:
+        is_whole = self._form is not None and self._form.events[-1:] == [CallEnd()]
+        if self._num_held + end - place >= MAX_CALL_LENGTH and not is_whole and not self.is_done:
             self._has_failed = True
         return place
 
@@ -153,7 +154,10 @@ class ThoughtCalls:
 
     def _read_call(self, call: CallReader, text: str, start: int) -> int:
         place = call.feed(text, start)
-        self._events += call.take()
+        while (events := call.take())[-1:] == [CallEnd()] and not call.is_done:
+            self._events += events
+            place = call.feed(text, place)
+        self._events += events
         self.has_failed = call.has_failed or call.leftover.strip() != ""
         if call.is_done:
             self._call = None

@@ -101,7 +101,7 @@ class JsonCallReader:
         return start
 
     def _open_value(self, take: Callable[[], None]) -> None:
-        self._value = JsonReader(max_depth=MAX_DEPTH - 1)
+        self._value = JsonReader(max_depth=MAX_DEPTH - 1, reads_lines=take in (self._take_object, self._take_text))
         self._take_value = take
         self._state = self._read_value
 
@@ -109,7 +109,8 @@ class JsonCallReader:
         start = self._value.feed(text, start, end)
         self.has_failed = self._value.has_failed
         if self.has_started and self._take_value == self._take_object:
-            self._write(self._value.take())
+            # The last bracket waits for the call's end: cut arguments are no JSON.
+            self._write(self._value.take().removesuffix("}" if self._value.is_done else ""))
         if self._value.is_done:
             self._take_value()
         return start
@@ -169,11 +170,11 @@ class JsonCallReader:
     def _take_text(self) -> None:
         """Some models write the object as a text that holds it; none at all, or null, is an object without members."""
         value = json.loads(self._value.take(), parse_int=lambda _: 0)
-        if value is None or value == "":
-            self._keys -= set(_ARGUMENTS)
-        elif isinstance(value, str):
+        if isinstance(value, str) and value:
             self._arguments = strict_json(value, "{")
-        self.has_failed = bool(value) and self._arguments is None or value is False or value == 0
+            self.has_failed = self._arguments is None
+        else:
+            self.has_failed = value is not None and value != ""
         self._state = self._read_next
 
     def _read_next(self, text: str, start: int, end: int) -> int:
@@ -213,6 +214,8 @@ class JsonCallReader:
         if not self.has_started:
             self._start(name)
             self._write(arguments)
+        else:
+            self._write("}")
         self.events.append(CallEnd())
         self.has_started = False
         self._state = self._read_next_call if self._is_list else self._read_tail

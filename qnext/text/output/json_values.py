@@ -34,12 +34,16 @@ class _Level:
 
 
 class JsonReader:
-    """Reads one value; `is_done` is set behind it. A number is done when something else follows, or at `finish`."""
+    """Reads one value; `is_done` is set behind it. A number is done when something else follows, or at `finish`.
 
-    def __init__(self, *, max_depth: int = MAX_DEPTH) -> None:
+    `reads_lines`: values may hold raw control characters; keys never do.
+    """
+
+    def __init__(self, *, max_depth: int = MAX_DEPTH, reads_lines: bool = True) -> None:
         self.is_done = False
         self.has_failed = False
         self._max_depth = max_depth
+        self._reads_lines = reads_lines
         self._levels: list[_Level] = []
         self._state = self._read_value
         self._output: list[str] = []
@@ -233,8 +237,10 @@ class JsonReader:
             self._escape = mark
         elif mark == self._quote:
             self._end_string()
-        else:
+        elif mark == '"' or (self._reads_lines and not self._is_key):
             self._write(json.dumps(mark)[1:-1])
+        else:
+            return self._fail(place)
         return place + 1
 
     def _end_string(self) -> None:

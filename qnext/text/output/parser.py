@@ -48,6 +48,7 @@ class OutputParser:
         reads_reasoning: bool = True,
     ) -> None:
         self._tools = ToolTable(tools)
+        self._reads_calls = tool_style is not None
         self._kinds: tuple[TagKind, ...] = CALL_KINDS if tool_style is not None else ()
         self._kinds += ("think",) if starts_in_reasoning or reads_reasoning else ()
         self._step = self._read_content
@@ -215,19 +216,23 @@ class OutputParser:
         call = self._call
         assert call is not None
         place = call.feed(text, start)
-        self._take_call(call)
+        while self._take_call(call) and not call.is_done:
+            place = call.feed(text, place)  # it pauses behind each call
         if call.is_done:
             self._end_call(call)
         elif call.has_failed:
             self._fail_call(call)
         return place
 
-    def _take_call(self, call: CallReader) -> None:
+    def _take_call(self, call: CallReader) -> bool:
+        """Whether a call ended."""
         events = call.take()
+        num_ended = sum(isinstance(event, CallEnd) for event in events)
         if events:
             self._space = ""
             self._events += events
-            self._num_calls += sum(isinstance(event, CallEnd) for event in events)
+            self._num_calls += num_ended
+        return num_ended > 0
 
     def _end_call(self, call: CallReader) -> None:
         self._call = None
@@ -261,7 +266,7 @@ class OutputParser:
             self._fail_call(call, rest)
             return
         self._end_call(call)
-        if not rest.startswith("</"):  # else it begins a tag that closes the call
+        if rest[:2] not in ("<", "</"):  # else it begins a tag that closes the call
             self._again += rest
 
     def _read_thought_calls(self, text: str, start: int) -> int:
@@ -308,6 +313,8 @@ class OutputParser:
         line = text.rpartition("\n")
         self._is_line_blank = (bool(line[1]) or self._is_line_blank) and not line[2].strip(WHITE_SPACE)
         solid = text.rstrip(WHITE_SPACE if kind is Content else "\n")
+        if kind is Content and not self._reads_calls:
+            solid = text  # no call follows
         if kind is Content:
             self._ticks.add(text)
             self._is_mention = self._is_mention and not solid
@@ -327,7 +334,7 @@ class OutputParser:
 
     def _take(self) -> list[OutputEvent]:
         events, self._events = self._events, []
-        return merged(events)
+        return merged(events) if len(events) > 1 else events
 
 
 class _Ticks:

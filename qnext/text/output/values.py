@@ -52,7 +52,7 @@ class ToolTable:
         if key not in self._found:
             root = self._parameters.get(function, {})
             schema = self.arguments(function).get(argument)
-            if schema is None:  # the names that a model makes up are not kept
+            if not isinstance(schema, Mapping) and schema is not True:  # the names that a model makes up are not kept
                 others = root.get("additionalProperties")
                 return types_of(others, root) if isinstance(others, Mapping) else STRING
             self._found[key] = types_of(schema, root)

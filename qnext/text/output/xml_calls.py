@@ -26,6 +26,8 @@ _SIGNS = {"tool_call": "T", "function": "F", "parameter": "P", "think": "x"}
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(signs), meaning)
     for signs, meaning in (
+        ("TF|F[Pf]", "nested"),
+        ("T[^F]|F[^Pf]", "text"),
         ("p[PftTF]", "closed"),
         (r"p\$", "closed at the end"),
         ("pp|ff|tt|ft[ft]", "again"),
@@ -44,7 +46,7 @@ class Piece(NamedTuple):
 
     @property
     def sign(self) -> str:
-        """"x" for text, " " for white space, else a letter of the tag."""
+        """ "x" for text, " " for white space, else a letter of the tag."""
         if self.tag is None:
             return "x" if self.text.strip(WHITE_SPACE) else " "
         letter = _SIGNS[self.tag.kind]
@@ -75,6 +77,7 @@ class XmlCallReader:
         self._is_again = False  # the parameter has a value already
         self._is_line_blank = True  # so far, of the value's last line
         self._pending: list[Piece] = []  # a tag in a value that may end it, and what followed
+        self._signs = ""  # of the pending tags
         self._is_pending_apart = False  # it stands on a line of its own
         self._nested: list[str] | None = None  # the value's text from the first call in it on
         self._nested_sign = ""
@@ -167,7 +170,7 @@ class XmlCallReader:
 
     def _read_object(self, reader: JsonReader, text: str, start: int, end: int) -> int:
         place = reader.feed(text, start, end)
-        self._write(reader.take())
+        self._write(reader.take().removesuffix("}" if reader.is_done else ""))
         self.has_failed = reader.has_failed
         if reader.is_done:
             self._object = None
@@ -216,16 +219,12 @@ class XmlCallReader:
         if tag is None or not (is_apart or sign == "p"):
             self._add(piece.text)
         elif tag.closes:
-            self._pending = [piece]
+            self._pending, self._signs = [piece], sign
             self._is_pending_apart = is_apart
         elif sign == "P":
             self._take_parameter(tag.name, piece)
         else:
-            if self._nested is None:
-                self._nested = []
-            self._nested_sign = sign
-            self._nested_depth = 1
-            self._add(piece.text)
+            self._pending, self._signs = [piece], sign
 
     def _take_parameter(self, name: str, piece: Piece) -> None:
         """An opening tag on a line of its own: if the tool has it, the closing tag before it was forgotten."""
@@ -242,11 +241,13 @@ class XmlCallReader:
             self._open_parameter(name)
 
     def _meaning(self, sign: str) -> str:
-        signs = "".join(piece.sign for piece in self._pending if piece.tag is not None) + sign
+        signs = self._signs + sign
         return next((meaning for pattern, meaning in _RULES if pattern.fullmatch(signs)), "two ways")
 
     def _decide(self, meaning: str, piece: Piece) -> None:
         is_apart = self._is_pending_apart
+        if self._signs in ("T", "F") and piece.text.startswith("{"):
+            meaning = "nested"
         if not is_apart and (meaning == "again" or (meaning == "closed" and piece.sign in "tTF")):
             meaning = "text"
         if meaning == "closed":
@@ -255,16 +256,30 @@ class XmlCallReader:
                 self._take_member(piece)
         elif meaning == "text":
             first, *others = self._pending
-            self._pending = []
+            self._pending, self._signs = [], ""
             self._add(first.text)
             for other in (*others, piece):
                 self._take(other)
+        elif meaning == "nested":
+            self._open_nested(piece)
         elif meaning == "open":
             self._pending.append(piece)
+            self._signs += piece.sign
         elif meaning == "not closed":
             self._end_unclosed([piece])
         else:
             self.has_failed = meaning != "again"
+
+    def _open_nested(self, piece: Piece) -> None:
+        """A call begins inside the value."""
+        pending, self._pending = self._pending, []
+        self._nested_sign, self._signs = self._signs, ""
+        self._nested_depth = 1
+        if self._nested is None:
+            self._nested = []
+        for entry in pending:
+            self._add(entry.text)
+        self._take(piece)
 
     def _end_unclosed(self, following: Sequence[Piece]) -> None:
         """The call ends here, its last value where the pending tags began."""
@@ -288,7 +303,7 @@ class XmlCallReader:
         for text in self._nested or ():
             self._value.add(text)
         self._nested = None
-        self._pending = []
+        self._pending, self._signs = [], ""
         rest = self._value.end(is_closed=is_closed)
         self.has_failed = rest is None or (self._is_again and self._written[self._parameter] != self._value.whole)
         if not self.has_failed:
@@ -327,9 +342,8 @@ class XmlCallReader:
             self.has_failed = True
             return
         self.leftover = "".join(piece.text for piece in leftover)
-        if not self._has_object:
-            self._is_again = False
-            self._write("}" if self._written else "{}")
+        self._is_again = False
+        self._write("}" if self._written or self._has_object else "{}")
         self.events.append(CallEnd())
         self.has_started = False
         self.is_done = True
