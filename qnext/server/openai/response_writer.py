@@ -10,8 +10,8 @@ from qnext.server.answers import Answer, chat_logprob, usage_counts
 from qnext.server.errors import ApiError
 from qnext.server.exchange import Exchange
 from qnext.server.generation import Generation, Update
-from qnext.server.writing import Event
-from qnext.text.output import Call, Content, OutputEvent
+from qnext.server.writing import Event, named_frames
+from qnext.text.output import CallArguments, CallCut, CallEnd, CallStart, Content, OutputEvent, Reasoning
 
 ItemKind = Literal["message", "reasoning"]
 _PART = {"message": "output_text", "reasoning": "reasoning_text"}
@@ -23,7 +23,7 @@ class ResponseWriter:
     `echo` is what the response says of its request. `num_top` None: without log-probabilities.
     """
 
-    ping = b": ping\n\n"
+    frames = staticmethod(named_frames)
 
     def __init__(self, exchange: Exchange, answer: Answer, echo: dict[str, Any], *, num_top: int | None = None) -> None:
         self.exchange = exchange
@@ -57,8 +57,8 @@ class ResponseWriter:
     def write(self, events: list[OutputEvent]) -> list[Event]:
         found: list[Event] = []
         for event in events:
-            if isinstance(event, Call):
-                found += self._close("completed") + self._call(event)
+            if not isinstance(event, (Content, Reasoning)):
+                found += self._call(event)
                 self._unsent.clear()
                 continue
             kind: ItemKind = "message" if isinstance(event, Content) else "reasoning"
@@ -71,6 +71,12 @@ class ResponseWriter:
                 self._logged += more["logprobs"]
             found.append(self._event(f"{_PART[kind]}.delta", content_index=0, delta=event.text, **more))
         return found
+
+    def ping(self) -> Event:
+        """OpenAI's own, which its schema does not have."""
+        number = self._number
+        self._number += 1
+        return {"type": "keepalive", "sequence_number": number}
 
     def end(self, generation: Generation) -> list[Event]:
         is_cut = self.answer.end_reason == "length"
@@ -112,7 +118,7 @@ class ResponseWriter:
         return {"type": f"response.{event}", "sequence_number": number, **fields}
 
     def _lifecycle(self, name: str) -> Event:
-        return self._numbered(name, response={**self.response(), "output": list(self.items)})
+        return self._numbered(name, response={**self.response(), "output": [dict(item) for item in self.items]})
 
     def _event(self, event: str, /, **fields: Any) -> Event:
         """An event of the item that came last."""
@@ -152,13 +158,21 @@ class ResponseWriter:
         part: dict[str, Any] = {"type": _PART[kind], "text": "".join(self._texts)}
         return {**part, "annotations": [], "logprobs": self._logged} if kind == "message" else part
 
-    def _call(self, call: Call) -> list[Event]:
-        item = {"id": _id("fc"), "type": "function_call", "call_id": _id("call"), "name": call.name}
-        self.items.append({**item, "arguments": call.arguments, "status": "completed"})
+    def _call(self, event: CallStart | CallArguments | CallEnd | CallCut) -> list[Event]:
+        if isinstance(event, CallStart):
+            closed = self._close("completed")
+            item = {"id": _id("fc"), "type": "function_call", "call_id": _id("call"), "name": event.name}
+            self.items.append({**item, "arguments": "", "status": "in_progress"})
+            return [*closed, self._item_event("added", dict(self.items[-1]))]
+        if isinstance(event, CallArguments):
+            self._texts.append(event.text)
+            return [self._event("function_call_arguments.delta", delta=event.text)]
+        arguments = "".join(self._texts)
+        self._texts.clear()
+        status = "completed" if isinstance(event, CallEnd) else "incomplete"
+        self.items[-1] |= {"arguments": arguments, "status": status}
         return [
-            self._item_event("added", {**item, "arguments": "", "status": "in_progress"}),
-            self._event("function_call_arguments.delta", delta=call.arguments),
-            self._event("function_call_arguments.done", arguments=call.arguments, name=call.name),
+            self._event("function_call_arguments.done", arguments=arguments, name=self.items[-1]["name"]),
             self._item_event("done", self.items[-1]),
         ]
 

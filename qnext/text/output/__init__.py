@@ -16,6 +16,7 @@ from qnext.text.output.events import (
     joined,
 )
 from qnext.text.output.grammar import tool_call_grammar
+from qnext.text.output.json_values import whole_members
 from qnext.text.output.parser import OutputParser
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "Reasoning",
     "joined",
     "tool_call_grammar",
+    "whole_members",
 ]

@@ -71,7 +71,7 @@ def merged(events: Iterable[OutputEvent]) -> list[OutputEvent]:
     found: list[OutputEvent] = []
     for kind, group in groupby(events, key=type):
         if kind in _TEXTS:
-            found.append(kind("".join(event[0] for event in group)))
+            found.append(kind("".join(event.text for event in group if isinstance(event, _TEXTS))))
         else:
             found.extend(group)
     return found

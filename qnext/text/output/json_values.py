@@ -297,3 +297,28 @@ def strict_json(text: str, opening: str = "") -> str | None:
     place = reader.feed(word, 0, len(word))
     reader.finish()
     return reader.take() if reader.is_done and place == len(word) else None
+
+
+_TOKEN = re.compile(r'[ \t\r\n]*("(?:[^"\\]|\\.)*"|[{}\[\],:]|[^"{}\[\],: \t\r\n]+(?=[ \t\r\n,}\]]))')
+
+
+def whole_members(beginning: str) -> str:
+    """Strict JSON of what is whole in the beginning of strict JSON of an object.
+
+    >>> whole_members('{"a": 1, "b": [2, 3, "fou')
+    '{"a": 1, "b": [2, 3]}'
+    """
+    closers: list[str] = []
+    kept, closing = 0, "{}"  # where the last whole value ends, and what closes the text there
+    place, expects_key = 0, False
+    while match := _TOKEN.match(beginning, place):
+        token, place = match[1], match.end()
+        is_closer = token == (closers[-1] if closers else "")
+        if token in ("{", "["):
+            closers.append(_CLOSERS[token])
+        elif is_closer:
+            closers.pop()
+        if token not in (",", ":") and (is_closer or not expects_key):
+            kept, closing = place, "".join(reversed(closers))
+        expects_key = token == "{" or (token == "," and closers[-1:] == ["}"])
+    return beginning[:kept] + closing
