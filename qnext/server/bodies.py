@@ -79,6 +79,7 @@ class SamplingBody(Body):
     n: Annotated[int, Field(ge=1)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     stop: Stop | Stops | None = None
+    stop_in_reasoning: bool | None = None  # true: stop strings end the thought of a chat answer too
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None

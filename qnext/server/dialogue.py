@@ -12,6 +12,7 @@ from qnext.server.exchange import Exchange
 from qnext.server.tools import Offer
 from qnext.text.messages import Message
 from qnext.text.output import OutputParser, tool_call_grammar
+from qnext.text.stream import Thought
 
 if TYPE_CHECKING:
     from qnext.server.served import ServedModel
@@ -28,6 +29,7 @@ class Dialogue:
     constraint_param: str = "response_format"
     max_calls: int | None = None
     stop: tuple[str, ...] = ()
+    stops_in_thought: bool = False
 
     def new_answer(self, exchange: Exchange) -> Answer:
         served = exchange.server.served
@@ -35,9 +37,11 @@ class Dialogue:
             tool_style=served.tool_style if self.offer.callable else None, tools=self.offer.callable,
             starts_in_reasoning=self.is_thinking, reads_reasoning=served.is_thinking,
         )  # fmt: skip
+        thought: Thought | None = "open" if self.is_thinking else "possible" if served.is_thinking else None
         return Answer(
-            served, stop=self.stop, parser=parser, starts_in_reasoning=self.is_thinking, max_calls=self.max_calls
-        )
+            served, stop=self.stop, parser=parser, starts_in_reasoning=self.is_thinking,
+            thought=None if self.stops_in_thought else thought, max_calls=self.max_calls,
+        )  # fmt: skip
 
 
 async def make_dialogue(
@@ -51,6 +55,7 @@ async def make_dialogue(
     continues: bool = False,
     add_generation_prompt: bool = True,
     stop: tuple[str, ...] = (),
+    stops_in_thought: bool = False,
     param: str = "messages",
 ) -> Dialogue:
     """Render and encode; the constraint is that of the tools where one must be called. Raises ApiError."""
@@ -71,7 +76,7 @@ async def make_dialogue(
         chosen = replace(chosen, starts_after=served.think_end)
     return Dialogue(
         prompt_ids, is_thinking, offer, chosen, chosen_param,
-        max_calls=1 if offer.callable and not parallel_calls else None, stop=stop,
+        max_calls=1 if offer.callable and not parallel_calls else None, stop=stop, stops_in_thought=stops_in_thought,
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class Limits:
     queue_seconds: float = 60.0  # until its first step
     request_seconds: float = 600.0  # until its end
     write_seconds: float = 60.0  # a client that reads nothing
-    ping_seconds: float = 15.0  # of silence in a stream
+    ping_seconds: float = 10.0  # without a byte in a stream; some clients give up after 15
     drain_seconds: float = 30.0  # for running requests when the server is told to stop
     watchdog_seconds: float = 300.0  # for one step of the model
     retry_seconds: int = 2  # what Retry-After says when the server is full

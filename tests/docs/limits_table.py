@@ -23,7 +23,7 @@ OPERATOR: dict[str, tuple[str, str | None]] = {
     "queue_seconds": ("seconds until its first step", "--queue-timeout"),
     "request_seconds": ("seconds until its end", "--request-timeout"),
     "write_seconds": ("seconds that a write waits for a client that reads nothing", None),
-    "ping_seconds": ("seconds of silence in a stream before a comment keeps it open", None),
+    "ping_seconds": ("seconds without a byte in a stream before an event keeps it open", None),
     "drain_seconds": ("seconds that running requests get when the server is told to stop", "--shutdown-timeout"),
     "watchdog_seconds": ("seconds of one step, after which the process ends", "--watchdog-timeout"),
     "retry_seconds": ("seconds that `Retry-After` says when the queue is full", None),

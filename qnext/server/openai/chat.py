@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import orjson
 from pydantic import Field
 
 from qnext.engine.sampling.constraint import Constraint
@@ -15,19 +14,28 @@ from qnext.errors import QnextError
 from qnext.server.answers import Answer, chat_logprob, prompt_logprobs, timings, usage_counts
 from qnext.server.bodies import KEEPS_UNKNOWN, Body, Name, SamplingBody
 from qnext.server.dialogue import make_dialogue
-from qnext.server.errors import ApiError, error_body, from_user_error
+from qnext.server.errors import ApiError, error_object, from_user_error
 from qnext.server.exchange import Exchange
-from qnext.server.generation import Generation
+from qnext.server.generation import Generation, Update
 from qnext.server.history import Note, part_text, without_attribution
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOL_CALLS, MAX_TOOLS
 from qnext.server.routes import EventStream, Reply
 from qnext.server.sampling import sampling_params, stop_strings, structured_constraint
 from qnext.server.tools import Collected, FunctionBody, Offer, Origin, Tools, free_input, free_text
+from qnext.server.writing import Event, data_frames, write_stream, write_whole
 from qnext.text.messages import Message, ToolCall
-from qnext.text.output import Call, Content, OutputEvent, Reasoning
-
-PING = b": ping\n\n"
-DONE = b"data: [DONE]\n\n"
+from qnext.text.output import (
+    Call,
+    CallArguments,
+    CallCut,
+    CallEnd,
+    CallStart,
+    Content,
+    CutCall,
+    OutputEvent,
+    Reasoning,
+    joined,
+)
 
 
 class PartBody(Body):
@@ -222,6 +230,7 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
         dialogue = await make_dialogue(
             exchange, messages, offer, constraint=response_constraint(body),
             parallel_calls=body.parallel_tool_calls is not False and not body.functions, stop=stop_strings(body),
+            stops_in_thought=bool(body.stop_in_reasoning),
             thinks=wants_thought is not False and effort != "none", continues=bool(body.continue_final_message),
             add_generation_prompt=body.add_generation_prompt is not False,
         )  # fmt: skip
@@ -235,16 +244,16 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None, prompt_logprobs=body.prompt_logprobs,
     )  # fmt: skip
     guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
-    run = _Run(exchange, body, offer, [dialogue.new_answer(exchange) for _ in range(params.n)])
-    generation = exchange.generate(dialogue.prompt_ids, params, guide=guide, salt=body.cache_salt)
+    writer = _ChatWriter(exchange, body, offer, [dialogue.new_answer(exchange) for _ in range(params.n)])
+    generating = exchange.generate(dialogue.prompt_ids, params, guide=guide, salt=body.cache_salt)
     if body.stream:
         exchange.outcome.stream = True
-        return EventStream(run.stream(generation))
-    return await run.whole(generation)
+        return EventStream(write_stream(exchange, generating, writer))
+    return Reply.of(writer.completion(await write_whole(generating, writer)))
 
 
-class _Run:
-    """One chat completion while it is written."""
+class _ChatWriter:
+    """One chat completion while it is written: chunks, or the choices of a whole one."""
 
     def __init__(self, exchange: Exchange, body: ChatBody, offer: Offer, answers: list[Answer]) -> None:
         self.exchange = exchange
@@ -253,16 +262,15 @@ class _Run:
         self.answers = answers
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
+        self._events: list[list[OutputEvent]] = [[] for _ in answers]  # of a whole completion
         self._num_logged = [0] * len(answers)  # tokens whose log-probabilities are sent
-        self._num_calls = [0] * len(answers)
+        self._num_calls = [0] * len(answers)  # that have begun
+        self._inputs: list[list[str] | None] = [None] * len(answers)  # pieces of a custom tool's arguments
 
-    async def whole(self, generating: Any) -> Reply:
-        events: list[list[OutputEvent]] = [[] for _ in self.answers]
-        async with generating as generation:
-            async for updates in generation.updates():
-                for update in updates:
-                    events[update.index] += self.answers[update.index].take(update, generation)
-        choices = [self._choice(index, found) for index, found in enumerate(events)]
+    frames = staticmethod(data_frames)
+
+    def completion(self, generation: Generation) -> dict[str, Any]:
+        choices = [self._choice(index, found) for index, found in enumerate(self._events)]
         if self.body.return_token_ids:
             for choice, request in zip(choices, generation.requests, strict=True):
                 choice["token_ids"] = list(request.output_ids)
@@ -274,65 +282,90 @@ class _Run:
             document["prompt_logprobs"] = prompt_logprobs(self.exchange.server.served, sampled)
         if self.body.timings:
             document["timings"] = timings(generation.requests[0])
-        self._note()
-        return Reply.of(document)
+        return document
 
-    async def stream(self, generating: Any) -> AsyncGenerator[bytes, None]:
-        has_begun = False
-        try:
-            async with generating as generation:
-                async for updates in generation.updates():
-                    frames = [] if has_begun or not updates else [self._first(i) for i in range(len(self.answers))]
-                    has_begun = has_begun or bool(updates)
-                    for update in updates:
-                        answer = self.answers[update.index]
-                        was_open = answer.end_reason is None
-                        frames += self._deltas(update.index, answer.take(update, generation))
-                        if was_open and answer.end_reason is not None:
-                            frames.append(self._chunk(update.index, {}, finish_reason=self._reason(update.index)))
-                    yield b"".join(frames) if updates else PING
-                self._note()
-                yield self._last(generation) + DONE
-        except ApiError as error:
-            if not self.exchange.is_replying:
-                raise
-            self.exchange.outcome.error_code = error.code
-            yield b"data: " + error_body(error, "openai") + b"\n\n" + DONE
+    def begin(self, generation: Generation) -> list[Event]:
+        return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(len(self.answers))]
+
+    def take(self, update: Update, generation: Generation) -> list[Event]:
+        answer = self.answers[update.index]
+        was_open = answer.end_reason is None
+        events = answer.take(update, generation)
+        if not self.body.stream:
+            self._events[update.index] += events
+            return []
+        chunks = self._deltas(update.index, events)
+        if was_open and answer.end_reason is not None:
+            chunks.append(self._chunk(update.index, {}, finish_reason=self._reason(update.index)))
+        return chunks
+
+    def ping(self) -> Event:
+        open_answers = (index for index, answer in enumerate(self.answers) if answer.end_reason is None)
+        return self._chunk(next(open_answers, 0), {})
+
+    def end(self, generation: Generation) -> list[Event]:
+        self.exchange.outcome.finish_reason = self.answers[0].end_reason
+        document: dict[str, Any] = {**self._head("chat.completion.chunk"), "choices": []}
+        if self._has_usage:
+            document["usage"] = self._usage(generation)
+        if self.body.timings:
+            document["timings"] = timings(generation.requests[0])
+        return [document] if len(document) > 5 else []
+
+    def fail(self, error: ApiError) -> list[Event]:
+        return [error_object(error, "openai")]
 
     def _head(self, kind: str) -> dict[str, Any]:
         name = self.exchange.server.served.name
         return {"id": self.id, "object": kind, "created": self.created, "model": name}
 
-    def _chunk(self, index: int, delta: dict[str, Any], **more: Any) -> bytes:
+    def _chunk(self, index: int, delta: dict[str, Any], **more: Any) -> Event:
         choice = {"index": index, "delta": delta, "finish_reason": None, **more}
         document = {**self._head("chat.completion.chunk"), "choices": [choice]}
         if self._has_usage:
             document["usage"] = None
-        return b"data: " + orjson.dumps(document) + b"\n\n"
+        return document
 
-    def _first(self, index: int) -> bytes:
-        return self._chunk(index, {"role": "assistant", "content": ""})
-
-    def _deltas(self, index: int, events: list[OutputEvent]) -> list[bytes]:
-        deltas: list[dict[str, Any]] = []
-        for event in events:
-            if isinstance(event, Content):
-                deltas.append({"content": event.text})
-            elif isinstance(event, Reasoning):
-                deltas.append({"reasoning_content": event.text, "reasoning": event.text})
-            elif self.body.functions:
-                deltas.append({"function_call": {"name": event.name, "arguments": event.arguments}})
-            else:
-                call = _call(event, self.offer.origins)
-                deltas.append({"tool_calls": [{"index": self._num_calls[index], **call}]})
-                self._num_calls[index] += 1
+    def _deltas(self, index: int, events: list[OutputEvent]) -> list[Event]:
+        deltas = [delta for event in events if (delta := self._delta(index, event)) is not None]
         logged = self._new_logprobs(index)
         if logged and not deltas:
             deltas.append({"content": ""})
-        frames = [self._chunk(index, delta) for delta in deltas[1:]]
+        chunks = [self._chunk(index, delta) for delta in deltas[1:]]
         if deltas:
-            frames.insert(0, self._chunk(index, deltas[0], **({"logprobs": {"content": logged}} if logged else {})))
-        return frames
+            chunks.insert(0, self._chunk(index, deltas[0], **({"logprobs": {"content": logged}} if logged else {})))
+        return chunks
+
+    def _delta(self, index: int, event: OutputEvent) -> dict[str, Any] | None:
+        match event:
+            case Content():
+                return {"content": event.text}
+            case Reasoning():
+                return {"reasoning_content": event.text, "reasoning": event.text}
+            case CallStart() | CallArguments() | CallEnd() | CallCut():
+                return self._call_delta(index, event)
+        return None
+
+    def _call_delta(self, index: int, event: CallStart | CallArguments | CallEnd | CallCut) -> dict[str, Any] | None:
+        """A piece of a call, in the form in which its tool was offered. The input of a custom tool comes whole."""
+        if self.body.functions:
+            if isinstance(event, CallStart):
+                return {"function_call": {"name": event.name, "arguments": ""}}
+            return {"function_call": {"arguments": event.text}} if isinstance(event, CallArguments) else None
+        if isinstance(event, CallStart):
+            self._num_calls[index] += 1
+            self._inputs[index] = [] if event.name in self.offer.origins else None
+            call = _call(event.name, "", self.offer.origins)
+            return {"tool_calls": [{"index": self._num_calls[index] - 1, **call}]}
+        held = self._inputs[index]
+        place = {"index": self._num_calls[index] - 1}
+        if isinstance(event, CallArguments):
+            if held is None:
+                return {"tool_calls": [{**place, "function": {"arguments": event.text}}]}
+            held.append(event.text)
+        elif held is not None:
+            return {"tool_calls": [{**place, "custom": {"input": free_input("".join(held))}}]}
+        return None
 
     def _new_logprobs(self, index: int) -> list[dict[str, Any]]:
         if not self.body.logprobs:
@@ -343,22 +376,15 @@ class _Run:
         as_id = bool(self.body.return_tokens_as_token_ids)
         return [chat_logprob(served, token, self.body.top_logprobs or 0, as_id=as_id) for token in tokens]
 
-    def _last(self, generation: Generation) -> bytes:
-        document: dict[str, Any] = {**self._head("chat.completion.chunk"), "choices": []}
-        if self._has_usage:
-            document["usage"] = self._usage(generation)
-        if self.body.timings:
-            document["timings"] = timings(generation.requests[0])
-        return b"data: " + orjson.dumps(document) + b"\n\n" if len(document) > 5 else b""
-
     @property
     def _has_usage(self) -> bool:
         return self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
 
     def _choice(self, index: int, events: list[OutputEvent]) -> dict[str, Any]:
-        content = "".join(event.text for event in events if isinstance(event, Content))
-        reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
-        calls = [event for event in events if isinstance(event, Call)]
+        parts = joined(events)
+        content = "".join(part.text for part in parts if isinstance(part, Content))
+        reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
+        calls = [part for part in parts if isinstance(part, (Call, CutCall))]
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls or reasoning else "")}
         message["refusal"] = None
         if reasoning:
@@ -366,7 +392,7 @@ class _Run:
         if calls and self.body.functions:
             message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
         elif calls:
-            message["tool_calls"] = [_call(event, self.offer.origins) for event in calls]
+            message["tool_calls"] = [_call(call.name, call.arguments, self.offer.origins) for call in calls]
         logged = self._new_logprobs(index)
         return {
             "index": index,
@@ -382,9 +408,6 @@ class _Run:
     def _usage(self, generation: Generation) -> dict[str, Any]:
         return usage(*usage_counts(generation, self.answers))
 
-    def _note(self) -> None:
-        self.exchange.outcome.finish_reason = self.answers[0].end_reason
-
 
 def usage(prompt: int, cached: int, generated: int, reasoning: int) -> dict[str, Any]:
     return {
@@ -396,8 +419,8 @@ def usage(prompt: int, cached: int, generated: int, reasoning: int) -> dict[str,
     }
 
 
-def _call(event: Call, origins: Mapping[str, Origin]) -> dict[str, Any]:
+def _call(name: str, arguments: str, origins: Mapping[str, Origin]) -> dict[str, Any]:
     head = {"id": f"call_{secrets.token_hex(12)}"}
-    if event.name in origins:  # a custom tool
-        return {**head, "type": "custom", "custom": {"name": event.name, "input": free_input(event.arguments)}}
-    return {**head, "type": "function", "function": {"name": event.name, "arguments": event.arguments}}
+    if name in origins:  # a custom tool
+        return {**head, "type": "custom", "custom": {"name": name, "input": free_input(arguments)}}
+    return {**head, "type": "function", "function": {"name": name, "arguments": arguments}}

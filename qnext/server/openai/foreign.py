@@ -162,14 +162,12 @@ def _outcome(outcome: Any) -> list[str]:
 
 
 def call_item(call: Call, origin: Origin) -> dict[str, Any]:
-    """A call as the item that the client of its tool waits for."""
+    """A call of a tool that is no function, as the item that its client waits for."""
     head: dict[str, Any] = {"call_id": f"call_{secrets.token_hex(12)}", "status": "completed"}
     if origin.kind == "custom":
         item = {"type": "custom_tool_call", "name": origin.name, "input": free_input(call.arguments), **head}
-        return {"id": f"ctc_{secrets.token_hex(12)}", **item, **_namespace(origin)}
-    if origin.kind == "function":
-        item = {"type": "function_call", "name": origin.name, "arguments": call.arguments, **head}
-        return {"id": f"fc_{secrets.token_hex(12)}", **item, **_namespace(origin)}
+        namespace = {} if origin.namespace is None else {"namespace": origin.namespace}
+        return {"id": f"ctc_{secrets.token_hex(12)}", **item, **namespace}
     arguments = _arguments(call.arguments)
     if origin.kind == "local_shell":
         item = {"type": "local_shell_call", "action": {"type": "exec", "env": {}, **arguments}, **head}
@@ -181,10 +179,6 @@ def call_item(call: Call, origin: Origin) -> dict[str, Any]:
         return {"id": f"apc_{secrets.token_hex(12)}", "type": "apply_patch_call", "operation": arguments, **head}
     search = {"type": "tool_search_call", "execution": "client", "arguments": arguments}
     return {"id": f"tsc_{secrets.token_hex(12)}", **search, **head}
-
-
-def _namespace(origin: Origin) -> dict[str, str]:
-    return {} if origin.namespace is None else {"namespace": origin.namespace}
 
 
 def _arguments(text: str) -> dict[str, Any]:

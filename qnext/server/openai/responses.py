@@ -17,7 +17,7 @@ from qnext.server.openai.response_writer import ResponseWriter
 from qnext.server.openai.responses_bodies import ResponseBody, conversation, offer
 from qnext.server.routes import EventStream, Reply
 from qnext.server.sampling import sampling_params
-from qnext.server.writing import event_frames, write_stream, write_whole
+from qnext.server.writing import write_stream, write_whole
 
 _LOGPROBS = "message.output_text.logprobs"
 
@@ -37,7 +37,7 @@ async def responses(exchange: Exchange) -> Reply | EventStream:
 
 async def _refusal(exchange: Exchange, body: ResponseBody, error: ApiError) -> AsyncGenerator[bytes, None]:
     writer = ResponseWriter(exchange, Answer(exchange.server.served), _echo(body))
-    yield event_frames(writer.refuse(error))
+    yield writer.frames(writer.refuse(error))
 
 
 async def _answered(exchange: Exchange, body: ResponseBody) -> Reply | EventStream:
