@@ -59,7 +59,7 @@ def resolve_sampling(folder: Path, flags: Mapping[str, Any]) -> SamplingParams:
 def sampling_defaults(folder: Path) -> dict[str, Any]:
     """What generation_config.json says of sampling. Raises CorruptCheckpoint for values that cannot be."""
     from qnext.engine import SamplingParams
-    from qnext.text.tokenizer import read_json_object
+    from qnext.text.files import read_json_object
 
     path = folder / "generation_config.json"
     config = read_json_object(path)

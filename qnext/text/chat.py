@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qnext.errors import CorruptCheckpoint, QnextError, UsageError
+from qnext.errors import QnextError, UsageError
 from qnext.text.jinja import JinjaTemplate, TemplateLimits
 from qnext.text.messages import Message, ToolCall, checked_conversation, checked_tools
 from qnext.text.native import NATIVE_FORMATS
+from qnext.text.template_files import read_templates
 from qnext.text.templates import KNOWN_TEMPLATES, template_hash
-from qnext.text.tokenizer import Piece, Tokenizer, read_json_object
+from qnext.text.tokenizer import Piece, Tokenizer
+from qnext.text.tokenizer_files import named_tokens
 
-MAX_TEMPLATE_CHARACTERS = 1 << 20
+_PLACES = "chat_template.jinja, or chat_template in tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,21 @@ class ChatFormat:
         completion does not need one), CorruptCheckpoint for a faulty one or missing turn tokens.
         """
         root = Path(folder)
-        source, texts = _read_templates(root)
+        found = read_templates(root)
+        if found is None:
+            raise UsageError(f"{root}: no chat template ({_PLACES}); this folder can complete text but not chat")
+        source, texts = found
         tokenizer = tokenizer or Tokenizer.from_folder(root)
         if "tool_use" not in texts and (known := KNOWN_TEMPLATES.get(template_hash(texts["default"]))):
             tokenizer.require_chat_tokens()
             return cls(known)
-        variables = _template_variables(root)
+        variables = named_tokens(root)
         templates = {
             name: JinjaTemplate(
                 text,
                 source=source,
-                control_names=[name for name, index in tokenizer.added_ids.items() if index in tokenizer.special_ids],
-                markup_names=tokenizer.added_ids,
+                control_names=[name for name, i in tokenizer.reserved_ids.items() if i in tokenizer.special_ids],
+                markup_names=tokenizer.reserved_ids,
                 variables=variables,
                 limits=limits,
             )
@@ -173,53 +178,3 @@ _PROBES: tuple[tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...], bool], 
     ((_ASK, _THOUGHT, _ASK, _THOUGHT_CALL, _RESULTS[1], _THOUGHT), _TOOLS, False),
     ((_ASK, Message("assistant", "<think>\nHm.\n</think>\n\nYes."), _ASK), (), True),
 )
-
-
-def _read_templates(root: Path) -> tuple[str, dict[str, str]]:
-    """(file for error messages, template texts by name); "default" is always among the names."""
-    path = root / "chat_template.jinja"
-    if path.is_file():
-        try:
-            texts = {"default": path.read_text(encoding="utf-8")}
-        except (OSError, ValueError) as error:
-            raise CorruptCheckpoint(f"{path}: {error}") from error
-    else:
-        path = root / "tokenizer_config.json"
-        value = read_json_object(path).get("chat_template")
-        if value is None:
-            raise UsageError(
-                f"{root}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
-                "this folder can complete text but not chat"
-            )
-        texts = _named_templates(value, path)
-    for text in texts.values():
-        if len(text) > MAX_TEMPLATE_CHARACTERS:
-            raise CorruptCheckpoint(f"{path}: chat template longer than {MAX_TEMPLATE_CHARACTERS} characters")
-    return str(path), texts
-
-
-def _named_templates(value: Any, path: Path) -> dict[str, str]:
-    if isinstance(value, str):
-        return {"default": value}
-    entries = value if isinstance(value, list) else [None]
-    texts: dict[str, str] = {}
-    for entry in entries:
-        name = entry.get("name") if isinstance(entry, dict) else None
-        text = entry.get("template") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise CorruptCheckpoint(f"{path}: chat_template must be a string or a list of objects name, template")
-        texts[name] = text
-    if "default" not in texts:
-        raise CorruptCheckpoint(f"{path}: chat_template has no template named 'default'")
-    return {name: text for name, text in texts.items() if name in ("default", "tool_use")}
-
-
-def _template_variables(root: Path) -> dict[str, str]:
-    config = read_json_object(root / "tokenizer_config.json")
-    variables: dict[str, str] = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = config.get(key)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            variables[key] = value
-    return variables
