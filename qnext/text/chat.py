@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qnext.errors import QnextError, UsageError
-from qnext.text.jinja import JinjaTemplate, TemplateLimits
-from qnext.text.messages import Message, ToolCall, checked_conversation, checked_tools
+from qnext.text.jinja import JinjaTemplate, TemplateLimits, TemplateRefusal
+from qnext.text.messages import Message, ToolCall, alternating, checked_conversation, checked_tools, system_first
 from qnext.text.native import NATIVE_FORMATS
 from qnext.text.template_files import read_templates
 from qnext.text.templates import KNOWN_TEMPLATES, template_hash
@@ -89,17 +89,40 @@ class ChatFormat:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
+        arguments: Mapping[str, Any] | None = None,
     ) -> list[Piece]:
         """The conversation as pieces for `Tokenizer.encode_pieces`, ending where the assistant is to write.
 
-        Raises UsageError for an empty conversation, an unknown role or a malformed tool.
+        `arguments` are those of the template, of which `self.arguments` are the names. A conversation that the
+        template refuses is tried again with one system message at the beginning, then with neighbours of one role as
+        one. Raises UsageError for an empty conversation, an unknown role or a malformed tool, and with the template's
+        own message where it refuses all of these.
         """
         conversation = checked_conversation(messages)
         checked = checked_tools(tools)
         if self.template is None:
             return NATIVE_FORMATS[self.name](conversation, checked, add_generation_prompt)
         template = self.tool_template if checked and self.tool_template is not None else self.template
-        return template.render(conversation, tools=checked, add_generation_prompt=add_generation_prompt)
+        forms = [conversation]
+        for changed in (system_first(conversation), alternating(system_first(conversation))):
+            if changed not in forms:
+                forms.append(changed)
+        refusal: TemplateRefusal | None = None
+        for form in forms:
+            try:
+                return template.render(
+                    form, tools=checked, add_generation_prompt=add_generation_prompt, arguments=arguments
+                )
+            except TemplateRefusal as error:
+                refusal = refusal or error
+        assert refusal is not None
+        raise refusal
+
+    @property
+    def arguments(self) -> frozenset[str]:
+        """Names that the templates read beside conversation and tools; native formats read none."""
+        found = [template.arguments for template in (self.template, self.tool_template) if template is not None]
+        return frozenset().union(*found)
 
     def encode(
         self,
@@ -116,7 +139,12 @@ class ChatFormat:
 
 
 def recognise(template: JinjaTemplate) -> str | None:
-    """Name of the native format that renders every probing conversation as `template` does, or None."""
+    """Name of the native format that renders every probing conversation as `template` does, or None.
+
+    A template that reads arguments of its own can do more than any native format.
+    """
+    if template.arguments:
+        return None
     candidates = dict(NATIVE_FORMATS)
     for messages, tools, add_generation_prompt in _PROBES:
         try:

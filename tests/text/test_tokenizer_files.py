@@ -124,7 +124,7 @@ def test_a_folder_that_we_write_keeps_the_form(slow_folder: Path, tmp_path: Path
     for name in ("additional_chat_templates", "../out"):
         (slow_folder / name).mkdir()
     (slow_folder / "additional_chat_templates/tool_use.jinja").write_text("x", encoding="utf-8")
-    write_side_files(tmp_path / "out", next(iter(PRESETS.values())), slow_folder, None)
+    write_side_files(tmp_path / "out", next(iter(PRESETS.values()))(), slow_folder, None)
     assert Tokenizer.from_folder(tmp_path / "out").token_table() == Tokenizer.from_folder(slow_folder).token_table()
     assert (tmp_path / "out/additional_chat_templates/tool_use.jinja").read_text(encoding="utf-8") == "x"
 
