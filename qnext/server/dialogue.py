@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from qnext.engine.sampling.constraint import Constraint
@@ -14,25 +14,32 @@ from qnext.server.exchange import Exchange
 from qnext.server.tools import Offer
 from qnext.text.messages import Message
 from qnext.text.output import OutputParser, tool_call_grammar
+from qnext.text.thinking import TemplateRequest, ThoughtState
 
 
 @dataclass
 class Dialogue:
-    """A rendered conversation. `is_thinking`: the answer begins inside a thought."""
+    """A rendered conversation. `thought`: where the prompt leaves that of the answer."""
 
     prompt_ids: list[int]
-    is_thinking: bool
+    thought: ThoughtState
     offer: Offer
     constraint: Constraint | None = None
     constraint_param: str = "response_format"
     max_calls: int | None = None
     stop: tuple[str, ...] = ()
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the answer begins inside a thought."""
+        return self.thought == "open"
+
     def new_answer(self, exchange: Exchange) -> Answer:
         served = exchange.server.served
         parser = OutputParser(
             tool_style=served.tool_style if self.offer.callable else None, tools=self.offer.callable,
-            starts_in_reasoning=self.is_thinking, reads_reasoning=served.is_thinking,
+            starts_in_reasoning=self.is_thinking,
+            reads_reasoning=self.thought == "possible" and served.may_think,
         )  # fmt: skip
         return Answer(
             served, stop=self.stop, parser=parser, starts_in_reasoning=self.is_thinking, max_calls=self.max_calls
@@ -46,16 +53,20 @@ async def make_dialogue(
     *,
     constraint: tuple[Constraint, str] | None = None,
     parallel_calls: bool = True,
-    thinks: bool = True,
+    asked: TemplateRequest | None = None,
     continues: bool = False,
     add_generation_prompt: bool = True,
     stop: tuple[str, ...] = (),
     param: str = "messages",
 ) -> Dialogue:
-    """Render and encode; the constraint is that of the tools where one must be called. Raises ApiError."""
+    """Render and encode; the constraint is that of the tools where one must be called. Raises ApiError.
+
+    A constraint holds for the answer behind the thought, where there is one: that which the prompt opens, or that
+    with which a model that decides by itself begins.
+    """
     served = exchange.server.served
-    prompt_ids, is_thinking = await served.encode_chat(
-        in_order_of_calls(messages), tools=offer.tools, thinks=thinks, continues=continues,
+    prompt_ids, thought = await served.encode_chat(
+        in_order_of_calls(messages), tools=offer.tools, asked=asked, continues=continues,
         add_generation_prompt=add_generation_prompt, param=param,
     )  # fmt: skip
     chosen, chosen_param = constraint or (None, "response_format")
@@ -63,15 +74,17 @@ async def make_dialogue(
         try:
             text = tool_call_grammar(
                 offer.callable, style=served.tool_style, name=offer.name,
-                parallel=parallel_calls and offer.name is None, control_names=served.tokenizer.added_ids.keys(),
+                parallel=parallel_calls and offer.name is None, control_names=served.tokenizer.reserved_ids.keys(),
             )  # fmt: skip
         except QnextError as error:
             raise from_user_error(error, param="tools") from None
         chosen, chosen_param = Constraint("lark", text), "tools"
-    if chosen is not None and is_thinking:
-        chosen = Constraint(chosen.kind, chosen.value, served.think_end)
+    if chosen is not None and thought == "open":
+        chosen = replace(chosen, starts_after=served.think_end)
+    elif chosen is not None and thought == "possible" and served.is_hybrid:
+        chosen = replace(chosen, starts_after=served.think_end, opened_by=served.think_start)
     return Dialogue(
-        prompt_ids, is_thinking, offer, chosen, chosen_param,
+        prompt_ids, thought, offer, chosen, chosen_param,
         max_calls=1 if offer.callable and not parallel_calls else None, stop=stop,
     )  # fmt: skip
 

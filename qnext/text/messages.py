@@ -17,21 +17,23 @@ RAW_ARGUMENT = "arguments"  # the one argument of a call whose text is no object
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the assistant made. `arguments` is an object, or its JSON text exactly as the model wrote it."""
+    """A call that the assistant made. `arguments` is an object, or its JSON text exactly as the model wrote it.
+
+    It may be made from whatever a client has for the arguments: null and blanks are none, and a value that is neither
+    text nor object is its JSON text.
+    """
 
     name: str
     arguments: Mapping[str, Any] | str
     id: str | None = None
 
-    @classmethod
-    def of(cls, name: str, arguments: Any, id: str | None = None) -> ToolCall:
-        """A call of the past, whatever a client has for its arguments: null and blanks are none, a value that is
-        neither text nor object is its JSON text."""
+    def __post_init__(self) -> None:
+        arguments: Any = self.arguments
         if not isinstance(arguments, (str, Mapping)):
             arguments = {} if arguments is None else json.dumps(arguments, ensure_ascii=False)
         if isinstance(arguments, str) and arguments.strip() in ("", "null", "None"):
             arguments = {}
-        return cls(name, arguments, id)
+        object.__setattr__(self, "arguments", arguments)
 
     def parsed_arguments(self) -> Mapping[str, Any] | None:
         """The arguments as an object; None for text that is none. An object that was written twice is read twice."""
@@ -186,7 +188,8 @@ def _tool_call(value: Any) -> ToolCall:
     function = value.get("function", value) if isinstance(value, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UsageError("a tool call needs a function name")
-    return ToolCall.of(function["name"], function.get("arguments"), value.get("id"))
+    arguments: Any = function.get("arguments")
+    return ToolCall(function["name"], arguments, value.get("id"))
 
 
 def _tool_call_dict(call: ToolCall, *, with_objects: bool) -> dict[str, Any]:

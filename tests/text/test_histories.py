@@ -46,7 +46,7 @@ ARGUMENTS: dict[str, tuple[Any, dict[str, Any] | None]] = {
 
 
 def call(arguments: Any) -> Message:
-    return Message("assistant", "", tool_calls=(ToolCall.of("look", arguments, "c1"),))
+    return Message("assistant", "", tool_calls=(ToolCall("look", arguments, "c1"),))
 
 
 def text(chat: ChatFormat, messages: list[Message], **more: Any) -> str:

@@ -28,11 +28,15 @@ class Constraint:
     `value` is a JSON schema (text, object or boolean), a regular expression that the whole output must match, the
     choices, or a Lark grammar with the rule `start`; it is not read for "json_object". `starts_after` are the token
     ids that end the reasoning: the constraint holds for what follows their first appearance in the output.
+    `opened_by` is the id that begins the reasoning where the output itself may do so, with its first token: without
+    it the constraint holds from the beginning. A constraint that can begin with that mark describes the reasoning
+    itself, and holds from the beginning in any case.
     """
 
     kind: ConstraintKind
     value: str | bool | Mapping[str, Any] | tuple[str, ...] = ""
     starts_after: tuple[int, ...] | None = None
+    opened_by: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from qnext.engine.sampling.constraint import Constraint
 from qnext.errors import QnextError
 from qnext.server.answers import Answer, chat_logprob, timings, usage_counts
-from qnext.server.bodies import Body, Name, SamplingBody
+from qnext.server.bodies import Body, Effort, Name, SamplingBody, TemplateBody, ThoughtBody
 from qnext.server.dialogue import make_dialogue
 from qnext.server.errors import ApiError, error_body, from_user_error
 from qnext.server.exchange import Exchange
@@ -24,6 +24,7 @@ from qnext.server.sampling import sampling_params, stop_strings, structured_cons
 from qnext.server.tools import ToolBody, Tools, function_tool, offered
 from qnext.text.messages import Message, ToolCall
 from qnext.text.output import Call, Content, OutputEvent, Reasoning
+from qnext.text.thinking import TemplateRequest
 
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -39,7 +40,7 @@ Parts = Annotated[list[PartBody], Field(max_length=MAX_CONTENT_PARTS, fail_fast=
 
 class CalledFunction(Body):
     name: Annotated[str, Field(max_length=256)]
-    arguments: str | dict[str, Any] | None = None
+    arguments: Any = None  # of the past: whatever it is
 
 
 class CallBody(Body):
@@ -51,7 +52,7 @@ class MessageBody(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Parts | None = None
     reasoning_content: str | None = None
-    reasoning: str | None = None
+    reasoning: str | None = Field(default=None, validation_alias=AliasChoices("reasoning", "thinking"))
     tool_calls: Annotated[list[CallBody], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
     tool_call_id: Name | None = None
 
@@ -67,11 +68,36 @@ class FormatBody(Body):
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
-class TemplateArguments(Body):
-    enable_thinking: bool | None = None
+class ReasoningBody(Body):
+    """How OpenRouter's clients say it."""
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
 
 
-class ChatBody(SamplingBody):
+class ChatPromptBody(TemplateBody):
+    """What makes the prompt of a chat completion beside the messages."""
+
+    tools: Tools | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
+    reasoning: ReasoningBody | None = None
+    thinking: ThoughtBody | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    def template_request(self) -> TemplateRequest:
+        """Of several words for one thing the more special one counts. Raises ApiError 400."""
+        reasoning, thinking = self.reasoning or ReasoningBody(), self.thinking
+        return self.asked(
+            thinks=reasoning.enabled if thinking is None or thinking.is_wanted is None else thinking.is_wanted,
+            effort=self.reasoning_effort or reasoning.effort,
+            budget=reasoning.max_tokens if thinking is None else thinking.budget_tokens,
+        )
+
+
+class ChatBody(ChatPromptBody, SamplingBody):
     """The body of a chat completion."""
 
     messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -79,14 +105,8 @@ class ChatBody(SamplingBody):
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Tools | None = None
-    tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: FormatBody | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    chat_template_kwargs: TemplateArguments | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
 
 
 def content_text(content: str | Sequence[PartBody] | None, *, param: str) -> str:
@@ -141,9 +161,7 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
     body: ChatBody = exchange.body
     served = exchange.server.served
     exchange.server.check_model(exchange, body.model)
-    tools = [_tool(tool, index) for index, tool in enumerate(body.tools or ())]
-    effort = body.reasoning_effort
-    wants_thought = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
+    tools = [tool_of(tool, index) for index, tool in enumerate(body.tools or ())]
     if body.continue_final_message and body.add_generation_prompt:
         raise ApiError.bad("continue_final_message excludes add_generation_prompt", param="continue_final_message")
     try:
@@ -151,7 +169,7 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
         dialogue = await make_dialogue(
             exchange, messages, offered(tools, body.tool_choice), constraint=response_constraint(body),
             parallel_calls=body.parallel_tool_calls is not False, stop=stop_strings(body),
-            thinks=wants_thought is not False and effort != "none", continues=bool(body.continue_final_message),
+            asked=body.template_request(), continues=bool(body.continue_final_message),
             add_generation_prompt=body.add_generation_prompt is not False,
         )  # fmt: skip
     except QnextError as error:
@@ -316,7 +334,7 @@ def _call(event: Call) -> dict[str, Any]:
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
-def _tool(tool: ToolBody, index: int) -> dict[str, Any]:
+def tool_of(tool: ToolBody, index: int) -> dict[str, Any]:
     if tool.type != "function" or tool.function is None:
         raise ApiError.bad("a tool must be of type function", param=f"tools.{index}")
     return function_tool(tool.function.name, tool.function.description, tool.function.parameters)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from qnext.server.bodies import Body, Name, at_most
+from qnext.server.bodies import Body, Effort, Name, TemplateBody, at_most
 from qnext.server.errors import ApiError
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
 from qnext.server.tools import ToolName
@@ -41,7 +41,7 @@ class CallItem(Body):
     type: Literal["function_call"]
     call_id: Name
     name: Name
-    arguments: str
+    arguments: Any = None  # of the past: whatever it is
 
 
 class ResultItem(Body):
@@ -124,14 +124,14 @@ class TextBody(Body):
 
 
 class ReasoningBody(Body):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
 
 
 _Key = Annotated[str, Field(max_length=64)]
 _Value = Annotated[str, Field(max_length=512)]
 
 
-class ResponseBody(Body):
+class ResponseBody(TemplateBody):
     """The body of a response."""
 
     model: Annotated[str, Field(max_length=512)] | None = None
