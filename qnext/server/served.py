@@ -16,14 +16,14 @@ from qnext.server.errors import ApiError, from_user_error
 from qnext.server.limits import MAX_TEXT_PER_TOKEN
 from qnext.text.messages import Message
 from qnext.text.thinking import (
-    SWITCHES,
     THINK,
     THINK_END,
     TemplateRequest,
     ThoughtState,
+    is_hybrid,
     may_think,
+    prompt_pieces,
     state_of_beginning,
-    thought_state,
 )
 from qnext.text.tokenizer import Piece
 
@@ -102,11 +102,10 @@ class ServedModel:
             return False
         asked = TemplateRequest(self.template_defaults)
         try:
-            values = asked.for_template(self.template_arguments)
-            pieces = self.chat_format.render([Message("user", "Hello")], arguments=values)
+            _, state = prompt_pieces(self.chat_format, [Message("user", "Hello")], asked)
         except QnextError:
             return False
-        return thought_state(pieces) == "open" and asked.wants_thought is not False
+        return state == "open"
 
     @cached_property
     def may_think(self) -> bool:
@@ -116,7 +115,7 @@ class ServedModel:
     @property
     def is_hybrid(self) -> bool:
         """Whether the template has a switch for thoughts, so that the model decides where it is not set."""
-        return may_think(self.tokenizer) and not self.template_arguments.isdisjoint(SWITCHES)
+        return is_hybrid(self.chat_format, self.tokenizer)
 
     @cached_property
     def think_start(self) -> int | None:
@@ -175,21 +174,19 @@ class ServedModel:
             raise ApiError.bad("only an assistant's message without tool calls can be continued", param=param)
 
         try:
-            values = wanted.for_template(self.template_arguments)
+            wanted.for_template(self.template_arguments)
         except QnextError as error:
             raise from_user_error(error, param="chat_template_kwargs") from None
 
         def work() -> tuple[list[int], ThoughtState]:
             rendered = messages if begun is None else messages[:-1]
             opens = add_generation_prompt or begun is not None  # what has begun stands behind the head of its turn
-            pieces = list(chat_format.render(rendered, tools=tools, add_generation_prompt=opens, arguments=values))
-            state = thought_state(pieces) if opens else "possible"
+            pieces, state = prompt_pieces(
+                chat_format, rendered, wanted, tools=tools, add_generation_prompt=opens, closes=begun is None
+            )
             if begun is not None:
                 begins, state = self._beginning(begun, state)
-                pieces += begins
-            elif state == "open" and wanted.wants_thought is False:
-                pieces.append(Piece(f"\n{THINK_END}\n\n", True))
-                state = "closed"
+                pieces = [*pieces, *begins]
             return self.tokenizer.encode_pieces(pieces), state
 
         return await self.run(work, param=param)

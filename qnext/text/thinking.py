@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qnext.errors import UsageError
 from qnext.text.tokenizer import Piece, Tokenizer
@@ -29,6 +29,10 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _WITHOUT_THOUGHT = EFFORTS[:2]
 # What the caller's side gives: the request has fields of its own for it.
 NOT_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
+
+if TYPE_CHECKING:
+    from qnext.text.chat import ChatFormat
+    from qnext.text.messages import Message
 
 ThoughtState = Literal["open", "possible", "closed"]
 
@@ -95,6 +99,33 @@ def thought_state(pieces: Sequence[Piece]) -> ThoughtState:
     if opened == closed:
         return "possible"
     return "open" if opened > closed else "closed"
+
+
+def prompt_pieces(
+    chat_format: ChatFormat,
+    messages: Sequence[Message],
+    asked: TemplateRequest,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    add_generation_prompt: bool = True,
+    closes: bool = True,
+) -> tuple[list[Piece], ThoughtState]:
+    """(the pieces of a prompt, where it leaves the thought of the answer).
+
+    Where no thought is wanted, and the template opens one all the same, it is closed, if `closes`. Raises UsageError as
+    `ChatFormat.render` and `TemplateRequest.for_template` do.
+    """
+    values = asked.for_template(chat_format.arguments)
+    pieces = chat_format.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, arguments=values)
+    state = thought_state(pieces) if add_generation_prompt else "possible"
+    if state == "open" and closes and asked.wants_thought is False:
+        return [*pieces, Piece(f"\n{THINK_END}\n\n", True)], "closed"
+    return pieces, state
+
+
+def is_hybrid(chat_format: ChatFormat | None, tokenizer: Tokenizer) -> bool:
+    """Whether the template has a switch for thoughts, so that the model decides where it is not set."""
+    return chat_format is not None and may_think(tokenizer) and not chat_format.arguments.isdisjoint(SWITCHES)
 
 
 def state_of_beginning(text: str, state: ThoughtState) -> ThoughtState:
