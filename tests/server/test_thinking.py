@@ -162,7 +162,7 @@ def test_a_constraint_waits_for_a_thought_that_the_model_opens(hybrid: Running) 
         assert silent["content"] == "yes" and "reasoning_content" not in silent
     called = chat(hybrid, logit_bias={opens: 100}, temperature=0, tools=TOOLS, tool_choice="required", max_tokens=9)
     assert called["content"] is None and called["reasoning_content"], "a forced call waits, too"
-    message = chat(hybrid, logit_bias={opens: 60, ends: 50}, temperature=0, guided_choice=["yes"])
+    message = chat(hybrid, logit_bias={opens: 60, ends: 90}, temperature=0, guided_choice=["yes"])
     assert message["content"] == "yes"
 
 
