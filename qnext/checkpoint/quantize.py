@@ -18,7 +18,7 @@ from qnext.checkpoint.check import Layout, read_layout, structure_problems
 from qnext.checkpoint.files import MAX_SHARD_BYTES, TORCH_DTYPES, ShardWriter, TensorFiles, TensorSpec, write_text
 from qnext.checkpoint.header import load_json
 from qnext.checkpoint.names import Part, disk_parts, scale_name
-from qnext.checkpoint.save import new_folder, write_side_files
+from qnext.checkpoint.save import has_tokenizer, new_folder, write_side_files
 from qnext.checkpoint.values import dequantize, tensor_value_problems
 from qnext.config import ModelConfig, to_hf
 from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError
@@ -73,7 +73,7 @@ def quantize_folder(
         _check_disk(Path(folder), out.num_bytes)
         with new_folder(folder) as temporary:
             _write_config(temporary, layout.config, out)
-            write_side_files(temporary, layout.config, source if (source / "tokenizer.json").is_file() else None, None)
+            write_side_files(temporary, layout.config, source if has_tokenizer(source) else None, None)
             writer = ShardWriter(temporary, out.plan, max_shard_bytes=max_shard_bytes)
             try:
                 out.writer = writer

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from qnext.server.errors import ApiError
 from qnext.server.limits import (
     MAX_BAD_WORDS,
     MAX_LISTED_TOKENS,
     MAX_LOGPROBS,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
+    MAX_TEMPLATE_ARGUMENTS,
 )
+from qnext.text.thinking import TemplateRequest
 
 
 class Body(BaseModel):
@@ -61,6 +64,41 @@ class StructuredOutputs(Body):
     regex: str | None = None
     choice: Texts | None = None
     grammar: str | None = None
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class ThoughtBody(Body):
+    """Anthropic's switch, which other APIs took over."""
+
+    type: Literal["enabled", "disabled", "adaptive", "auto", "between_tools"]
+    budget_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    display: Annotated[str, Field(max_length=64)] | None = None
+
+    @property
+    def is_wanted(self) -> bool | None:
+        return {"enabled": True, "disabled": False}.get(self.type)
+
+
+class TemplateBody(Body):
+    """What all surfaces read for the chat template."""
+
+    chat_template_kwargs: Annotated[dict[str, Any], at_most(MAX_TEMPLATE_ARGUMENTS)] | None = None
+    enable_thinking: bool | None = None
+    chat_template: Any = None  # refused: a template is code
+
+    def asked(
+        self, *, thinks: bool | None = None, effort: str | None = None, budget: int | None = None
+    ) -> TemplateRequest:
+        """What the request says to the template; `thinks`, `effort` and `budget` are the surface's own words.
+
+        Raises ApiError 400 for a template.
+        """
+        if self.chat_template is not None:
+            raise ApiError.bad("a chat template in a request is not accepted: it is code", param="chat_template")
+        thinks = self.enable_thinking if self.enable_thinking is not None else thinks
+        return TemplateRequest(self.chat_template_kwargs or {}, thinks, effort, budget)
 
 
 class SamplingBody(Body):

@@ -13,6 +13,7 @@ from qnext.server.tools import Offer
 from qnext.text.messages import Message
 from qnext.text.output import OutputParser, tool_call_grammar
 from qnext.text.stream import Thought
+from qnext.text.thinking import TemplateRequest, ThoughtState
 
 if TYPE_CHECKING:
     from qnext.server.served import ServedModel
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Dialogue:
-    """A rendered conversation. `is_thinking`: the answer begins inside a thought."""
+    """A rendered conversation. `thought`: where the prompt leaves that of the answer."""
 
     prompt_ids: list[int]
-    is_thinking: bool
+    thought: ThoughtState
     offer: Offer
     constraint: Constraint | None = None
     constraint_param: str = "response_format"
@@ -31,13 +32,20 @@ class Dialogue:
     stop: tuple[str, ...] = ()
     stops_in_thought: bool = False
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the answer begins inside a thought."""
+        return self.thought == "open"
+
     def new_answer(self, exchange: Exchange) -> Answer:
         served = exchange.server.served
+        may_think = self.thought == "possible" and served.may_think
+        thought: Thought | None = "open" if self.is_thinking else "possible" if may_think else None
         parser = OutputParser(
             tool_style=served.tool_style if self.offer.callable else None, tools=self.offer.callable,
-            starts_in_reasoning=self.is_thinking, reads_reasoning=served.is_thinking,
+            starts_in_reasoning=self.is_thinking,
+            reads_reasoning=may_think,
         )  # fmt: skip
-        thought: Thought | None = "open" if self.is_thinking else "possible" if served.is_thinking else None
         return Answer(
             served, stop=self.stop, parser=parser, starts_in_reasoning=self.is_thinking,
             thought=None if self.stops_in_thought else thought, max_calls=self.max_calls,
@@ -51,17 +59,21 @@ async def make_dialogue(
     *,
     constraint: tuple[Constraint, str] | None = None,
     parallel_calls: bool = True,
-    thinks: bool = True,
+    asked: TemplateRequest | None = None,
     continues: bool = False,
     add_generation_prompt: bool = True,
     stop: tuple[str, ...] = (),
     stops_in_thought: bool = False,
     param: str = "messages",
 ) -> Dialogue:
-    """Render and encode; the constraint is that of the tools where one must be called. Raises ApiError."""
+    """Render and encode; the constraint is that of the tools where one must be called. Raises ApiError.
+
+    A constraint holds for the answer behind the thought, where there is one: that which the prompt opens, or that
+    with which a model that decides by itself begins.
+    """
     served = exchange.server.served
-    prompt_ids, is_thinking = await served.encode_chat(
-        in_order_of_calls(messages), tools=offer.tools, thinks=thinks, continues=continues,
+    prompt_ids, thought = await served.encode_chat(
+        in_order_of_calls(messages), tools=offer.tools, asked=asked, continues=continues,
         add_generation_prompt=add_generation_prompt, param=param,
     )  # fmt: skip
     chosen, chosen_param = constraint or (None, "response_format")
@@ -72,10 +84,12 @@ async def make_dialogue(
             chosen, chosen_param = Constraint("lark", text), "tools"
         elif chosen is not None:  # the answer is a call, or follows its format
             chosen = replace(chosen, alternative=text)
-    if chosen is not None and is_thinking:
+    if chosen is not None and thought == "open":
         chosen = replace(chosen, starts_after=served.think_end)
+    elif chosen is not None and thought == "possible" and served.is_hybrid:
+        chosen = replace(chosen, starts_after=served.think_end, opened_by=served.think_start)
     return Dialogue(
-        prompt_ids, is_thinking, offer, chosen, chosen_param,
+        prompt_ids, thought, offer, chosen, chosen_param,
         max_calls=1 if offer.callable and not parallel_calls else None, stop=stop, stops_in_thought=stops_in_thought,
     )  # fmt: skip
 
@@ -83,7 +97,7 @@ async def make_dialogue(
 def _call_grammar(served: ServedModel, offer: Offer, *, parallel: bool) -> str:
     return tool_call_grammar(
         offer.enforceable(), style=served.tool_style, name=offer.name, parallel=parallel,
-        control_names=served.tokenizer.added_ids.keys(),
+        control_names=served.tokenizer.reserved_ids.keys(),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ MAX_LISTED_TOKENS = 1_024  # logit_bias, stop_token_ids, allowed_token_ids
 MAX_BAD_WORDS = 64
 MAX_TOOLS = 128
 MAX_TOOL_CALLS = 128  # of one message
+MAX_TEMPLATE_ARGUMENTS = 64  # of chat_template_kwargs
 MAX_NAME_CHARACTERS = 128  # of a tool
 MAX_TEXT_PER_TOKEN = 8  # characters of a prompt per token of the context, beyond which it is not tokenized whole
 MAX_PROMPT_LOGPROB_TOKENS = 32_768

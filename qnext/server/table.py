@@ -8,7 +8,8 @@ from qnext.server import models, probes
 from qnext.server.anthropic.bodies import CountBody, MessagesBody
 from qnext.server.anthropic.messages import count_tokens, messages
 from qnext.server.metrics import CONTENT_TYPE
-from qnext.server.openai.chat import ChatBody, chat_completions
+from qnext.server.openai.chat import chat_completions
+from qnext.server.openai.chat_bodies import ChatBody
 from qnext.server.openai.completions import CompletionBody, completions
 from qnext.server.openai.responses import responses
 from qnext.server.openai.responses_bodies import ResponseBody

@@ -319,7 +319,58 @@ def test_reasoning_may_end_with_several_tokens() -> None:
         state.accept(marks[0])
 
 
+def hybrid(kind: str, value: object) -> Constraint:
+    """A constraint of a model that may begin with a thought by itself."""
+    made = tokenizer("bpe")
+    end = (made.token_id("</think>"),)
+    return Constraint(kind, value, starts_after=end, opened_by=made.token_id("<think>"))  # type: ignore[arg-type]
+
+
+def test_an_output_may_open_its_reasoning_itself() -> None:
+    start, end = (tokenizer("bpe").token_id(name) for name in ("<think>", "</think>"))
+    state, bare = state_of(hybrid("choice", ("yes", "no"))), state_of(Constraint("choice", ("yes", "no")))
+    assert set(ids_of(state.allowed())) == {*ids_of(bare.allowed()), start}
+    assert not state.is_asleep
+    assert (
+        len(state.window([start, *encoded("hm"), end, *encoded("no")]))
+        == 4 + len(encoded("no")) + len(encoded("hm")) - 1
+    )
+    state.accept(start)
+    assert state.is_asleep and not state.can_end
+    for token in encoded("hm, no"):
+        state.accept(token)
+    state.accept(end)
+    assert np.array_equal(state.allowed(), bare.allowed()), "a second thought is none"
+    follow(state, "yes")
+    state.rollback(state.num_tokens - 2)
+    assert state.is_asleep
+    state.rollback(2)
+    follow(state, "no")
+    assert state.can_end and state.must_end
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        hybrid("choice", ("<think>\nhm\n</think>\n\nok", "<think>")),
+        hybrid("regex", "<think>.*"),
+        hybrid("regex", "(?s:.*)"),
+        hybrid("lark", 'start: <think> "a" </think> "b"'),
+        hybrid("lark", 'start: "<think>" /[a-z]+/'),
+    ],
+)
+def test_a_constraint_that_describes_the_reasoning_holds_from_the_beginning(constraint: Constraint) -> None:
+    state = state_of(constraint)
+    plain = state_of(Constraint(constraint.kind, constraint.value))
+    assert np.array_equal(state.allowed(), plain.allowed())
+    token = ids_of(state.allowed())[0]
+    state.accept(token)
+    assert not state.is_asleep
+
+
 CONSTRAINTS = [
+    hybrid("json_object", ""),
+    hybrid("choice", CHOICES),
     Constraint("json_schema", SCHEMAS["person"]),
     Constraint("json_schema", SCHEMAS["tree"]),
     Constraint("json_object"),

@@ -33,6 +33,9 @@ class Constraint:
     appearance in the output.
     `is_strict`: a schema that cannot be enforced whole is refused, not relaxed. `alternative`: Lark of what the output
     may be instead, such as a tool call.
+    `opened_by` is the id that begins the reasoning where the output itself may do so, with its first token: without
+    it the constraint holds from the beginning. A constraint that can begin with that mark describes the reasoning
+    itself, and holds from the beginning in any case.
     """
 
     kind: ConstraintKind
@@ -40,6 +43,7 @@ class Constraint:
     starts_after: tuple[int, ...] | None = None
     is_strict: bool = False
     alternative: str | None = None
+    opened_by: int | None = None
 
 
 @dataclass(frozen=True)

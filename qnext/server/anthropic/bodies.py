@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from qnext.server.bodies import KEEPS_UNKNOWN, Body, Name, Stops
+from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, Stops, TemplateBody, ThoughtBody
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_MESSAGES, MAX_TOOLS
 from qnext.server.tools import ToolName
 
@@ -30,7 +30,7 @@ class ToolUseBlock(Body):
     type: Literal["tool_use"]
     id: Name
     name: Name
-    input: dict[str, Any] | None = None
+    input: Any = None  # of the past: whatever it is
 
 
 class OtherBlock(Body):
@@ -116,11 +116,6 @@ class ToolChoice(Body):
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(Body):
-    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
-    display: Annotated[str, Field(max_length=64)] | None = None
-
-
 class OutputFormat(Body):
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
@@ -128,9 +123,10 @@ class OutputFormat(Body):
 
 class OutputConfig(Body):
     format: OutputFormat | None = None
+    effort: Effort | None = None
 
 
-class CountBody(Body):
+class CountBody(TemplateBody):
     """A conversation whose tokens are to be counted."""
 
     model_config = KEEPS_UNKNOWN
@@ -140,7 +136,7 @@ class CountBody(Body):
     system: ResultBlocks | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
-    thinking: Thinking | None = None
+    thinking: ThoughtBody | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # its older name
     mcp_servers: Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None = None  # passed over

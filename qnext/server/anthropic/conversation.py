@@ -53,7 +53,7 @@ def _assistant(turn: TurnBody, param: str, note: Note) -> Message:
         elif isinstance(block, ThinkingBlock):
             thoughts.append(block.thinking)
         elif isinstance(block, ToolUseBlock):
-            calls.append(ToolCall(block.name, block.input or {}, block.id))
+            calls.append(ToolCall(block.name, block.input, block.id))
         elif isinstance(block, OtherBlock):
             texts.append(_other(block, f"{param}.{index}", note, is_past=True))
         elif not isinstance(block, RedactedThinkingBlock):

@@ -57,7 +57,11 @@ async def _dialogue(exchange: Exchange, body: CountBody, *, stop: tuple[str, ...
         exchange, conversation(body, exchange.ignore), offer(body, exchange.ignore),
         constraint=_constraint(body), stop=stop,
         parallel_calls=choice is None or not choice.disable_parallel_tool_use,
-        thinks=body.thinking is None or body.thinking.type != "disabled",
+        asked=body.asked(
+            thinks=body.thinking.is_wanted if body.thinking is not None else None,
+            effort=body.output_config.effort if body.output_config is not None else None,
+            budget=body.thinking.budget_tokens if body.thinking is not None else None,
+        ),
         continues=body.messages[-1].role == "assistant",
     )  # fmt: skip
 

@@ -21,7 +21,8 @@ from qnext.server.errors import ApiError, error_object
 from qnext.server.exchange import Exchange
 from qnext.server.generation import Generation, Silence, Update
 from qnext.server.limits import MAX_LOGPROBS, MAX_PROMPTS
-from qnext.server.openai.chat import FormatBody, usage
+from qnext.server.openai.chat import usage
+from qnext.server.openai.chat_bodies import FormatBody
 from qnext.server.routes import EventStream, Reply
 from qnext.server.sampling import sampling_params, stop_strings, structured_constraint
 from qnext.server.writing import Event, data_frames, write_stream, write_whole
@@ -49,8 +50,8 @@ class CompletionBody(SamplingBody):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     response_format: FormatBody | None = None
-    add_special_tokens: bool | None = None
-    parse_special: bool | None = None  # true: names of control tokens in a text prompt are these tokens
+    add_special_tokens: bool | None = None  # without effect: the family has none to add
+    parse_special: bool | None = None  # false: names of control tokens in a text prompt are text, as beside a suffix
 
 
 async def completions(exchange: Exchange) -> Reply | EventStream:
@@ -97,26 +98,32 @@ async def _prompts(exchange: Exchange, body: CompletionBody) -> list[list[int]]:
     found: list[list[int]] = []
     for entry in many:
         if isinstance(entry, str):
-            ids = await served.encode(entry, allow_special=bool(body.parse_special))
+            ids = await served.encode(entry, allow_special=_parses_marks(body))
         else:
             ids = list(entry)  # type: ignore[arg-type]
             if len(ids) > served.max_model_len:
                 raise ApiError.too_long(len(ids), served.max_model_len - 1, param="prompt")
             served.check_ids(ids, param="prompt")
         if body.suffix:
-            ids = await _around_hole(exchange, ids, body.suffix)
+            ids = await _around_hole(exchange, ids, body)
         if not ids:
             raise ApiError.bad("the prompt is empty", param="prompt")
         found.append(ids)
     return found
 
 
-async def _around_hole(exchange: Exchange, ids: list[int], suffix: str) -> list[int]:
+def _parses_marks(body: CompletionBody) -> bool:
+    """Whether names of control tokens in a text are these tokens. Beside a suffix the marks are the server's to set."""
+    return body.parse_special if body.parse_special is not None else not body.suffix
+
+
+async def _around_hole(exchange: Exchange, ids: list[int], body: CompletionBody) -> list[int]:
     served = exchange.server.served
     marks = served.fill_in_middle()
     if marks is None:
         raise ApiError.bad("this model cannot fill in text before a suffix", param="suffix")
-    return [marks[0], *ids, marks[1], *await served.encode(suffix, param="suffix"), marks[2]]
+    suffix = await served.encode(body.suffix or "", param="suffix", allow_special=_parses_marks(body))
+    return [marks[0], *ids, marks[1], *suffix, marks[2]]
 
 
 class _Generations:

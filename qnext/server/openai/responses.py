@@ -75,7 +75,7 @@ async def _dialogue(exchange: Exchange, body: ResponseBody) -> Dialogue:
     return await make_dialogue(
         exchange, conversation(body, exchange.ignore), offer(body, exchange.ignore), constraint=_constraint(body),
         parallel_calls=body.parallel_tool_calls is not False,
-        thinks=body.reasoning is None or body.reasoning.effort != "none", param="input",
+        asked=body.asked(effort=body.reasoning.effort if body.reasoning is not None else None), param="input",
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
-from qnext.server.bodies import KEEPS_UNKNOWN, Body, Name, at_most
+from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, TemplateBody, at_most
 from qnext.server.errors import ApiError
 from qnext.server.history import Note, part_text, without_attribution
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
@@ -47,7 +47,7 @@ class CallItem(Body):
     call_id: Name
     name: Name
     namespace: Name | None = None
-    arguments: str | None = None
+    arguments: Any = None  # of the past: whatever it is
 
 
 class ResultItem(Body):
@@ -168,7 +168,7 @@ class TextBody(Body):
 
 
 class ReasoningBody(Body):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
     summary: Annotated[str, Field(max_length=64)] | None = None
 
 
@@ -176,7 +176,7 @@ _Key = Annotated[str, Field(max_length=64)]
 _Value = Annotated[str, Field(max_length=512)]
 
 
-class ResponseBody(Body):
+class ResponseBody(TemplateBody):
     """The body of a response."""
 
     model_config = KEEPS_UNKNOWN
@@ -285,7 +285,7 @@ def _is_of_client(tool: OtherTool) -> bool:
 
 def _add(messages: list[Message], item: MessageItem | CallItem | ReasoningItem, param: str, note: Note) -> None:
     if isinstance(item, CallItem):
-        call = ToolCall(joined_name(item.namespace, item.name), item.arguments or {}, item.call_id)
+        call = ToolCall(joined_name(item.namespace, item.name), item.arguments, item.call_id)
         _add_turn(messages, Message("assistant", "", tool_calls=(call,)))
     elif isinstance(item, MessageItem):
         _add_turn(messages, Message("assistant", _text(item.content, f"{param}.content", note)))
