@@ -67,11 +67,7 @@ def command(
     """
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json")
-    if chat and special:
-        raise UsageError("--chat writes the control tokens itself; --special contradicts it")
-    if not chat and (think is not None or chat_template_kwargs is not None):
-        raise UsageError("--think, --no-think and --chat-template-kwargs belong to --chat")
-    asked = options.template_request(chat_template_kwargs, think) if chat else None
+    asked = _asked(chat=chat, special=special, think=think, arguments=chat_template_kwargs)
     folder = open_folder(model, yarn=yarn)
     params = options.resolve_sampling(
         folder.path,
@@ -163,6 +159,17 @@ def _read_input() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise UsageError(f"standard input is not text: {error}") from None
+
+
+def _asked(*, chat: bool, special: bool | None, think: bool | None, arguments: str | None) -> TemplateRequest | None:
+    """What the flags say to the chat template; None without --chat. Raises UsageError for those that contradict."""
+    if chat and special:
+        raise UsageError("--chat writes the control tokens itself; --special contradicts it")
+    if chat:
+        return options.template_request(arguments, think)
+    if think is not None or arguments is not None:
+        raise UsageError("--think, --no-think and --chat-template-kwargs belong to --chat")
+    return None
 
 
 def _encode(folder: TextFolder, text: str, *, asked: TemplateRequest | None, special: bool) -> list[int]:

@@ -44,7 +44,7 @@ FIXED: dict[str, str] = {
     "MAX_BAD_WORDS": "entries of `bad_words`",
     "MAX_TOOLS": "tools of a request",
     "MAX_TOOL_CALLS": "calls in one message",
-    "MAX_TEMPLATE_ARGUMENTS": "arguments of the chat template (`chat_template_kwargs`)",
+    "MAX_TEMPLATE_ARGUMENTS": "names in `chat_template_kwargs`",
     "MAX_NAME_CHARACTERS": "characters of a tool's name",
     "MAX_TEXT_PER_TOKEN": "characters of a prompt per token of the context; longer ones are counted in part",
     "MAX_PROMPT_LOGPROB_TOKENS": "tokens of a prompt whose log-probabilities are asked for",
