@@ -41,13 +41,15 @@ TOOLS = [
     tool("now", ("zone",), zone=TEXT),
 ]
 CODE = 'def greet(name):\n    if name == "":\n        return None\n    return f"<b>{name}</b> \\\\ done"\n'
+NOTE = "# Tags\n\nA call ends with </tool_call> and not with </parameter> alone."
+FILTERS = {"lang": ["de", "en"], "safe": True, "max": None}
 MEANT: list[Meant] = [
     [("set_fan", {"room": "attic", "speed": 3, "quiet": True})],
     [("set_fan", {"room": "Zürich 🙂", "speed": 0, "quiet": False})],
     [("write_file", {"path": "src/greet.py", "content": CODE})],
-    [("write_file", {"path": "notes.md", "content": "# Tags\n\nA call ends with </tool_call> and not with </parameter> alone."})],
+    [("write_file", {"path": "notes.md", "content": NOTE})],
     [("write_file", {"path": "page.html", "content": "<p>It's \"late\"</p>\n\n<ul>\n\t<li>{}</li>\n</ul>"})],
-    [("search", {"query": "what is 5 < 7?", "limit": 10, "filters": {"lang": ["de", "en"], "safe": True, "max": None}})],
+    [("search", {"query": "what is 5 < 7?", "limit": 10, "filters": FILTERS})],
     [("search", {"query": "null"})],
     [("book", {"guests": ["Ann", "O'Neil"], "when": None, "price": 12.5})],
     [("put", {"key": "a.b", "value": {"x": [1, {"y": "z"}]}}), ("now", {"zone": "UTC"})],
