@@ -15,11 +15,13 @@ CALL_KINDS: tuple[TagKind, ...] = KINDS[:3]
 MAX_TAG_LENGTH = 300  # characters
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-# <function=name>, also with white space, quotes, or as an attribute: <function name="name">.
+# <function=name>, also with white space, quotes, or as an attribute: <function name="name">. The ">" of a closing tag
+# may be missing at the end of a line.
 _TAG = re.compile(
-    r"<[ \t]*(?P<slash>/?)[ \t]*(?P<kind>tool_call|function|parameter|think)"
+    r"<[ \t]*(?P<slash>/)?[ \t]*(?P<kind>tool_call|function|parameter|think)"
     r"(?P<named>[ \t]*=|[ \t]+name[ \t]*=)?"
-    r"(?(named)[ \t]*(?:\"(?P<double>[^\"<>\n]*)\"|'(?P<single>[^'<>\n]*)'|(?P<bare>[^<>\n]*?)))[ \t]*>"
+    r"(?(named)[ \t]*(?:\"(?P<double>[^\"<>\n]*)\"|'(?P<single>[^'<>\n]*)'|(?P<bare>[^<>\n]*?)))"
+    r"[ \t]*(?(slash)(?:>|(?=\n))|>)"
 )
 _TAG_HEAD = re.compile(r"<[ \t]*/?[ \t]*([a-z_]*)")
 _TAG_REST = re.compile(r"[ \t=][^<>\n]*")
@@ -56,7 +58,7 @@ def tag_at(text: str, start: int, end: int, kinds: Sequence[TagKind]) -> Tag | L
         return None if end - start < MAX_TAG_LENGTH and _may_become_tag(text, start, end, kinds) else False
     kind: TagKind = match["kind"]  # type: ignore[assignment]
     name = match["double"] or match["single"] or match["bare"] or ""
-    closes = match["slash"] != ""
+    closes = match["slash"] is not None
     is_named = kind in ("function", "parameter")
     if kind not in kinds or (not closes and bool(name) != is_named) or (name and not is_named):
         return False

@@ -25,6 +25,13 @@ class ValueText:
         self._has_begun = False
         self._mark = '"'  # before the first text that is sent
 
+    def restart(self) -> None:
+        """Forget the white space that has come."""
+        self._pieces.clear()
+        self._newlines.clear()
+        self._unsent.clear()
+        self._has_begun = False
+
     def add(self, text: str) -> None:
         if not self._has_begun and text:
             self._has_begun = True
@@ -50,15 +57,22 @@ class ValueText:
         return mark + json.dumps(unsent, ensure_ascii=False)[1:-1]
 
     def end(self, *, is_closed: bool) -> str | None:
-        """The rest of the JSON. Without a closing tag None where newlines at the end may belong to the value."""
+        """The rest of the JSON; None where it is not certain.
+
+        That is so without a closing tag, where newlines at the end may belong to the value, and for a broken list or
+        object.
+        """
         text = "".join(self._pieces)
         value = text.removesuffix("\n")
         if not is_closed:
             value = text.rstrip("\n")
-            if len(text) - len(value) > 1 and "\n" in value and self._is_string:
+            if self.is_blank or (len(text) - len(value) > 1 and "\n" in value and self._is_string):
                 return None
-        self.whole = json_of_value(value, self._types)
+        whole = json_of_value(value, self._types)
+        if whole is None:
+            return None
+        self.whole = whole
         if not self._is_string:
-            return self.whole
+            return whole
         newlines = "".join(self._newlines)[:-1] if is_closed else ""
         return self.take() + self._mark + json.dumps(newlines)[1:]

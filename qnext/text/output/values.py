@@ -119,10 +119,10 @@ def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
     return None
 
 
-def json_of_value(text: str, types: Types) -> str:
+def json_of_value(text: str, types: Types) -> str | None:
     """JSON of the narrowest of `types` that the text can be, else of the text as a string.
 
-    Without types it is the JSON that it parses as.
+    Without types it is the JSON that it parses as. None where a list or an object is wanted and has begun, but broken.
 
     >>> json_of_value("3", frozenset({"integer", "string"})), json_of_value("True", frozenset({"boolean"}))
     ('3', 'true')
@@ -146,6 +146,8 @@ def json_of_value(text: str, types: Types) -> str:
         found = strict_json(json.loads(inner), brackets)  # a model may write the object as a text that holds it
         if found is not None:
             return found
+    if brackets and "string" not in types and any(mark in word for mark in '{}[]"'):
+        return strict_json(word)
     return _string(text)
 
 

@@ -76,6 +76,8 @@ class XmlCallReader:
         self._value = ValueText(frozenset())
         self._is_again = False  # the parameter has a value already
         self._is_line_blank = True  # so far, of the value's last line
+        self._tail = ""  # of the value
+        self._has_opening = False  # it holds what looks like an opening tag
         self._pending: list[Piece] = []  # a tag in a value that may end it, and what followed
         self._signs = ""  # of the pending tags
         self._is_pending_apart = False  # it stands on a line of its own
@@ -115,8 +117,8 @@ class XmlCallReader:
             self._finish_value(has_ended=has_ended)
         elif self._take == self._take_member and self._written:
             self._end_call(is_certain=has_ended and self._has_required)
-        elif self._take == self._take_end:
-            self._end_call()
+        elif self._take in (self._take_end, self._take_behind):
+            self._end_call(leftover=self._pending)
         self.has_failed = not self.is_done
 
     def _finish_value(self, *, has_ended: bool) -> None:
@@ -149,9 +151,12 @@ class XmlCallReader:
             self._take = self._take_end
             if self._is_bare:
                 self._end_call()
-        elif sign == "t" and self._written:
-            self._end_call()
-        elif sign in "TF" and self._written:
+        elif sign == "t" and self._written and self._has_required:
+            self._take = self._take_behind
+        elif sign == "T" and self._written and self._has_required:
+            self._pending = [piece]
+            self._take = self._take_behind
+        elif sign == "F" and self._written:
             self._end_call(leftover=[piece], is_certain=self._has_required)
         else:
             is_again = sign == "p" or (sign == "F" and tag is not None and tag.name == self._function)
@@ -166,6 +171,15 @@ class XmlCallReader:
         elif piece.sign == " ":
             self._pending.append(piece)
         elif piece.sign not in "fp":
+            self._end_call(leftover=[*self._pending, piece])
+
+    def _take_behind(self, piece: Piece) -> None:
+        """Behind a tag that ends the call, though its function is open: a parameter here makes that doubtful."""
+        if piece.sign == " ":
+            self._pending.append(piece)
+        elif piece.sign == "P":
+            self.has_failed = True
+        elif piece.sign not in "fpt":
             self._end_call(leftover=[*self._pending, piece])
 
     def _read_object(self, reader: JsonReader, text: str, start: int, end: int) -> int:
@@ -194,6 +208,7 @@ class XmlCallReader:
         self._parameter = name
         self._value = ValueText(self._tools.types_of(self._function, name))
         self._is_line_blank = True
+        self._tail, self._has_opening = "", False
         self._is_again = name in self._written
         if not self._is_again:
             self._write(("," + " " if self._written else "{") + json.dumps(name, ensure_ascii=False) + ": ")
@@ -225,6 +240,7 @@ class XmlCallReader:
             self._take_parameter(tag.name, piece)
         else:
             self._pending, self._signs = [piece], sign
+            self._is_pending_apart = True
 
     def _take_parameter(self, name: str, piece: Piece) -> None:
         """An opening tag on a line of its own: if the tool has it, the closing tag before it was forgotten."""
@@ -234,7 +250,8 @@ class XmlCallReader:
         elif self._nested is not None:
             self._break_at_nested([piece])
         elif self._value.is_blank:
-            self.has_failed = name != self._parameter  # an opening tag too many
+            self.has_failed = name != self._parameter
+            self._value.restart()  # an opening tag too many
         elif not known or name in self._written:
             self.has_failed = True
         elif self._end_value(is_closed=False):
@@ -250,6 +267,8 @@ class XmlCallReader:
             meaning = "nested"
         if not is_apart and (meaning == "again" or (meaning == "closed" and piece.sign in "tTF")):
             meaning = "text"
+        if meaning == "text" and is_apart and self._is_out_of_place(piece.sign):
+            meaning = "two ways"
         if meaning == "closed":
             if self._end_value(is_closed=True):
                 self._take = self._take_member
@@ -269,6 +288,14 @@ class XmlCallReader:
             self._end_unclosed([piece])
         else:
             self.has_failed = meaning != "again"
+
+    def _is_out_of_place(self, sign: str) -> bool:
+        """Whether a tag that stands alone in its line is hardly text of the value: nothing in it opens or closes it."""
+        if self._signs == "p":
+            return True  # an opening tag may have been forgotten
+        if self._value.is_blank or (self._signs in ("T", "F") and sign != "p"):
+            return False
+        return not self._has_opening if sign in "fP" or sign == "p" else False
 
     def _open_nested(self, piece: Piece) -> None:
         """A call begins inside the value."""
@@ -291,6 +318,8 @@ class XmlCallReader:
 
     def _add(self, text: str) -> None:
         line = text.rpartition("\n")
+        self._tail = self._tail[-10:] + text
+        self._has_opening = self._has_opening or "<function" in self._tail or "<tool_call" in self._tail
         self._is_line_blank = (bool(line[1]) or self._is_line_blank) and not line[2].strip(" \t")
         if self._nested is not None:
             self._nested.append(text)
@@ -338,7 +367,7 @@ class XmlCallReader:
             self.events.append(CallArguments(text))
 
     def _end_call(self, *, leftover: Sequence[Piece] = (), is_certain: bool = True) -> None:
-        if not is_certain:
+        if not is_certain or (self._is_bare and not self._has_required):
             self.has_failed = True
             return
         self.leftover = "".join(piece.text for piece in leftover)

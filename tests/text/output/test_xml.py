@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qnext.text.output import Call, Content
+from qnext.text.output import Call, Content, CutCall
 from tests.text.output.outputs import read, xml_call
 
 TIME = Call("time", "{}")
@@ -83,13 +83,12 @@ def test_malformed_calls_are_content_as_they_are(text: str) -> None:
         ("nothing", "null", None),
         ("nothing", "", ""),
         ("where", '{"a": [1, "ü"]}', {"a": [1, "ü"]}),
-        ("where", "[1]", "[1]"),
-        ("where", '{"a": NaN}', '{"a": NaN}'),
-        ("where", '{"a": 1} 2', '{"a": 1} 2'),
+        ("where", "[1]", [1]),
+        ("where", "nothing", "nothing"),
+        ("where", '"{\\"a\\": 1}"', {"a": 1}),
         ("tags", '\n["x",\n"y"]', ["x", "y"]),
         ("tags", "['x']", ["x"]),
         ("tags", "('x', True, None)", ["x", True, None]),
-        ("tags", "[" * 65 + "]" * 65, "[" * 65 + "]" * 65),
         ("note", "null", None),
         ("note", "nullable", "nullable"),
         ("either", "7", 7),
@@ -109,6 +108,23 @@ def test_values_have_the_type_of_the_schema(name: str, text: str, value: object)
     assert isinstance(call, Call)
     found = json.loads(call.arguments)
     assert found == {name: value} and type(found[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("where", '{"a": NaN}'),
+        ("where", '{"a": 1} 2'),
+        ("where", '{"a": 1'),
+        ("where", '{"a": 1, "a": 2}'),
+        ("tags", "[" * 65 + "]" * 65),
+        ("tags", '["x", "y'),
+        ("tags", '["x" "y"]'),
+    ],
+)
+def test_a_broken_list_or_object_is_no_argument(name: str, text: str) -> None:
+    call, *_ = read([xml_call("weather", **{name: text})], tool_style="xml")
+    assert isinstance(call, CutCall) and call.arguments == f'{{"{name}": '
 
 
 def test_long_numbers_are_carried_on_as_they_are() -> None:
