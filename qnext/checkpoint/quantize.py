@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qnext.checkpoint.check import Layout, read_layout, structure_problems
 from qnext.checkpoint.files import MAX_SHARD_BYTES, TORCH_DTYPES, ShardWriter, TensorFiles, TensorSpec, write_text
 from qnext.checkpoint.names import Part, disk_parts
-from qnext.checkpoint.save import new_folder, write_side_files
+from qnext.checkpoint.save import has_tokenizer, new_folder, write_side_files
 from qnext.checkpoint.values import read_weight, tensor_value_problems
 from qnext.checkpoint.write_behind import WriteBehind
 from qnext.config import ModelConfig, to_hf
@@ -74,7 +74,7 @@ def quantize_folder(
         _check_disk(Path(folder), out.num_bytes)
         with new_folder(folder) as temporary:
             _write_config(temporary, layout.config, out)
-            write_side_files(temporary, layout.config, source if (source / "tokenizer.json").is_file() else None, None)
+            write_side_files(temporary, layout.config, source if has_tokenizer(source) else None, None)
             writer = WriteBehind(ShardWriter(temporary, out.plan, max_shard_bytes=max_shard_bytes))
             try:
                 out.writer = writer

@@ -24,7 +24,7 @@ from qnext.planning import parameter_shapes
 # What belongs to a tokenizer in a model folder; everything else of `tokenizer_folder` stays where it is.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "chat_template.json",
+    "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja",
 )  # fmt: skip
 
 
@@ -127,6 +127,12 @@ def write_config(folder: Path, config: ModelConfig, *, dtype: torch.dtype) -> No
     write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer in one of the forms that are read."""
+    forms = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    return any(all((folder / name).is_file() for name in form) for form in forms)
+
+
 def write_side_files(
     folder: Path,
     config: ModelConfig,
@@ -136,10 +142,11 @@ def write_side_files(
     """Tokenizer files and generation_config.json; see save_model."""
     source = None if tokenizer_folder is None else Path(tokenizer_folder)
     if source is not None:
-        if not (source / "tokenizer.json").is_file():
+        if not has_tokenizer(source):
             raise UsageError(f"{source}: no tokenizer.json there")
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, folder / name)
     if generation_config is None and source is not None and (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")

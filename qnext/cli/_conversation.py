@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from qnext.text.chat import ChatFormat
     from qnext.text.messages import Message
     from qnext.text.output import OutputParser
-    from qnext.text.tokenizer import Piece, Tokenizer
+    from qnext.text.thinking import ThoughtState
+    from qnext.text.tokenizer import Tokenizer
 
 _NOT_IN_CHAT = {
     "stop_token_ids", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "banned_token_ids", "n",
 }  # fmt: skip
-_THINK_CLOSE = "</think>"
 
 
 @dataclass
@@ -44,19 +44,24 @@ class Conversation(Talk):
 
     @cached_property
     def can_think(self) -> bool:
-        """Whether the chat format opens a thought for the answer."""
+        """Whether the chat format opens a thought for the answer, or has a switch for it."""
         from qnext.text.messages import Message
+        from qnext.text.thinking import TemplateRequest, is_hybrid, prompt_pieces
 
-        return self.chat_format is not None and _opens_thought(self.chat_format.render([Message("user", "Hello")]))
+        if self.chat_format is None:
+            return False
+        if is_hybrid(self.chat_format, self.tokenizer):
+            return True
+        return prompt_pieces(self.chat_format, [Message("user", "Hello")], TemplateRequest())[1] == "open"
 
     def _ask(self, text: str, turns: list[Message], write: Write, write_thought: Write) -> Reply:
         from qnext.engine import TokenEvent
         from qnext.text.stream import TextStream
 
-        prompt_ids, is_thinking = self._prompt_ids(text, turns)
+        prompt_ids, thought = self._prompt_ids(text, turns)
         stream = TextStream(self.tokenizer, stop=self.stop)
-        sink = _Sink(self._parser(is_thinking), write, write_thought)
-        guide = self._guide(is_thinking)
+        sink = _Sink(self._parser(thought), write, write_thought)
+        guide = self._guide(thought)
         self.stopwatch = watch = Stopwatch()
         request = self.engine.add_request(prompt_ids, self._capped(len(prompt_ids)), guide=guide)
         try:
@@ -72,22 +77,32 @@ class Conversation(Talk):
         sink.push(stream.finish())
         if request.failure is not None:
             raise UsageError(str(request.failure))
-        return sink.finish()
+        reply = sink.finish()
+        return reply if reply.reasoning or self.can_think else Reply(reply.content)
 
-    def _parser(self, is_thinking: bool) -> OutputParser | None:
-        if not self.can_think:
-            return None
+    def _parser(self, thought: ThoughtState) -> OutputParser | None:
         from qnext.text.output import OutputParser
+        from qnext.text.thinking import may_think
 
-        return OutputParser(tool_style=None, starts_in_reasoning=is_thinking)
+        reads = thought == "possible" and may_think(self.tokenizer)
+        if self.chat_format is None or not (reads or self.can_think):
+            return None
+        return OutputParser(tool_style=None, starts_in_reasoning=thought == "open", reads_reasoning=reads)
 
-    def _guide(self, is_thinking: bool) -> Guide | None:
+    def _guide(self, thought: ThoughtState) -> Guide | None:
         if not self.wants_json:
             return None
         from qnext.engine.sampling.constraint import Constraint
+        from qnext.text.thinking import THINK, THINK_END, is_hybrid
 
-        end = tuple(self.tokenizer.encode(_THINK_CLOSE, allow_special=True)) if is_thinking else None
-        return self._grammars.compile(Constraint("json_object", starts_after=end)).new_state()
+        constraint = Constraint("json_object")
+        may_open = thought == "possible" and is_hybrid(self.chat_format, self.tokenizer)
+        if thought == "open" or may_open:
+            end = tuple(self.tokenizer.encode(THINK_END, allow_special=True))
+            constraint = Constraint(
+                "json_object", starts_after=end, opened_by=self.tokenizer.added_ids[THINK] if may_open else None
+            )
+        return self._grammars.compile(constraint).new_state()
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
@@ -96,7 +111,7 @@ class Conversation(Talk):
         return GrammarCompiler(
             Vocabulary(
                 list(self.tokenizer.token_table()), eos_ids=self.engine.eos_token_ids,
-                special_ids=self.tokenizer.added_ids.values(), size=self.engine.model.config.vocab_size,
+                special_ids=self.tokenizer.reserved_ids.values(), size=self.engine.model.config.vocab_size,
             )
         )  # fmt: skip
 
@@ -105,21 +120,17 @@ class Conversation(Talk):
         wanted, room = self.params.max_tokens, self.engine.max_model_len - num_prompt
         return self.params if wanted is None or room < 1 else replace(self.params, max_tokens=min(wanted, room))
 
-    def _prompt_ids(self, text: str, turns: list[Message]) -> tuple[list[int], bool]:
-        """(token ids, whether the answer begins inside a thought)."""
+    def _prompt_ids(self, text: str, turns: list[Message]) -> tuple[list[int], ThoughtState]:
+        """(token ids, where they leave the thought of the answer)."""
         from qnext.text.messages import Message
-        from qnext.text.tokenizer import Piece
+        from qnext.text.thinking import TemplateRequest, prompt_pieces
 
         if self.chat_format is None:
-            return self.tokenizer.encode(text), False
+            return self.tokenizer.encode(text, allow_special=True), "possible"
         head = [Message("system", self.system)] if self.system else []
-        if not self.can_think:
-            return self.chat_format.encode(self.tokenizer, [*head, *turns]), False
-        pieces = self.chat_format.render([*head, *turns])
-        is_thinking = _opens_thought(pieces) and self.thinks is not False
-        if _opens_thought(pieces) and not is_thinking:
-            pieces = [*pieces, Piece(f"\n{_THINK_CLOSE}\n\n", True)]
-        return self.tokenizer.encode_pieces(pieces), is_thinking
+        asked = TemplateRequest(self.template_arguments, self.thinks)
+        pieces, thought = prompt_pieces(self.chat_format, [*head, *turns], asked)
+        return self.tokenizer.encode_pieces(pieces), thought
 
     def set_thinking(self, thinks: bool) -> None:
         if not self.can_think:
@@ -184,10 +195,6 @@ class _Sink:
         if text:
             (self._thought if is_thought else self._content).append(text)
             (self._write_thought if is_thought else self._write)(text)
-
-
-def _opens_thought(pieces: list[Piece]) -> bool:
-    return bool(pieces) and pieces[-1].text.rstrip().endswith("<think>")
 
 
 @contextmanager

@@ -98,8 +98,9 @@ class RemoteConversation(Talk):
             return {**body, "prompt": text}
         if self.wants_json:
             body["response_format"] = {"type": "json_object"}
-        if self.thinks is not None:
-            body["chat_template_kwargs"] = {"enable_thinking": self.thinks}
+        thinks = {} if self.thinks is None else {"enable_thinking": self.thinks}
+        if arguments := {**thinks, **self.template_arguments}:
+            body["chat_template_kwargs"] = arguments
         head = [{"role": "system", "content": self.system}] if self.system else []
         body["messages"] = [*head, *({"role": turn.role, "content": turn.content} for turn in turns)]
         return body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from qnext.errors import CorruptCheckpoint, UsageError
 
 if TYPE_CHECKING:
     from qnext.engine import SamplingParams
+    from qnext.text.thinking import TemplateRequest
 
 _DEFAULT = "default: generation_config.json of the model, else"
 
@@ -29,6 +31,22 @@ PresencePenalty = Annotated[float | None, typer.Option("--presence-penalty", met
 FrequencyPenalty = Annotated[float | None, typer.Option("--frequency-penalty", metavar="X", help="Over the answer.")]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Makes sampling repeatable.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; repeatable.")]
+Think = Annotated[
+    bool | None,
+    typer.Option("--think/--no-think", help="Whether answers begin with a thought; default: as the model does."),
+]
+_TEMPLATE_HELP = 'Arguments of the chat template, such as {"enable_thinking": false}.'
+TemplateArguments = Annotated[str | None, typer.Option("--chat-template-kwargs", metavar="JSON", help=_TEMPLATE_HELP)]
+TemplateDefaults = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        "--default-chat-template-kwargs",
+        metavar="JSON",
+        help=f"{_TEMPLATE_HELP} Those of a request count first.",
+        rich_help_panel="Model",
+    ),
+]
 Yarn = Annotated[
     float | None,
     typer.Option("--yarn", metavar="FACTOR", help="Stretch the context by static YaRN; may cost short texts a little."),
@@ -45,6 +63,19 @@ _CONFIG_KEYS = (
 )  # fmt: skip
 
 
+def template_request(arguments: str | None, thinks: bool | None = None) -> TemplateRequest:
+    """What the flags say to the chat template. Raises UsageError for text that is no JSON object."""
+    from qnext.text.thinking import TemplateRequest
+
+    try:
+        values = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise UsageError("--chat-template-kwargs must be a JSON object")
+    return TemplateRequest(values, thinks)
+
+
 def resolve_sampling(folder: Path, flags: Mapping[str, Any]) -> SamplingParams:
     """Sampling parameters: a flag that was given, else generation_config.json, else greedy.
 
@@ -59,7 +90,7 @@ def resolve_sampling(folder: Path, flags: Mapping[str, Any]) -> SamplingParams:
 def sampling_defaults(folder: Path) -> dict[str, Any]:
     """What generation_config.json says of sampling. Raises CorruptCheckpoint for values that cannot be."""
     from qnext.engine import SamplingParams
-    from qnext.text.tokenizer import read_json_object
+    from qnext.text.files import read_json_object
 
     path = folder / "generation_config.json"
     config = read_json_object(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ def load_served(
     dtype: str | None = None,
     threads: int | None = None,
     tool_style: Any = None,
+    template_defaults: Mapping[str, Any] | None = None,
     with_defaults: bool = True,
     kv_cache_dtype: str = "auto",
     disk_cache: Path | None = None,
@@ -63,6 +65,7 @@ def load_served(
     served = ServedModel(
         folder.tokenizer, chat_format, names=names, vocab_size=folder.config.vocab_size,
         max_model_len=engine.max_model_len, eos_ids=eos_ids, defaults=defaults, tool_style=tool_style,
+        template_defaults=template_defaults,
     )  # fmt: skip
     return engine, served
 

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Talk(ABC):
     turns: list[Message] = field(default_factory=list)
     last_input: str | None = None
     thinks: bool | None = None  # None: as the model does by itself
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)  # `thinks` counts where they are silent
     wants_json: bool = False
     shows_stats: bool = False
     stopwatch: Stopwatch | None = None  # of the last answer

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qnext.engine import SamplingParams
     from qnext.model import CausalLM
     from qnext.text.chat import ChatFormat
+    from qnext.text.thinking import TemplateRequest
     from qnext.text.tokenizer import Tokenizer
 
 COMPLETION_TOKENS = 256
@@ -48,6 +49,8 @@ def command(
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    think: options.Think = None,
+    chat_template_kwargs: options.TemplateArguments = None,
     context: Annotated[
         int | None,
         typer.Option(
@@ -74,6 +77,9 @@ def command(
         model, name = name, None
     if (model is None) == (url is None):
         raise UsageError("give either MODEL or --url, such as runs/demo/model or http://127.0.0.1:8000")
+    if complete and (think is not None or chat_template_kwargs is not None):
+        raise UsageError("--think, --no-think and --chat-template-kwargs need a conversation, not --complete")
+    asked = options.template_request(chat_template_kwargs, think)
     if model is None:
         assert url is not None
         if any(value is not None for value in (context, yarn, speculation, dtype)):
@@ -82,7 +88,8 @@ def command(
             raise UsageError("a system message needs a conversation, not --complete")
         converse(
             _remote(
-                url, api_key, name, flags, completes=complete, stop=tuple(stop or ()), system=system, shows_stats=stats
+                url, api_key, name, flags, completes=complete, stop=tuple(stop or ()), system=system, shows_stats=stats,
+                thinks=think, template_arguments=asked.arguments,
             )
         )  # fmt: skip
         return
@@ -96,9 +103,11 @@ def command(
     chat_format = None if complete else _chat_format(folder)
     if system is not None and chat_format is None:
         raise UsageError("a system message needs a chat format")
+    if chat_format is not None:
+        asked.for_template(chat_format.arguments)  # refused before the weights are read
     run_chat(
         load_weights(folder, dtype), folder.tokenizer, chat_format=chat_format, params=params, stop=tuple(stop or ()),
-        system=system, max_model_len=context, speculation=speculation, shows_stats=stats,
+        system=system, max_model_len=context, speculation=speculation, shows_stats=stats, asked=asked,
     )  # fmt: skip
 
 
@@ -129,6 +138,7 @@ def run_chat(
     speculation: bool | None = None,
     shows_stats: bool = False,
     read_line: ReadLine | None = None,
+    asked: TemplateRequest | None = None,
 ) -> None:
     """Converse until the input ends. Without `chat_format` each input is completed as plain text, by 256 tokens unless
     `params` says otherwise.
@@ -147,8 +157,17 @@ def run_chat(
     if chat_format is None and params.max_tokens is None:
         params = replace(params, max_tokens=COMPLETION_TOKENS)
     conversation = Conversation(
-        engine, tokenizer, chat_format, params, stop=stop, system=system, shows_stats=shows_stats
-    )  # fmt: skip
+        engine,
+        tokenizer,
+        chat_format,
+        params,
+        stop=stop,
+        system=system,
+        shows_stats=shows_stats,
+        template_arguments={} if asked is None else asked.arguments,
+    )
+    if asked is not None and asked.thinks is not None:
+        conversation.set_thinking(asked.thinks)
     converse(conversation, read_line)
 
 

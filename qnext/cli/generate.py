@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qnext.config import ModelConfig
     from qnext.engine import Engine, FinishReason, SampledToken, SamplingParams
     from qnext.text.stream import TextStream
+    from qnext.text.thinking import TemplateRequest
     from qnext.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -46,9 +47,15 @@ def command(
     chat: Annotated[
         bool, typer.Option("--chat", help="PROMPT is a user's message in the model's chat format.")
     ] = False,
+    think: options.Think = None,
+    chat_template_kwargs: options.TemplateArguments = None,
     special: Annotated[
-        bool, typer.Option("--special", help="Names such as <|im_start|> in PROMPT are control tokens.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--special/--no-special",
+            help="Names such as <|im_start|> in PROMPT are control tokens; in --chat they never are.",
+        ),
+    ] = None,
     yarn: options.Yarn = None,
     speculation: options.Speculation = None,
     dtype: options.DType = None,
@@ -62,8 +69,7 @@ def command(
     """
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json")
-    if chat and special:
-        raise UsageError("--chat writes the control tokens itself; --special contradicts it")
+    asked = _asked(chat=chat, special=special, think=think, arguments=chat_template_kwargs)
     folder = open_folder(model, yarn=yarn)
     params = options.resolve_sampling(
         folder.path,
@@ -73,7 +79,8 @@ def command(
             "frequency_penalty": frequency_penalty, "seed": seed, "ignore_eos": ignore_eos, "logprobs": logprobs,
         },
     )  # fmt: skip
-    prompt_ids = _encode(folder, _read_input() if prompt == "-" else prompt, chat=chat, special=special)
+    text = _read_input() if prompt == "-" else prompt
+    prompt_ids = _encode(folder, text, asked=asked, special=special is not False)
     params = _fit(folder.config, len(prompt_ids), params)
     if params.seed is None:
         # Drawn here so that --json can name it and the answer can be had again.
@@ -157,16 +164,30 @@ def _read_input() -> str:
         raise UsageError(f"standard input is not text: {error}") from None
 
 
-def _encode(folder: TextFolder, text: str, *, chat: bool, special: bool) -> list[int]:
+def _asked(*, chat: bool, special: bool | None, think: bool | None, arguments: str | None) -> TemplateRequest | None:
+    """What the flags say to the chat template; None without --chat. Raises UsageError for those that contradict."""
+    if chat and special:
+        raise UsageError("--chat writes the control tokens itself; --special contradicts it")
+    if chat:
+        return options.template_request(arguments, think)
+    if think is not None or arguments is not None:
+        raise UsageError("--think, --no-think and --chat-template-kwargs belong to --chat")
+    return None
+
+
+def _encode(folder: TextFolder, text: str, *, asked: TemplateRequest | None, special: bool) -> list[int]:
+    """`asked` None completes the text; else it is a user's message."""
     if not text:
         raise UsageError("the prompt is empty")
-    if not chat:
+    if asked is None:
         return folder.tokenizer.encode(text, allow_special=special)
     from qnext.text.chat import ChatFormat
     from qnext.text.messages import Message
+    from qnext.text.thinking import prompt_pieces
 
     chat_format = ChatFormat.for_folder(folder.path, tokenizer=folder.tokenizer)
-    return chat_format.encode(folder.tokenizer, [Message("user", text)])
+    pieces, _ = prompt_pieces(chat_format, [Message("user", text)], asked)
+    return folder.tokenizer.encode_pieces(pieces)
 
 
 def _fit(config: ModelConfig, num_prompt: int, params: SamplingParams) -> SamplingParams:

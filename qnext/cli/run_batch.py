@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -48,6 +48,7 @@ def command(
         typer.Option("--max-model-len", parser=human_int, metavar="N", help="Tokens of a request in all, such as 32k."),
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads.")] = None,
+    chat_template_kwargs: options.TemplateDefaults = None,
     yarn: options.Yarn = None,
     speculation: options.Speculation = None,
     dtype: options.DType = None,
@@ -65,6 +66,8 @@ def command(
         raise ModelNotFound(f"{input}: no such file")
     if "-" not in (input, output) and Path(output).exists() and Path(input).samefile(output):
         raise UsageError(f"{output}: is the input")
+    if url is not None and chat_template_kwargs is not None:
+        raise UsageError("--chat-template-kwargs is the server's to say, or each request's")
     if request_timeout is not None and not request_timeout > 0:
         raise UsageError(f"--request-timeout must be positive, not {request_timeout:g}")
     from qnext.cli._batch import Tally, ask_here, ask_there, run_batch
@@ -84,6 +87,7 @@ def command(
         load = _loader(
             model, served_model_name or [], max_num_seqs=max_num_seqs, max_model_len=max_model_len, threads=threads,
             yarn=yarn, speculation=speculation, dtype=dtype,
+            template_defaults=options.template_request(chat_template_kwargs).arguments,
         )  # fmt: skip
         begin = lambda: ask_here(*load(), request_seconds=seconds)  # noqa: E731
     lines = list(input_lines(input)) if input == "-" else input_lines(input)
@@ -108,6 +112,7 @@ def _loader(
     yarn: float | None,
     speculation: bool | None,
     dtype: str | None,
+    template_defaults: Mapping[str, Any],
 ) -> Callable[[], tuple[Engine, ServedModel]]:
     """What loads MODEL. Raises QnextError at once where there is none."""
     from qnext.cli._served import load_served, name_of
@@ -116,6 +121,7 @@ def _loader(
     folder = open_folder(model, yarn=yarn)
     return lambda: load_served(
         folder, names=[name_of(model), *names], dtype=dtype, threads=threads,
+        template_defaults=template_defaults,
         engine_options={"max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "speculation": speculation},
     )  # fmt: skip
 

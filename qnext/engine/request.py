@@ -32,6 +32,7 @@ class SampledToken(NamedTuple):
     token_id: int
     logprob: float | None = None  # None unless asked for
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+    rank: int | None = None  # among all tokens, the likeliest is 1; of tokens of a prompt alone
 
 
 class Guide(Protocol):

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from qnext.engine.request import Request, SampledToken
-from qnext.text.output import Call, Content, OutputEvent, OutputParser
-from qnext.text.stream import TextStream
+from qnext.text.output import CallEnd, CallStart, Content, OutputEvent, OutputParser
+from qnext.text.stream import TextStream, Thought
 
 if TYPE_CHECKING:
     from qnext.server.generation import Generation, Update
     from qnext.server.served import ServedModel
+    from qnext.server.writing import Source
 
 EndReason = Literal["stop", "length", "tool_calls"]
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -20,7 +21,8 @@ _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 class Answer:
     """One answer, token by token. `stop_string` and `end_reason` are set when it has ended.
 
-    `parser` None: the text is content as it is. `max_calls`: the answer ends after so many calls.
+    `parser` None: the text is content as it is. `thought` is where stop strings are not looked for. `max_calls`: the
+    answer ends after so many calls. An answer that ends inside a call, however, has the end reason "length".
     """
 
     def __init__(
@@ -30,9 +32,10 @@ class Answer:
         stop: Sequence[str] = (),
         parser: OutputParser | None = None,
         starts_in_reasoning: bool = False,
+        thought: Thought | None = None,
         max_calls: int | None = None,
     ) -> None:
-        self._stream = TextStream(served.tokenizer, stop=stop)
+        self._stream = TextStream(served.tokenizer, stop=stop, thought=thought)
         self._parser = parser
         self._max_calls = max_calls
         self._is_reasoning = starts_in_reasoning
@@ -51,7 +54,7 @@ class Answer:
     def stop_string(self) -> str | None:
         return self._stream.stop_string
 
-    def take(self, update: Update, generation: Generation) -> list[OutputEvent]:
+    def take(self, update: Update, generation: Source) -> list[OutputEvent]:
         """What the reader gets after one more token, or at the end; ends the generation where it is complete."""
         if self.end_reason is not None:
             return []
@@ -65,20 +68,23 @@ class Answer:
         if self.stop_string is not None or self._is_full:
             if update.finish_reason is None:
                 generation.stop(update.index)
-            return self._end("stop", events)
+            return self._end("stop", events, has_ended=False)
         if update.finish_reason is not None:
-            return self._end("length" if update.finish_reason == "length" else "stop", events)
+            is_cut = update.finish_reason == "length"
+            return self._end("length" if is_cut else "stop", events, has_ended=not is_cut)
         return events
 
     @property
     def _is_full(self) -> bool:
         return self._max_calls is not None and self.num_calls >= self._max_calls
 
-    def _end(self, reason: EndReason, events: list[OutputEvent]) -> list[OutputEvent]:
+    def _end(self, reason: EndReason, events: list[OutputEvent], *, has_ended: bool) -> list[OutputEvent]:
         if not self._is_full:
             events += self._parse(self._stream.finish())
             if self._parser is not None:
-                events += self._noted(self._parser.finish())
+                events += self._noted(self._parser.finish(has_ended=has_ended))
+        if self._parser is not None and self._parser.has_cut_call:
+            reason = "length"
         self.end_reason = "tool_calls" if self.num_calls and reason == "stop" else reason
         return events
 
@@ -90,12 +96,11 @@ class Answer:
     def _noted(self, events: list[OutputEvent]) -> list[OutputEvent]:
         kept: list[OutputEvent] = []
         for event in events:
-            if isinstance(event, Call):
-                self.num_calls += 1
-            self._is_reasoning = self._is_reasoning and not isinstance(event, (Call, Content))
-            kept.append(event)
             if self._is_full:
                 break
+            self.num_calls += isinstance(event, CallEnd)
+            self._is_reasoning = self._is_reasoning and not isinstance(event, (CallStart, Content))
+            kept.append(event)
         return kept
 
 
@@ -133,16 +138,37 @@ def finite_logprob(value: float | None) -> float | None:
     return None if value is None else max(value, _LEAST_LOGPROB)
 
 
-def chat_logprob(served: ServedModel, token: SampledToken, num_top: int) -> dict[str, Any]:
+def token_name(served: ServedModel, token_id: int, *, as_id: bool) -> str:
+    """A token's text, or with `as_id` (return_tokens_as_token_ids) a name that tells it from all others."""
+    return f"token_id:{token_id}" if as_id else served.token_text(token_id)
+
+
+def chat_logprob(served: ServedModel, token: SampledToken, num_top: int, *, as_id: bool = False) -> dict[str, Any]:
     """OpenAI's form of a token of a chat answer."""
-    entry = _named(served, token.token_id, token.logprob)
-    entry["top_logprobs"] = [_named(served, other, value) for other, value in token.top_logprobs[:num_top]]
+    entry = _named(served, token.token_id, token.logprob, as_id)
+    entry["top_logprobs"] = [_named(served, other, value, as_id) for other, value in token.top_logprobs[:num_top]]
     return entry
 
 
-def _named(served: ServedModel, token_id: int, logprob: float | None) -> dict[str, Any]:
+def prompt_logprobs(served: ServedModel, tokens: Sequence[SampledToken]) -> list[dict[str, Any] | None]:
+    """vLLM's form of a prompt's tokens: each with its alternatives by id; null for the first, which has none."""
+    found: list[dict[str, Any] | None] = []
+    for token in tokens:
+        if token.logprob is None:
+            found.append(None)
+            continue
+        ranked = {other: (value, rank) for rank, (other, value) in enumerate(token.top_logprobs, 1)}
+        ranked.setdefault(token.token_id, (token.logprob, token.rank or 0))
+        found.append({
+            str(other): {"logprob": finite_logprob(value), "rank": rank, "decoded_token": served.token_text(other)}
+            for other, (value, rank) in ranked.items()
+        })  # fmt: skip
+    return found
+
+
+def _named(served: ServedModel, token_id: int, logprob: float | None, as_id: bool) -> dict[str, Any]:
     return {
-        "token": served.token_text(token_id),
+        "token": token_name(served, token_id, as_id=as_id),
         "logprob": finite_logprob(logprob),
         "bytes": list(served.token_bytes(token_id)),
     }

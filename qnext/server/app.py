@@ -19,7 +19,7 @@ from starlette.routing import Route as StarletteRoute
 from qnext.server.audit import AuditLog, AuditRecord
 from qnext.server.endpoint import Endpoint
 from qnext.server.errors import ApiError, error_body, style_of
-from qnext.server.exchange import Exchange
+from qnext.server.exchange import IGNORED_HEADER, Exchange
 from qnext.server.guard import Guard
 from qnext.server.keys import Key, KeyRing
 from qnext.server.limits import Limits
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from qnext.engine.sampling.grammar import CompiledGrammar
 
 _log = logging.getLogger("qnext.server")
+_MAX_IGNORED = 512  # different names that the log has
 State = Literal["loading", "ready", "draining"]
 
 
@@ -79,6 +80,7 @@ class Server:
         self.is_hurried = False  # told to stop a second time: what runs ends now
         self.active: set[Exchange] = set()
         self.tasks: dict[Exchange, asyncio.Future[None]] = {}
+        self._ignored: set[tuple[str, str]] = set()
         self._served: ServedModel | None = None
         self._worker: EngineWorker | None = None
         self._live: LiveHub | None = None
@@ -164,8 +166,15 @@ class Server:
         """Raises ApiError 404 for another model, and 403 for one that the key may not use."""
         self.served.check_name(name)
         exchange.outcome.model = self.served.name
-        if exchange.key is not None and not exchange.key.allows_model(name or self.served.name):
+        asked = name if name in self.served.names else self.served.name
+        if exchange.key is not None and not exchange.key.allows_model(asked):
             raise ApiError(403, "this key may not use this model", code="model_not_allowed", param="model")
+
+    def note_ignored(self, path: str, name: str) -> None:
+        """One line in the log for the first request that holds something without effect."""
+        if (path, name) not in self._ignored and len(self._ignored) < _MAX_IGNORED:
+            self._ignored.add((path, name))
+            _log.warning("%s: %s has no effect; answers that ignore it say so in %s", path, name, IGNORED_HEADER)
 
     @contextlib.contextmanager
     def admission(self, exchange: Exchange, num_prompt: int) -> Iterator[Admitted]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from qnext.server.errors import ApiError
 from qnext.server.limits import (
     MAX_BAD_WORDS,
     MAX_LISTED_TOKENS,
     MAX_LOGPROBS,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
+    MAX_TEMPLATE_ARGUMENTS,
 )
+from qnext.text.thinking import TemplateRequest
 
 
 class Body(BaseModel):
@@ -26,6 +29,8 @@ class Body(BaseModel):
     )
 
 
+# Of the body itself: what nobody knows is kept, so that the client can be told of it.
+KEEPS_UNKNOWN = ConfigDict(extra="allow")
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_LISTED_TOKENS, fail_fast=True)]
@@ -49,6 +54,7 @@ def at_most(length: int) -> BeforeValidator:
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class StructuredOutputs(Body):
@@ -58,6 +64,41 @@ class StructuredOutputs(Body):
     regex: str | None = None
     choice: Texts | None = None
     grammar: str | None = None
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class ThoughtBody(Body):
+    """Anthropic's switch, which other APIs took over."""
+
+    type: Literal["enabled", "disabled", "adaptive", "auto", "between_tools"]
+    budget_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    display: Annotated[str, Field(max_length=64)] | None = None
+
+    @property
+    def is_wanted(self) -> bool | None:
+        return {"enabled": True, "disabled": False}.get(self.type)
+
+
+class TemplateBody(Body):
+    """What all surfaces read for the chat template."""
+
+    chat_template_kwargs: Annotated[dict[str, Any], at_most(MAX_TEMPLATE_ARGUMENTS)] | None = None
+    enable_thinking: bool | None = None
+    chat_template: Any = None  # refused: a template is code
+
+    def asked(
+        self, *, thinks: bool | None = None, effort: str | None = None, budget: int | None = None
+    ) -> TemplateRequest:
+        """What the request says to the template; `thinks`, `effort` and `budget` are the surface's own words.
+
+        Raises ApiError 400 for a template.
+        """
+        if self.chat_template is not None:
+            raise ApiError.bad("a chat template in a request is not accepted: it is code", param="chat_template")
+        thinks = self.enable_thinking if self.enable_thinking is not None else thinks
+        return TemplateRequest(self.chat_template_kwargs or {}, thinks, effort, budget)
 
 
 class SamplingBody(Body):
@@ -76,6 +117,7 @@ class SamplingBody(Body):
     n: Annotated[int, Field(ge=1)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     stop: Stop | Stops | None = None
+    stop_in_reasoning: bool | None = None  # true: stop strings end the thought of a chat answer too
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from qnext.server.errors import ApiError, error_body, from_validation
 from qnext.server.exchange import Exchange
+from qnext.server.fields import review
 from qnext.server.limits import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, MAX_JSON_MEMBERS, MAX_JSON_VALUES
 from qnext.server.routes import EventStream, Reply, Route
 
@@ -113,7 +114,9 @@ class Endpoint:
             raw = await asyncio.wait_for(_read_all(receive, limits.max_body_bytes), limits.body_seconds)
         except asyncio.TimeoutError:
             raise ApiError(408, "the body did not come in time", headers={"Connection": "close"}) from None
-        return parse_body(raw, self.route)
+        body = parse_body(raw, self.route)
+        review(self.route.path, body, exchange.ignore)
+        return body
 
     async def _refuse(self, exchange: Exchange, send: Send, error: ApiError) -> None:
         """An error as the answer. A stream that has begun reports its errors itself; here it can only end."""

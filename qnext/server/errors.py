@@ -112,6 +112,18 @@ class ApiError(Exception):
         return cls(400, message, param=param, code=code)
 
     @classmethod
+    def too_long(cls, num_tokens: int, maximum: int, *, is_least: bool = False, param: str | None = None) -> ApiError:
+        """A prompt beyond the context, in the words by which agents know that they must compact.
+
+        `maximum` leaves room for one token of the answer. `is_least`: there are so many tokens and perhaps more.
+        """
+        count = f"at least {num_tokens}" if is_least else f"{num_tokens}"
+        return cls.bad(
+            f"prompt is too long: {count} tokens > {maximum} maximum (this model's maximum context length is "
+            f"{maximum + 1} tokens)", param=param, code="context_length_exceeded",
+        )  # fmt: skip
+
+    @classmethod
     def busy(cls, message: str, *, retry_after: float, code: str = "overloaded", status: int = 503) -> ApiError:
         return cls(status, message, code=code, headers={"Retry-After": str(max(1, round(retry_after)))})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from qnext.server.app import Server
     from qnext.server.keys import Key
     from qnext.server.routes import Route
+
+IGNORED_HEADER = "X-Qnext-Ignored"
+_HEADER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+_MAX_IGNORED = 24  # names in one answer
 
 
 @dataclass(eq=False)
@@ -59,6 +64,15 @@ class Exchange:
         """Whose share of queue and rates it takes."""
         return "" if self.key is None else self.key.id
 
+    def ignore(self, name: str) -> None:
+        """Tell the client, in a header, of something that it sent and that has no effect; the log once."""
+        if not _HEADER_NAME.fullmatch(name):
+            return
+        names = [known for known in self.reply_headers.get(IGNORED_HEADER, "").split(", ") if known]
+        if name not in names and len(names) < _MAX_IGNORED:
+            self.reply_headers[IGNORED_HEADER] = ", ".join([*names, name])
+        self.server.note_ignored(self.route.path, name)
+
     def salt(self, wanted: str | None = None) -> str:
         """Only requests of one salt share cached prefixes: each key has its own, and may divide it further."""
         own = "" if self.key is None else self.server.keys.cache_salt(self.key)
@@ -82,7 +96,7 @@ class Exchange:
         """
         if self.key is not None and self.key.max_context is not None and len(prompt_ids) > self.key.max_context:
             raise ApiError.bad(
-                f"the prompt has {len(prompt_ids)} tokens; this key allows {self.key.max_context}",
+                f"prompt is too long: {len(prompt_ids)} tokens > {self.key.max_context} maximum of this key",
                 code="context_length_exceeded",
             )
         outcome = self.outcome

@@ -27,6 +27,26 @@ class Update:
     finish_reason: FinishReason | None
 
 
+class Silence:
+    """How long a stream may go without a byte, on the event loop's clock."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.end()
+
+    def end(self) -> None:
+        """Something was sent."""
+        self._since = time.monotonic()
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self._since + self._seconds - time.monotonic())
+
+    @property
+    def is_long(self) -> bool:
+        return self.seconds_left == 0.0
+
+
 class Generation:
     """The answers to one prompt, from the event loop's side. Leaving its `async with` ends what has not ended.
 
@@ -53,6 +73,7 @@ class Generation:
         self.requests: list[Request] = []  # once the engine has them
         self.deadline = time.monotonic() + worker.limits.request_seconds
         self.queue_deadline = time.monotonic() + worker.limits.queue_seconds
+        self.silence = Silence(worker.limits.ping_seconds)
         self._worker = worker
         self._updates: deque[Update] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -82,15 +103,16 @@ class Generation:
         return "answer" if any(request.times.first_token is not None for request in started) else "prompt"
 
     async def updates(self) -> AsyncIterator[list[Update]]:
-        """What came since the last time, until all answers have ended; [] after `ping_seconds` of silence.
+        """What came since the last time, until all answers have ended; [] when the silence has become long.
 
         Raises ApiError where the request is refused, or lost.
         """
         while self._open:
             if not self._updates and self._failure is None:
-                await self._wait(self._worker.limits.ping_seconds)
+                await self._wait(self.silence.seconds_left)
                 if not self._updates and self._failure is None:
-                    if self._open:
+                    if self._open and self.silence.is_long:
+                        self.silence.end()
                         yield []
                     continue
             found = list(self._updates)

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from qnext import __version__
 from qnext.server.bodies import Body
+from qnext.server.dialogue import make_dialogue
 from qnext.server.errors import ApiError
 from qnext.server.exchange import Exchange
 from qnext.server.limits import MAX_MESSAGES
-from qnext.server.openai.chat import MessageBody, conversation
+from qnext.server.openai.chat_bodies import ChatPromptBody, MessageBody, conversation, offer_of
 from qnext.server.routes import Reply
 from qnext.text.templates import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
+from qnext.text.thinking import KNOWN_ARGUMENTS
 
 _TEMPLATES = {"instruct": INSTRUCT_TEMPLATE, "thinking": THINKING_TEMPLATE}
 
 
-class TokenizeBody(Body):
-    """A text, or a conversation in the model's chat format."""
+class TokenizeBody(ChatPromptBody):
+    """A text, or a conversation in the model's chat format: its prompt is that of a chat completion."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
-    add_special_tokens: bool | None = None  # the family has none to add
-    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None  # without effect: the family has none to add
     parse_special: bool | None = None  # false: names of control tokens in the text are text
     return_token_strs: bool | None = None
 
@@ -56,6 +58,7 @@ def _model(exchange: Exchange, name: str) -> dict[str, Any]:
         "root": served.name,
         "parent": None,
         "max_model_len": served.max_model_len,
+        "chat_template_kwargs": sorted(served.template_arguments),
     }
 
 
@@ -66,9 +69,15 @@ async def tokenize(exchange: Exchange) -> Reply:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError.bad("exactly one of prompt and messages is needed", param="prompt")
     if body.messages is not None:
-        ids, _ = await served.encode_chat(
-            conversation(body.messages), add_generation_prompt=body.add_generation_prompt is not False
+        dialogue = await make_dialogue(
+            exchange,
+            conversation(body.messages, exchange.ignore),
+            replace(offer_of(body, exchange.ignore), is_required=False),
+            asked=body.template_request(),
+            continues=bool(body.continue_final_message),
+            add_generation_prompt=body.add_generation_prompt is not False,
         )
+        ids = dialogue.prompt_ids
     else:
         ids = await served.encode(body.prompt or "", allow_special=body.parse_special is not False)
     document: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": served.max_model_len}
@@ -106,6 +115,8 @@ async def tokenizer_info(exchange: Exchange) -> Reply:
             "pad_token": None if pad is None else served.token_text(pad),
             "chat_template": None if template is None else template.removesuffix("\n"),  # which some renderers keep
             "chat_format": None if chat_format is None else chat_format.name,
+            "chat_template_kwargs": sorted({*served.template_arguments, *KNOWN_ARGUMENTS}) if chat_format else [],
+            "thinking": {"by_default": served.is_thinking, "has_switch": served.is_hybrid},
         }
     )
 

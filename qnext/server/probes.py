@@ -45,6 +45,15 @@ async def health_ready(exchange: Exchange) -> Reply:
     return Reply.of({"status": server.fault or server.state}, status=503, headers=retry)
 
 
+async def health(exchange: Exchange) -> Reply:
+    """As other servers have it: 200 and nothing where requests are answered."""
+    server = exchange.server
+    if server.is_ready:
+        return Reply(b"", content_type="text/plain")
+    retry = {"Retry-After": str(server.limits.retry_seconds)}
+    return Reply(b"", status=503, content_type="text/plain", headers=retry)
+
+
 async def metrics(exchange: Exchange) -> Reply:
     return Reply(exchange.server.render_metrics(), content_type=CONTENT_TYPE)
 

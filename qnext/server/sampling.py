@@ -31,6 +31,7 @@ def sampling_params(
     default_max_tokens: int | None = None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    param: str = "messages",
 ) -> SamplingParams:
     """What the request says, else the model's defaults, else OpenAI's. Raises ApiError 400, naming the field.
 
@@ -40,10 +41,7 @@ def sampling_params(
     _refuse_foreign(body)
     room = served.max_model_len - num_prompt
     if room < 1:
-        raise ApiError.bad(
-            f"the prompt has {num_prompt} tokens, but the context holds {served.max_model_len} with at least one for "
-            "the answer", param="messages", code="context_length_exceeded",
-        )  # fmt: skip
+        raise ApiError.too_long(num_prompt, served.max_model_len - 1, param=param)
     if prompt_logprobs is not None and num_prompt > MAX_PROMPT_LOGPROB_TOKENS:
         raise ApiError.bad(
             f"log-probabilities are given for prompts of at most {MAX_PROMPT_LOGPROB_TOKENS} tokens", param="logprobs"
@@ -117,6 +115,8 @@ def _refuse_foreign(body: SamplingBody) -> None:
         raise ApiError.bad("a chat template in a request is not accepted", param="chat_template")
     if body.prompt_embeds is not None:
         raise ApiError.bad("prompts are text or token ids", param="prompt_embeds")
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError.bad("log-probabilities of the prompt are not streamed", param="prompt_logprobs")
     if body.stream_options is not None and not body.stream:
         raise ApiError.bad("stream_options needs stream", param="stream_options")
 

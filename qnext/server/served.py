@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,16 @@ from qnext.errors import CorruptCheckpoint, QnextError
 from qnext.server.errors import ApiError, from_user_error
 from qnext.server.limits import MAX_TEXT_PER_TOKEN
 from qnext.text.messages import Message
+from qnext.text.thinking import (
+    THINK,
+    THINK_END,
+    TemplateRequest,
+    ThoughtState,
+    is_hybrid,
+    may_think,
+    prompt_pieces,
+    state_of_beginning,
+)
 from qnext.text.tokenizer import Piece
 
 if TYPE_CHECKING:
@@ -24,7 +35,7 @@ if TYPE_CHECKING:
 ToolStyle = Literal["json", "xml"]
 Result = TypeVar("Result")
 
-_THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
+_CLAUDE = re.compile(r"(?:anthropic[./])?claude-")
 _FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
@@ -33,7 +44,8 @@ class ServedModel:
 
     `names` are what requests may call it, the first the one that answers carry. `vocab_size` counts the rows of the
     model's head, which may be more than the tokenizer's. `defaults` are sampling parameters
-    that a request does not name. `tool_style` None: that of the chat format.
+    that a request does not name, `template_defaults` arguments of the chat template likewise. `tool_style` None: that
+    of the chat format. Raises UsageError for arguments that the template does not read.
     """
 
     def __init__(
@@ -46,6 +58,7 @@ class ServedModel:
         max_model_len: int,
         eos_ids: frozenset[int],
         defaults: Mapping[str, Any] | None = None,
+        template_defaults: Mapping[str, Any] | None = None,
         tool_style: ToolStyle | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -55,6 +68,8 @@ class ServedModel:
         self.max_model_len = max_model_len
         self.eos_ids = eos_ids
         self.defaults = dict(defaults or {})
+        self.template_defaults = dict(template_defaults or {})
+        TemplateRequest(self.template_defaults).for_template(self.template_arguments)
         self.created = int(time.time())
         self.tool_style: ToolStyle = tool_style or self._style_of_format()
         self.tokens = list(tokenizer.token_table())
@@ -72,29 +87,52 @@ class ServedModel:
         vocabulary = Vocabulary(
             self.tokens,
             eos_ids=self.eos_ids,
-            special_ids=self.tokenizer.added_ids.values(),
+            special_ids=self.tokenizer.reserved_ids.values(),
             size=self.vocab_size,
         )
         return GrammarCompiler(vocabulary)
+
+    @property
+    def template_arguments(self) -> frozenset[str]:
+        """What the chat template reads beside conversation and tools."""
+        return frozenset() if self.chat_format is None else self.chat_format.arguments
 
     @cached_property
     def is_thinking(self) -> bool:
         """Whether answers begin inside a thought: the generation prompt opens it."""
         if self.chat_format is None:
             return False
+        asked = TemplateRequest(self.template_defaults)
         try:
-            pieces = self.chat_format.render([Message("user", "Hello")])
+            _, state = prompt_pieces(self.chat_format, [Message("user", "Hello")], asked)
         except QnextError:
             return False
-        return opens_thought(pieces)
+        return state == "open"
+
+    @cached_property
+    def may_think(self) -> bool:
+        """Whether an answer may begin with a thought of its own where the prompt leaves that open."""
+        return may_think(self.tokenizer) or self.is_thinking
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether the template has a switch for thoughts, so that the model decides where it is not set."""
+        return is_hybrid(self.chat_format, self.tokenizer)
+
+    @cached_property
+    def think_start(self) -> int | None:
+        return self.tokenizer.added_ids.get(THINK)
 
     @cached_property
     def think_end(self) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(_THINK_CLOSE, allow_special=True))
+        return tuple(self.tokenizer.encode(THINK_END, allow_special=True))
 
     def check_name(self, name: str | None) -> None:
-        """Raises ApiError 404 for another model's name; none at all is this one."""
-        if name is not None and name not in self.names:
+        """Raises ApiError 404 for another model's name; none at all is this one, and so is any of Claude's.
+
+        Claude Code asks for several of these by itself, whatever model it was told to use.
+        """
+        if name is not None and name not in self.names and not _CLAUDE.match(name):
             raise ApiError(404, "no such model; GET /v1/models lists them", code="model_not_found", param="model")
 
     async def run(self, function: Callable[[], Result], *, param: str | None = None) -> Result:
@@ -105,8 +143,8 @@ class ServedModel:
             raise from_user_error(error, param=param) from None
 
     async def encode(self, text: str, *, param: str = "prompt", allow_special: bool = False) -> list[int]:
-        """Token ids of a text. Raises ApiError for one that cannot fit the context, before it is tokenized."""
-        self._check_length(len(text), param)
+        """Token ids of a text. Raises ApiError for one that cannot fit the context, from its beginning alone."""
+        await self._check_length(len(text), (text,), param)
         return await self.run(lambda: self.tokenizer.encode(text, allow_special=allow_special), param=param)
 
     async def encode_chat(
@@ -115,14 +153,14 @@ class ServedModel:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         continues: bool = False,
-        thinks: bool = True,
+        asked: TemplateRequest | None = None,
         add_generation_prompt: bool = True,
         param: str = "messages",
-    ) -> tuple[list[int], bool]:
-        """(token ids, whether the answer begins inside a thought) of a conversation.
+    ) -> tuple[list[int], ThoughtState]:
+        """(token ids, where they leave the thought of the answer) of a conversation.
 
-        `continues`: the last message is the beginning of the answer. `thinks` false closes the thought that the
-        format opens.
+        `continues`: the last message is the beginning of the answer. Where no thought is wanted, and the template
+        opens one all the same, it is closed here. Raises ApiError 400, also for arguments that no template reads.
         """
         if self.chat_format is None:
             raise ApiError.bad("this model has no chat format; use /v1/completions", code="no_chat_template")
@@ -133,26 +171,42 @@ class ServedModel:
             + sum(len(c.name) + _num_characters(c.arguments) for c in m.tool_calls)
             for m in messages
         )
-        length += _num_characters(tools)
-        self._check_length(length, param)
+        wanted = (asked or TemplateRequest()).over(self.template_defaults)
+        length += _num_characters(tools) + _num_characters(wanted.arguments)
+        await self._check_length(length, [message.content for message in messages], param)
         begun = messages[-1] if continues and messages else None
         if continues and (begun is None or begun.role != "assistant" or begun.tool_calls):
             raise ApiError.bad("only an assistant's message without tool calls can be continued", param=param)
 
-        def work() -> tuple[list[int], bool]:
+        try:
+            wanted.for_template(self.template_arguments)
+        except QnextError as error:
+            raise from_user_error(error, param="chat_template_kwargs") from None
+
+        def work() -> tuple[list[int], ThoughtState]:
             rendered = messages if begun is None else messages[:-1]
             opens = add_generation_prompt or begun is not None  # what has begun stands behind the head of its turn
-            pieces = list(chat_format.render(rendered, tools=tools, add_generation_prompt=opens))
-            is_thinking = opens and opens_thought(pieces)
-            if is_thinking and (not thinks or begun is not None):
-                thought = "" if begun is None else (begun.reasoning_content or "").strip("\n")
-                pieces += [Piece(thought, False), Piece(f"\n{_THINK_CLOSE}\n\n", True)]
-                is_thinking = False
+            pieces, state = prompt_pieces(
+                chat_format, rendered, wanted, tools=tools, add_generation_prompt=opens, closes=begun is None
+            )
             if begun is not None:
-                pieces.append(Piece(begun.content, False))
-            return self.tokenizer.encode_pieces(pieces), is_thinking
+                begins, state = self._beginning(begun, state)
+                pieces = [*pieces, *begins]
+            return self.tokenizer.encode_pieces(pieces), state
 
         return await self.run(work, param=param)
+
+    def _beginning(self, begun: Message, state: ThoughtState) -> tuple[list[Piece], ThoughtState]:
+        """What stands behind the head of a turn that the caller has begun, and where that leaves the thought."""
+        text, thought = begun.content, (begun.reasoning_content or "").strip("\n")
+        if state == "open" and not thought and text.lstrip().startswith(THINK):
+            text = text.lstrip().removeprefix(THINK).lstrip("\n")
+            return [Piece(text, False)], "closed" if THINK_END in text else "open"
+        if state == "open" or (state == "possible" and thought and self.is_hybrid):
+            head = [] if state == "open" else [Piece(f"{THINK}\n", True)]
+            closing = [Piece(thought, False), Piece(f"\n{THINK_END}\n\n", True)]
+            return [*head, *closing, Piece(text, False)], "closed"
+        return [Piece(text, False)], state_of_beginning(text, state)
 
     def fill_in_middle(self) -> tuple[int, int, int] | None:
         """Ids of the tokens around prefix, suffix and middle, where the vocabulary has them."""
@@ -197,12 +251,29 @@ class ServedModel:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._compilers.shutdown(wait=False, cancel_futures=True)
 
-    def _check_length(self, num_characters: int, param: str) -> None:
-        if num_characters > MAX_TEXT_PER_TOKEN * self.max_model_len:
-            raise ApiError.bad(
-                f"the text has {num_characters} characters, more than the context of {self.max_model_len} tokens can "
-                "hold", param=param, code="context_length_exceeded",
-            )  # fmt: skip
+    async def _check_length(self, num_characters: int, texts: Sequence[str], param: str) -> None:
+        """Refuse what is far too long by the tokens of its first part: the whole could take long to count."""
+        most = MAX_TEXT_PER_TOKEN * self.max_model_len
+        if num_characters <= most:
+            return
+
+        def count() -> int:
+            left, found = most, 0
+            for text in texts:
+                found += len(self.tokenizer.encode(text if len(text) <= left else _whole_words(text, left)))
+                left -= len(text)
+                if left <= 0:
+                    break
+            return found
+
+        num_tokens = await self.run(count, param=param)
+        maximum = self.max_model_len - 1
+        if num_tokens > maximum:
+            raise ApiError.too_long(num_tokens, maximum, is_least=True, param=param)
+        raise ApiError.bad(
+            f"prompt is too long: {num_characters} characters, more than {MAX_TEXT_PER_TOKEN} for each of the "
+            f"{maximum} tokens of the maximum", param=param, code="context_length_exceeded",
+        )  # fmt: skip
 
     def _style_of_format(self) -> ToolStyle:
         chat_format = self.chat_format
@@ -211,6 +282,14 @@ class ServedModel:
         if chat_format.template is None:
             return "xml" if chat_format.name == "coder" else "json"
         return "xml" if "<function=" in chat_format.template.text else "json"
+
+
+def _whole_words(text: str, length: int) -> str:
+    """The first characters of a text, cut before a space, where no token spans the cut, if there is one."""
+    end = text.rfind(" ", 1, length)
+    while end > 0 and text[end - 1].isspace():
+        end = text.rfind(" ", 1, end)
+    return text[: end if end > 0 else length]
 
 
 def _num_characters(value: object) -> int:
@@ -228,8 +307,3 @@ def _num_characters(value: object) -> int:
         else:
             total += 1
     return total
-
-
-def opens_thought(pieces: Sequence[Piece]) -> bool:
-    """Whether rendered text ends inside a thought that was just opened."""
-    return bool(pieces) and pieces[-1].text.rstrip().endswith(_THINK_OPEN)

@@ -8,7 +8,8 @@ from qnext.server import models, probes
 from qnext.server.anthropic.bodies import CountBody, MessagesBody
 from qnext.server.anthropic.messages import count_tokens, messages
 from qnext.server.metrics import CONTENT_TYPE
-from qnext.server.openai.chat import ChatBody, chat_completions
+from qnext.server.openai.chat import chat_completions
+from qnext.server.openai.chat_bodies import ChatBody
 from qnext.server.openai.completions import CompletionBody, completions
 from qnext.server.openai.responses import responses
 from qnext.server.openai.responses_bodies import ResponseBody
@@ -55,6 +56,8 @@ def public_routes(*, with_page: bool = True, open_readiness: bool = False) -> li
               "whether the server lives", None, _with("status")),
         Route("GET", "/health/ready", probes.health_ready, readiness, "probe", "openai", "none",
               "whether it takes requests", None, _with("status")),
+        Route("GET", "/health", probes.health, "public", "probe", "openai", "none",
+              "whether it takes requests, without a word", content_type="text/plain"),
         Route("GET", "/version", models.version, "any", "probe", "openai", "none", "the version", None,
               _with("version")),
         Route("GET", "/metrics", probes.metrics, "metrics", "probe", "openai", "none", "for Prometheus",

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from qnext.engine.sampling.constraint import GrammarLimits
+from qnext.engine.sampling.constraint import GrammarLimits, check_nodes
+from qnext.engine.sampling.schemas import enforceable, without_nulls
+from qnext.errors import UsageError
 from qnext.server.bodies import Body
 from qnext.server.errors import ApiError
 from qnext.server.limits import MAX_NAME_CHARACTERS, MAX_TOOLS
 
 _LIMITS = GrammarLimits()  # a schema is bounded alike as a tool's and as an answer's
-_MAX_PATTERNS = 512  # of all tools of a request
-_TYPES = {"string", "number", "integer", "boolean", "object", "array", "null"}
 
-ToolName = Annotated[str, Field(pattern=rf"^[A-Za-z0-9_.-]{{1,{MAX_NAME_CHARACTERS}}}$")]
+# Letters of any script, digits, and the signs that servers of tools write into names; nothing that ends a tag or text.
+ToolName = Annotated[str, Field(pattern=rf"^[\w.:/@+~$#-]{{1,{MAX_NAME_CHARACTERS}}}$")]
 
 
 class FunctionBody(Body):
@@ -29,12 +29,30 @@ class FunctionBody(Body):
     strict: bool | None = None
 
 
+class CustomBody(Body):
+    """A tool whose input is free text."""
+
+    name: ToolName
+    description: str | None = None
+    format: dict[str, Any] | None = None
+
+
 class ToolBody(Body):
-    type: str
+    type: Annotated[str, Field(max_length=64)]
     function: FunctionBody | None = None
+    custom: CustomBody | None = None
 
 
 Tools = Annotated[list[ToolBody], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a client offered that the model sees as a function: its calls are written back in that form."""
+
+    kind: str  # function, custom, local_shell, shell, apply_patch or tool_search
+    name: str
+    namespace: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,35 +60,108 @@ class Offer:
     """The tools of a request in OpenAI's form, and how the answer may use them.
 
     All `tools` stand in the prompt, whatever the choice: what is cached of a conversation stays of use. Those of
-    `callable` may be called. `is_required`: it must call one; `name`: it must call that one.
+    `callable` may be called. `is_required`: it must call one; `name`: it must call that one. `origins` are of tools
+    that are no plain functions; `strict` are the names of those whose schema must hold whole where a call is forced.
     """
 
     tools: tuple[Mapping[str, Any], ...] = ()
     callable: tuple[Mapping[str, Any], ...] = ()
     is_required: bool = False
     name: str | None = None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    strict: frozenset[str] = frozenset()
+
+    def enforceable(self) -> list[dict[str, Any]]:
+        """Those of `callable` with the part of their schemas that a grammar holds. Raises UsageError."""
+        found: list[dict[str, Any]] = []
+        for index, tool in enumerate(self.callable):
+            function = tool["function"]
+            is_strict = self.is_required and function["name"] in self.strict
+            try:
+                schema = enforceable(function["parameters"], is_strict=is_strict).schema
+            except UsageError as error:
+                raise UsageError(f"tools.{index}: {str(error).removeprefix('json_schema: ')}") from None
+            found.append({"type": "function", "function": {**function, "parameters": schema}})
+        return found
+
+
+@dataclass
+class Collected:
+    """Tools of a request while they are read: each once, in the order in which they came."""
+
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    origins: dict[str, Origin] = field(default_factory=dict)
+    strict: set[str] = field(default_factory=set)
+
+    def add(
+        self,
+        name: str,
+        description: str | None,
+        parameters: Mapping[str, Any] | None,
+        *,
+        origin: Origin | None = None,
+        is_strict: bool | None = None,
+        param: str = "tools",
+    ) -> None:
+        """Raises ApiError 400 for another tool of the same name; the same again is passed over."""
+        tool = function_tool(name, description, parameters)
+        known = next((other for other in self.tools if other["function"]["name"] == name), None)
+        if known is not None and (known != tool or self.origins.get(name) != origin):
+            raise ApiError.bad("two tools have the same name", param=param)
+        if known is None:
+            self.tools.append(tool)
+        if origin is not None:
+            self.origins[name] = origin
+        if is_strict:
+            self.strict.add(name)
+
+    def offered(self, choice: Any) -> Offer:
+        return replace(
+            offered(self.tools, choice, origins=self.origins), origins=self.origins, strict=frozenset(self.strict)
+        )
 
 
 def function_tool(name: str, description: str | None, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A tool as chat templates read it."""
+    """A tool as chat templates read it: the schema as it was written, but for nulls."""
     function: dict[str, Any] = {"name": name}
     if description is not None:
         function["description"] = description
-    function["parameters"] = dict(parameters) if parameters else {"type": "object", "properties": {}}
+    function["parameters"] = without_nulls(parameters) or {"type": "object", "properties": {}}
     return {"type": "function", "function": function}
 
 
-def offered(tools: Sequence[dict[str, Any]], choice: Any, *, param: str = "tools") -> Offer:
+def free_text(format_: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The schema of a custom tool: its input is one text. A grammar of it is shown to the model."""
+    note = "The whole input, as free text."
+    inner = (format_ or {}).get("grammar", format_) or {}
+    definition, syntax = inner.get("definition"), inner.get("syntax")
+    if isinstance(definition, str) and isinstance(syntax, str):
+        note += f" It follows this grammar ({syntax}):\n{definition}"
+    properties = {"input": {"type": "string", "description": note}}
+    return {"type": "object", "properties": properties, "required": ["input"], "additionalProperties": False}
+
+
+def free_input(arguments: str) -> str:
+    """The input of a custom tool in arguments that follow its schema; what does not is the input as it is."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    found = value.get("input") if isinstance(value, dict) else None
+    return found if isinstance(found, str) else arguments
+
+
+def offered(
+    tools: Sequence[dict[str, Any]],
+    choice: Any,
+    *,
+    origins: Mapping[str, Origin] | None = None,
+    param: str = "tools",
+) -> Offer:
     """The offer that tools and a tool_choice make: "auto", "none", "required", {"type": "function", ...} with a name,
     or {"type": "allowed_tools", ...}. Raises ApiError 400 for tools or choices that cannot be."""
-    names = [tool["function"]["name"] for tool in tools]
-    if len(set(names)) < len(names):
-        raise ApiError.bad("two tools have the same name", param=param)
-    num_patterns = 0
     for index, tool in enumerate(tools):
-        num_patterns += check_schema(tool["function"]["parameters"], param=f"{param}.{index}.parameters")
-        if num_patterns > _MAX_PATTERNS:
-            raise ApiError.bad(f"the tools have more than {_MAX_PATTERNS} patterns", param=param)
+        check_schema(tool["function"]["parameters"], param=f"{param}.{index}.parameters")
     if choice is None or choice == "auto":
         return Offer(tuple(tools), tuple(tools))
     if choice == "none":
@@ -81,101 +172,62 @@ def offered(tools: Sequence[dict[str, Any]], choice: Any, *, param: str = "tools
         return Offer(tuple(tools), tuple(tools), is_required=True)
     if isinstance(choice, dict):
         if choice.get("type") == "allowed_tools":
-            return _allowed(tools, choice)
-        name = _choice_name(choice)
+            return _allowed(tools, choice, origins or {})
+        name = _choice_name(choice, origins or {})
         if name is not None:
-            if name not in names:
+            if name not in _names(tools):
                 raise ApiError.bad("tool_choice names a tool that is not offered", param="tool_choice")
             return Offer(tuple(tools), tuple(tools), is_required=True, name=name)
     raise ApiError.bad("tool_choice must be none, auto, required or name a tool", param="tool_choice")
 
 
-def _choice_name(choice: Mapping[str, Any]) -> str | None:
-    inner = choice.get("function", choice)
-    name = inner.get("name") if isinstance(inner, dict) else None
-    return name if isinstance(name, str) and choice.get("type") == "function" else None
+def _names(tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [tool["function"]["name"] for tool in tools]
 
 
-def _allowed(tools: Sequence[dict[str, Any]], choice: Mapping[str, Any]) -> Offer:
+def _choice_name(choice: Mapping[str, Any], origins: Mapping[str, Origin]) -> str | None:
+    """The name by which the model knows a tool: {"name"}, {"function": {"name"}}, {"custom": {"name"}}, or a kind."""
+    kind = choice.get("type")
+    if not isinstance(kind, str):
+        return None
+    inner = choice.get(kind, choice)
+    name = inner.get("name", None if kind in ("function", "custom") else kind) if isinstance(inner, dict) else None
+    if not isinstance(name, str):
+        return None
+    namespace = choice.get("namespace")
+    for known, origin in origins.items():
+        if origin.kind == kind and origin.name == name and namespace in (None, origin.namespace):
+            return known
+    return name if kind in ("function", "custom") else None
+
+
+def _allowed(tools: Sequence[dict[str, Any]], choice: Mapping[str, Any], origins: Mapping[str, Origin]) -> Offer:
     inner = choice.get("allowed_tools", choice)
     entries = inner.get("tools") if isinstance(inner, dict) else None
     mode = inner.get("mode", "auto") if isinstance(inner, dict) else None
     if not isinstance(entries, list) or not entries or mode not in ("auto", "required") or len(entries) > MAX_TOOLS:
         raise ApiError.bad("allowed_tools needs a mode and a list of tools", param="tool_choice")
-    wanted = {_choice_name(entry) if isinstance(entry, dict) else None for entry in entries}
+    wanted = {_choice_name(entry, origins) if isinstance(entry, dict) else None for entry in entries}
     kept = tuple(tool for tool in tools if tool["function"]["name"] in wanted)
     if None in wanted or len(kept) < len(wanted):
         raise ApiError.bad("tool_choice names a tool that is not offered", param="tool_choice")
     return Offer(tuple(tools), kept, is_required=mode == "required")
 
 
-def check_schema(schema: object, *, param: str) -> int:
-    """The number of patterns. Raises ApiError 400 for what is no JSON schema of an object's properties, or too large
-    for one."""
+def check_schema(schema: object, *, param: str) -> None:
+    """Raises ApiError 400 for what is no JSON schema of an object's properties, or too large for one.
+
+    What its keywords say is looked at where a call is forced; until then the model reads it as it is.
+    """
     if not isinstance(schema, dict):
         raise ApiError.bad("the parameters of a tool must be a JSON schema object", param=param)
-    if schema.get("type", "object") != "object":
+    kinds = schema.get("type", "object")
+    names = [kind.lower() for kind in (kinds if isinstance(kinds, list) else [kinds]) if isinstance(kind, str)]
+    if names and "object" not in names:
         raise ApiError.bad("the parameters of a tool must be of type object", param=param)
     if len(json.dumps(schema)) > _LIMITS.max_schema_bytes:
         raise ApiError.bad(f"the schema is larger than {_LIMITS.max_schema_bytes} bytes", param=param)
-    waiting: list[tuple[Any, int]] = [(schema, 1)]
-    num_nodes = num_patterns = 0
-    while waiting:
-        node, depth = waiting.pop()
-        num_nodes += 1
-        if depth > _LIMITS.max_schema_depth or num_nodes > _LIMITS.max_schema_nodes:
-            raise ApiError.bad("the schema is too deep or has too many parts", param=param)
-        if isinstance(node, bool):
-            continue
-        if not isinstance(node, dict):
-            raise ApiError.bad("a schema inside the schema is not an object", param=param)
-        num_patterns += "pattern" in node
-        if num_patterns > _MAX_PATTERNS:
-            raise ApiError.bad(f"the schema has more than {_MAX_PATTERNS} patterns", param=param)
-        _check_node(node, param)
-        waiting.extend((child, depth + 1) for child in _children(node, param))
-    return num_patterns
-
-
-def _check_node(node: Mapping[str, Any], param: str) -> None:
-    kinds = node.get("type", [])
-    for kind in kinds if isinstance(kinds, list) else [kinds]:
-        if not isinstance(kind, str) or kind not in _TYPES:
-            raise ApiError.bad("the schema has an unknown type", param=param)
-    pattern = node.get("pattern", "")
-    if not isinstance(pattern, str) or len(pattern) > _LIMITS.max_regex_length or not _is_pattern(pattern):
-        raise ApiError.bad("the schema has a pattern that is no regular expression", param=param)
-    values = node.get("enum", [])
-    if not isinstance(values, list) or len(values) > _LIMITS.max_enum_values:
-        raise ApiError.bad("an enum of the schema is no list, or too long", param=param)
-
-
-def _is_pattern(pattern: str) -> bool:
-    # ECMAScript's names of groups and classes of characters, written as Python writes them or as any character.
-    pattern = re.sub(r"\(\?<(?![=!])", "(?P<", pattern)
-    pattern = re.sub(r"\\[pP]\{[^}]*\}", r"\\w", pattern)
-    # ECMAScript has no flags; to fold the case of a class, Python walks through all its characters, for seconds.
-    pattern = re.sub(r"\(\?[a-zA-Z-]+([:)])", lambda found: "(?:" if found[1] == ":" else "", pattern)
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
-
-
-def _children(node: Mapping[str, Any], param: str) -> list[Any]:
-    found: list[Any] = []
-    for key in ("properties", "$defs", "definitions", "patternProperties"):
-        inner = node.get(key, {})
-        if not isinstance(inner, dict):
-            raise ApiError.bad("the schema has properties that are no object", param=param)
-        found.extend(inner.values())
-    for key in ("anyOf", "allOf", "oneOf", "prefixItems"):
-        inner = node.get(key, [])
-        if not isinstance(inner, list):
-            raise ApiError.bad(f"{key} in the schema is no list", param=param)
-        found.extend(inner)
-    found.extend(
-        node[key] for key in ("items", "additionalProperties", "not") if isinstance(node.get(key), (dict, bool))
-    )
-    return found
+        check_nodes(schema, _LIMITS)
+    except UsageError as error:
+        raise ApiError.bad(str(error).replace("json_schema:", "the schema is"), param=param) from None

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qnext.errors import CorruptCheckpoint, QnextError, UsageError
-from qnext.text.jinja import JinjaTemplate, TemplateLimits
-from qnext.text.messages import Message, ToolCall, checked_conversation, checked_tools
+from qnext.errors import QnextError, UsageError
+from qnext.text.jinja import JinjaTemplate, TemplateLimits, TemplateRefusal
+from qnext.text.messages import Message, ToolCall, alternating, checked_conversation, checked_tools, system_first
 from qnext.text.native import NATIVE_FORMATS
+from qnext.text.template_files import read_templates
 from qnext.text.templates import KNOWN_TEMPLATES, template_hash
-from qnext.text.tokenizer import Piece, Tokenizer, read_json_object
+from qnext.text.tokenizer import Piece, Tokenizer
+from qnext.text.tokenizer_files import named_tokens
 
-MAX_TEMPLATE_CHARACTERS = 1 << 20
+_PLACES = "chat_template.jinja, or chat_template in tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,21 @@ class ChatFormat:
         completion does not need one), CorruptCheckpoint for a faulty one or missing turn tokens.
         """
         root = Path(folder)
-        source, texts = _read_templates(root)
+        found = read_templates(root)
+        if found is None:
+            raise UsageError(f"{root}: no chat template ({_PLACES}); this folder can complete text but not chat")
+        source, texts = found
         tokenizer = tokenizer or Tokenizer.from_folder(root)
         if "tool_use" not in texts and (known := KNOWN_TEMPLATES.get(template_hash(texts["default"]))):
             tokenizer.require_chat_tokens()
             return cls(known)
-        variables = _template_variables(root)
+        variables = named_tokens(root)
         templates = {
             name: JinjaTemplate(
                 text,
                 source=source,
-                control_names=[name for name, index in tokenizer.added_ids.items() if index in tokenizer.special_ids],
-                markup_names=tokenizer.added_ids,
+                control_names=[name for name, i in tokenizer.reserved_ids.items() if i in tokenizer.special_ids],
+                markup_names=tokenizer.reserved_ids,
                 variables=variables,
                 limits=limits,
             )
@@ -84,17 +89,40 @@ class ChatFormat:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
+        arguments: Mapping[str, Any] | None = None,
     ) -> list[Piece]:
         """The conversation as pieces for `Tokenizer.encode_pieces`, ending where the assistant is to write.
 
-        Raises UsageError for an empty conversation, an unknown role or a malformed tool.
+        `arguments` are those of the template, of which `self.arguments` are the names. A conversation that the
+        template refuses is tried again with one system message at the beginning, then with neighbours of one role as
+        one. Raises UsageError for an empty conversation, an unknown role or a malformed tool, and with the template's
+        own message where it refuses all of these.
         """
         conversation = checked_conversation(messages)
         checked = checked_tools(tools)
         if self.template is None:
             return NATIVE_FORMATS[self.name](conversation, checked, add_generation_prompt)
         template = self.tool_template if checked and self.tool_template is not None else self.template
-        return template.render(conversation, tools=checked, add_generation_prompt=add_generation_prompt)
+        forms = [conversation]
+        for changed in (system_first(conversation), alternating(system_first(conversation))):
+            if changed not in forms:
+                forms.append(changed)
+        refusal: TemplateRefusal | None = None
+        for form in forms:
+            try:
+                return template.render(
+                    form, tools=checked, add_generation_prompt=add_generation_prompt, arguments=arguments
+                )
+            except TemplateRefusal as error:
+                refusal = refusal or error
+        assert refusal is not None
+        raise refusal
+
+    @property
+    def arguments(self) -> frozenset[str]:
+        """Names that the templates read beside conversation and tools; native formats read none."""
+        found = [template.arguments for template in (self.template, self.tool_template) if template is not None]
+        return frozenset().union(*found)
 
     def encode(
         self,
@@ -111,7 +139,12 @@ class ChatFormat:
 
 
 def recognise(template: JinjaTemplate) -> str | None:
-    """Name of the native format that renders every probing conversation as `template` does, or None."""
+    """Name of the native format that renders every probing conversation as `template` does, or None.
+
+    A template that reads arguments of its own can do more than any native format.
+    """
+    if template.arguments:
+        return None
     candidates = dict(NATIVE_FORMATS)
     for messages, tools, add_generation_prompt in _PROBES:
         try:
@@ -173,53 +206,3 @@ _PROBES: tuple[tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...], bool], 
     ((_ASK, _THOUGHT, _ASK, _THOUGHT_CALL, _RESULTS[1], _THOUGHT), _TOOLS, False),
     ((_ASK, Message("assistant", "<think>\nHm.\n</think>\n\nYes."), _ASK), (), True),
 )
-
-
-def _read_templates(root: Path) -> tuple[str, dict[str, str]]:
-    """(file for error messages, template texts by name); "default" is always among the names."""
-    path = root / "chat_template.jinja"
-    if path.is_file():
-        try:
-            texts = {"default": path.read_text(encoding="utf-8")}
-        except (OSError, ValueError) as error:
-            raise CorruptCheckpoint(f"{path}: {error}") from error
-    else:
-        path = root / "tokenizer_config.json"
-        value = read_json_object(path).get("chat_template")
-        if value is None:
-            raise UsageError(
-                f"{root}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
-                "this folder can complete text but not chat"
-            )
-        texts = _named_templates(value, path)
-    for text in texts.values():
-        if len(text) > MAX_TEMPLATE_CHARACTERS:
-            raise CorruptCheckpoint(f"{path}: chat template longer than {MAX_TEMPLATE_CHARACTERS} characters")
-    return str(path), texts
-
-
-def _named_templates(value: Any, path: Path) -> dict[str, str]:
-    if isinstance(value, str):
-        return {"default": value}
-    entries = value if isinstance(value, list) else [None]
-    texts: dict[str, str] = {}
-    for entry in entries:
-        name = entry.get("name") if isinstance(entry, dict) else None
-        text = entry.get("template") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise CorruptCheckpoint(f"{path}: chat_template must be a string or a list of objects name, template")
-        texts[name] = text
-    if "default" not in texts:
-        raise CorruptCheckpoint(f"{path}: chat_template has no template named 'default'")
-    return {name: text for name, text in texts.items() if name in ("default", "tool_use")}
-
-
-def _template_variables(root: Path) -> dict[str, str]:
-    config = read_json_object(root / "tokenizer_config.json")
-    variables: dict[str, str] = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = config.get(key)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            variables[key] = value
-    return variables

@@ -16,7 +16,8 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from qnext.errors import CorruptCheckpoint, NotSupported, UsageError, warn
-from qnext.text.tokenizer import Tokenizer, read_json_object
+from qnext.text.files import read_json_object
+from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import (
     DEFAULT_SPECIAL_TOKENS,
     END_OF_TEXT,

@@ -24,11 +24,12 @@ import time
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 from qnext.errors import CorruptCheckpoint, UsageError
-from qnext.text.messages import Message, message_to_dict
+from qnext.text.messages import Message, message_to_dict, raw_arguments
 from qnext.text.tokenizer import Piece
 
 _WORKER = Path(__file__).with_name("jinja_worker.py")
@@ -39,6 +40,12 @@ _START = (
 # Starting an interpreter on a busy machine may take long; it is not the template's fault.
 _START_SECONDS = 60.0
 _FIRST_PRIVATE, _LAST_PRIVATE = 0xF0000, 0xFFFFD
+_ARGUMENTS = ("documents",)  # of a conversation, and None where nobody gives them
+_CONTEXT = ("messages", "tools", "add_generation_prompt")
+
+
+class TemplateRefusal(UsageError):
+    """The template itself does not accept a conversation; the message is its own."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +87,49 @@ class JinjaTemplate:
     def text(self) -> str:
         return self._text
 
+    @cached_property
+    def arguments(self) -> frozenset[str]:
+        """The names that the template reads beside the conversation and the tokens; none where it is faulty."""
+        answer = self._ask({"names": True})
+        return frozenset(answer.get("names", ())) - {*_CONTEXT, *self._variables}
+
     def render(
         self,
         messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
+        arguments: Mapping[str, Any] | None = None,
     ) -> list[Piece]:
-        """Pieces of the rendered conversation.
+        """Pieces of the rendered conversation; `arguments` are what else the template reads, by name.
 
-        Raises UsageError where the template refuses the conversation, CorruptCheckpoint naming the template where
-        it is faulty or exceeds its limits.
+        Arguments of calls that are no JSON object reach the template as the text that they are; where it drops that,
+        or fails, as one argument. Raises TemplateRefusal where the template refuses the conversation,
+        CorruptCheckpoint naming the template where it is faulty or exceeds its limits.
         """
-        conversation = [message_to_dict(message) for message in messages]
+        context: dict[str, Any] = {
+            "tools": list(tools),
+            "more": dict(arguments or {}),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        raw = raw_arguments(messages)
+        if not raw:
+            return self._pieces([message_to_dict(message) for message in messages], **context)
+        try:
+            pieces = self._pieces([message_to_dict(message) for message in messages], **context)
+        except CorruptCheckpoint:
+            pieces = []
+        text = "".join(piece.text for piece in pieces)
+        if all(found in text or json.dumps(found, ensure_ascii=False)[1:-1] in text for found in raw) and pieces:
+            return pieces
+        return self._pieces([message_to_dict(message, with_objects=True) for message in messages], **context)
+
+    def _pieces(
+        self, conversation: list[dict[str, Any]], tools: list[Any], more: dict[str, Any], add_generation_prompt: bool
+    ) -> list[Piece]:
         all_names = self._control_names | self._markup_names
-        raw = self._run(conversation, tools, add_generation_prompt)
-        if not _names_inside([conversation, list(tools)], all_names):
+        raw = self._run(conversation, tools, more, add_generation_prompt)
+        if not _names_inside([conversation, tools, more], all_names):
             return [Piece(raw, True)]
         attempts = [
             (all_names, all_names),
@@ -103,11 +137,12 @@ class JinjaTemplate:
             (self._control_names, self._control_names),
         ]
         for assistant_names, other_names in attempts:
-            marks = self._private_marks(all_names, conversation, tools)
+            marks = self._private_marks(all_names, conversation, [tools, more])
             in_assistant, elsewhere = _Mask(marks, assistant_names), _Mask(marks, other_names)
             masked = self._run(
                 [in_assistant.message(m) if m["role"] == "assistant" else elsewhere.message(m) for m in conversation],
-                elsewhere.value(list(tools)),
+                elsewhere.value(tools),
+                {name: elsewhere.value(value) for name, value in more.items()},
                 add_generation_prompt,
             )
             names_by_mark = {mark: name for name, mark in marks.items()}
@@ -133,24 +168,30 @@ class JinjaTemplate:
             raise UsageError("the conversation uses too many private-use characters")
         return marks
 
-    def _run(self, conversation: Sequence[Any], tools: Sequence[Any], add_generation_prompt: bool) -> str:
+    def _run(
+        self, conversation: list[Any], tools: list[Any], more: Mapping[str, Any], add_generation_prompt: bool
+    ) -> str:
         context: dict[str, Any] = {
             **self._variables,
-            "messages": list(conversation),
-            "tools": list(tools) or None,
-            "documents": None,
+            **dict.fromkeys(_ARGUMENTS),
+            **more,
+            "messages": conversation,
+            "tools": tools or None,
             "add_generation_prompt": add_generation_prompt,
         }
-        with self._lock:
-            if self._worker is None or not self._worker.is_alive():
-                self._worker = _Worker(self._text, self._limits)
-            answer = self._worker.ask(context)
+        answer = self._ask({"context": context})
         if "text" in answer:
             return str(answer["text"])
         message = " ".join(str(answer["message"]).split())[:300]
         if answer["fault"] == "refusal":
-            raise UsageError(f"the chat template refuses this conversation: {message}")
+            raise TemplateRefusal(f"the chat template refuses this conversation: {message}")
         raise CorruptCheckpoint(f"{self._source}: {message}")
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            if self._worker is None or not self._worker.is_alive():
+                self._worker = _Worker(self._text, self._limits)
+            return self._worker.ask(request)
 
 
 class _Worker:
@@ -176,9 +217,9 @@ class _Worker:
             raise CorruptCheckpoint("the process that renders chat templates did not start")
         self._write({"source": text}, time.monotonic() + _START_SECONDS)
 
-    def ask(self, context: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         deadline = time.monotonic() + self._limits.seconds
-        answer = self._read(deadline) if self._write({"context": context}, deadline) else None
+        answer = self._read(deadline) if self._write(request, deadline) else None
         if answer is None:
             is_late = time.monotonic() >= deadline
             self.kill()

@@ -3,7 +3,8 @@
 Jinja's sandbox stops escapes, not endless loops or huge strings. Here they end this process only: its memory is
 limited by the kernel, its output by a count, its time by the parent, which kills it.
 
-Frames on stdin and stdout: 4 bytes of length, then JSON. The last three arguments are the memory limit in bytes, the
+Frames on stdin and stdout: 4 bytes of length, then JSON: the source, then requests for a rendering ("context") or for
+the names that the template reads ("names"). The last three arguments are the memory limit in bytes, the
 output limit in characters and the time limit in seconds. The first frame out is `{"ready": true}`.
 """
 
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 
@@ -87,6 +89,40 @@ def render(template: jinja2.Template, context: dict[str, Any], max_characters: i
     return {"text": "".join(parts)}
 
 
+def names_read(environment: jinja2.Environment, source: str) -> dict[str, Any]:
+    """`{"names": [...]}`: the variables that a template reads from its caller; or a fault."""
+    try:
+        tree = environment.parse(source)
+        names = jinja2.meta.find_undeclared_variables(tree) - set(environment.globals) - own_variables(tree)
+    except MemoryError:
+        return {"fault": "memory", "message": "out of memory"}
+    except Exception as error:  # whatever a foreign template can raise
+        return {"fault": "template", "message": f"{type(error).__name__}: {error}"}
+    return {"names": sorted(names)}
+
+
+def own_variables(tree: jinja2.nodes.Template) -> set[str]:
+    """Names to which the template gives values of its own, and not only a default where the caller gave none."""
+    found: set[str] = set()
+    waiting: list[tuple[jinja2.nodes.Node, frozenset[str]]] = [(tree, frozenset())]
+    while waiting:
+        node, guarded = waiting.pop()
+        if isinstance(node, jinja2.nodes.If):
+            tests = node.test.find_all(jinja2.nodes.Test)
+            guarded |= {
+                test.node.name
+                for test in [node.test, *tests]
+                if isinstance(test, jinja2.nodes.Test) and isinstance(test.node, jinja2.nodes.Name)
+            }
+        elif isinstance(node, jinja2.nodes.Assign) and isinstance(node.target, jinja2.nodes.Name):
+            values = (node.node, *node.node.find_all(jinja2.nodes.Name))
+            sources = {value.name for value in values if isinstance(value, jinja2.nodes.Name)}
+            if node.target.name not in guarded | sources:
+                found.add(node.target.name)
+        waiting.extend((child, guarded) for child in node.iter_child_nodes())
+    return found
+
+
 def read_frame() -> Any:
     head = sys.stdin.buffer.read(4)
     if len(head) < 4:
@@ -111,9 +147,12 @@ def main() -> None:
     template: jinja2.Template | None = None
     while True:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        context = read_frame()["context"]
+        request = read_frame()
         # The parent kills sooner; this ends a loop whose parent was itself killed. SIGALRM's default ends the process.
         signal.setitimer(signal.ITIMER_REAL, 2 * max_seconds)
+        if "names" in request:
+            write_frame(names_read(environment, source))
+            continue
         try:
             # Compiling folds constants, so it is as dangerous as rendering and happens under the same deadline.
             template = template or environment.from_string(source)
@@ -123,7 +162,7 @@ def main() -> None:
         except Exception as error:
             write_frame({"fault": "template", "message": f"{type(error).__name__}: {error}"})
             continue
-        write_frame(render(template, context, max_characters))
+        write_frame(render(template, request["context"], max_characters))
 
 
 if __name__ == "__main__":

@@ -5,32 +5,51 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from qnext.errors import UsageError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_AS = {"developer": "system", "function": "tool"}  # the names that templates know
+RAW_ARGUMENT = "arguments"  # the one argument of a call whose text is no object
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the assistant made. `arguments` is an object, or its JSON text exactly as the model wrote it."""
+    """A call that the assistant made. `arguments` is an object, or its JSON text exactly as the model wrote it.
+
+    It may be made from whatever a client has for the arguments: null and blanks are none, and a value that is neither
+    text nor object is its JSON text.
+    """
 
     name: str
     arguments: Mapping[str, Any] | str
     id: str | None = None
 
+    def __post_init__(self) -> None:
+        arguments: Any = self.arguments
+        if not isinstance(arguments, (str, Mapping)):
+            arguments = {} if arguments is None else json.dumps(arguments, ensure_ascii=False)
+        if isinstance(arguments, str) and arguments.strip() in ("", "null", "None"):
+            arguments = {}
+        object.__setattr__(self, "arguments", arguments)
+
+    def parsed_arguments(self) -> Mapping[str, Any] | None:
+        """The arguments as an object; None for text that is none. An object that was written twice is read twice."""
+        value: Any = self.arguments
+        for _ in range(2):
+            if isinstance(value, str):
+                try:
+                    value = json.loads(value, strict=False)
+                except (ValueError, RecursionError):
+                    return None
+        return value if isinstance(value, Mapping) else None
+
     def arguments_object(self) -> Mapping[str, Any]:
-        """The arguments as an object. Raises UsageError where the text is not one."""
-        if not isinstance(self.arguments, str):
-            return self.arguments
-        try:
-            value = json.loads(self.arguments)
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise UsageError(f"tool call {self.name!r}: arguments are not a JSON object")
-        return value
+        """The arguments as an object; text that is none becomes its one argument."""
+        parsed = self.parsed_arguments()
+        return {RAW_ARGUMENT: self.arguments} if parsed is None else parsed
 
 
 @dataclass(frozen=True)
@@ -42,17 +61,20 @@ class Message:
     reasoning_content: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    name: str | None = None
 
 
 def message_from_dict(value: Mapping[str, Any]) -> Message:
     """Message from its OpenAI form: `content` a string, null or a list of text parts; `tool_calls` with JSON text.
 
-    Raises UsageError for other shapes. Keys that no chat format uses are ignored.
+    A thought may stand under `reasoning_content`, `reasoning` or `thinking`. Raises UsageError for other shapes. Keys
+    that no chat format uses are ignored.
     """
     role = value.get("role")
     if not isinstance(role, str):
         raise UsageError("a message needs a role")
-    reasoning = value.get("reasoning_content")
+    thoughts = [value.get(key) for key in ("reasoning_content", "reasoning", "thinking")]
+    reasoning = next((thought for thought in thoughts if thought is not None), None)
     if reasoning is not None and not isinstance(reasoning, str):
         raise UsageError("reasoning_content must be a string")
     calls = value.get("tool_calls") or ()
@@ -64,26 +86,38 @@ def message_from_dict(value: Mapping[str, Any]) -> Message:
         reasoning_content=reasoning,
         tool_calls=tuple(_tool_call(call) for call in calls),
         tool_call_id=value.get("tool_call_id"),
+        name=value.get("name"),
     )
 
 
-def message_to_dict(message: Message) -> dict[str, Any]:
-    """The form that chat templates read: arguments as objects where they are, absent parts left out."""
+def message_to_dict(message: Message, *, with_objects: bool = False) -> dict[str, Any]:
+    """The form that chat templates read: arguments as objects where they are, absent parts left out.
+
+    `with_objects`: arguments that are text without an object are an object, too.
+    """
     value: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning_content is not None:
         value["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
-        value["tool_calls"] = [_tool_call_dict(call) for call in message.tool_calls]
+        value["tool_calls"] = [_tool_call_dict(call, with_objects=with_objects) for call in message.tool_calls]
     if message.tool_call_id is not None:
         value["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        value["name"] = message.name
     return value
 
 
-def checked_conversation(messages: Sequence[Message]) -> list[Message]:
-    """The messages with `developer` read as `system`, the name that the templates know.
+def raw_arguments(messages: Sequence[Message]) -> list[str]:
+    """The arguments of calls that are text without an object in it."""
+    calls = (call for message in messages for call in message.tool_calls)
+    return [call.arguments for call in calls if isinstance(call.arguments, str) and call.parsed_arguments() is None]
 
-    Raises UsageError for an empty conversation, an unknown role, a tool result that answers nothing, and for parts
-    that only an assistant can have.
+
+def checked_conversation(messages: Sequence[Message]) -> list[Message]:
+    """The messages under the roles that templates know: `developer` is `system`, `function` is `tool`.
+
+    History is past, so what does not belong to a role is left out: calls and thoughts of anybody but the assistant.
+    Raises UsageError for an empty conversation and for an unknown role.
     """
     if not messages:
         raise UsageError("the conversation is empty")
@@ -93,12 +127,36 @@ def checked_conversation(messages: Sequence[Message]) -> list[Message]:
             raise UsageError(f"message {index}: unknown role {message.role!r}, expected one of {', '.join(ROLES)}")
         if not isinstance(message.content, str):
             raise UsageError(f"message {index}: content must be a string")
-        if message.role != "assistant" and (message.tool_calls or message.reasoning_content is not None):
-            raise UsageError(f"message {index}: only an assistant has tool_calls or reasoning_content")
-        if message.role == "tool" and (not checked or checked[-1].role not in ("assistant", "tool")):
-            raise UsageError(f"message {index}: a tool result must follow the assistant's call or another result")
-        checked.append(replace(message, role="system") if message.role == "developer" else message)
+        if message.role != "assistant":
+            message = replace(message, tool_calls=(), reasoning_content=None)
+        checked.append(replace(message, role=_AS.get(message.role, message.role)))
     return checked
+
+
+def system_first(messages: Sequence[Message]) -> list[Message]:
+    """All system messages as one at the beginning, in their order, for templates that want it so."""
+    systems = [message for message in messages if message.role == "system"]
+    others = [message for message in messages if message.role != "system"]
+    return [*([_joined(systems)] if systems else []), *others]
+
+
+def alternating(messages: Sequence[Message]) -> list[Message]:
+    """The messages with neighbours of one role as one, but for results of tools."""
+    found: list[Message] = []
+    for role, group in groupby(messages, key=lambda message: message.role):
+        turns = list(group)
+        found += turns if role == "tool" else [_joined(turns)]
+    return found
+
+
+def _joined(messages: Sequence[Message]) -> Message:
+    thoughts = [message.reasoning_content for message in messages if message.reasoning_content]
+    return replace(
+        messages[0],
+        content="\n\n".join(message.content for message in messages if message.content),
+        reasoning_content="\n".join(thoughts) if thoughts else messages[0].reasoning_content,
+        tool_calls=tuple(call for message in messages for call in message.tool_calls),
+    )
 
 
 def checked_tools(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -130,19 +188,13 @@ def _tool_call(value: Any) -> ToolCall:
     function = value.get("function", value) if isinstance(value, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UsageError("a tool call needs a function name")
-    arguments = function.get("arguments")
-    if arguments is None or arguments == "":
-        arguments = {}
-    if not isinstance(arguments, (str, Mapping)):
-        raise UsageError(f"tool call {function['name']!r}: arguments must be an object or its JSON text")
-    return ToolCall(name=function["name"], arguments=arguments, id=value.get("id"))
+    arguments: Any = function.get("arguments")
+    return ToolCall(function["name"], arguments, value.get("id"))
 
 
-def _tool_call_dict(call: ToolCall) -> dict[str, Any]:
-    try:
-        arguments: Mapping[str, Any] | str = call.arguments_object()
-    except UsageError:
-        arguments = call.arguments
+def _tool_call_dict(call: ToolCall, *, with_objects: bool) -> dict[str, Any]:
+    parsed = call.arguments_object() if with_objects else call.parsed_arguments()
+    arguments = call.arguments if parsed is None else parsed
     value: dict[str, Any] = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
     if call.id is not None:
         value["id"] = call.id

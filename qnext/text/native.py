@@ -139,7 +139,7 @@ def render_coder(
         if message.role == "assistant" and message.tool_calls:
             _coder_calls(writer, message)
         elif message.role == "tool":
-            if turns[index - 1].role != "tool":
+            if index == 0 or turns[index - 1].role != "tool":
                 writer.trusted("<|im_start|>user\n")
             writer.trusted("<tool_response>\n")
             writer.untrusted(message.content)
@@ -201,7 +201,7 @@ def _plain_turn(writer: _Writer, messages: Sequence[Message], index: int) -> Non
     """A user, later system or tool turn; neighbouring tool results share one user turn."""
     message = messages[index]
     if message.role == "tool":
-        if messages[index - 1].role != "tool":
+        if index == 0 or messages[index - 1].role != "tool":
             writer.trusted("<|im_start|>user")
         writer.trusted("\n<tool_response>\n")
         writer.untrusted(message.content)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from qnext.errors import UsageError
 from qnext.text.tokenizer import IncrementalDecoder, Tokenizer
+
+Thought = Literal["open", "possible"]
+_THINK, _THINK_END = "<think>", "</think>"
 
 
 class TextStream:
@@ -13,30 +17,70 @@ class TextStream:
 
     A stop string may span tokens: what could be its beginning is held back until it is decided. The text ends before
     the stop string that begins first (of two that begin together the one completed first); `stop_string` is then set
-    and the caller ends the request.
+    and the caller ends the request. Stop strings are not looked for in the `thought` at the answer's beginning: "open"
+    where the prompt opened it, "possible" where the answer may.
 
     >>> stream = TextStream(tokenizer, stop=["User:"])
     >>> stream.push(token_of("Hello Us")), stream.push(token_of("er:")), stream.stop_string
     ('Hello ', '', 'User:')
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), skip_special: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[str] = (),
+        thought: Thought | None = None,
+        skip_special: bool = True,
+    ) -> None:
         if any(not text for text in stop):
             raise UsageError("a stop string must not be empty")
         self._stop = tuple(stop)
         self._decoder = IncrementalDecoder(tokenizer, skip_special=skip_special)
         self._held = ""
+        self._thought = thought if stop else None
+        self._unread = ""  # text of which it is not known whether it is of the thought
         self.stop_string: str | None = None
 
     def push(self, token_id: int) -> str:
         """Text that is certain after `token_id`; nothing after a stop string."""
-        return self._take(self._decoder.push(token_id))
+        return self._read(self._decoder.push(token_id))
 
     def finish(self) -> str:
         """What was held back, when the answer ends otherwise than by a stop string."""
-        text = self._take(self._decoder.flush()) + self._held
-        self._held = ""
+        text = self._read(self._decoder.flush())
+        if self._thought == "possible":
+            self._thought = None
+            text += self._take(self._unread)
+        else:
+            text += self._unread
+        text += self._held
+        self._unread = self._held = ""
         return text
+
+    def _read(self, text: str) -> str:
+        """Pass a thought through, and look for stop strings behind it."""
+        if self._thought is None:
+            return self._take(text)
+        text = self._unread + text
+        self._unread = ""
+        if self._thought == "possible":
+            begun = text.lstrip()
+            if not begun.startswith(_THINK):
+                if _THINK.startswith(begun):
+                    self._unread = text
+                    return ""
+                self._thought = None
+                return self._take(text)
+            self._thought = "open"
+        place = text.find(_THINK_END)
+        if place >= 0:
+            self._thought = None
+            place += len(_THINK_END)
+            return text[:place] + self._take(text[place:])
+        keep = _overlap(text, _THINK_END)
+        self._unread = text[len(text) - keep :]
+        return text[: len(text) - keep]
 
     def _take(self, text: str) -> str:
         if self.stop_string is not None:

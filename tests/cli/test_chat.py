@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -254,3 +255,43 @@ def test_a_users_fault_has_its_exit_code(
     assert run(monkeypatch, "Hi\n", *filled) == code
     captured = capsys.readouterr()
     assert message in captured.err.splitlines()[-1] and captured.out == ""
+
+
+HYBRID = Path(__file__).parents[1] / "text/templates/Qwen-Qwen3-0.6B.jinja"
+
+
+def test_a_switch_of_the_template_is_a_switch_of_the_chat(chat_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(chat_folder, tmp_path / "m"))
+    shutil.copyfile(HYBRID, folder / "chat_template.jinja")
+    tokenizer = Tokenizer.from_folder(folder)
+    engine = Engine(load_model(folder), max_num_seqs=1)
+    talk = Conversation(engine, tokenizer, ChatFormat.for_folder(folder), PARAMS)
+    turns = [Message("user", "Hi")]
+    closed = "<think>\n\n</think>\n\n"
+    assert talk.can_think
+    for thinks, arguments, ending in (
+        (None, {}, "assistant\n"),
+        (True, {}, "assistant\n"),
+        (False, {}, closed),
+        (True, {"enable_thinking": False}, closed),
+    ):
+        talk.template_arguments = arguments
+        if thinks is not None:
+            talk.set_thinking(thinks)
+        assert tokenizer.decode(talk._prompt_ids("", turns)[0]).endswith(ending)
+
+
+def test_a_thought_that_the_model_opens_is_no_answer(conversation: Conversation) -> None:
+    parser = conversation._parser("possible")
+    assert parser is not None, "the vocabulary has the marks"
+    events = [*parser.push("<think>\nhm\n</think>\n\nHello"), *parser.finish()]
+    assert [(type(event).__name__, event.text) for event in events] == [("Reasoning", "hm"), ("Content", "Hello")]
+    assert conversation.answer("Hi", silent) and conversation.turns[-1].reasoning_content is None
+
+
+def test_no_think_for_a_model_without_thoughts_is_told(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    assert run(monkeypatch, "Hi\n", chat_folder, "--no-think") == 2
+    assert "has no thoughts" in capsys.readouterr().err
+    assert run(monkeypatch, "Hi\n", chat_folder, "--complete", "--no-think") == 2

@@ -118,10 +118,53 @@ def test_chat_renders_the_folders_format(chat_folder: Path, capsys: Captured) ->
     assert result["token_ids"] == greedy(chat_folder, prompt_ids, 5)
 
 
-def test_control_tokens_only_when_asked_for(plain_folder: Path, capsys: Captured) -> None:
+def test_control_tokens_are_tokens_unless_told_otherwise(plain_folder: Path, capsys: Captured) -> None:
     arguments = (plain_folder, "a<|im_start|>", "--max-tokens", "1")
-    assert document(capsys, *arguments)["usage"]["prompt_tokens"] == 13
+    assert document(capsys, *arguments)["usage"]["prompt_tokens"] == 2
     assert document(capsys, *arguments, "--special")["usage"]["prompt_tokens"] == 2
+    assert document(capsys, *arguments, "--no-special")["usage"]["prompt_tokens"] == 13
+
+
+HYBRID = Path(__file__).parents[1] / "text/templates/Qwen-Qwen3-0.6B.jinja"
+
+
+@pytest.mark.parametrize(
+    ("flags", "closes"),
+    [
+        ([], False),
+        (["--think"], False),
+        (["--no-think"], True),
+        (["--chat-template-kwargs", '{"enable_thinking": false}'], True),
+        (["--chat-template-kwargs", '{"enable_thinking": true}', "--no-think"], False),
+    ],
+)
+def test_flags_reach_the_chat_template(
+    chat_folder: Path, tmp_path: Path, capsys: Captured, flags: list[str], closes: bool
+) -> None:
+    folder = Path(shutil.copytree(chat_folder, tmp_path / "m"))
+    shutil.copyfile(HYBRID, folder / "chat_template.jinja")
+    found = document(capsys, folder, "Hi", "--chat", "--max-tokens", "1", *flags)["usage"]["prompt_tokens"]
+    tokenizer = Tokenizer.from_folder(folder)
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n" + "<think>\n\n</think>\n\n" * closes
+    assert found == len(tokenizer.encode(text, allow_special=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--no-think"], "belong to --chat"),
+        (["--chat", "--chat-template-kwargs", "[1]"], "must be a JSON object"),
+        (["--chat", "--chat-template-kwargs", "{"], "must be a JSON object"),
+        (["--chat", "--chat-template-kwargs", '{"x": 1}'], "reads no argument 'x'"),
+        (["--chat", "--chat-template-kwargs", '{"enable_thinking": "no"}'], "must be true or false"),
+    ],
+)
+def test_flags_that_say_nothing_to_the_template(
+    chat_folder: Path, capsys: Captured, flags: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["generate", str(chat_folder), "Hi", *flags])
+    assert exit_.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_prompt_from_standard_input(plain_folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

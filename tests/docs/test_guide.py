@@ -21,7 +21,11 @@ from qnext.quant.scheme import make_policy
 from qnext.server.admin import ADMIN_ROUTES
 from qnext.server.keys import KeyRing
 from qnext.server.table import public_routes
-from tests.docs import limits_table
+from qnext.text.messages import RAW_ARGUMENT
+from qnext.text.template_files import TEMPLATE_FILES
+from qnext.text.thinking import EFFORTS, KNOWN_ARGUMENTS
+from qnext.text.tokenizer_files import READ_FORMS
+from tests.docs import fields_table, limits_table
 from tests.docs.snippets import ROOT, USAGE_ERROR, Block, blocks, check_arguments, commands, qnext_arguments
 from tests.server.serving import Running, running_server, save_served
 
@@ -81,7 +85,7 @@ def test_the_check_of_commands_can_fail() -> None:
 def test_flags_named_in_the_text_exist() -> None:
     """Flags in backticks outside code blocks are of `qnext serve` unless the text says another verb before them."""
     known: set[str] = {"--help", "--config", "--shm-size", "--model-path"}
-    for verb in ("serve", "keys create", "quantize", "experts", "doctor", "bench", "chat"):
+    for verb in ("serve", "keys create", "quantize", "experts", "doctor", "bench", "chat", "generate"):
         name, _, sub = verb.partition(" ")
         command = click_command(name)
         command = command.commands[sub] if sub else command
@@ -178,6 +182,10 @@ def test_the_table_of_limits_is_that_of_the_program() -> None:
             check_arguments(["serve", "model", flag, "1"])
 
 
+def test_the_tables_of_fields_are_those_of_the_program() -> None:
+    assert fields_table.PAGE.read_text(encoding="utf-8") == fields_table.page(), "python -m tests.docs.fields_table"
+
+
 def test_the_table_of_errors_has_every_code_of_the_server() -> None:
     text = (GUIDE / "errors.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^\| \d{3} \| `([a-z_]+)`", text, re.MULTILINE))
@@ -233,3 +241,10 @@ def test_figures_of_memory_are_those_of_the_shapes() -> None:
     assert f"{per_1000['bfloat16'] * 262.144 / 1024:.1f} GiB for all 262,144 tokens" in whole
     state = f"{state_bytes_per_sequence(config).total / 2**20:.1f}"
     assert len(re.findall(rf"{re.escape(state)} MiB", whole)) == 2
+
+
+def test_the_page_on_prompts_names_what_is_read() -> None:
+    text = (GUIDE / "prompts.md").read_text(encoding="utf-8")
+    files = [name for form in READ_FORMS for name in form.split(" + ")]
+    names = [*KNOWN_ARGUMENTS, *TEMPLATE_FILES, *files, RAW_ARGUMENT, *EFFORTS[:2]]
+    assert not [name for name in names if f"`{name}`" not in text]

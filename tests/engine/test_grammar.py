@@ -319,7 +319,58 @@ def test_reasoning_may_end_with_several_tokens() -> None:
         state.accept(marks[0])
 
 
+def hybrid(kind: str, value: object) -> Constraint:
+    """A constraint of a model that may begin with a thought by itself."""
+    made = tokenizer("bpe")
+    end = (made.token_id("</think>"),)
+    return Constraint(kind, value, starts_after=end, opened_by=made.token_id("<think>"))  # type: ignore[arg-type]
+
+
+def test_an_output_may_open_its_reasoning_itself() -> None:
+    start, end = (tokenizer("bpe").token_id(name) for name in ("<think>", "</think>"))
+    state, bare = state_of(hybrid("choice", ("yes", "no"))), state_of(Constraint("choice", ("yes", "no")))
+    assert set(ids_of(state.allowed())) == {*ids_of(bare.allowed()), start}
+    assert not state.is_asleep
+    assert (
+        len(state.window([start, *encoded("hm"), end, *encoded("no")]))
+        == 4 + len(encoded("no")) + len(encoded("hm")) - 1
+    )
+    state.accept(start)
+    assert state.is_asleep and not state.can_end
+    for token in encoded("hm, no"):
+        state.accept(token)
+    state.accept(end)
+    assert np.array_equal(state.allowed(), bare.allowed()), "a second thought is none"
+    follow(state, "yes")
+    state.rollback(state.num_tokens - 2)
+    assert state.is_asleep
+    state.rollback(2)
+    follow(state, "no")
+    assert state.can_end and state.must_end
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        hybrid("choice", ("<think>\nhm\n</think>\n\nok", "<think>")),
+        hybrid("regex", "<think>.*"),
+        hybrid("regex", "(?s:.*)"),
+        hybrid("lark", 'start: <think> "a" </think> "b"'),
+        hybrid("lark", 'start: "<think>" /[a-z]+/'),
+    ],
+)
+def test_a_constraint_that_describes_the_reasoning_holds_from_the_beginning(constraint: Constraint) -> None:
+    state = state_of(constraint)
+    plain = state_of(Constraint(constraint.kind, constraint.value))
+    assert np.array_equal(state.allowed(), plain.allowed())
+    token = ids_of(state.allowed())[0]
+    state.accept(token)
+    assert not state.is_asleep
+
+
 CONSTRAINTS = [
+    hybrid("json_object", ""),
+    hybrid("choice", CHOICES),
     Constraint("json_schema", SCHEMAS["person"]),
     Constraint("json_schema", SCHEMAS["tree"]),
     Constraint("json_object"),
@@ -452,7 +503,7 @@ HOSTILE: dict[str, tuple[Constraint, bool | None]] = {  # and whether it compile
     "brackets": (Constraint("json_schema", "[" * 60000), False),
     "huge enum": (Constraint("json_schema", {"enum": [f"v{i}" for i in range(100_000)]}), False),
     "large enum": (Constraint("json_schema", {"enum": [f"v{i}" for i in range(2048)]}), True),
-    "empty enum": (Constraint("json_schema", {"enum": []}), False),
+    "empty enum": (Constraint("json_schema", {"enum": []}), True),
     "properties": (Constraint("json_schema", closed(**{f"p{i}": {} for i in range(50_000)})), False),
     "pattern": (Constraint("json_schema", {"type": "string", "pattern": "(a{1000}){1000}"}), None),
     "repeats": (Constraint("regex", "(((((.{1,100}){1,100}){1,100}){1,100}){1,100})"), None),
@@ -471,15 +522,17 @@ HOSTILE: dict[str, tuple[Constraint, bool | None]] = {  # and whether it compile
         ),
         False,
     ),
-    "remote ref": (Constraint("json_schema", {"$ref": "http://localhost/x"}), False),
-    "file ref": (Constraint("json_schema", {"$ref": "file:///etc/passwd"}), False),
+    "remote ref": (Constraint("json_schema", {"$ref": "http://localhost/x"}), True),
+    "file ref": (Constraint("json_schema", {"$ref": "file:///etc/passwd"}), True),
     "bounds": (Constraint("json_schema", {"type": "integer", "minimum": 5, "maximum": 3}), False),
     "lengths": (Constraint("json_schema", {"type": "string", "minLength": 5, "maxLength": 3}), False),
     "false": (Constraint("json_schema", False), False),
     "true": (Constraint("json_schema", True), True),
     "type": (Constraint("json_schema", {"type": "stringg"}), False),
-    "unknown format": (Constraint("json_schema", {"type": "string", "format": "foo"}), False),
-    "unsupported": (Constraint("json_schema", {"type": "array", "uniqueItems": True}), False),
+    "unknown format": (Constraint("json_schema", {"type": "string", "format": "foo"}), True),
+    "relaxed": (Constraint("json_schema", {"type": "array", "uniqueItems": True}), True),
+    "strict": (Constraint("json_schema", {"type": "array", "uniqueItems": True}, is_strict=True), False),
+    "ref to nothing": (Constraint("json_schema", {"$ref": "#/$defs/a"}), False),
     "lenient": (Constraint("json_schema", {"x-guidance": {"lenient": True}, "not": {}}), False),
     "list": (Constraint("json_schema", "[]"), False),
     "number": (Constraint("json_schema", "1" * 5000), False),

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import httpx2
+import pytest
 
 from qnext.engine import SamplingParams
 from tests.server.serving import Running
@@ -85,10 +86,26 @@ def test_n_answers_have_seeds_of_their_own(server: Running) -> None:
     assert streamed == texts
 
 
-def test_control_tokens_of_a_text_prompt_are_text_unless_asked_for(server: Running) -> None:
-    body = {"prompt": "<|im_start|>user", "max_tokens": 1, "return_token_ids": True}
-    special = server.server.served.tokenizer.added_ids["<|im_start|>"]
+MARKED = ["<|im_start|>user\nhi<|im_end|>", "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>", "<think>x", "no mark"]
+
+
+@pytest.mark.parametrize("text", MARKED)
+def test_marks_of_a_text_prompt_are_tokens_as_for_tokenize(server: Running, text: str) -> None:
+    encode = server.server.served.tokenizer.encode
     with server.client() as client:
-        plain = client.post("/v1/completions", json=body).json()["choices"][0]["prompt_token_ids"]
-        parsed = client.post("/v1/completions", json={**body, "parse_special": True}).json()["choices"][0]
-    assert special not in plain and parsed["prompt_token_ids"][0] == special
+        for choice in ({}, {"parse_special": True}, {"parse_special": False}, {"add_special_tokens": False}):
+            body = {"prompt": text, "max_tokens": 1, "return_token_ids": True, **choice}
+            ids = client.post("/v1/completions", json=body).json()["choices"][0]["prompt_token_ids"]
+            assert ids == client.post("/tokenize", json={"prompt": text, **choice}).json()["tokens"]
+            assert ids == encode(text, allow_special=choice.get("parse_special", True))
+
+
+def test_beside_a_suffix_the_marks_are_the_servers(server: Running) -> None:
+    ids = server.server.served.tokenizer.added_ids
+    prefix, suffix, middle = (ids[f"<|fim_{name}|>"] for name in ("prefix", "suffix", "middle"))
+    body = {"prompt": "a<|fim_middle|>", "suffix": "<|im_end|>b", "max_tokens": 1, "return_token_ids": True}
+    wanted = {False: [prefix, suffix, middle], True: [prefix, middle, suffix, ids["<|im_end|>"], middle]}
+    with server.client() as client:
+        for choice, reserved in (({}, wanted[False]), ({"parse_special": True}, wanted[True])):
+            found = client.post("/v1/completions", json={**body, **choice}).json()["choices"][0]["prompt_token_ids"]
+            assert [token for token in found if token in ids.values()] == reserved

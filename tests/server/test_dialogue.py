@@ -51,7 +51,33 @@ def test_results_whose_calls_are_not_known_stay_as_they_are() -> None:
     for results in (unknown, nameless):
         messages = [Message("user", "?"), turn, *results, Message("user", "!")]
         assert in_order_of_calls(messages) == messages
-    assert in_order_of_calls(unknown) == unknown
+
+
+ONE = Message("assistant", "", tool_calls=(ToolCall("f", {}, "x"),))
+BOTH = Message("assistant", "", tool_calls=(ToolCall("f", {}, "x"), ToolCall("g", {}, "y")))
+X, Y = Message("tool", "1", tool_call_id="x"), Message("tool", "2", tool_call_id="y")
+USER, RULE = Message("user", "?"), Message("system", "!")
+
+
+@pytest.mark.parametrize(
+    ("sent", "read"),
+    [
+        ([USER, ONE, RULE, X], [USER, ONE, X, RULE]),
+        ([USER, BOTH, Y, USER, X], [USER, BOTH, X, Y, USER]),
+        ([USER, BOTH, Y, RULE, X, USER], [USER, BOTH, X, Y, RULE, USER]),
+        ([USER, ONE, X, USER, ONE, X], [USER, ONE, X, USER, ONE, X]),
+        ([USER, ONE, USER, BOTH, X, Y], [USER, ONE, USER, BOTH, X, Y]),
+        ([USER, ONE, RULE, Message("tool", "3")], [USER, ONE, Message("tool", "3"), RULE]),
+    ],
+)
+def test_results_stand_right_behind_their_calls(sent: list[Message], read: list[Message]) -> None:
+    assert in_order_of_calls(sent) == read
+
+
+@pytest.mark.parametrize("before", [[], [USER], [RULE], [ONE, USER], [Message("assistant", "Hm.")]], ids=str)
+def test_a_result_whose_call_is_gone_is_text_of_the_user(before: list[Message]) -> None:
+    *rest, last = in_order_of_calls([*before, Y])
+    assert rest == before and last.role == "user" and last.content.endswith("\n2")
 
 
 @pytest.mark.parametrize("stream", [False, True])

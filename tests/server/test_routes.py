@@ -26,7 +26,7 @@ from qnext.server.table import public_routes
 from tests.server.hostile.surfaces import surfaces
 from tests.server.serving import Running, running_server
 
-PUBLIC = {"/health/live", "/", "/page/{name:path}"}  # all that answers without a key
+PUBLIC = {"/health", "/health/live", "/", "/page/{name:path}"}  # all that answers without a key
 ROUTES = [(route, False) for route in public_routes()] + [(route, True) for route in ADMIN_ROUTES]
 NAMES = [f"{route.method} {route.path}" for route, _ in ROUTES]
 VALID = {surface.path: surface.valid for surface in surfaces().values()}
@@ -227,7 +227,7 @@ def test_the_limit_class_is_enforced(
     if route.limit in needs:
         check_error(answer, route, 503)
         assert int(answer.headers["retry-after"]) >= 1
-    elif route.path == "/health/ready":
+    elif route.path in ("/health", "/health/ready"):
         assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
     else:
         assert answer.status_code in (200, 404), answer.text

@@ -47,8 +47,12 @@ def streamed_calls(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for chunk in found:
         for choice in chunk["choices"]:
             for part in choice["delta"].get("tool_calls", []):
-                assert part["index"] not in calls, "a call comes whole"
-                calls[part["index"]] = part["function"]
+                if "id" in part:
+                    assert part["index"] == len(calls) and part["function"]["arguments"] == ""
+                    calls[part["index"]] = part["function"]
+                else:
+                    assert part["index"] == len(calls) - 1, "one call after another"
+                    calls[part["index"]]["arguments"] += part["function"]["arguments"]
     return [calls[index] for index in sorted(calls)]
 
 

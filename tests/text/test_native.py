@@ -118,9 +118,6 @@ def test_argument_text_is_kept_as_the_model_wrote_it() -> None:
     for name in ("instruct", "thinking"):
         assert '"arguments": {"a":1,  "b":"é"}}' in native(name, messages, [], False)
     assert "<parameter=a>\n1\n</parameter>\n<parameter=b>\né\n</parameter>" in native("coder", messages, [], False)
-    broken = [HELLO, Message("assistant", tool_calls=(ToolCall("f", "{oops"),))]
-    with pytest.raises(UsageError, match="'f': arguments are not a JSON object"):
-        native("coder", broken, [], False)
 
 
 # Trust
@@ -190,8 +187,6 @@ def test_tools_and_names_cannot_smuggle_control_tokens(tokenizer: Tokenizer, for
     [
         ([], "conversation is empty"),
         ([Message("narrator", "x")], "message 0: unknown role 'narrator'"),
-        ([HELLO, Message("tool", "x")], "message 1: a tool result must follow"),
-        ([Message("user", "x", tool_calls=(ToolCall("f", {}),))], "message 0: only an assistant"),
         ([Message("user", None)], "message 0: content must be a string"),  # type: ignore[arg-type]
     ],
 )
@@ -238,7 +233,6 @@ def test_messages_from_their_openai_form() -> None:
         {"role": "assistant", "reasoning_content": 3},
         {"role": "assistant", "tool_calls": "x"},
         {"role": "assistant", "tool_calls": [{}]},
-        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]},
     ],
 )
 def test_openai_forms_that_are_none(value: dict[str, Any]) -> None:

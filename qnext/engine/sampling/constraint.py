@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qnext.engine.sampling.gbnf import is_gbnf, lark_of
+from qnext.engine.sampling.schemas import enforceable
 from qnext.errors import UsageError
 
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
@@ -26,13 +28,22 @@ class Constraint:
     """What the output must look like.
 
     `value` is a JSON schema (text, object or boolean), a regular expression that the whole output must match, the
-    choices, or a Lark grammar with the rule `start`; it is not read for "json_object". `starts_after` are the token
-    ids that end the reasoning: the constraint holds for what follows their first appearance in the output.
+    choices, or a grammar: Lark with the rule `start`, or GBNF with `root`. It is not read for "json_object".
+    `starts_after` are the token ids that end the reasoning: the constraint holds for what follows their first
+    appearance in the output.
+    `is_strict`: a schema that cannot be enforced whole is refused, not relaxed. `alternative`: Lark of what the output
+    may be instead, such as a tool call.
+    `opened_by` is the id that begins the reasoning where the output itself may do so, with its first token: without
+    it the constraint holds from the beginning. A constraint that can begin with that mark describes the reasoning
+    itself, and holds from the beginning in any case.
     """
 
     kind: ConstraintKind
     value: str | bool | Mapping[str, Any] | tuple[str, ...] = ""
     starts_after: tuple[int, ...] | None = None
+    is_strict: bool = False
+    alternative: str | None = None
+    opened_by: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,9 +77,21 @@ class GrammarLimits:
 
 def grammar_text(constraint: Constraint, limits: GrammarLimits) -> str:
     """The Lark grammar of a constraint. Raises UsageError, in one line, for what is malformed or too large."""
+    text = _own_text(constraint, limits)
+    if constraint.alternative is None:
+        return text
+    either = "".join(
+        f"{name}: %lark {{\n{grammar.replace(_OPTIONS, '')}}}\n"
+        for name, grammar in (("own", text), ("other", constraint.alternative))
+    )
+    return f"{_OPTIONS}start: own | other\n{either}"
+
+
+def _own_text(constraint: Constraint, limits: GrammarLimits) -> str:
     value = constraint.value
     if constraint.kind == "json_schema":
-        return _json_text(_checked_schema(value, limits), limits)
+        schema = _checked_schema(value, limits)
+        return _json_text(enforceable(schema, is_strict=constraint.is_strict).schema, limits)
     if constraint.kind == "json_object":
         return _json_text({"type": "object"}, limits)
     if constraint.kind == "choice":
@@ -84,7 +107,7 @@ def grammar_text(constraint: Constraint, limits: GrammarLimits) -> str:
 
 def _json_text(schema: dict[str, Any], limits: GrammarLimits) -> str:
     # Unbounded white space is how a model that does not know what to write fills its whole allowance.
-    options = {"whitespace_pattern": rf"[ \t\n\r]{{1,{limits.max_whitespace}}}"}
+    options = {"whitespace_pattern": rf"[ \t\n\r]{{1,{limits.max_whitespace}}}", "coerce_one_of": True}
     return _OPTIONS + "start: %json " + json.dumps({**schema, "x-guidance": options}, allow_nan=False) + "\n"
 
 
@@ -101,7 +124,7 @@ def _checked_schema(value: object, limits: GrammarLimits) -> dict[str, Any]:
         raise UsageError("json_schema: the schema false allows no output")
     if not isinstance(value, Mapping):
         raise UsageError(f"json_schema: must be an object, not {type(value).__name__}")
-    _check_nodes(value, limits)
+    check_nodes(value, limits)
     if "x-guidance" in value:
         raise UsageError("json_schema: x-guidance is not supported")
     try:
@@ -112,8 +135,8 @@ def _checked_schema(value: object, limits: GrammarLimits) -> dict[str, Any]:
     return dict(value)
 
 
-def _check_nodes(schema: Mapping[str, Any], limits: GrammarLimits) -> None:
-    """Depth, nodes, enum values and lengths of patterns, without recursion."""
+def check_nodes(schema: Mapping[str, Any], limits: GrammarLimits) -> None:
+    """Depth, nodes, enum values and lengths of patterns, without recursion. Raises UsageError."""
     waiting: list[tuple[Any, int]] = [(schema, 1)]
     num_nodes = num_values = num_keyed = 0
     while waiting:
@@ -180,6 +203,8 @@ def _lark_text(text: str, limits: GrammarLimits) -> str:
     _check_size("lark", text, limits.max_lark_bytes)
     if not text.strip():
         raise UsageError("lark: the grammar is empty")
+    if is_gbnf(text):
+        text = lark_of(text)
     # Rules and brackets are resolved by recursion: a chain of thousands of them would overflow the stack.
     if len(_RULE.findall(text)) > limits.max_lark_rules:
         raise UsageError(f"lark: more than {limits.max_lark_rules} rules")

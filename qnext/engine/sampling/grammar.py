@@ -105,14 +105,18 @@ class CompiledGrammar:
         vocabulary: Vocabulary,
         limits: GrammarLimits,
         starts_after: tuple[int, ...] | None,
+        opened_by: int | None = None,
     ) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._limits = limits
         self._starts_after = starts_after
+        self._opened_by = opened_by
 
     def new_state(self) -> GrammarState:
-        return GrammarState(self._matcher, self._vocabulary, self._limits, self._starts_after or ())
+        return GrammarState(
+            self._matcher, self._vocabulary, self._limits, self._starts_after or (), opened_by=self._opened_by
+        )
 
 
 class GrammarState:
@@ -128,6 +132,8 @@ class GrammarState:
         vocabulary: Vocabulary,
         limits: GrammarLimits,
         starts_after: tuple[int, ...],
+        *,
+        opened_by: int | None = None,
     ) -> None:
         self._template = template
         self._matcher = template.deep_copy()
@@ -135,7 +141,9 @@ class GrammarState:
         self._limits = limits
         self._starts_after = starts_after
         self._tokens: list[int] = []
-        self._awake_from: int | None = None if starts_after else 0  # index of the first constrained token
+        self._opened_by = opened_by
+        # Index of the first constrained token; None while the reasoning lasts.
+        self._awake_from: int | None = None if starts_after and opened_by is None else 0
         self._ended_at: int | None = None  # index of the first end token
         self._mask: Mask | None = None  # of the present position
 
@@ -178,7 +186,9 @@ class GrammarState:
         """Advance by one token. Raises ConstraintFailed, and stays where it is, for one that is not allowed."""
         if not self.allows(token_id):
             raise ConstraintFailed(f"token {token_id} does not fit the output constraint")
-        if not self.is_asleep and not self.is_finished:
+        if not self._tokens and token_id == self._opened_by:
+            self._awake_from = None
+        elif not self.is_asleep and not self.is_finished:
             if token_id in self._vocabulary.eos_ids:
                 self._ended_at = len(self._tokens)
             elif not self._matcher.consume_token(token_id):
@@ -244,6 +254,8 @@ class GrammarState:
         if time.thread_time() - start > self._limits.step_seconds:
             raise ConstraintFailed("the output constraint is too complex: one mask took too long")
         mask: Mask = words & vocabulary.text_mask
+        if self._opened_by is not None and not self._tokens:
+            mask[self._opened_by >> 5] |= np.array(1 << (self._opened_by & 31), dtype=np.uint32).view(np.int32)
         if self._matcher.is_accepting():
             mask |= vocabulary.eos_mask
         if not mask.any():
@@ -268,7 +280,9 @@ class GrammarState:
         self._mask = None
         if self._ended_at is not None and self._ended_at >= num_tokens:
             self._ended_at = None
-        if self._starts_after and self._awake_from is not None and self._awake_from > num_tokens:
+        if self._opened_by is not None and not num_tokens:
+            self._awake_from = 0
+        elif self._starts_after and self._awake_from is not None and self._awake_from > num_tokens:
             self._awake_from = None
 
     def _reason(self) -> str:
@@ -320,7 +334,16 @@ class GrammarCompiler:
             self._remember(text, found)
         if isinstance(found, str):
             raise UsageError(f"{constraint.kind}: {found}")
-        return CompiledGrammar(found, self.vocabulary, self.limits, starts_after)
+        opened_by = constraint.opened_by
+        if opened_by is not None and self._can_begin_with(found, opened_by):
+            return CompiledGrammar(found, self.vocabulary, self.limits, None)
+        return CompiledGrammar(found, self.vocabulary, self.limits, starts_after, opened_by)
+
+    def _can_begin_with(self, matcher: llguidance.LLMatcher, token_id: int) -> bool:
+        """Whether an output of the grammar can begin with a special token, or with the text of its name."""
+        name = self.vocabulary.token_bytes[token_id]
+        spelled = [self.vocabulary.token_bytes.index(bytes([byte])) for byte in name]
+        return any(matcher.deep_copy().validate_tokens(ids) == len(ids) for ids in ([token_id], spelled))
 
     def _remember(self, text: str, found: llguidance.LLMatcher | str) -> None:
         with self._lock:

@@ -48,7 +48,10 @@ def prompt_logprobs(
         row = begin - start - 1
         logits_TY = logits(hidden_TD[row : row + len(targets)]).float().numpy(force=True)
         check_finite(logits_TY.max(axis=-1).tolist())
-        found += [with_logprobs(row_Y, token, num_top) for row_Y, token in zip(logits_TY, targets, strict=True)]
+        found += [
+            with_logprobs(row_Y, token, num_top)._replace(rank=int((row_Y > row_Y[token]).sum()) + 1)
+            for row_Y, token in zip(logits_TY, targets, strict=True)
+        ]
     return found
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from qnext.server.bodies import Body, Name, Stops
+from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, Stops, TemplateBody, ThoughtBody
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_MESSAGES, MAX_TOOLS
 from qnext.server.tools import ToolName
 
@@ -30,13 +30,15 @@ class ToolUseBlock(Body):
     type: Literal["tool_use"]
     id: Name
     name: Name
-    input: dict[str, Any]
+    input: Any = None  # of the past: whatever it is
 
 
 class OtherBlock(Body):
-    """Images, documents, what servers' tools found: a model of text cannot read it."""
+    """Images, documents, what servers' tools found. What text they hold is read."""
 
-    type: str
+    model_config = ConfigDict(extra="allow")
+
+    type: Annotated[str, Field(max_length=64)]
 
 
 def _kind(value: Any) -> str:
@@ -81,24 +83,28 @@ Blocks = Annotated[_Blocks, BeforeValidator(_as_blocks, json_schema_input_type=s
 
 class TurnBody(Body):
     role: Literal["user", "assistant", "system"]
-    content: Blocks
+    content: Blocks | None = None
 
 
 class CustomTool(Body):
     type: Literal["custom"] | None = None
     name: ToolName
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class ServerTool(Body):
-    """A tool that Anthropic's servers run, or whose form only their models know."""
+    """A tool that Anthropic's servers run, or whose parameters its type says."""
 
-    type: str
+    type: Annotated[str, Field(max_length=64)]
+    name: ToolName | None = None
 
 
 def _tool_kind(value: Any) -> str:
-    return "custom" if not isinstance(value, dict) or value.get("type") in (None, "custom") else "server"
+    # "function" is OpenAI's word: a tool in its form is a mistake, and not one of a server.
+    kinds = (None, "custom", "function")
+    return "custom" if not isinstance(value, dict) or value.get("type") in kinds else "server"
 
 
 Tool = Annotated[Annotated[CustomTool, Tag("custom")] | Annotated[ServerTool, Tag("server")], Discriminator(_tool_kind)]
@@ -110,10 +116,6 @@ class ToolChoice(Body):
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(Body):
-    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
-
-
 class OutputFormat(Body):
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
@@ -121,19 +123,23 @@ class OutputFormat(Body):
 
 class OutputConfig(Body):
     format: OutputFormat | None = None
+    effort: Effort | None = None
 
 
-class CountBody(Body):
+class CountBody(TemplateBody):
     """A conversation whose tokens are to be counted."""
+
+    model_config = KEEPS_UNKNOWN
 
     model: Annotated[str, Field(max_length=512)]
     messages: Annotated[list[TurnBody], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: ResultBlocks | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
-    thinking: Thinking | None = None
+    thinking: ThoughtBody | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # its older name
+    mcp_servers: Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None = None  # passed over
 
 
 class MessagesBody(CountBody):

@@ -10,7 +10,8 @@ import orjson
 from qnext.engine.sampling.constraint import Constraint
 from qnext.server.answers import Answer, usage_counts
 from qnext.server.anthropic.bodies import CountBody, MessagesBody
-from qnext.server.anthropic.conversation import conversation, offer
+from qnext.server.anthropic.conversation import conversation
+from qnext.server.anthropic.tools import offer
 from qnext.server.bodies import SamplingBody
 from qnext.server.dialogue import Dialogue, make_dialogue
 from qnext.server.errors import ApiError, error_object
@@ -18,8 +19,8 @@ from qnext.server.exchange import Exchange
 from qnext.server.generation import Generation, Update
 from qnext.server.routes import EventStream, Reply
 from qnext.server.sampling import sampling_params
-from qnext.server.writing import Event, event_frames, write_stream, write_whole
-from qnext.text.output import Call, Content, OutputEvent
+from qnext.server.writing import Event, named_frames, write_stream, write_whole
+from qnext.text.output import CallArguments, CallCut, CallEnd, CallStart, Content, OutputEvent, Reasoning, whole_members
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 BlockKind = Literal["text", "thinking"]
@@ -53,9 +54,14 @@ async def _dialogue(exchange: Exchange, body: CountBody, *, stop: tuple[str, ...
     exchange.server.check_model(exchange, body.model)
     choice = body.tool_choice
     return await make_dialogue(
-        exchange, conversation(body), offer(body), constraint=_constraint(body), stop=stop,
+        exchange, conversation(body, exchange.ignore), offer(body, exchange.ignore),
+        constraint=_constraint(body), stop=stop,
         parallel_calls=choice is None or not choice.disable_parallel_tool_use,
-        thinks=body.thinking is None or body.thinking.type != "disabled",
+        asked=body.asked(
+            thinks=body.thinking.is_wanted if body.thinking is not None else None,
+            effort=body.output_config.effort if body.output_config is not None else None,
+            budget=body.thinking.budget_tokens if body.thinking is not None else None,
+        ),
         continues=body.messages[-1].role == "assistant",
     )  # fmt: skip
 
@@ -72,7 +78,7 @@ def _constraint(body: CountBody) -> tuple[Constraint, str] | None:
 class MessageWriter:
     """An answer as blocks of content: thought, text and calls, in the order in which they come."""
 
-    ping = event_frames([{"type": "ping"}])
+    frames = staticmethod(named_frames)
 
     def __init__(self, exchange: Exchange, answer: Answer) -> None:
         self.exchange = exchange
@@ -87,13 +93,16 @@ class MessageWriter:
         """The message as far as it is written."""
         return {
             "id": self.id, "type": "message", "role": "assistant", "model": self.exchange.server.served.name,
-            "content": self.blocks, "stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence,
-            "usage": self._usage,
+            "content": [dict(block) for block in self.blocks], "usage": dict(self._usage),
+            "stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence,
         }  # fmt: skip
 
     def begin(self, generation: Generation) -> list[Event]:
         self._count(generation)
-        return [{"type": "message_start", "message": self.message()}, {"type": "ping"}]
+        return [{"type": "message_start", "message": self.message()}, self.ping()]
+
+    def ping(self) -> Event:
+        return {"type": "ping"}
 
     def take(self, update: Update, generation: Generation) -> list[Event]:
         return self.write(self.answer.take(update, generation))
@@ -101,8 +110,8 @@ class MessageWriter:
     def write(self, events: list[OutputEvent]) -> list[Event]:
         found: list[Event] = []
         for event in events:
-            if isinstance(event, Call):
-                found += self._close() + self._call(event)
+            if not isinstance(event, (Content, Reasoning)):
+                found += self._call(event)
                 continue
             kind: BlockKind = "text" if isinstance(event, Content) else "thinking"
             if kind != self._kind:
@@ -167,9 +176,20 @@ class MessageWriter:
         signed = [self._delta({"type": "signature_delta", "signature": ""})] if kind == "thinking" else []
         return [*signed, self._stop()]
 
-    def _call(self, call: Call) -> list[Event]:
-        block = {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": call.name}
-        # As the model wrote it: reading and writing it again could change numbers and break lone surrogates.
-        self.blocks.append({**block, "input": orjson.Fragment(call.arguments)})
-        delta = self._delta({"type": "input_json_delta", "partial_json": call.arguments})
-        return [self._start({**block, "input": {}}), delta, self._stop()]
+    def _call(self, event: CallStart | CallArguments | CallEnd | CallCut) -> list[Event]:
+        if isinstance(event, CallStart):
+            closed = self._close()
+            self.blocks.append(
+                {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": event.name, "input": {}}
+            )
+            return [*closed, self._start(self.blocks[-1])]
+        if isinstance(event, CallArguments):
+            self._texts.append(event.text)
+            return [self._delta({"type": "input_json_delta", "partial_json": event.text})]
+        arguments = "".join(self._texts)
+        self._texts.clear()
+        # As the model wrote it: reading and writing it again could change numbers.
+        self.blocks[-1]["input"] = orjson.Fragment(
+            arguments if isinstance(event, CallEnd) else whole_members(arguments)
+        )
+        return [self._stop()]

@@ -4,154 +4,48 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-import orjson
-from pydantic import Field
-
-from qnext.engine.sampling.constraint import Constraint
 from qnext.errors import QnextError
-from qnext.server.answers import Answer, chat_logprob, timings, usage_counts
-from qnext.server.bodies import Body, Name, SamplingBody
+from qnext.server.answers import Answer, chat_logprob, prompt_logprobs, timings, usage_counts
 from qnext.server.dialogue import make_dialogue
-from qnext.server.errors import ApiError, error_body, from_user_error
+from qnext.server.errors import ApiError, error_object, from_user_error
 from qnext.server.exchange import Exchange
-from qnext.server.generation import Generation
-from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOL_CALLS
+from qnext.server.generation import Generation, Update
+from qnext.server.openai.chat_bodies import ChatBody, conversation, offer_of, response_constraint
 from qnext.server.routes import EventStream, Reply
-from qnext.server.sampling import sampling_params, stop_strings, structured_constraint
-from qnext.server.tools import ToolBody, Tools, function_tool, offered
-from qnext.text.messages import Message, ToolCall
-from qnext.text.output import Call, Content, OutputEvent, Reasoning
-
-PING = b": ping\n\n"
-DONE = b"data: [DONE]\n\n"
-
-
-class PartBody(Body):
-    type: Annotated[str, Field(max_length=64)]
-    text: str | None = None
-
-
-Parts = Annotated[list[PartBody], Field(max_length=MAX_CONTENT_PARTS, fail_fast=True)]
-
-
-class CalledFunction(Body):
-    name: Annotated[str, Field(max_length=256)]
-    arguments: str | dict[str, Any] | None = None
-
-
-class CallBody(Body):
-    id: Name | None = None
-    function: CalledFunction
-
-
-class MessageBody(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Parts | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: Annotated[list[CallBody], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
-    tool_call_id: Name | None = None
-
-
-class SchemaBody(Body):
-    name: Annotated[str, Field(max_length=128)] | None = None
-    schema_: dict[str, Any] | bool = Field(alias="schema")
-
-
-class FormatBody(Body):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: SchemaBody | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-
-
-class TemplateArguments(Body):
-    enable_thinking: bool | None = None
-
-
-class ChatBody(SamplingBody):
-    """The body of a chat completion."""
-
-    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Tools | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: FormatBody | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    chat_template_kwargs: TemplateArguments | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-
-
-def content_text(content: str | Sequence[PartBody] | None, *, param: str) -> str:
-    """Text of a message. Raises ApiError 400 for parts that are no text: nothing is ever fetched."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts: list[str] = []
-    for part in content:
-        text = part.text if part.type in ("text", "input_text", "output_text") else None
-        if text is None:
-            raise ApiError.bad("this model reads text only", param=param, code="unsupported_content")
-        texts.append(text)
-    return "".join(texts)
-
-
-def conversation(bodies: Sequence[MessageBody]) -> list[Message]:
-    """The messages as chat formats read them."""
-    messages: list[Message] = []
-    for index, body in enumerate(bodies):
-        param = f"messages.{index}"
-        reasoning = body.reasoning_content if body.reasoning_content is not None else body.reasoning
-        calls = tuple(
-            ToolCall(call.function.name, call.function.arguments or {}, call.id) for call in body.tool_calls or ()
-        )
-        if body.role != "assistant" and (calls or reasoning is not None):
-            raise ApiError.bad("only an assistant's message has tool_calls or reasoning", param=param)
-        messages.append(
-            Message(body.role, content_text(body.content, param=param), reasoning, calls, body.tool_call_id)
-        )
-    return messages
-
-
-def response_constraint(body: ChatBody) -> tuple[Constraint, str] | None:
-    """The constraint that response_format says, or vLLM's fields."""
-    found = structured_constraint(body)
-    wanted = body.response_format
-    if wanted is None or wanted.type == "text":
-        return found
-    if found is not None:
-        raise ApiError.bad("an answer can follow one constraint only", param="response_format")
-    schema: Any = wanted.schema_
-    if wanted.type == "json_schema":
-        if wanted.json_schema is None:
-            raise ApiError.bad("response_format needs json_schema", param="response_format.json_schema")
-        schema = wanted.json_schema.schema_
-    if schema is None:
-        return Constraint("json_object"), "response_format"
-    return Constraint("json_schema", schema), "response_format"
+from qnext.server.sampling import sampling_params, stop_strings
+from qnext.server.tools import Offer, Origin, free_input
+from qnext.server.writing import Event, data_frames, write_stream, write_whole
+from qnext.text.output import (
+    Call,
+    CallArguments,
+    CallCut,
+    CallEnd,
+    CallStart,
+    Content,
+    CutCall,
+    OutputEvent,
+    Reasoning,
+    joined,
+)
 
 
 async def chat_completions(exchange: Exchange) -> Reply | EventStream:
     body: ChatBody = exchange.body
     served = exchange.server.served
     exchange.server.check_model(exchange, body.model)
-    tools = [_tool(tool, index) for index, tool in enumerate(body.tools or ())]
-    effort = body.reasoning_effort
-    wants_thought = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
+    offer = offer_of(body, exchange.ignore)
     if body.continue_final_message and body.add_generation_prompt:
         raise ApiError.bad("continue_final_message excludes add_generation_prompt", param="continue_final_message")
     try:
-        messages = conversation(body.messages)
+        messages = conversation(body.messages, exchange.ignore)
         dialogue = await make_dialogue(
-            exchange, messages, offered(tools, body.tool_choice), constraint=response_constraint(body),
-            parallel_calls=body.parallel_tool_calls is not False, stop=stop_strings(body),
-            thinks=wants_thought is not False and effort != "none", continues=bool(body.continue_final_message),
+            exchange, messages, offer, constraint=response_constraint(body),
+            parallel_calls=body.parallel_tool_calls is not False and not body.functions, stop=stop_strings(body),
+            stops_in_thought=bool(body.stop_in_reasoning),
+            asked=body.template_request(), continues=bool(body.continue_final_message),
             add_generation_prompt=body.add_generation_prompt is not False,
         )  # fmt: skip
     except QnextError as error:
@@ -164,97 +58,128 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None, prompt_logprobs=body.prompt_logprobs,
     )  # fmt: skip
     guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
-    run = _Run(exchange, body, [dialogue.new_answer(exchange) for _ in range(params.n)])
-    generation = exchange.generate(dialogue.prompt_ids, params, guide=guide, salt=body.cache_salt)
+    writer = _ChatWriter(exchange, body, offer, [dialogue.new_answer(exchange) for _ in range(params.n)])
+    generating = exchange.generate(dialogue.prompt_ids, params, guide=guide, salt=body.cache_salt)
     if body.stream:
         exchange.outcome.stream = True
-        return EventStream(run.stream(generation))
-    return await run.whole(generation)
+        return EventStream(write_stream(exchange, generating, writer))
+    return Reply.of(writer.completion(await write_whole(generating, writer)))
 
 
-class _Run:
-    """One chat completion while it is written."""
+class _ChatWriter:
+    """One chat completion while it is written: chunks, or the choices of a whole one."""
 
-    def __init__(self, exchange: Exchange, body: ChatBody, answers: list[Answer]) -> None:
+    def __init__(self, exchange: Exchange, body: ChatBody, offer: Offer, answers: list[Answer]) -> None:
         self.exchange = exchange
         self.body = body
+        self.offer = offer
         self.answers = answers
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
+        self._events: list[list[OutputEvent]] = [[] for _ in answers]  # of a whole completion
         self._num_logged = [0] * len(answers)  # tokens whose log-probabilities are sent
-        self._num_calls = [0] * len(answers)
+        self._num_calls = [0] * len(answers)  # that have begun
+        self._inputs: list[list[str] | None] = [None] * len(answers)  # pieces of a custom tool's arguments
 
-    async def whole(self, generating: Any) -> Reply:
-        events: list[list[OutputEvent]] = [[] for _ in self.answers]
-        async with generating as generation:
-            async for updates in generation.updates():
-                for update in updates:
-                    events[update.index] += self.answers[update.index].take(update, generation)
-        choices = [self._choice(index, found) for index, found in enumerate(events)]
+    frames = staticmethod(data_frames)
+
+    def completion(self, generation: Generation) -> dict[str, Any]:
+        choices = [self._choice(index, found) for index, found in enumerate(self._events)]
         if self.body.return_token_ids:
             for choice, request in zip(choices, generation.requests, strict=True):
                 choice["token_ids"] = list(request.output_ids)
         document = {**self._head("chat.completion"), "choices": choices, "usage": self._usage(generation)}
         if self.body.return_token_ids:
             document["prompt_token_ids"] = list(generation.prompt_ids)
+        if self.body.prompt_logprobs is not None:
+            sampled = generation.requests[0].prompt_sampled
+            document["prompt_logprobs"] = prompt_logprobs(self.exchange.server.served, sampled)
         if self.body.timings:
             document["timings"] = timings(generation.requests[0])
-        self._note()
-        return Reply.of(document)
+        return document
 
-    async def stream(self, generating: Any) -> AsyncGenerator[bytes, None]:
-        has_begun = False
-        try:
-            async with generating as generation:
-                async for updates in generation.updates():
-                    frames = [] if has_begun or not updates else [self._first(i) for i in range(len(self.answers))]
-                    has_begun = has_begun or bool(updates)
-                    for update in updates:
-                        answer = self.answers[update.index]
-                        was_open = answer.end_reason is None
-                        frames += self._deltas(update.index, answer.take(update, generation))
-                        if was_open and answer.end_reason is not None:
-                            frames.append(self._chunk(update.index, {}, finish_reason=answer.end_reason))
-                    yield b"".join(frames) if updates else PING
-                self._note()
-                yield self._last(generation) + DONE
-        except ApiError as error:
-            if not self.exchange.is_replying:
-                raise
-            self.exchange.outcome.error_code = error.code
-            yield b"data: " + error_body(error, "openai") + b"\n\n" + DONE
+    def begin(self, generation: Generation) -> list[Event]:
+        return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(len(self.answers))]
+
+    def take(self, update: Update, generation: Generation) -> list[Event]:
+        answer = self.answers[update.index]
+        was_open = answer.end_reason is None
+        events = answer.take(update, generation)
+        if not self.body.stream:
+            self._events[update.index] += events
+            return []
+        chunks = self._deltas(update.index, events)
+        if was_open and answer.end_reason is not None:
+            chunks.append(self._chunk(update.index, {}, finish_reason=self._reason(update.index)))
+        return chunks
+
+    def ping(self) -> Event:
+        open_answers = (index for index, answer in enumerate(self.answers) if answer.end_reason is None)
+        return self._chunk(next(open_answers, 0), {})
+
+    def end(self, generation: Generation) -> list[Event]:
+        self.exchange.outcome.finish_reason = self.answers[0].end_reason
+        document: dict[str, Any] = {**self._head("chat.completion.chunk"), "choices": []}
+        if self._has_usage:
+            document["usage"] = self._usage(generation)
+        if self.body.timings:
+            document["timings"] = timings(generation.requests[0])
+        return [document] if len(document) > 5 else []
+
+    def fail(self, error: ApiError) -> list[Event]:
+        return [error_object(error, "openai")]
 
     def _head(self, kind: str) -> dict[str, Any]:
         name = self.exchange.server.served.name
         return {"id": self.id, "object": kind, "created": self.created, "model": name}
 
-    def _chunk(self, index: int, delta: dict[str, Any], **more: Any) -> bytes:
+    def _chunk(self, index: int, delta: dict[str, Any], **more: Any) -> Event:
         choice = {"index": index, "delta": delta, "finish_reason": None, **more}
         document = {**self._head("chat.completion.chunk"), "choices": [choice]}
         if self._has_usage:
             document["usage"] = None
-        return b"data: " + orjson.dumps(document) + b"\n\n"
+        return document
 
-    def _first(self, index: int) -> bytes:
-        return self._chunk(index, {"role": "assistant", "content": ""})
-
-    def _deltas(self, index: int, events: list[OutputEvent]) -> list[bytes]:
-        deltas: list[dict[str, Any]] = []
-        for event in events:
-            if isinstance(event, Content):
-                deltas.append({"content": event.text})
-            elif isinstance(event, Reasoning):
-                deltas.append({"reasoning_content": event.text, "reasoning": event.text})
-            else:
-                deltas.append({"tool_calls": [{"index": self._num_calls[index], **_call(event)}]})
-                self._num_calls[index] += 1
+    def _deltas(self, index: int, events: list[OutputEvent]) -> list[Event]:
+        deltas = [delta for event in events if (delta := self._delta(index, event)) is not None]
         logged = self._new_logprobs(index)
         if logged and not deltas:
             deltas.append({"content": ""})
-        frames = [self._chunk(index, delta) for delta in deltas[1:]]
+        chunks = [self._chunk(index, delta) for delta in deltas[1:]]
         if deltas:
-            frames.insert(0, self._chunk(index, deltas[0], **({"logprobs": {"content": logged}} if logged else {})))
-        return frames
+            chunks.insert(0, self._chunk(index, deltas[0], **({"logprobs": {"content": logged}} if logged else {})))
+        return chunks
+
+    def _delta(self, index: int, event: OutputEvent) -> dict[str, Any] | None:
+        match event:
+            case Content():
+                return {"content": event.text}
+            case Reasoning():
+                return {"reasoning_content": event.text, "reasoning": event.text}
+            case CallStart() | CallArguments() | CallEnd() | CallCut():
+                return self._call_delta(index, event)
+        return None
+
+    def _call_delta(self, index: int, event: CallStart | CallArguments | CallEnd | CallCut) -> dict[str, Any] | None:
+        """A piece of a call, in the form in which its tool was offered. The input of a custom tool comes whole."""
+        if self.body.functions:
+            if isinstance(event, CallStart):
+                return {"function_call": {"name": event.name, "arguments": ""}}
+            return {"function_call": {"arguments": event.text}} if isinstance(event, CallArguments) else None
+        if isinstance(event, CallStart):
+            self._num_calls[index] += 1
+            self._inputs[index] = [] if event.name in self.offer.origins else None
+            call = _call(event.name, "", self.offer.origins)
+            return {"tool_calls": [{"index": self._num_calls[index] - 1, **call}]}
+        held = self._inputs[index]
+        place = {"index": self._num_calls[index] - 1}
+        if isinstance(event, CallArguments):
+            if held is None:
+                return {"tool_calls": [{**place, "function": {"arguments": event.text}}]}
+            held.append(event.text)
+        elif held is not None:
+            return {"tool_calls": [{**place, "custom": {"input": free_input("".join(held))}}]}
+        return None
 
     def _new_logprobs(self, index: int) -> list[dict[str, Any]]:
         if not self.body.logprobs:
@@ -262,43 +187,40 @@ class _Run:
         tokens = self.answers[index].tokens[self._num_logged[index] :]
         self._num_logged[index] += len(tokens)
         served = self.exchange.server.served
-        return [chat_logprob(served, token, self.body.top_logprobs or 0) for token in tokens]
-
-    def _last(self, generation: Generation) -> bytes:
-        document: dict[str, Any] = {**self._head("chat.completion.chunk"), "choices": []}
-        if self._has_usage:
-            document["usage"] = self._usage(generation)
-        if self.body.timings:
-            document["timings"] = timings(generation.requests[0])
-        return b"data: " + orjson.dumps(document) + b"\n\n" if len(document) > 5 else b""
+        as_id = bool(self.body.return_tokens_as_token_ids)
+        return [chat_logprob(served, token, self.body.top_logprobs or 0, as_id=as_id) for token in tokens]
 
     @property
     def _has_usage(self) -> bool:
         return self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
 
     def _choice(self, index: int, events: list[OutputEvent]) -> dict[str, Any]:
-        content = "".join(event.text for event in events if isinstance(event, Content))
-        reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
-        calls = [_call(event) for event in events if isinstance(event, Call)]
+        parts = joined(events)
+        content = "".join(part.text for part in parts if isinstance(part, Content))
+        reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
+        calls = [part for part in parts if isinstance(part, (Call, CutCall))]
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls or reasoning else "")}
         message["refusal"] = None
         if reasoning:
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
-        if calls:
-            message["tool_calls"] = calls
+        if calls and self.body.functions:
+            message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
+        elif calls:
+            message["tool_calls"] = [_call(call.name, call.arguments, self.offer.origins) for call in calls]
         logged = self._new_logprobs(index)
         return {
             "index": index,
             "message": message,
             "logprobs": {"content": logged} if self.body.logprobs else None,
-            "finish_reason": self.answers[index].end_reason,
+            "finish_reason": self._reason(index),
         }
+
+    def _reason(self, index: int) -> str | None:
+        reason = self.answers[index].end_reason
+        return "function_call" if reason == "tool_calls" and self.body.functions else reason
 
     def _usage(self, generation: Generation) -> dict[str, Any]:
         return usage(*usage_counts(generation, self.answers))
-
-    def _note(self) -> None:
-        self.exchange.outcome.finish_reason = self.answers[0].end_reason
 
 
 def usage(prompt: int, cached: int, generated: int, reasoning: int) -> dict[str, Any]:
@@ -311,12 +233,8 @@ def usage(prompt: int, cached: int, generated: int, reasoning: int) -> dict[str,
     }
 
 
-def _call(event: Call) -> dict[str, Any]:
-    function = {"name": event.name, "arguments": event.arguments}
-    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
-
-
-def _tool(tool: ToolBody, index: int) -> dict[str, Any]:
-    if tool.type != "function" or tool.function is None:
-        raise ApiError.bad("a tool must be of type function", param=f"tools.{index}")
-    return function_tool(tool.function.name, tool.function.description, tool.function.parameters)
+def _call(name: str, arguments: str, origins: Mapping[str, Origin]) -> dict[str, Any]:
+    head = {"id": f"call_{secrets.token_hex(12)}"}
+    if name in origins:  # a custom tool
+        return {**head, "type": "custom", "custom": {"name": name, "input": free_input(arguments)}}
+    return {**head, "type": "function", "function": {"name": name, "arguments": arguments}}

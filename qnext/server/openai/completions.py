@@ -5,25 +5,27 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Annotated, Any
 
-import orjson
 from pydantic import Field
 
 from qnext.engine.params import SamplingParams
-from qnext.engine.request import Guide, SampledToken
+from qnext.engine.request import SampledToken
 from qnext.engine.sampling.grammar import CompiledGrammar
-from qnext.server.answers import Answer, finite_logprob, timings, usage_counts
-from qnext.server.bodies import SamplingBody
-from qnext.server.errors import ApiError, error_body
+from qnext.server.answers import Answer, finite_logprob, prompt_logprobs, timings, token_name, usage_counts
+from qnext.server.bodies import KEEPS_UNKNOWN, SamplingBody
+from qnext.server.errors import ApiError, error_object
 from qnext.server.exchange import Exchange
-from qnext.server.generation import Generation, Update
+from qnext.server.generation import Generation, Silence, Update
 from qnext.server.limits import MAX_LOGPROBS, MAX_PROMPTS
-from qnext.server.openai.chat import DONE, PING, FormatBody, usage
+from qnext.server.openai.chat import usage
+from qnext.server.openai.chat_bodies import FormatBody
 from qnext.server.routes import EventStream, Reply
 from qnext.server.sampling import sampling_params, stop_strings, structured_constraint
+from qnext.server.writing import Event, data_frames, write_stream, write_whole
 from qnext.text.output import Content, OutputEvent, Reasoning
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -34,6 +36,8 @@ PromptTokens = Annotated[list[int], Field(fail_fast=True)]
 
 class CompletionBody(SamplingBody):
     """The body of a completion: a text, token ids, or a list of either."""
+
+    model_config = KEEPS_UNKNOWN
 
     prompt: (
         PromptText
@@ -46,8 +50,8 @@ class CompletionBody(SamplingBody):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     response_format: FormatBody | None = None
-    add_special_tokens: bool | None = None
-    parse_special: bool | None = None  # true: names of control tokens in a text prompt are these tokens
+    add_special_tokens: bool | None = None  # without effect: the family has none to add
+    parse_special: bool | None = None  # false: names of control tokens in a text prompt are text, as beside a suffix
 
 
 async def completions(exchange: Exchange) -> Reply | EventStream:
@@ -71,14 +75,16 @@ async def completions(exchange: Exchange) -> Reply | EventStream:
             max_tokens=1 if body.max_tokens == 0 else body.max_tokens, default_max_tokens=DEFAULT_MAX_TOKENS,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo and body.logprobs is not None else body.prompt_logprobs,
+            param="prompt",
         )
         for ids in prompts
     ]  # fmt: skip
-    run = _Run(exchange, body, prompts, params, compiled)
+    writer = _CompletionWriter(exchange, body, prompts)
+    generating = _Generations.of(exchange, body, prompts, params, compiled)
     if body.stream:
         exchange.outcome.stream = True
-        return EventStream(run.stream())
-    return await run.whole()
+        return EventStream(write_stream(exchange, generating, writer))
+    return Reply.of(writer.completion(await write_whole(generating, writer)))
 
 
 async def _prompts(exchange: Exchange, body: CompletionBody) -> list[list[int]]:
@@ -92,151 +98,171 @@ async def _prompts(exchange: Exchange, body: CompletionBody) -> list[list[int]]:
     found: list[list[int]] = []
     for entry in many:
         if isinstance(entry, str):
-            ids = await served.encode(entry, allow_special=bool(body.parse_special))
+            ids = await served.encode(entry, allow_special=_parses_marks(body))
         else:
             ids = list(entry)  # type: ignore[arg-type]
             if len(ids) > served.max_model_len:
-                _refuse_length(len(ids), served.max_model_len)
+                raise ApiError.too_long(len(ids), served.max_model_len - 1, param="prompt")
             served.check_ids(ids, param="prompt")
         if body.suffix:
-            ids = await _around_hole(exchange, ids, body.suffix)
+            ids = await _around_hole(exchange, ids, body)
         if not ids:
             raise ApiError.bad("the prompt is empty", param="prompt")
         found.append(ids)
     return found
 
 
-def _refuse_length(num_tokens: int, limit: int) -> None:
-    raise ApiError.bad(
-        f"the prompt has {num_tokens} tokens, but the context holds {limit}", param="prompt",
-        code="context_length_exceeded",
-    )  # fmt: skip
+def _parses_marks(body: CompletionBody) -> bool:
+    """Whether names of control tokens in a text are these tokens. Beside a suffix the marks are the server's to set."""
+    return body.parse_special if body.parse_special is not None else not body.suffix
 
 
-async def _around_hole(exchange: Exchange, ids: list[int], suffix: str) -> list[int]:
+async def _around_hole(exchange: Exchange, ids: list[int], body: CompletionBody) -> list[int]:
     served = exchange.server.served
     marks = served.fill_in_middle()
     if marks is None:
         raise ApiError.bad("this model cannot fill in text before a suffix", param="suffix")
-    return [marks[0], *ids, marks[1], *await served.encode(suffix, param="suffix"), marks[2]]
+    suffix = await served.encode(body.suffix or "", param="suffix", allow_special=_parses_marks(body))
+    return [marks[0], *ids, marks[1], *suffix, marks[2]]
 
 
-class _Run:
-    """The completions of one request: `n` of each prompt, choice `prompt * n + answer`."""
+class _Generations:
+    """The generations of several prompts as one source: `n` answers of each, answer `prompt * n + index`."""
 
-    def __init__(
-        self,
+    def __init__(self, num_answers: int, seconds: float) -> None:
+        self.silence = Silence(seconds)
+        self.of_prompts: dict[int, Generation] = {}
+        self._num_answers = num_answers
+        self._queue: asyncio.Queue[tuple[int, list[Update]] | BaseException | None] = asyncio.Queue()
+        self._tasks: list[asyncio.Future[None]] = []
+
+    @classmethod
+    @asynccontextmanager
+    async def of(
+        cls,
         exchange: Exchange,
         body: CompletionBody,
         prompts: list[list[int]],
         params: list[SamplingParams],
         compiled: CompiledGrammar | None,
-    ) -> None:
+    ) -> AsyncIterator[_Generations]:
+        made = cls(body.n or 1, exchange.server.limits.ping_seconds)
+
+        async def one(number: int) -> None:
+            guide = None if compiled is None else compiled.new_state()
+            try:
+                async with exchange.generate(
+                    prompts[number], params[number], guide=guide, salt=body.cache_salt, index=number
+                ) as generation:
+                    generation.silence = made.silence
+                    made.of_prompts[number] = generation
+                    async for updates in generation.updates():
+                        made._queue.put_nowait((number, updates))
+                made._queue.put_nowait(None)
+            except Exception as error:
+                made._queue.put_nowait(error)
+
+        made._tasks = [asyncio.ensure_future(one(number)) for number in range(len(prompts))]
+        try:
+            yield made
+        finally:
+            for task in made._tasks:
+                task.cancel()
+            await asyncio.gather(*made._tasks, return_exceptions=True)
+
+    async def updates(self) -> AsyncIterator[list[Update]]:
+        num_open = len(self._tasks)
+        while num_open:
+            entry = await self._queue.get()
+            if isinstance(entry, BaseException):
+                raise entry
+            if entry is None:
+                num_open -= 1
+                continue
+            number, updates = entry
+            first = number * self._num_answers
+            yield [replace(update, index=first + update.index) for update in updates]
+
+    def stop(self, index: int) -> None:
+        number, answer = divmod(index, self._num_answers)
+        self.of_prompts[number].stop(answer)
+
+
+class _CompletionWriter:
+    """The completions of one request: `n` of each prompt, choice `prompt * n + answer`."""
+
+    def __init__(self, exchange: Exchange, body: CompletionBody, prompts: list[list[int]]) -> None:
         self.exchange = exchange
         self.body = body
         self.prompts = prompts
-        self.params = params
-        self.compiled = compiled
         self.n = body.n or 1
         stop = stop_strings(body)
         self.answers = [Answer(exchange.server.served, stop=stop) for _ in range(self.n * len(prompts))]
-        self.generations: list[Generation | None] = [None] * len(prompts)
+        self.generations: dict[int, Generation] = {}  # by prompt
+        self._texts = [""] * len(self.answers)  # of whole completions
         self._offsets = [0] * len(self.answers)  # characters of each choice whose log-probabilities are written
+        self._num_logged = [0] * len(self.answers)
+        self._begun: set[int] = set()
         self.id = f"cmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
 
-    async def whole(self) -> Reply:
-        texts = [""] * len(self.answers)
-        async with self._running() as incoming:
-            async for number, updates in incoming:
-                for choice, events in self._take(number, updates):
-                    texts[choice] += _text(events)
-        choices = [self._choice(index, text) for index, text in enumerate(texts)]
+    frames = staticmethod(data_frames)
+
+    def completion(self, generation: _Generations) -> dict[str, Any]:
+        choices = [self._choice(index, text) for index, text in enumerate(self._texts)]
         document = {**self._head(), "choices": choices, "usage": self._usage()}
         if self.body.timings:
             document["timings"] = timings(self._generation(0).requests[0])
+        return document
+
+    def begin(self, generation: _Generations) -> list[Event]:
+        self.generations = generation.of_prompts
+        return []
+
+    def take(self, update: Update, generation: _Generations) -> list[Event]:
+        choice = update.index
+        answer = self.answers[choice]
+        if answer.end_reason is not None:
+            return []
+        text = _text(answer.take(update, generation))
+        if not self.body.stream:
+            self._texts[choice] += text
+            return []
+        chunks: list[Event] = []
+        if choice not in self._begun:
+            self._begun.add(choice)
+            if self.body.echo:
+                chunks.append(self._echo_chunk(choice))
+        tokens = answer.tokens[self._num_logged[choice] :]
+        self._num_logged[choice] += len(tokens)
+        if self.body.max_tokens == 0:  # the token that the engine makes nevertheless
+            text, tokens = "", []
+        if text or tokens or answer.end_reason is not None:
+            chunks.append(self._chunk(choice, text, tokens, self._end_reason(choice)))
+        return chunks
+
+    def ping(self) -> Event:
+        open_choices = (index for index, answer in enumerate(self.answers) if answer.end_reason is None)
+        return self._chunk(next(open_choices, 0), "", [], None, has_logprobs=False)
+
+    def end(self, generation: _Generations) -> list[Event]:
         self.exchange.outcome.finish_reason = self.answers[0].end_reason
-        return Reply.of(document)
+        document: dict[str, Any] = {**self._head(), "choices": []}
+        if self._has_usage:
+            document["usage"] = self._usage()
+        if self.body.timings:
+            document["timings"] = timings(self._generation(0).requests[0])
+        return [document] if len(document) > 5 else []
 
-    async def stream(self) -> AsyncGenerator[bytes, None]:
-        logged = [0] * len(self.answers)
-        begun: set[int] = set()
-        try:
-            async with self._running() as incoming:
-                async for number, updates in incoming:
-                    frames: list[bytes] = []
-                    for choice, events in self._take(number, updates):
-                        text = _text(events)
-                        answer = self.answers[choice]
-                        if choice not in begun:
-                            begun.add(choice)
-                            if self.body.echo:
-                                frames.append(self._echo_frame(choice))
-                        tokens = answer.tokens[logged[choice] :]
-                        logged[choice] += len(tokens)
-                        if text or tokens or answer.end_reason is not None:
-                            frames.append(self._frame(choice, text, tokens, answer.end_reason))
-                    yield b"".join(frames) if updates else PING
-            self.exchange.outcome.finish_reason = self.answers[0].end_reason
-            yield self._last_frame() + DONE
-        except ApiError as error:
-            if not self.exchange.is_replying:
-                raise
-            self.exchange.outcome.error_code = error.code
-            yield b"data: " + error_body(error, "openai") + b"\n\n" + DONE
+    def fail(self, error: ApiError) -> list[Event]:
+        return [error_object(error, "openai")]
 
-    @asynccontextmanager
-    async def _running(self) -> AsyncIterator[AsyncIterator[tuple[int, list[Update]]]]:
-        """Updates of all prompts' generations as they come, with the number of the prompt; ([], 0) for a ping."""
-        queue: asyncio.Queue[tuple[int, list[Update]] | BaseException | None] = asyncio.Queue()
-
-        async def one(number: int) -> None:
-            try:
-                async with self.exchange.generate(
-                    self.prompts[number], self.params[number], guide=self._guide(), salt=self.body.cache_salt,
-                    index=number,
-                ) as generation:  # fmt: skip
-                    self.generations[number] = generation
-                    async for updates in generation.updates():
-                        queue.put_nowait((number, updates))
-                queue.put_nowait(None)
-            except Exception as error:
-                queue.put_nowait(error)
-
-        async def incoming() -> AsyncIterator[tuple[int, list[Update]]]:
-            num_open = len(tasks)
-            while num_open:
-                entry = await queue.get()
-                if isinstance(entry, BaseException):
-                    raise entry
-                if entry is None:
-                    num_open -= 1
-                else:
-                    yield entry
-
-        tasks = [asyncio.ensure_future(one(number)) for number in range(len(self.prompts))]
-        try:
-            yield incoming()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _guide(self) -> Guide | None:
-        return None if self.compiled is None else self.compiled.new_state()
-
-    def _take(self, number: int, updates: list[Update]) -> Iterator[tuple[int, list[OutputEvent]]]:
-        """(choice, what its reader gets) of updates of one prompt; a choice is as far as its last pair says."""
-        for update in updates:
-            choice = number * self.n + update.index
-            answer = self.answers[choice]
-            if answer.end_reason is None:
-                yield choice, answer.take(update, self._generation(number))
+    def _end_reason(self, choice: int) -> str | None:
+        reason = self.answers[choice].end_reason
+        return "length" if reason is not None and self.body.max_tokens == 0 else reason
 
     def _generation(self, number: int) -> Generation:
-        generation = self.generations[number]
-        assert generation is not None
-        return generation
+        return self.generations[number]
 
     def _head(self) -> dict[str, Any]:
         name = self.exchange.server.served.name
@@ -255,10 +281,10 @@ class _Run:
             "index": index,
             "text": written,
             "logprobs": None if self.body.logprobs is None else self._logprobs(tokens, index),
-            "finish_reason": "length" if self.body.max_tokens == 0 else answer.end_reason,
+            "finish_reason": self._end_reason(index),
         }
         if self.body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = [self._alternatives(token) for token in self._prompt_tokens(number)]
+            choice["prompt_logprobs"] = prompt_logprobs(self.exchange.server.served, self._prompt_tokens(number))
         if self.body.return_token_ids:
             choice["token_ids"] = list(self._generation(number).requests[index % self.n].output_ids)
             choice["prompt_token_ids"] = ids
@@ -294,38 +320,29 @@ class _Run:
         return found
 
     def _token_name(self, token_id: int) -> str:
-        if self.body.return_tokens_as_token_ids:
-            return f"token_id:{token_id}"
-        return self.exchange.server.served.token_text(token_id)
+        as_id = bool(self.body.return_tokens_as_token_ids)
+        return token_name(self.exchange.server.served, token_id, as_id=as_id)
 
-    def _echo_frame(self, choice: int) -> bytes:
+    def _echo_chunk(self, choice: int) -> Event:
         number = choice // self.n
         text = self.exchange.server.served.tokenizer.decode(self.prompts[number])
-        return self._frame(choice, text, self._prompt_tokens(number), None)
+        return self._chunk(choice, text, self._prompt_tokens(number), None)
 
-    def _frame(self, choice: int, text: str, tokens: Sequence[SampledToken], end_reason: str | None) -> bytes:
-        document: dict[str, Any] = {
-            **self._head(),
-            "choices": [
-                {
-                    "index": choice,
-                    "text": text,
-                    "logprobs": None if self.body.logprobs is None else self._logprobs(tokens, choice),
-                    "finish_reason": end_reason,
-                }
-            ],
-        }
+    def _chunk(
+        self,
+        choice: int,
+        text: str,
+        tokens: Sequence[SampledToken],
+        end_reason: str | None,
+        *,
+        has_logprobs: bool = True,
+    ) -> Event:
+        logprobs = self._logprobs(tokens, choice) if has_logprobs and self.body.logprobs is not None else None
+        entry = {"index": choice, "text": text, "logprobs": logprobs, "finish_reason": end_reason}
+        document: dict[str, Any] = {**self._head(), "choices": [entry]}
         if self._has_usage:
             document["usage"] = None
-        return b"data: " + orjson.dumps(document) + b"\n\n"
-
-    def _last_frame(self) -> bytes:
-        document: dict[str, Any] = {**self._head(), "choices": []}
-        if self._has_usage:
-            document["usage"] = self._usage()
-        if self.body.timings:
-            document["timings"] = timings(self._generation(0).requests[0])
-        return b"data: " + orjson.dumps(document) + b"\n\n" if len(document) > 5 else b""
+        return document
 
     @property
     def _has_usage(self) -> bool:

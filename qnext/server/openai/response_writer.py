@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from qnext.server.answers import Answer, chat_logprob, usage_counts
 from qnext.server.errors import ApiError
 from qnext.server.exchange import Exchange
 from qnext.server.generation import Generation, Update
-from qnext.server.writing import Event
-from qnext.text.output import Call, Content, OutputEvent
+from qnext.server.openai.foreign import call_item
+from qnext.server.tools import Origin
+from qnext.server.writing import Event, named_frames
+from qnext.text.output import Call, CallArguments, CallCut, CallEnd, CallStart, Content, OutputEvent, Reasoning
 
 ItemKind = Literal["message", "reasoning"]
 _PART = {"message": "output_text", "reasoning": "reasoning_text"}
@@ -23,15 +26,26 @@ class ResponseWriter:
     `echo` is what the response says of its request. `num_top` None: without log-probabilities.
     """
 
-    ping = b": ping\n\n"
+    frames = staticmethod(named_frames)
 
-    def __init__(self, exchange: Exchange, answer: Answer, echo: dict[str, Any], *, num_top: int | None = None) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        answer: Answer,
+        echo: dict[str, Any],
+        *,
+        num_top: int | None = None,
+        origins: Mapping[str, Origin] | None = None,
+    ) -> None:
         self.exchange = exchange
         self.answer = answer
         self.id = f"resp_{secrets.token_hex(12)}"
         self.items: list[dict[str, Any]] = []
         self._echo = echo
         self._num_top = num_top
+        self._origins = origins or {}
+        self._origin: Origin | None = None  # of the tool that is being called
+        self._called = ""  # and the name by which the model called it
         self._kind: ItemKind | None = None  # of the item that is open
         self._texts: list[str] = []  # its pieces
         self._logged: list[dict[str, Any]] = []  # log-probabilities of its tokens
@@ -57,8 +71,8 @@ class ResponseWriter:
     def write(self, events: list[OutputEvent]) -> list[Event]:
         found: list[Event] = []
         for event in events:
-            if isinstance(event, Call):
-                found += self._close("completed") + self._call(event)
+            if not isinstance(event, (Content, Reasoning)):
+                found += self._call(event)
                 self._unsent.clear()
                 continue
             kind: ItemKind = "message" if isinstance(event, Content) else "reasoning"
@@ -71,6 +85,12 @@ class ResponseWriter:
                 self._logged += more["logprobs"]
             found.append(self._event(f"{_PART[kind]}.delta", content_index=0, delta=event.text, **more))
         return found
+
+    def ping(self) -> Event:
+        """OpenAI's own, which its schema does not have."""
+        number = self._number
+        self._number += 1
+        return {"type": "keepalive", "sequence_number": number}
 
     def end(self, generation: Generation) -> list[Event]:
         is_cut = self.answer.end_reason == "length"
@@ -92,9 +112,15 @@ class ResponseWriter:
         self.exchange.outcome.finish_reason = self.answer.end_reason
         return [*found, self._lifecycle(status)]
 
+    def refuse(self, error: ApiError) -> list[Event]:
+        """A response that fails before it has begun."""
+        return [self._lifecycle("created"), *self.fail(error)]
+
     def fail(self, error: ApiError) -> list[Event]:
         self._close("incomplete")  # what was written stands in the response
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        if error.code == "context_length_exceeded":
+            code = error.code
         self._end |= {"status": "failed", "error": {"code": code, "message": error.message}}
         return [self._lifecycle("failed")]
 
@@ -112,7 +138,7 @@ class ResponseWriter:
         return {"type": f"response.{event}", "sequence_number": number, **fields}
 
     def _lifecycle(self, name: str) -> Event:
-        return self._numbered(name, response={**self.response(), "output": list(self.items)})
+        return self._numbered(name, response={**self.response(), "output": [dict(item) for item in self.items]})
 
     def _event(self, event: str, /, **fields: Any) -> Event:
         """An event of the item that came last."""
@@ -152,14 +178,45 @@ class ResponseWriter:
         part: dict[str, Any] = {"type": _PART[kind], "text": "".join(self._texts)}
         return {**part, "annotations": [], "logprobs": self._logged} if kind == "message" else part
 
-    def _call(self, call: Call) -> list[Event]:
-        item = {"id": _id("fc"), "type": "function_call", "call_id": _id("call"), "name": call.name}
-        self.items.append({**item, "arguments": call.arguments, "status": "completed"})
+    def _call(self, event: CallStart | CallArguments | CallEnd | CallCut) -> list[Event]:
+        if isinstance(event, CallStart):
+            closed = self._close("completed")
+            self._origin = self._origins.get(event.name)
+            self._called = event.name
+            if self._origin is not None and self._origin.kind != "function":
+                return closed  # its item is made of the whole call
+            name, more = event.name, {}
+            if self._origin is not None:
+                name, more = self._origin.name, {"namespace": self._origin.namespace}
+            item = {"id": _id("fc"), "type": "function_call", "call_id": _id("call"), "name": name, **more}
+            self.items.append({**item, "arguments": "", "status": "in_progress"})
+            return [*closed, self._item_event("added", dict(self.items[-1]))]
+        is_whole = self._origin is not None and self._origin.kind != "function"
+        if isinstance(event, CallArguments):
+            self._texts.append(event.text)
+            return [] if is_whole else [self._event("function_call_arguments.delta", delta=event.text)]
+        arguments = "".join(self._texts)
+        self._texts.clear()
+        status = "completed" if isinstance(event, CallEnd) else "incomplete"
+        if self._origin is not None and is_whole:
+            return self._foreign({**call_item(Call(self._called, arguments), self._origin), "status": status})
+        self.items[-1] |= {"arguments": arguments, "status": status}
         return [
-            self._item_event("added", {**item, "arguments": "", "status": "in_progress"}),
-            self._event("function_call_arguments.delta", delta=call.arguments),
-            self._event("function_call_arguments.done", arguments=call.arguments, name=call.name),
+            self._event("function_call_arguments.done", arguments=arguments, name=self.items[-1]["name"]),
             self._item_event("done", self.items[-1]),
+        ]
+
+    def _foreign(self, item: dict[str, Any]) -> list[Event]:
+        """A call of a tool that is no function."""
+        self.items.append(item)
+        begun = {**item, "status": "in_progress"}
+        if item["type"] != "custom_tool_call":
+            return [self._item_event("added", begun), self._item_event("done", item)]
+        return [
+            self._item_event("added", {**begun, "input": ""}),
+            self._event("custom_tool_call_input.delta", delta=item["input"]),
+            self._event("custom_tool_call_input.done", input=item["input"]),
+            self._item_event("done", item),
         ]
 
 

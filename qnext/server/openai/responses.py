@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from qnext.engine.params import SamplingParams
 from qnext.engine.sampling.constraint import Constraint
+from qnext.server.answers import Answer
 from qnext.server.bodies import SamplingBody
 from qnext.server.dialogue import Dialogue, make_dialogue
 from qnext.server.errors import ApiError
 from qnext.server.exchange import Exchange
 from qnext.server.openai.response_writer import ResponseWriter
-from qnext.server.openai.responses_bodies import FunctionTool, ResponseBody, conversation
+from qnext.server.openai.responses_bodies import ResponseBody, conversation, offer
 from qnext.server.routes import EventStream, Reply
 from qnext.server.sampling import sampling_params
-from qnext.server.tools import function_tool, offered
 from qnext.server.writing import write_stream, write_whole
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -23,6 +24,23 @@ _LOGPROBS = "message.output_text.logprobs"
 
 async def responses(exchange: Exchange) -> Reply | EventStream:
     body: ResponseBody = exchange.body
+    try:
+        return await _answered(exchange, body)
+    except ApiError as error:
+        if not body.stream or error.code != "context_length_exceeded":
+            raise
+        # Codex compacts when a stream says so, and gives up where the status does.
+        exchange.outcome.stream = True
+        exchange.outcome.error_code = error.code
+        return EventStream(_refusal(exchange, body, error))
+
+
+async def _refusal(exchange: Exchange, body: ResponseBody, error: ApiError) -> AsyncGenerator[bytes, None]:
+    writer = ResponseWriter(exchange, Answer(exchange.server.served), _echo(body))
+    yield writer.frames(writer.refuse(error))
+
+
+async def _answered(exchange: Exchange, body: ResponseBody) -> Reply | EventStream:
     _refuse_kept(body)
     exchange.server.check_model(exchange, body.model)
     dialogue = await _dialogue(exchange, body)
@@ -30,10 +48,13 @@ async def responses(exchange: Exchange) -> Reply | EventStream:
     params = sampling_params(
         SamplingBody(temperature=body.temperature, top_p=body.top_p), exchange.server.served, exchange.server.limits,
         num_prompt=len(dialogue.prompt_ids), max_tokens=body.max_output_tokens,
-        logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
+        logprobs=(body.top_logprobs or 0) if wants_logprobs else None, param="input",
     )  # fmt: skip
     guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
-    writer = ResponseWriter(exchange, dialogue.new_answer(exchange), _echo(body, params), num_top=params.logprobs)
+    writer = ResponseWriter(
+        exchange, dialogue.new_answer(exchange), _echo(body, params), num_top=params.logprobs,
+        origins=dialogue.offer.origins,
+    )  # fmt: skip
     generating = exchange.generate(dialogue.prompt_ids, params, guide=guide)
     if body.stream:
         exchange.outcome.stream = True
@@ -51,15 +72,10 @@ def _refuse_kept(body: ResponseBody) -> None:
 
 
 async def _dialogue(exchange: Exchange, body: ResponseBody) -> Dialogue:
-    tools: list[dict[str, Any]] = []
-    for index, tool in enumerate(body.tools or ()):
-        if not isinstance(tool, FunctionTool):
-            raise ApiError.bad("a tool must be of type function: this server runs none itself", param=f"tools.{index}")
-        tools.append(function_tool(tool.name, tool.description, tool.parameters))
     return await make_dialogue(
-        exchange, conversation(body), offered(tools, body.tool_choice), constraint=_constraint(body),
+        exchange, conversation(body, exchange.ignore), offer(body, exchange.ignore), constraint=_constraint(body),
         parallel_calls=body.parallel_tool_calls is not False,
-        thinks=body.reasoning is None or body.reasoning.effort != "none", param="input",
+        asked=body.asked(effort=body.reasoning.effort if body.reasoning is not None else None), param="input",
     )  # fmt: skip
 
 
@@ -71,10 +87,10 @@ def _constraint(body: ResponseBody) -> tuple[Constraint, str] | None:
         return Constraint("json_object"), "text.format"
     if wanted.schema_ is None:
         raise ApiError.bad("a format of type json_schema needs a schema", param="text.format.schema")
-    return Constraint("json_schema", wanted.schema_), "text.format.schema"
+    return Constraint("json_schema", wanted.schema_, is_strict=bool(wanted.strict)), "text.format.schema"
 
 
-def _echo(body: ResponseBody, params: SamplingParams) -> dict[str, Any]:
+def _echo(body: ResponseBody, params: SamplingParams | None = None) -> dict[str, Any]:
     """What a response says of its request."""
     wanted = body.text.format if body.text is not None else None
     text: dict[str, Any] = {"format": {"type": "text"}}
@@ -82,7 +98,6 @@ def _echo(body: ResponseBody, params: SamplingParams) -> dict[str, Any]:
         text["format"] = wanted.model_dump(by_alias=True, exclude_none=True)
     if body.text is not None and body.text.verbosity is not None:
         text["verbosity"] = body.text.verbosity
-    tools = [tool for tool in body.tools or () if isinstance(tool, FunctionTool)]
     return {
         "created_at": int(time.time()),
         "background": False,
@@ -95,11 +110,11 @@ def _echo(body: ResponseBody, params: SamplingParams) -> dict[str, Any]:
         "reasoning": {"effort": body.reasoning.effort if body.reasoning is not None else None, "summary": None},
         "service_tier": "default",
         "store": False,
-        "temperature": params.temperature,
+        "temperature": body.temperature if params is None else params.temperature,
         "text": text,
         "tool_choice": body.tool_choice if body.tool_choice is not None else "auto",
-        "tools": [tool.model_dump() for tool in tools],
+        "tools": [tool.model_dump(exclude_none=tool.type != "function") for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
-        "top_p": params.top_p,
+        "top_p": body.top_p if params is None else params.top_p,
         "truncation": "disabled",
     }

@@ -6,21 +6,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
-from qnext.server.bodies import Body, Name, at_most
+from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, TemplateBody, at_most
 from qnext.server.errors import ApiError
+from qnext.server.history import Note, part_text, without_attribution
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
-from qnext.server.tools import ToolName
+from qnext.server.openai.foreign import CLIENT_TOOLS, is_known, joined_name, messages_of
+from qnext.server.tools import Collected, Offer, Origin, ToolName, free_text
 from qnext.text.messages import Message, ToolCall
 
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
 
 class PartBody(Body):
+    """A part of a message. Of those that are no text, what names them is read."""
+
     type: Annotated[str, Field(max_length=64)]
     text: str | None = None
     refusal: str | None = None
+    filename: str | None = None
 
 
 def _as_parts(value: Any) -> Any:
@@ -34,20 +39,21 @@ Parts = Annotated[_Parts, BeforeValidator(_as_parts, json_schema_input_type=str 
 class MessageItem(Body):
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
-    content: Parts
+    content: Parts | None = None
 
 
 class CallItem(Body):
     type: Literal["function_call"]
     call_id: Name
     name: Name
-    arguments: str
+    namespace: Name | None = None
+    arguments: Any = None  # of the past: whatever it is
 
 
 class ResultItem(Body):
     type: Literal["function_call_output"]
     call_id: Name
-    output: Parts
+    output: Parts | None = None
 
 
 class ReasoningItem(Body):
@@ -57,9 +63,11 @@ class ReasoningItem(Body):
 
 
 class OtherItem(Body):
-    """References to what a server keeps, and calls of tools that it runs."""
+    """Calls of tools that are no functions and what they gave, and what only another server can read."""
 
-    type: str
+    model_config = ConfigDict(extra="allow")
+
+    type: Annotated[str, Field(max_length=64)]
 
 
 def _item_kind(value: Any) -> str:
@@ -95,19 +103,55 @@ class FunctionTool(Body):
     strict: bool | None = None
 
 
-class ServerTool(Body):
-    """A tool that OpenAI's servers run."""
+class CustomTool(Body):
+    type: Literal["custom"]
+    name: ToolName
+    description: str | None = None
+    format: dict[str, Any] | None = None
 
-    type: str
+
+class OtherTool(Body):
+    """A tool that its type describes, or that a server runs."""
+
+    type: Annotated[str, Field(max_length=64)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    execution: Any = None
+    environment: dict[str, Any] | None = None
 
 
-def _tool_kind(value: Any) -> str:
-    return "function" if not isinstance(value, dict) or value.get("type") == "function" else "server"
+def _inner_kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else "function"
+    return kind if kind in ("function", "custom", "namespace") else "other"
+
+
+_Inner = Annotated[
+    Annotated[FunctionTool, Tag("function")]
+    | Annotated[CustomTool, Tag("custom")]
+    | Annotated[OtherTool, Tag("namespace")]
+    | Annotated[OtherTool, Tag("other")],
+    Discriminator(_inner_kind),
+]
+
+
+class NamespaceTool(Body):
+    """Functions under a name that they share."""
+
+    type: Literal["namespace"]
+    name: ToolName
+    description: str | None = None
+    tools: Annotated[list[_Inner], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
 
 
 Tool = Annotated[
-    Annotated[FunctionTool, Tag("function")] | Annotated[ServerTool, Tag("server")], Discriminator(_tool_kind)
+    Annotated[FunctionTool, Tag("function")]
+    | Annotated[CustomTool, Tag("custom")]
+    | Annotated[NamespaceTool, Tag("namespace")]
+    | Annotated[OtherTool, Tag("other")],
+    Discriminator(_inner_kind),
 ]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+_TOOLS: TypeAdapter[list[Any]] = TypeAdapter(Tools)
 
 
 class FormatBody(Body):
@@ -124,15 +168,18 @@ class TextBody(Body):
 
 
 class ReasoningBody(Body):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
+    summary: Annotated[str, Field(max_length=64)] | None = None
 
 
 _Key = Annotated[str, Field(max_length=64)]
 _Value = Annotated[str, Field(max_length=512)]
 
 
-class ResponseBody(Body):
+class ResponseBody(TemplateBody):
     """The body of a response."""
+
+    model_config = KEEPS_UNKNOWN
 
     model: Annotated[str, Field(max_length=512)] | None = None
     input: Items
@@ -142,13 +189,13 @@ class ResponseBody(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     include: Annotated[list[_Key], Field(max_length=64, fail_fast=True)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Tools | None = None
     tool_choice: Annotated[str, Field(max_length=64)] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextBody | None = None
     reasoning: ReasoningBody | None = None
     stream: bool | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["auto", "disabled"] | None = None  # nothing is cut: what is too long is refused
     metadata: Annotated[dict[_Key, _Value], at_most(16)] | None = None
     store: bool | None = None  # nothing is kept, whatever it says: clients have it true by default
     background: bool | None = None  # refused, as all that needs something kept
@@ -157,58 +204,124 @@ class ResponseBody(Body):
     prompt: Any = None
 
 
-def conversation(body: ResponseBody) -> list[Message]:
-    """Instructions and items. What an assistant wrote in one turn is one message. Raises ApiError 400."""
+def conversation(body: ResponseBody, note: Note) -> list[Message]:
+    """Instructions and items. What an assistant wrote in one turn is one message. `note` is told of what the model
+    cannot read. Raises ApiError 400."""
     messages: list[Message] = []
-    called: set[str] = set()
-    if body.instructions is not None:
-        messages.append(Message("system", body.instructions))
+    instructions = without_attribution(body.instructions or "")
+    if instructions:
+        messages.append(Message("system", instructions))
     for index, item in enumerate(body.input):
         param = f"input.{index}"
+        is_past = index < len(body.input) - 1
         if isinstance(item, ResultItem):
-            if item.call_id not in called:
-                raise ApiError.bad("no function_call before it has this call_id", param=f"{param}.call_id")
-            messages.append(Message("tool", _text(item.output, f"{param}.output"), tool_call_id=item.call_id))
+            text = _text(item.output, f"{param}.output", note)
+            messages.append(Message("tool", text, tool_call_id=item.call_id))
         elif isinstance(item, OtherItem):
-            raise ApiError.bad(
-                "an item must be a message, a function call, its output or reasoning; this server keeps no responses "
-                "and runs no tools", param=param,
-            )  # fmt: skip
+            if not is_known(item.type):
+                raise ApiError.bad("an item must be a message, a call, its output or reasoning", param=param)
+            for message in messages_of(item.type, item.model_extra or {}, note, param):
+                _add_turn(messages, message)
+        elif isinstance(item, MessageItem) and item.role != "assistant":
+            text = _text(item.content, f"{param}.content", note, is_past=is_past or item.role != "user")
+            if item.role != "user":
+                text = without_attribution(text)
+            if text or item.role == "user":
+                messages.append(Message(item.role, text))
         else:
-            _add(messages, item, param)
-            if isinstance(item, CallItem):
-                called.add(item.call_id)
+            _add(messages, item, param, note)
     return messages
 
 
-def _add(messages: list[Message], item: MessageItem | CallItem | ReasoningItem, param: str) -> None:
-    if isinstance(item, MessageItem) and item.role != "assistant":
-        messages.append(Message(item.role, _text(item.content, f"{param}.content")))
-        return
-    last = messages[-1] if messages and messages[-1].role == "assistant" else None
-    if isinstance(item, CallItem):
-        turn = last or Message("assistant", "")
-        found = replace(turn, tool_calls=(*turn.tool_calls, ToolCall(item.name, item.arguments or {}, item.call_id)))
-    elif isinstance(item, MessageItem):
-        # A second text is a turn of its own; a thought or calls alone wait for theirs.
-        last = last if last is not None and not last.content else None
-        found = replace(last or Message("assistant", ""), content=_text(item.content, f"{param}.content"))
+def offer(body: ResponseBody, note: Note) -> Offer:
+    """The tools of a body, with those that a search of its client found; `note` is told of those that nobody here
+    runs. Raises ApiError 400."""
+    found = Collected()
+    for index, tool in enumerate(body.tools or ()):
+        _collect(found, tool, note, f"tools.{index}")
+    for index, item in enumerate(body.input):
+        if isinstance(item, OtherItem) and item.type in ("tool_search_output", "additional_tools"):
+            try:
+                more = _TOOLS.validate_python((item.model_extra or {}).get("tools") or [])
+            except ValidationError:
+                raise ApiError.bad("the tools of an item are none", param=f"input.{index}.tools") from None
+            for tool in more:
+                _collect(found, tool, note, f"input.{index}.tools")
+    return found.offered(body.tool_choice)
+
+
+def _collect(found: Collected, tool: Any, note: Note, param: str, namespace: NamespaceTool | None = None) -> None:
+    space = None if namespace is None else namespace.name
+    if isinstance(tool, NamespaceTool):
+        for inner in tool.tools or ():
+            _collect(found, inner, note, param, tool)
+    elif isinstance(tool, (FunctionTool, CustomTool)):
+        description = tool.description
+        if namespace is not None and namespace.description and namespace.tools and tool is namespace.tools[0]:
+            # What is said of all stands once, with the first.
+            description = f"{namespace.name}: {namespace.description}\n{description or ''}".rstrip()
+        is_custom = isinstance(tool, CustomTool)
+        origin = Origin(tool.type, tool.name, space) if is_custom or space is not None else None
+        parameters = free_text(tool.format) if isinstance(tool, CustomTool) else tool.parameters
+        is_strict = tool.strict if isinstance(tool, FunctionTool) else None
+        name = joined_name(space, tool.name)
+        found.add(name, description, parameters, origin=origin, is_strict=is_strict, param=param)
+    elif tool.type in CLIENT_TOOLS and _is_of_client(tool):
+        description, parameters = CLIENT_TOOLS[tool.type]
+        found.add(
+            tool.type, tool.description or description, tool.parameters or parameters,
+            origin=Origin(tool.type, tool.type), param=param,
+        )  # fmt: skip
     else:
-        last = last if last is not None and not last.content and not last.tool_calls else None
-        turn = last or Message("assistant", "")
-        parts = item.content or item.summary or ()
-        thoughts = [turn.reasoning_content or "", _text(parts, param)]
-        found = replace(turn, reasoning_content="\n".join(thought for thought in thoughts if thought))
+        note(tool.type)
+
+
+def _is_of_client(tool: OtherTool) -> bool:
+    """Whether the client runs the tool, and not a server in a container or an index of its own."""
+    if tool.type == "tool_search":
+        return tool.execution == "client"
+    return tool.environment is None or tool.environment.get("type") == "local"
+
+
+def _add(messages: list[Message], item: MessageItem | CallItem | ReasoningItem, param: str, note: Note) -> None:
+    if isinstance(item, CallItem):
+        call = ToolCall(joined_name(item.namespace, item.name), item.arguments, item.call_id)
+        _add_turn(messages, Message("assistant", "", tool_calls=(call,)))
+    elif isinstance(item, MessageItem):
+        _add_turn(messages, Message("assistant", _text(item.content, f"{param}.content", note)))
+    else:
+        thought = _text(item.content or item.summary, param, note)
+        _add_turn(messages, Message("assistant", "", reasoning_content=thought))
+
+
+def _add_turn(messages: list[Message], turn: Message) -> None:
+    """A call, a text or a thought, as part of the assistant's turn that is being read, or as one of its own."""
+    last = messages[-1] if messages and messages[-1].role == "assistant" and turn.role == "assistant" else None
+    if last is None:
+        found = turn
+    elif turn.tool_calls:
+        found = replace(last, tool_calls=(*last.tool_calls, *turn.tool_calls))
+    elif turn.reasoning_content is not None:
+        if last.content or last.tool_calls:
+            last, found = None, turn
+        else:
+            thoughts = (last.reasoning_content or "", turn.reasoning_content)
+            found = replace(last, reasoning_content="\n".join(thought for thought in thoughts if thought))
+    elif last.content:  # a second text is a turn of its own; a thought or calls alone wait for theirs
+        last, found = None, turn
+    else:
+        found = replace(last, content=turn.content)
     if last is not None:
         messages.pop()
     messages.append(found)
 
 
-def _text(parts: Sequence[PartBody], param: str) -> str:
+def _text(parts: Sequence[PartBody] | None, param: str, note: Note, *, is_past: bool = True) -> str:
     texts: list[str] = []
-    for part in parts:
-        text = part.text if part.type in _TEXTS else part.refusal if part.type == "refusal" else None
-        if text is None:
-            raise ApiError.bad("this model reads text only", param=param, code="unsupported_content")
-        texts.append(text)
+    for part in parts or ():
+        if part.type in _TEXTS or part.type == "refusal":
+            texts.append((part.refusal if part.type == "refusal" else part.text) or "")
+        else:
+            held = {"filename": part.filename}
+            texts.append(part_text(part.type, held, is_past=is_past, param=param, note=note))
     return "".join(texts)

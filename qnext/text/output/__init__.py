@@ -2,8 +2,36 @@
 
 from __future__ import annotations
 
-from qnext.text.output.events import Call, Content, OutputEvent, Reasoning
+from qnext.text.output.events import (
+    AnswerPart,
+    Call,
+    CallArguments,
+    CallCut,
+    CallEnd,
+    CallStart,
+    Content,
+    CutCall,
+    OutputEvent,
+    Reasoning,
+    joined,
+)
 from qnext.text.output.grammar import tool_call_grammar
+from qnext.text.output.json_values import whole_members
 from qnext.text.output.parser import OutputParser
 
-__all__ = ["Call", "Content", "OutputEvent", "OutputParser", "Reasoning", "tool_call_grammar"]
+__all__ = [
+    "AnswerPart",
+    "Call",
+    "CallArguments",
+    "CallCut",
+    "CallEnd",
+    "CallStart",
+    "Content",
+    "CutCall",
+    "OutputEvent",
+    "OutputParser",
+    "Reasoning",
+    "joined",
+    "tool_call_grammar",
+    "whole_members",
+]

@@ -14,7 +14,29 @@ class Content(NamedTuple):
 
 
 class Reasoning(NamedTuple):
-    """Text of the thought before the answer."""
+    """Text of a thought."""
+
+    text: str
+
+
+class CallStart(NamedTuple):
+    """A tool call begins: it is one in every continuation of the answer."""
+
+    name: str
+
+
+class CallArguments(NamedTuple):
+    """The next piece of a call's arguments; all pieces of a whole call are the strict JSON of an object."""
+
+    text: str
+
+
+class CallEnd(NamedTuple):
+    """The call is whole."""
+
+
+class CallCut(NamedTuple):
+    """The call broke off, or went on as no call can: its arguments stay a beginning. `text`: as the model wrote it."""
 
     text: str
 
@@ -26,19 +48,53 @@ class Call(NamedTuple):
     arguments: str
 
 
-OutputEvent = Content | Reasoning | Call
+class CutCall(NamedTuple):
+    """A call that broke off. `text` is what the model wrote, `arguments` the beginning of a JSON text."""
+
+    text: str
+    name: str
+    arguments: str
 
 
-def joined(events: Iterable[OutputEvent]) -> list[OutputEvent]:
-    """The events with neighbouring texts of a kind made one; calls stay apart.
+OutputEvent = Content | Reasoning | CallStart | CallArguments | CallEnd | CallCut
+AnswerPart = Content | Reasoning | Call | CutCall
 
-    >>> joined([Content("a"), Content("b"), Call("f", "{}")])
-    [Content(text='ab'), Call(name='f', arguments='{}')]
+_TEXTS = (Content, Reasoning, CallArguments)
+
+
+def merged(events: Iterable[OutputEvent]) -> list[OutputEvent]:
+    """The events with neighbouring texts of a kind made one.
+
+    >>> merged([Content("a"), Content("b"), CallStart("f")])
+    [Content(text='ab'), CallStart(name='f')]
     """
     found: list[OutputEvent] = []
     for kind, group in groupby(events, key=type):
-        if kind is Call:
-            found.extend(group)
+        if kind in _TEXTS:
+            found.append(kind("".join(event.text for event in group if isinstance(event, _TEXTS))))
         else:
-            found.append(kind("".join(event[0] for event in group)))
+            found.extend(group)
+    return found
+
+
+def joined(events: Iterable[OutputEvent]) -> list[AnswerPart]:
+    """What a whole answer is made of: texts of a kind that stand together are one, and so is each call.
+
+    >>> joined([Content("a"), Content("b"), CallStart("f"), CallArguments("{}"), CallEnd()])
+    [Content(text='ab'), Call(name='f', arguments='{}')]
+    """
+    found: list[AnswerPart] = []
+    name = arguments = ""
+    for event in merged(events):
+        match event:
+            case CallStart():
+                name, arguments = event.name, ""
+            case CallArguments():
+                arguments += event.text
+            case CallEnd():
+                found.append(Call(name, arguments))
+            case CallCut():
+                found.append(CutCall(event.text, name, arguments))
+            case _:
+                found.append(event)
     return found

@@ -16,10 +16,12 @@ MAX_SCHEMA_DEPTH = 32
 _NOTES = ("title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly", "$schema")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # hold schemas by name
 _DATA = ("enum", "const")  # hold values, not schemas
-# A value ends at its first closing tag on a line of its own, and never holds what the parser takes for its end.
+# A value ends at its first closing tag on a line of its own, and never holds what the parser could take for its end: a
+# tag behind a closing tag, or one that begins a line.
 _TEXT = (
     r'text[suffix="\n</parameter>\n"]: VALUE',
-    r"VALUE: /(?s:.*)/ & ~/(?s:.*)<\/parameter>[ \t\r\n]*<(parameter=|\/function>)(?s:.*)/",
+    r"VALUE: /(?s:.*)/ & ~/(?s:.*)<\/[ \t]*parameter[ \t]*>[ \t\r\n]*<[ \t]*(parameter|\/[ \t]*function)(?s:.*)/"
+    r" & ~/((?s:.*)\n)?[ \t]*<[ \t]*\/?[ \t]*(tool_call|function|parameter)(?s:.*)/",
 )
 _WHITE_SPACE = r"[ \t\n\r]{1,64}"  # without a bound it is what a model writes that knows nothing to write
 

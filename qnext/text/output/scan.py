@@ -1,17 +1,43 @@
-"""Tags and the ends of JSON values in text that arrives in pieces: no character is looked at twice."""
+"""White space and the tags of calls in text that arrives in pieces."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 TOOL_CALL, TOOL_CALL_END = "<tool_call>", "</tool_call>"
 WHITE_SPACE = " \t\r\n"
-MAX_DEPTH = 64  # of objects and lists in one another
+
+TagKind = Literal["tool_call", "function", "parameter", "think"]
+KINDS: tuple[TagKind, ...] = ("tool_call", "function", "parameter", "think")
+CALL_KINDS: tuple[TagKind, ...] = KINDS[:3]
+MAX_TAG_LENGTH = 300  # characters
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_STRING = re.compile(r'[^"\\\x00-\x1f]*')
-_BETWEEN = re.compile(r"[ \t\r\n,:+\-.0-9a-zA-Z]*")
+# <function=name>, also with white space, quotes, or as an attribute: <function name="name">. The ">" of a closing tag
+# may be missing at the end of a line.
+_TAG = re.compile(
+    r"<[ \t]*(?P<slash>/)?[ \t]*(?P<kind>tool_call|function|parameter|think)"
+    r"(?P<named>[ \t]*=|[ \t]+name[ \t]*=)?"
+    r"(?(named)[ \t]*(?:\"(?P<double>[^\"<>\n]*)\"|'(?P<single>[^'<>\n]*)'|(?P<bare>[^<>\n]*?)))"
+    r"[ \t]*(?(slash)(?:>|(?=\n))|>)"
+)
+_TAG_HEAD = re.compile(r"<[ \t]*/?[ \t]*([a-z_]*)")
+_TAG_REST = re.compile(r"[ \t=][^<>\n]*")
+
+
+class Tag(NamedTuple):
+    """A tag in a text: its kind, whether it closes, its name ("" for none), and its length in characters."""
+
+    kind: TagKind
+    closes: bool
+    name: str
+    length: int
+
+    @property
+    def opens_call(self) -> bool:
+        return not self.closes and (self.kind == "tool_call" or (self.kind == "function" and self.name != ""))
 
 
 def skip_space(text: str, start: int, end: int) -> int:
@@ -21,78 +47,27 @@ def skip_space(text: str, start: int, end: int) -> int:
     return match.end()
 
 
-def tag_at(text: str, start: int, end: int, tags: Collection[str]) -> str | None:
-    """Which of `tags` stands at `start`: "" for none, None while text[start:end] is too short to tell."""
-    for tag in tags:
-        if text.startswith(tag, start, end):
-            return tag
-    head = text[start : min(end, start + max(map(len, tags)))]
-    return None if any(tag.startswith(head) for tag in tags) else ""
+def tag_at(text: str, start: int, end: int, kinds: Sequence[TagKind]) -> Tag | Literal[False] | None:
+    """The tag that stands at `start`, where a "<" is: False for none, None while text[start:end] cannot tell.
 
-
-def open_tag(text: str, start: int, end: int, tags: Collection[str]) -> int:
-    """Where the text ends that surely holds none of `tags`: before a tag's beginning at the very end, else `end`.
-
-    A tag has its only `<` at its beginning.
+    A tag without the name that its kind has is none: `<function>` is text, `</function>` a tag.
     """
-    place = text.rfind("<", max(start, end - max(map(len, tags)) + 1), end)
-    return place if place >= 0 and any(tag.startswith(text[place:end]) for tag in tags) else end
+    end = min(end, start + MAX_TAG_LENGTH)
+    match = _TAG.match(text, start, end)
+    if match is None:
+        return None if end - start < MAX_TAG_LENGTH and _may_become_tag(text, start, end, kinds) else False
+    kind: TagKind = match["kind"]  # type: ignore[assignment]
+    name = match["double"] or match["single"] or match["bare"] or ""
+    closes = match["slash"] is not None
+    is_named = kind in ("function", "parameter")
+    if kind not in kinds or (not closes and bool(name) != is_named) or (name and not is_named):
+        return False
+    return Tag(kind, closes, name, match.end() - start)
 
 
-class JsonScanner:
-    """Finds the end of an object or list, of which the first bracket comes first.
-
-    What it passes is not yet JSON, but has its brackets closed, its strings ended, no character that JSON does not
-    know, and at most MAX_DEPTH levels, so that a recursive parser may read it.
-    """
-
-    def __init__(self) -> None:
-        self.is_done = False
-        self.has_failed = False
-        self._depth = 0
-        self._in_string = False
-        self._is_escaped = False
-
-    def feed(self, text: str, start: int, end: int) -> int:
-        """Read text[start:end]; returns where it stopped: behind the value, at what cannot be, or at `end`."""
-        while start < end and not self.is_done and not self.has_failed:
-            start = (self._read_string if self._in_string else self._read_between)(text, start, end)
-        return start
-
-    def _read_string(self, text: str, start: int, end: int) -> int:
-        if self._is_escaped:
-            self._is_escaped = False
-            self.has_failed = text[start] < " "
-            return start if self.has_failed else start + 1
-        match = _STRING.match(text, start, end)
-        assert match is not None, "the expression matches nothing too"
-        start = match.end()
-        if start == end:
-            return start
-        if text[start] == '"':
-            self._in_string = False
-        elif text[start] == "\\":
-            self._is_escaped = True
-        else:
-            self.has_failed = True
-            return start
-        return start + 1
-
-    def _read_between(self, text: str, start: int, end: int) -> int:
-        match = _BETWEEN.match(text, start, end)
-        assert match is not None, "the expression matches nothing too"
-        start = match.end()
-        if start == end:
-            return start
-        mark = text[start]
-        if mark == '"':
-            self._in_string = True
-        elif mark in "{[":
-            self._depth += 1
-        elif mark in "}]":
-            self._depth -= 1
-        if mark not in '"{}[]' or self._depth > MAX_DEPTH:
-            self.has_failed = True
-            return start
-        self.is_done = self._depth == 0
-        return start + 1
+def _may_become_tag(text: str, start: int, end: int, kinds: Sequence[TagKind]) -> bool:
+    head = _TAG_HEAD.match(text, start, end)
+    assert head is not None, "a tag begins with <"
+    if head.end() == end:
+        return any(kind.startswith(head[1]) for kind in kinds)
+    return head[1] in kinds and _TAG_REST.fullmatch(text, head.end(), end) is not None

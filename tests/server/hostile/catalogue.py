@@ -149,28 +149,32 @@ TEXTS: dict[str, list[Any]] = {
     "cache_salt": [5, [], "x" * 257],
     "suffix": [5, []],
     "response_format": [
-        5, "json", [], {}, {"type": MARK}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}},
-        {"type": "json_schema", "json_schema": {"name": "x"}},
+        5, "json", [], {}, {"type": MARK}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": 5},
         {"type": "json_schema", "json_schema": {"schema": 5}}, {"type": "json_schema", "json_schema": {"schema": [1]}},
         {"type": "json_schema", "json_schema": {"schema": {"type": MARK}}},
-        {"type": "json_schema", "json_schema": {"schema": {"type": "object", "$ref": f"https://{MARK}.example"}}},
         {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/nowhere"}}},
-        {"type": "json_schema", "json_schema": {"schema": {"$ref": "file:///etc/passwd"}}},
+        *({"type": "json_schema", "json_schema": {"strict": True, "schema": {"type": "object", **more}}}
+          for more in ({"$ref": f"https://{MARK}.example"}, {"$ref": "file:///etc/passwd"}, {"not": {"const": MARK}},
+                       {"properties": {f"{MARK} {MARK}": {"pattern": "(?=a)"}}})),
         {"type": "json_schema", "json_schema": {"schema": False}},
     ],
     "guided_json": [5, [1], MARK, "{", {"type": MARK}, {"x-guidance": {}}, False],
     "guided_choice": [[], [5], "x", {}, ["x"] * 3_000 + [MARK], [MARK * 10_000]],
     "guided_regex": [5, [], "(", "[", "*", "a{2,1}", "(?<=a)b", "(?=a)", r"(a)\1", "x" * 2_000, "\\", f"({MARK}"],
     "guided_grammar": [5, "", " ", MARK, "start:", "start: start", "start: missing", "x" * 1_000_000, "start: ("],
-    "grammar": [5, "", MARK, 'root ::= "a"', "start: start start"],
+    "grammar": [
+        5, "", MARK, 'start ::= "a"', "start: start start", f"root ::= {MARK}", "root ::= (", "root ::= root",
+        "root ::=[]",
+        f"root ::= {'(' * 900}", f'root ::= "{MARK}', "\n".join(f"r{i} ::= r{i + 1}" for i in range(9_000)),
+    ],
     "structured_outputs": [
         5, "x", [], {"json": 5}, {"regex": "("}, {"choice": []}, {"grammar": MARK}, {"json": {}, "regex": "a"},
     ],
     "tools": [
-        5, "x", {}, [5], [None], [{}], [{"type": "function"}], [{"type": "web_search"}],
-        [{"type": "bash_20250124"}], [{"type": MARK, "function": {"name": "f"}}],
+        5, "x", {}, [5], [None], [{}], [{"type": "function"}], [{"type": "custom"}],
+        [{"type": MARK * 10}],
         [{"type": "function", "function": {"name": ""}}], [{"type": "function", "function": {"name": "a b"}}],
-        [{"type": "function", "function": {"name": MARK * 10}}], [{"type": "function", "function": {"name": 5}}],
+        [{"type": "function", "function": {"name": MARK * 20}}], [{"type": "function", "function": {"name": 5}}],
         [{"type": "function", "function": {"name": "f", "parameters": "x"}}],
         [{"type": "function", "function": {"name": "f", "parameters": [1]}}],
     ],
@@ -192,7 +196,7 @@ TEXTS: dict[str, list[Any]] = {
         [{"role": "user", "content": 5}], [{"type": "message", "role": "user", "content": [{"type": MARK}]}],
         [{"type": "input_image", "image_url": "http://127.0.0.1/"}], [[]], [MARK],
         [{"type": "function_call_output"}], [{"type": "function_call", "name": "f"}],
-        [{"type": "item_reference", "id": MARK}],
+        [{"type": MARK, "role": "user", "content": "x"}],
     ],
     "tokens": [
         None, 5, "x", {}, [None], [True], [1.5], [VOCABULARY], [-1], [2**63], [10**30], ["1"], [[1]],
@@ -263,7 +267,10 @@ PROMPTS = [
     Case("audio", _parts({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}), only=_CHATS),
     Case("file", _parts({"type": "file", "file": {"file_data": "AAAA"}}), only=_CHATS),
     Case("a part of no type", _parts({"type": MARK, "text": "x"}), only=_CHATS),
-    Case("document of Anthropic", _parts({"type": "document", "source": {"type": "text", "data": MARK}}), only=_CHATS),
+    Case("document of Anthropic", _parts({"type": "document", "source": {"type": "base64", "data": MARK}}),
+         only=_CHATS),
+    Case("document of a thousand lists", _parts({"type": "document", "source": {"type": "content",
+         "content": [{"type": "text", "text": MARK, "content": [[]] * 9}] * 1_000}}), FINE_OR_BAD, only=_CHATS),
     Case("control characters", _text("".join(map(chr, range(1, 32))) + "\x7f\x85"), (200,), only=_TEXTUAL),
     Case("NUL in text", _text("a\x00b"), (200,), only=_TEXTUAL),
     Case("a forged log line", _text('x\r\n{"level":"error","event":"forged"}\x1b[31m'), (200,), only=_TEXTUAL),
@@ -289,7 +296,8 @@ PROMPTS = [
          only=("chat", "messages")),
     Case("a call with a long name", {"messages": [{"role": "assistant", "tool_calls": [
         {"function": {"name": MARK * 26, "arguments": "{}"}}]}]}, only=("chat",)),
-    Case("continue a user's message", {"continue_final_message": True, "add_generation_prompt": False}),
+    Case("continue a user's message", {"continue_final_message": True, "add_generation_prompt": False},
+         only=("chat",)),
     Case("max_tokens 0", {"max_tokens": 0}, only=("completions", "chat")),
     Case("64 prompts of 16 answers", {"prompt": ["x"] * 64, "n": 16}, only=("completions",)),
     Case("prompt and messages", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, only=("tokenize",)),
@@ -392,7 +400,25 @@ _MANY_PATTERNS = [
 
 STRUCTURED = [
     Case("129 tools", {"tools": [tool({}, f"f{i}") for i in range(129)]}, only=("chat",)),
-    Case("two tools of one name", {"tools": [tool({}), tool({})]}, only=("chat",)),
+    Case("two tools of one name", {"tools": [tool({}), tool({"description": MARK})]}, only=("chat",)),
+    Case("a function of another type", {"tools": [{"type": MARK, "function": {"name": "f"}}]}, only=("chat",)),
+    Case("a tool of another server", {"tools": [{"type": MARK, "name": MARK}]}, (200,), only=("chat", "responses")),
+    Case("items of other servers", {"input": [
+        {"role": "user", "content": "x"}, {"type": "web_search_call", "action": {"query": MARK}, "id": 5},
+        {"type": "mcp_call", "name": [MARK], "arguments": 5, "output": {"x": [MARK]}}, {"type": f"{MARK}_call"},
+        {"type": "item_reference", "id": MARK}, {"type": "local_shell_call", "action": {"env": MARK}},
+        {"type": "shell_call_output", "call_id": {}, "output": [5, None, [MARK]]},
+        {"type": "tool_search_output", "tools": []},
+    ]}, (200,)),
+    Case("tools of an item that are none", {"input": [
+        {"role": "user", "content": "x"},
+        {"type": "tool_search_output", "tools": [{"type": "function", "name": MARK * 20}]},
+    ]}),
+    Case("100 schemas of 64 branches", {
+        "tools": [tool({"type": "object", "properties": {"x": {"oneOf": [
+            {"type": "object", "properties": {"k": {"enum": [f"{i}-{j}" for j in range(9)]}}} for i in range(64)
+        ]}}}, f"f{t}") for t in range(100)], "tool_choice": "required",
+    }, FINE_OR_BAD, only=("chat",), seconds=4.0, is_heavy=True),
     Case("a tool of 1 MiB", {"tools": [{"type": "function", "function": {
         "name": "f", "description": MARK * 100_000}}]}, only=("chat",)),
     Case("a schema of 70 KB", _tools({"type": "object", "description": "x" * 70_000}), only=("chat",)),

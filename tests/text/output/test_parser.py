@@ -6,7 +6,18 @@ import json
 
 import pytest
 
-from qnext.text.output import Call, Content, OutputParser, Reasoning
+from qnext.text.output import (
+    Call,
+    CallArguments,
+    CallEnd,
+    CallStart,
+    Content,
+    CutCall,
+    OutputParser,
+    Reasoning,
+    joined,
+)
+from qnext.text.output import calls as calls_module
 from qnext.text.output import parser as parser_module
 from tests.text.output.outputs import TOOLS, json_call, read, xml_call
 
@@ -24,14 +35,16 @@ def test_text_comes_out_at_once() -> None:
     assert parser.num_calls == 0
 
 
-def test_a_call_comes_out_when_it_is_complete() -> None:
+def test_a_call_comes_out_as_it_becomes_certain() -> None:
     parser = OutputParser(tool_style="json", tools=TOOLS)
-    text = json_call("time", "{}")
-    assert parser.push("Wait.\n" + text[:-1]) == [Content("Wait.")]
+    text = json_call("weather", '{"city": "Oslo"}')
+    begin, middle, end = text.partition("Oslo")
+    assert parser.push("Wait.\n" + begin) == [Content("Wait."), CallStart("weather"), CallArguments('{"city": "')]
+    assert parser.push(middle) == [CallArguments("Oslo")]
     assert parser.num_calls == 0
-    assert parser.push(text[-1]) == [TIME]
+    assert parser.push(end) == [CallArguments('"}'), CallEnd()]
     assert parser.num_calls == 1
-    assert parser.push("\n" + text) == [TIME]
+    assert joined(parser.push("\n" + json_call("time", "{}"))) == [TIME]
     assert parser.num_calls == 2
     assert parser.push("\n") == parser.finish() == []
 
@@ -42,10 +55,17 @@ def test_without_tools_tags_are_text() -> None:
         assert OutputParser(tool_style=None).push(text) == [Content(text)]
 
 
-def test_each_style_reads_its_own_calls() -> None:
-    assert read([json_call("time", "{}")], tool_style="xml") == [Content(json_call("time", "{}"))]
-    assert read([xml_call("time")], tool_style="json") == [Content(xml_call("time"))]
-    assert read([xml_call("time")], tool_style="xml") == [TIME]
+@pytest.mark.parametrize("style", ["json", "xml"])
+def test_each_style_reads_the_calls_of_both(style: str) -> None:
+    """A model may have been trained on the other form."""
+    for text in (
+        json_call("time", "{}"),
+        xml_call("time"),
+        "<function=time></function>",
+        xml_call("time") + "\n",
+        "<tool_call><function=time>{}</function></tool_call>",
+    ):
+        assert read([text], tool_style=style) == [TIME]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +77,7 @@ def test_each_style_reads_its_own_calls() -> None:
         ("No end</think", [Reasoning("No end</think")]),
         ("</think>\n\n", []),
         ("<think>a</think>", [Reasoning("<think>a")]),
-        (json_call("time", "{}"), [Reasoning(json_call("time", "{}"))]),
+        (json_call("time", "{}") + "\nNo.", [Reasoning(json_call("time", "{}") + "\nNo.")]),
         ("a</think>" + json_call("time", "{}"), [Reasoning("a"), TIME]),
         ("a</think>b</think>c", [Reasoning("a"), Content("b</think>c")]),
     ],
@@ -121,24 +141,30 @@ def test_white_space_around_calls_is_dropped(text: str, events: list) -> None:
 @pytest.mark.parametrize(
     ("text", "call"),
     [
-        (json_call("weather", '{ "city":"Zürich" ,"x": 1e400, "y":-0.0}'),
-         Call("weather", '{ "city":"Zürich" ,"x": 1e400, "y":-0.0}')),
+        (
+            json_call("weather", '{ "city":"Zürich" ,"x": 1e400, "y":-0.0}'),
+            Call("weather", '{ "city":"Zürich" ,"x": 1e400, "y":-0.0}'),
+        ),
         (json_call("no_such_tool", "{}"), Call("no_such_tool", "{}")),
         ('<tool_call>{"arguments":{"a":{"name":"b"}},"name":"time"}</tool_call>', Call("time", '{"a":{"name":"b"}}')),
         ('<tool_call>{"name":"time"}</tool_call>', TIME),
         ('<tool_call>{"name":"time","arguments":null}</tool_call>', TIME),
         ('<tool_call>{"name":"time","arguments":""}</tool_call>', TIME),
-        ('<tool_call>{"name":"time","arguments":" {\\"a\\": \\"\\\\u00e9\\"}"}</tool_call>',
-         Call("time", '{"a": "\\u00e9"}')),
+        (
+            '<tool_call>{"name":"time","arguments":" {\\"a\\": \\"\\\\u00e9\\"}"}</tool_call>',
+            Call("time", '{"a": "\\u00e9"}'),
+        ),
         ('<tool_call>{"id":7,"name":"time","arguments":{}}</tool_call>', TIME),
         ('<tool_call>{"name":"ti\\u006de","arguments":{}}</tool_call>', TIME),
-        (json_call("time", '{"a": "</tool_call>}{[\\"<tool_call>"}'),
-         Call("time", '{"a": "</tool_call>}{[\\"<tool_call>"}')),
+        (
+            json_call("time", '{"a": "</tool_call>}{[\\"<tool_call>"}'),
+            Call("time", '{"a": "</tool_call>}{[\\"<tool_call>"}'),
+        ),
         (json_call("time", '{"a": "\\ud83d\\ude42"}'), Call("time", '{"a": "\\ud83d\\ude42"}')),
         (json_call("time", '{"a": ' + "[" * 62 + "]" * 62 + "}"), Call("time", '{"a": ' + "[" * 62 + "]" * 62 + "}")),
         (json_call("time", '{"a": ' + "9" * 20_000 + "}"), Call("time", '{"a": ' + "9" * 20_000 + "}")),
     ],
-)  # fmt: skip
+)
 def test_json_calls(text: str, call: Call) -> None:
     assert read([text]) == [call]
     if len(text) < 10_000:
@@ -152,17 +178,16 @@ def test_json_calls(text: str, call: Call) -> None:
         "<tool_call></tool_call>",
         "<tool_call>time</tool_call>",
         "<tool_call>{}</tool_call>",
-        '<tool_call>[{"name": "time"}]</tool_call>',
+        "<tool_call>[]</tool_call>",
+        '<tool_call>["time"]</tool_call>',
         '<tool_call>{"name": 5}</tool_call>',
-        '<tool_call>{"name": "time"} {"name": "time"}</tool_call>',
+        '<tool_call>{"name": null, "arguments": {}}</tool_call>',
         '<tool_call>{"name": "time"',
-        '<tool_call>{"name": "time"}',
-        '<tool_call>{"name": "time"}</tool_call',
-        '<tool_call>{"name": "time",}</tool_call>',
         '<tool_call>{"name": "time" "arguments": {}}</tool_call>',
         '<tool_call>{"name": "time", "name": "time"}</tool_call>',
-        "<tool_call>{'name': 'time'}</tool_call>",
         '<tool_call>{name: "time"}</tool_call>',
+        '<tool_call>{"name": "time", "city": "Oslo"}</tool_call>',
+        '<tool_call>{"city": "Oslo", "name": "time"}</tool_call>',
         json_call("", "{}"),
         json_call("time", "[]"),
         json_call("time", "0"),
@@ -170,39 +195,70 @@ def test_json_calls(text: str, call: Call) -> None:
         json_call("time", '"{"'),
         json_call("time", '"[1]"'),
         json_call("time", '"{\\"a\\": 1, \\"a\\": 2}"'),
-        json_call("time", '{"a": {"b": 1, "b": 1}}'),
-        json_call("time", '{"a": Infinity}'),
-        json_call("time", '{"a": -Infinity}'),
-        json_call("time", '{"a": 01}'),
-        json_call("time", '{"a": "\\x"}'),
-        json_call("time", '{"a": "\\ud800"}'),
         json_call("ti\\ud800me", "{}"),
         json_call("time", '"{\\"a\\": \\"\\\\ud800\\"}"'),
-        json_call("time", '{"a": "tab\there"}'),
-        json_call("time", '{"a": [1}'),
-        json_call("time", '{"a": ' + "[" * 63 + "]" * 63 + "}"),
-        json_call("time", '{"a": ' + "[" * 200_000 + "]" * 200_000 + "}"),
-        json_call("time", '"' + "{\\\"a\\\": " + "[" * 64 + "]" * 64 + '}"'),
-        json_call("time", "{" * 100_000),
+        json_call("time", '"' + '{\\"a\\": ' + "[" * 64 + "]" * 64 + '}"'),
+        "Write `" + json_call("time", "{}") + "`.",
     ],
-)  # fmt: skip
+)
 def test_malformed_json_calls_are_content_as_they_are(text: str) -> None:
     assert read([text]) == [Content(text)]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"a": {"b": 1, "b": 1}}',
+        '{"a": 1, "a": 1}',
+        '{"a": Infinity}',
+        '{"a": -Infinity}',
+        '{"a": NaN}',
+        '{"a": 01}',
+        '{"a": 1.}',
+        '{"a": "\\x"}',
+        '{"a": "\\ud800"}',
+        '{"a": "\\udc00"}',
+        '{"a": [1}',
+        '{"a": "x" "y"}',
+        '{"a": (1)}',
+        '{"a": print("x")}',
+        '{"a": "say "hi" now"}',
+        '{"a": undefined}',
+        '{"a": 1; "b": 2}',
+        '{"a": ' + "[" * 63 + "]" * 63 + "}",
+        '{"a": ' + "[" * 9_000 + "]" * 9_000 + "}",
+        "{" * 9_000,
+        '{"a": 1}, "b": 2',
+        '{"a": 1 // one\n}',
+        "{,}",
+        '{"a": 1,,}',
+        '{"a": }',
+        '{"a"}',
+        "{a: 1}",
+    ],
+)
+def test_arguments_that_go_on_as_no_json_can_are_cut_off(arguments: str) -> None:
+    """What came of them stays the beginning of a text, which no client can take for arguments."""
+    text = json_call("time", arguments)
+    call, *rest = read([text])
+    assert isinstance(call, CutCall) and call.name == "time"
+    with pytest.raises(ValueError):
+        json.loads(call.arguments)
+    assert text.startswith(call.text) and call.text + "".join(event[0] for event in rest) == text
+
+
 def test_after_a_malformed_call_the_next_is_read() -> None:
-    for bad in ('<tool_call>{"name": "x", "arguments": {}\n</tool_call>', '<tool_call>{"name": "x', "<tool_call>"):
+    for bad in ('<tool_call>{"name": 1, "arguments": {}\n</tool_call>', '<tool_call>{"name": "x', "<tool_call>x"):
         assert read([bad + "\n" + json_call("time", "{}")]) == [Content(bad), TIME]
 
 
 def test_a_call_of_a_mebibyte_is_the_longest() -> None:
-    room = parser_module.MAX_CALL_LENGTH - len(json_call("time", '{"a": ""}'))
+    room = calls_module.MAX_CALL_LENGTH - len(json_call("time", '{"a": ""}'))
     longest = json_call("time", '{"a": "' + "x" * room + '"}')
     (call,) = read([longest])
     assert isinstance(call, Call) and len(call.arguments) > room
-    longer = longest.replace("xxx", "xxxx", 1)
+    longer = longest.replace("xxx", "x" * 24, 1)
     for pieces in ([longer], [longer[:-1], longer[-1]], [longer[n : n + 999] for n in range(0, len(longer), 999)]):
-        assert read([*pieces, json_call("time", "{}")]) == [Content(longer), TIME]
-    parser = OutputParser(tool_style="json", tools=TOOLS)
-    events = parser.push('<tool_call>{"name": "' + "x" * parser_module.MAX_CALL_LENGTH)
-    assert sum(len(event[0]) for event in events) == parser_module.MAX_CALL_LENGTH + 21
+        cut, content, *calls = read([*pieces, json_call("time", "{}")])
+        assert isinstance(cut, CutCall) and isinstance(content, Content) and calls == [TIME]
+        assert cut.text + content.text == longer

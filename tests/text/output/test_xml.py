@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qnext.text.output import Call, Content
+from qnext.text.output import Call, Content, CutCall
 from tests.text.output.outputs import read, xml_call
 
 TIME = Call("time", "{}")
@@ -19,9 +19,11 @@ TIME = Call("time", "{}")
         (xml_call("unknown", a="1"), [Call("unknown", '{"a": "1"}')]),
         ("a \n<function=time>\n</function>", [Content("a"), TIME]),
         ("<function=time>\n</function>\n</tool_call>\n", [TIME]),
-        ("<function=time></function></tool_call></tool_call>", [TIME, Content("</tool_call>")]),
+        ("<function=time></function></tool_call></tool_call>", [TIME]),
         ("<function=time></function>a</tool_call>", [TIME, Content("a</tool_call>")]),
-        (xml_call("time") + "\n</tool_call>", [TIME, Content("\n</tool_call>")]),
+        (xml_call("time") + "\n</tool_call>", [TIME]),
+        ("<tool_call>\n<function=time>\n</function>\n", [TIME]),
+        ("<tool_call>\n<function=time>\n</function>\nDone.", [TIME, Content("\nDone.")]),
         ("<tool_call><function=time></function></tool_call>", [TIME]),
         (xml_call("time") + "\n<function=time></function>\n" + xml_call("time"), [TIME] * 3),
     ],
@@ -41,13 +43,11 @@ def test_forms(text: str, events: list) -> None:
         "<function=ti\nme></function>",
         "<function=time\n</function>",
         "<function=time><parameter=a\n1</parameter></function>",
-        "<tool_call>\n<function=time>\n</function>\n",
-        "<tool_call>\n<function=time>\n</function>\n</tool_cal>",
         "<tool_call>\n<parameter=a>1</parameter></tool_call>",
         "<function=time><parameter=>1</parameter></function>",
-        "<function=time><parameter=a>1</parameter>",
-        "<function=time><parameter=a>1</function>",
-        "<function=time><parameter=a>1</parameter><parameter=a>1</parameter></function>",
+        "<function=timer>\n</function>",
+        "Write `<function=time></function>`.",
+        "<tool_call>\n</function>\n</tool_call>",
     ],
 )
 def test_malformed_calls_are_content_as_they_are(text: str) -> None:
@@ -64,7 +64,7 @@ def test_malformed_calls_are_content_as_they_are(text: str) -> None:
         ("city", "", ""),
         ("city", "\n two \n", "\n two \n"),
         ("city", "a</parameter>b", "a</parameter>b"),
-        ("city", "a</parameter>\n</parameter>", "a</parameter>\n</parameter>"),
+        ("city", "a</parameter>\n</parameter>", "a</parameter>"),
         ("city", 'a"b\\\t\x01', 'a"b\\\t\x01'),
         ("days", " 3 ", 3),
         ("days", "-0", 0),
@@ -83,12 +83,12 @@ def test_malformed_calls_are_content_as_they_are(text: str) -> None:
         ("nothing", "null", None),
         ("nothing", "", ""),
         ("where", '{"a": [1, "ü"]}', {"a": [1, "ü"]}),
-        ("where", "[1]", "[1]"),
-        ("where", '{"a": NaN}', '{"a": NaN}'),
-        ("where", '{"a": 1} 2', '{"a": 1} 2'),
+        ("where", "[1]", [1]),
+        ("where", "nothing", "nothing"),
+        ("where", '"{\\"a\\": 1}"', {"a": 1}),
         ("tags", '\n["x",\n"y"]', ["x", "y"]),
-        ("tags", "['x']", "['x']"),
-        ("tags", "[" * 65 + "]" * 65, "[" * 65 + "]" * 65),
+        ("tags", "['x']", ["x"]),
+        ("tags", "('x', True, None)", ["x", True, None]),
         ("note", "null", None),
         ("note", "nullable", "nullable"),
         ("either", "7", 7),
@@ -96,7 +96,10 @@ def test_malformed_calls_are_content_as_they_are(text: str) -> None:
         ("unit", "7", 7),
         ("level", "2", 2),
         ("fixed", "true", True),
-        ("anything", "7", "7"),
+        ("anything", "7", 7),
+        ("anything", "[1, {}]", [1, {}]),
+        ("anything", "seven", "seven"),
+        ("anything", "(7)", "(7)"),
         ("unknown", "7", "7"),
     ],
 )
@@ -105,6 +108,23 @@ def test_values_have_the_type_of_the_schema(name: str, text: str, value: object)
     assert isinstance(call, Call)
     found = json.loads(call.arguments)
     assert found == {name: value} and type(found[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("where", '{"a": NaN}'),
+        ("where", '{"a": 1} 2'),
+        ("where", '{"a": 1'),
+        ("where", '{"a": 1, "a": 2}'),
+        ("tags", "[" * 65 + "]" * 65),
+        ("tags", '["x", "y'),
+        ("tags", '["x" "y"]'),
+    ],
+)
+def test_a_broken_list_or_object_is_no_argument(name: str, text: str) -> None:
+    call, *_ = read([xml_call("weather", **{name: text})], tool_style="xml")
+    assert isinstance(call, CutCall) and call.arguments == f'{{"{name}": '
 
 
 def test_long_numbers_are_carried_on_as_they_are() -> None:

@@ -1,0 +1,43 @@
+"""Small files of a model folder: JSON objects and texts, with or without a byte-order mark."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qnext.errors import CorruptCheckpoint
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text without its byte-order mark. Raises CorruptCheckpoint for what is none, or cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise CorruptCheckpoint(f"{path}: {first_line(error)}") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises CorruptCheckpoint, naming the file, for text that is no JSON."""
+    try:
+        return json.loads(read_text(path))
+    except CorruptCheckpoint:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path}: {first_line(error)}") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or an empty one where there is no file. Raises CorruptCheckpoint otherwise."""
+    if not path.is_file():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CorruptCheckpoint(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
