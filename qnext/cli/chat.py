@@ -93,8 +93,7 @@ def command(
     params = options.resolve_sampling(folder.path, flags)
     chat_format = None if complete else _chat_format(folder)
     if chat_format is None and (system is not None or chat_template_kwargs):
-        what = "--chat-template-kwargs" if system is None else "a system message"
-        raise UsageError(f"{what} needs a chat format")
+        raise UsageError(f"{'--chat-template-kwargs' if system is None else 'a system message'} needs a chat format")
     if chat_format is not None:
         asked.for_template(chat_format.arguments)  # refused before the weights are read
     run_chat(
