@@ -405,3 +405,35 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(ConfigError, match="git lfs pull"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Coder-30B-A3B", "80B-A3B-Instruct"])
+def test_released_keys_over_the_references_own_tensors(tmp_path: Path, name: str) -> None:
+    """The released config.json, its sizes made small, beside what transformers 5 writes of its state: same logits."""
+    import torch
+    import transformers
+
+    from qnext.checkpoint import load_model
+    from qnext.model import Batch
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16,
+             "num_key_value_heads": 2, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+             "eos_token_id": 1, "bos_token_id": None}  # fmt: skip
+    if name == "80B-A3B-Instruct":
+        sizes |= {"shared_expert_intermediate_size": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                  "linear_key_head_dim": 16, "linear_value_head_dim": 16}  # fmt: skip
+    values = {**RELEASED[name], **sizes}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**json.loads(json.dumps(values)))
+    config._attn_implementation = "eager"
+    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        ids_T = torch.arange(5, 30)
+        expected = theirs(ids_T[None]).logits[0]
+        theirs.save_pretrained(tmp_path, save_original_format=False)
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        model = load_model(tmp_path)
+        logits = model.logits(model(Batch.from_lengths(ids_T, [len(ids_T)])).hidden_TD)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
