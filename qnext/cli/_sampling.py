@@ -36,13 +36,30 @@ Think = Annotated[
     typer.Option("--think/--no-think", help="Whether answers begin with a thought; default: as the model does."),
 ]
 _TEMPLATE_HELP = 'Arguments of the chat template, such as {"enable_thinking": false}.'
-TemplateArguments = Annotated[str | None, typer.Option("--chat-template-kwargs", metavar="JSON", help=_TEMPLATE_HELP)]
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An object from its JSON text, for `typer.Option(parser=json_object)`. Raises ValueError for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{text[:40]!r} must be a JSON object")
+    return value
+
+
+TemplateArguments = Annotated[
+    dict | None,
+    typer.Option("--chat-template-kwargs", metavar="JSON", parser=json_object, help=_TEMPLATE_HELP),
+]
 TemplateDefaults = Annotated[
-    str | None,
+    dict | None,
     typer.Option(
         "--chat-template-kwargs",
         "--default-chat-template-kwargs",
         metavar="JSON",
+        parser=json_object,
         help=f"{_TEMPLATE_HELP} Those of a request count first.",
         rich_help_panel="Model",
     ),
@@ -63,17 +80,11 @@ _CONFIG_KEYS = (
 )  # fmt: skip
 
 
-def template_request(arguments: str | None, thinks: bool | None = None) -> TemplateRequest:
-    """What the flags say to the chat template. Raises UsageError for text that is no JSON object."""
+def template_request(arguments: Mapping[str, Any] | None, thinks: bool | None) -> TemplateRequest:
+    """What the flags say to the chat template."""
     from qnext.text.thinking import TemplateRequest
 
-    try:
-        values = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise UsageError("--chat-template-kwargs must be a JSON object")
-    return TemplateRequest(values, thinks)
+    return TemplateRequest(arguments or {}, thinks)
 
 
 def resolve_sampling(folder: Path, flags: Mapping[str, Any]) -> SamplingParams:

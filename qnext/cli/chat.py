@@ -92,8 +92,8 @@ def command(
     folder = open_folder(model, yarn=yarn)
     params = options.resolve_sampling(folder.path, flags)
     chat_format = None if complete else _chat_format(folder)
-    if system is not None and chat_format is None:
-        raise UsageError("a system message needs a chat format")
+    if chat_format is None and (system is not None or chat_template_kwargs):
+        raise UsageError(f"{'--chat-template-kwargs' if system is None else 'a system message'} needs a chat format")
     if chat_format is not None:
         asked.for_template(chat_format.arguments)  # refused before the weights are read
     run_chat(

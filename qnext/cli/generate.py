@@ -6,6 +6,7 @@ import json
 import secrets
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -161,7 +162,9 @@ def _read_input() -> str:
         raise UsageError(f"standard input is not text: {error}") from None
 
 
-def _asked(*, chat: bool, special: bool | None, think: bool | None, arguments: str | None) -> TemplateRequest | None:
+def _asked(
+    *, chat: bool, special: bool | None, think: bool | None, arguments: Mapping[str, Any] | None
+) -> TemplateRequest | None:
     """What the flags say to the chat template; None without --chat. Raises UsageError for those that contradict."""
     if chat and special:
         raise UsageError("--chat writes the control tokens itself; --special contradicts it")

@@ -61,12 +61,12 @@ def command(
     """
     if (model is None) == (url is None):
         raise UsageError("give either MODEL or --url")
+    if model is None and chat_template_kwargs is not None:
+        raise UsageError("--chat-template-kwargs belongs to MODEL; requests to --url have it in their bodies")
     if input != "-" and (not Path(input).exists() or Path(input).is_dir()):
         raise ModelNotFound(f"{input}: no such file")
     if "-" not in (input, output) and Path(output).exists() and Path(input).samefile(output):
         raise UsageError(f"{output}: is the input")
-    if url is not None and chat_template_kwargs is not None:
-        raise UsageError("--chat-template-kwargs is the server's to say, or each request's")
     if request_timeout is not None and not request_timeout > 0:
         raise UsageError(f"--request-timeout must be positive, not {request_timeout:g}")
     from qnext.cli._batch import Tally, ask_here, ask_there, run_batch
@@ -85,8 +85,7 @@ def command(
         assert model is not None
         load = _loader(
             model, served_model_name or [], max_num_seqs=max_num_seqs, max_model_len=max_model_len, threads=threads,
-            yarn=yarn, speculation=speculation, dtype=dtype,
-            template_defaults=options.template_request(chat_template_kwargs).arguments,
+            yarn=yarn, speculation=speculation, dtype=dtype, template_defaults=chat_template_kwargs,
         )  # fmt: skip
         begin = lambda: ask_here(*load(), request_seconds=seconds)  # noqa: E731
     lines = list(input_lines(input)) if input == "-" else input_lines(input)
@@ -111,7 +110,7 @@ def _loader(
     yarn: float | None,
     speculation: bool | None,
     dtype: str | None,
-    template_defaults: Mapping[str, Any],
+    template_defaults: Mapping[str, Any] | None,
 ) -> Callable[[], tuple[Engine, ServedModel]]:
     """What loads MODEL. Raises QnextError at once where there is none."""
     from qnext.cli._served import load_served, name_of

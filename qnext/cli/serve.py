@@ -75,7 +75,6 @@ def command(
     listen = Listen(host, port, uds, admin_port, ssl_certfile, ssl_keyfile)
     ring = _key_ring(api_key, api_key_file, keys, admin_api_key)
     _check_access(ring, listen, is_insecure=insecure_no_auth, trusts_code=trust_remote_code)
-    template_defaults = options.template_request(chat_template_kwargs).arguments
     log_to_stderr(log_format, secrets=[*(api_key or ()), *(admin_api_key or ())])
     limits = Limits(
         max_body_bytes=max_body_bytes, max_n=max_n, max_queued=max_queued, max_queued_per_key=max_queued_per_key,
@@ -88,13 +87,11 @@ def command(
         **speculation_of(speculation, speculative_config),
     }  # fmt: skip
     serve(
-        lambda: new_server(ring, limits, ui, open_readiness, origins, audit_log, audit_chain, metrics_compat),
-        partial(
+        lambda: new_server(ring, limits, ui, open_readiness, origins, audit_log, audit_chain, metrics_compat), partial(
             load_served, open_folder(model, yarn=yarn), names=served_model_name or [name_of(model)],
             engine_options=engine, dtype=dtype, threads=threads, tool_style=TOOL_STYLES[tool_call_parser],
-            template_defaults=template_defaults,
             with_defaults=generation_config == "auto", kv_cache_dtype=kv_cache_dtype, disk_cache=disk_cache,
-            disk_cache_bytes=disk_cache_bytes), listen, on_ready=print_ready,
+            disk_cache_bytes=disk_cache_bytes, template_defaults=chat_template_kwargs), listen, on_ready=print_ready,
     )  # fmt: skip
 
 
