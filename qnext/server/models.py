@@ -18,6 +18,10 @@ from qnext.server.routes import Reply
 from qnext.text.templates import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
 from qnext.text.thinking import KNOWN_ARGUMENTS
 
+_OF_CONVERSATIONS = (
+    "tools", "tool_choice", "functions", "function_call", "chat_template", "chat_template_kwargs", "enable_thinking",
+    "reasoning_effort", "reasoning", "thinking", "continue_final_message",
+)  # fmt: skip
 _TEMPLATES = {"instruct": INSTRUCT_TEMPLATE, "thinking": THINKING_TEMPLATE}
 
 
@@ -79,6 +83,9 @@ async def tokenize(exchange: Exchange) -> Reply:
         )
         ids = dialogue.prompt_ids
     else:
+        for name in _OF_CONVERSATIONS:
+            if getattr(body, name) not in (None, False, []):
+                raise ApiError.bad(f"{name} needs messages", param=name)
         ids = await served.encode(body.prompt or "", allow_special=body.parse_special is not False)
     document: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": served.max_model_len}
     if body.return_token_strs:

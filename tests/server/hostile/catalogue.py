@@ -296,8 +296,7 @@ PROMPTS = [
          only=("chat", "messages")),
     Case("a call with a long name", {"messages": [{"role": "assistant", "tool_calls": [
         {"function": {"name": MARK * 26, "arguments": "{}"}}]}]}, only=("chat",)),
-    Case("continue a user's message", {"continue_final_message": True, "add_generation_prompt": False},
-         only=("chat",)),
+    Case("continue a user's message", {"continue_final_message": True, "add_generation_prompt": False}),
     Case("max_tokens 0", {"max_tokens": 0}, only=("completions", "chat")),
     Case("64 prompts of 16 answers", {"prompt": ["x"] * 64, "n": 16}, only=("completions",)),
     Case("prompt and messages", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, only=("tokenize",)),
