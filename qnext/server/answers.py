@@ -39,7 +39,7 @@ class Answer:
         self._parser = parser
         self._max_calls = max_calls
         self._is_reasoning = starts_in_reasoning
-        self.tokens: list[SampledToken] = []  # without the one that ended it
+        self.tokens: list[SampledToken] = []  # the one that ended it too, which is no text
         self.num_generated = 0
         self.num_reasoning = 0
         self.num_calls = 0
@@ -62,8 +62,8 @@ class Answer:
         if update.token is not None:
             self.num_generated += 1
             self.num_reasoning += self._is_reasoning
+            self.tokens.append(update.token)
             if update.finish_reason != "stop":
-                self.tokens.append(update.token)
                 events += self._parse(self._stream.push(update.token.token_id))
         if self.stop_string is not None or self._is_full:
             if update.finish_reason is None:

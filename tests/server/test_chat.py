@@ -72,6 +72,29 @@ def test_echo_has_log_probabilities_of_the_prompt(server: Running) -> None:
         ))  # fmt: skip
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_token_that_ends_an_answer_has_a_log_probability(server: Running, stream: bool) -> None:
+    """Harnesses that score a prompt ask for one more token, and cut it off whatever it is."""
+    ids = server.server.served.tokenizer.encode("hello there")
+    end = min(server.server.served.tokenizer.eos_ids)
+    body = {
+        "prompt": [ids],
+        "max_tokens": 4,
+        "echo": True,
+        "logprobs": 1,
+        "logit_bias": {str(end): 100},
+        "stream": stream,
+    }
+    with server.client() as client:
+        answer = client.post("/v1/completions", json=body)
+        said = client.post("/v1/chat/completions", json={**ASK, "logprobs": True, "logit_bias": {str(end): 100}}).json()
+    choices = [c for found in (chunks(answer) if stream else [answer.json()]) for c in found["choices"]]
+    logged = [value for c in choices if c["logprobs"] for value in c["logprobs"]["token_logprobs"]]
+    assert len(logged) == len(ids) + 1 and choices[-1]["finish_reason"] == "stop"
+    assert "".join(c["text"] for c in choices) == server.server.served.tokenizer.decode(ids)
+    assert len(said["choices"][0]["logprobs"]["content"]) == 1 and said["choices"][0]["message"]["content"] == ""
+
+
 def test_n_answers_have_seeds_of_their_own(server: Running) -> None:
     body = {**ASK, "temperature": 1, "n": 3, "seed": 5}
     with server.client() as client:
