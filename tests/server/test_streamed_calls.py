@@ -1,4 +1,4 @@
-"""Tool calls piece by piece, on every surface, as the official clients put them together; and streams that are silent."""
+"""Tool calls piece by piece, on every surface, as the official clients put them together; and silent streams."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,13 +29,15 @@ PARAMETERS = {
 }
 XML = "<tool_call>\n<function=write>\n<parameter={}>\n{}\n</parameter>\n</function>\n</tool_call>"
 JSON = '<tool_call>\n{{"name": "write", "arguments": {}}}\n</tool_call>'
+PYTHON = (
+    "<tool_call>\n{'name': 'write', 'arguments': {'path': 'it\\'s', 'more': {'y': None, 'z': True,}}}\n</tool_call>"
+)
 # What the model writes, and the arguments that are meant.
 WRITTEN: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "json": ("I see.\n" + JSON.format('{"path": "a \\"b\\" é", "more": {"x": [1, 2.50]}}'),
              [{"path": 'a "b" é', "more": {"x": [1, 2.5]}}]),
     "xml": (XML.format("path", "two\nlines <b>"), [{"path": "two\nlines <b>"}]),
-    "python": (JSON.format("{'path': 'it\\'s', 'more': {'y': None, 'z': True,}}").replace('{"name"', "{'name'", 1)
-               .replace('": "write"', "': 'write'").replace('"name', "'name").replace(', "arg', ", 'arg").replace('nts"', "nts'"),
+    "python": (PYTHON,
                [{"path": "it's", "more": {"y": None, "z": True}}]),
     "no end": (XML.format("lines", "3").removesuffix("</parameter>\n</function>\n</tool_call>") + "</function>",
                [{"lines": 3}]),
@@ -83,9 +86,8 @@ def client_calls(running: Running, surface: str, **more: Any) -> list[Any]:
                 message = chat.current_completion_snapshot.choices[0].message
                 return [call.function.arguments for call in message.tool_calls or ()]
         with sdk.responses.stream(**body) as response:
-            response.until_done()
-            output = response._state._completed_response or response.get_final_response()  # also of one that is cut
-        return [item.arguments for item in output.output if item.type == "function_call"]
+            last: Any = list(response)[-1]  # response.completed or, of an answer that is cut, response.incomplete
+        return [item.arguments for item in last.response.output if item.type == "function_call"]
 
 
 @pytest.mark.parametrize("surface", SURFACES)
@@ -211,7 +213,7 @@ def test_no_stream_is_silent_for_long_whatever_the_engine_does(monkeypatch: pyte
 
     asyncio.run(run())
     times = [0.0, *(time for time, _ in sent)]
-    assert max(after - before for before, after in zip(times, times[1:], strict=False)) <= 11.0
+    assert max(after - before for before, after in pairwise(times)) <= 11.0
     assert sum(b"ping" in frames for _, frames in sent) < 20, "only where it is silent"
 
 
@@ -241,3 +243,34 @@ def test_a_value_that_is_held_back_is_no_silence(impatient: Running, surface: st
     else:
         kind = "keepalive" if surface == "responses" else "ping"
         assert sum(event["type"] == kind for event in named_events(answer)) > 2
+
+
+def test_an_echo_without_new_tokens_streams_none(server: Running) -> None:
+    body = {"prompt": "Once upon", "max_tokens": 0, "echo": True, "logprobs": 1}
+    with server.client() as http:
+        (whole,) = http.post("/v1/completions", json=body).json()["choices"]
+        found = [chunk["choices"][0] for chunk in chunks(http.post("/v1/completions", json={**body, "stream": True}))]
+    assert "".join(choice["text"] for choice in found) == whole["text"] == "Once upon"
+    tokens = [token for choice in found for token in (choice["logprobs"] or {"tokens": []})["tokens"]]
+    assert tokens == whole["logprobs"]["tokens"]
+    assert (
+        [choice["finish_reason"] for choice in found if choice["finish_reason"]]
+        == [whole["finish_reason"]]
+        == ["length"]
+    )
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_stop_strings_leave_the_thought_alone(thinking_model: Path, starts: bool) -> None:
+    """The thought that the prompt opened, and the one that the answer may open."""
+    text = "A stop here</think>yes stop no" if starts else "<think>A stop here</think>yes stop no"
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}], "stop": ["stop"], "max_tokens": 100}
+    if not starts:
+        body["chat_template_kwargs"] = {"enable_thinking": False}
+    with running_server(thinking_model) as thinking, scripted(thinking, text), thinking.client() as http:
+        (choice,) = http.post("/v1/chat/completions", json=body).json()["choices"]
+        (other,) = http.post("/v1/chat/completions", json={**body, "stop_in_reasoning": True}).json()["choices"]
+    message = choice["message"]
+    assert (message["reasoning_content"], message["content"]) == ("A stop here", "yes ")
+    assert other["message"]["reasoning_content"] == "A " and not other["message"]["content"]
+    assert choice["finish_reason"] == other["finish_reason"] == "stop"
