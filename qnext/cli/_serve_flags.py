@@ -104,8 +104,8 @@ DiskCacheBytes = Annotated[
 ]
 MaxQueued = Annotated[int, _option(_LIMITS, "--max-queued-requests", min=0, help="Requests that wait; more get 503.")]
 MaxQueuedPerKey = Annotated[int, _option(_LIMITS, "--max-queued-per-key", min=0, help="Of one key; more get 429.")]
-QueueTimeout = Annotated[float, _option(_LIMITS, "--queue-timeout", min=0.001, help="Seconds until the first step.")]
-RequestTimeout = Annotated[float, _option(_LIMITS, "--request-timeout", min=0.001, help="Seconds of a request.")]
+QueueTimeout = Annotated[float, _option(_LIMITS, "--queue-timeout", min=0.01, help="Seconds until the first step.")]
+RequestTimeout = Annotated[float, _option(_LIMITS, "--request-timeout", min=0.01, help="Seconds of a request.")]
 ShutdownTimeout = Annotated[
     float, _option(_LIMITS, "--shutdown-timeout", min=0.0, help="Seconds that running requests get after SIGTERM.")
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,17 @@ from qnext.server.keys import KeyRing
 from qnext.server.run import Listen, serving
 
 from .command import Capture, run
+
+
+@pytest.fixture(autouse=True)
+def _logs_of_others_stay() -> Iterator[None]:
+    """`serve` makes the process's log its own."""
+    loggers = [logging.getLogger(), logging.getLogger("uvicorn")]
+    before = [(each, each.handlers[:], each.level) for each in loggers]
+    yield
+    for each, handlers, level in before:
+        each.handlers[:] = handlers
+        each.setLevel(level)
 
 
 @pytest.fixture
