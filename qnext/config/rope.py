@@ -14,8 +14,8 @@ from qnext.config.reader import Reader, as_integer, is_finite_number, listed, sh
 from qnext.errors import ConfigError, warn
 
 # Positions of text are alike on every axis of mrope, which makes it the plain form.
-_PLAIN_KINDS = ("default", "mrope")
-_OTHER_KINDS = ("linear", "dynamic", "llama3", "longrope", "su", "proportional", "axial", "ntk")
+PLAIN_KINDS = ("default", "mrope")
+OTHER_KINDS = ("linear", "dynamic", "llama3", "longrope", "su", "proportional", "axial", "ntk")
 _WITHOUT_EFFECT = frozenset(("mrope_section", "mrope_interleaved", "interleaved"))
 _NEUTRAL = {"attn_factor": 1, "extrapolation_factor": 1, "apply_yarn_scaling": True}
 _YARN_NUMBERS = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
@@ -69,9 +69,9 @@ def _scaling(reader: Reader, nested: dict[str, Any]) -> YarnScaling | None:
     if kind == "linear" and nested.get("factor") == 1:
         kind = "default"
         nested.pop("factor")
-    if kind in _OTHER_KINDS:
+    if kind in OTHER_KINDS:
         raise reader.not_supported("rope_scaling.rope_type", kind, "supported are 'default' and 'yarn'")
-    if kind not in (*_PLAIN_KINDS, "yarn"):
+    if kind not in (*PLAIN_KINDS, "yarn"):
         raise reader.not_supported("rope_scaling.rope_type", kind, "it is not known; supported are 'default', 'yarn'")
     for key, neutral in _NEUTRAL.items():
         value = nested.pop(key, neutral)

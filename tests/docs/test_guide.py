@@ -25,7 +25,7 @@ from qnext.text.messages import RAW_ARGUMENT
 from qnext.text.template_files import TEMPLATE_FILES
 from qnext.text.thinking import EFFORTS, KNOWN_ARGUMENTS
 from qnext.text.tokenizer_files import READ_FORMS
-from tests.docs import fields_table, limits_table
+from tests.docs import fields_table, limits_table, supported_page
 from tests.docs.snippets import ROOT, USAGE_ERROR, Block, blocks, check_arguments, commands, qnext_arguments
 from tests.server.serving import Running, running_server, save_served
 
@@ -184,6 +184,12 @@ def test_the_table_of_limits_is_that_of_the_program() -> None:
 
 def test_the_tables_of_fields_are_those_of_the_program() -> None:
     assert fields_table.PAGE.read_text(encoding="utf-8") == fields_table.page(), "python -m tests.docs.fields_table"
+
+
+def test_what_is_supported_is_told_by_the_program() -> None:
+    assert supported_page.PAGE.read_text(encoding="utf-8") == supported_page.page(), (
+        "python -m tests.docs.supported_page"
+    )
 
 
 def test_the_table_of_errors_has_every_code_of_the_server() -> None:
