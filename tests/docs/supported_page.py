@@ -50,7 +50,8 @@ def _models() -> list[str]:
         "",
         f"Among the published models these are: {_list(published)}; most of them also with `-FP8` behind the name.",
         "Repackagings are read as far as this page goes. Text towers of wrappers (`text_config`, prefixes such as",
-        "`model.language_model.`) are read where their `model_type` is one of these; towers for pictures and sound are passed over with a warning.",
+        "`model.language_model.`) are read where their `model_type` is one of these; towers for pictures and sound",
+        "are passed over with a warning.",
         "",
     ]
 

@@ -430,7 +430,7 @@ def test_health_as_other_servers_have_it(server: Running) -> None:
          {"metadata", "context_management", "mcp_servers"}),
         (MESSAGES, {"metadata": None, "service_tier": "auto", "thinking": None}, set()),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value),
 )  # fmt: skip
 def test_fields_without_effect_are_named(server: Running, path: str, more: dict[str, Any], expected: set[str]) -> None:
     asked = {"input": "hi"} if path == RESPONSES else {"messages": [{"role": "user", "content": "hi"}]}
