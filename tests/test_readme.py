@@ -133,6 +133,8 @@ SMALL_BENCHMARKS = {
     "bench_long_context.py": ["--tokens", "700", "--decode", "4", "--edge", "128", "--yarn", "4"],
     "bench_demo.py": ["--seconds", "3"],
     "bench_server.py": ["MODEL", "--streams", "2", "--tokens", "8", "--rounds", "1", "--idle", "4", "--active", "2"],
+    "bench_quantize.py": ["--model", "MODEL", "--reference", "--rounds", "1", "--isa", "best"],
+    "bench_spin.py": ["--rounds", "1", "--spins", "default", "1000", "--busy", "1", "--work", "quantize", "decode 16"],
     "bench_quality.py": ["--minutes", "0.02", "--tokens", "2048", "--eval-bytes", "20000"],
 }
 
