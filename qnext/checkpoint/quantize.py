@@ -178,12 +178,12 @@ class QuantizedOutput:
         num_expected = num_ahead = 0
         for name, part in parts:
             while num_expected < len(parts) and num_ahead < _READ_AHEAD_BYTES:
-                expected = parts[num_expected][1].name
-                self.files.expect(expected)
+                for expected in self.layout.stored_names(parts[num_expected][1].name):
+                    self.files.expect(expected)
+                    num_ahead += self.files.tensors[expected].num_bytes
                 num_expected += 1
-                num_ahead += self.files.tensors[expected].num_bytes
             self._round_part(name, part)
-            num_ahead -= self.files.tensors[part.name].num_bytes
+            num_ahead -= sum(self.files.tensors[stored].num_bytes for stored in self.layout.stored_names(part.name))
 
     def _round_part(self, name: str, part: Part) -> None:
         scheme = self._policy.scheme_of(part.name, part.shape)

@@ -84,14 +84,8 @@ def command(
         assert url is not None
         if any(value is not None for value in (context, yarn, speculation, dtype)):
             raise UsageError("--context, --yarn, --speculation and --dtype are the server's to say")
-        if system is not None and complete:
-            raise UsageError("a system message needs a conversation, not --complete")
-        converse(
-            _remote(
-                url, api_key, name, flags, completes=complete, stop=tuple(stop or ()), system=system, shows_stats=stats,
-                thinks=think, template_arguments=asked.arguments,
-            )
-        )  # fmt: skip
+        talk = {"stop": tuple(stop or ()), "shows_stats": stats, "thinks": think, "template_arguments": asked.arguments}
+        converse(_remote(url, api_key, name, flags, completes=complete, system=system, **talk))
         return
     if api_key is not None or name is not None:
         raise UsageError("--api-key and --model belong to --url")
@@ -101,10 +95,7 @@ def command(
 
     check_options(folder.config, max_model_len=context, speculation=speculation)
     chat_format = None if complete else _chat_format(folder)
-    if chat_format is None and (system is not None or chat_template_kwargs):
-        raise UsageError(f"{'--chat-template-kwargs' if system is None else 'a system message'} needs a chat format")
-    if chat_format is not None:
-        asked.for_template(chat_format.arguments)  # refused before the weights are read
+    _check_asked(chat_format, system, asked)
     run_chat(
         load_weights(folder, dtype), folder.tokenizer, chat_format=chat_format, params=params, stop=tuple(stop or ()),
         system=system, max_model_len=context, speculation=speculation, shows_stats=stats, asked=asked,
@@ -112,18 +103,35 @@ def command(
 
 
 def _remote(
-    url: str, api_key: str | None, name: str | None, flags: dict[str, Any], *, completes: bool, **more: Any
+    url: str,
+    api_key: str | None,
+    name: str | None,
+    flags: dict[str, Any],
+    *,
+    completes: bool,
+    system: str | None,
+    **more: Any,
 ) -> RemoteConversation:
     from qnext.cli._remote import model_of, root_of
     from qnext.cli._remote_talk import RemoteConversation
 
+    if system is not None and completes:
+        raise UsageError("a system message needs a conversation, not --complete")
     root = root_of(url)
     model = model_of(root, api_key, name)
     note(f"model {model} at {root}")
     params = {key: value for key, value in flags.items() if value is not None}
     if completes:
         params.setdefault("max_tokens", COMPLETION_TOKENS)
-    return RemoteConversation(root, api_key, model, params, completes=completes, **more)
+    return RemoteConversation(root, api_key, model, params, completes=completes, system=system, **more)
+
+
+def _check_asked(chat_format: ChatFormat | None, system: str | None, asked: TemplateRequest) -> None:
+    """What needs a chat format, and what its template does not read, is refused before the weights are read."""
+    if chat_format is not None:
+        asked.for_template(chat_format.arguments)
+    elif system is not None or asked.arguments:
+        raise UsageError(f"{'--chat-template-kwargs' if system is None else 'a system message'} needs a chat format")
 
 
 def run_chat(

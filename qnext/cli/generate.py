@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from qnext.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
+_Special = Annotated[
+    bool | None,
+    typer.Option(
+        "--special/--no-special",
+        help="Names such as <|im_start|> in PROMPT are control tokens; in --chat they never are.",
+    ),
+]
 
 
 def command(
@@ -50,13 +57,7 @@ def command(
     ] = False,
     think: options.Think = None,
     chat_template_kwargs: options.TemplateArguments = None,
-    special: Annotated[
-        bool | None,
-        typer.Option(
-            "--special/--no-special",
-            help="Names such as <|im_start|> in PROMPT are control tokens; in --chat they never are.",
-        ),
-    ] = None,
+    special: _Special = None,
     yarn: options.Yarn = None,
     speculation: options.Speculation = None,
     dtype: options.DType = None,

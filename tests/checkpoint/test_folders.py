@@ -220,11 +220,12 @@ def test_each_foreign_file_is_refused_with_advice(tmp_path: Path, pattern: str) 
     ("name", "kind", "words"),
     [
         ("m.gguf", NotSupported, "`qnext convert .*m.gguf OUT`"),
+        ("model.bin", NotSupported, "`qnext convert .*model.bin OUT`"),
         ("model.safetensors", ModelNotFound, "a model is a folder"),
         ("notes.txt", ModelNotFound, "a model is a folder"),
     ],
 )
 def test_a_file_is_no_folder(tmp_path: Path, name: str, kind: type[QnextError], words: str) -> None:
-    (tmp_path / name).write_bytes(b"GGUF")
+    (tmp_path / name).write_bytes(b"GGUF" if kind is NotSupported else b"text")
     with pytest.raises(kind, match=words):
         resolve_model(tmp_path / name)

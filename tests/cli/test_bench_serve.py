@@ -131,7 +131,7 @@ def test_prompts_for_chat_have_about_that_many_tokens(server: Running) -> None:
 def test_prompts_that_do_not_fit_are_errors(server: Running, capsys: Capture) -> None:
     result = run(capsys, "bench", "serve", "--url", server.url, "--random-input-len", 999, "--num-prompts", 3)
     assert result.code == 1 and "0 answered, 3 failed" in result.out
-    assert "error, 3 times" in result.out and "400: the prompt has 999 tokens" in result.out
+    assert "error, 3 times" in result.out and "400: prompt is too long: 999 tokens" in result.out
 
 
 class Slow(http.server.BaseHTTPRequestHandler):

@@ -261,13 +261,15 @@ def test_an_echo_without_new_tokens_streams_none(server: Running) -> None:
 
 
 @pytest.mark.parametrize("starts", [True, False])
-def test_stop_strings_leave_the_thought_alone(thinking_model: Path, starts: bool) -> None:
+def test_stop_strings_leave_the_thought_alone(thinking_model: Path, chat_model: Path, starts: bool) -> None:
     """The thought that the prompt opened, and the one that the answer may open."""
     text = "A stop here</think>yes stop no" if starts else "<think>A stop here</think>yes stop no"
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}], "stop": ["stop"], "max_tokens": 100}
-    if not starts:
-        body["chat_template_kwargs"] = {"enable_thinking": False}
-    with running_server(thinking_model) as thinking, scripted(thinking, text), thinking.client() as http:
+    with (
+        running_server(thinking_model if starts else chat_model) as thinking,
+        scripted(thinking, text),
+        thinking.client() as http,
+    ):
         (choice,) = http.post("/v1/chat/completions", json=body).json()["choices"]
         (other,) = http.post("/v1/chat/completions", json={**body, "stop_in_reasoning": True}).json()["choices"]
     message = choice["message"]
