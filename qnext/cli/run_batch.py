@@ -64,10 +64,7 @@ def command(
         raise UsageError("give either MODEL or --url")
     if model is None and chat_template_kwargs is not None:
         raise UsageError("--chat-template-kwargs belongs to MODEL; requests to --url have it in their bodies")
-    if input != "-" and (not Path(input).exists() or Path(input).is_dir()):
-        raise ModelNotFound(f"{input}: no such file")
-    if "-" not in (input, output) and Path(output).exists() and Path(input).samefile(output):
-        raise UsageError(f"{output}: is the input")
+    _check_files(input, output)
     if request_timeout is not None and not request_timeout > 0:
         raise UsageError(f"--request-timeout must be positive, not {request_timeout:g}")
     from qnext.cli._batch import Tally, ask_here, ask_there, run_batch
@@ -99,6 +96,13 @@ def command(
         print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
         raise typer.Exit(130)
     raise typer.Exit(1 if tally.failed else 0)
+
+
+def _check_files(input: str, output: str) -> None:
+    if input != "-" and (not Path(input).exists() or Path(input).is_dir()):
+        raise ModelNotFound(f"{input}: no such file")
+    if "-" not in (input, output) and Path(output).exists() and Path(input).samefile(output):
+        raise UsageError(f"{output}: is the input")
 
 
 def _loader(
