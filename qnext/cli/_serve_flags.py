@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qnext.cli._types import human_int
+from qnext.errors import UsageError, warn
 
 _NETWORK, _ACCESS, _MODEL, _MEMORY = "Network", "Access", "Model", "Memory and batching"
 _LIMITS, _LOGS = "Limits", "Logs and metrics"
@@ -15,6 +16,24 @@ _LIMITS, _LOGS = "Limits", "Logs and metrics"
 
 def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def _no_reasoning_parser(value: str | None) -> str | None:
+    if value is not None:
+        warn(f"--reasoning-parser {value}: without effect, the model's chat format decides")
+    return value
+
+
+def _body_bytes(value: int) -> int:
+    if value < 1:
+        raise UsageError(f"--max-body-bytes must be at least 1, not {value}")
+    return value
+
+
+def _names(values: list[str] | None) -> list[str] | None:
+    if not all(value.strip() for value in values or ()):
+        raise UsageError("--served-model-name must not be empty")
+    return values
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub name.")]
@@ -44,7 +63,13 @@ OpenReadiness = Annotated[
 ]
 ServedModelName = Annotated[
     list[str] | None,
-    _option(_MODEL, "--served-model-name", "--alias", help="What clients call it; the first is answered with."),
+    _option(
+        _MODEL,
+        "--served-model-name",
+        "--alias",
+        callback=_names,
+        help="What clients call it; the first is answered with.",
+    ),
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16"] | None, _option(_MODEL, "--dtype", help="float32 or bfloat16; default: as stored.")
@@ -66,7 +91,12 @@ AutoToolChoice = Annotated[
 ]
 ReasoningParser = Annotated[
     str | None,
-    _option(_MODEL, "--reasoning-parser", help="Without effect: the chat format decides. As vLLM's users type."),
+    _option(
+        _MODEL,
+        "--reasoning-parser",
+        callback=_no_reasoning_parser,
+        help="Without effect: the chat format decides. As vLLM's users type.",
+    ),
 ]
 GenerationConfig = Annotated[
     Literal["auto", "none"],
@@ -114,7 +144,15 @@ WatchdogTimeout = Annotated[
 ]
 MaxBodyBytes = Annotated[
     int,
-    _option(_LIMITS, "--max-body-bytes", parser=human_int, metavar="N", show_default="8M", help="Of a request."),
+    _option(
+        _LIMITS,
+        "--max-body-bytes",
+        parser=human_int,
+        callback=_body_bytes,
+        metavar="N",
+        show_default="8M",
+        help="Of a request.",
+    ),
 ]
 MaxN = Annotated[int, _option(_LIMITS, "--max-n", min=1, max=128, help="Answers to one request.")]
 AuditLog = Annotated[Path | None, _option(_LOGS, "--audit-log", help="A line for each request.")]

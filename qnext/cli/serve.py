@@ -11,7 +11,7 @@ from qnext.cli import _serve_flags as flags
 from qnext.cli._served import TOOL_STYLES, load_served, name_of, speculation_of
 from qnext.cli._text_model import open_folder
 from qnext.cli._types import Strict
-from qnext.errors import ModelNotFound, UsageError, warn
+from qnext.errors import ModelNotFound, UsageError
 
 if TYPE_CHECKING:
     from qnext.server.keys import KeyRing
@@ -74,7 +74,6 @@ def command(
     from qnext.server.limits import Limits
     from qnext.server.run import Listen, serve
 
-    _check_values(served_model_name, max_body_bytes, reasoning_parser)
     listen = Listen(host, port, uds, admin_port, ssl_certfile, ssl_keyfile)
     ring = _key_ring(api_key, api_key_file, keys, admin_api_key)
     _check_access(ring, listen, is_insecure=insecure_no_auth, trusts_code=trust_remote_code)
@@ -84,10 +83,9 @@ def command(
         queue_seconds=queue_timeout, request_seconds=request_timeout, drain_seconds=shutdown_timeout,
         watchdog_seconds=watchdog_timeout,
     )  # fmt: skip
-    engine = {
+    engine = speculation_of(speculation, speculative_config) | {
         "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len,
         "prefix_cache": prefix_caching, "max_salt_fraction": 1.0 if ring.is_open else 0.5,
-        **speculation_of(speculation, speculative_config),
     }  # fmt: skip
     load = partial(
         load_served, open_folder(model, yarn=yarn), names=served_model_name or [name_of(model)], engine_options=engine,
@@ -97,15 +95,6 @@ def command(
     )  # fmt: skip
     server = partial(new_server, ring, limits, ui, open_readiness, origins, audit_log, audit_chain, metrics_compat)
     serve(server, load, listen, on_ready=print_ready)
-
-
-def _check_values(names: list[str] | None, max_body_bytes: int, reasoning_parser: str | None) -> None:
-    if not all(name.strip() for name in names or ()):
-        raise UsageError("--served-model-name must not be empty")
-    if max_body_bytes < 1:
-        raise UsageError(f"--max-body-bytes must be at least 1, not {max_body_bytes}")
-    if reasoning_parser is not None:
-        warn(f"--reasoning-parser {reasoning_parser}: without effect, the model's chat format decides")
 
 
 def _key_ring(plain: list[str] | None, plain_file: Path | None, store: Path | None, admin: list[str] | None) -> KeyRing:
