@@ -19,7 +19,7 @@ from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.gguf.block_types import KEPT_BITS, BlockType
 from qnext.checkpoint.gguf.blocks import decode, integer_codes
 from qnext.checkpoint.gguf.container import GgufFile
-from qnext.checkpoint.gguf.names import Change, Entry, Slab, gguf_entries, slabs
+from qnext.checkpoint.gguf.names import Change, Entry, Slab, gguf_entries, matrix_shape, slabs
 from qnext.checkpoint.gguf.packing import GROUP_SIZE, packed_parameters, packed_plan, quantization_config
 from qnext.checkpoint.gguf.parts import read_gguf
 from qnext.checkpoint.gguf.read_keys import config_from_keys
@@ -32,6 +32,8 @@ from qnext.planning import parameter_shapes
 from qnext.quant.formats import pack_words, packed_width
 
 _CHUNK_ITEMS = 1 << 22
+# Small matrices that converters leave in fp32 beside quantised ones, though llama.cpp does not ask for it.
+_ALSO_FINE = "ssm_ba.weight"
 _CLOSE = 2.0**-22  # relative: what two roundings of an exponential to fp32 may differ by
 
 
@@ -61,8 +63,9 @@ def import_gguf(
     """Write the model of a GGUF file, or of all parts of a split one, to a new folder as Hugging Face shapes it.
 
     Q8_0 and Q4_0 stay as they are, in the layout of compressed-tensors, unless `dequantize`. `dtype` None is that of
-    the file's matrices, bfloat16 where they are quantised. Vectors that `dtype` cannot hold exactly stay in fp32;
-    matrices are rounded to it, and the report names them. Tokenizer files are copied from `tokenizer_folder`. Memory
+    the file's matrices, bfloat16 where they are quantised. Vectors, routers, convolutions and the b and a projections
+    that `dtype` cannot hold exactly stay in fp32; the other matrices are rounded to it, and the report names them.
+    Tokenizer files are copied from `tokenizer_folder`. Memory
     stays near one tensor of the folder. Raises CorruptCheckpoint or NotSupported naming file and key or
     tensor, UsageError when `folder` exists and is not empty or a number does not fit in `dtype`.
     """
@@ -76,6 +79,7 @@ def import_gguf(
         reader = _Rows(file, streams)
         vectors = {entry.parameter: _as_vector(reader, entry, chosen) for entry in entries if len(entry.shape) == 1}
         dtypes = dict.fromkeys(parameter_shapes(config), chosen) | {n: v.dtype for n, v in vectors.items()}
+        dtypes |= {entry.parameter: torch.float32 for entry in entries if _stays_fine(reader, entry, chosen)}
         plan = packed_plan(config, disk_plan(config, dtypes), packed)
         with new_folder(folder) as temporary:
             _write_config(temporary, config, chosen, packed)
@@ -83,7 +87,7 @@ def import_gguf(
             writer = ShardWriter(temporary, plan, max_shard_bytes=max_shard_bytes)
             try:
                 total = sum(tensor.end - tensor.start for tensor in file.tensors.values())
-                for name, tensor in _disk_tensors(reader, config, entries, vectors, packed, chosen):
+                for name, tensor in _disk_tensors(reader, config, entries, vectors, packed, dtypes):
                     writer.write(name, tensor)
                     if progress is not None:
                         progress(min(reader.num_bytes, total), total)
@@ -171,6 +175,15 @@ def _matrix_dtype(file: GgufFile, entries: list[Entry]) -> torch.dtype:
     return torch.float16 if kinds == {"F16"} else torch.bfloat16
 
 
+def _stays_fine(reader: _Rows, entry: Entry, dtype: torch.dtype) -> bool:
+    """Whether a small matrix that the file keeps in fp32 holds numbers that `dtype` has not."""
+    is_kept = entry.is_float32 or entry.name.endswith(_ALSO_FINE)
+    if len(entry.shape) == 1 or not is_kept or reader.file.tensors[entry.name].block.name != "F32":
+        return False
+    rows = (0, matrix_shape(entry.shape)[0])
+    return not all(torch.equal(x_RI.to(dtype).to(torch.float32), x_RI) for _, x_RI in reader.chunks(entry, *rows))
+
+
 def _as_vector(reader: _Rows, entry: Entry, dtype: torch.dtype) -> Tensor:
     """A vector in `dtype` where that stands for the same number of the file, else in fp32."""
     ((_, stored_1I),) = reader.chunks(entry, 0, 1)
@@ -201,7 +214,7 @@ def _disk_tensors(
     entries: list[Entry],
     vectors: Mapping[str, Tensor],
     packed: Mapping[str, BlockType],
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the folder by name, in its order."""
     by_parameter: dict[str, list[Entry]] = {}
@@ -219,7 +232,7 @@ def _disk_tensors(
             if name in packed:
                 yield from _packed(reader, part.name.removesuffix(".weight"), part.shape, places[part.name])
             else:
-                yield part.name, _assembled(reader, part.shape, places[part.name], dtype)
+                yield part.name, _assembled(reader, part.shape, places[part.name], dtypes[name])
 
 
 def _assembled(

@@ -13,13 +13,12 @@ from torch import Tensor
 from qnext.checkpoint import load_model, save_model
 from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.gguf import EXPORT_TYPES, export_gguf, import_gguf, read_gguf
-from qnext.checkpoint.gguf.names import gguf_entries
 from qnext.config import read_config
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.model import CausalLM, initialize
 from tests.checkpoint.folders import make_fp8
 
-from .files import GGUF_CONFIGS, arrays_of, write_arrays
+from .files import GGUF_CONFIGS, Raw, arrays_of, write_arrays
 
 KEYS = {"tokenizer.ggml.model": "gpt2"}
 
@@ -130,21 +129,53 @@ def test_quantised_files(tmp_path: Path, name: str, kind: str) -> None:
             assert np.array_equal(values, again[tensor.name].data), tensor.name
 
 
-def test_rounding_is_reported(tmp_path: Path) -> None:
-    """An fp32 router beside bf16 matrices."""
+def test_small_matrices_in_fp32_stay_so(tmp_path: Path) -> None:
+    """Routers and convolutions of an fp32 folder beside bf16 matrices."""
     folder = folder_of(tmp_path / "m", dtype=torch.float32)
     export_gguf(folder, tmp_path / "m.gguf", kind="bf16", tokenizer_keys=KEYS)
     report = import_gguf(tmp_path / "m.gguf", tmp_path / "back")
     assert report.dtype == torch.bfloat16
-    assert set(report.rounded) == {
-        entry.name
-        for entry in gguf_entries(GGUF_CONFIGS["next"])
-        if len(entry.shape) > 1 and ("gate_inp" in entry.name or "conv1d" in entry.name)
-    }
-    tensors = tensors_of(tmp_path / "back")
-    assert {t.dtype for t in tensors.values() if t.dim() > 1} == {torch.bfloat16}
-    assert tensors["model.layers.0.linear_attn.A_log"].dtype == torch.float32
+    assert not report.rounded
+    before, after = tensors_of(folder), tensors_of(tmp_path / "back")
+    for name, tensor in after.items():
+        is_fine = name.endswith(("mlp.gate.weight", "shared_expert_gate.weight", "conv1d.weight"))
+        if tensor.dim() > 1:
+            assert tensor.dtype == (torch.float32 if is_fine else torch.bfloat16), name
+            assert torch.equal(tensor, before[name].to(tensor.dtype)), name
+    assert after["model.layers.0.linear_attn.A_log"].dtype == torch.float32
     load_model(tmp_path / "back")
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("name", ["next", "next tied", "moe"])
+def test_what_a_quantised_file_keeps_in_fp32_stays_so(tmp_path: Path, name: str, kind: str) -> None:
+    """Routers, shared gates, convolutions and ssm_ba come back bit for bit, and the model loads."""
+    folder = folder_of(tmp_path / "m", name, torch.float32)
+    export_gguf(folder, tmp_path / "m.gguf", kind=kind, tokenizer_keys=KEYS)
+    import_gguf(tmp_path / "m.gguf", tmp_path / "back")
+    before, after = tensors_of(folder), tensors_of(tmp_path / "back")
+    parts = ("mlp.gate.weight", "shared_expert_gate.weight", "conv1d.weight", "in_proj_ba.weight")
+    fine = [each for each in after if each.endswith(parts)]
+    assert fine
+    for each in fine:
+        assert torch.equal(after[each], before[each]), each
+    model = load_model(tmp_path / "back")
+    routers = [p for n, p in model.named_parameters() if n.endswith("mlp.gate.weight")]
+    assert {router.dtype for router in routers} == {torch.float32}
+
+
+def test_a_matrix_that_is_rounded_is_reported(tmp_path: Path) -> None:
+    """Large matrices in fp16 and fp32, which together become bfloat16; what stays fine is not among them."""
+    folder = folder_of(tmp_path / "m", "moe", torch.float32)
+    export_gguf(folder, tmp_path / "m.gguf", kind="f16", tokenizer_keys=KEYS)
+    tensors: dict[str, np.ndarray | Raw] = {}
+    for name, data in arrays_of(tmp_path / "m.gguf").items():
+        is_head = name == "output.weight"
+        tensors[name] = Raw("F16", data.shape, data) if data.dtype == np.float16 and not is_head else data.astype("f4")
+    write_arrays(tmp_path / "f.gguf", read_gguf(tmp_path / "m.gguf").keys, tensors)
+    report = import_gguf(tmp_path / "f.gguf", tmp_path / "back")
+    assert {"output.weight", "token_embd.weight", "blk.0.attn_q.weight"} <= set(report.rounded)
+    assert not any("gate_inp" in name or "norm" in name for name in report.rounded)
 
 
 def test_forms_of_other_tools(tmp_path: Path) -> None:
