@@ -61,6 +61,7 @@ class OutputParser:
         self._again = ""  # text that is to be read again, before what follows
         self._space = ""  # white space at the end of the content or newlines at that of the thought, held back
         self._skips_newlines = starts_in_reasoning  # behind a tag of the thought
+        self._is_thought_empty = starts_in_reasoning  # so far
         self._follows_call = False  # nothing but white space since the last call
         self._follows_thought = False
         self._is_line_blank = True  # so far
@@ -140,7 +141,7 @@ class OutputParser:
 
     def _open_thought(self, place: int) -> int:
         self._step = self._read_reasoning
-        self._skips_newlines = True
+        self._skips_newlines = self._is_thought_empty = True
         self._is_line_blank = True
         self._space = ""
         return place
@@ -161,6 +162,8 @@ class OutputParser:
             self._follows_thought = True
             self._is_line_blank = True
             self._step = self._read_content
+        elif tag and tag.kind == "think" and self._is_thought_empty:
+            self._skips_newlines = True  # an opening tag too many
         elif tag and self._is_line_blank and self._num_trials < MAX_TRIALS and self._may_open(tag):
             self._thought_calls = ThoughtCalls(self._tools, text[place : place + tag.length], tag)
             self._step = self._read_thought_calls
@@ -191,6 +194,9 @@ class OutputParser:
             self._step = self._read_call
         elif tag and tag.closes and tag.kind != "think" and self._follows_call:
             self._space = ""  # a closing tag too many
+        elif tag and tag.closes and tag.kind == "think" and self._follows_thought:
+            self._space = ""  # likewise
+            self._skips_newlines = True
         else:
             is_mention = bool(tag) and (self._is_mention or self._ticks.num_last > 0)
             self._add_text(Content, text[place:end])
@@ -310,6 +316,7 @@ class OutputParser:
         """White space at the end is held back: it is dropped where a call or the end of the thought follows."""
         if not text:
             return
+        self._is_thought_empty = False
         line = text.rpartition("\n")
         self._is_line_blank = (bool(line[1]) or self._is_line_blank) and not line[2].strip(WHITE_SPACE)
         solid = text.rstrip(WHITE_SPACE if kind is Content else "\n")

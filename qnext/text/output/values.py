@@ -10,8 +10,10 @@ from typing import Any
 from qnext.text.output.json_values import strict_json
 from qnext.text.output.scan import WHITE_SPACE
 
-_INTEGER = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0+)?")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_LOOSE_NUMBER = re.compile(r"\+?(-?)(0|[1-9][0-9]*|(?=\.[0-9]))(?:\.([0-9]*))?([eE][+-]?[0-9]+)?")
+_FENCED = re.compile(r"```[a-z]*\s*(.*?)\s*```", re.DOTALL)
+_WORDS = ("true", "false", "null", "True", "False", "None")
 _MAX_REFERENCES = 16  # one after another
 _TYPES_OF_PYTHON = {
     bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null", dict: "object", list: "array"
@@ -22,6 +24,16 @@ _TYPES_OF_KEYWORDS = {
     "items": "array", "prefixItems": "array",
 }  # fmt: skip
 _BRANCHES = ("anyOf", "oneOf", "allOf")
+# Names of types, also as Python, Gemini and C write them; any other name means any type.
+_TYPES_BY_WORD = {
+    name: kind
+    for kind, names in {
+        "string": "string str text enum", "integer": "integer int int32 int64 long", "boolean": "boolean bool",
+        "number": "number float double", "object": "object dict map", "array": "array list tuple arr",
+        "null": "null none",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
 
 Types = frozenset[str]  # names of JSON types; none at all means any
 STRING: Types = frozenset({"string"})
@@ -54,7 +66,7 @@ class ToolTable:
             schema = self.arguments(function).get(argument)
             if not isinstance(schema, Mapping) and schema is not True:  # the names that a model makes up are not kept
                 others = root.get("additionalProperties")
-                return types_of(others, root) if isinstance(others, Mapping) else STRING
+                return types_of(others, root) if isinstance(others, Mapping) or others is True else STRING
             self._found[key] = types_of(schema, root)
         return self._found[key]
 
@@ -67,43 +79,75 @@ def named_parameters(tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def types_of(schema: Any, root: Mapping[str, Any]) -> Types:
-    """All types that some branch of the schema allows; references are looked up in `root`."""
-    types: set[str] = set()
-    seen: set[int] = set()
-    waiting = [schema]
-    while waiting:
-        value = resolved(waiting.pop(), root)
-        if not isinstance(value, Mapping) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        if value.get("nullable") is True:
-            types.add("null")
-        found = _own_types(value)
-        types.update(found)
-        if not found:
-            for key in _BRANCHES:
-                waiting.extend(value[key] if isinstance(value.get(key), list) else ())
-    return frozenset(types) if types != {"null"} or _is_null(schema) else frozenset()
+    """The types that the schema allows, none for any; references are looked up in `root`."""
+    found = _Branches(root).types_of(schema, _MAX_REFERENCES)
+    return frozenset() if found is None else found
 
 
-def _is_null(schema: Any) -> bool:
-    return isinstance(schema, Mapping) and schema.get("nullable") is not True
+class _Branches:
+    """Types of a schema with branches, each looked at once. None means any type, and so does what is too deep."""
+
+    def __init__(self, root: Mapping[str, Any]) -> None:
+        self._root = root
+        self._found: dict[int, Types | None] = {}
+        self._open: set[int] = set()  # a branch that leads back to one of these says nothing new
+
+    def types_of(self, schema: Any, depth: int) -> Types | None:
+        value = resolved(schema, self._root)
+        if not isinstance(value, Mapping) or not depth:
+            return None
+        if id(value) not in self._found:
+            self._open.add(id(value))
+            self._found[id(value)] = self._look(value, depth)
+            self._open.discard(id(value))
+        return self._found[id(value)]
+
+    def _look(self, value: Mapping[str, Any], depth: int) -> Types | None:
+        own = _own_types(value)
+        if own is None:
+            for key in ("anyOf", "oneOf"):
+                inner = self._inner(value, key, depth)
+                if inner and None not in inner:
+                    own = _shared(own, frozenset[str]().union(*(types for types in inner if types is not None)))
+            for types in self._inner(value, "allOf", depth):
+                own = _shared(own, types)
+        return own | {"null"} if own and value.get("nullable") is True else own
+
+    def _inner(self, value: Mapping[str, Any], key: str, depth: int) -> list[Types | None]:
+        branches = value.get(key)
+        return [
+            self.types_of(branch, depth - 1)
+            for branch in (branches if isinstance(branches, list) else ())
+            if branch is not False and id(resolved(branch, self._root)) not in self._open
+        ]
 
 
-def _own_types(schema: Mapping[str, Any]) -> set[str]:
+def _shared(first: Types | None, second: Types | None) -> Types | None:
+    """What both allow; an integer is a number."""
+    if first is None or second is None:
+        return second if first is None else first
+    return frozenset(
+        name
+        for name in first | second
+        if all(name in types or (name == "integer" and "number" in types) for types in (first, second))
+    )
+
+
+def _own_types(schema: Mapping[str, Any]) -> Types | None:
     """Types that a schema itself allows, without its branches."""
     named = schema.get("type")
     if isinstance(named, str):
-        return {named}
+        named = [named]
     if isinstance(named, list):
-        return {name for name in named if isinstance(name, str)}
+        known = {_TYPES_BY_WORD.get(name.lower()) for name in named if isinstance(name, str)}
+        return None if None in known else frozenset(name for name in known if name)
     if isinstance(schema.get("enum"), list):
-        return {_TYPES_OF_PYTHON[type(entry)] for entry in schema["enum"]}
+        return frozenset(_TYPES_OF_PYTHON[type(entry)] for entry in schema["enum"])
     if "const" in schema:
-        return {_TYPES_OF_PYTHON[type(schema["const"])]}
+        return frozenset({_TYPES_OF_PYTHON[type(schema["const"])]})
     if any(isinstance(schema.get(key), list) for key in _BRANCHES):
-        return set()
-    return {kind for key, kind in _TYPES_OF_KEYWORDS.items() if key in schema}
+        return None
+    return frozenset(kind for key, kind in _TYPES_OF_KEYWORDS.items() if key in schema) or None
 
 
 def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
@@ -122,33 +166,56 @@ def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
 def json_of_value(text: str, types: Types) -> str | None:
     """JSON of the narrowest of `types` that the text can be, else of the text as a string.
 
-    Without types it is the JSON that it parses as. None where a list or an object is wanted and has begun, but broken.
+    Without types it is the JSON or the literal of Python that it parses as. None where a list or an object is wanted
+    and has begun, but broken.
 
     >>> json_of_value("3", frozenset({"integer", "string"})), json_of_value("True", frozenset({"boolean"}))
     ('3', 'true')
     """
     word = text.strip(WHITE_SPACE)
     if not types:
-        found = strict_json(word, '{["') or (word if word in ("true", "false", "null") else None)
+        found = strict_json(word, '{["') or (strict_json(word) if word in _WORDS else None)
         return found or (word if _NUMBER.fullmatch(word) else _string(text))
-    if "null" in types and word in ("null", "None"):
+    if word in ("null", "None") and ("null" in types or "string" not in types):
         return "null"
+    found = _scalar(word, types)
+    if found is None and "string" not in types and (inner := strict_json(word, "\"'")) is not None:
+        found = _scalar(json.loads(inner).strip(WHITE_SPACE), types)  # a model may put it in quotes
+    if found is not None:
+        return found
+    brackets = "{" * ("object" in types) + "[(" * ("array" in types)
+    if not brackets:
+        return _string(text)
+    found = strict_json(word, brackets)
+    if found is None and "string" not in types:
+        found = _unwrapped(word, brackets)
+    if found is None and ("string" in types or not any(mark in word for mark in '{}[]"')):
+        return _string(text)
+    return found if found is not None else strict_json(word)
+
+
+def _scalar(word: str, types: Types) -> str | None:
+    """JSON of a number or a truth value."""
     if "boolean" in types and word.lower() in ("true", "false"):
         return word.lower()
-    if "integer" in types and (integer := _INTEGER.fullmatch(word)):
-        return integer.group(1)
-    if "number" in types and _NUMBER.fullmatch(word):
-        return word
-    brackets = "{" * ("object" in types) + "[(" * ("array" in types)
-    if brackets and (found := strict_json(word, brackets)) is not None:
-        return found
-    if brackets and "string" not in types and (inner := strict_json(word, '"')) is not None:
-        found = strict_json(json.loads(inner), brackets)  # a model may write the object as a text that holds it
-        if found is not None:
-            return found
-    if brackets and "string" not in types and any(mark in word for mark in '{}[]"'):
-        return strict_json(word)
-    return _string(text)
+    if not types & {"integer", "number"} or (number := _LOOSE_NUMBER.fullmatch(word)) is None:
+        return None
+    sign, whole, fraction, exponent = number.groups("")
+    if not (whole or fraction):
+        return None
+    if "integer" in types and not exponent and not fraction.strip("0"):
+        return sign + (whole or "0")
+    if "number" not in types:
+        return None
+    return sign + (whole or "0") + (f".{fraction}" if fraction else "") + exponent
+
+
+def _unwrapped(word: str, brackets: str) -> str | None:
+    """JSON of a list or object that a model writes inside a text, or between fences."""
+    if fenced := _FENCED.fullmatch(word):
+        return strict_json(fenced[1], brackets)
+    inner = strict_json(word, '"')
+    return strict_json(json.loads(inner), brackets) if inner is not None else None
 
 
 def _string(text: str) -> str:

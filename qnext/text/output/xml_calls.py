@@ -72,6 +72,7 @@ class XmlCallReader:
         self._has_object = False
         self._function = ""
         self._written: dict[str, str] = {}  # JSON of the arguments by name
+        self._gap = ""  # white space since the last tag, between parameters
         self._parameter = ""
         self._value = ValueText(frozenset())
         self._is_again = False  # the parameter has a value already
@@ -99,9 +100,11 @@ class XmlCallReader:
                     break
                 tag = found or None
                 place = start + (tag.length if tag else 1)
-            elif place == start:
+            elif place == start and self._take == self._take_value and not self._pending:
                 place = text.find("<", start, end)
                 place = end if place < 0 else place
+            elif place == start:
+                place += 1  # this character decides, however much of the text is there
             if self._take == self._take_member and text[start] == "{" and not self._written:
                 self._start()
                 self._object = JsonReader()
@@ -144,8 +147,9 @@ class XmlCallReader:
     def _take_member(self, piece: Piece) -> None:
         """What stands between parameters."""
         tag, sign = piece.tag, piece.sign
+        gap, self._gap = self._gap, self._gap + piece.text if sign == " " else ""
         if sign == "P" and tag is not None:
-            self._open_parameter(tag.name)
+            self._open_parameter(tag.name, indent=gap.rpartition("\n")[2] if "\n" in gap else "")
         elif sign == "f":
             self._start()
             self._take = self._take_end
@@ -202,11 +206,11 @@ class XmlCallReader:
         else:
             self.has_failed = piece.sign != " "
 
-    def _open_parameter(self, name: str) -> None:
+    def _open_parameter(self, name: str, *, indent: str = "") -> None:
         self._start()
         self._take = self._take_value
         self._parameter = name
-        self._value = ValueText(self._tools.types_of(self._function, name))
+        self._value = ValueText(self._tools.types_of(self._function, name), indent=indent)
         self._is_line_blank = True
         self._tail, self._has_opening = "", False
         self._is_again = name in self._written

@@ -72,6 +72,17 @@ def test_malformed_calls_are_content_as_they_are(text: str) -> None:
         ("days", "three", "three"),
         ("days", "03", "03"),
         ("days", "1e3", "1e3"),
+        ("days", "+3", 3),
+        ("days", "3.", 3),
+        ("days", "'3'", 3),
+        ("days", '"3"', 3),
+        ("days", '"three"', '"three"'),
+        ("days", "null", None),
+        ("days", "1,000", "1,000"),
+        ("scale", ".5", 0.5),
+        ("scale", "-.5e1", -5.0),
+        ("scale", "+2.50", 2.5),
+        ("scale", ".", "."),
         ("scale", "1e-05", 1e-05),
         ("scale", "2", 2),
         ("scale", "nan", "nan"),
@@ -79,6 +90,8 @@ def test_malformed_calls_are_content_as_they_are(text: str) -> None:
         ("metric", "true", True),
         ("metric", "False", False),
         ("metric", "yes", "yes"),
+        ("metric", '"true"', True),
+        ("metric", "None", None),
         ("nothing", "None", None),
         ("nothing", "null", None),
         ("nothing", "", ""),
@@ -86,6 +99,10 @@ def test_malformed_calls_are_content_as_they_are(text: str) -> None:
         ("where", "[1]", [1]),
         ("where", "nothing", "nothing"),
         ("where", '"{\\"a\\": 1}"', {"a": 1}),
+        ("where", '```json\n{"a": 1}\n```', {"a": 1}),
+        ("where", "```\n{'a': None}\n```", {"a": None}),
+        ("where", "null", None),
+        ("tags", "None", None),
         ("tags", '\n["x",\n"y"]', ["x", "y"]),
         ("tags", "['x']", ["x"]),
         ("tags", "('x', True, None)", ["x", True, None]),
@@ -100,6 +117,9 @@ def test_malformed_calls_are_content_as_they_are(text: str) -> None:
         ("anything", "[1, {}]", [1, {}]),
         ("anything", "seven", "seven"),
         ("anything", "(7)", "(7)"),
+        ("anything", "True", True),
+        ("anything", "None", None),
+        ("anything", "007", "007"),
         ("unknown", "7", "7"),
     ],
 )
@@ -125,6 +145,72 @@ def test_values_have_the_type_of_the_schema(name: str, text: str, value: object)
 def test_a_broken_list_or_object_is_no_argument(name: str, text: str) -> None:
     call, *_ = read([xml_call("weather", **{name: text})], tool_style="xml")
     assert isinstance(call, CutCall) and call.arguments == f'{{"{name}": '
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "INTEGER"}, "5", 5),
+        ({"type": "dict"}, "{'a': 1}", {"a": 1}),
+        ({"type": "list"}, "[1]", [1]),
+        ({"type": "bool"}, "True", True),
+        ({"type": "float"}, "2.5", 2.5),
+        ({"type": "str"}, "5", "5"),
+        ({"type": "any"}, "5", 5),
+        ({"anyOf": [{}, {"type": "null"}]}, "5", 5),
+        ({"anyOf": [{"description": "whatever"}, {"type": "null"}]}, "hello", "hello"),
+        ({"allOf": [{"type": "integer"}, {"description": "a number"}]}, "5", 5),
+        ({"allOf": [{"type": ["integer", "string"]}, {"type": ["string", "null"]}]}, "5", "5"),
+        ({"allOf": [{"type": "number"}, {"type": "integer"}]}, "5.0", 5),
+        ({"oneOf": [{"type": "string"}, False]}, "5", "5"),
+        ({"type": "integer", "nullable": True}, "null", None),
+        ({"type": "integer", "nullable": True}, "5", 5),
+    ],
+    ids=str,
+)
+def test_types_as_schemas_write_them(schema: dict, text: str, value: object) -> None:
+    tool = {"name": "put", "parameters": {"type": "object", "properties": {"value": schema}}}
+    (call,) = read([xml_call("put", value=text)], tool_style="xml", tools=(tool,))
+    assert isinstance(call, Call)
+    found = json.loads(call.arguments)["value"]
+    assert found == value and type(found) is type(value)
+
+
+def test_a_schema_that_leads_back_many_times_is_looked_at_once() -> None:
+    levels = {f"L{n}": {"anyOf": [{"$ref": f"#/$defs/L{(n + k) % 14}"} for k in range(1, 14)]} for n in range(14)}
+    levels["L3"] = {"anyOf": [{"type": "integer"}, *levels["L3"]["anyOf"]]}
+    parameters = {"type": "object", "properties": {"value": {"$ref": "#/$defs/L0"}}, "$defs": levels}
+    (call,) = read([xml_call("put", value="5")], tool_style="xml", tools=({"name": "put", "parameters": parameters},))
+    assert call == Call("put", '{"value": 5}')
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (xml_call("time", a="x").replace("\n", "\r\n"), "x"),
+        (xml_call("time", a="x\ny").replace("\n", "\r\n"), "x\r\ny"),
+        (xml_call("time", a="\r\nx\r"), "\r\nx\r"),
+        (xml_call("time", a="x").replace("\n", "\n    "), "x"),
+        (xml_call("time", a="x\n  y\n\nz").replace("\n", "\n  "), "x\n  y\n\nz"),
+        (xml_call("time", a="x").replace("\n</parameter>", "\n  </parameter>"), "x"),
+        (xml_call("time", a="  x\n y"), "  x\n y"),
+        (xml_call("time", a="x\n    "), "x\n    "),
+        ("<tool_call>\n  <function=time>\n    <parameter=a>x\n  y</parameter>\n  </function>\n</tool_call>", "x\n  y"),
+        ("<tool_call>\n  <function=time>\n    <parameter=a>\nx\n</parameter>\n  </function>\n</tool_call>", "x"),
+    ],
+    ids=repr,
+)
+def test_white_space_of_the_tags_is_none_of_the_value(text: str, value: str) -> None:
+    for pieces in ([text], list(text)):
+        (call,) = read(pieces, tool_style="xml")
+        assert isinstance(call, Call) and json.loads(call.arguments) == {"a": value}
+
+
+def test_where_a_call_breaks_off_hangs_on_no_cut() -> None:
+    for value in ("a\n</parameter>\nb c", "a\n</parameter>b c\nd", "s = '<function=x>'\n</parameter>x y"):
+        text = xml_call("time", a=value)
+        assert read(text, tool_style="xml") == read([text], tool_style="xml")
+        assert isinstance(read([text], tool_style="xml")[0], CutCall)
 
 
 def test_long_numbers_are_carried_on_as_they_are() -> None:
