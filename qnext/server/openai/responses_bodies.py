@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
-from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, TemplateBody, at_most
+from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, Options, TemplateBody, at_most
 from qnext.server.errors import ApiError
 from qnext.server.history import Note, part_text, without_attribution
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
@@ -154,7 +154,7 @@ Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 _TOOLS: TypeAdapter[list[Any]] = TypeAdapter(Tools)
 
 
-class FormatBody(Body):
+class FormatBody(Options):
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=128)] | None = None
     description: str | None = None
@@ -162,12 +162,12 @@ class FormatBody(Body):
     strict: bool | None = None
 
 
-class TextBody(Body):
+class TextBody(Options):
     format: FormatBody | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class ReasoningBody(Body):
+class ReasoningBody(Options):
     effort: Effort | None = None
     summary: Annotated[str, Field(max_length=64)] | None = None
 

@@ -96,7 +96,7 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_
 def test_a_call_without_tools_stays_content(server: Running, stream: bool, offered: bool) -> None:
     body: dict[str, Any] = {**ASK, "max_tokens": 300, "guided_choice": [CALL], "stream": stream}
     if offered:
-        body["tools"] = TOOLS
+        body |= {"tools": TOOLS, "parallel_tool_calls": False}
     with server.client() as client:
         answer = client.post("/v1/chat/completions", json=body)
     if stream:
