@@ -218,6 +218,9 @@ def conversation(body: ResponseBody, note: Note) -> list[Message]:
             text = _text(item.output, f"{param}.output", note)
             messages.append(Message("tool", text, tool_call_id=item.call_id))
         elif isinstance(item, OtherItem):
+            if not is_known(item.type) and is_past:
+                note(item.type)
+                continue
             if not is_known(item.type):
                 raise ApiError.bad("an item must be a message, a call, its output or reasoning", param=param)
             for message in messages_of(item.type, item.model_extra or {}, note, param):
@@ -322,6 +325,6 @@ def _text(parts: Sequence[PartBody] | None, param: str, note: Note, *, is_past: 
         if part.type in _TEXTS or part.type == "refusal":
             texts.append((part.refusal if part.type == "refusal" else part.text) or "")
         else:
-            held = {"filename": part.filename}
+            held = {"filename": part.filename, "text": part.text}
             texts.append(part_text(part.type, held, is_past=is_past, param=param, note=note))
     return "".join(texts)
