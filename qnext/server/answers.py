@@ -61,10 +61,11 @@ class Answer:
         events: list[OutputEvent] = []
         if update.token is not None:
             self.num_generated += 1
-            self.num_reasoning += self._is_reasoning
             self.tokens.append(update.token)
+            was_in_thought = self._is_in_thought
             if update.finish_reason != "stop":
                 events += self._parse(self._stream.push(update.token.token_id))
+            self.num_reasoning += was_in_thought or self._is_in_thought
         if self.stop_string is not None or self._is_full:
             if update.finish_reason is None:
                 generation.stop(update.index)
@@ -73,6 +74,10 @@ class Answer:
             is_cut = update.finish_reason == "length"
             return self._end("length" if is_cut else "stop", events, has_ended=not is_cut)
         return events
+
+    @property
+    def _is_in_thought(self) -> bool:
+        return self._is_reasoning if self._parser is None else self._parser.is_in_thought
 
     @property
     def _is_full(self) -> bool:

@@ -52,24 +52,36 @@ def at_most(length: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class StreamOptions(Body):
+class Options(Body):
+    """An object of the body with fields of its own: what nobody knows of them is named as well."""
+
+    model_config = KEEPS_UNKNOWN
+
+
+class StreamOptions(Options):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: usage so far in every chunk
     include_obfuscation: bool | None = None
 
+    @property
+    def is_continuous(self) -> bool:
+        return bool(self.include_usage and self.continuous_usage_stats)
 
-class StructuredOutputs(Body):
+
+class StructuredOutputs(Options):
     """The constraint of an answer, at most one."""
 
     json_: Any = Field(default=None, alias="json")
     regex: str | None = None
     choice: Texts | None = None
     grammar: str | None = None
+    json_object: bool | None = None
 
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-class ThoughtBody(Body):
+class ThoughtBody(Options):
     """Anthropic's switch, which other APIs took over."""
 
     type: Literal["enabled", "disabled", "adaptive", "auto", "between_tools"]
@@ -133,6 +145,8 @@ class SamplingBody(Body):
     guided_choice: Texts | None = None
     guided_grammar: str | None = None
     grammar: str | None = None
+    json_schema: Any = None  # llama.cpp's and SGLang's
+    regex: str | None = None  # SGLang's
     cache_salt: Name | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None

@@ -31,6 +31,7 @@ class Dialogue:
     max_calls: int | None = None
     stop: tuple[str, ...] = ()
     stops_in_thought: bool = False
+    continues: bool = False  # the answer goes on behind a beginning that the caller gave
 
     @property
     def is_thinking(self) -> bool:
@@ -39,7 +40,8 @@ class Dialogue:
 
     def new_answer(self, exchange: Exchange) -> Answer:
         served = exchange.server.served
-        may_think = self.thought == "possible" and served.may_think
+        # Where the prompt closed the thought, some models open another at the beginning all the same.
+        may_think = served.may_think and not self.is_thinking and not (self.continues and self.thought == "closed")
         thought: Thought | None = "open" if self.is_thinking else "possible" if may_think else None
         parser = OutputParser(
             tool_style=served.tool_style if self.offer.callable else None, tools=self.offer.callable,
@@ -91,6 +93,7 @@ async def make_dialogue(
     return Dialogue(
         prompt_ids, thought, offer, chosen, chosen_param,
         max_calls=1 if offer.callable and not parallel_calls else None, stop=stop, stops_in_thought=stops_in_thought,
+        continues=continues,
     )  # fmt: skip
 
 

@@ -95,7 +95,9 @@ _FOR_SAMPLING: dict[str, Foreign] = {
     "include_stop_str_in_output": Foreign("an answer ends before its stop string", (False,)),
     "truncate_prompt_tokens": Foreign("a prompt is never cut"), "logits_processors": Foreign("they are code"),
     "n_predict": Foreign("the field is max_tokens"), "max_new_tokens": Foreign("the field is max_tokens"),
-    "max_length": Foreign("the field is max_tokens"),
+    "max_length": Foreign("the field is max_tokens"), "num_predict": Foreign("the field is max_tokens"),
+    "ebnf": Foreign("the field is grammar"), "structural_tag": Foreign("only whole answers have a form"),
+    "structured_outputs.structural_tag": Foreign("only whole answers have a form"),
 }  # fmt: skip
 REFUSED: Mapping[str, Mapping[str, Foreign]] = {
     "/v1/chat/completions": {
@@ -108,16 +110,25 @@ REFUSED: Mapping[str, Mapping[str, Foreign]] = {
 def review(path: str, body: BaseModel, note: Callable[[str], None]) -> None:
     """Tell `note` of each field without effect. Raises ApiError 400 for one that is refused."""
     refused, known = REFUSED.get(path, {}), WITHOUT_EFFECT.get(path, {})
-    extra = body.model_extra or {}
+    extra = dict(islice(_unknown(body), _MAX_LOOKED_AT))
     for name in refused.keys() & extra.keys():
         if _asks(extra[name], refused[name]):
             raise ApiError.bad(f"{name} is not served: {refused[name].why}", param=name, code="unsupported_parameter")
-    for name, value in islice(extra.items(), _MAX_LOOKED_AT):
+    for name, value in extra.items():
         if name not in refused and _asks(value, known.get(name, _HARMLESS)):
             note(name)
     for name, value in _declared(body, known):
         if _asks(value, known[name]):
             note(name)
+
+
+def _unknown(body: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Fields that no model has, of the body and of its objects of options, these with a dot in their names."""
+    for name, value in (body.model_extra or {}).items():
+        yield prefix + name, value
+    for name in type(body).model_fields if not prefix else ():
+        if isinstance(inner := getattr(body, name), BaseModel):
+            yield from _unknown(inner, f"{name}.")
 
 
 def _declared(body: BaseModel, known: Mapping[str, Foreign]) -> Iterator[tuple[str, Any]]:

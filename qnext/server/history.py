@@ -41,7 +41,10 @@ def part_text(kind: str, part: Mapping[str, Any], *, is_past: bool, param: str, 
     source = part.get("source")
     if kind == "document" and isinstance(source, Mapping) and source.get("type") in ("text", "content"):
         return "\n".join(texts for texts in (_short(part.get("title")), *_texts(source)) if texts)
-    if not is_past or kind not in PLACEHOLDERS:
+    if is_past and kind not in PLACEHOLDERS:
+        note(kind)
+        return gist(_short(kind), part)
+    if not is_past:
         raise ApiError.bad("this model reads text only", param=param, code="unsupported_content")
     note(kind)
     inner = part.get("file")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from qnext import __version__
-from qnext.server.bodies import Body
+from qnext.server.bodies import KEEPS_UNKNOWN, Body
 from qnext.server.dialogue import make_dialogue
 from qnext.server.errors import ApiError
 from qnext.server.exchange import Exchange
@@ -28,6 +28,8 @@ _TEMPLATES = {"instruct": INSTRUCT_TEMPLATE, "thinking": THINKING_TEMPLATE}
 class TokenizeBody(ChatPromptBody):
     """A text, or a conversation in the model's chat format: its prompt is that of a chat completion."""
 
+    model_config = KEEPS_UNKNOWN
+
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
@@ -37,6 +39,8 @@ class TokenizeBody(ChatPromptBody):
 
 
 class DetokenizeBody(Body):
+    model_config = KEEPS_UNKNOWN
+
     model: str | None = None
     tokens: Annotated[list[int], Field(fail_fast=True)]
 
@@ -72,12 +76,13 @@ async def tokenize(exchange: Exchange) -> Reply:
     served.check_name(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError.bad("exactly one of prompt and messages is needed", param="prompt")
+    asked = body.template_request()
     if body.messages is not None:
         dialogue = await make_dialogue(
             exchange,
             conversation(body.messages, exchange.ignore),
             replace(offer_of(body, exchange.ignore), is_required=False),
-            asked=body.template_request(),
+            asked=asked,
             continues=bool(body.continue_final_message),
             add_generation_prompt=body.add_generation_prompt is not False,
         )

@@ -87,7 +87,7 @@ def _operation(route: Route) -> dict[str, Any]:
         texts |= {503: "not ready, or full"}
     content: dict[str, Any] = {"application/json": {"schema": route.answer or {}}}
     if route.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}
     if route.content_type is not None:
         content = {route.content_type: {"schema": {"type": "string"}}}
     operation: dict[str, Any] = {

@@ -94,6 +94,7 @@ def structured_constraint(body: SamplingBody) -> tuple[Constraint, str] | None:
     inner = body.structured_outputs
     named = {
         "structured_outputs": (inner.json_, inner.regex, inner.choice, inner.grammar) if inner else (),
+        "json_schema": (body.json_schema, body.regex),  # of llama.cpp and SGLang
         "guided_json": (body.guided_json, body.guided_regex, body.guided_choice, body.guided_grammar),
         "grammar": (None, None, None, body.grammar),  # llama.cpp's
     }
@@ -103,8 +104,10 @@ def structured_constraint(body: SamplingBody) -> tuple[Constraint, str] | None:
                 continue
             if kind == "json_schema" and not isinstance(value, (dict, bool, str)):
                 raise ApiError.bad("the JSON schema must be an object", param=field)
-            name = _GUIDED[kind] if field == "guided_json" else field
+            name = _GUIDED[kind] if field == "guided_json" else kind if field == "json_schema" else field
             found.append((Constraint(kind, tuple(value) if kind == "choice" else value), name))  # type: ignore[arg-type]
+    if inner is not None and inner.json_object:
+        found.append((Constraint("json_object"), "structured_outputs"))
     if len(found) > 1:
         raise ApiError.bad("an answer can follow one constraint only", param=found[1][1])
     return found[0] if found else None

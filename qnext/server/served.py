@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -173,7 +173,8 @@ class ServedModel:
         )
         wanted = (asked or TemplateRequest()).over(self.template_defaults)
         length += _num_characters(tools) + _num_characters(wanted.arguments)
-        await self._check_length(length, [message.content for message in messages], param)
+        written = ([m.content, [call.arguments for call in m.tool_calls]] for m in messages)  # thoughts may be left out
+        await self._check_length(length, _texts([*written, list(tools)]), param)
         begun = messages[-1] if continues and messages else None
         if continues and (begun is None or begun.role != "assistant" or begun.tool_calls):
             raise ApiError.bad("only an assistant's message without tool calls can be continued", param=param)
@@ -251,7 +252,7 @@ class ServedModel:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._compilers.shutdown(wait=False, cancel_futures=True)
 
-    async def _check_length(self, num_characters: int, texts: Sequence[str], param: str) -> None:
+    async def _check_length(self, num_characters: int, texts: Iterable[str], param: str) -> None:
         """Refuse what is far too long by the tokens of its first part: the whole could take long to count."""
         most = MAX_TEXT_PER_TOKEN * self.max_model_len
         if num_characters <= most:
@@ -290,6 +291,19 @@ def _whole_words(text: str, length: int) -> str:
     while end > 0 and text[end - 1].isspace():
         end = text.rfind(" ", 1, end)
     return text[: end if end > 0 else length]
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts inside a value, keys left out."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping):
+            waiting.extend(item.values())
+        elif isinstance(item, Sequence):
+            waiting.extend(reversed(item))
 
 
 def _num_characters(value: object) -> int:

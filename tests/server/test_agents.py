@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import anthropic
@@ -259,6 +260,23 @@ def test_strict_is_held_where_a_call_is_forced(server: Running) -> None:
 
 # ---- history ----
 
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
+def test_tools_that_are_far_too_long_are_counted_in_tokens(server: Running, path: str) -> None:
+    """The words by which agents know that they must compact."""
+    long = "word " * 8 * CONTEXT
+    tool: dict[str, Any] = {"name": "f", "description": long}
+    if path == CHAT:
+        tool = {"type": "function", "function": tool}
+    tool |= {"type": "function"} if path == RESPONSES else {"input_schema": {}} if path == MESSAGES else {}
+    ask = {"input": "hi"} if path == RESPONSES else {"messages": [{"role": "user", "content": "hi"}]}
+    answer = post(server, path, **ask, tools=[tool])
+    assert answer.status_code == 400
+    assert re.search(
+        rf"prompt is too long: at least \d+ tokens > {CONTEXT - 1} maximum", answer.json()["error"]["message"]
+    )
+
+
 PAST: list[tuple[str, Any, str]] = [
     (RESPONSES, {"type": "web_search_call", "id": "ws_1", "action": {"query": "weather"}}, "weather"),
     (RESPONSES, {"type": "item_reference", "id": "msg_1"}, "another server"),
@@ -270,6 +288,11 @@ PAST: list[tuple[str, Any, str]] = [
     (RESPONSES, {"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}, "[image: "),
     (RESPONSES, {"role": "user", "content": [{"type": "input_file", "filename": "a.pdf"}]}, "[file a.pdf: "),
     (RESPONSES, {"role": "assistant", "content": None}, ""),
+    (RESPONSES, {"type": "ghost_snapshot", "ghost_commit": {"id": "abc"}}, ""),
+    (RESPONSES, {"type": "not_yet_invented", "text": "abc"}, ""),
+    (RESPONSES, {"role": "user", "content": [{"type": "input_hologram", "text": "seen"}]}, "seen"),
+    (CHAT, {"role": "user", "content": [{"type": "hologram", "data": "XYZ"}]}, "[hologram]"),
+    (MESSAGES, {"role": "user", "content": [{"type": "hologram", "title": "seen"}]}, "seen"),
     (CHAT, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}, "[image: "),
     (CHAT, {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": ""}}]}, "[audio: "),
     (CHAT, {"role": "assistant", "content": None, "refusal": "I will not."}, "I will not."),

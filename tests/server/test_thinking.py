@@ -130,7 +130,7 @@ def chat(running: Running, **more: Any) -> dict[str, Any]:
         ("<think>\nshort\n</think>\n\nHello", {}, "short", "Hello"),
         ("Hello", {}, None, "Hello"),
         ("Say <think> and </think>", {}, None, "Say <think> and </think>"),
-        ("<think>x</think>Hello", {"enable_thinking": False}, None, "<think>x</think>Hello"),
+        ("<think>x</think>Hello", {"enable_thinking": False}, "x", "Hello"),  # it opens one all the same
         ("<think>\n</think>\n\nHello", {}, None, "Hello"),
         ("<think>\nnever ended", {}, "never ended", None),
     ],

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, Stops, TemplateBody, ThoughtBody
+from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, Options, Stops, TemplateBody, ThoughtBody
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_MESSAGES, MAX_TOOLS
 from qnext.server.tools import ToolName
 
@@ -110,18 +110,18 @@ def _tool_kind(value: Any) -> str:
 Tool = Annotated[Annotated[CustomTool, Tag("custom")] | Annotated[ServerTool, Tag("server")], Discriminator(_tool_kind)]
 
 
-class ToolChoice(Body):
+class ToolChoice(Options):
     type: Literal["auto", "any", "tool", "none"]
     name: ToolName | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class OutputFormat(Body):
+class OutputFormat(Options):
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Body):
+class OutputConfig(Options):
     format: OutputFormat | None = None
     effort: Effort | None = None
 

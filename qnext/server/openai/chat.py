@@ -78,6 +78,7 @@ class _ChatWriter:
         self.created = int(time.time())
         self._events: list[list[OutputEvent]] = [[] for _ in answers]  # of a whole completion
         self._num_logged = [0] * len(answers)  # tokens whose log-probabilities are sent
+        self._generation: Generation | None = None
         self._num_calls = [0] * len(answers)  # that have begun
         self._inputs: list[list[str] | None] = [None] * len(answers)  # pieces of a custom tool's arguments
 
@@ -99,6 +100,7 @@ class _ChatWriter:
         return document
 
     def begin(self, generation: Generation) -> list[Event]:
+        self._generation = generation
         return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(len(self.answers))]
 
     def take(self, update: Update, generation: Generation) -> list[Event]:
@@ -137,7 +139,7 @@ class _ChatWriter:
         choice = {"index": index, "delta": delta, "finish_reason": None, **more}
         document = {**self._head("chat.completion.chunk"), "choices": [choice]}
         if self._has_usage:
-            document["usage"] = None
+            document["usage"] = self._usage_so_far()
         return document
 
     def _deltas(self, index: int, events: list[OutputEvent]) -> list[Event]:
@@ -218,6 +220,11 @@ class _ChatWriter:
     def _reason(self, index: int) -> str | None:
         reason = self.answers[index].end_reason
         return "function_call" if reason == "tool_calls" and self.body.functions else reason
+
+    def _usage_so_far(self) -> dict[str, Any] | None:
+        options = self.body.stream_options
+        is_wanted = options is not None and options.is_continuous
+        return self._usage(self._generation) if is_wanted and self._generation is not None else None
 
     def _usage(self, generation: Generation) -> dict[str, Any]:
         return usage(*usage_counts(generation, self.answers))

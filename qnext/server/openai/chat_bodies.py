@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, Field
 
 from qnext.engine.sampling.constraint import Constraint
-from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, SamplingBody, TemplateBody, ThoughtBody
+from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, Options, SamplingBody, TemplateBody, ThoughtBody
 from qnext.server.errors import ApiError
 from qnext.server.history import Note, part_text, without_attribution
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOL_CALLS, MAX_TOOLS
@@ -57,19 +57,19 @@ class MessageBody(Body):
     function_call: CalledFunction | None = None  # how tool_calls were written before there were several
 
 
-class SchemaBody(Body):
+class SchemaBody(Options):
     name: Annotated[str, Field(max_length=128)] | None = None
     schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
-class FormatBody(Body):
+class FormatBody(Options):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: SchemaBody | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
-class ReasoningBody(Body):
+class ReasoningBody(Options):
     """How OpenRouter's clients say it."""
 
     effort: Effort | None = None

@@ -341,7 +341,8 @@ class _CompletionWriter:
         entry = {"index": choice, "text": text, "logprobs": logprobs, "finish_reason": end_reason}
         document: dict[str, Any] = {**self._head(), "choices": [entry]}
         if self._has_usage:
-            document["usage"] = None
+            options = self.body.stream_options
+            document["usage"] = self._usage() if options is not None and options.is_continuous else None
         return document
 
     @property
@@ -350,7 +351,7 @@ class _CompletionWriter:
 
     def _usage(self) -> dict[str, Any]:
         totals = [0, 0, 0, 0]
-        for number in range(len(self.prompts)):
+        for number in sorted(self.generations):
             answers = self.answers[number * self.n : (number + 1) * self.n]
             counts = usage_counts(self._generation(number), answers)
             totals = [total + count for total, count in zip(totals, counts, strict=True)]

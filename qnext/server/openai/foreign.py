@@ -78,7 +78,10 @@ OUTPUTS = (
     "tool_search_output", "computer_call_output",
 )  # fmt: skip
 # Items that say nothing to a model of text.
-SILENT = ("mcp_list_tools", "compaction_trigger", "configuration_update", "additional_tools", "mcp_approval_response")
+SILENT = (
+    "ghost_snapshot", "mcp_list_tools", "compaction_trigger", "configuration_update", "additional_tools",
+    "mcp_approval_response",
+)  # fmt: skip
 # Items whose text another server keeps, or that only it can read.
 ELSEWHERE = ("item_reference", "compaction", "compaction_summary")
 _ENDINGS = ("_call", "_output", "_request", "_response")  # of items that may yet be invented

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
-from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, TemplateBody, at_most
+from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, Options, TemplateBody, at_most
 from qnext.server.errors import ApiError
 from qnext.server.history import Note, part_text, without_attribution
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
@@ -154,7 +154,7 @@ Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 _TOOLS: TypeAdapter[list[Any]] = TypeAdapter(Tools)
 
 
-class FormatBody(Body):
+class FormatBody(Options):
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=128)] | None = None
     description: str | None = None
@@ -162,12 +162,12 @@ class FormatBody(Body):
     strict: bool | None = None
 
 
-class TextBody(Body):
+class TextBody(Options):
     format: FormatBody | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class ReasoningBody(Body):
+class ReasoningBody(Options):
     effort: Effort | None = None
     summary: Annotated[str, Field(max_length=64)] | None = None
 
@@ -218,6 +218,9 @@ def conversation(body: ResponseBody, note: Note) -> list[Message]:
             text = _text(item.output, f"{param}.output", note)
             messages.append(Message("tool", text, tool_call_id=item.call_id))
         elif isinstance(item, OtherItem):
+            if not is_known(item.type) and is_past:
+                note(item.type)
+                continue
             if not is_known(item.type):
                 raise ApiError.bad("an item must be a message, a call, its output or reasoning", param=param)
             for message in messages_of(item.type, item.model_extra or {}, note, param):
@@ -322,6 +325,6 @@ def _text(parts: Sequence[PartBody] | None, param: str, note: Note, *, is_past: 
         if part.type in _TEXTS or part.type == "refusal":
             texts.append((part.refusal if part.type == "refusal" else part.text) or "")
         else:
-            held = {"filename": part.filename}
+            held = {"filename": part.filename, "text": part.text}
             texts.append(part_text(part.type, held, is_past=is_past, param=param, note=note))
     return "".join(texts)

@@ -83,6 +83,11 @@ class OutputParser:
         """Whether a call broke off."""
         return self._has_cut_call
 
+    @property
+    def is_in_thought(self) -> bool:
+        """Whether what comes next is read as a thought, or as its end."""
+        return self._step in (self._read_reasoning, self._read_thought_calls)
+
     def push(self, text: str) -> list[OutputEvent]:
         """What is certain now that `text` has come too."""
         self._run(self._rest + text)
@@ -163,7 +168,7 @@ class OutputParser:
             self._is_line_blank = True
             self._step = self._read_content
         elif tag and tag.kind == "think" and self._is_thought_empty:
-            self._skips_newlines = True  # an opening tag too many
+            self._skips_newlines, self._is_thought_empty = True, False  # an opening tag too many
         elif tag and self._is_line_blank and self._num_trials < MAX_TRIALS and self._may_open(tag):
             self._thought_calls = ThoughtCalls(self._tools, text[place : place + tag.length], tag)
             self._step = self._read_thought_calls

@@ -103,7 +103,7 @@ def mutated(draw: st.DrawFn, surface: Surface) -> Any:
 def _strike(draw: st.DrawFn, holder: Any, key: Any, body: Any) -> None:
     blow = draw(st.sampled_from(("replace", "replace", "delete", "wrap", "double", "graft", "rename")))
     if blow == "replace":
-        holder[key] = draw(_VALUES)
+        holder[key] = copy.deepcopy(draw(_VALUES))
     elif blow == "delete":
         del holder[key]
     elif blow == "wrap":

@@ -77,7 +77,7 @@ def test_each_style_reads_the_calls_of_both(style: str) -> None:
         ("No end</think", [Reasoning("No end</think")]),
         ("</think>\n\n", []),
         ("<think>a</think>", [Reasoning("a")]),
-        ("\n<think>\n<think>\na\n</think>\n</think>\n\nb", [Reasoning("a"), Content("b")]),
+        ("\n<think>\na\n</think>\n</think>\n\nb", [Reasoning("a"), Content("b")]),
         ("a\n</think>\n\n</think>\n\n" + json_call("time", "{}"), [Reasoning("a"), TIME]),
         ("a <think>\nb</think>c", [Reasoning("a <think>\nb"), Content("c")]),
         (json_call("time", "{}") + "\nNo.", [Reasoning(json_call("time", "{}") + "\nNo.")]),
