@@ -83,6 +83,8 @@ class Endpoint:
                 work.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait((work,))
+            if work.done() and not work.cancelled():
+                work.exception()  # looked at here, for where this task is cancelled nobody asks again
             del exchange.server.tasks[exchange]
         if not work.cancelled():
             work.result()

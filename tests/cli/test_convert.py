@@ -48,10 +48,11 @@ def test_types(tmp_path: Path, capsys: Capture, kind: str) -> None:
 def test_rounding_is_said(tmp_path: Path, capsys: Capture) -> None:
     create_folder(CONFIG, tmp_path / "f32", seed=1, tokenizer_folder=make_model(tmp_path), dtype=_float32())
     file = tmp_path / "m.gguf"
-    assert run(capsys, "convert", tmp_path / "f32", file).code == 0
-    result = run(capsys, "convert", file, tmp_path / "back")
+    assert run(capsys, "convert", tmp_path / "f32", file, "--type", "f32").code == 0
+    result = run(capsys, "convert", file, tmp_path / "back", "--dtype", "bfloat16")
     assert result.code == 0
     assert "tensors were rounded to bfloat16" in result.err
+    assert "rounded" not in run(capsys, "convert", file, tmp_path / "exact").err
 
 
 def _float32() -> object:
