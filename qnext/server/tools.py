@@ -126,7 +126,12 @@ def function_tool(name: str, description: str | None, parameters: Mapping[str, A
     function: dict[str, Any] = {"name": name}
     if description is not None:
         function["description"] = description
-    function["parameters"] = without_nulls(parameters) or {"type": "object", "properties": {}}
+    text = json.dumps(parameters)  # much faster than to walk through a schema, of which most have nothing to leave out
+    has_more = "null" in text or "[]" in text
+    function["parameters"] = (without_nulls(parameters) if has_more else parameters) or {
+        "type": "object",
+        "properties": {},
+    }
     return {"type": "function", "function": function}
 
 

@@ -253,3 +253,26 @@ def test_malformed_arguments_of_the_past_end_nothing(hybrid: Running, arguments:
         with hybrid.client() as client:
             body = {"model": "alias", "max_tokens": 1, "max_output_tokens": 1, "tools": [], **more}
             assert client.post(path, json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "num_reasoning"),
+    [
+        ("<think>\nabc\n</think>\n\nHello", 7),  # both marks, the letters and the newlines between them
+        ("<think>abc", 5),  # and the token that ends the answer
+        ("Hello", 0),
+        ("Say <think> and </think>", 0),
+        ("<think></think>Hi", 2),
+    ],
+)
+def test_tokens_of_a_thought_that_the_model_opens_are_counted(hybrid: Running, text: str, num_reasoning: int) -> None:
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": HELLO, "max_tokens": 80},
+        "/v1/responses": {"input": "hi", "max_output_tokens": 80},
+        "/v1/messages": {"model": "alias", "messages": HELLO, "max_tokens": 80},
+    }
+    with scripted(hybrid, text), hybrid.client() as client:
+        used = {path: client.post(path, json=body).json()["usage"] for path, body in bodies.items()}
+    assert used["/v1/chat/completions"]["completion_tokens_details"]["reasoning_tokens"] == num_reasoning
+    assert used["/v1/responses"]["output_tokens_details"]["reasoning_tokens"] == num_reasoning
+    assert used["/v1/messages"]["output_tokens_details"]["thinking_tokens"] == num_reasoning
