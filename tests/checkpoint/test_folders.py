@@ -16,7 +16,7 @@ from qnext.checkpoint.header import read_index
 from qnext.checkpoint.resolve import resolve_model
 from qnext.errors import CorruptCheckpoint, ModelNotFound, NotSupported, QnextError, QnextWarning
 
-from .folders import CONFIGS, rewrite, shard_of, tiny_folder
+from .folders import CONFIGS, edit_config, rewrite, shard_of, tiny_folder, tiny_model
 
 INDEX = "model.safetensors.index.json"
 
@@ -136,6 +136,33 @@ def test_shards_need_no_index_where_all_are_there(tmp_path: Path) -> None:
         read_index(folder)
 
 
+@pytest.mark.parametrize("digits", [1, 3, 6])
+def test_numbers_of_shards_may_have_other_widths(tmp_path: Path, digits: int) -> None:
+    folder = tiny_folder(tmp_path / "m", "moe")
+    expected = names_of(folder)
+    (folder / INDEX).unlink()
+    paths = sorted(folder.glob("*.safetensors"))[:9]
+    for i, path in enumerate(sorted(folder.glob("*.safetensors"))):
+        path.rename(folder / f"model-{i + 1:0{digits}d}-of-{len(paths):0{digits}d}.safetensors")
+    with pytest.warns(QnextWarning, match="taken as the model"):
+        assert sorted(names_of(folder)) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "quantize_config.json"])
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path, name: str) -> None:
+    folder = tiny_folder(tmp_path / "m", "moe")
+    path = folder / name
+    block = b'{"quant_method": "fp8"}'
+    path.write_bytes(b"\xef\xbb\xbf" + (path.read_bytes() if path.exists() else block))
+    assert load_model(folder).config == tiny_model("moe").config
+
+
+def test_an_empty_quantization_config_is_absent(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "m", "moe")
+    edit_config(folder, quantization_config={})
+    assert load_model(folder).config == tiny_model("moe").config
+
+
 def test_one_file_may_have_any_name(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m", "moe", max_shard_bytes=1 << 30)
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
@@ -225,6 +252,6 @@ def test_each_foreign_file_is_refused_with_advice(tmp_path: Path, pattern: str) 
     ],
 )
 def test_a_file_is_no_folder(tmp_path: Path, name: str, kind: type[QnextError], words: str) -> None:
-    (tmp_path / name).write_bytes(b"GGUF")
+    (tmp_path / name).write_bytes(b"GGUF" if kind is NotSupported else b"text")
     with pytest.raises(kind, match=words):
         resolve_model(tmp_path / name)
