@@ -65,10 +65,10 @@ def canonical(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 
 def _without_prefixes(tensors: dict[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
-    names = {name: _AROUND.sub("", name) for name in tensors}
-    heads = {match[1] or "" for name in names.values() if (match := _HEAD.match(name))}
+    names = {name: _unwrapped(name) for name in tensors}
+    heads = {match[1] or "" for name in names.values() if "lm_head." in name and (match := _HEAD.match(name))}
     names = {name: _in_words(other) for name, other in names.items()}
-    drafters = {match[1] or "" for name in names.values() if (match := _MTP.match(name))}
+    drafters = {match[1] or "" for name in names.values() if "mtp." in name and (match := _MTP.match(name))}
     trunk = _trunk_prefix(set(names.values()))
     head = heads.pop() if len(heads) == 1 else ""
     drafter = drafters.pop() if len(drafters) == 1 else ""
@@ -85,6 +85,11 @@ def _without_prefixes(tensors: dict[str, TensorInfo]) -> list[tuple[str, TensorI
         return name
 
     return [(rename(names[name]), info) for name, info in tensors.items()]
+
+
+def _unwrapped(name: str) -> str:
+    is_around = name.startswith(("module.", "_")) or "._" in name
+    return _AROUND.sub("", name) if is_around else name
 
 
 def _in_words(name: str) -> str:

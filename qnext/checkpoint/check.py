@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from qnext.checkpoint.collecting import without_collecting
 from qnext.checkpoint.formats.forms import Quantization
 from qnext.checkpoint.header import TensorInfo
 from qnext.checkpoint.names import Part, disk_parts, is_leftover, module_of, num_disk_parts
@@ -78,6 +79,7 @@ class Layout:
         }
 
 
+@without_collecting
 def read_layout(folder: Path, tensors: dict[str, TensorInfo]) -> Layout:
     """What a folder should hold by its configuration; where that is silent, the tensors that are there decide.
 

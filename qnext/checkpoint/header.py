@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qnext.checkpoint.aliases import canonical
+from qnext.checkpoint.collecting import without_collecting
 from qnext.checkpoint.foreign import without_model
 from qnext.checkpoint.tensor_info import TensorInfo as TensorInfo
 from qnext.errors import CorruptCheckpoint, ModelNotFound, NotSupported, warn
@@ -46,6 +47,7 @@ class CheckpointIndex(NamedTuple):
     tensors: dict[str, TensorInfo]
 
 
+@without_collecting
 def read_index(folder: str | Path) -> CheckpointIndex:
     """Headers of the one file, or of all shards, of a model folder, checked against each other and the index.
 
