@@ -23,6 +23,12 @@ _MTP = re.compile(r"(.*?\.)?(?=mtp\.)")
 _FUSED = re.compile(
     r"(?P<prefix>.*\.mlp\.)(?:experts|switch_mlp)\.(?P<kind>gate_up|gate|up|down)_proj(?:\.weight)?(?P<scale>_scale_inv)?"
 )
+# The letters that some programs give to the three projections of an expert.
+_LETTERS = re.compile(r"(?P<prefix>.*\.mlp\.experts\.(?:\d+\.)?)(?P<letters>w13|w[123])(?:_weight|\.weight)?")
+_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj", "w13": "gate_up_proj"}
+# Gate and up of one feed-forward network or expert in one matrix.
+_PAIR = re.compile(r"(.*\.mlp\.(?:experts\.\d+\.|shared_expert\.)?)gate_up_proj\.weight")
+_PLAIN_DTYPES = ("BF16", "F16", "F32")
 _MAX_EXPERTS = 1 << 16
 _BLOCK = 128  # of FP8 scales
 
@@ -30,6 +36,8 @@ _BLOCK = 128  # of FP8 scales
 EXPERT_FORMS = {
     "experts.N.gate_proj.weight [F, D]": "one tensor per expert and projection, as released",
     "experts.gate_up_proj [E, 2F, D]": "all experts in one tensor, as transformers 5 keeps them in memory",
+    "experts.N.gate_up_proj.weight [2F, D]": "gate and up of one expert together; of a dense layer likewise",
+    "experts.N.w1.weight, experts.w13_weight": "w1 for gate, w2 for down, w3 for up",
     "switch_mlp.gate_proj.weight [E, F, D]": "one tensor per projection, as mlx-lm writes them unquantised",
 }
 
@@ -45,7 +53,9 @@ def canonical(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     hidden = next((infos.shape[-1] for name, infos in names if name == f"model.{_EMBEDDING}" and infos.shape), None)
     widths = {name: info.shape[1] for name, info in names if info.dtype == "F8_E4M3" and len(info.shape) == 3}
     for name, info in names:
-        for each in _experts(info._replace(name=name), hidden, widths):
+        is_together = len(info.shape) == 3 or name.endswith("gate_up_proj.weight")
+        own = info if name == info.name else info._replace(name=name)
+        for each in _experts(own, hidden, widths) if is_together else (own,):
             if each.name in renamed:
                 other = origin[each.name].name
                 raise CorruptCheckpoint(f"{info.file}: tensors {other} and {info.name} are both {each.name}")
@@ -55,9 +65,10 @@ def canonical(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 
 def _without_prefixes(tensors: dict[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
-    names = {name: _AROUND.sub("", name) for name in tensors}
-    heads = {match[1] or "" for name in names.values() if (match := _HEAD.match(name))}
-    drafters = {match[1] or "" for name in names.values() if (match := _MTP.match(name))}
+    names = {name: _unwrapped(name) for name in tensors}
+    heads = {match[1] or "" for name in names.values() if "lm_head." in name and (match := _HEAD.match(name))}
+    names = {name: _in_words(other) for name, other in names.items()}
+    drafters = {match[1] or "" for name in names.values() if "mtp." in name and (match := _MTP.match(name))}
     trunk = _trunk_prefix(set(names.values()))
     head = heads.pop() if len(heads) == 1 else ""
     drafter = drafters.pop() if len(drafters) == 1 else ""
@@ -76,6 +87,19 @@ def _without_prefixes(tensors: dict[str, TensorInfo]) -> list[tuple[str, TensorI
     return [(rename(names[name]), info) for name, info in tensors.items()]
 
 
+def _unwrapped(name: str) -> str:
+    is_around = name.startswith(("module.", "_")) or "._" in name
+    return _AROUND.sub("", name) if is_around else name
+
+
+def _in_words(name: str) -> str:
+    """Projections by their names instead of letters."""
+    match = _LETTERS.fullmatch(name) if ".w" in name else None
+    if match is None:
+        return name
+    return f"{match['prefix']}{_PROJECTIONS[match['letters']]}.weight"
+
+
 def _trunk_prefix(names: set[str]) -> str | None:
     """What stands before embed_tokens, norm and layers; None where that is not clear."""
     found = [name[: -len(_EMBEDDING)] for name in names if name.endswith(_EMBEDDING)]
@@ -87,6 +111,13 @@ def _trunk_prefix(names: set[str]) -> str | None:
 
 def _experts(info: TensorInfo, hidden: int | None, widths: dict[str, int]) -> Iterator[TensorInfo]:
     """The tensor itself, or each expert's part of it."""
+    pair = _PAIR.fullmatch(info.name)
+    if pair is not None and len(info.shape) == 2 and info.dtype in _PLAIN_DTYPES and info.shape[0] % 2 == 0:
+        middle = (info.start + info.end) // 2
+        shape = (info.shape[0] // 2, info.shape[1])
+        yield TensorInfo(f"{pair[1]}gate_proj.weight", info.dtype, shape, info.file, info.start, middle)
+        yield TensorInfo(f"{pair[1]}up_proj.weight", info.dtype, shape, info.file, middle, info.end)
+        return
     match = _FUSED.fullmatch(info.name)
     if match is None or len(info.shape) != 3 or not info.num_bytes or info.shape[0] > _MAX_EXPERTS:
         yield info

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from qnext.checkpoint.collecting import without_collecting
 from qnext.checkpoint.formats.forms import Quantization
 from qnext.checkpoint.header import TensorInfo
 from qnext.checkpoint.names import Part, disk_parts, is_leftover, module_of, num_disk_parts
@@ -18,6 +19,8 @@ from qnext.errors import ConfigError, warn
 from qnext.planning import parameter_shapes
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
+# Parts of wrappers that a config.json of the language model alone may leave out.
+_OTHER_MODALITIES = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.", "model.audio_tower.")
 _TRUNK = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.", "mtp.")
 # A folder that lacks more tensors than this has another configuration; their names are not even listed.
 _MANY = 1_000_000
@@ -76,6 +79,7 @@ class Layout:
         }
 
 
+@without_collecting
 def read_layout(folder: Path, tensors: dict[str, TensorInfo]) -> Layout:
     """What a folder should hold by its configuration; where that is silent, the tensors that are there decide.
 
@@ -132,6 +136,7 @@ def _passed_over(layout: Layout, tensors: Mapping[str, TensorInfo], *, is_wrappe
             continue
         is_mtp = name.startswith("mtp.") and module_of(name) not in read
         is_elsewhere = not name.startswith(_TRUNK if is_wrapped else ("model.", "lm_head.", "mtp."))
+        is_elsewhere |= name.startswith(_OTHER_MODALITIES)
         if is_mtp or is_leftover(name) or (is_elsewhere and not name.startswith("mtp.")):
             yield name
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qnext.checkpoint.aliases import canonical
+from qnext.checkpoint.collecting import without_collecting
 from qnext.checkpoint.foreign import without_model
 from qnext.checkpoint.tensor_info import TensorInfo as TensorInfo
 from qnext.errors import CorruptCheckpoint, ModelNotFound, NotSupported, warn
@@ -32,7 +33,9 @@ ITEM_SIZES = {
 OTHER_DTYPES = (
     "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64", "C128",
 )  # fmt: skip
-_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+_SHARD = re.compile(r"(.*)-(\d{1,6})-of-(\d{1,6})\.safetensors")
+_USUAL_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+_INTEGER = {int}
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -44,6 +47,7 @@ class CheckpointIndex(NamedTuple):
     tensors: dict[str, TensorInfo]
 
 
+@without_collecting
 def read_index(folder: str | Path) -> CheckpointIndex:
     """Headers of the one file, or of all shards, of a model folder, checked against each other and the index.
 
@@ -109,12 +113,12 @@ def _read_without_index(root: Path) -> tuple[tuple[Path, ...], dict[str, TensorI
     """Shards whose names say that all are there need no index, and one file alone may have any name."""
     named = sorted(path.name for path in root.glob("*.safetensors") if not path.name.startswith((".", "adapter_")))
     shards = {name: match for name in named if (match := _SHARD.fullmatch(name))}
-    kinds = {(match[1], match[3]) for match in shards.values()}
+    kinds = {(match[1], match[3], len(match[2])) for match in shards.values()}
     if len(kinds) == 1 and len(shards) == len(named):
-        stem, last = kinds.pop()
+        stem, last, digits = kinds.pop()
         if int(last) > 100_000 or int(last) < len(shards):
             raise CorruptCheckpoint(f"{root / named[0]}: a shard beyond the last, {last}")
-        wanted = [f"{stem}-{i:05d}-of-{last}.safetensors" for i in range(1, int(last) + 1)]
+        wanted = [f"{stem}-{i:0{digits}d}-of-{last}.safetensors" for i in range(1, int(last) + 1)]
         absent = [name for name in wanted if name not in shards]
         if absent:
             raise CorruptCheckpoint(_missing_shards(root, absent, len(wanted), "and there is no index"))
@@ -169,7 +173,7 @@ def load_json(text: str | bytes, path: Path) -> dict[str, Any]:
         return values
 
     try:
-        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
         values = json.loads(decoded, object_pairs_hook=refuse_duplicates)
     except CorruptCheckpoint:
         raise
@@ -203,6 +207,8 @@ def _read_entry(name: str, entry: Any, path: Path, data_start: int) -> TensorInf
 
 def check_name(name: str, path: Path) -> None:
     """Refuse a tensor name that could act as a path or spoil a terminal."""
+    if len(name) <= MAX_NAME_LENGTH and _USUAL_NAME.fullmatch(name):
+        return
     if not name or len(name) > MAX_NAME_LENGTH or ".." in name or "/" in name or "\\" in name or not name.isprintable():
         raise CorruptCheckpoint(f"{path}: {name[:80]!r} is not a tensor name")
 
@@ -221,7 +227,7 @@ def _check_layout(infos: Iterable[TensorInfo], path: Path, data_start: int, size
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and set(map(type, values)) <= _INTEGER and min(values, default=0) >= 0
 
 
 def _read_weight_map(index: Path) -> Mapping[str, str]:

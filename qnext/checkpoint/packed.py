@@ -227,10 +227,10 @@ def _compare(claim: Claim, form: Form, module: str, differences: _Differences) -
 
 
 def _passed_over(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
-    """Tensors that no weight needs, with one warning."""
+    """Tensors that no weight needs, with one warning of those that belong to weights: see scales_of_activations."""
     modules = {name.removesuffix(".weight") for name in shapes}
     modules |= {module.rpartition(".")[0] for module in modules}
-    found = []
+    found, unused = [], []
     for name in tensors:
         module, _, key = name.rpartition(".")
         if key in _ACTIVATION_TENSORS and (module in modules or module.rpartition(".")[0] in modules):
@@ -238,12 +238,23 @@ def _passed_over(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Te
         elif key in _WEIGHT_TENSORS and f"{module}.weight" in shapes:
             weight = tensors.get(f"{module}.weight")
             if weight is not None and weight.dtype in _PLAIN_DTYPES:
-                found.append(name)
-    if found:
-        first = tensors[found[0]]
-        count = f"{len(found)} tensors like {found[0]} are" if found[1:] else f"tensor {found[0]} is"
-        warn(f"{first.file.parent}: {count} passed over: activations and the cache are kept finer than they ask for")
-    return frozenset(found)
+                unused.append(name)
+    if unused:
+        place = tensors[unused[0]].file.parent
+        warn(f"{place}: {_count(unused)} passed over: the weights beside them are stored plain")
+    return frozenset((*found, *unused))
+
+
+def scales_of_activations(passed_over: frozenset[str]) -> str | None:
+    """What `qnext verify` says of them. Every static folder has them, so loading one does not."""
+    found = sorted(name for name in passed_over if name.rpartition(".")[2] in _ACTIVATION_TENSORS)
+    if not found:
+        return None
+    return f"{_count(found)} passed over: activations and the cache are kept finer than they ask for"
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensors like {names[0]} are" if names[1:] else f"tensor {names[0]} is"
 
 
 def packed_problems(packed: PackedWeight, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:

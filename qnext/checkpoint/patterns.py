@@ -15,6 +15,7 @@ MAX_PATTERN_LENGTH = 500
 _MAX_STEPS = 2e8
 _REPEAT_STEPS = 40.0  # about what a repeat can be tried on: a name has some forty to seventy letters
 _MAX_SECONDS = 30.0
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")  # what torch and PEFT put before names
 
 
 class PatternError(ValueError):
@@ -82,8 +83,11 @@ def searched(pattern: str) -> ModuleNames:
 
 
 def _canonical(name: str) -> str:
-    """Names in multimodal wrappers of the same text model, as names or in patterns."""
-    return name.replace(r"language_model\.", "").replace("language_model.", "")
+    """Names in wrappers of the same text model, as names or in patterns."""
+    name = name.replace(r"language_model\.", "").replace("language_model.", "")
+    for wrapper in _WRAPPERS:
+        name = name.removeprefix(wrapper)
+    return name
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

@@ -66,7 +66,7 @@ def _find_block(folder: Path) -> tuple[Block, str] | None:
         raise NotSupported(f"{path}: quantization: 'mlx' is not supported ({NOT_READ['mlx']}); {_what_is_read()}")
     for key in ("quantization_config", "compression_config"):
         values = config.get(key)
-        if values is not None:
+        if values is not None and values != {}:
             block = Block(values, f"{path}: {key}")
             if key == "compression_config" and isinstance(values.get("quantization_config"), dict):
                 block = block.block("quantization_config")

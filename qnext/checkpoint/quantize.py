@@ -178,12 +178,16 @@ class QuantizedOutput:
         num_expected = num_ahead = 0
         for name, part in parts:
             while num_expected < len(parts) and num_ahead < _READ_AHEAD_BYTES:
-                for expected in self.layout.stored_names(parts[num_expected][1].name):
-                    self.files.expect(expected)
-                    num_ahead += self.files.tensors[expected].num_bytes
+                expected = parts[num_expected][1].name
+                for stored in self.layout.stored_names(expected):
+                    self.files.expect(stored)
                 num_expected += 1
+                num_ahead += self._stored_bytes(expected)
             self._round_part(name, part)
-            num_ahead -= sum(self.files.tensors[stored].num_bytes for stored in self.layout.stored_names(part.name))
+            num_ahead -= self._stored_bytes(part.name)
+
+    def _stored_bytes(self, name: str) -> int:
+        return sum(self.files.tensors[stored].num_bytes for stored in self.layout.stored_names(name))
 
     def _round_part(self, name: str, part: Part) -> None:
         scheme = self._policy.scheme_of(part.name, part.shape)
@@ -216,7 +220,7 @@ class QuantizedOutput:
 
     def _count(self, name: str) -> None:
         self._drop(name)
-        self._done += sum(self.files.tensors[stored].num_bytes for stored in self.layout.stored_names(name))
+        self._done += self._stored_bytes(name)
         if self._progress is not None:
             self._progress(self._done, self._total)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from qnext.cli._types import Strict
-from qnext.errors import CorruptCheckpoint, NotSupported, QnextError, QnextWarning
+from qnext.errors import CorruptCheckpoint, NotSupported, QnextError, QnextWarning, warn
 
 if TYPE_CHECKING:
     from qnext.config import ModelConfig
@@ -89,11 +89,15 @@ def checkpoint_problems(folder: Path, progress: Callable[[int, int], None] | Non
     """One error for everything that is wrong; `progress` gets the bytes that are read, and all bytes."""
     from qnext.checkpoint.check import read_layout, structure_problems
     from qnext.checkpoint.files import TensorFiles
+    from qnext.checkpoint.packed import scales_of_activations
     from qnext.checkpoint.values import tensor_value_problems
 
     try:
         with TensorFiles(folder) as files:
             layout = read_layout(folder, files.tensors)
+            finer = scales_of_activations(layout.packing.passed_over)
+            if finer is not None:
+                warn(f"{folder}: {finer}")
             yield from map(CorruptCheckpoint, structure_problems(layout, files.tensors, folder))
             total = sum(info.num_bytes for info in files.tensors.values())
             done = 0

@@ -34,6 +34,7 @@ _MAX_LAYERS = 10_000  # a larger number is damage, and its layer list would fill
 # Where a wrapper of several modalities keeps its language model, and what it says of that outside the block.
 _TEXT_BLOCKS = ("text_config", "llm_config", "language_config")
 _OF_WRAPPER = ("tie_word_embeddings", *_TOKENS)
+_SHARDED = "FSDP"  # what FSDP's wrapper writes before the name of a class
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -53,7 +54,7 @@ def load_config_json(path: Path) -> Any:
         content = path.read_bytes()
         if content.startswith(_LFS_POINTER):
             raise ConfigError(f"{path}: is a pointer of git-lfs; `git lfs pull` in its folder gets the file")
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
     except (ValueError, OSError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -149,6 +150,7 @@ def _language_model(values: dict[str, Any], file: str) -> tuple[str, dict[str, A
     named = [named] if isinstance(named, str) else named or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise reader.error("architectures", f"must be a list of names, not {shorten(named)}")
+    named = [name.removeprefix(_SHARDED) for name in named]
     families = [key for key, family in FAMILIES.items() if {family.architecture, family.base} & set(named)]
     if not reader.has("model_type"):
         if not families:

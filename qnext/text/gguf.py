@@ -263,6 +263,12 @@ def _sampling(keys: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key, neutral in _OTHER_SAMPLING.items():
         if keys.get(f"general.sampling.{key}", neutral) != neutral:
             warn(f"{source}: key general.sampling.{key}: has no counterpart and is passed over")
+    last = keys.get("general.sampling.penalty_last_n", -1)
+    if values.get("repetition_penalty", 1) != 1 and last != -1:
+        if last == 0:
+            del values["repetition_penalty"]  # it looks at no token
+        else:
+            warn(f"{source}: key general.sampling.penalty_last_n: without effect, repetition_penalty counts all tokens")
     return values | ({"do_sample": values.get("temperature", 1.0) > 0} if values else {})
 
 

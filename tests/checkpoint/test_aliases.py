@@ -58,6 +58,36 @@ def _per_projection(tensors: Tensors) -> None:
         tensors[f"{prefix}experts.{kind}_proj"] = torch.stack(stack)
 
 
+def _pairs(tensors: Tensors) -> None:
+    """Gate and up of every expert in one matrix."""
+    stacks = _stacks(tensors)
+    for (prefix, kind, _), stack in stacks.items():
+        for i, matrix in enumerate(stack):
+            if kind == "down":
+                tensors[f"{prefix}experts.{i}.down_proj.weight"] = matrix
+            elif kind == "gate":
+                both = [matrix, stacks[prefix, "up", "weight"][i]]
+                tensors[f"{prefix}experts.{i}.gate_up_proj.weight"] = torch.cat(both)
+
+
+def _letters(tensors: Tensors) -> None:
+    words = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "gate_up_proj": "w13"}
+    for name in list(tensors):
+        if ".mlp.experts." in name:
+            tensors[re.sub(r"(gate_up|gate|up|down)_proj", lambda m: words[m[0]], name)] = tensors.pop(name)
+
+
+def _stacked_letters(tensors: Tensors) -> None:
+    fuse(tensors)
+    _letters(tensors)
+    _rename(lambda name: f"{name}_weight" if name.endswith((".w13", ".w2")) else name)(tensors)
+
+
+def _pairs_in_letters(tensors: Tensors) -> None:
+    _pairs(tensors)
+    _letters(tensors)
+
+
 def _rename(change: Callable[[str], str]) -> Callable[[Tensors], None]:
     def rename(tensors: Tensors) -> None:
         for name in list(tensors):
@@ -92,6 +122,10 @@ FORMS: dict[str, Callable[[Tensors], None]] = {
     "no prefix": _rename(lambda name: name.removeprefix("model.")),
     "actor": _rename(lambda name: f"actor.{name}"),
     "fused and prefixed": _both,
+    "gate and up of an expert together": _pairs,
+    "w1, w2, w3": _letters,
+    "w13_weight, w2_weight": _stacked_letters,
+    "w13 of each expert": _pairs_in_letters,
 }
 
 
@@ -101,6 +135,26 @@ def test_other_names_are_the_same_model(tmp_path: Path, name: str, form: str) ->
     folder = tiny_folder(tmp_path / "m", name)
     rewrite(folder, FORMS[form])
     assert_same_weights(load_model(folder), tiny_model(name))
+
+
+def test_gate_and_up_of_dense_layers_together(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "m", "dense")
+
+    def pair(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("mlp.gate_proj.weight")]:
+            up = tensors.pop(name.replace("gate_proj", "up_proj"))
+            tensors[name.replace("gate_proj", "gate_up_proj")] = torch.cat([tensors.pop(name), up])
+
+    rewrite(folder, pair)
+    assert_same_weights(load_model(folder), tiny_model("dense"))
+
+
+@pytest.mark.parametrize("part", ["visual.blocks.0.norm1.weight", "vision_tower.x.weight", "audio_tower.conv.weight"])
+def test_other_modalities_beside_the_keys_of_the_text_model(tmp_path: Path, part: str) -> None:
+    folder = tiny_folder(tmp_path / "m", "moe")
+    rewrite(folder, lambda tensors: tensors.update({f"model.{part}": torch.ones(3)}))
+    with pytest.warns(QnextWarning, match="outside the language model"):
+        assert_same_weights(load_model(folder), tiny_model("moe"))
 
 
 def test_dense_layers_beside_experts_keep_their_names(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from qnext import ops
 from qnext.checkpoint import load_model
 from qnext.checkpoint.gguf import export_gguf, import_gguf
+from qnext.cli.verify import examine
 from qnext.errors import CorruptCheckpoint, NotSupported, QnextWarning
 
 from .float_folders import FLOAT_CONFIG, FloatForm, float_folder, float_forms, fp8
@@ -24,7 +26,6 @@ from .packed_folders import assert_holds, weights_of
 FORMS = float_forms()
 DOWN = "model.layers.0.mlp.experts.1.down_proj"
 ROW = "model.layers.1.mlp.shared_expert.up_proj"
-WHOLE = ("nf4", "int8", "W8A8, one scale")
 
 pytestmark = pytest.mark.filterwarnings("ignore::qnext.errors.QnextWarning")
 
@@ -63,7 +64,11 @@ def test_integers_stay_codes(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.filterwarnings("error::qnext.errors.QnextWarning")
 @pytest.mark.parametrize(
-    "name", ["official", "official, other blocks", "fbgemm", "FP8-dynamic", "FP8-block", "MXFP8", "MXFP4", *WHOLE[:2]]
+    "name",
+    [
+        *("official", "official, other blocks", "fbgemm", "FP8-dynamic", "FP8-block", "MXFP8", "MXFP4"),
+        *("nf4", "int8", "W8A8, one scale", "ModelOpt FP8", "NVFP4"),
+    ],
 )
 def test_a_usual_folder_is_read_without_a_word(tmp_path: Path, name: str) -> None:
     float_folder(tmp_path / "m", FORMS[name])
@@ -73,16 +78,27 @@ def test_a_usual_folder_is_read_without_a_word(tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ModelOpt FP8", "tensors like .*input_scale are passed over: activations and the cache are kept finer"),
-        ("NVFP4", "input_global_scale are passed over"),
         ("FP8 without a word", "config.json: leaves .* stored as fp8 ch"),
-        ("W8A8, one scale", "input_scale are passed over"),
     ],
 )
-def test_what_is_passed_over_is_told(tmp_path: Path, name: str, message: str) -> None:
+def test_what_differs_is_told(tmp_path: Path, name: str, message: str) -> None:
     float_folder(tmp_path / "m", FORMS[name])
     with pytest.warns(QnextWarning, match=message):
         load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ModelOpt FP8", "tensors like .*input_scale are passed over: activations and the cache are kept finer"),
+        ("NVFP4", "input_global_scale are passed over"),
+        ("W8A8, one scale", "input_scale are passed over"),
+    ],
+)
+def test_scales_of_activations_are_told_by_verify(tmp_path: Path, name: str, message: str) -> None:
+    float_folder(tmp_path / "m", FORMS[name])
+    found = [str(warning) for warning in examine(tmp_path / "m").warnings]
+    assert sum(re.search(message, line) is not None for line in found) == 1
 
 
 LABELS: dict[str, dict[str, Any]] = {

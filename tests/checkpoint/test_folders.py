@@ -16,7 +16,7 @@ from qnext.checkpoint.header import read_index
 from qnext.checkpoint.resolve import resolve_model
 from qnext.errors import CorruptCheckpoint, ModelNotFound, NotSupported, QnextError, QnextWarning
 
-from .folders import CONFIGS, rewrite, shard_of, tiny_folder
+from .folders import CONFIGS, edit_config, rewrite, shard_of, tiny_folder, tiny_model
 
 INDEX = "model.safetensors.index.json"
 
@@ -134,6 +134,33 @@ def test_shards_need_no_index_where_all_are_there(tmp_path: Path) -> None:
     paths[-1].unlink()
     with pytest.raises(CorruptCheckpoint, match=rf"{paths[1].name}: .*; 2 of {len(paths)} files are missing"):
         read_index(folder)
+
+
+@pytest.mark.parametrize("digits", [1, 3, 6])
+def test_numbers_of_shards_may_have_other_widths(tmp_path: Path, digits: int) -> None:
+    folder = tiny_folder(tmp_path / "m", "moe")
+    expected = names_of(folder)
+    (folder / INDEX).unlink()
+    paths = sorted(folder.glob("*.safetensors"))[:9]
+    for i, path in enumerate(sorted(folder.glob("*.safetensors"))):
+        path.rename(folder / f"model-{i + 1:0{digits}d}-of-{len(paths):0{digits}d}.safetensors")
+    with pytest.warns(QnextWarning, match="taken as the model"):
+        assert sorted(names_of(folder)) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "quantize_config.json"])
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path, name: str) -> None:
+    folder = tiny_folder(tmp_path / "m", "moe")
+    path = folder / name
+    block = b'{"quant_method": "fp8"}'
+    path.write_bytes(b"\xef\xbb\xbf" + (path.read_bytes() if path.exists() else block))
+    assert load_model(folder).config == tiny_model("moe").config
+
+
+def test_an_empty_quantization_config_is_absent(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "m", "moe")
+    edit_config(folder, quantization_config={})
+    assert load_model(folder).config == tiny_model("moe").config
 
 
 def test_one_file_may_have_any_name(tmp_path: Path) -> None:

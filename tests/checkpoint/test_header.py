@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import struct
@@ -269,3 +270,17 @@ def test_damaged_headers_never_escape(tmp_path: Path, data: st.DataObject) -> No
         assert "\n" not in str(error)
     else:
         assert sum(info.num_bytes for info in infos) + int.from_bytes(raw[:8], "little") + 8 == path.stat().st_size
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_the_collector_is_as_it_was(tmp_path: Path, was_enabled: bool) -> None:
+    """Also where reading ends in an error."""
+    try:
+        (gc.enable if was_enabled else gc.disable)()
+        with pytest.raises(ModelNotFound):
+            read_index(tmp_path)
+        assert gc.isenabled() is was_enabled
+        read_index(tiny_folder(tmp_path / "m", "dense"))
+        assert gc.isenabled() is was_enabled
+    finally:
+        gc.enable()

@@ -232,7 +232,7 @@ def test_damaged_fp8(tmp_path: Path, name: str) -> None:
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size: must be two positive integers"),
         ({"quant_method": "fp8", "modules_to_not_convert": "lm_head"}, "modules_to_not_convert: must be a list"),
         ({"quant_method": 8}, "quant_method: must be a word"),
-        ({}, "quant_method: missing; read are fp8"),
+        ({"bits": 4}, "quant_method: missing; read are fp8"),
         ([1], "must be an object"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qnext.checkpoint.patterns import ModuleNames, NamePieces, PatternError
+from qnext.checkpoint.patterns import ModuleNames, NamePieces, PatternError, module_names
 
 LONGEST = "model.layers.10.mlp.experts.127.down_proj"
 
@@ -59,3 +59,10 @@ def test_any_pattern_is_refused_or_ends_soon(pattern: str) -> None:
     begin = time.monotonic()
     _ = LONGEST in names
     assert time.monotonic() - begin < 5.0
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "_orig_mod.module.", "base_model.model."])
+def test_names_inside_wrappers_are_those_of_the_model(wrapper: str) -> None:
+    names = module_names([f"{wrapper}model.layers.0.self_attn.q_proj", "lm_head"])
+    assert "model.layers.0.self_attn.q_proj" in names
+    assert "model.layers.1.self_attn.q_proj" not in names

@@ -300,6 +300,7 @@ def test_whole_numbers_may_be_written_as_floats() -> None:
         {"eos_token_id": [151645.0]},
         {"architectures": "Qwen3NextForCausalLM"},
         {"architectures": ["Qwen3NextModel"]},
+        {"architectures": ["FSDPQwen3NextForCausalLM"]},
         {"architectures": []},
         {"pad_token_id": -1},
     ],

@@ -218,6 +218,22 @@ SAMPLING: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     "penalty": (
         {"penalty_repeat": 1.0499999523162842, "penalty_last_n": 64},
         {"repetition_penalty": 1.05, "do_sample": True},
+        "penalty_last_n: without effect, repetition_penalty counts all tokens",
+    ),
+    "penalty of all tokens": (
+        {"penalty_repeat": 1.5, "penalty_last_n": -1},
+        {"repetition_penalty": 1.5, "do_sample": True},
+        None,
+    ),
+    "penalty of no token": (
+        {"penalty_repeat": 1.5, "penalty_last_n": 0, "min_p": 0.5},
+        {"min_p": 0.5, "do_sample": True},
+        None,
+    ),
+    "window without a penalty": ({"penalty_last_n": 64}, {}, None),
+    "window and a penalty of one": (
+        {"penalty_repeat": 1.0, "penalty_last_n": 64},
+        {"repetition_penalty": 1.0, "do_sample": True},
         None,
     ),
     "beyond the range": ({"top_p": 1.5, "temp": 0.5}, {"temperature": 0.5, "do_sample": True}, "top_p: 1.5 is out of"),
