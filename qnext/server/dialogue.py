@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qnext.engine.sampling.constraint import Constraint
 from qnext.server.answers import Answer
 from qnext.server.exchange import Exchange
-from qnext.server.tools import Offer
+from qnext.server.tools import Offer, check_tools
 from qnext.text.messages import Message
 from qnext.text.output import OutputParser, tool_call_grammar
 from qnext.text.stream import Thought
@@ -74,6 +74,8 @@ async def make_dialogue(
     with which a model that decides by itself begins.
     """
     served = exchange.server.served
+    if offer.tools:
+        await served.run(lambda: check_tools(offer.tools))
     prompt_ids, thought = await served.encode_chat(
         in_order_of_calls(messages), tools=offer.tools, asked=asked, continues=continues,
         add_generation_prompt=add_generation_prompt, param=param,

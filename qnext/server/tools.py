@@ -161,12 +161,9 @@ def offered(
     choice: Any,
     *,
     origins: Mapping[str, Origin] | None = None,
-    param: str = "tools",
 ) -> Offer:
     """The offer that tools and a tool_choice make: "auto", "none", "required", {"type": "function", ...} with a name,
-    or {"type": "allowed_tools", ...}. Raises ApiError 400 for tools or choices that cannot be."""
-    for index, tool in enumerate(tools):
-        check_schema(tool["function"]["parameters"], param=f"{param}.{index}.parameters")
+    or {"type": "allowed_tools", ...}. Raises ApiError 400 for choices that cannot be; check_tools looks at schemas."""
     if choice is None or choice == "auto":
         return Offer(tuple(tools), tuple(tools))
     if choice == "none":
@@ -217,6 +214,12 @@ def _allowed(tools: Sequence[dict[str, Any]], choice: Mapping[str, Any], origins
     if None in wanted or len(kept) < len(wanted):
         raise ApiError.bad("tool_choice names a tool that is not offered", param="tool_choice")
     return Offer(tuple(tools), kept, is_required=mode == "required")
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]], *, param: str = "tools") -> None:
+    """check_schema of each. A hundred large ones take longer than the event loop may wait: call it in a thread."""
+    for index, tool in enumerate(tools):
+        check_schema(tool["function"]["parameters"], param=f"{param}.{index}.parameters")
 
 
 def check_schema(schema: object, *, param: str) -> None:
