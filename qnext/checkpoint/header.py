@@ -31,8 +31,14 @@ ITEM_SIZES = {
 }  # fmt: skip
 # The format's other dtypes: sound files, which no weight of a model that is read here has.
 OTHER_DTYPES = (
-    "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64", "C128",
-)  # fmt: skip
+    "F4",
+    "F6_E2M3",
+    "F6_E3M2",
+    "F8_E4M3FNUZ",
+    "F8_E5M2FNUZ",
+    "C64",
+    "C128",
+)
 _SHARD = re.compile(r"(.*)-(\d{1,6})-of-(\d{1,6})\.safetensors")
 _USUAL_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 _INTEGER = {int}

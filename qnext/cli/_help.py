@@ -148,9 +148,13 @@ def _wrap(text: str, width: int, *, indent: str = "", first: str | None = None) 
         re.sub(r"(?<=[|,])(?=\S{12})", "\0", text).replace("\0", "\x1f ") if len(text) > width - len(indent) else text
     )
     lines = textwrap.wrap(
-        pieces, max(width, len(indent) + 12), initial_indent=indent if first is None else first,
-        subsequent_indent=indent, break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+        pieces,
+        max(width, len(indent) + 12),
+        initial_indent=indent if first is None else first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     return re.sub("\x1f ?", "", "\n".join(lines))
 
 

@@ -31,9 +31,13 @@ def round_nearest(
     `weight_FD` is [F, D] of any float.
     """
     return round_to_groups(
-        weight_FD, importance_D, divisors=_divisors(scheme.bits), bits=scheme.bits, group_size=scheme.group_size,
+        weight_FD,
+        importance_D,
+        divisors=_divisors(scheme.bits),
+        bits=scheme.bits,
+        group_size=scheme.group_size,
         scale_dtype=scale_dtype,
-    )  # fmt: skip
+    )
 
 
 def _divisors(bits: int) -> list[float]:

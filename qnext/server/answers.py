@@ -164,10 +164,12 @@ def prompt_logprobs(served: ServedModel, tokens: Sequence[SampledToken]) -> list
             continue
         ranked = {other: (value, rank) for rank, (other, value) in enumerate(token.top_logprobs, 1)}
         ranked.setdefault(token.token_id, (token.logprob, token.rank or 0))
-        found.append({
-            str(other): {"logprob": finite_logprob(value), "rank": rank, "decoded_token": served.token_text(other)}
-            for other, (value, rank) in ranked.items()
-        })  # fmt: skip
+        found.append(
+            {
+                str(other): {"logprob": finite_logprob(value), "rank": rank, "decoded_token": served.token_text(other)}
+                for other, (value, rank) in ranked.items()
+            }
+        )
     return found
 
 

@@ -49,9 +49,13 @@ class Dialogue:
             reads_reasoning=may_think,
         )  # fmt: skip
         return Answer(
-            served, stop=self.stop, parser=parser, starts_in_reasoning=self.is_thinking,
-            thought=None if self.stops_in_thought else thought, max_calls=self.max_calls,
-        )  # fmt: skip
+            served,
+            stop=self.stop,
+            parser=parser,
+            starts_in_reasoning=self.is_thinking,
+            thought=None if self.stops_in_thought else thought,
+            max_calls=self.max_calls,
+        )
 
 
 async def make_dialogue(
@@ -93,10 +97,16 @@ async def make_dialogue(
     elif chosen is not None and thought == "possible" and served.is_hybrid:
         chosen = replace(chosen, starts_after=served.think_end, opened_by=served.think_start)
     return Dialogue(
-        prompt_ids, thought, offer, chosen, chosen_param,
-        max_calls=1 if offer.callable and not parallel_calls else None, stop=stop, stops_in_thought=stops_in_thought,
+        prompt_ids,
+        thought,
+        offer,
+        chosen,
+        chosen_param,
+        max_calls=1 if offer.callable and not parallel_calls else None,
+        stop=stop,
+        stops_in_thought=stops_in_thought,
         continues=continues,
-    )  # fmt: skip
+    )
 
 
 def _call_grammar(served: ServedModel, offer: Offer, *, parallel: bool) -> str:

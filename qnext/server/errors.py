@@ -120,8 +120,10 @@ class ApiError(Exception):
         count = f"at least {num_tokens}" if is_least else f"{num_tokens}"
         return cls.bad(
             f"prompt is too long: {count} tokens > {maximum} maximum (this model's maximum context length is "
-            f"{maximum + 1} tokens)", param=param, code="context_length_exceeded",
-        )  # fmt: skip
+            f"{maximum + 1} tokens)",
+            param=param,
+            code="context_length_exceeded",
+        )
 
     @classmethod
     def busy(cls, message: str, *, retry_after: float, code: str = "overloaded", status: int = 503) -> ApiError:

@@ -17,10 +17,21 @@ Note = Callable[[str], None]  # is told the kind of what was passed over
 
 # Kinds of parts and blocks, of all surfaces, and what stands in their place.
 PLACEHOLDERS: Mapping[str, str] = {
-    "image": "image", "image_url": "image", "input_image": "image", "computer_screenshot": "image",
-    "input_audio": "audio", "audio": "audio", "audio_url": "audio", "video": "video", "video_url": "video",
-    "document": "document", "file": "file", "input_file": "file", "container_upload": "file", "resource": "resource",
-}  # fmt: skip
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "computer_screenshot": "image",
+    "input_audio": "audio",
+    "audio": "audio",
+    "audio_url": "audio",
+    "video": "video",
+    "video_url": "video",
+    "document": "document",
+    "file": "file",
+    "input_file": "file",
+    "container_upload": "file",
+    "resource": "resource",
+}
 _GISTS = ("text", "title", "url", "source", "query", "content", "stdout", "stderr", "output", "tool_name", "error_code")
 _MAX_GIST = 20_000  # characters of what a tool of another server found
 _ATTRIBUTION = re.compile(r"^x-anthropic-billing-header:[^\n]*(?:\n|\Z)", re.MULTILINE | re.IGNORECASE)

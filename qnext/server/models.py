@@ -19,9 +19,18 @@ from qnext.text.templates import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
 from qnext.text.thinking import KNOWN_ARGUMENTS
 
 _OF_CONVERSATIONS = (
-    "tools", "tool_choice", "functions", "function_call", "chat_template", "chat_template_kwargs", "enable_thinking",
-    "reasoning_effort", "reasoning", "thinking", "continue_final_message",
-)  # fmt: skip
+    "tools",
+    "tool_choice",
+    "functions",
+    "function_call",
+    "chat_template",
+    "chat_template_kwargs",
+    "enable_thinking",
+    "reasoning_effort",
+    "reasoning",
+    "thinking",
+    "continue_final_message",
+)
 _TEMPLATES = {"instruct": INSTRUCT_TEMPLATE, "thinking": THINKING_TEMPLATE}
 
 

@@ -273,8 +273,10 @@ class ServedModel:
             raise ApiError.too_long(num_tokens, maximum, is_least=True, param=param)
         raise ApiError.bad(
             f"prompt is too long: {num_characters} characters, more than {MAX_TEXT_PER_TOKEN} for each of the "
-            f"{maximum} tokens of the maximum", param=param, code="context_length_exceeded",
-        )  # fmt: skip
+            f"{maximum} tokens of the maximum",
+            param=param,
+            code="context_length_exceeded",
+        )
 
     def _style_of_format(self) -> ToolStyle:
         chat_format = self.chat_format

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from qnext.errors import CorruptCheckpoint, NotSupported, UsageError, warn
-from qnext.text.files import read_json_object
+from qnext.text.template_files import read_templates
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import (
     DEFAULT_SPECIAL_TOKENS,
@@ -81,8 +81,8 @@ def vocabulary_keys(folder: str | os.PathLike[str], *, num_rows: int) -> dict[st
         or [_NO_MERGE],
         f"{_PREFIX}add_bos_token": False,
     }
-    template = _chat_template(Path(folder))
-    return keys if template is None else keys | {_TEMPLATE: template}
+    templates = read_templates(Path(folder))
+    return keys if templates is None else keys | {_TEMPLATE: templates.texts["default"]}
 
 
 def has_vocabulary(keys: Mapping[str, Any]) -> bool:
@@ -285,14 +285,3 @@ def _is_of_family(description: dict[str, Any]) -> bool:
         and not parts[1].get("add_prefix_space")
         and not description["model"].get("ignore_merges")
     )
-
-
-def _chat_template(folder: Path) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    value = read_json_object(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None

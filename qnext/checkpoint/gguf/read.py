@@ -65,9 +65,9 @@ def import_gguf(
     Q8_0 and Q4_0 stay as they are, in the layout of compressed-tensors, unless `dequantize`. `dtype` None is that of
     the file's matrices, bfloat16 where they are quantised. Vectors, routers, convolutions and the b and a projections
     that `dtype` cannot hold exactly stay in fp32; the other matrices are rounded to it, and the report names them.
-    Tokenizer files are copied from `tokenizer_folder`. Memory
-    stays near one tensor of the folder. Raises CorruptCheckpoint or NotSupported naming file and key or
-    tensor, UsageError when `folder` exists and is not empty or a number does not fit in `dtype`.
+    Tokenizer files are copied from `tokenizer_folder`. Memory stays near one tensor of the folder. Raises
+    CorruptCheckpoint or NotSupported naming file and key or tensor, UsageError when `folder` exists and is not empty or
+    a number does not fit in `dtype`.
     """
     file = read_gguf(path)
     config = config_from_keys(file)

@@ -18,11 +18,35 @@ from qnext.errors import UsageError
 
 # What the grammar holds. `format` is held for FORMATS alone, `pattern` without what _UNHELD_PATTERN finds.
 ENFORCED = (
-    "type", "enum", "const", "anyOf", "allOf", "oneOf", "$ref", "nullable", "properties", "required",
-    "additionalProperties", "patternProperties", "minProperties", "maxProperties", "items", "prefixItems",
-    "additionalItems", "minItems", "maxItems", "minLength", "maxLength", "pattern", "format", "minimum", "maximum",
-    "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
-)  # fmt: skip
+    "type",
+    "enum",
+    "const",
+    "anyOf",
+    "allOf",
+    "oneOf",
+    "$ref",
+    "nullable",
+    "properties",
+    "required",
+    "additionalProperties",
+    "patternProperties",
+    "minProperties",
+    "maxProperties",
+    "items",
+    "prefixItems",
+    "additionalItems",
+    "minItems",
+    "maxItems",
+    "minLength",
+    "maxLength",
+    "pattern",
+    "format",
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "multipleOf",
+)
 FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid", "unknown")
 # Keyword to what the output may then be. All other keywords are annotations.
 RELAXED: Mapping[str, str] = {
@@ -55,9 +79,19 @@ _ANY_TYPE = ("any", "unknown")
 _TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
 # What writers of Python, Protocol Buffers and OpenAPI write for a type.
 _OTHER_NAMES = {
-    "str": "string", "text": "string", "int": "integer", "long": "integer", "float": "number", "double": "number",
-    "bool": "boolean", "dict": "object", "map": "object", "list": "array", "tuple": "array", "none": "null",
-}  # fmt: skip
+    "str": "string",
+    "text": "string",
+    "int": "integer",
+    "long": "integer",
+    "float": "number",
+    "double": "number",
+    "bool": "boolean",
+    "dict": "object",
+    "map": "object",
+    "list": "array",
+    "tuple": "array",
+    "none": "null",
+}
 _NAMED = ("properties", "patternProperties")  # hold schemas by name
 _DEFINITIONS = ("$defs", "definitions")  # and these where references find them
 _LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -66,10 +100,16 @@ _DATA = ("const", "enum", "default", "example", "examples")  # hold values, in w
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "uniqueItems": (False,), "propertyNames": (True, {}, {"type": "string"}), "unevaluatedProperties": (True, {}),
-    "unevaluatedItems": (True, {}), "dependentRequired": ({},), "dependentSchemas": ({},), "dependencies": ({},),
-    "minContains": (0,), "not": (False,),
-}  # fmt: skip
+    "uniqueItems": (False,),
+    "propertyNames": (True, {}, {"type": "string"}),
+    "unevaluatedProperties": (True, {}),
+    "unevaluatedItems": (True, {}),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+    "dependencies": ({},),
+    "minContains": (0,),
+    "not": (False,),
+}
 _NAME = re.compile(r"[\w$-]{1,40}", re.ASCII)
 _MAX_REFERENCES = 32  # followed in a row
 _MAX_BRANCHES = 64  # of a oneOf of which every two are compared
@@ -324,12 +364,19 @@ class _Reading:
 
 _Reader = Callable[[_Reading, str, Any, "tuple[str, ...]", "dict[str, Any]"], None]
 _READERS: dict[str, _Reader] = {
-    **dict.fromkeys(_NAMED, _Reading._named), **dict.fromkeys(_LISTED, _Reading._listed),
-    **dict.fromkeys(_SINGLE, _Reading._single), **dict.fromkeys(_COUNTS, _Reading._count),
-    **dict.fromkeys(_NUMBERS, _Reading._number), "type": _Reading._type, "enum": _Reading._enum,
-    "const": _Reading._const, "required": _Reading._required, "pattern": _Reading._pattern,
-    "format": _Reading._format, "$ref": _Reading._ref,
-}  # fmt: skip
+    **dict.fromkeys(_NAMED, _Reading._named),
+    **dict.fromkeys(_LISTED, _Reading._listed),
+    **dict.fromkeys(_SINGLE, _Reading._single),
+    **dict.fromkeys(_COUNTS, _Reading._count),
+    **dict.fromkeys(_NUMBERS, _Reading._number),
+    "type": _Reading._type,
+    "enum": _Reading._enum,
+    "const": _Reading._const,
+    "required": _Reading._required,
+    "pattern": _Reading._pattern,
+    "format": _Reading._format,
+    "$ref": _Reading._ref,
+}
 
 
 def _is_neutral(node: Mapping[str, Any], key: str, value: Any) -> bool:

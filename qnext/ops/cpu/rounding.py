@@ -45,9 +45,11 @@ def round_to_groups(
         assert importance_D.shape == (num_inputs,) and importance_D.dtype == torch.float32
         importance_D = importance_D.contiguous()
     native.round_matrix(
-        _arguments(native, weight_FD, rounded), 0 if importance_D is None else importance_D.data_ptr(),
-        divisors_N.data_ptr(), len(divisors_N),
-    )  # fmt: skip
+        _arguments(native, weight_FD, rounded),
+        0 if importance_D is None else importance_D.data_ptr(),
+        divisors_N.data_ptr(),
+        len(divisors_N),
+    )
     return rounded
 
 
@@ -62,6 +64,12 @@ def rounding_errors(native: Any, weight_FD: Tensor, rounded: QuantizedWeight) ->
 def _arguments(native: Any, weight_FD: Tensor, rounded: QuantizedWeight) -> Any:
     assert weight_FD.shape == rounded.shape and weight_FD.is_contiguous()
     return native.Rounding(
-        _KINDS[weight_FD.dtype], _KINDS[rounded.scales.dtype], *weight_FD.shape, rounded.group_size, rounded.bits,
-        weight_FD.data_ptr(), rounded.codes.data_ptr(), rounded.scales.data_ptr(),
-    )  # fmt: skip
+        _KINDS[weight_FD.dtype],
+        _KINDS[rounded.scales.dtype],
+        *weight_FD.shape,
+        rounded.group_size,
+        rounded.bits,
+        weight_FD.data_ptr(),
+        rounded.codes.data_ptr(),
+        rounded.scales.data_ptr(),
+    )

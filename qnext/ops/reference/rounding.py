@@ -93,9 +93,12 @@ def rounding_errors(weight_FD: Tensor, rounded: QuantizedWeight) -> Tensor:
         block = slice(start, start + rows)
         original = weight_FD[block].to(torch.float32)
         weight = QuantizedWeight(
-            rounded.codes[block], rounded.scales[block], rounded.bits, rounded.group_size,
+            rounded.codes[block],
+            rounded.scales[block],
+            rounded.bits,
+            rounded.group_size,
             None if rounded.zeros is None else rounded.zeros[block],
-        )  # fmt: skip
+        )
         gaps = weight.dequantize().sub_(original)
         parts.append(torch.stack([each.square().sum(-1, dtype=torch.float64) for each in (gaps, original)], dim=-1))
     return torch.cat(parts)

@@ -63,25 +63,46 @@ CLIENT_TOOLS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 # Kinds that a server runs, which no model here can use. Others that nobody knows are passed over like them.
 SERVER_TOOLS = (
-    "web_search", "web_search_preview", "file_search", "mcp", "code_interpreter", "image_generation", "computer",
-    "computer_use_preview", "programmatic_tool_calling", "shell in a container", "tool_search of a server",
-)  # fmt: skip
+    "web_search",
+    "web_search_preview",
+    "file_search",
+    "mcp",
+    "code_interpreter",
+    "image_generation",
+    "computer",
+    "computer_use_preview",
+    "programmatic_tool_calling",
+    "shell in a container",
+    "tool_search of a server",
+)
 # A call's kind of item to (name for the model, key of its arguments).
 CALLS: Mapping[str, tuple[str, str]] = {
-    "custom_tool_call": ("", "input"), "local_shell_call": ("local_shell", "action"),
-    "shell_call": ("shell", "action"), "apply_patch_call": ("apply_patch", "operation"),
-    "tool_search_call": ("tool_search", "arguments"), "computer_call": ("computer", "action"),
-    "mcp_call": ("", "arguments"), "mcp_approval_request": ("", "arguments"),
-}  # fmt: skip
+    "custom_tool_call": ("", "input"),
+    "local_shell_call": ("local_shell", "action"),
+    "shell_call": ("shell", "action"),
+    "apply_patch_call": ("apply_patch", "operation"),
+    "tool_search_call": ("tool_search", "arguments"),
+    "computer_call": ("computer", "action"),
+    "mcp_call": ("", "arguments"),
+    "mcp_approval_request": ("", "arguments"),
+}
 OUTPUTS = (
-    "custom_tool_call_output", "local_shell_call_output", "shell_call_output", "apply_patch_call_output",
-    "tool_search_output", "computer_call_output",
-)  # fmt: skip
+    "custom_tool_call_output",
+    "local_shell_call_output",
+    "shell_call_output",
+    "apply_patch_call_output",
+    "tool_search_output",
+    "computer_call_output",
+)
 # Items that say nothing to a model of text.
 SILENT = (
-    "ghost_snapshot", "mcp_list_tools", "compaction_trigger", "configuration_update", "additional_tools",
+    "ghost_snapshot",
+    "mcp_list_tools",
+    "compaction_trigger",
+    "configuration_update",
+    "additional_tools",
     "mcp_approval_response",
-)  # fmt: skip
+)
 # Items whose text another server keeps, or that only it can read.
 ELSEWHERE = ("item_reference", "compaction", "compaction_summary")
 _ENDINGS = ("_call", "_output", "_request", "_response")  # of items that may yet be invented

@@ -52,9 +52,12 @@ async def _answered(exchange: Exchange, body: ResponseBody) -> Reply | EventStre
     )  # fmt: skip
     guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
     writer = ResponseWriter(
-        exchange, dialogue.new_answer(exchange), _echo(body, params), num_top=params.logprobs,
+        exchange,
+        dialogue.new_answer(exchange),
+        _echo(body, params),
+        num_top=params.logprobs,
         origins=dialogue.offer.origins,
-    )  # fmt: skip
+    )
     generating = exchange.generate(dialogue.prompt_ids, params, guide=guide)
     if body.stream:
         exchange.outcome.stream = True

@@ -272,9 +272,12 @@ def _collect(found: Collected, tool: Any, note: Note, param: str, namespace: Nam
     elif tool.type in CLIENT_TOOLS and _is_of_client(tool):
         description, parameters = CLIENT_TOOLS[tool.type]
         found.add(
-            tool.type, tool.description or description, tool.parameters or parameters,
-            origin=Origin(tool.type, tool.type), param=param,
-        )  # fmt: skip
+            tool.type,
+            tool.description or description,
+            tool.parameters or parameters,
+            origin=Origin(tool.type, tool.type),
+            param=param,
+        )
     else:
         note(tool.type)
 

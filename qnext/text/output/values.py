@@ -20,20 +20,28 @@ _TYPES_OF_PYTHON = {
 }  # fmt: skip
 # Keywords that say something about values of one type alone, where a schema has no type.
 _TYPES_OF_KEYWORDS = {
-    "properties": "object", "additionalProperties": "object", "patternProperties": "object", "required": "object",
-    "items": "array", "prefixItems": "array",
-}  # fmt: skip
+    "properties": "object",
+    "additionalProperties": "object",
+    "patternProperties": "object",
+    "required": "object",
+    "items": "array",
+    "prefixItems": "array",
+}
 _BRANCHES = ("anyOf", "oneOf", "allOf")
 # Names of types, also as Python, Gemini and C write them; any other name means any type.
 _TYPES_BY_WORD = {
     name: kind
     for kind, names in {
-        "string": "string str text enum", "integer": "integer int int32 int64 long", "boolean": "boolean bool",
-        "number": "number float double", "object": "object dict map", "array": "array list tuple arr",
+        "string": "string str text enum",
+        "integer": "integer int int32 int64 long",
+        "boolean": "boolean bool",
+        "number": "number float double",
+        "object": "object dict map",
+        "array": "array list tuple arr",
         "null": "null none",
     }.items()
     for name in names.split()
-}  # fmt: skip
+}
 
 Types = frozenset[str]  # names of JSON types; none at all means any
 STRING: Types = frozenset({"string"})
