@@ -13,32 +13,20 @@ Limit: a template that builds a token's name out of several harmless strings wou
 from __future__ import annotations
 
 import json
-import os
 import re
-import select
-import struct
-import subprocess
-import sys
 import threading
-import time
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from qnext.confined.process import ConfinedFailure, ConfinedLimits, ConfinedProcess
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.text.messages import Message, message_to_dict, raw_arguments
 from qnext.text.tokenizer import Piece
 
 _WORKER = Path(__file__).with_name("jinja_worker.py")
-# The child finds packages where the parent does, and nothing in its working directory.
-_START = (
-    "import json, runpy, sys; sys.path = json.loads(sys.argv.pop(1)); runpy.run_path(sys.argv[1], None, '__main__')"
-)
-# Starting an interpreter on a busy machine may take long; it is not the template's fault.
-_START_SECONDS = 60.0
 _FIRST_PRIVATE, _LAST_PRIVATE = 0xF0000, 0xFFFFD
 _ARGUMENTS = ("documents",)  # of a conversation, and None where nobody gives them
 _CONTEXT = ("messages", "tools", "add_generation_prompt")
@@ -80,7 +68,7 @@ class JinjaTemplate:
         self._markup_names = frozenset(markup_names) - self._control_names
         self._variables = dict(variables or {})
         self._limits = limits or TemplateLimits()
-        self._worker: _Worker | None = None
+        self._worker: ConfinedProcess | None = None
         self._lock = threading.Lock()
 
     @property
@@ -188,101 +176,37 @@ class JinjaTemplate:
         raise CorruptCheckpoint(f"{self._source}: {message}")
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        limits = self._limits
         with self._lock:
             if self._worker is None or not self._worker.is_alive():
-                self._worker = _Worker(self._text, self._limits)
-            return self._worker.ask(request)
-
-
-class _Worker:
-    """One child process with one template."""
-
-    def __init__(self, text: str, limits: TemplateLimits) -> None:
-        self._limits = limits
-        arguments = map(str, (_WORKER, limits.memory_bytes, limits.output_characters, limits.seconds))
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _START, json.dumps([entry for entry in sys.path if entry]), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            env={},
-        )
-        self._finalizer = weakref.finalize(self, _end_process, self._process)
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            os.set_blocking(stream.fileno(), False)
-        if not (self._read(time.monotonic() + _START_SECONDS) or {}).get("ready"):
-            self.kill()
-            raise CorruptCheckpoint("the process that renders chat templates did not start")
-        self._write({"source": text}, time.monotonic() + _START_SECONDS)
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        deadline = time.monotonic() + self._limits.seconds
-        answer = self._read(deadline) if self._write(request, deadline) else None
-        if answer is None:
-            is_late = time.monotonic() >= deadline
-            self.kill()
-            cause = f"took longer than {self._limits.seconds:g} s" if is_late else "broke the process that renders it"
-            return {"fault": "limit", "message": f"the chat template {cause}"}
-        if answer.get("fault") == "memory":
-            self.kill()
-            limit = self._limits.memory_bytes >> 20
-            return {"fault": "limit", "message": f"the chat template needs more than {limit} MiB of memory"}
+                self._worker = self._started()
+            try:
+                answer = self._worker.ask(request)
+            except ConfinedFailure as failure:
+                causes = {
+                    "time": f"took longer than {limits.seconds:g} s",
+                    "memory": f"needs more than {limits.memory_bytes >> 20} MiB of memory",
+                    "broken": "broke the process that renders it",
+                }
+                return {"fault": "limit", "message": f"the chat template {causes[failure.cause]}"}
         if answer.get("fault") == "output":
             return {"fault": "limit", "message": f"the chat template makes {answer['message']}"}
         return answer
 
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        self._finalizer()
-
-    def _write(self, value: Any, deadline: float) -> bool:
-        data = json.dumps(value).encode("ascii")
-        data = struct.pack(">I", len(data)) + data
-        stream = self._process.stdin
-        assert stream is not None
-        view = memoryview(data)
-        while view:
-            if not _is_ready(stream, select.POLLOUT, deadline):
-                return False
-            try:
-                view = view[os.write(stream.fileno(), view) :]
-            except OSError:
-                return False
-        return True
-
-    def _read(self, deadline: float) -> dict[str, Any] | None:
-        head = self._read_bytes(4, deadline)
-        if head is None:
-            return None
-        # One character is at most 12 bytes of ASCII JSON; a longer frame is not ours.
-        length = struct.unpack(">I", head)[0]
-        if length > 12 * self._limits.output_characters + 65536:
-            return None
-        body = self._read_bytes(length, deadline)
-        return None if body is None else json.loads(body)
-
-    def _read_bytes(self, count: int, deadline: float) -> bytes | None:
-        stream = self._process.stdout
-        assert stream is not None
-        data = bytearray()
-        while len(data) < count:
-            if not _is_ready(stream, select.POLLIN, deadline):
-                return None
-            chunk = os.read(stream.fileno(), min(count - len(data), 1 << 16))
-            if not chunk:
-                return None
-            data += chunk
-        return bytes(data)
-
-
-def _is_ready(stream: IO[bytes], event: int, deadline: float) -> bool:
-    poll = select.poll()
-    poll.register(stream, event)
-    return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+    def _started(self) -> ConfinedProcess:
+        limits = self._limits
+        confined = ConfinedLimits(
+            seconds=limits.seconds,
+            cpu_seconds=limits.seconds,
+            memory_bytes=limits.memory_bytes,
+            answer_bytes=12 * limits.output_characters + 65536,  # a character is at most 12 bytes of ASCII JSON
+        )
+        try:
+            return ConfinedProcess(
+                _WORKER, confined, setup={"source": self._text, "output_characters": limits.output_characters}
+            )
+        except OSError:
+            raise CorruptCheckpoint("the process that renders chat templates did not start") from None
 
 
 class _Mask:
@@ -336,11 +260,3 @@ def _split_at_marks(text: str, names_by_mark: Mapping[str, str]) -> list[Piece]:
     if start < len(text):
         pieces.append(Piece(text[start:], True))
     return pieces
-
-
-def _end_process(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            stream.close()

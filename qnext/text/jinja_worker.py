@@ -1,21 +1,14 @@
-"""Child process that renders chat templates. Run as a file by `qnext.text.jinja`; imports nothing of qnext.
+"""Child process that renders chat templates, run as a file by `qnext.text.jinja`.
 
-Jinja's sandbox stops escapes, not endless loops or huge strings. Here they end this process only: its memory is
-limited by the kernel, its output by a count, its time by the parent, which kills it.
+Jinja's sandbox stops escapes, not endless loops or huge strings. Here they end this process only.
 
-Frames on stdin and stdout: 4 bytes of length, then JSON: the source, then requests for a rendering ("context") or for
-the names that the template reads ("names"). The last three arguments are the memory limit in bytes, the
-output limit in characters and the time limit in seconds. The first frame out is `{"ready": true}`.
+Requests: `{"context": {...}}` for a rendering, `{"names": true}` for the names that the template reads.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-import resource
-import signal
-import struct
-import sys
 from typing import Any, NoReturn
 
 import jinja2
@@ -23,6 +16,8 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
+
+from qnext.confined.child import Handler, serve
 
 
 class TemplateRefusal(Exception):
@@ -83,7 +78,7 @@ def render(template: jinja2.Template, context: dict[str, Any], max_characters: i
     except TemplateRefusal as error:
         return {"fault": "refusal", "message": str(error)}
     except MemoryError:
-        return {"fault": "memory", "message": "out of memory"}
+        raise
     except Exception as error:  # whatever a foreign template can raise
         return {"fault": "template", "message": f"{type(error).__name__}: {error}"}
     return {"text": "".join(parts)}
@@ -95,7 +90,7 @@ def names_read(environment: jinja2.Environment, source: str) -> dict[str, Any]:
         tree = environment.parse(source)
         names = jinja2.meta.find_undeclared_variables(tree) - set(environment.globals) - own_variables(tree)
     except MemoryError:
-        return {"fault": "memory", "message": "out of memory"}
+        raise
     except Exception as error:  # whatever a foreign template can raise
         return {"fault": "template", "message": f"{type(error).__name__}: {error}"}
     return {"names": sorted(names)}
@@ -123,47 +118,26 @@ def own_variables(tree: jinja2.nodes.Template) -> set[str]:
     return found
 
 
-def read_frame() -> Any:
-    head = sys.stdin.buffer.read(4)
-    if len(head) < 4:
-        sys.exit(0)
-    return json.loads(sys.stdin.buffer.read(struct.unpack(">I", head)[0]))
-
-
-def write_frame(value: Any) -> None:
-    data = json.dumps(value).encode("ascii")
-    sys.stdout.buffer.write(struct.pack(">I", len(data)) + data)
-    sys.stdout.buffer.flush()
-
-
-def main() -> None:
-    max_bytes, max_characters, max_seconds = int(sys.argv[-3]), int(sys.argv[-2]), float(sys.argv[-1])
-    resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+def begin(setup: dict[str, Any]) -> Handler:
+    source, max_characters = setup["source"], setup["output_characters"]
     environment = make_environment()
-    write_frame({"ready": True})
-    source = read_frame()["source"]
     template: jinja2.Template | None = None
-    while True:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        request = read_frame()
-        # The parent kills sooner; this ends a loop whose parent was itself killed. SIGALRM's default ends the process.
-        signal.setitimer(signal.ITIMER_REAL, 2 * max_seconds)
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal template
         if "names" in request:
-            write_frame(names_read(environment, source))
-            continue
+            return names_read(environment, source)
         try:
-            # Compiling folds constants, so it is as dangerous as rendering and happens under the same deadline.
+            # Compiling folds constants, so it is as dangerous as rendering and happens under the same limits.
             template = template or environment.from_string(source)
         except MemoryError:
-            write_frame({"fault": "memory", "message": "out of memory"})
-            continue
+            raise
         except Exception as error:
-            write_frame({"fault": "template", "message": f"{type(error).__name__}: {error}"})
-            continue
-        write_frame(render(template, request["context"], max_characters))
+            return {"fault": "template", "message": f"{type(error).__name__}: {error}"}
+        return render(template, request["context"], max_characters)
+
+    return answer
 
 
 if __name__ == "__main__":
-    main()
+    serve(begin)

@@ -157,10 +157,12 @@ def children() -> set[int]:
 
 def test_an_orphan_ends_by_itself() -> None:
     worker = Path(qnext.text.jinja_worker.__file__)
-    command = [sys.executable, str(worker), str(256 << 20), "1000", "0.2"]
+    command = [sys.executable, str(worker)]
+    limits = {"seconds": 0.1, "cpu_seconds": 60, "memory_bytes": 256 << 20}
+    setup = {"source": HOSTILE["nested loops"][0], "output_characters": 1000}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         assert process.stdin is not None
-        for frame in ({"source": HOSTILE["nested loops"][0]}, {"context": {}}):
+        for frame in ({"limits": limits, "setup": setup}, {"context": {}}):
             data = json.dumps(frame).encode()
             process.stdin.write(struct.pack(">I", len(data)) + data)
         process.stdin.flush()
