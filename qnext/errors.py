@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import warnings
 from collections.abc import Iterable
 
@@ -29,6 +30,22 @@ class DoesNotFit(QnextError):
     """The request needs more memory or context than there is; the message says what would fit."""
 
     exit_code = 4
+
+
+class DiskFull(DoesNotFit, OSError):
+    """A disk or a quota is full; the message names the file and says what became of it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno, self.strerror = errno.ENOSPC, message
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def line_of(error: OSError) -> str:
+    """What the system says and of which file, as one line."""
+    return f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
 
 
 class CorruptCheckpoint(QnextError):

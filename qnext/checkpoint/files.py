@@ -5,18 +5,18 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qnext.checkpoint.header import INDEX_FILE, ITEM_SIZES, SINGLE_FILE, TensorInfo, check_name, read_index
+from qnext.files import NewFile, write_inside
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
@@ -134,7 +134,7 @@ class _Shard:
         self.path = path
         self.offsets: dict[str, int] = {}
         self.missing = set(specs)
-        self.file: BinaryIO | None = None
+        self.file: NewFile | None = None
         self._num_held = 0  # bytes that the system was not yet told to write
         # Wide items first keeps every tensor aligned, which readers that cast bytes in place rely on.
         position, entries = 0, {}
@@ -150,20 +150,22 @@ class _Shard:
         header += b" " * (-len(header) % 8)
         self.prefix = len(header).to_bytes(8, "little") + header
 
+    def open(self) -> NewFile:
+        file = NewFile(self.path)
+        file.write(self.prefix)
+        return file
+
     def write(self, name: str, tensor: Tensor) -> None:
         if self.file is None:
-            self.file = self.path.open("xb")
-            self.file.write(self.prefix)
+            self.file = self.open()
         self.file.seek(len(self.prefix) + self.offsets[name])
         self.file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         self.missing.remove(name)
         self._num_held += tensor.nbytes
         if not self.missing:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            self.file.sync()
             self.close()
         elif self._num_held >= _WRITE_BACK_BYTES:
-            self.file.flush()
             _start_write_back(self.file.fileno())
             self._num_held = 0
 
@@ -223,16 +225,20 @@ class ShardWriter:
             total = sum(spec.num_bytes for spec in self._plan.values())
             weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_text(self._folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+            write_inside(self._folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
     def close(self) -> None:
         for shard in self._shards:
             shard.close()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a new file and wait until it is on disk."""
-    with path.open("x", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One file of all the tensors, on the disk, in a folder that is being made."""
+    shard = _Shard(path, {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    try:
+        if not tensors:
+            shard.open().close()
+        for name, tensor in tensors.items():
+            shard.write(name, tensor)
+    finally:
+        shard.close()

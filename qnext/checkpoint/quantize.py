@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from qnext.checkpoint.check import Layout, read_layout, structure_problems
-from qnext.checkpoint.files import MAX_SHARD_BYTES, TORCH_DTYPES, ShardWriter, TensorFiles, TensorSpec, write_text
+from qnext.checkpoint.files import MAX_SHARD_BYTES, TORCH_DTYPES, ShardWriter, TensorFiles, TensorSpec
 from qnext.checkpoint.names import Part, disk_parts
 from qnext.checkpoint.save import has_tokenizer, new_folder, write_side_files
 from qnext.checkpoint.values import read_weight, tensor_value_problems
 from qnext.checkpoint.write_behind import WriteBehind
 from qnext.config import ModelConfig, to_hf
 from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError, warn
+from qnext.files import write_inside
 from qnext.ops import QuantizedWeight
 from qnext.planning import parameter_shapes
 from qnext.quant.formats import PackedGroup, compressed_tensors_config, compressed_tensors_of, compressed_tensors_specs
@@ -264,7 +265,7 @@ def _check_disk(folder: Path, needed: int) -> None:
 def _write_config(folder: Path, config: ModelConfig, out: QuantizedOutput) -> None:
     values = to_hf(config, dtype=str(out.scale_dtype).removeprefix("torch."))
     values["quantization_config"] = quantization_config(out)
-    write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
+    write_inside(folder / "config.json", json.dumps(values, indent=2) + "\n")
 
 
 def quantization_config(out: QuantizedOutput) -> dict[str, Any]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +10,8 @@ from typing import Any
 
 import torch
 
-from qnext.checkpoint.files import DTYPE_NAMES, MAX_SHARD_BYTES, ShardWriter, TensorSpec, write_text
+from qnext import files
+from qnext.checkpoint.files import DTYPE_NAMES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
 from qnext.checkpoint.names import disk_parts
 from qnext.config import ModelConfig, to_hf
 from qnext.errors import UsageError
@@ -38,11 +36,13 @@ def save_model(
     overwrite: bool = False,
     tokenizer_folder: str | Path | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    readme: str | None = None,
 ) -> None:
     """Write a folder that load_model and transformers read; MTP tensors are included.
 
     `dtype` None keeps each parameter's own. Tokenizer files are copied from `tokenizer_folder`.
-    `generation_config` None means: the file of `tokenizer_folder`, or the token ids of the configuration.
+    `generation_config` None means: the file of `tokenizer_folder`, or the token ids of the configuration. `readme` is
+    the text of its README.md.
     Raises UsageError for a model with quantised weights, and when `folder` exists and is not empty, unless `overwrite`
     is set and it holds a config.json.
     """
@@ -55,6 +55,8 @@ def save_model(
     with new_folder(folder, overwrite=overwrite) as temporary:
         write_config(temporary, model.config, dtype=dtypes["model.embed_tokens.weight"])
         write_side_files(temporary, model.config, tokenizer_folder, generation_config)
+        if readme is not None:
+            files.write_inside(temporary / "README.md", readme)
         writer = ShardWriter(temporary, disk_plan(model.config, dtypes), max_shard_bytes=max_shard_bytes)
         try:
             for name, shape in shapes.items():
@@ -76,7 +78,8 @@ def disk_plan(config: ModelConfig, dtypes: Mapping[str, torch.dtype] | torch.dty
 
 @contextmanager
 def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block ends well, and vanishes otherwise."""
+    """As files.new_folder. Raises UsageError for a folder that is not empty, unless it may be overwritten and holds a
+    model."""
     target = Path(folder)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target}: exists and is no folder")
@@ -85,46 +88,14 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
             raise UsageError(f"{target}: exists and is not empty")
         if not (target / "config.json").is_file():
             raise UsageError(f"{target}: holds no model, so it is not overwritten")
-    target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
-    try:
-        # mkdtemp hides the folder from others; a model folder gets the mode that any new folder has.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+    with files.new_folder(folder) as temporary:
         yield temporary
-        _sync_folder(temporary)
-        _replace_folder(temporary, target)
-        _sync_folder(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace_folder(new: Path, target: Path) -> None:
-    if target.exists() and any(target.iterdir()):
-        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
-        os.replace(target, old)
-        os.replace(new, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(new, target)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_config(folder: Path, config: ModelConfig, *, dtype: torch.dtype) -> None:
     assert dtype in DTYPE_NAMES, dtype
     values = to_hf(config, dtype=str(dtype).removeprefix("torch."))
-    write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
+    files.write_inside(folder / "config.json", json.dumps(values, indent=2) + "\n")
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -147,9 +118,9 @@ def write_side_files(
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source / name, folder / name)
+                files.copy_inside(source / name, folder / name)
     if generation_config is None and source is not None and (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+        files.copy_inside(source / "generation_config.json", folder / "generation_config.json")
         return
     if generation_config is None:
         eos = config.eos_token_ids
@@ -159,4 +130,4 @@ def write_side_files(
             "pad_token_id": config.pad_token_id,
         }
     values = {key: value for key, value in generation_config.items() if value is not None}
-    write_text(folder / "generation_config.json", json.dumps(values, indent=2) + "\n")
+    files.write_inside(folder / "generation_config.json", json.dumps(values, indent=2) + "\n")

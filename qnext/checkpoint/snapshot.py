@@ -7,20 +7,21 @@ run's own state and, for every other file, its size and CRC-32.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from qnext.errors import CorruptCheckpoint
+from qnext.checkpoint.files import write_tensors
+from qnext.errors import CorruptCheckpoint, warn
+from qnext.files import new_folder, remove_folder, remove_partials, write_inside
 
 _FORMAT = "qnext-snapshot-1"
 _PREFIX, _STATE = "step-", "state.json"
@@ -38,30 +39,27 @@ class Snapshot:
 def save_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     """Write `snapshot` under `folder`, then drop all but the newest `keep`; returns the new snapshot's path.
 
-    The data is on disk before the folder gets its name, so a crash leaves the earlier snapshots as they were.
+    The data is on disk before the folder gets its name, and an old one loses its name before its data, so a crash
+    leaves whole snapshots only. Those of later steps, which a run that went back will come to again, are left alone.
+    Raises OSError and DiskFull where the snapshot cannot be written; the earlier ones are there then. One that cannot
+    be deleted is no error.
     """
     assert keep >= 1
     folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
     final = folder / f"{_PREFIX}{snapshot.step:08d}"
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     files: dict[str, dict[str, int]] = {}
-    for name, tensors in snapshot.tensors.items():
-        path = partial / f"{name}.safetensors"
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
-        files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-        _sync(path)
-    document = {"format": _FORMAT, "step": snapshot.step, "files": files, "state": dict(snapshot.state)}
-    (partial / _STATE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    _sync(partial / _STATE)
-    _sync(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    _sync(folder)
-    for old in list_snapshots(folder)[:-keep]:
-        shutil.rmtree(old)
+    with new_folder(final) as partial:
+        for name, tensors in snapshot.tensors.items():
+            path = partial / f"{name}.safetensors"
+            write_tensors(path, tensors)
+            files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+        document = {"format": _FORMAT, "step": snapshot.step, "files": files, "state": dict(snapshot.state)}
+        write_inside(partial / _STATE, json.dumps(document, indent=1) + "\n")
+    older = [path for path in list_snapshots(folder) if _step_of(path) < snapshot.step]
+    for old in older[: len(older) - (keep - 1)]:
+        with suppress(OSError):
+            remove_folder(old)
     return final
 
 
@@ -69,12 +67,39 @@ def list_snapshots(folder: Path) -> list[Path]:
     """The finished snapshots under `folder`, oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.name.startswith(_PREFIX) and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    found = [path for path in folder.iterdir() if path.name.startswith(_PREFIX) and path.name[5:].isdecimal()]
+    return sorted(found, key=_step_of)
+
+
+def newest_snapshot(folder: Path) -> tuple[Path, Snapshot] | None:
+    """The newest snapshot under `folder` that is whole, with one warning for each damaged one that is newer.
+
+    None where there is no snapshot. Raises CorruptCheckpoint naming what is damaged in the newest where none is whole.
+    """
+    damaged: list[CorruptCheckpoint] = []
+    for path in reversed(list_snapshots(folder)):
+        try:
+            snapshot = load_snapshot(path)
+        except CorruptCheckpoint as error:
+            damaged.append(error)
+            continue
+        for found in damaged:
+            warn(f"{found}; the run goes on from {path.name}", error=CorruptCheckpoint)
+        return path, snapshot
+    if damaged:
+        raise damaged[0]
+    return None
 
 
 def load_snapshot(path: Path) -> Snapshot:
-    """Read and check one snapshot. Raises CorruptCheckpoint naming the file that is missing, cut or altered."""
+    """Read and check one snapshot. Raises CorruptCheckpoint naming the file that is missing or damaged."""
+    try:
+        return _load(path)
+    except OSError as error:
+        raise CorruptCheckpoint(f"{error.filename or path}: {error.strerror}") from error
+
+
+def _load(path: Path) -> Snapshot:
     document = _read_state(path / _STATE)
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, expected in document["files"].items():
@@ -139,13 +164,5 @@ def _crc32(path: Path) -> int:
     return checksum
 
 
-def _sync(path: Path) -> None:
-    """Flush a file's data, or a folder's entries, to disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        return  # folders cannot be opened on every system
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))

@@ -123,7 +123,7 @@ def click_command(verb: str) -> Any:
 def _run(verb: str, arguments: list[str]) -> int:
     from qnext.cli._config_file import apply_environment, flag_name, read_flags, take_config
     from qnext.cli._requirements import check_torch, missing
-    from qnext.errors import QnextError
+    from qnext.errors import QnextError, line_of
 
     try:
         command = click_command(verb)
@@ -153,7 +153,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         print(f"qnext {verb}: {text}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"qnext {verb}: {error.filename or ''}: {error.strerror or error}".replace(": : ", ": "), file=sys.stderr)
+        print(f"qnext {verb}: {line_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

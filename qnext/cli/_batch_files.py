@@ -14,6 +14,7 @@ from typing import IO, Any
 import orjson
 
 from qnext.errors import UsageError
+from qnext.files import append, new_file, remove_partials
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 MAX_LINE_BYTES = 16 << 20
@@ -109,6 +110,7 @@ class BatchOutput:
 
     def __init__(self, name: str) -> None:
         self.answered: set[str] = set()
+        self._name = name
         self._file: int | None = None
         if name != "-":
             self._file = self._open(Path(name))
@@ -127,13 +129,14 @@ class BatchOutput:
         if self._file is None:
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
-        elif os.write(self._file, line) != len(line):
-            raise OSError("the last line did not fit on the disk")
+        else:
+            append(self._file, line, path=self._name)
 
     def _open(self, path: Path) -> int:
         if path.exists() and not path.is_file():  # a pipe: nothing to go on from
             return os.open(path, os.O_WRONLY)
         old = _lock(path)
+        remove_partials(path.parent, path.name)
         try:
             ids = [custom_id for _, custom_id in _old_lines(path)]
             self.answered = {custom_id for custom_id in ids if custom_id is not None}
@@ -144,15 +147,13 @@ class BatchOutput:
 
 
 def _without_rest(path: Path, old: int) -> int:
-    """Put a file of the lines that stay in the place of `path`; returns it, closes `old`."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(line for line, custom_id in _old_lines(path) if custom_id is not None)
-        new = _lock(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Put a file of the lines that stay in the place of `path`; returns it, locked, and closes `old`."""
+    with new_file(path) as file:
+        for line, custom_id in _old_lines(path):
+            if custom_id is not None:
+                file.write(line)
+        new = os.dup(file.fileno())  # the lock of the new file goes with it
+    fcntl.fcntl(new, fcntl.F_SETFL, os.O_APPEND)
     os.close(old)
     return new
 

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from qnext.errors import QnextError, UsageError
+from qnext.files import move_file, scratch_folder
 from qnext.quant.scheme import SCHEMES
 
 # scheme -> dtype of torch; the others are quantised folders
@@ -66,8 +67,8 @@ class BenchFiles:
         if out.is_file():
             return out
         self._folder.mkdir(parents=True, exist_ok=True)
-        part = self._folder / f"part-{os.getpid()}.gguf"
-        try:
+        with scratch_folder(beside=out) as made:
+            part = made / out.name
             if kind == "Q4_K_M":
                 if llama_quantize is None:
                     raise UsageError("peer llama.cpp: llama-quantize, which makes Q4_K_M, is not beside llama-bench")
@@ -75,9 +76,7 @@ class BenchFiles:
                 _run([llama_quantize, str(source), str(part), kind], what=f"llama-quantize to {kind}")
             else:
                 _verb("convert", str(self.model), str(part), "--type", kind.lower())
-            part.rename(out)
-        finally:
-            part.unlink(missing_ok=True)
+            move_file(part, out)
         return out
 
 

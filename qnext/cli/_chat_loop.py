@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qnext.cli._talk import Talk, Write, split_command
 from qnext.cli._text_model import printable, write_text
-from qnext.errors import QnextError, UsageError
+from qnext.errors import QnextError, UsageError, line_of
 
 ReadLine = Callable[[str], str]  # prompt -> one line without its newline; EOFError at the end of input
 
@@ -60,7 +60,7 @@ def converse(talk: Talk, read_line: ReadLine | None = None) -> None:
         except QnextError as error:
             note(str(error))
         except OSError as error:
-            note(f"{error.filename}: {error.strerror}")
+            note(line_of(error))
 
 
 class _Screen:

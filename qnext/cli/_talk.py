@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from abc import ABC, abstractmethod
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qnext.errors import UsageError
+from qnext.files import write_file
 from qnext.text.messages import Message, message_from_dict
 
 Write = Callable[[str], None]
@@ -152,12 +152,7 @@ class Talk(ABC):
         }
         if not path.name:
             raise UsageError(f"{path} is not a file name")
-        temporary = path.with_name(path.name + ".partial")
-        try:
-            temporary.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(path, json.dumps(document, ensure_ascii=False, indent=2) + "\n")
 
     def load(self, path: Path) -> None:
         """Take over a saved conversation. Raises UsageError naming the file and what is wrong; nothing changes then."""

@@ -17,6 +17,7 @@ import typer
 from qnext.cli import _load_flags as flags
 from qnext.cli._remote import ApiKey
 from qnext.errors import UsageError
+from qnext.files import write_file
 
 if TYPE_CHECKING:
     from qnext.cli._load import Load, Timing
@@ -92,9 +93,9 @@ def command(
         "url": root, "model": name, "endpoint": endpoint, "dataset": dataset_name, "num_prompts": num_prompts,
         "seed": seed, "goals_ms": goals, "runs": runs,
     }  # fmt: skip
-    if save_result is not None:
-        _save(save_result, document)
     _show(document, metrics, percentiles, as_json=as_json)
+    if save_result is not None:
+        write_file(save_result, json.dumps(document, indent=2) + "\n")
     raise typer.Exit(0 if any(run["completed"] for run in runs) else 1)
 
 
@@ -180,15 +181,6 @@ def _show(document: dict[str, Any], metrics: list[str], percentiles: list[float]
     console = Console(no_color="NO_COLOR" in os.environ or None, width=None if sys.stdout.isatty() else 160)
     for table in tables(document, metrics, percentiles):
         console.print(table)
-
-
-def _save(path: Path, document: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sweep(load: Load, concurrencies: str | None, rates: str | None) -> list[Load]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -88,11 +87,12 @@ def _import(path: Path, out: Path, dtype: str | None, dequantize: bool) -> None:
     from qnext.checkpoint.gguf.read_keys import config_from_keys
     from qnext.cli._progress import byte_progress
     from qnext.errors import warn
+    from qnext.files import scratch_folder
     from qnext.text.gguf import has_vocabulary, write_vocabulary
 
     file = read_gguf(path)
     config = config_from_keys(file)
-    with tempfile.TemporaryDirectory(prefix="qnext-") as made:
+    with scratch_folder() as made:
         has_tokenizer = has_vocabulary(file.keys)
         if has_tokenizer:
             write_vocabulary(file.keys, made, source=str(file.path), model_max_length=config.max_position_embeddings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import sys
 import webbrowser
@@ -66,12 +65,15 @@ def command(
 def _remove_earlier(out: Path) -> None:
     """Make room for the run. Only what a run made is removed."""
     from qnext.errors import UsageError
+    from qnext.files import remove_folder, remove_partials
 
+    remove_partials(out.parent, out.name)
     if not out.exists():
         return
+    remove_partials(out)
     if any(out.iterdir()) and not (out / "tokenizer").is_dir():
         raise UsageError(f"{out}: exists and is not an earlier demo; choose another --out")
-    shutil.rmtree(out)
+    remove_folder(out)
 
 
 def _generate(run: Run, prompt: str, *, max_tokens: int, seed: int) -> str:

@@ -145,12 +145,13 @@ def _count(
 def _draw(path: Path, layers: list[LayerReport], title: str) -> None:
     from qnext.cli._experts import relative_loads
     from qnext.cli._heatmap import png, svg
+    from qnext.files import write_file
 
     loads_LE = relative_loads(layers)
     if path.suffix.lower() == ".png":
-        path.write_bytes(png(loads_LE))
+        write_file(path, png(loads_LE))
     else:
-        path.write_text(svg(loads_LE, labels=[layer.label for layer in layers], title=title), encoding="utf-8")
+        write_file(path, svg(loads_LE, labels=[layer.label for layer in layers], title=title))
     print(path, file=sys.stderr)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,15 +39,16 @@ def command(
     if tokenizer is not None:
         _write(config, out, seed, dtype, tokenizer)
         return
+    from qnext.files import scratch_folder
     from qnext.text.templates import INSTRUCT_TEMPLATE
     from qnext.text.train import byte_level_tokenizer, save_tokenizer
 
-    with tempfile.TemporaryDirectory(prefix="qnext-") as made:
+    with scratch_folder() as made:
         save_tokenizer(
             byte_level_tokenizer(), made, model_max_length=config.max_position_embeddings,
             chat_template=INSTRUCT_TEMPLATE,
         )  # fmt: skip
-        _write(config, out, seed, dtype, Path(made))
+        _write(config, out, seed, dtype, made)
 
 
 def _reshape(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,17 +89,10 @@ def _write_npy(path: Path, rows: Iterable[Tensor], *, shape: tuple[int, int]) ->
     import numpy as np
     import torch
 
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.partial-")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in rows:
-                file.write(part.to(torch.float32).cpu().contiguous().numpy().data)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    from qnext.files import new_file
+
+    with new_file(path) as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in rows:
+            file.write(part.to(torch.float32).cpu().contiguous().numpy().data)

@@ -49,6 +49,7 @@ def command(
     from qnext.checkpoint.quantize import quantize_folder
     from qnext.checkpoint.resolve import resolve_model
     from qnext.cli._progress import byte_progress
+    from qnext.files import write_file
     from qnext.quant.scheme import find_scheme, make_policy
 
     if method not in _METHODS:
@@ -67,13 +68,11 @@ def command(
             source, out, policy=policy, sample=sample, is_calibrated=method == "gptq", progress=progress
         )
     document = json.dumps(result.to_json(), indent=2)
+    print(document if as_json else result.table(), file=sys.stdout if as_json else sys.stderr)
     if report is not None:
-        report.write_text(document + "\n", encoding="utf-8")
-    if as_json:
-        print(document)
-        return
-    print(result.table(), file=sys.stderr)
-    print(out)
+        write_file(report, document + "\n")
+    if not as_json:
+        print(out)
 
 
 def _read_sample(text: Path, folder: Path, context: int, max_tokens: int) -> TextSample:

@@ -47,7 +47,10 @@ def command(
 
 def _finish(run: Run, display: Any) -> None:
     run.trainer.evaluate()
-    if run.recipe.train.snapshot_every:
-        run.trainer.save()
-    display.note("model saved in")
-    print(run.save())
+    try:
+        if run.recipe.train.snapshot_every:
+            run.trainer.save()
+    finally:  # a disk that is too full for a snapshot may have room for the model, which is a fraction of it
+        folder = run.save()
+        display.note("model saved in")
+        print(folder)

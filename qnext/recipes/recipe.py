@@ -11,9 +11,11 @@ from typing import Any
 
 from qnext import __version__
 from qnext.checkpoint import save_model
+from qnext.checkpoint.snapshot import list_snapshots
 from qnext.config import ModelConfig
 from qnext.errors import UsageError, did_you_mean
 from qnext.eval import EvalDocument, Perplexity, evaluate_perplexity
+from qnext.files import remove_folder
 from qnext.model import CausalLM, initialize
 from qnext.planning import count_active, count_parameters
 from qnext.text.tokenizer import Tokenizer
@@ -55,9 +57,9 @@ class Run:
         if self.recipe.sampling:
             generation |= {"do_sample": True, **self.recipe.sampling}
         save_model(
-            model, target, tokenizer_folder=self.folder / "tokenizer", overwrite=True, generation_config=generation
-        )
-        (target / "README.md").write_text(self._card(), encoding="utf-8")
+            model, target, tokenizer_folder=self.folder / "tokenizer", overwrite=True, generation_config=generation,
+            readme=self._card(),
+        )  # fmt: skip
         return target
 
     def _card(self) -> str:
@@ -78,7 +80,7 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, hooks: Hooks 
     An `evaluate` in `hooks` is replaced by bits per byte on held-out text. Raises UsageError when `folder` holds a
     run and `resume` is false, or holds none and `resume` is true.
     """
-    has_run = (folder / "tokenizer" / "tokenizer.json").exists()
+    has_run = is_run(folder)
     if has_run and not resume:
         raise UsageError(f"{folder} holds a run already; --resume continues it, another --out starts a new one")
     if resume and not has_run:
@@ -101,8 +103,16 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, hooks: Hooks 
     return Run(recipe, folder, corpus, tokenizer, trainer, evaluate)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun there: with its tokenizer whole it can go on, before that it is begun anew."""
+    tokenizer = [folder / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    return all(file.is_file() for file in tokenizer) or bool(list_snapshots(folder / "snapshots"))
+
+
 def _tokenizer(recipe: Recipe, corpus: Corpus, folder: Path, *, exists: bool) -> Tokenizer:
     if not exists:
+        if folder.is_dir():
+            remove_folder(folder)  # half of one
         learned = train_bpe((file.text for file in corpus.train), vocab_size=recipe.model.vocab_size)
         save_tokenizer(
             learned, folder, model_max_length=recipe.model.max_position_embeddings, eos_token=END_OF_TEXT,

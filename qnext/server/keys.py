@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qnext.errors import UsageError
+from qnext.files import write_file
 
 SCOPES = ("inference", "tokenize", "metrics", "admin")
 USER_SCOPES = frozenset(SCOPES) - {"admin"}
@@ -111,7 +111,10 @@ class KeyStore:
             fcntl.flock(lock, fcntl.LOCK_EX)
             keys = list(self.keys()) if self.path.exists() else []
             yield keys
-            _write_private(self.path, {"version": _VERSION, "keys": [key.as_dict() for key in keys]})
+            values = {"version": _VERSION, "keys": [key.as_dict() for key in keys]}
+            # An earlier file was not open to others, or it would not have been read.
+            mode = None if self.path.exists() else 0o600
+            write_file(self.path, json.dumps(values, indent=1) + "\n", mode=mode)
         finally:
             os.close(lock)
 
@@ -258,26 +261,6 @@ def _read_private(path: Path) -> bytes:
             return file.read(_MAX_FILE_BYTES)
     finally:
         os.close(fd)
-
-
-def _write_private(path: Path, values: object) -> None:
-    target = path.resolve()  # a link stays a link
-    fd, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")  # made with mode 0600
-    try:
-        with os.fdopen(fd, "w", encoding="ascii") as file:
-            json.dump(values, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(fd)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _parse(raw: bytes, path: Path) -> tuple[Key, ...]:

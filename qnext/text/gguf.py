@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from qnext.errors import CorruptCheckpoint, NotSupported, UsageError, warn
+from qnext.files import write_file
 from qnext.text.template_files import read_templates
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import (
@@ -122,7 +123,7 @@ def write_vocabulary(
         if index is not None:
             generation[name] = index
     generation |= _sampling(keys, source)
-    (Path(folder) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    write_file(Path(folder) / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
 
 class _Reader:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from qnext.errors import UsageError
+from qnext.files import new_folder, write_file, write_inside
 
 # The pattern that llama.cpp calls "qwen2" and tokenizer.json of the family carries: contractions, words with one
 # leading non-letter, single digits, punctuation with trailing newlines, newlines, spaces.
@@ -143,8 +144,8 @@ def save_tokenizer(
 ) -> list[Path]:
     """Write tokenizer.json, tokenizer_config.json and, where given, chat_template.jinja; returns their paths.
 
-    The folder is made if missing. Each file appears whole or not at all. Raises UsageError when the end or padding
-    token is not in the vocabulary.
+    A folder that is missing or empty appears with all of them at once, in one that holds files each is replaced whole.
+    Raises UsageError when the end or padding token is not in the vocabulary.
     """
     for token in (eos_token, pad_token):
         if tokenizer.token_to_id(token) is None:
@@ -168,15 +169,19 @@ def save_tokenizer(
         "unk_token": None,
     }
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     files = {
         "tokenizer.json": tokenizer.to_str(pretty=False),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
     }
     if chat_template is not None:
         files["chat_template.jinja"] = chat_template
-    for name, text in files.items():
-        _write_atomically(target / name, text)
+    if target.is_dir() and any(target.iterdir()):
+        for name, text in files.items():
+            write_file(target / name, text)
+    else:
+        with new_folder(target) as partial:
+            for name, text in files.items():
+                write_inside(partial / name, text)
     return [target / name for name in files]
 
 
@@ -206,12 +211,3 @@ def _describe(token: AddedToken) -> dict[str, str | bool]:
         "single_word": token.single_word,
         "special": token.special,
     }
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

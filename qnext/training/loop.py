@@ -14,8 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext.checkpoint.snapshot import Snapshot, list_snapshots, load_snapshot, load_weights, save_snapshot
-from qnext.errors import CorruptCheckpoint, QnextError
+from qnext.checkpoint.snapshot import (
+    Snapshot,
+    list_snapshots,
+    load_snapshot,
+    load_weights,
+    newest_snapshot,
+    save_snapshot,
+)
+from qnext.errors import CorruptCheckpoint, DiskFull, QnextError, UsageError, line_of, warn
 from qnext.model import CausalLM
 from qnext.training.config import TrainConfig, learning_rate
 from qnext.training.data import PackedStream, StreamPosition, TrainBatch
@@ -30,6 +37,15 @@ _MAX_SKIPPED_IN_A_ROW = 10
 
 class Diverged(QnextError):
     """Gradients stayed infinite or NaN."""
+
+
+class SnapshotFailed(QnextError):
+    """A snapshot could not be written; the earlier ones are there. A full disk keeps its exit code."""
+
+    def __init__(self, error: OSError, newest: Path | None) -> None:
+        kept = "there is no earlier one" if newest is None else f"the newest is {newest.name}"
+        super().__init__(f"{line_of(error)}; {kept}")
+        self.exit_code = DiskFull.exit_code if isinstance(error, DiskFull) else UsageError.exit_code
 
 
 @dataclass(frozen=True)
@@ -218,7 +234,10 @@ class Trainer:
             with self._not_training():
                 on_sample(self.step)
         if self._folder is not None and _is_due(self.step, config.snapshot_every):
-            self.save()
+            try:
+                self.save()
+            except SnapshotFailed as error:
+                warn(f"{error}; the run goes on and tries again at step {self.step + config.snapshot_every}")
 
     def evaluate(self) -> Any:
         """Call the evaluation hook, record its result and return it; None without a hook, or if this step has one."""
@@ -244,7 +263,10 @@ class Trainer:
             self.model.train(was_training)
 
     def save(self) -> Path:
-        """Write a snapshot of everything that the run needs to go on."""
+        """Write a snapshot of everything that the run needs to go on. Raises SnapshotFailed.
+
+        One of those that are due on the way may fail: `run` warns and goes on, the next may succeed.
+        """
         assert self._folder is not None, "a run without a folder cannot be saved"
         random = {"cpu": torch.get_rng_state()}
         if self.model.device.type == "cuda":
@@ -259,26 +281,29 @@ class Trainer:
             "elapsed": self.elapsed, "step_seconds": self._step_seconds, "precision": self.precision.precision,
             "optimizer": self.config.optimizer, "data": asdict(self.stream.position), "config": asdict(self.config),
         }  # fmt: skip
-        path = save_snapshot(
-            self._folder / "snapshots", Snapshot(self.step, tensors, state), keep=self.config.keep_snapshots
-        )
+        folder, snapshot = self._folder / "snapshots", Snapshot(self.step, tensors, state)
+        try:
+            path = save_snapshot(folder, snapshot, keep=self.config.keep_snapshots)
+        except OSError as error:
+            raise SnapshotFailed(error, next(reversed(list_snapshots(folder)), None)) from None
         if self.hooks.on_snapshot is not None:
             self.hooks.on_snapshot(path)
         return path
 
     def resume(self, path: Path | None = None) -> Path | None:
-        """Go on from the snapshot at `path`, or from the newest of this run's folder; None where there is none.
+        """Go on from the snapshot at `path`, or from the newest whole one of this run; None where there is none.
 
         With the same configuration and data the run continues bit for bit on CPU, unless it follows the clock.
         Raises CorruptCheckpoint naming what is damaged or does not belong to this run.
         """
         if path is None:
             assert self._folder is not None
-            found = list_snapshots(self._folder / "snapshots")
-            if not found:
+            found = newest_snapshot(self._folder / "snapshots")
+            if found is None:
                 return None
-            path = found[-1]
-        snapshot = load_snapshot(path)
+            path, snapshot = found
+        else:
+            snapshot = load_snapshot(path)
         state = snapshot.state
         try:
             if state["optimizer"] != self.config.optimizer:

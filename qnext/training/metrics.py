@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qnext.errors import line_of, warn
+from qnext.files import append, write_file
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class MetricsFile:
         kept = []
         if path.exists() and last_step > 0:
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last_step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_file(path, "".join(line + "\n" for line in kept))
         self._path = path
 
     def write_step(self, metrics: StepMetrics) -> None:
@@ -75,8 +79,15 @@ class MetricsFile:
         self._append({"step": step, "evaluation": asdict(result)})
 
     def _append(self, record: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """A line that cannot be written is lost, with a warning: no run of days ends by that."""
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                append(descriptor, (json.dumps(record) + "\n").encode(), path=self._path)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            warn(f"{line_of(error)}; lines of metrics are lost")
 
 
 def _step_of(line: str) -> float:

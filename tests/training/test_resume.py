@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from qnext.checkpoint.snapshot import Snapshot, list_snapshots, load_snapshot, save_snapshot
-from qnext.errors import CorruptCheckpoint
-from qnext.training import TrainConfig
+from qnext.errors import CorruptCheckpoint, DiskFull, QnextWarning
+from qnext.training import Hooks, StepMetrics, TrainConfig
+from qnext.training.loop import SnapshotFailed
 from tests.training.models import documents, tiny_model
 from tests.training.test_loop import CONFIG, make_trainer
 
@@ -132,7 +135,7 @@ def test_a_half_written_snapshot_is_no_snapshot(tmp_path: Path, monkeypatch: pyt
     def fail(*arguments: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("qnext.checkpoint.snapshot.os.replace", fail)
+    monkeypatch.setattr("qnext.files.folders.os.rename", fail)
     with pytest.raises(OSError, match="disk full"):
         save_snapshot(tmp_path, Snapshot(2, tensors, {}), keep=2)
     monkeypatch.undo()
@@ -141,3 +144,120 @@ def test_a_half_written_snapshot_is_no_snapshot(tmp_path: Path, monkeypatch: pyt
     newest = load_snapshot(list_snapshots(tmp_path)[-1])
     assert newest.state == {"a": 2} and newest.tensors["model"]["w"].tolist() == [0.0, 0.0]
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def three(folder: Path, *, keep: int = 3) -> Path:
+    for step in (1, 2, 3):
+        save_snapshot(folder / "snapshots", small(step), keep=keep)
+    return folder / "snapshots"
+
+
+def small(step: int) -> Snapshot:
+    return Snapshot(step, {"model": {"w": torch.full((3,), float(step))}}, {})
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed file", "removed state", "unreadable"])
+def test_a_damaged_newest_snapshot_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> None:
+    config = CONFIG.with_(snapshot_every=1, keep_snapshots=3, accumulation=1)
+    make_trainer(config, folder=tmp_path).run(until_step=3)
+    newest = tmp_path / "snapshots" / "step-00000003"
+    file = newest / "optimizer.safetensors"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "removed file":
+        file.unlink()
+    elif damage == "removed state":
+        (newest / "state.json").unlink()
+    else:
+        file.unlink()
+        file.mkdir()
+    trainer = make_trainer(config, folder=tmp_path)
+    with pytest.warns(QnextWarning, match="step-00000003.*goes on from step-00000002") as warned:
+        assert trainer.resume() == tmp_path / "snapshots" / "step-00000002"
+    assert len(warned) == 1 and trainer.step == 2
+    trainer.run(until_step=3)  # takes the place of the damaged one
+    again = make_trainer(config, folder=tmp_path)
+    assert again.resume() == newest
+
+
+def test_what_does_not_belong_to_the_run_is_refused_and_no_older_one_is_tried(tmp_path: Path) -> None:
+    config = CONFIG.with_(snapshot_every=1, keep_snapshots=3, accumulation=1)
+    make_trainer(config, folder=tmp_path).run(until_step=2)
+    with pytest.raises(CorruptCheckpoint, match=r"step-00000002.*adamw"):
+        make_trainer(config.with_(optimizer="muon"), folder=tmp_path).resume()
+
+
+def test_where_every_snapshot_is_damaged_the_newest_is_named(tmp_path: Path) -> None:
+    for path in three(tmp_path).iterdir():
+        (path / "state.json").unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"step-00000003/state\.json: missing"):
+        make_trainer(folder=tmp_path).resume()
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_that_went_back_loses_neither_its_snapshot_nor_the_later_ones(tmp_path: Path, keep: int) -> None:
+    folder = three(tmp_path)
+    save_snapshot(folder, small(2), keep=keep)
+    kept = ["step-00000002", "step-00000003"] if keep == 1 else ["step-00000001", "step-00000002", "step-00000003"]
+    assert [path.name for path in list_snapshots(folder)] == kept
+
+
+def full_after(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    """The disk takes so many bytes more, the last write only in part."""
+    write, left = os.write, [num_bytes]
+
+    def limited(descriptor: int, data: bytes) -> int:
+        if descriptor > 2 and left[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        num_written = write(descriptor, memoryview(data)[: left[0]] if descriptor > 2 else data)
+        left[0] -= num_written if descriptor > 2 else 0
+        return num_written
+
+    monkeypatch.setattr(os, "write", limited)
+
+
+@pytest.mark.parametrize("room", [0, 10, 5000])
+def test_a_full_disk_costs_a_snapshot_on_the_way_and_not_the_run(tmp_path: Path, room: int) -> None:
+    config = CONFIG.with_(snapshot_every=1, accumulation=1)
+    patch = pytest.MonkeyPatch()
+
+    def at_step(metrics: StepMetrics) -> None:
+        if metrics.step == 2:
+            full_after(patch, room)
+
+    trainer = make_trainer(config, folder=tmp_path, hooks=Hooks(on_step=at_step))
+    with pytest.warns(QnextWarning) as warned:
+        trainer.run(until_step=2)
+    patch.undo()
+    lines = [str(each.message) for each in warned if "snapshots" in str(each.message)]
+    assert len(lines) == 1
+    assert lines[0].startswith(str(tmp_path / "snapshots" / "step-00000002")) and "No space left on device" in lines[0]
+    assert "the newest is step-00000001" in lines[0] and "tries again at step 3" in lines[0]
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step-00000001"]
+    trainer.run(until_step=3)
+    assert make_trainer(config, folder=tmp_path).resume() == tmp_path / "snapshots" / "step-00000003"
+
+
+def test_a_full_disk_at_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(folder=tmp_path)
+    trainer.run(until_step=1)
+    trainer.save()
+    trainer.run(until_step=2)
+    full_after(monkeypatch, 100)
+    with pytest.raises(SnapshotFailed, match=r"No space left on device; .*the newest is step-00000001") as caught:
+        trainer.save()
+    assert caught.value.exit_code == DiskFull.exit_code
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step-00000001"]
+
+
+def test_the_metrics_of_a_full_disk_are_lost_and_the_line_before_stays_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(folder=tmp_path)
+    trainer.run(until_step=1)
+    with monkeypatch.context() as patch:
+        trainer.run(until_step=1)  # opens the file
+        full_after(patch, 7)
+        with pytest.warns(QnextWarning, match=r"metrics\.jsonl: No space left on device; .*lines of metrics are lost"):
+            trainer._metrics.write_evaluation(1, trainer.config)  # type: ignore[union-attr]
+    assert [line["step"] for line in metrics(tmp_path)] == [1]

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from qnext.checkpoint.files import MAX_SHARD_BYTES, ShardWriter, write_text
+from qnext.checkpoint.files import MAX_SHARD_BYTES, ShardWriter
 from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.gguf.block_types import KEPT_BITS, BlockType
 from qnext.checkpoint.gguf.blocks import decode, integer_codes
@@ -28,6 +28,7 @@ from qnext.checkpoint.names import disk_parts
 from qnext.checkpoint.save import disk_plan, new_folder, write_side_files
 from qnext.config import ModelConfig, to_hf
 from qnext.errors import CorruptCheckpoint, UsageError
+from qnext.files import write_inside
 from qnext.planning import parameter_shapes
 from qnext.quant.formats import pack_words, packed_width
 
@@ -107,7 +108,7 @@ def _write_config(folder: Path, config: ModelConfig, dtype: torch.dtype, packed:
     values = to_hf(config, dtype=str(dtype).removeprefix("torch."))
     if packed:
         values["quantization_config"] = quantization_config(config, packed)
-    write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
+    write_inside(folder / "config.json", json.dumps(values, indent=2) + "\n")
 
 
 class _Rows:

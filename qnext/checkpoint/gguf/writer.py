@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
+from qnext import files
 from qnext.checkpoint.gguf.container import (
     ARRAY,
     BOOL,
@@ -31,7 +29,7 @@ _VERSION = 3
 class GgufWriter:
     """Writes the tensors that `specs` announces, each once and in that order, none kept in memory."""
 
-    def __init__(self, file: BinaryIO, keys: Mapping[str, Value], specs: Mapping[str, GgufSpec]) -> None:
+    def __init__(self, file: files.NewFile, keys: Mapping[str, Value], specs: Mapping[str, GgufSpec]) -> None:
         self._file = file
         self._waiting = iter(specs.items())
         header = [MAGIC, struct.pack("<IQQ", _VERSION, len(specs), len(keys))]
@@ -66,26 +64,13 @@ class GgufWriter:
 
 
 @contextmanager
-def new_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A temporary file beside `path` that takes its name when the block ends well, and vanishes otherwise."""
+def new_file(path: str | Path) -> Iterator[files.NewFile]:
+    """As files.new_file, in a folder that is made. Raises UsageError for one that exists."""
     target = Path(path)
     if target.exists() or target.is_symlink():
         raise UsageError(f"{target}: exists")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.partial-")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp hides the file from others; a model gets the mode that any new file has.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.new_file(path, with_parents=True) as file:
+        yield file
 
 
 def _text(text: str) -> bytes:
