@@ -179,7 +179,9 @@ def verify_chain(path: Path) -> ChainCheck:
     The line before the oldest one may be gone, so that one's own hash is taken on trust.
     """
     numbers = (int(found.suffix[1:]) for found in path.parent.glob(f"{path.name}.*") if found.suffix[1:].isdigit())
-    files = [*(_numbered(path, number) for number in sorted(numbers, reverse=True)), path]
+    files = [_numbered(path, number) for number in sorted(numbers, reverse=True)]
+    # Whoever was killed between moving the file away and opening the next one left none of that name.
+    files += [path] if path.exists() or not files else []
     previous, num_lines = None, 0
     for file in files:
         with file.open("rb") as lines:

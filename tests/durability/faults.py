@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -45,10 +46,11 @@ class Fault(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One call: its name, and the file or folder that it is about."""
+    """One call: its name, the file or folder that it is about, and for a rename the name before."""
 
     call: str
     path: str
+    before: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Recorder:
         self._root = str(root)
         self._fault = fault
         self._count = 0
+        self._lock = threading.Lock()
         self._write = os.write
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
 
@@ -75,29 +78,36 @@ class Recorder:
         for name in _PATH_CALLS:
             self._wrap(os, name, lambda path, *rest, dir_fd=None, **more: self._at(path, dir_fd))
         for name in _PAIR_CALLS:
-            self._wrap(os, name, lambda a, b, *rest, dst_dir_fd=None, **more: self._at(b, dst_dir_fd))
+            self._wrap(
+                os, name, lambda a, b, *rest, dst_dir_fd=None, **more: self._at(b, dst_dir_fd),
+                before=lambda a, b, *rest, src_dir_fd=None, **more: self._at(a, src_dir_fd),
+            )  # fmt: skip
         for name in _FILE_CALLS:
             self._wrap(os, name, lambda file, *rest, **more: self._of(file))
         self._wrap(os, "open", self._opened)
         for module in (builtins, io):
             self._wrap(module, "open", self._opened_as_file)
-        self._wrap(folders, "exchange", lambda a, b: str(b))
+        self._wrap(folders, "exchange", lambda a, b: str(b), before=lambda a, b: str(a))
 
-    def _wrap(self, module: Any, name: str, where: Callable[..., str | None]) -> None:
+    def _wrap(
+        self, module: Any, name: str, where: Callable[..., str | None],
+        before: Callable[..., str | None] = lambda *rest, **more: None,
+    ) -> None:  # fmt: skip
         call = getattr(module, name)
 
         def stepping(*args: Any, **options: Any) -> Any:
             path = where(*args, **options)
             if path is not None and (path == self._root or path.startswith(self._root + "/")):
-                self._step(name, path)
+                self._step(name, path, before(*args, **options))
             return call(*args, **options)
 
         setattr(module, name, stepping)
 
-    def _step(self, call: str, path: str) -> None:
-        number = self._count
-        self._count += 1
-        self._write(self._log, (json.dumps([call, path]) + "\n").encode())
+    def _step(self, call: str, path: str, before: str | None) -> None:
+        with self._lock:
+            number = self._count
+            self._count += 1
+            self._write(self._log, (json.dumps([call, path, before]) + "\n").encode())
         if self._fault is not None and self._fault.strikes(number, call):
             if self._fault.error is None:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -165,3 +175,24 @@ def without_exchange() -> Iterator[None]:
         yield
     finally:
         folders.exchange = exchange
+
+
+def lost_by_power(steps: list[Step]) -> list[str]:
+    """What could be missing after a power failure though it has its name: data, or the name itself, never flushed."""
+    dirty: set[str] = set()
+    folders_to_flush: set[str] = set()
+    faults: list[str] = []
+    for call, path, before in steps:
+        if call in ("write", "pwrite", "writev", "sendfile", "ftruncate"):
+            dirty.add(path)
+        elif call in ("fsync", "fdatasync"):
+            dirty.discard(path)
+            folders_to_flush.discard(path)
+        elif call in ("rename", "replace", "exchange"):
+            faults += [f"{path} renamed before {file} was flushed" for file in dirty if _is_at(file, before or "")]
+            folders_to_flush.add(str(Path(path).parent))
+    return faults + [f"the name in {folder} was never flushed" for folder in sorted(folders_to_flush)]
+
+
+def _is_at(file: str, place: str) -> bool:
+    return file == place or file.startswith(place + "/")

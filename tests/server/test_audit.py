@@ -174,6 +174,14 @@ def test_a_change_shows(tmp_path: Path, change: Callable[[list[bytes]], list[byt
     assert f"line {where}" in (verify_chain(path).error or "")
 
 
+def test_a_chain_holds_where_the_file_was_moved_away_and_the_next_not_opened(tmp_path: Path) -> None:
+    write_chain(tmp_path / "audit", 3)
+    (tmp_path / "audit").rename(tmp_path / "audit.1")
+    assert verify_chain(tmp_path / "audit").error is None and verify_chain(tmp_path / "audit").num_lines == 3
+    with pytest.raises(FileNotFoundError):
+        verify_chain(tmp_path / "nothing")
+
+
 def test_lines_taken_from_the_end_show_by_the_last_hash(tmp_path: Path) -> None:
     write_chain(tmp_path / "audit", 5)
     before = verify_chain(tmp_path / "audit")
