@@ -32,6 +32,9 @@ class DoesNotFit(QnextError):
     exit_code = 4
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class DiskFull(DoesNotFit, OSError):
     """A disk or a quota is full; the message names the file and says what became of it."""
 

@@ -45,7 +45,6 @@ def save_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     be deleted is no error.
     """
     assert keep >= 1
-    folder.mkdir(parents=True, exist_ok=True)
     remove_partials(folder)
     final = folder / f"{_PREFIX}{snapshot.step:08d}"
     files: dict[str, dict[str, int]] = {}

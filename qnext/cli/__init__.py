@@ -123,7 +123,7 @@ def click_command(verb: str) -> Any:
 def _run(verb: str, arguments: list[str]) -> int:
     from qnext.cli._config_file import apply_environment, flag_name, read_flags, take_config
     from qnext.cli._requirements import check_torch, missing
-    from qnext.errors import QnextError, line_of
+    from qnext.errors import FULL, DiskFull, QnextError, line_of
 
     try:
         command = click_command(verb)
@@ -154,7 +154,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         return 2
     except OSError as error:
         print(f"qnext {verb}: {line_of(error)}", file=sys.stderr)
-        return 2
+        return DiskFull.exit_code if error.errno in FULL else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qnext.files.partial import delete, hidden, partial_folder, put_back, remove_partials
@@ -59,8 +59,10 @@ def remove_folder(folder: str | Path) -> None:
     """Gone at once for whoever looks, then deleted; what a kill or an error leaves of it, `remove_partials` finds."""
     path = Path(os.path.realpath(folder))
     gone = hidden(path, "partial")
-    os.rename(path, gone)
-    sync_folder(path.parent)  # else a power failure could bring back the name, with half of the files
+    with telling(Path(folder), path, had_one=True):
+        os.rename(path, gone)
+    with suppress(OSError):
+        sync_folder(path.parent)  # else a power failure could bring back the name, with half of the files
     delete(gone)
 
 

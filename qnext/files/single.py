@@ -33,7 +33,8 @@ def new_file(path: str | Path, *, mode: int | None = None, with_parents: bool = 
         file = partial_file(target, mode=0o666 if mode is None and found is None else mode or 0o600)
         try:
             yield file
-            _take_over(file.fileno(), found, with_mode=mode is None)
+            with named(file.path):
+                _take_over(file.fileno(), found, with_mode=mode is None)
             file.sync()
             os.replace(file.path, target)
             told.is_done = True

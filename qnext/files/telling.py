@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qnext.errors import DiskFull
+from qnext.errors import FULL, DiskFull
 from qnext.files.partial import is_partial
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Told:
@@ -33,7 +30,7 @@ def telling(shown: Path, target: Path, *, had_one: bool) -> Iterator[Told]:
         else:
             what += " stays as it was" if had_one else " was not made"
         text = f"{error.strerror or error}; {what}"
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise DiskFull(f"{place}: {text}") from None
         raise OSError(error.errno, text, str(place)) from None
 

@@ -22,7 +22,7 @@ from qnext.checkpoint.snapshot import (
     newest_snapshot,
     save_snapshot,
 )
-from qnext.errors import CorruptCheckpoint, DiskFull, QnextError, UsageError, line_of, warn
+from qnext.errors import FULL, CorruptCheckpoint, DiskFull, QnextError, UsageError, line_of, warn
 from qnext.model import CausalLM
 from qnext.training.config import TrainConfig, learning_rate
 from qnext.training.data import PackedStream, StreamPosition, TrainBatch
@@ -45,7 +45,7 @@ class SnapshotFailed(QnextError):
     def __init__(self, error: OSError, newest: Path | None) -> None:
         kept = "there is no earlier one" if newest is None else f"the newest is {newest.name}"
         super().__init__(f"{line_of(error)}; {kept}")
-        self.exit_code = DiskFull.exit_code if isinstance(error, DiskFull) else UsageError.exit_code
+        self.exit_code = DiskFull.exit_code if error.errno in FULL else UsageError.exit_code
 
 
 @dataclass(frozen=True)

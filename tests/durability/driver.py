@@ -22,7 +22,7 @@ from tests.durability.scenarios import SCENARIOS, Scenario, left, listing, scrat
 
 _KINDS = {"kill": None, "full": errno.ENOSPC, "broken": errno.EIO}
 _EXIT_CODES = {errno.ENOSPC: 4, errno.EIO: 2}
-_MAX_STEPS = 400
+_MAX_STEPS = 1000
 
 
 class Run:

@@ -112,7 +112,7 @@ class Recorder:
             if self._fault.error is None:
                 os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(60)
-            elif call in ("open", "mkdir", "rename", "replace", "unlink", "rmdir"):
+            elif call in ("open", "mkdir", "rename", "replace", "exchange", "unlink", "rmdir"):
                 raise OSError(self._fault.error, os.strerror(self._fault.error), path)
             else:
                 raise OSError(self._fault.error, os.strerror(self._fault.error))  # as the system: without a path

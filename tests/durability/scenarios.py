@@ -23,7 +23,6 @@ from qnext.recipes.recipe import is_run, prepare
 from qnext.server.audit import AuditLog, AuditRecord, verify_chain
 from qnext.server.keys import KeyStore
 from qnext.text.train import byte_level_tokenizer, save_tokenizer
-from tests.cli.command import make_model
 from tests.cli.test_train import tiny_recipe
 from tests.durability.faults import Outcome, run_child, without_exchange
 from tests.training.models import tiny_model
@@ -98,7 +97,7 @@ class Verb(Scenario):
 
     def prepare(self, root: Path) -> None:
         if self._makes_model:
-            make_model(root)
+            call(lambda root: main([word.replace("{}/out", f"{root}/model") for word in _INIT]), root)
         if self._before is not None:
             self._before.prepare(root)
             call(self._before.work, root)
@@ -426,7 +425,10 @@ SCENARIOS: dict[str, Scenario] = {
     "to gguf": slow(_GGUF),
     "from gguf": slow(Verb("back", "convert", "{}/m.gguf", "{}/back", before=_GGUF)),
     "logits": slow(Verb("l.npy", "logits", "{}/model", "--tokens", "1,2,3", "--out", "{}/l.npy", makes_model=True)),
-    "train": Train("total_steps=2", "snapshot_every=1", "keep_snapshots=1", "eval_every=0"),
+    "train": Train(
+        "total_steps=2", "snapshot_every=1", "keep_snapshots=1", "eval_every=0", "model.num_hidden_layers=1",
+        "model.num_experts=2", "model.num_nextn_predict_layers=0",
+    ),
 }  # fmt: skip
 
 
