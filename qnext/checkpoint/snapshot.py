@@ -86,7 +86,7 @@ def newest_snapshot(folder: Path) -> tuple[Path, Snapshot] | None:
             warn(f"{found}; the run goes on from {path.name}", error=CorruptCheckpoint)
         return path, snapshot
     if damaged:
-        raise damaged[0]
+        raise CorruptCheckpoint(f"{damaged[0]}; no other snapshot is whole")
     return None
 
 

@@ -70,6 +70,8 @@ def _remove_earlier(out: Path) -> None:
     remove_partials(out.parent, out.name)
     if not out.exists():
         return
+    if out.is_symlink():
+        raise UsageError(f"{out}: is a link; name the folder that it leads to")
     remove_partials(out)
     if any(out.iterdir()) and not (out / "tokenizer").is_dir():
         raise UsageError(f"{out}: exists and is not an earlier demo; choose another --out")

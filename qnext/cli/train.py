@@ -46,11 +46,19 @@ def command(
 
 
 def _finish(run: Run, display: Any) -> None:
+    from qnext.errors import warn
+    from qnext.training.loop import SnapshotFailed
+
     run.trainer.evaluate()
+    code = 0
     try:
         if run.recipe.train.snapshot_every:
             run.trainer.save()
-    finally:  # a disk that is too full for a snapshot may have room for the model, which is a fraction of it
-        folder = run.save()
-        display.note("model saved in")
-        print(folder)
+    except SnapshotFailed as error:  # the model is a fraction of a snapshot: there may be room for it
+        warn(str(error))
+        code = error.exit_code
+    folder = run.save()
+    display.note("model saved in")
+    print(folder)
+    if code:
+        raise typer.Exit(code)

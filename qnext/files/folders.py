@@ -57,7 +57,7 @@ def copy_inside(source: Path, path: Path) -> None:
 
 def remove_folder(folder: str | Path) -> None:
     """Gone at once for whoever looks, then deleted; what a kill or an error leaves of it, `remove_partials` finds."""
-    path = Path(os.path.realpath(folder))
+    path = Path(folder).absolute()
     gone = hidden(path, "partial")
     with telling(Path(folder), path, had_one=True):
         os.rename(path, gone)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import threading
 from pathlib import Path
@@ -74,6 +76,50 @@ def test_train_then_resume_then_eval(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert 0 < result["bits_per_byte"] < 20 and 0 <= result["mtp_acceptance"] <= 1
     assert run("eval", str(out / "model"), str(text), str(text)) == 0
     assert f"{result['bits_per_byte']:.4f}" in capsys.readouterr().out
+
+
+def test_half_of_a_tokenizer_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run("train", "tiny", "--out", str(out), "--set", "total_steps=1") == 0
+    for name in ("snapshots", "model"):
+        (out / name).rename(tmp_path / name)
+    (out / "tokenizer" / "tokenizer_config.json").unlink()
+    assert run("train", "tiny", "--out", str(out), "--resume") == 2
+    assert "holds no run that could be resumed" in capsys.readouterr().err
+    assert run("train", "tiny", "--out", str(out), "--set", "total_steps=1") == 0
+    assert (out / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("what", ["snapshot", "model"])
+def test_a_full_disk_at_the_end_is_told_and_what_fits_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    out = tmp_path / "run"
+    write = os.write
+
+    def full(file: int, data: bytes) -> int:
+        place = os.readlink(f"/proc/self/fd/{file}")
+        if ("step-00000004" if what == "snapshot" else ".model.partial") in place:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        assert run("train", "tiny", "--out", str(out)) == 4
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qnext")]
+    snapshots = sorted(path.name for path in (out / "snapshots").iterdir())
+    if what == "snapshot":  # the one that is due after the step, and the last one
+        assert lines == [
+            f"qnext train: warning: {out}/snapshots/step-00000004/model.safetensors: No space left on device; "
+            f"{out}/snapshots/step-00000004 was not made; the newest is step-00000002{more}"
+            for more in ("; the run goes on and tries again at step 6", "")
+        ]
+        assert snapshots == ["step-00000002"] and load_model(out / "model") is not None
+    else:
+        assert len(lines) == 1 and f"{out}/model" in lines[0] and lines[0].endswith("model was not made")
+        assert snapshots == ["step-00000002", "step-00000004"] and not (out / "model").exists()
+    assert not [path for path in out.rglob("*") if ".partial" in path.name]
+    assert run("train", "tiny", "--out", str(out), "--resume") == 0
 
 
 def test_interrupt_saves_a_snapshot_and_resume_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,15 @@ class Outcome:
     out: str
     err: str
     steps: list[Step]
+    fault: Fault | None = None
+
+    @property
+    def done(self) -> list[Step]:
+        """The steps that came about."""
+        return [
+            step for number, step in enumerate(self.steps)
+            if self.fault is None or not self.fault.strikes(number, step.call)
+        ]  # fmt: skip
 
 
 class Recorder:
@@ -161,9 +170,8 @@ def run_child(root: Path, work: Callable[[], object], fault: Fault | None = None
             os._exit(code)
     status = os.waitpid(child, 0)[1]
     steps = [Step(*json.loads(line)) for line in log.read_text().splitlines()] if log.exists() else []
-    return Outcome(
-        None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status), out.read_text(), err.read_text(), steps
-    )
+    code = None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
+    return Outcome(code, out.read_text(), err.read_text(), steps, fault)
 
 
 @contextmanager

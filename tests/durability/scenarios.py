@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,7 @@ class Audit(Scenario):
         return check.num_lines
 
     def fault_of(self, seen: Any, before: Any, after: Any, outcome: Outcome) -> str | None:
-        written = sum(step.call == "write" for step in outcome.steps)
-        written = int(outcome.out) if outcome.code == 0 else max(0, written - (outcome.steps[-1].call == "write"))
+        written = int(outcome.out) if outcome.code == 0 else sum(step.call == "write" for step in outcome.done)
         return None if seen == written else f"{seen} lines, but {written} were written"
 
     def fault_at_end(self, root: Path, seen: Any, after: Any, again: Outcome) -> str | None:
@@ -271,9 +271,30 @@ class Batch(Scenario):
         return sorted(found)
 
     def fault_of(self, seen: Any, before: Any, after: Any, outcome: Outcome) -> str | None:
-        written = [step for step in outcome.steps if step.call == "write" and ".partial-" not in step.path]
-        number = 1 + len(written) - (outcome.code != 0 and outcome.steps[-1] in written)
+        number = 1 + sum(step.call == "write" and ".partial-" not in step.path for step in outcome.done)
         return None if len(seen) == number else f"{len(seen)} answers, but {number} were written"
+
+
+class RunBatch(Batch):
+    """The same by the verb, with a model that answers."""
+
+    is_slow = True
+
+    def prepare(self, root: Path) -> None:
+        super().prepare(root)
+        call(lambda root: main([word.replace("{}/out", f"{root}/model") for word in _INIT]), root)
+        body = {"model": "model", "prompt": "def", "max_tokens": 2, "temperature": 0}
+        lines = [{"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body} for name in self.ids]
+        (root / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def work(self, root: Path) -> object:
+        files = ["-i", str(root / "in.jsonl"), "-o", str(root / "out.jsonl")]
+        return main(["run-batch", str(root / "model"), *files, "--max-num-seqs", "2", "--threads", "1"])
+
+    def tells(self, outcome: Outcome, root: Path, code: int) -> str | None:
+        """Beside the plan of the memory and what came of the batch."""
+        told = [line for line in outcome.err.splitlines(keepends=True) if line.startswith(("qnext", "Traceback"))]
+        return super().tells(replace(outcome, err="".join(told)), root, code)
 
 
 class DiskCache(Scenario):
@@ -419,6 +440,7 @@ SCENARIOS: dict[str, Scenario] = {
     "keys rotate": Keys("rotate"),
     "audit": Audit(),
     "batch": Batch(),
+    "run-batch": RunBatch(),
     "disk cache": slow(DiskCache()),
     "init": slow(Verb("out", *_INIT)),
     "quantize": slow(Verb("q", "quantize", "{}/model", "{}/q", "--scheme", "int8-g32", makes_model=True)),

@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 QUICK = {
     ("kill", "snapshot"), ("kill", "same snapshot again"), ("kill", "file replaced"), ("kill", "tokenizer"),
     ("kill", "keys create"), ("kill", "keys rotate"), ("kill", "audit"), ("kill", "batch"), ("full", "snapshot"),
-    ("full", "file replaced"), ("broken", "file replaced"), ("full", "batch"),
+    ("full", "file replaced"), ("broken", "file replaced"), ("full", "batch"), ("kill", "run begun"),
+    ("kill", "demo again"),
 }  # fmt: skip
 
 Strike = Callable[[str, str], dict[str, Any]]
