@@ -106,8 +106,8 @@ def _short(name: str) -> str:
     return os.fsdecode(raw[: _MAX_NAME_BYTES - 16]) + hashlib.sha256(raw).hexdigest()[:16]
 
 
-def status(path: Path) -> os.stat_result | None:
+def status(path: str | Path, *, follows: bool = False) -> os.stat_result | None:
     try:
-        return os.lstat(path)
+        return os.stat(path, follow_symlinks=follows)
     except OSError:
         return None

@@ -22,9 +22,9 @@ def new_file(path: str | Path, *, mode: int | None = None, with_parents: bool = 
     link. A pipe or a device is written to as it is. Raises OSError and DiskFull: the earlier file stays as it was.
     """
     target = Path(os.path.realpath(path))
-    found = status(target)
+    found = status(path, follows=True)  # what /dev/stdout leads to has no name
     if found is not None and not stat.S_ISREG(found.st_mode):
-        with NewFile(target, flags=0) as file:
+        with NewFile(path, flags=0) as file:
             yield file
         return
     remove_partials(target.parent, target.name)

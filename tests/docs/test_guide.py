@@ -85,7 +85,18 @@ def test_the_check_of_commands_can_fail() -> None:
 def test_flags_named_in_the_text_exist() -> None:
     """Flags in backticks outside code blocks are of `qnext serve` unless the text says another verb before them."""
     known: set[str] = {"--help", "--config", "--shm-size", "--model-path"}
-    for verb in ("serve", "keys create", "quantize", "experts", "doctor", "bench", "chat", "generate", "convert"):
+    for verb in (
+        "serve",
+        "keys create",
+        "quantize",
+        "experts",
+        "doctor",
+        "bench",
+        "chat",
+        "generate",
+        "convert",
+        "train",
+    ):
         name, _, sub = verb.partition(" ")
         command = click_command(name)
         command = command.commands[sub] if sub else command

@@ -59,6 +59,11 @@ def test_a_pipe_and_a_device_are_written_to_and_never_replaced(tmp_path: Path) -
     files.write_file(tmp_path / "pipe", "through")
     thread.join(10)
     assert read == [b"through"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    done = subprocess.run(
+        [sys.executable, "-c", "from qnext import files; files.write_file('/dev/stdout', 'out')"],
+        stdout=subprocess.PIPE,
+    )
+    assert done.stdout == b"out"
     files.write_file("/dev/null", "gone")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     with pytest.raises(IsADirectoryError):
