@@ -92,9 +92,9 @@ def command(
         with _progress(input) as on_progress:
             run_batch(read_requests(lines), results, asking, concurrency=number, tally=tally, on_progress=on_progress)
     print(tally.describe(), file=sys.stderr, flush=True)
-    if tally.interrupted:
+    if tally.stopped_by is not None:
         print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
-        raise typer.Exit(130)
+        raise typer.Exit(128 + tally.stopped_by)
     raise typer.Exit(1 if tally.failed else 0)
 
 
