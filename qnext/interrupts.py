@@ -11,7 +11,7 @@ from types import FrameType
 
 # SIGHUP: the terminal, or the connection to it, is gone.
 ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-_LOOK_AGAIN_SECONDS = 0.02
+_LATER_SECONDS = 0.02
 
 
 class Terminated(SystemExit):
@@ -33,8 +33,9 @@ def raise_for(number: int) -> None:
 class Ending:
     """The signals of one command. The first one raises in the main thread, a second one ends the process at once.
 
-    `number` is the signal that came. While a module is imported it waits: an exception in the midst of torch's import
-    aborts the process. One that something swallows, a destructor say, is raised again.
+    `number` is the signal that came. It waits while a module is imported, for an exception in the midst of torch's
+    import aborts the process, and while a folder is deleted, which would stay. What something swallows, a destructor
+    say, is raised again.
     """
 
     def __init__(self) -> None:
@@ -55,6 +56,7 @@ class Ending:
         for number in self._numbers:
             signal.signal(number, signal.SIG_DFL if is_last else self._previous[number])
         if self._numbers:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             sys.unraisablehook = self._unraisable
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
@@ -62,25 +64,32 @@ class Ending:
             self.number = number
             for each in self._numbers:
                 signal.signal(each, signal.SIG_DFL)
-        if _imports(frame):
-            signal.signal(signal.SIGALRM, self._raise)
-            signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_SECONDS)
-            return
-        raise_for(self.number)
+        if _must_not_end_here(frame):
+            self._raise_later()
+        else:
+            raise_for(self.number)
+
+    def _raise_later(self) -> None:
+        signal.signal(signal.SIGALRM, self._raise)
+        signal.setitimer(signal.ITIMER_REAL, _LATER_SECONDS)
 
     def _on_unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
         if self.number is None or not isinstance(unraisable.exc_value, (KeyboardInterrupt, Terminated)):
             self._unraisable(unraisable)
             return
-        signal.signal(signal.SIGALRM, self._raise)
-        signal.raise_signal(signal.SIGALRM)
+        self._raise_later()
 
 
-def _imports(frame: FrameType | None) -> bool:
-    """Whether a module is being imported where the signal came."""
-    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+def _must_not_end_here(frame: FrameType | None) -> bool:
+    """Whether a module is being imported, or a folder deleted, where the signal came."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        if code.co_name == "rmtree" and code.co_filename.endswith("shutil.py"):
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 @contextmanager

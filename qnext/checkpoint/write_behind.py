@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from torch import Tensor
 
@@ -32,7 +32,9 @@ class WriteBehind:
         self._num_bytes += tensor.nbytes
 
     def _wait_for_one(self) -> None:
-        future, num_bytes = self._waiting.popleft()
+        future, num_bytes = self._waiting[0]
+        wait([future])
+        self._waiting.popleft()
         self._num_bytes -= num_bytes
         future.result()
 
@@ -42,5 +44,14 @@ class WriteBehind:
         self._writer.finish()
 
     def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
-        self._writer.close()
+        """Nothing is written any more when it returns, nor when a signal comes meanwhile and it raises."""
+        try:
+            self._settle()
+        finally:
+            self._settle()
+            self._writer.close()
+
+    def _settle(self) -> None:
+        # Not by joining the thread: a join that a signal ends takes the thread for ended too.
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        wait([future for future, _ in self._waiting if not future.cancelled()])

@@ -243,11 +243,11 @@ def _call(command: Any, verb: str, arguments: list[str], flags: dict[str, Any]) 
     from qnext.cli._command import mistake
 
     try:
-        code = command.main(args=arguments, prog_name=f"qnext {verb}", default_map=flags, standalone_mode=False)
-    except Terminated:
-        raise
-    except SystemExit as exit_:
-        return exit_.code if isinstance(exit_.code, int) else 1
+        # What `command.main` does, but for signals and broken pipes, which it makes exit codes without a word.
+        with command.make_context(f"qnext {verb}", arguments, default_map=flags) as context:
+            code = command.invoke(context)
+    except typer.Exit as exit_:
+        return exit_.exit_code
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qnext.interrupts import ENDING_SIGNALS, raise_for
+from qnext.interrupts import raise_for
 from qnext.training import Hooks, StepMetrics, TrainConfig, decay_table
 from qnext.training.metrics import ExpertStats
 
