@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 
 from torch import Tensor
 
@@ -24,17 +25,17 @@ class WriteBehind:
         self._thread = ThreadPoolExecutor(1)
         self._waiting: deque[tuple[Future[None], int]] = deque()
         self._num_bytes = 0
+        self._lock = Lock()  # of the writer
+        self._is_closed = False
 
     def write(self, name: str, tensor: Tensor) -> None:
         while self._waiting and (self._waiting[0][0].done() or self._num_bytes + tensor.nbytes > _MAX_WAITING_BYTES):
             self._wait_for_one()
-        self._waiting.append((self._thread.submit(self._writer.write, name, tensor), tensor.nbytes))
+        self._waiting.append((self._thread.submit(self._write, name, tensor), tensor.nbytes))
         self._num_bytes += tensor.nbytes
 
     def _wait_for_one(self) -> None:
-        future, num_bytes = self._waiting[0]
-        wait([future])
-        self._waiting.popleft()
+        future, num_bytes = self._waiting.popleft()
         self._num_bytes -= num_bytes
         future.result()
 
@@ -46,12 +47,18 @@ class WriteBehind:
     def close(self) -> None:
         """Nothing is written any more when it returns, nor when a signal comes meanwhile and it raises."""
         try:
-            self._settle()
+            self._close()
         finally:
-            self._settle()
+            self._close()
+
+    def _close(self) -> None:
+        # The thread is not waited for, nor its futures: what a signal interrupts there is not known any more.
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._is_closed = True
             self._writer.close()
 
-    def _settle(self) -> None:
-        # Not by joining the thread: a join that a signal ends takes the thread for ended too.
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        wait([future for future, _ in self._waiting if not future.cancelled()])
+    def _write(self, name: str, tensor: Tensor) -> None:
+        with self._lock:
+            if not self._is_closed:
+                self._writer.write(name, tensor)
