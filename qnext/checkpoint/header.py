@@ -19,6 +19,7 @@ from qnext.checkpoint.aliases import canonical
 from qnext.checkpoint.collecting import without_collecting
 from qnext.checkpoint.foreign import without_model
 from qnext.checkpoint.tensor_info import TensorInfo as TensorInfo
+from qnext.config.bounded import read_bounded
 from qnext.errors import CorruptCheckpoint, ModelNotFound, NotSupported, warn
 
 SINGLE_FILE = "model.safetensors"
@@ -237,7 +238,8 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _read_weight_map(index: Path) -> Mapping[str, str]:
-    weight_map = load_json(_regular_file(index.parent, index.name).read_bytes(), index).get("weight_map")
+    content = read_bounded(_regular_file(index.parent, index.name), most=MAX_HEADER_BYTES)
+    weight_map = load_json(content, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptCheckpoint(f"{index}: weight_map is missing or empty")
     for name, shard in weight_map.items():
