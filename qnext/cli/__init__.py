@@ -110,6 +110,16 @@ def _ended_by_signals(arguments: list[str], ending: Ending) -> int:
         return code
 
 
+def _stdout_fails() -> bool:
+    """Whether it was stdout that an error without a name is of; what it holds is dropped then."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
+        return True
+    return False
+
+
 def _drop_stdout() -> None:
     """Have what Python still holds for stdout go nowhere when the process ends."""
     try:
@@ -138,11 +148,17 @@ def _dispatch(arguments: list[str]) -> int:
         print_matching_everywhere(list(VERBS), click_command, arguments[0].partition("=")[2])
         return 0
     if arguments[0] not in VERBS:
-        print(f"qnext: no verb {arguments[0]!r}{_verb_hint(arguments[0])}", file=sys.stderr)
+        _say(f"qnext: no verb {arguments[0]!r}{_verb_hint(arguments[0])}")
         return 2
     with warnings.catch_warnings():
         _show_warnings(arguments[0])
         return _run(arguments[0], arguments[1:])
+
+
+def _say(line: str) -> None:
+    from qnext.errors import one_line
+
+    print(one_line(line), file=sys.stderr)
 
 
 def _joined_verb(words: list[str]) -> list[str]:
@@ -201,21 +217,22 @@ def _run(verb: str, arguments: list[str]) -> int:
         code = _call(command, verb, arguments, flags)
         if code == 2 and flags:
             given = ", ".join(flag_name(parameter) for parameter in command.params if parameter.name in flags)
-            print(f"qnext {verb}: {file} has given {given}", file=sys.stderr)
+            _say(f"qnext {verb}: {file} has given {given}")
         return code
     except QnextError as error:
-        print(f"qnext {verb}: {error}", file=sys.stderr)
+        _say(f"qnext {verb}: {error}")
         return error.exit_code
     except ImportError as error:
         text = missing(error)
         if text is None:
             raise
-        print(f"qnext {verb}: {text}", file=sys.stderr)
+        _say(f"qnext {verb}: {text}")
         return 2
     except BrokenPipeError:
         raise  # the reader of stdout has left
     except OSError as error:
-        print(f"qnext {verb}: {error.filename or ''}: {error.strerror or error}".replace(": : ", ": "), file=sys.stderr)
+        name = error.filename or ("standard output" if _stdout_fails() else "")
+        _say(f"qnext {verb}: {name}: {error.strerror or error}".replace(": : ", ": "))
         return 2
 
 
@@ -231,7 +248,7 @@ def _show_warnings(verb: str) -> None:
             show(message, category, *rest, **more)
         elif str(message) not in shown:
             shown.add(str(message))
-            print(f"qnext {verb}: warning: {message}", file=sys.stderr)
+            _say(f"qnext {verb}: warning: {message}")
 
     warnings.simplefilter("always", QnextWarning)
     warnings.showwarning = show_line
@@ -253,8 +270,10 @@ def _call(command: Any, verb: str, arguments: list[str], flags: dict[str, Any]) 
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own errors have it, whichever click typer has
             raise
-        is_help = type(error).__name__ == "NoArgsIsHelpError"
-        print(error.format_message() if is_help else mistake(error, verb), file=sys.stdout if is_help else sys.stderr)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+        else:
+            _say(mistake(error, verb))
         return int(getattr(error, "exit_code", 2))
     return code if isinstance(code, int) else 0
 

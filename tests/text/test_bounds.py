@@ -122,7 +122,7 @@ def test_deep_json_is_refused(folder: Path, name: str) -> None:
 def test_configurations_beyond_all_reason(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text("{" + '"a":{' * 100_000)
-    with pytest.raises(CorruptCheckpoint, match="config.json: not readable as JSON"):
+    with pytest.raises(CorruptCheckpoint, match=r"config.json: not readable as JSON"):
         load_config_json(path)
     path.write_text("{" + ",".join(f'"k{i}":0' for i in range(200_000)) + ',"k199999":1}')
     with pytest.raises(CorruptCheckpoint, match="k199999 is given twice"):  # in no time that grows with the square
