@@ -104,8 +104,8 @@ class FileReader:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, by name. Raises CorruptCheckpoint as read_header and FileReader do."""
-    infos = read_header(path)
+    """All tensors of a safetensors file of our own. Raises CorruptCheckpoint as read_header and FileReader do."""
+    infos = read_header(path, any_name=True)
     reader = FileReader([path])
     try:
         tensors = {name: torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype]) for name, info in infos.items()}

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from qnext.checkpoint.reading import read_tensors
 from qnext.errors import CorruptCheckpoint
 
 _FORMAT = "qnext-snapshot-1"
@@ -86,10 +86,7 @@ def load_snapshot(path: Path) -> Snapshot:
             raise CorruptCheckpoint(f"{file}: {size} bytes, expected {expected['bytes']}")
         if _crc32(file) != expected["crc32"]:
             raise CorruptCheckpoint(f"{file}: content differs from what was written (CRC-32)")
-        try:
-            tensors[file.stem] = load_file(file)
-        except SafetensorError as error:
-            raise CorruptCheckpoint(f"{file}: {error}") from error
+        tensors[file.stem] = read_tensors(file)
     return Snapshot(document["step"], tensors, document["state"])
 
 

@@ -101,7 +101,7 @@ def test_more_files_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_reader_names_one_file_of_tensors(folder: Path) -> None:
+def test_one_file_is_read_whole(folder: Path) -> None:
     path = folder / "model.safetensors"
     assert torch.equal(read_tensors(path)["b"], torch.ones(300, 30))
 
