@@ -15,6 +15,8 @@ from qnext.errors import CorruptCheckpoint, QnextWarning, one_line
 
 from .command import Capture, make_model, run
 
+pytestmark = pytest.mark.usefixtures("logs_of_others_stay")
+
 BATCH = '{"custom_id":"a","method":"POST","url":"/v1/completions","body":{"model":"m","prompt":"a"}}\n'
 # verb and parameter -> a command whose X is what is tried
 INPUTS = {
