@@ -7,11 +7,32 @@ import errno
 import warnings
 from collections.abc import Iterable
 
+_HEAD, _TAIL = 600, 300  # characters of a long line that are kept
+
+
+def one_line(text: str) -> str:
+    """A message as one line of bearable length, whatever stands in it of files, arguments and names.
+
+    What could end a line, move the cursor or hide text becomes an escape. Of a long one beginning and end are kept,
+    and the number of characters between.
+
+    >>> one_line("no file 'a\\nb'"), len(one_line("x" * 100_000))
+    ("no file 'a\\\\nb'", 932)
+    """
+    if len(text) > _HEAD + _TAIL + 100:
+        text = f"{text[:_HEAD]}[... {len(text) - _HEAD - _TAIL:,} more characters ...]{text[-_TAIL:]}"
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text)
+
 
 class QnextError(ValueError):
     """One clear line for the user; `exit_code` is what the process ends with."""
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class UsageError(QnextError):
@@ -77,7 +98,7 @@ class QnextWarning(UserWarning):
     """Something in a file was passed over, and the result is as right as without it. `--strict` makes it `error`."""
 
     def __init__(self, message: str, error: type[QnextError] = ConfigError) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.error = error
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qnext"
 
 # What all may import, beside qnext itself (the version).
-EVERYWHERE = {"errors", "openmp", "confined", "files"}
+EVERYWHERE = {"errors", "openmp", "confined", "files", "interrupts"}
 # folder -> what else it may import
 MAY_IMPORT: dict[str, set[str]] = {
     "confined": set(),

@@ -1,12 +1,10 @@
-"""Tensors of a model folder as views of its files, and the writer that streams tensors into shards."""
+"""Tensors of a model folder, and the writer that streams tensors into shards."""
 
 from __future__ import annotations
 
 import ctypes
 import json
-import mmap
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,37 +14,35 @@ import torch
 from torch import Tensor
 
 from qnext.checkpoint.header import INDEX_FILE, ITEM_SIZES, SINGLE_FILE, TensorInfo, check_name, read_index
+from qnext.checkpoint.reading import TORCH_DTYPES as TORCH_DTYPES
+from qnext.checkpoint.reading import FileReader, as_bytes
 from qnext.files import NewFile, write_inside
 
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "BOOL": torch.bool,
-}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 MAX_SHARD_BYTES = 5_000_000_000
 PIECE_BYTES = 8 << 20
-# Touching one page of a file may map what lies around it, but nothing beyond the table of its page, on x86-64 2 MiB.
-_PAGE_TABLE_BYTES = 2 << 20
 _WRITE_BACK_BYTES = 64 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # Linux; Python has no name for it
 
-assert sys.byteorder == "little", "safetensors files are little-endian and are mapped as they are"
+assert sys.byteorder == "little", "safetensors files are little-endian and are read as they are"
 
 
 class TensorFiles:
-    """All tensors of a model folder, mapped into memory.
+    """All tensors of a model folder, read into memory of their own when they are asked for.
+
+    A file that is cut, replaced or written to meanwhile raises CorruptCheckpoint, which names file and tensor. What
+    no read could see is told when the block ends.
 
     >>> with TensorFiles("model") as files:
-    ...     norm = files.read("model.norm.weight").clone()
+    ...     norm = files.read("model.norm.weight")
     """
 
     def __init__(self, folder: str | Path) -> None:
         index = read_index(folder)
         self.folder = index.folder
         self.tensors: dict[str, TensorInfo] = index.tensors
-        self._maps: dict[Path, tuple[mmap.mmap, Tensor]] = {}
+        self._reader = FileReader(index.files)
+        self._buffer_B: Tensor | None = None
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -54,22 +50,49 @@ class TensorFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._maps.clear()
+        try:
+            if kind is None:
+                self._reader.check()
+        finally:
+            self._reader.close()
+            self._buffer_B = None
 
     def read(self, name: str) -> Tensor:
-        """The tensor as a view of the file. It must not be written to."""
+        """The whole tensor."""
         info = self.tensors[name]
-        return self._view(info, info.start, info.end).view(info.shape)
+        tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+        self._reader.read_into(info, info.start, as_bytes(tensor))
+        return tensor
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """The tensor flattened, in views of piece_items(name) numbers. The pages of each are given back after it."""
+    def read_rows(self, name: str, start: int, end: int) -> Tensor:
+        """Rows [start, end) of a matrix, which has them all."""
         info = self.tensors[name]
-        step = self.piece_items(name) * ITEM_SIZES[info.dtype]
-        for start in range(info.start, max(info.end, info.start + 1), step):
-            end = min(start + step, info.end)
-            yield self._view(info, start, end)
-            if info.num_bytes > step:  # the pages of small tensors are mostly read again at once
-                self._drop(info.file, start, end)
+        assert 0 <= start <= end <= info.shape[0], (name, start, end)
+        rows = torch.empty((end - start, *info.shape[1:]), dtype=TORCH_DTYPES[info.dtype])
+        self._reader.read_into(info, info.start + start * (info.num_bytes // info.shape[0]), as_bytes(rows))
+        return rows
+
+    def pieces(self, name: str, *, into: Tensor | None = None) -> Iterator[Tensor]:
+        """The tensor flattened, piece_items(name) numbers at a time, each valid until the next is asked for.
+
+        A contiguous tensor `into` of the same dtype and size is filled with them: then they are parts of it, and stay.
+        """
+        info = self.tensors[name]
+        item = ITEM_SIZES[info.dtype]
+        step, count = self.piece_items(name), info.num_bytes // item
+        # Each loop has a buffer of its own. The last one is kept, for most loops follow each other.
+        buffer_B, self._buffer_B = self._buffer_B, None
+        if buffer_B is None:
+            buffer_B = torch.empty(PIECE_BYTES, dtype=torch.uint8)
+        for first in range(0, max(1, count), step):
+            num_items = min(step, count - first)
+            if into is None:
+                piece = buffer_B[: num_items * item].view(TORCH_DTYPES[info.dtype])
+            else:
+                piece = into.view(-1)[first : first + num_items]
+            self._reader.read_into(info, info.start + first * item, as_bytes(piece))
+            yield piece
+        self._buffer_B = buffer_B
 
     def piece_items(self, name: str) -> int:
         """Numbers in each of the pieces of a tensor but the last."""
@@ -77,43 +100,7 @@ class TensorFiles:
 
     def expect(self, name: str) -> None:
         """Have the system begin to read a tensor that is wanted soon."""
-        info = self.tensors[name]
-        if info.num_bytes and hasattr(mmap, "MADV_WILLNEED"):
-            mapped, _ = self._map(info.file)
-            start = info.start - info.start % mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_WILLNEED, start, info.end - start)
-
-    def drop(self, name: str) -> None:
-        """Give the pages of a tensor back to the system; reading it again reads the file again."""
-        info = self.tensors[name]
-        if info.num_bytes:
-            self._drop(info.file, info.start, info.end)
-
-    def _view(self, info: TensorInfo, start: int, end: int) -> Tensor:
-        bytes_B = self._map(info.file)[1][start:end]
-        if start % ITEM_SIZES[info.dtype]:
-            bytes_B = bytes_B.clone()
-        return bytes_B.view(TORCH_DTYPES[info.dtype])
-
-    def _drop(self, path: Path, start: int, end: int) -> None:
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        mapped, bytes_B = self._map(path)
-        address = bytes_B.data_ptr()
-        first = address + start
-        start = max(0, first - first % _PAGE_TABLE_BYTES - address)
-        end += -(address + end) % _PAGE_TABLE_BYTES
-        mapped.madvise(mmap.MADV_DONTNEED, start, end - start)
-
-    def _map(self, path: Path) -> tuple[mmap.mmap, Tensor]:
-        if path not in self._maps:
-            with path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            with warnings.catch_warnings():
-                # torch warns that the map is not writable; nothing here writes to it
-                warnings.simplefilter("ignore", UserWarning)
-                self._maps[path] = (mapped, torch.frombuffer(mapped, dtype=torch.uint8))
-        return self._maps[path]
+        self._reader.expect(self.tensors[name])
 
 
 class TensorSpec(NamedTuple):

@@ -19,6 +19,7 @@ from qnext.checkpoint.aliases import canonical
 from qnext.checkpoint.collecting import without_collecting
 from qnext.checkpoint.foreign import without_model
 from qnext.checkpoint.tensor_info import TensorInfo as TensorInfo
+from qnext.config.bounded import read_bounded
 from qnext.errors import CorruptCheckpoint, ModelNotFound, NotSupported, warn
 
 SINGLE_FILE = "model.safetensors"
@@ -142,8 +143,8 @@ def _read_without_index(root: Path) -> tuple[tuple[Path, ...], dict[str, TensorI
     return files, tensors
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file by name, in the order of their bytes."""
+def read_header(path: Path, *, any_name: bool = False) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file by name, in the order of their bytes. `any_name`: ours, not a stranger's."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -161,6 +162,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptCheckpoint(f"{path}: __metadata__ must map strings to strings")
+    if not any_name:
+        for name in entries:
+            check_name(name, path)
     infos = [_read_entry(name, entry, path, 8 + length) for name, entry in entries.items()]
     infos.sort(key=lambda info: (info.start, info.end))
     _check_layout(infos, path, 8 + length, size)
@@ -191,7 +195,6 @@ def load_json(text: str | bytes, path: Path) -> dict[str, Any]:
 
 
 def _read_entry(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
-    check_name(name, path)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CorruptCheckpoint(f"{path}: tensor {name}: needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -237,7 +240,8 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _read_weight_map(index: Path) -> Mapping[str, str]:
-    weight_map = load_json(_regular_file(index.parent, index.name).read_bytes(), index).get("weight_map")
+    content = read_bounded(_regular_file(index.parent, index.name), most=MAX_HEADER_BYTES)
+    weight_map = load_json(content, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptCheckpoint(f"{index}: weight_map is missing or empty")
     for name, shard in weight_map.items():

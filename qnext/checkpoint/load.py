@@ -15,8 +15,8 @@ from qnext.checkpoint.files import TORCH_DTYPES, TensorFiles
 from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.header import TensorInfo
 from qnext.checkpoint.packed import PackedWeight
-from qnext.checkpoint.packed_values import is_in_order, read_packed, row_blocks
-from qnext.checkpoint.values import read_weight, tensor_value_problems
+from qnext.checkpoint.packed_values import is_in_order, packed_blocks
+from qnext.checkpoint.values import not_finite, read_weight, tensor_value_problems
 from qnext.config import ModelConfig
 from qnext.errors import CorruptCheckpoint, UsageError, warn
 from qnext.model import CausalLM
@@ -53,8 +53,8 @@ def load_model(
     `dtype` None keeps what is stored, tensor by tensor; FP8 weights become bfloat16. Integer weights
     (compressed-tensors, AWQ, GPTQ) keep their codes, on the CPU, as a QuantizedWeight or a PanelWeight in the place
     of the parameter, unless `dequantize` asks for tensors; gates always become tensors. `progress` is called with
-    bytes read and bytes in all. Files are mapped and their pages given back once copied, so memory stays near the
-    weights alone.
+    bytes read and bytes in all. Tensors are read into their place, or by pieces, so memory stays near the weights
+    alone.
 
     A missing, surplus, misshaped or (with `check_finite`) non-finite tensor raises CorruptCheckpoint naming file and
     tensor. Raises ModelNotFound where there is no model, ConfigError for a config.json that contradicts itself,
@@ -76,19 +76,15 @@ def load_model(
         done = 0
         for name, info in files.tensors.items():
             role = layout.roles.get(name)
-            if role is None:
+            if role is None and name in layout.targets:
+                _copy(layout, files, name, model, check_finite)
+            elif role is None:
                 _check(layout, files, name, check_finite)
-                if name in layout.targets:
-                    _copy(layout, files, name, model)
-                files.drop(name)
             elif role.kind == "codes":
                 # The small tensors of a packed weight are read with its codes, wherever they lie.
-                stored = [wanted.name for wanted in layout.packed[role.weight].stored.values()]
-                for each in stored:
-                    _check(layout, files, each, check_finite)
-                _copy(layout, files, role.weight, model)
-                for each in stored:
-                    files.drop(each)
+                for wanted in layout.packed[role.weight].stored.values():
+                    _check(layout, files, wanted.name, check_finite)
+                _copy(layout, files, role.weight, model, check_finite)
             done += info.num_bytes
             if progress is not None:
                 progress(done, total)
@@ -145,25 +141,28 @@ def _empty_codes(codes: Codes) -> ops.QuantizedWeight | ops.PanelWeight:
     )
 
 
-def _copy(layout: Layout, files: TensorFiles, name: str, model: CausalLM) -> None:
-    """One weight of the disk, by name, into its place."""
+def _copy(layout: Layout, files: TensorFiles, name: str, model: CausalLM, check_finite: bool) -> None:
+    """One weight of the disk, by name, into its place. A plain one is checked on the way, others were."""
     parameter, part = layout.targets[name]
     prefix, _, key = parameter.rpartition(".")
     destination = getattr(model.get_submodule(prefix), key)
     if not isinstance(destination, Tensor):
         row = 0 if part.rows is None else part.rows[0]
         packed = layout.packed[name]
-        for first, rows in row_blocks(read_packed(packed, files)):
+        for first, rows in packed_blocks(packed, files):
             ops.write_quantized(destination, rows, expert=part.expert, row=row + first)
-            files.drop(packed.stored["codes"].name)
         return
     place = destination.data[part.place]
     if name in layout.packed:
         place.copy_(read_weight(layout, files, name, dtype=place.dtype))
     else:
+        is_final = place.dtype == TORCH_DTYPES[files.tensors[name].dtype] and place.device.type == "cpu"
         parts = place.view(-1).split(files.piece_items(name))
-        for to, piece in zip(parts, files.pieces(name), strict=True):
-            to.copy_(piece)
+        for to, piece in zip(parts, files.pieces(name, into=place if is_final else None), strict=True):
+            if check_finite and not is_finite(piece):
+                raise CorruptCheckpoint(not_finite(files.tensors[name]))
+            if not is_final:
+                to.copy_(piece)
     is_half = name in files.tensors and files.tensors[name].dtype == "F16"
     if place.dtype == torch.float16 and not is_half and not is_finite(place):
         stored = layout.packed[name].stored["codes"].name if name in layout.packed else name
@@ -183,10 +182,7 @@ def _quantized_parameters(layout: Layout, files: TensorFiles) -> dict[str, Codes
         codes = None
         if packed is not None and packed.form.keeps_codes:
             has_integers.add(target.parameter)
-            in_order = is_in_order(packed, files)
-            if "index" in packed.stored:
-                files.drop(packed.stored["index"].name)
-            if in_order:
+            if is_in_order(packed, files):
                 codes = _codes_of(packed, shapes[target.parameter], files.tensors)
         forms.setdefault(target.parameter, set()).add(codes)
     found = {name: next(iter(each)) for name, each in forms.items() if len(each) == 1}

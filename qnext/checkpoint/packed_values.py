@@ -98,7 +98,9 @@ def _code_problem(packed: PackedWeight, files: TensorFiles, info: TensorInfo, *,
     form = packed.form
     if form.layout == "fp8":
         return "holds NaN or infinity" if check_finite and not is_finite_on_disk(files, info.name) else None
-    return _range_problem(packed, files.read(info.name))
+    if info.dtype != "I8" or form.bits == 8:
+        return None
+    return next(filter(None, (_range_problem(packed, piece) for piece in files.pieces(info.name))), None)
 
 
 def _range_problem(packed: PackedWeight, tensor: Tensor) -> str | None:
@@ -177,27 +179,62 @@ def is_in_order(packed: PackedWeight, files: TensorFiles) -> bool:
 
 
 def read_packed(packed: PackedWeight, files: TensorFiles) -> QuantizedWeight:
-    """Codes of a weight [F, D] whose headers and values were checked. They may share memory with the files.
+    """Codes of a weight [F, D] whose headers and values were checked.
 
     Of a weight that is not `is_in_order` the groups belong to other inputs than those in their place.
     """
     form = packed.form
-    codes, scales = (files.read(packed.stored[kind].name) for kind in ("codes", "scales"))
-    zeros = None
-    if "zeros" in packed.stored and not form.is_symmetric:
-        zeros = files.read(packed.stored["zeros"].name)
-    num_outputs, num_inputs = packed.shape
-    if form.layout == "bnb-int8":
-        return from_bitsandbytes_int8(codes, scales.reshape(-1))
+    codes_name = packed.stored["codes"].name
+    scales, zeros = _scales_and_zeros(packed, files)
     if form.layout == "awq":
         assert zeros is not None
-        return from_awq(codes, zeros, scales)
+        return from_awq(files.read(codes_name), zeros, scales)
     if form.layout in ("gptq", "gptq_v2"):
-        return from_gptq(codes, scales, zeros, bits=form.bits, is_v2=form.layout == "gptq_v2")
+        return from_gptq(files.read(codes_name), scales, zeros, bits=form.bits, is_v2=form.layout == "gptq_v2")
+    return _by_rows(packed, files.read(codes_name), scales, zeros, 0)
+
+
+def packed_blocks(packed: PackedWeight, files: TensorFiles) -> Iterator[tuple[int, QuantizedWeight]]:
+    """What read_packed gives, in blocks of rows, each with the number of its first row, a multiple of 64.
+
+    Where the codes lie by rows, no more of them than one block is in memory.
+    """
+    codes = files.tensors[packed.stored["codes"].name]
+    if packed.form.layout in ("awq", "gptq", "gptq_v2"):
+        weight = read_packed(packed, files)
+        for first, end in _blocks(weight.shape[0], weight.codes.shape[1]):
+            rows = slice(first, end)
+            zeros = None if weight.zeros is None else weight.zeros[rows]
+            yield first, QuantizedWeight(weight.codes[rows], weight.scales[rows], weight.bits, weight.group_size, zeros)
+        return
+    scales, zeros = _scales_and_zeros(packed, files)
+    for first, end in _blocks(packed.shape[0], codes.num_bytes // max(1, packed.shape[0])):
+        yield first, _by_rows(packed, files.read_rows(codes.name, first, end), scales, zeros, first)
+
+
+def _blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    step = max(64, PIECE_BYTES // max(1, row_bytes) // 64 * 64)
+    return ((first, min(first + step, num_rows)) for first in range(0, num_rows, step))
+
+
+def _scales_and_zeros(packed: PackedWeight, files: TensorFiles) -> tuple[Tensor, Tensor | None]:
+    has_zeros = "zeros" in packed.stored and not packed.form.is_symmetric
+    return files.read(packed.stored["scales"].name), files.read(packed.stored["zeros"].name) if has_zeros else None
+
+
+def _by_rows(packed: PackedWeight, codes: Tensor, scales: Tensor, zeros: Tensor | None, first: int) -> QuantizedWeight:
+    """Rows of a weight from `first` on, a multiple of 64, from their codes and the scales and zeros of all rows."""
+    form = packed.form
+    num_outputs, num_inputs = packed.shape
+    end = first + len(codes)
+    if form.layout == "bnb-int8":
+        return from_bitsandbytes_int8(codes, scales.reshape(-1)[first:end])
     scales_FG = scales.reshape(-1, scales.shape[-1] if scales.dim() == 2 else 1)
-    scales_FG = scales_FG.expand(num_outputs, -1).contiguous()
+    scales_FG = scales_FG.expand(num_outputs, -1)[first:end].contiguous()
     if zeros is not None and zeros.dtype == torch.int8:
-        zeros = zeros.reshape(-1, scales_FG.shape[1]).expand(num_outputs, -1)
+        zeros = zeros.reshape(-1, scales_FG.shape[1]).expand(num_outputs, -1)[first:end]
+    elif zeros is not None:  # packed along the outputs: 64 of them fill whole words
+        zeros = zeros[first * form.bits // 32 : -(-end * form.bits // 32)]
     if form.layout == "pack-quantized":
         return from_pack_quantized(codes, scales_FG, zeros, num_inputs=num_inputs, bits=form.bits)
     return from_int_quantized(codes, scales_FG, zeros, bits=form.bits)
@@ -234,12 +271,3 @@ def read_packed_numbers(packed: PackedWeight, files: TensorFiles, *, dtype: torc
     is_divided = form.layout == "nvfp4"
     factor, divisor = (None, parts["global"]) if is_divided else (parts.get("global"), None)
     return from_fp4(parts["codes"], parts["scales"], factor=factor, divisor=divisor, dtype=dtype)
-
-
-def row_blocks(weight: QuantizedWeight) -> Iterator[tuple[int, QuantizedWeight]]:
-    """A matrix [F, D] in blocks of rows, each with the number of its first row, a multiple of 64."""
-    num_rows = max(64, PIECE_BYTES // weight.codes.shape[1] // 64 * 64)
-    for first in range(0, weight.shape[0], num_rows):
-        rows = slice(first, first + num_rows)
-        zeros = None if weight.zeros is None else weight.zeros[rows]
-        yield first, QuantizedWeight(weight.codes[rows], weight.scales[rows], weight.bits, weight.group_size, zeros)

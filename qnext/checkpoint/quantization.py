@@ -15,6 +15,7 @@ from qnext.checkpoint.formats.forms import ALIASES, METHODS, NOT_READ, Quantizat
 from qnext.checkpoint.formats.gptq import read_auto_round, read_awq, read_gptq
 from qnext.checkpoint.header import load_json
 from qnext.checkpoint.patterns import PatternError
+from qnext.config.bounded import read_bounded
 from qnext.errors import ConfigError, NotSupported, warn
 
 _READERS = {
@@ -60,7 +61,7 @@ def read_quantization(folder: Path) -> Quantization | None:
 
 def _find_block(folder: Path) -> tuple[Block, str] | None:
     path = folder / "config.json"
-    config = load_json(path.read_bytes(), path)
+    config = load_json(read_bounded(path), path)
     declared = config.get("quantization_config")
     if isinstance(config.get("quantization"), dict) and not (isinstance(declared, dict) and "quant_method" in declared):
         raise NotSupported(f"{path}: quantization: 'mlx' is not supported ({NOT_READ['mlx']}); {_what_is_read()}")
@@ -78,7 +79,7 @@ def _find_block(folder: Path) -> tuple[Block, str] | None:
     for name, method in _SIDE_FILES.items():
         path = folder / name
         if path.is_file():
-            values = load_json(path.read_bytes(), path)
+            values = load_json(read_bounded(path), path)
             inner: Any = values.get("quantization")
             is_inner = method == "modelopt" and isinstance(inner, dict)
             block = Block(inner, f"{path}: quantization") if is_inner else Block(values, str(path))

@@ -151,18 +151,17 @@ class QuantizedOutput:
         return self._policy.scheme_of(part.name, part.shape)
 
     def read_part(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A weight of the source, checked; packed floats become numbers. A view where nothing changes."""
+        """A weight of the source, checked; packed floats become numbers."""
         for stored in self.layout.stored_names(name):
             for problem in tensor_value_problems(self.layout, self.files, self.files.tensors[stored]):
                 raise CorruptCheckpoint(problem)
         return read_weight(self.layout, self.files, name, dtype=dtype)
 
     def read_parameter(self, name: str) -> Tensor:
-        """A parameter of the model in fp32, experts stacked; the pages of its files are given back."""
+        """A parameter of the model in fp32, experts stacked."""
         values = torch.empty(self.shapes[name])
         for part in disk_parts(name, self.shapes[name]):
             values[part.place] = self.read_part(part.name, torch.float32)
-            self._drop(part.name)
         return values
 
     def keep(self, name: str) -> None:
@@ -220,14 +219,9 @@ class QuantizedOutput:
         self._count(name)
 
     def _count(self, name: str) -> None:
-        self._drop(name)
         self._done += self._stored_bytes(name)
         if self._progress is not None:
             self._progress(self._done, self._total)
-
-    def _drop(self, name: str) -> None:
-        for stored in self.layout.stored_names(name):
-            self.files.drop(stored)
 
     def fill(self, module: nn.Module, prefix: str) -> None:
         """Give a module that was made on the meta device its parameters, in fp32."""

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from qnext.checkpoint.files import write_tensors
+from qnext.checkpoint.reading import read_tensors
 from qnext.errors import CorruptCheckpoint, warn
 from qnext.files import new_folder, remove_folder, remove_partials, write_inside
 
@@ -110,10 +109,7 @@ def _load(path: Path) -> Snapshot:
             raise CorruptCheckpoint(f"{file}: {size} bytes, expected {expected['bytes']}")
         if _crc32(file) != expected["crc32"]:
             raise CorruptCheckpoint(f"{file}: content differs from what was written (CRC-32)")
-        try:
-            tensors[file.stem] = load_file(file)
-        except SafetensorError as error:
-            raise CorruptCheckpoint(f"{file}: {error}") from error
+        tensors[file.stem] = read_tensors(file)
     return Snapshot(document["step"], tensors, document["state"])
 
 

@@ -32,11 +32,15 @@ def tensor_value_problems(
     if role is not None or not check_finite:
         return
     if not is_finite_on_disk(files, info.name):
-        yield f"{info.file}: tensor {info.name} holds NaN or infinity"
+        yield not_finite(info)
+
+
+def not_finite(info: TensorInfo) -> str:
+    return f"{info.file}: tensor {info.name} holds NaN or infinity"
 
 
 def read_weight(layout: Layout, files: TensorFiles, name: str, *, dtype: torch.dtype) -> Tensor:
-    """The numbers of one weight in `dtype`, however it is stored; a view of the file where nothing changes."""
+    """The numbers of one weight in `dtype`, however it is stored."""
     if name in layout.packed:
         return read_packed_numbers(layout.packed[name], files, dtype=dtype)
     return files.read(name).to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 
 from torch import Tensor
 
@@ -24,11 +25,13 @@ class WriteBehind:
         self._thread = ThreadPoolExecutor(1)
         self._waiting: deque[tuple[Future[None], int]] = deque()
         self._num_bytes = 0
+        self._lock = Lock()  # of the writer
+        self._is_closed = False
 
     def write(self, name: str, tensor: Tensor) -> None:
         while self._waiting and (self._waiting[0][0].done() or self._num_bytes + tensor.nbytes > _MAX_WAITING_BYTES):
             self._wait_for_one()
-        self._waiting.append((self._thread.submit(self._writer.write, name, tensor), tensor.nbytes))
+        self._waiting.append((self._thread.submit(self._write, name, tensor), tensor.nbytes))
         self._num_bytes += tensor.nbytes
 
     def _wait_for_one(self) -> None:
@@ -42,5 +45,20 @@ class WriteBehind:
         self._writer.finish()
 
     def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
-        self._writer.close()
+        """Nothing is written any more when it returns, nor when a signal comes meanwhile and it raises."""
+        try:
+            self._close()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        # The thread is not waited for, nor its futures: what a signal interrupts there is not known any more.
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._is_closed = True
+            self._writer.close()
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        with self._lock:
+            if not self._is_closed:
+                self._writer.write(name, tensor)

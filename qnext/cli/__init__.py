@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
 
 from qnext import __version__
+from qnext.interrupts import Ending, Terminated
+
+TYPE_CHECKING = False  # as in typing, whose import would leave Ctrl-C without a handler for longer
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
 # verb -> one line of help; `qnext/cli/<verb>.py` holds a typer command called `command`, or several as `app`
 VERBS = {
@@ -55,34 +61,104 @@ _USAGE = """usage: qnext VERB [options]        qnext VERB -h               optio
 
   --version    print the version
 exit codes: 0 ok, 2 usage, 3 model not found, 4 does not fit, 5 corrupt checkpoint,
-            6 not supported, 130 interrupted
+            6 not supported, 130 interrupted, 143 ended by SIGTERM
 """
+
+
+_BROKEN_PIPE = 128 + 13  # what shells see of a program that SIGPIPE has ended
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `qnext` command; ends the process with the exit code."""
-    arguments = _joined_verb(list(sys.argv[1:] if arguments is None else arguments))
+    ending = Ending()
+    code = 1
+    try:
+        ending.begin()
+        _open_closed_streams()
+        code = _ended_by_signals(list(sys.argv[1:] if arguments is None else arguments), ending)
+    finally:
+        ending.end(is_last=arguments is None)
+    sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """A stream that was closed (`>&-`) is opened to nothing, so that no file of ours gets its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
+def _ended_by_signals(arguments: list[str], ending: Ending) -> int:
+    """The exit code, be it a signal's or that of a reader of stdout who left."""
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code if ending.number is None or code == 0 else 128 + ending.number
+    except OSError as error:
+        _drop_stdout()
+        if isinstance(error, BrokenPipeError):
+            return _BROKEN_PIPE
+        print(f"qnext: standard output: {error.strerror}", file=sys.stderr)
+        return 2
+    except BaseException as error:
+        # Libraries make other errors of an exception that comes in their midst.
+        if ending.number is None and not isinstance(error, (KeyboardInterrupt, Terminated)):
+            raise
+        code = error.code if isinstance(error, Terminated) else 128 + (ending.number or signal.SIGINT)
+        print("interrupted" if code == 130 else "terminated", file=sys.stderr)
+        return code
+
+
+def _stdout_fails() -> bool:
+    """Whether it was stdout that an error without a name is of; what it holds is dropped then."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
+        return True
+    return False
+
+
+def _drop_stdout() -> None:
+    """Have what Python still holds for stdout go nowhere when the process ends."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):
+        return  # not a file: a caller's own
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    arguments = _joined_verb(arguments)
     if arguments[:1] == ["help"] and len(arguments) > 1:
         arguments = _joined_verb([*arguments[1:], "--help"])
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, VERBS))
         print(_USAGE.format(verbs="\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())), end="")
-        sys.exit(0 if arguments else 2)
+        return 0 if arguments else 2
     if arguments[0] in ("--version", "-V", "version"):
         print(__version__)
-        sys.exit(0)
+        return 0
     if arguments[0].startswith("--help="):
         from qnext.cli._help import print_matching_everywhere
 
         print_matching_everywhere(list(VERBS), click_command, arguments[0].partition("=")[2])
-        sys.exit(0)
+        return 0
     if arguments[0] not in VERBS:
-        print(f"qnext: no verb {arguments[0]!r}{_verb_hint(arguments[0])}", file=sys.stderr)
-        sys.exit(2)
+        _say(f"qnext: no verb {arguments[0]!r}{_verb_hint(arguments[0])}")
+        return 2
     with warnings.catch_warnings():
         _show_warnings(arguments[0])
-        code = _run(arguments[0], arguments[1:])
-    sys.exit(code)
+        return _run(arguments[0], arguments[1:])
+
+
+def _say(line: str) -> None:
+    from qnext.errors import one_line
+
+    print(one_line(line), file=sys.stderr)
 
 
 def _joined_verb(words: list[str]) -> list[str]:
@@ -141,23 +217,24 @@ def _run(verb: str, arguments: list[str]) -> int:
         code = _call(command, verb, arguments, flags)
         if code == 2 and flags:
             given = ", ".join(flag_name(parameter) for parameter in command.params if parameter.name in flags)
-            print(f"qnext {verb}: {file} has given {given}", file=sys.stderr)
+            _say(f"qnext {verb}: {file} has given {given}")
         return code
     except QnextError as error:
-        print(f"qnext {verb}: {error}", file=sys.stderr)
+        _say(f"qnext {verb}: {error}")
         return error.exit_code
     except ImportError as error:
         text = missing(error)
         if text is None:
             raise
-        print(f"qnext {verb}: {text}", file=sys.stderr)
+        _say(f"qnext {verb}: {text}")
         return 2
+    except BrokenPipeError:
+        raise  # the reader of stdout has left
     except OSError as error:
-        print(f"qnext {verb}: {line_of(error)}", file=sys.stderr)
+        if error.filename is None and _stdout_fails():
+            error.filename = "standard output"
+        _say(f"qnext {verb}: {line_of(error)}")
         return DiskFull.exit_code if error.errno in FULL else 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def _show_warnings(verb: str) -> None:
@@ -172,7 +249,7 @@ def _show_warnings(verb: str) -> None:
             show(message, category, *rest, **more)
         elif str(message) not in shown:
             shown.add(str(message))
-            print(f"qnext {verb}: warning: {message}", file=sys.stderr)
+            _say(f"qnext {verb}: warning: {message}")
 
     warnings.simplefilter("always", QnextWarning)
     warnings.showwarning = show_line
@@ -184,16 +261,20 @@ def _call(command: Any, verb: str, arguments: list[str], flags: dict[str, Any]) 
     from qnext.cli._command import mistake
 
     try:
-        code = command.main(args=arguments, prog_name=f"qnext {verb}", default_map=flags, standalone_mode=False)
-    except SystemExit as exit_:
-        return exit_.code if isinstance(exit_.code, int) else 1
+        # What `command.main` does, but for signals and broken pipes, which it makes exit codes without a word.
+        with command.make_context(f"qnext {verb}", arguments, default_map=flags) as context:
+            code = command.invoke(context)
+    except typer.Exit as exit_:
+        return exit_.exit_code
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own errors have it, whichever click typer has
             raise
-        is_help = type(error).__name__ == "NoArgsIsHelpError"
-        print(error.format_message() if is_help else mistake(error, verb), file=sys.stdout if is_help else sys.stderr)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+        else:
+            _say(mistake(error, verb))
         return int(getattr(error, "exit_code", 2))
     return code if isinstance(code, int) else 0
 

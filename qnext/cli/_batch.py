@@ -19,6 +19,7 @@ import orjson
 from qnext.cli._batch_files import MAX_LINE_BYTES, BadLine, BatchOutput, BatchRequest
 from qnext.cli._remote import headers_of, unreachable
 from qnext.errors import QnextError
+from qnext.interrupts import ENDING_SIGNALS
 
 if TYPE_CHECKING:
     from qnext.engine import Engine
@@ -42,7 +43,7 @@ class Tally:
     skipped: int = 0  # answered by an earlier run
     prompt_tokens: int = 0
     output_tokens: int = 0
-    interrupted: bool = False
+    stopped_by: int | None = None  # the signal
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -75,7 +76,7 @@ def run_batch(
 ) -> None:
     """Ask for every entry that the output does not hold yet, `concurrency` at once.
 
-    Ctrl-C and SIGTERM end it early, between two lines: `tally.interrupted`.
+    Ctrl-C and SIGTERM end it early, between two lines: `tally.stopped_by`.
     """
 
     async def work(ask: Ask) -> None:
@@ -97,7 +98,7 @@ def run_batch(
     try:
         asyncio.run(main())
     except asyncio.CancelledError:
-        if not tally.interrupted:
+        if tally.stopped_by is None:
             raise
 
 
@@ -151,22 +152,24 @@ def _write(
 def _interruptible(tally: Tally) -> Iterator[None]:
     """The first signal cancels the task that runs here; a second one ends the process as usual."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
 
-    def stop() -> None:
+    def stop(number: int) -> None:
         remove()
-        tally.interrupted = True
+        tally.stopped_by = number
         if task is not None:
             task.cancel()
 
     def remove() -> None:
-        for number in signals:
+        for number, handler in previous.items():
             with contextlib.suppress(ValueError, RuntimeError):
-                loop.remove_signal_handler(number)
+                if loop.remove_signal_handler(number):
+                    signal.signal(number, handler)
 
-    for number in signals:
-        with contextlib.suppress(ValueError, RuntimeError):  # outside the main thread
-            loop.add_signal_handler(number, stop)
+    for number, handler in previous.items():
+        if handler != signal.SIG_IGN:
+            with contextlib.suppress(ValueError, RuntimeError):  # outside the main thread
+                loop.add_signal_handler(number, stop, number)
     try:
         yield
     finally:

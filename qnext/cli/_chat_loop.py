@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 from qnext.cli._talk import Talk, Write, split_command
 from qnext.cli._text_model import printable, write_text
 from qnext.errors import QnextError, UsageError, line_of
+from qnext.interrupts import repeated_interrupts
 
 ReadLine = Callable[[str], str]  # prompt -> one line without its newline; EOFError at the end of input
 
@@ -39,6 +41,11 @@ def converse(talk: Talk, read_line: ReadLine | None = None) -> None:
     if is_terminal:
         note("/help lists the commands, Ctrl-D leaves")
     read_line = read_line or (_terminal_reader() if is_terminal else _plain_reader)
+    with repeated_interrupts() if is_terminal else nullcontext():
+        _answer_all(talk, read_line, is_terminal)
+
+
+def _answer_all(talk: Talk, read_line: ReadLine, is_terminal: bool) -> None:
     while True:
         try:
             text = _read_input(read_line)

@@ -44,7 +44,7 @@ def open_folder(model: str, *, yarn: float | None = None) -> TextFolder:
     from qnext.text.tokenizer import Tokenizer
 
     folder = open_model(model, yarn=yarn)
-    tokenizer = Tokenizer.from_folder(folder.path)
+    tokenizer = Tokenizer.from_folder(folder.path, num_rows=folder.config.vocab_size)
     return TextFolder(folder.path, folder.config, tokenizer, folder.stored_bytes, yarn)
 
 

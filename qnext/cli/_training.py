@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qnext.interrupts import raise_for
 from qnext.training import Hooks, StepMetrics, TrainConfig, decay_table
 from qnext.training.metrics import ExpertStats
 
@@ -94,18 +95,34 @@ class TrainingDisplay:
         self.note(f"step {step}: held-out {result.bits_per_byte:.4f} bits per byte{mtp}")
 
 
-@contextmanager
-def interruptible(trainer: Trainer) -> Iterator[None]:
-    """While open, the first Ctrl-C ends the run after its step, the second one at once."""
+class Stop:
+    """Which signal asked a run to end, if one did."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    number: int | None = None
+
+    def raise_for(self) -> None:
+        """End the command as the signal does."""
+        raise_for(self.number or signal.SIGINT)
+
+
+@contextmanager
+def interruptible(trainer: Trainer) -> Iterator[Stop]:
+    """While open, the first Ctrl-C, SIGTERM or SIGHUP ends the run after its step, the second one at once."""
+    stop = Stop()
+
+    def handle(number: int, frame: FrameType | None) -> None:
         if trainer.should_stop:
-            raise KeyboardInterrupt
+            raise_for(number)
+        stop.number = number
         trainer.should_stop = True
         print("finishing the step; Ctrl-C again ends at once", file=sys.stderr)
 
-    previous = signal.signal(signal.SIGINT, stop)
+    numbers = [
+        number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if callable(signal.getsignal(number))
+    ]
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield
+        yield stop
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

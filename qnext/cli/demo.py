@@ -52,8 +52,11 @@ def command(
     display.note("reading the Python library, training a tokenizer on it")
     run = prepare(recipe, out, hooks=display.hooks(on_sample=lambda step: _sample(run, display, seed)))
     display.describe(run)
-    with interruptible(run.trainer), display:
+    with interruptible(run.trainer) as stop, display:
         run.trainer.run()
+    if stop.number is not None:
+        display.note(f"the model as far as it was trained is saved in {run.save()}")
+        stop.raise_for()
     _report(run, display)
     folder = run.save()
     display.note(f"model saved in {folder}; `qnext generate {folder} 'def main('` lets it complete code")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qnext.checkpoint.quantize import TextSample
+    from qnext.config import ModelConfig
 
 _MIN_TOKENS = 64
 _SEQUENCE_LENGTH = 2048
@@ -62,7 +63,7 @@ def command(
         raise UsageError(f"{out}: exists and is not empty")
     config = read_layout(source, read_index(source).tensors).config
     policy = make_policy(scheme, head=head, is_tied=config.tie_word_embeddings)
-    sample = None if text is None else _read_sample(text, source, config.max_position_embeddings, tokens)
+    sample = None if text is None else _read_sample(text, source, config, tokens)
     with byte_progress("quantising") as progress:
         result = quantize_folder(
             source, out, policy=policy, sample=sample, is_calibrated=method == "gptq", progress=progress
@@ -75,7 +76,7 @@ def command(
         print(out)
 
 
-def _read_sample(text: Path, folder: Path, context: int, max_tokens: int) -> TextSample:
+def _read_sample(text: Path, folder: Path, config: ModelConfig, max_tokens: int) -> TextSample:
     """Sequences spread evenly over the text, as many as `max_tokens` allows."""
     import torch
 
@@ -83,10 +84,12 @@ def _read_sample(text: Path, folder: Path, context: int, max_tokens: int) -> Tex
     from qnext.text.tokenizer import Tokenizer
     from qnext.training.sources import read_text
 
-    ids = torch.tensor(Tokenizer.from_folder(folder).encode(read_text(text)), dtype=torch.long)
+    tokenizer = Tokenizer.from_folder(folder, num_rows=config.vocab_size)
+    ids = torch.tensor(tokenizer.encode(read_text(text)), dtype=torch.long)
     if len(ids) < _MIN_TOKENS:
         raise UsageError(f"{text}: {len(ids)} tokens, at least {_MIN_TOKENS} are needed")
-    length = max(1, min(_SEQUENCE_LENGTH, context, len(ids) // _EVALUATION_SHARE, max_tokens // _EVALUATION_SHARE))
+    longest = min(_SEQUENCE_LENGTH, config.max_position_embeddings)
+    length = max(1, min(longest, len(ids) // _EVALUATION_SHARE, max_tokens // _EVALUATION_SHARE))
     pieces: list[Tensor] = [piece for piece in ids.split(length + 1) if len(piece) > 1]
     wanted = min(len(pieces), max(_EVALUATION_SHARE, max_tokens // length))
     pieces = [pieces[i * len(pieces) // wanted] for i in range(wanted)]

@@ -87,15 +87,28 @@ def command(
         )  # fmt: skip
         begin = lambda: ask_here(*load(), request_seconds=seconds)  # noqa: E731
     lines = list(input_lines(input)) if input == "-" else input_lines(input)
-    with BatchOutput(output) as results:
+    with _no_empty_file(output), BatchOutput(output) as results:
         asking = begin()
         with _progress(input) as on_progress:
             run_batch(read_requests(lines), results, asking, concurrency=number, tally=tally, on_progress=on_progress)
     print(tally.describe(), file=sys.stderr, flush=True)
-    if tally.interrupted:
+    if tally.stopped_by is not None:
         print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
-        raise typer.Exit(130)
+        raise typer.Exit(128 + tally.stopped_by)
     raise typer.Exit(1 if tally.failed else 0)
+
+
+@contextmanager
+def _no_empty_file(output: str) -> Iterator[None]:
+    """A run that cannot begin leaves no file behind that it made."""
+    path = Path(output)
+    is_new = output != "-" and not path.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new and path.is_file() and not path.stat().st_size:
+            path.unlink()
+        raise
 
 
 def _check_files(input: str, output: str) -> None:

@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Train a model by a recipe. Leaves OUT/model, OUT/metrics.jsonl and OUT/snapshots.
 
-    Ctrl-C finishes the step, saves a snapshot and ends with exit code 130; --resume goes on from there.
+    Ctrl-C and SIGTERM finish the step, save a snapshot and end with exit code 130 and 143; --resume goes on from there.
     """
     from qnext.cli._training import TrainingDisplay, interruptible
     from qnext.ops import keep_freed_memory
@@ -37,11 +37,11 @@ def command(
     display.note("reading text, making the tokenizer")
     run = prepare(chosen, folder, resume=resume, hooks=display.hooks())
     display.describe(run)
-    with interruptible(run.trainer), display:
+    with interruptible(run.trainer) as stop, display:
         run.trainer.run()
     if run.trainer.should_stop and not run.trainer.is_done:
         display.note(f"snapshot saved in {run.trainer.save()}; --resume continues")
-        raise KeyboardInterrupt
+        stop.raise_for()
     _finish(run, display)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qnext.config import keys
+from qnext.config.bounded import read_bounded
 from qnext.config.families import (
     ARCHITECTURES,
     COMMON_KEYS,
@@ -51,7 +52,7 @@ def load_config_json(path: Path) -> Any:
     if not path.is_file():
         raise ModelNotFound(f"{path.parent}: no config.json there")
     try:
-        content = path.read_bytes()
+        content = read_bounded(path)
         if content.startswith(_LFS_POINTER):
             raise ConfigError(f"{path}: is a pointer of git-lfs; `git lfs pull` in its folder gets the file")
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
@@ -66,8 +67,8 @@ def load_config_json(path: Path) -> Any:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [key for key, _ in pairs]
-        repeated = next(key for key in names if names.count(key) > 1)
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"{repeated} is given twice")
     return values
 

@@ -29,17 +29,13 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     with telling(Path(folder), target, had_one=_is_filled(target)) as told, parents_of(target):
         put_back(target)
         remove_partials(target.parent, target.name)
-        temporary, lock = partial_folder(target)
-        try:
+        with partial_folder(target) as temporary:
             yield temporary
             for inner, _, _ in os.walk(temporary):
                 sync_folder(inner)
             _put(temporary, target)
             told.is_done = True
-            sync_folder(target.parent)
-        finally:
-            delete(temporary)  # after an exchange, the earlier one
-            os.close(lock)
+            sync_folder(target.parent)  # after an exchange, what is deleted now is the earlier folder
 
 
 def write_inside(path: Path, data: str | bytes) -> None:
@@ -74,12 +70,8 @@ def scratch_folder(beside: Path | None = None) -> Iterator[Path]:
     """
     target = Path(tempfile.gettempdir()) / "qnext" if beside is None else beside.absolute()
     remove_partials(target.parent, target.name)
-    temporary, lock = partial_folder(target, mode=0o700)
-    try:
+    with partial_folder(target, mode=0o700) as temporary:
         yield temporary
-    finally:
-        delete(temporary)
-        os.close(lock)
 
 
 def _put(new: Path, target: Path) -> None:

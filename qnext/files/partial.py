@@ -9,10 +9,12 @@ import re
 import secrets
 import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qnext.files.writing import NewFile
+from qnext.interrupts import held
 
 _LEFT = re.compile(r"\.(.+)\.(partial|old)-[0-9a-f]{12}", re.DOTALL)
 _MAX_NAME_BYTES = 200  # of a name within a hidden one: a system allows 255 in all
@@ -57,7 +59,37 @@ def put_back(target: Path) -> None:
             return
 
 
-def partial_file(target: Path, *, mode: int) -> NewFile:
+@contextmanager
+def partial_file(target: Path, *, mode: int) -> Iterator[NewFile]:
+    """A file with a hidden name; it is deleted at the end of the block, if it has that name still."""
+    file: NewFile | None = None
+    try:
+        with held():
+            file = _locked_file(target, mode)
+        yield file
+    finally:
+        if file is not None:
+            with held():
+                delete(file.path)
+                file.close()
+
+
+@contextmanager
+def partial_folder(target: Path, *, mode: int = 0o777) -> Iterator[Path]:
+    """The same for a folder."""
+    made: tuple[Path, int] | None = None
+    try:
+        with held():
+            made = path, _ = _locked_folder(target, mode)
+        yield path
+    finally:
+        if made is not None:
+            with held():
+                delete(made[0])
+                os.close(made[1])
+
+
+def _locked_file(target: Path, mode: int) -> NewFile:
     while True:
         file = NewFile(hidden(target, "partial"), mode=mode)
         if _is_locked(file.fileno(), file.path):
@@ -65,7 +97,7 @@ def partial_file(target: Path, *, mode: int) -> NewFile:
         file.close()
 
 
-def partial_folder(target: Path, *, mode: int = 0o777) -> tuple[Path, int]:
+def _locked_folder(target: Path, mode: int) -> tuple[Path, int]:
     """The folder, and a descriptor that holds its lock."""
     while True:
         path = hidden(target, "partial")

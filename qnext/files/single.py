@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from qnext.files.partial import delete, partial_file, remove_partials, status
+from qnext.files.partial import partial_file, remove_partials, status
 from qnext.files.telling import telling
 from qnext.files.writing import NewFile, encoded, named, parents_of, sync_folder
 
@@ -30,8 +30,7 @@ def new_file(path: str | Path, *, mode: int | None = None, with_parents: bool = 
     remove_partials(target.parent, target.name)
     parents = parents_of(target) if with_parents else nullcontext()
     with telling(Path(path), target, had_one=found is not None) as told, parents:
-        file = partial_file(target, mode=0o666 if mode is None and found is None else mode or 0o600)
-        try:
+        with partial_file(target, mode=0o666 if mode is None and found is None else mode or 0o600) as file:
             yield file
             with named(file.path):
                 _take_over(file.fileno(), found, with_mode=mode is None)
@@ -39,9 +38,6 @@ def new_file(path: str | Path, *, mode: int | None = None, with_parents: bool = 
             os.replace(file.path, target)
             told.is_done = True
             sync_folder(target.parent)
-        finally:
-            delete(file.path)
-            file.close()
 
 
 def write_file(path: str | Path, data: str | bytes, *, mode: int | None = None) -> None:

@@ -118,12 +118,7 @@ def _tokenizer(recipe: Recipe, corpus: Corpus, folder: Path, *, exists: bool) ->
             learned, folder, model_max_length=recipe.model.max_position_embeddings, eos_token=END_OF_TEXT,
             pad_token=END_OF_TEXT,
         )  # fmt: skip
-    tokenizer = Tokenizer.from_folder(folder)
-    if tokenizer.vocab_size > recipe.model.vocab_size:
-        raise UsageError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {recipe.model.vocab_size} rows"
-        )
-    return tokenizer
+    return Tokenizer.from_folder(folder, num_rows=recipe.model.vocab_size)
 
 
 def _evaluation(

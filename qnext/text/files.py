@@ -8,11 +8,20 @@ from typing import Any
 
 from qnext.errors import CorruptCheckpoint
 
+# The released tokenizer.json is 11 MB, and the largest that are known have some 40; a file far above is not parsed.
+MAX_BYTES = 64 << 20
+
 
 def read_text(path: Path) -> str:
-    """UTF-8 text without its byte-order mark. Raises CorruptCheckpoint for what is none, or cannot be read."""
+    """UTF-8 text without its byte-order mark. Raises CorruptCheckpoint for what is none, is too long, or unreadable."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise CorruptCheckpoint(f"{path}: larger than {MAX_BYTES >> 20} MiB")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except CorruptCheckpoint:
+        raise
     except (OSError, ValueError) as error:
         raise CorruptCheckpoint(f"{path}: {first_line(error)}") from error
 

@@ -59,13 +59,11 @@ def vocabulary_keys(folder: str | os.PathLike[str], *, num_rows: int) -> dict[st
     marked as control tokens even where tokenizer.json does not, as llama.cpp's own converter does: text from outside
     can then not produce them. Raises UsageError for a tokenizer of another family.
     """
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder, num_rows=num_rows)
     description = json.loads(tokenizer.backend.to_str())
     if not _is_of_family(description):
         raise UsageError(f"{folder}: tokenizer.json splits text in another way than the Qwen2 family does")
     tokens, types = [f"[PAD{i}]" for i in range(num_rows)], [_UNUSED] * num_rows
-    if tokenizer.vocab_size > num_rows:
-        raise CorruptCheckpoint(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {num_rows}")
     for name, index in description["model"]["vocab"].items():
         tokens[index], types[index] = name, _NORMAL
     for name, index in tokenizer.added_ids.items():

@@ -66,11 +66,11 @@ class Tokenizer:
         self._pad_id = None if pad_token is None else self._resolve(pad_token, "padding")
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+    def from_folder(cls, folder: str | os.PathLike[str], *, num_rows: int | None = None) -> Tokenizer:
         """Read the tokenizer of a model folder; `qnext.text.tokenizer_files` says in which forms and from where.
 
-        Raises ModelNotFound where there is none, NotSupported for another form or kind, CorruptCheckpoint naming file
-        and cause for bad content.
+        `num_rows` are those of the model that the tokenizer is for: see require_rows. Raises ModelNotFound where there
+        is none, NotSupported for another form or kind, CorruptCheckpoint naming file and cause for bad content.
         """
         root = Path(folder)
         backend = read_backend(root)
@@ -78,13 +78,16 @@ class Tokenizer:
             templates = read_templates(root)
         except CorruptCheckpoint:
             templates = None  # a folder without a sound template completes text all the same
-        return cls(
+        tokenizer = cls(
             backend,
             source=str(root),
             eos_tokens=end_tokens(root, backend),
             pad_token=padding_token(root, backend),
             template_text="" if templates is None else "\n".join(templates.texts.values()),
         )
+        if num_rows is not None:
+            tokenizer.require_rows(num_rows)
+        return tokenizer
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of `text`; no BOS is added. Names of reserved tokens become ids only with `allow_special`.
@@ -149,6 +152,19 @@ class Tokenizer:
         for name in (IM_START, IM_END):
             if name not in self._added.ids:
                 raise CorruptCheckpoint(f"{self._source}: tokenizer.json has no token {name!r}, chat needs it")
+
+    def require_rows(self, num_rows: int) -> None:
+        """Raise CorruptCheckpoint unless every token, and every end token, has a row in a model of so many.
+
+        A model may have rows without a token, which are padding.
+        """
+        if self.vocab_size > num_rows:
+            raise CorruptCheckpoint(
+                f"{self._source}: tokenizer.json has {self.vocab_size} tokens, the model {num_rows}"
+            )
+        outside = sorted(token for token in self._eos_ids if token >= num_rows)
+        if outside:
+            raise CorruptCheckpoint(f"{self._source}: end token {outside[0]} is outside the vocabulary of {num_rows}")
 
     @property
     def vocab_size(self) -> int:

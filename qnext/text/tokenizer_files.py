@@ -15,8 +15,9 @@ from qnext.text.added_tokens import FAMILY_CONTROL
 from qnext.text.files import first_line, read_json, read_json_object, read_text
 from qnext.text.train import IM_END, build_tokenizer
 
-# The released tokenizer.json is 11 MB; a file far above that is refused before it is parsed.
-MAX_TOKENIZER_BYTES = 256 << 20
+# Tables are made by id, by this program and by the library, whatever ids have a token. The largest vocabularies that
+# are known have some 260,000.
+MAX_TOKEN_IDS = 1 << 22
 READ_FORMS = {
     "tokenizer.json": "byte-level BPE in the form of the tokenizers library",
     "vocab.json + merges.txt": "byte-level BPE of the Qwen2 family, with the added tokens of its companions",
@@ -49,7 +50,7 @@ def read_backend(folder: Path) -> Backend:
     """
     path = folder / "tokenizer.json"
     if path.is_file():
-        backend = _from_tokenizer_json(path)
+        backend = parsed(read_text(path), path)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return _from_vocabulary(folder)
     else:
@@ -114,18 +115,22 @@ def _named_token(folder: Path, key: str) -> str | None:
     return None
 
 
-def _from_tokenizer_json(path: Path) -> Backend:
-    if path.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise CorruptCheckpoint(f"{path}: larger than {MAX_TOKENIZER_BYTES >> 20} MiB, not a tokenizer")
-    return parsed(read_text(path), path)
-
-
 def parsed(text: str, source: object) -> Backend:
-    """A tokenizer from its JSON text. Raises CorruptCheckpoint naming `source`."""
+    """A tokenizer from its JSON text. Raises CorruptCheckpoint naming `source`, also for ids beyond all reason."""
     try:
-        return Backend.from_str(text)
+        backend = Backend.from_str(text)
     except Exception as error:  # the library raises bare Exception for every fault in the file
         raise CorruptCheckpoint(f"{source}: {first_line(error)}") from error
+    check_ids(backend.get_vocab(with_added_tokens=True), source)
+    return backend
+
+
+def check_ids(ids: Mapping[str, int], source: object) -> None:
+    """Refuse a vocabulary before anything is made of it that is as long as its largest id."""
+    if ids:
+        name = max(ids, key=ids.__getitem__)
+        if ids[name] >= MAX_TOKEN_IDS:
+            raise CorruptCheckpoint(f"{source}: token {name!r} has id {ids[name]}; ids are below {MAX_TOKEN_IDS}")
 
 
 def _from_vocabulary(folder: Path) -> Backend:
@@ -138,6 +143,7 @@ def _from_vocabulary(folder: Path) -> Backend:
     vocab = read_json_object(path)
     if any(not isinstance(index, int) or isinstance(index, bool) or index < 0 for index in vocab.values()):
         raise CorruptCheckpoint(f"{path}: the value of every token must be its id")
+    check_ids(vocab, path)
     added = _added_tokens(folder)
     try:
         backend = build_tokenizer(vocab, _merges(folder / "merges.txt"), special_tokens=[])
@@ -182,10 +188,11 @@ def _added_tokens(folder: Path) -> dict[int, AddedToken]:
             found[int(key)] = AddedToken(name, **flags)
     path = folder / "added_tokens.json"
     for name, index in (read_json(path) if path.is_file() else {}).items():
-        if not isinstance(index, int):
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
             raise CorruptCheckpoint(f"{path}: the value of every token must be its id")
         is_special = name in special
         found.setdefault(index, AddedToken(name, special=is_special, normalized=not is_special))
+    check_ids({token.content: index for index, token in found.items()}, folder)
     return dict(sorted(found.items()))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,3 +21,14 @@ def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a chat template and sampling defaults."""
     return save_chat(tmp_path_factory.mktemp("models") / "chat")
+
+
+@pytest.fixture
+def logs_of_others_stay() -> Iterator[None]:
+    """`serve` makes the process's log its own."""
+    loggers = [logging.getLogger(), logging.getLogger("uvicorn")]
+    before = [(each, each.handlers[:], each.level) for each in loggers]
+    yield
+    for each, handlers, level in before:
+        each.handlers[:] = handlers
+        each.setLevel(level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,16 +21,7 @@ from qnext.server.run import Listen, serving
 
 from .command import Capture, run
 
-
-@pytest.fixture(autouse=True)
-def _logs_of_others_stay() -> Iterator[None]:
-    """`serve` makes the process's log its own."""
-    loggers = [logging.getLogger(), logging.getLogger("uvicorn")]
-    before = [(each, each.handlers[:], each.level) for each in loggers]
-    yield
-    for each, handlers, level in before:
-        each.handlers[:] = handlers
-        each.setLevel(level)
+pytestmark = pytest.mark.usefixtures("logs_of_others_stay")
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ length and offset is checked against what is left of the file before anything is
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 from qnext.checkpoint.gguf.block_types import BLOCK_OF_NUMBER, REFUSED_TYPES, BlockType
 from qnext.checkpoint.header import check_name
@@ -101,8 +100,8 @@ def read_part(path: str | Path) -> GgufFile:
             raise _another_format(source, head, size)
         if size < 24:
             raise CorruptCheckpoint(f"{source}: truncated: no GGUF file has only {size} bytes")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return _Reader(source, mapped).read()
+        file.seek(0)
+        return _Reader(source, file, size).read()
 
 
 def is_gguf(path: Path) -> bool:
@@ -132,10 +131,11 @@ def _another_format(path: Path, head: bytes, size: int) -> CorruptCheckpoint | N
 class _Reader:
     """Walks through the header. `where` says in errors what was being read."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path = path
-        self.data = data
-        self.end = min(len(data), _MAX_HEADER_BYTES)
+        self.file = file
+        self.size = size
+        self.end = min(size, _MAX_HEADER_BYTES)
         self.position = 0
         self.where = "header"
         self.items_left = _MAX_ARRAY_ITEMS
@@ -148,13 +148,15 @@ class _Reader:
 
     def take(self, num_bytes: int) -> bytes:
         if num_bytes > self.end - self.position:
-            if self.end < len(self.data):
+            if self.end < self.size:
                 raise self.error(f"the header is longer than {_MAX_HEADER_BYTES >> 20} MiB")
             raise self.error(
                 f"truncated in its header: {self.position + num_bytes} bytes or more are expected, "
-                f"the file has {len(self.data)}"
+                f"the file has {self.size}"
             )
-        raw = self.data[self.position : self.position + num_bytes]
+        raw = self.file.read(num_bytes)
+        if len(raw) < num_bytes:
+            raise self.error("truncated while its header was read")
         self.position += num_bytes
         return raw
 
@@ -178,7 +180,7 @@ class _Reader:
             kind = "big-endian" if swapped in READ_VERSIONS else f"version {version}"
             raise self.unsupported(f"{kind} is not supported, only little-endian of versions 2 and 3")
         num_tensors, num_keys = self.number("Q"), self.number("Q")
-        left = len(self.data) - self.position
+        left = self.size - self.position
         if num_keys > left // _SMALLEST_KEY or num_tensors > left // _SMALLEST_TENSOR:
             raise self.error(f"{num_keys} keys and {num_tensors} tensors do not fit into {left} bytes")
         keys = self.read_keys(num_keys)
@@ -268,7 +270,7 @@ class _Reader:
                 raise self.error(f"shape {list(spec.shape)} of {spec.block.name} is larger than any file")
             tensors[name] = GgufTensor(name, spec.block, spec.shape, start, end, self.path)
             position = end + -end % alignment
-        size = len(self.data)
+        size = self.size
         expected = max((tensor.end for tensor in tensors.values()), default=0)
         if expected > size:
             cut = next(tensor.name for tensor in tensors.values() if tensor.end > size)

@@ -24,6 +24,7 @@ from qnext.checkpoint.gguf.writer import GgufWriter, new_file
 from qnext.checkpoint.packed_values import is_in_order, read_packed
 from qnext.checkpoint.values import read_weight, tensor_value_problems
 from qnext.errors import CorruptCheckpoint, UsageError
+from qnext.ops import QuantizedWeight
 
 _QUANTIZATION_VERSION = 2
 _CHUNK_ITEMS = 1 << 22
@@ -89,13 +90,14 @@ def _block_type(source: _Source, entry: Entry, wanted: BlockType) -> BlockType:
 
 
 class _Source:
-    """Tensors of a folder as matrices. The last one that was not plain is kept: its rows are asked for in turn."""
+    """Tensors of a folder as matrices. The last one is kept: its rows are asked for in turn."""
 
     def __init__(self, files: TensorFiles, layout: Layout) -> None:
         self.config = layout.config
         self._files = files
         self._layout = layout
         self._last: tuple[str, Tensor] | None = None
+        self._last_codes: tuple[str, QuantizedWeight] | None = None
 
     def exact_form(self, name: str) -> Form | None:
         """The form of a packed weight that Q8_0 or Q4_0 can hold as it is: symmetric, groups of whole blocks."""
@@ -108,32 +110,29 @@ class _Source:
     def matrix(self, name: str) -> Tensor:
         if self._last is not None and self._last[0] == name:
             return self._last[1]
+        self._last = self._last_codes = None
         self._check_packed(name)
         packed = self._layout.packed.get(name)
-        is_plain = packed is None
-        if is_plain:
+        if packed is None:
             tensor = self._files.read(name)
         else:
-            dtype = torch.float32 if packed is not None and packed.form.keeps_codes else torch.bfloat16
+            dtype = torch.float32 if packed.form.keeps_codes else torch.bfloat16
             tensor = read_weight(self._layout, self._files, name, dtype=dtype)
         matrix_RI = tensor.reshape(matrix_shape(tuple(tensor.shape)))
-        if not is_plain:
-            self._last = (name, matrix_RI)
+        self._last = (name, matrix_RI)
         return matrix_RI
 
     def codes(self, name: str, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Codes, one to a byte, and fp32 scales of rows of a packed weight."""
-        if start == 0:
+        if self._last_codes is None or self._last_codes[0] != name:
             self._check_packed(name)
-        weight = read_packed(self._layout.packed[name], self._files)
+            self._last = self._last_codes = None
+            self._last_codes = (name, read_packed(self._layout.packed[name], self._files))
+        weight = self._last_codes[1]
         codes_RI = weight.codes[start:end]
         if weight.bits == 4:
             codes_RI = torch.stack((codes_RI & 15, codes_RI >> 4), dim=-1).flatten(-2)
         return codes_RI, weight.scales[start:end].to(torch.float32)
-
-    def drop(self, name: str) -> None:
-        for stored in self._layout.stored_names(name):
-            self._files.drop(stored)
 
     def error(self, name: str, problem: str) -> CorruptCheckpoint:
         return CorruptCheckpoint(f"{self._files.folder}: tensor {name} {problem}")
@@ -158,7 +157,6 @@ def _encoded(source: _Source, entry: Entry, block: BlockType) -> Iterator[memory
             if not _is_in_range(raw_RB, block):
                 raise UsageError(f"tensor {slab.disk_name} holds numbers beyond the range of {block.name}")
             yield raw_RB.reshape(-1).numpy().data
-        source.drop(slab.disk_name)
 
 
 def _floats(source: _Source, entry: Entry, disk_name: str, start: int, end: int) -> Tensor:

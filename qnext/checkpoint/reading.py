@@ -1,0 +1,126 @@
+"""Bytes of a checkpoint's files, read into memory of our own.
+
+Nothing is mapped: a file on a failing disk, or one that another process cuts while it is read, ends a process that
+has mapped it by SIGBUS. A read that comes back short is an error with a name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qnext.checkpoint.header import TensorInfo, read_header
+from qnext.errors import CorruptCheckpoint
+
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "BOOL": torch.bool,
+}  # fmt: skip
+_MOST_OPEN = 64  # a folder may have more shards than a process may open files
+_MOST_AT_ONCE = 16 << 20  # bytes of one call, between two of which a signal is handled
+
+
+class _State(NamedTuple):
+    """What changes when a file is written to, or when another takes its name."""
+
+    device: int
+    inode: int
+    num_bytes: int
+    written_ns: int
+
+
+class FileReader:
+    """Reads ranges of files that must stay what they were when the reader was made.
+
+    Descriptors are opened when they are needed, the last few are kept, and all are closed by `close`.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._states = {path: _state(os.stat(path)) for path in paths}
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def read_into(self, info: TensorInfo, start: int, bytes_B: Tensor) -> None:
+        """Fill a contiguous uint8 tensor with the bytes of the file of `info` from `start` on.
+
+        Raises CorruptCheckpoint naming file and tensor where the file ends sooner, changed, or cannot be read.
+        """
+        view = bytes_B.numpy().data
+        try:
+            descriptor = self._descriptor(info.file)
+            done = 0
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done : done + _MOST_AT_ONCE]], start + done)
+                if count == 0:
+                    size = os.fstat(descriptor).st_size
+                    raise CorruptCheckpoint(
+                        f"{info.file}: truncated while tensor {info.name} was read ({size} of {info.end} bytes)"
+                    )
+                done += count
+        except OSError as error:
+            raise CorruptCheckpoint(f"{info.file}: tensor {info.name} cannot be read: {error.strerror}") from None
+
+    def expect(self, info: TensorInfo) -> None:
+        """Have the system begin to read a tensor that is wanted soon."""
+        if info.num_bytes and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor(info.file), info.start, info.num_bytes, os.POSIX_FADV_WILLNEED)
+
+    def check(self) -> None:
+        """Raise CorruptCheckpoint where a file was written to since the reader was made, though no read came short."""
+        for path, descriptor in self._open.items():
+            self._check(path, descriptor)
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def _descriptor(self, path: Path) -> int:
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        if len(self._open) >= _MOST_OPEN:
+            oldest, descriptor = self._open.popitem(last=False)
+            try:
+                self._check(oldest, descriptor)
+            finally:
+                os.close(descriptor)
+        self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._check(path, self._open[path])
+        return self._open[path]
+
+    def _check(self, path: Path, descriptor: int) -> None:
+        now, then = _state(os.fstat(descriptor)), self._states[path]
+        # A file that became shorter is told by the tensor that is cut.
+        if now != then and now.num_bytes >= then.num_bytes:
+            raise CorruptCheckpoint(f"{path}: changed while it was read; is it being written?")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file of our own. Raises CorruptCheckpoint as read_header and FileReader do."""
+    infos = read_header(path, any_name=True)
+    reader = FileReader([path])
+    try:
+        tensors = {name: torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype]) for name, info in infos.items()}
+        for name, info in infos.items():
+            reader.read_into(info, info.start, as_bytes(tensors[name]))
+        reader.check()
+    finally:
+        reader.close()
+    return tensors
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes [B] of a contiguous tensor."""
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+def _state(result: os.stat_result) -> _State:
+    return _State(result.st_dev, result.st_ino, result.st_size, result.st_mtime_ns)
