@@ -195,6 +195,7 @@ WRITING_METHODS = {"write_text", "write_bytes", "unlink", "rmdir", "rename"}
 MAY_WRITE = {
     "qnext.engine.storage.disk": "reaches its private folder by a descriptor alone",
     "qnext.server.audit": "a log that grows, and whose names move on",
+    "qnext.cli.run_batch": "the empty file of a run that could not begin",
     "qnext.server.run": "the name of a socket",
 }
 

@@ -99,8 +99,10 @@ def _ended_by_signals(arguments: list[str], ending: Ending) -> int:
         _drop_stdout()
         if isinstance(error, BrokenPipeError):
             return _BROKEN_PIPE
+        from qnext.errors import FULL, DiskFull
+
         print(f"qnext: standard output: {error.strerror}", file=sys.stderr)
-        return 2
+        return DiskFull.exit_code if error.errno in FULL else 2
     except BaseException as error:
         # Libraries make other errors of an exception that comes in their midst.
         if ending.number is None and not isinstance(error, (KeyboardInterrupt, Terminated)):

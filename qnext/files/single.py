@@ -29,15 +29,16 @@ def new_file(path: str | Path, *, mode: int | None = None, with_parents: bool = 
         return
     remove_partials(target.parent, target.name)
     parents = parents_of(target) if with_parents else nullcontext()
-    with telling(Path(path), target, had_one=found is not None) as told, parents:
-        with partial_file(target, mode=0o666 if mode is None and found is None else mode or 0o600) as file:
-            yield file
-            with named(file.path):
-                _take_over(file.fileno(), found, with_mode=mode is None)
-            file.sync()
-            os.replace(file.path, target)
-            told.is_done = True
-            sync_folder(target.parent)
+    first_mode = 0o666 if mode is None and found is None else mode or 0o600
+    telling_of = telling(Path(path), target, had_one=found is not None)
+    with telling_of as told, parents, partial_file(target, mode=first_mode) as file:
+        yield file
+        with named(file.path):
+            _take_over(file.fileno(), found, with_mode=mode is None)
+        file.sync()
+        os.replace(file.path, target)
+        told.is_done = True
+        sync_folder(target.parent)
 
 
 def write_file(path: str | Path, data: str | bytes, *, mode: int | None = None) -> None:

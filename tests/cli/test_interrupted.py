@@ -247,9 +247,9 @@ def _shell(command: str) -> subprocess.CompletedProcess[str]:
     [
         ("qnext --help | true; echo ${PIPESTATUS[0]}", (0, 141), ""),
         ("qnext inspect nano-5m | true; echo ${PIPESTATUS[0]}", (0, 1, 141), ""),
-        ("qnext inspect nano-5m --json > /dev/full; echo $?", (2,), "No space left on device"),
-        ("qnext --help > /dev/full; echo $?", (2,), "qnext: standard output: No space left on device"),
-        ("PYTHONUNBUFFERED=1 qnext inspect nano-5m > /dev/full; echo $?", (2,), "No space left on device"),
+        ("qnext inspect nano-5m --json > /dev/full; echo $?", (4,), "No space left on device"),
+        ("qnext --help > /dev/full; echo $?", (4,), "qnext: standard output: No space left on device"),
+        ("PYTHONUNBUFFERED=1 qnext inspect nano-5m > /dev/full; echo $?", (4,), "No space left on device"),
         ("qnext inspect nano-5m >&-; echo $?", (0,), ""),
         ("qnext inspect no-such <&- >&- 2>&-; echo $?", (3,), ""),
     ],

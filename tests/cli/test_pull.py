@@ -121,7 +121,7 @@ def test_a_failure_says_what_helps(
 def test_a_full_disk_is_not_a_missing_model(capsys: Capture, install: Any) -> None:
     install(Hub(error=OSError(errno.ENOSPC, "No space left on device", "blob")))
     result = run(capsys, "pull", "org/model")
-    assert result.code == 2
+    assert result.code == 4
     assert "No space left on device" in result.error_line
 
 
