@@ -51,14 +51,15 @@ class AllowedHosts:
     Always: localhost, loopback addresses, the address that it is bound to. Where it is bound to another than loopback:
     the machine's name. Any address, which no name server can point elsewhere, where a key is needed or the listener is
     open to others anyway. `allowed` adds names, `*.example.org` for all below one, `*` for every name; each may have a
-    port, and then means that port alone. `bound` is None for a Unix socket.
+    port, and then means that port alone. `bound` None is a Unix socket, which no browser opens: any name will do there
+    unless some are given.
     """
 
     def __init__(self, bound: str | None, allowed: Iterable[str] = ()) -> None:
         """Raises UsageError for what is no name."""
         entries = [text.strip().lower() for value in allowed for text in value.split(",")]
-        self._allows_all = _ANY in entries
         self._entries = [_entry(text) for text in entries if text != _ANY]
+        self._allows_all = _ANY in entries or (bound is None and not self._entries)
         self._bound = None if bound is None else _parts(bound)
         self._is_exposed = self._bound is not None and not _is_loopback(self._bound)
         self._names = {"localhost"}

@@ -117,7 +117,8 @@ def serving(server_of: Callable[[], Server], load: Load, listen: Listen) -> Iter
     try:
         yield ready
     finally:
-        loops[0].call_soon_threadsafe(ready[0].request_stop)
+        with contextlib.suppress(RuntimeError):  # it has stopped by itself
+            loops[0].call_soon_threadsafe(ready[0].request_stop)
         thread.join()
 
 
