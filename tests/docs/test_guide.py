@@ -235,7 +235,7 @@ def test_the_table_of_errors_has_every_status_and_code_of_the_server() -> None:
     assert raised - rows == set()
     assert rows - raised == set()
     source = "\n".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "qnext" / "server").rglob("*.py")))
-    logged = set(re.findall(r'"(client_[a-z_]+)"', source))
+    logged = set(re.findall(r'"(client_(?:disconnected|too_[a-z_]+))"', source))
     assert logged == set(re.findall(r"`(client_[a-z_]+)`", text))
     sent = set(map(int, re.findall(r'"?status(?:_code)?"?[:=] ?(\d{3})\b', source))) | {NO_ANSWER}
     assert {204, 304, 503} <= sent
