@@ -152,6 +152,7 @@ class Server:
         secret = _secret(exchange.headers)
         key = None if secret is None else self.keys.find(secret)
         if key is None:
+            exchange.claimed = None if secret is None else self.keys.recognise(secret)
             self.counters.count_auth_failure()
             refusal = self.logins.fail(exchange.client)
             if refusal is not None:
@@ -234,10 +235,11 @@ class Server:
         self.counters.count_request(route.path, route.method, outcome.status)
         if self.audit is None or (route.audit == "refusals" and outcome.status < 400):
             return
+        key = exchange.key or exchange.claimed
         self.audit.write(
             AuditRecord(
                 request_id=exchange.request_id, route=route.path, method=route.method, client=exchange.client,
-                key_id=exchange.key.id if exchange.key is not None else None, seconds=round(seconds, 6),
+                key_id=None if key is None else key.id, seconds=round(seconds, 6),
                 **vars(outcome),
             )
         )  # fmt: skip
@@ -250,7 +252,7 @@ class Server:
         if self.audit is None:
             return
         secret = _secret({name.decode("latin-1"): value.decode("latin-1") for name, value in visit.headers})
-        key = None if secret is None else self.keys.find(secret)
+        key = None if secret is None else self.keys.recognise(secret)
         self.audit.write(
             AuditRecord(
                 request_id=visit.request_id, route=visit.route, client=visit.client,
@@ -290,6 +292,7 @@ class Server:
             self._served.close()
         if self.audit is not None:
             self.audit.close()
+            self.audit = None  # connections that close after the server are no lost lines
 
 
 def describe(served: ServedModel, limits: Limits) -> dict[str, Any]:

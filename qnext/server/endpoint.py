@@ -67,7 +67,9 @@ class Endpoint:
                 exchange.request_id = forced.request_id
                 exchange.outcome.status, exchange.outcome.error_code = forced.status, forced.error_code
                 self.server.counters.count_rejection(forced.error_code or "")
-            scope["state"]["visit"].is_booked = True
+            visit: Visit = scope["state"]["visit"]
+            exchange.outcome.error_code = exchange.outcome.error_code or visit.error_code
+            visit.is_booked = True
             self.server.active.discard(exchange)
             self.server.book(exchange, time.perf_counter() - started)
 

@@ -51,6 +51,7 @@ class Exchange:
     path_params: Mapping[str, str]
     client: str
     key: Key | None = None
+    claimed: Key | None = None  # an expired or revoked one that it came with
     body: Any = None
     outcome: Outcome = field(default_factory=Outcome)
     reply_headers: dict[str, str] = field(default_factory=dict)

@@ -157,7 +157,12 @@ class KeyRing:
         return tuple(key for _, key in self._keys)
 
     def find(self, secret: str | bytes) -> Key | None:
-        """The key whose secret this is, unless it has expired or was revoked.
+        """The key whose secret this is, unless it has expired or was revoked."""
+        found = self.recognise(secret)
+        return found if found is not None and found.state(self._clock()) == "active" else None
+
+    def recognise(self, secret: str | bytes) -> Key | None:
+        """The key whose secret this is, whatever it is worth: for those who write down who came.
 
         Takes as long for a wrong secret as for a right one: the hash is compared with that of every key.
         """
@@ -168,7 +173,7 @@ class KeyRing:
         for known, key in self._keys:
             if hmac.compare_digest(known, digest):
                 found = key
-        return found if found is not None and found.state(self._clock()) == "active" else None
+        return found
 
     def reload(self) -> str | None:
         """Read the file again. A line that says what is wrong with it, where the old keys stay, or None."""

@@ -165,6 +165,8 @@ class PatientProtocol(H11Protocol):
     def _check_reader(self, left: int) -> None:
         self._write_timer = None
         if self.transport.get_write_buffer_size() > left - _LEAST_WRITTEN:
+            if not self.cycle.response_complete and "visit" in self.cycle.scope["state"]:
+                self.cycle.scope["state"]["visit"].error_code = "client_too_slow"
             self.transport.abort()
         else:
             self._await_reader()

@@ -15,15 +15,15 @@ import httpx2
 import pytest
 
 from qnext.server.audit import AuditLog
-from qnext.server.keys import KeyRing
+from qnext.server.keys import KeyRing, KeyStore
 from qnext.server.limits import Limits
 from tests.server.serving import Running, running_server
 
 USER, ADMIN = "user-secret", "admin-secret"
 AUTH = f"Authorization: Bearer {USER}\r\n"
 LIMITS = Limits(
-    header_seconds=0.4, body_seconds=0.4, max_connections=6, max_header_bytes=4_096, max_body_bytes=10_000,
-    drain_seconds=0.5,
+    header_seconds=0.4, body_seconds=0.4, write_seconds=0.3, max_connections=6, max_header_bytes=4_096,
+    max_body_bytes=10_000, drain_seconds=0.5,
 )  # fmt: skip
 
 
@@ -40,13 +40,16 @@ class Watched:
     def mark(self) -> None:
         self._offset = self.path.stat().st_size
 
+    def new_lines(self) -> list[dict[str, Any]]:
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            return [json.loads(line) for line in file.read().splitlines()]
+
     def lines(self, number: int = 1) -> list[dict[str, Any]]:
         """Once there are so many; and no more a moment later."""
         found: list[dict[str, Any]] = []
         for _ in range(400):
-            with self.path.open("rb") as file:
-                file.seek(self._offset)
-                found = [json.loads(line) for line in file.read().splitlines()]
+            found = self.new_lines()
             if len(found) >= number:
                 break
             time.sleep(0.01)
@@ -241,3 +244,35 @@ def test_lost_lines_are_counted_and_told(kept: Watched) -> None:
     assert httpx2.get(f"{url}/health").text == "" and httpx2.get(f"{url}/health/ready", headers=admin).json() == {
         "status": "ready"
     }
+
+
+def test_who_reads_nothing_is_named(kept: Watched) -> None:
+    """Also where the answers are no streams."""
+    kept.mark()
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        one.connect(kept.address)
+        one.sendall(request("GET /openapi.json", AUTH) * 400)
+        found: list[dict[str, Any]] = []
+        end = time.monotonic() + 20.0
+        while not any(line["error_code"] for line in found) and time.monotonic() < end:
+            time.sleep(0.1)
+            found = kept.new_lines()
+    assert 1 <= len(found) < 400 and {line["status"] for line in found} == {200}
+    assert [line["error_code"] for line in found if line["error_code"]] == ["client_too_slow"]
+
+
+def test_a_key_that_is_worth_nothing_any_more_is_named(chat_model: Path, tmp_path: Path) -> None:
+    store = KeyStore(tmp_path / "keys.json")
+    old, expired = store.create("old", expires=1)
+    gone, revoked = store.create("gone")
+    store.revoke(gone.id)
+    log = AuditLog(tmp_path / "audit.jsonl")
+    with running_server(chat_model, keys=KeyRing(tmp_path / "keys.json"), audit=log) as running:
+        for secret in (expired, revoked, "wrong"):
+            with running.client(secret) as client:
+                assert client.get("/v1/models").status_code == 401
+                assert client.get("/nothing").status_code == 404
+    lines = list(map(json.loads, (tmp_path / "audit.jsonl").read_text().splitlines()))
+    assert [line["key_id"] for line in lines] == [old.id, old.id, gone.id, gone.id, None, None]
+    assert log.num_failed == 0
