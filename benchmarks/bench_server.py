@@ -120,7 +120,7 @@ async def health(url: str, prompts: list[list[int]], max_tokens: int, num_idle: 
     idle = []
     for _ in range(num_idle):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
         await writer.drain()
         await reader.readuntil(b"}")
         idle.append(writer)

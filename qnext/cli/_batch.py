@@ -193,7 +193,7 @@ async def ask_here(engine: Engine, served: ServedModel, *, request_seconds: floa
     transport = httpx2.ASGITransport(app=make_application(server, public_routes(with_page=False)))
     watching = asyncio.create_task(_watch(server))
     try:
-        async with httpx2.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
 
             async def ask(request: BatchRequest) -> httpx2.Response:
                 posting = asyncio.ensure_future(

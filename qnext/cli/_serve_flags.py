@@ -30,6 +30,13 @@ def _body_bytes(value: int) -> int:
     return value
 
 
+def _hosts(values: list[str] | None) -> list[str] | None:
+    from qnext.server.hosts import AllowedHosts
+
+    AllowedHosts(None, values or ())  # raises UsageError for what is no name
+    return values
+
+
 def _names(values: list[str] | None) -> list[str] | None:
     if not all(value.strip() for value in values or ()):
         raise UsageError("--served-model-name must not be empty")
@@ -45,6 +52,15 @@ SslKeyfile = Annotated[str | None, _option(_NETWORK, "--ssl-keyfile", help="Its 
 Origins = Annotated[
     list[str] | None,
     _option(_NETWORK, "--allowed-origins", "--cors-origins", help="Other origins whose pages may call."),
+]
+AllowedHosts = Annotated[
+    list[str] | None,
+    _option(
+        _NETWORK,
+        "--allowed-hosts",
+        callback=_hosts,
+        help="Names that the server is asked for, beside localhost: a.org,*.b.org, or *.",
+    ),
 ]
 Ui = Annotated[bool, _option(_NETWORK, "--ui/--no-ui", help="Serve the page.")]
 ApiKey = Annotated[list[str] | None, _option(_ACCESS, "--api-key", help="A key that clients use.")]

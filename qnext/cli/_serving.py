@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from qnext.server.app import Server
@@ -43,25 +43,23 @@ def _json_formatter() -> logging.Formatter:
     return structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=after)
 
 
-def new_server(
-    keys: KeyRing,
-    limits: Limits,
-    with_page: bool,
-    open_readiness: bool,
-    origins: Sequence[str] | None,
-    audit_log: Path | None,
-    audit_chain: bool,
-    metrics_compat: Literal["vllm"] | None,
-) -> Server:
+class Face(NamedTuple):
+    """What a server shows of itself, and to which pages and under which names."""
+
+    with_page: bool
+    open_readiness: bool
+    origins: Sequence[str]
+    allowed_hosts: Sequence[str]
+    metrics_compat: Literal["vllm"] | None
+
+
+def new_server(keys: KeyRing, limits: Limits, face: Face, audit_log: Path | None, audit_chain: bool) -> Server:
     """The server that the flags describe. Raises OSError where the audit log cannot be written."""
     from qnext.server.app import Server
     from qnext.server.audit import AuditLog
 
     audit = None if audit_log is None else AuditLog(audit_log, chain=audit_chain)
-    return Server(
-        keys=keys, limits=limits, audit=audit, metrics_compat=metrics_compat, origins=frozenset(origins or ()),
-        with_page=with_page, open_readiness=open_readiness,
-    )  # fmt: skip
+    return Server(keys=keys, limits=limits, audit=audit, **face._asdict())
 
 
 def print_ready(server: Server, urls: Urls) -> None:

@@ -43,7 +43,9 @@ def create(
     file: File = None,
     scope: Annotated[
         list[str] | None,
-        typer.Option("--scope", help="inference, tokenize, metrics or admin; again for more [default: all but admin]"),
+        typer.Option(
+            "--scope", help="inference, tokenize, metrics or admin; again for more [default: inference, tokenize]"
+        ),
     ] = None,
     expires: Annotated[
         str | None,

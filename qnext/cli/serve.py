@@ -28,6 +28,7 @@ def command(
     ssl_certfile: flags.SslCertfile = None,
     ssl_keyfile: flags.SslKeyfile = None,
     origins: flags.Origins = None,
+    allowed_hosts: flags.AllowedHosts = None,
     ui: flags.Ui = True,
     api_key: flags.ApiKey = None,
     api_key_file: flags.ApiKeyFile = None,
@@ -70,13 +71,12 @@ def command(
     strict: Strict = False,
 ) -> None:
     """Serve MODEL: OpenAI's and Anthropic's APIs, metrics, and a page. SIGTERM ends it without losing an answer."""
-    from qnext.cli._serving import log_to_stderr, new_server, print_ready
+    from qnext.cli._serving import Face, log_to_stderr, new_server, print_ready
     from qnext.server.limits import Limits
     from qnext.server.run import Listen, serve
 
     listen = Listen(host, port, uds, admin_port, ssl_certfile, ssl_keyfile)
-    ring = _key_ring(api_key, api_key_file, keys, admin_api_key)
-    _check_access(ring, listen, is_insecure=insecure_no_auth, trusts_code=trust_remote_code)
+    ring = _checked(_key_ring(api_key, api_key_file, keys, admin_api_key), listen, insecure_no_auth, trust_remote_code)
     log_to_stderr(log_format, secrets=[*(api_key or ()), *(admin_api_key or ())])
     limits = Limits(
         max_body_bytes=max_body_bytes, max_n=max_n, max_queued=max_queued, max_queued_per_key=max_queued_per_key,
@@ -93,8 +93,8 @@ def command(
         template_defaults=chat_template_kwargs, with_defaults=generation_config == "auto", disk_cache=disk_cache,
         disk_cache_bytes=disk_cache_bytes,
     )  # fmt: skip
-    server = partial(new_server, ring, limits, ui, open_readiness, origins, audit_log, audit_chain, metrics_compat)
-    serve(server, load, listen, on_ready=print_ready)
+    face = Face(ui, open_readiness, origins or (), allowed_hosts or (), metrics_compat)
+    serve(partial(new_server, ring, limits, face, audit_log, audit_chain), load, listen, on_ready=print_ready)
 
 
 def _key_ring(plain: list[str] | None, plain_file: Path | None, store: Path | None, admin: list[str] | None) -> KeyRing:
@@ -112,8 +112,9 @@ def _key_ring(plain: list[str] | None, plain_file: Path | None, store: Path | No
     return KeyRing(store, plain=found, admin=admin or ())
 
 
-def _check_access(ring: KeyRing, listen: Listen, is_insecure: bool, trusts_code: bool) -> None:
-    """Raises UsageError for an address that anybody could use, a listener that nobody could, and for trust in code."""
+def _checked(ring: KeyRing, listen: Listen, is_insecure: bool, trusts_code: bool) -> KeyRing:
+    """The ring. Raises UsageError for an address that anybody could use, a listener that nobody could, and for trust
+    in code."""
     if trusts_code:
         raise UsageError("--trust-remote-code: nothing of a model is run as code here, so there is nothing to trust")
     if (listen.certificate is None) != (listen.certificate_key is None):
@@ -126,6 +127,7 @@ def _check_access(ring: KeyRing, listen: Listen, is_insecure: bool, trusts_code:
         )
     if listen.admin_port is not None and not any("admin" in key.scopes for key in ring.keys):
         raise UsageError("--admin-port needs --admin-api-key, or a key with the scope admin in --keys")
+    return ring
 
 
 def _check_certificate(certificate: str, key: str | None) -> None:

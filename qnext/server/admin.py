@@ -24,7 +24,8 @@ async def status(exchange: Exchange) -> Reply:
         if other.route.limit == "generation"
     ]
     gauges = None if server.state == "loading" else server.worker.engine.metrics.as_dict()["gauges"]
-    return Reply.of({"state": server.fault or server.state, "requests": requests, "engine": gauges})
+    state = server.fault or server.state
+    return Reply.of({"state": state, "degraded": server.losses, "requests": requests, "engine": gauges})
 
 
 async def experts(exchange: Exchange) -> Reply:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,14 +21,17 @@ from qnext.server.endpoint import Endpoint
 from qnext.server.errors import ApiError, error_body, style_of
 from qnext.server.exchange import IGNORED_HEADER, Exchange
 from qnext.server.guard import Guard
+from qnext.server.hosts import AllowedHosts
 from qnext.server.keys import Key, KeyRing
 from qnext.server.limits import Limits
 from qnext.server.live import LiveHub
-from qnext.server.metrics import ServerCounters, ServerMetrics
+from qnext.server.metrics import KNOWN_METHODS, ServerCounters, ServerMetrics
+from qnext.server.own_work import OwnLedger
 from qnext.server.rates import FailedLogins, KeyRates, Refusal
 from qnext.server.routes import Route
 from qnext.server.sampling import DEFAULTS
 from qnext.server.served import ServedModel
+from qnext.server.visit import NO_ANSWER, Visit
 from qnext.server.worker import EngineWorker
 
 if TYPE_CHECKING:
@@ -61,7 +64,8 @@ class Server:
         limits: Limits | None = None,
         audit: AuditLog | None = None,
         metrics_compat: Literal["vllm"] | None = None,
-        origins: frozenset[str] = frozenset(),
+        origins: Iterable[str] = (),
+        allowed_hosts: Iterable[str] = (),
         with_page: bool = True,
         open_readiness: bool = False,
     ) -> None:
@@ -69,7 +73,8 @@ class Server:
         self.limits = limits or Limits()
         self.audit = audit
         self.metrics_compat = metrics_compat
-        self.origins = origins
+        self.origins = frozenset(origins)
+        self.allowed_hosts = tuple(allowed_hosts)
         self.with_page = with_page
         self.open_readiness = open_readiness
         self.rates = KeyRates()
@@ -80,6 +85,7 @@ class Server:
         self.is_hurried = False  # told to stop a second time: what runs ends now
         self.active: set[Exchange] = set()
         self.tasks: dict[Exchange, asyncio.Future[None]] = {}
+        self.own_work = OwnLedger(self.active)
         self._ignored: set[tuple[str, str]] = set()
         self._served: ServedModel | None = None
         self._worker: EngineWorker | None = None
@@ -91,7 +97,7 @@ class Server:
         self._served = served
         self._worker = EngineWorker(engine, self.limits)
         self._worker.start()
-        self._live = LiveHub(engine, describe=describe(served, self.limits))
+        self._live = LiveHub(engine, describe=describe(served, self.limits), own=self.own_work.of)
         self._metrics = ServerMetrics(
             self.counters, model_name=served.name, block_size=engine.memory_plan.block_size, source=engine,
             num_waiting=lambda: self.worker.num_queued,
@@ -131,6 +137,11 @@ class Server:
             return "a step of the engine does not end"
         return None
 
+    @property
+    def losses(self) -> list[str]:
+        """What goes wrong while requests are answered all the same."""
+        return ["the audit log loses lines"] if self.audit is not None and self.audit.is_failing else []
+
     # ---- what endpoints ask ----
 
     def authorize(self, exchange: Exchange) -> Key | None:
@@ -138,9 +149,10 @@ class Server:
         scope = exchange.route.scope
         if scope == "public" or (self.keys.is_open and scope != "admin"):
             return None
-        secret = _secret(exchange)
+        secret = _secret(exchange.headers)
         key = None if secret is None else self.keys.find(secret)
         if key is None:
+            exchange.claimed = None if secret is None else self.keys.recognise(secret)
             self.counters.count_auth_failure()
             refusal = self.logins.fail(exchange.client)
             if refusal is not None:
@@ -149,9 +161,14 @@ class Server:
                 401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
+        exchange.key = key
         if scope != "any" and scope not in key.scopes:
             raise ApiError(403, f"this key lacks the scope {scope}", code="insufficient_scope")
         return key
+
+    def sees_all(self, key: Key | None) -> bool:
+        """Whether this key may see what the requests of others do: an administrator's, or where there are no others."""
+        return key is None or "admin" in key.scopes or self.keys.has_one_user
 
     def check_running(self, route: Route) -> None:
         """Raises ApiError 503 while the model is loaded or the server stops, where the route needs the model."""
@@ -206,21 +223,42 @@ class Server:
 
     def render_metrics(self) -> bytes:
         self.counters.is_ready = self.is_ready
+        self.counters.audit_lines_lost = 0 if self.audit is None else self.audit.num_failed
         self.counters.open_streams = sum(exchange.outcome.stream for exchange in self.active)
         metrics = self._metrics or ServerMetrics(self.counters, model_name="", block_size=0)
         return metrics.render(self.metrics_compat)
 
     def book(self, exchange: Exchange, seconds: float) -> None:
-        """Count a request that has ended, and write its line."""
+        """Count a request that has ended, and write its line; what a monitor asks all day leaves one when refused."""
         route, outcome = exchange.route, exchange.outcome
+        self.own_work.end(exchange)
         self.counters.count_request(route.path, route.method, outcome.status)
-        if self.audit is None or route.audit == "none":
+        if self.audit is None or (route.audit == "refusals" and outcome.status < 400):
             return
+        key = exchange.key or exchange.claimed
         self.audit.write(
             AuditRecord(
                 request_id=exchange.request_id, route=route.path, method=route.method, client=exchange.client,
-                key_id=exchange.key.id if exchange.key is not None else None, seconds=round(seconds, 6),
+                key_id=None if key is None else key.id, seconds=round(seconds, 6),
                 **vars(outcome),
+            )
+        )  # fmt: skip
+
+    def book_visit(self, visit: Visit) -> None:
+        """Count a request that no route has answered, and write its line."""
+        self.counters.count_request(visit.route, visit.method or "", visit.status)
+        if visit.status >= 400 and visit.status != NO_ANSWER:
+            self.counters.count_rejection(visit.error_code or str(visit.status))
+        if self.audit is None:
+            return
+        secret = _secret({name.decode("latin-1"): value.decode("latin-1") for name, value in visit.headers})
+        key = None if secret is None else self.keys.recognise(secret)
+        self.audit.write(
+            AuditRecord(
+                request_id=visit.request_id, route=visit.route, client=visit.client,
+                method=visit.method if visit.method in KNOWN_METHODS else None,  # another could be any word
+                key_id=None if key is None else key.id, seconds=round(time.perf_counter() - visit.began, 6),
+                status=visit.status, error_code=visit.error_code,
             )
         )  # fmt: skip
 
@@ -254,6 +292,7 @@ class Server:
             self._served.close()
         if self.audit is not None:
             self.audit.close()
+            self.audit = None  # connections that close after the server are no lost lines
 
 
 def describe(served: ServedModel, limits: Limits) -> dict[str, Any]:
@@ -268,8 +307,11 @@ def describe(served: ServedModel, limits: Limits) -> dict[str, Any]:
     }
 
 
-def make_application(server: Server, routes: Sequence[Route]) -> Guard:
-    """An ASGI application of the routes."""
+def make_application(server: Server, routes: Sequence[Route], *, bound: str | None = "127.0.0.1") -> Guard:
+    """An ASGI application of the routes, for a listener that is bound to that address; None is a Unix socket.
+
+    Raises UsageError where the server is to have a name that is none.
+    """
     table = [StarletteRoute(route.path, Endpoint(server, route), methods=[route.method]) for route in routes]
     for entry, route in zip(table, routes, strict=True):
         if route.limit == "generation" and entry.methods is not None:
@@ -282,21 +324,30 @@ def make_application(server: Server, routes: Sequence[Route]) -> Guard:
             error.status_code, "this route has other methods" if is_method else "no such route",
             code="method_not_allowed" if is_method else "not_found",
         )  # fmt: skip
-        server.counters.count_request(None, request.method, error.status_code)
-        return Response(
-            error_body(fault, style_of(request.url.path)), status_code=error.status_code, headers=error.headers,
-            media_type="application/json",
-        )  # fmt: skip
+        visit: Visit = request.scope["state"]["visit"]
+        visit.error_code = fault.code
+        visit.route = next((entry.path for entry in table if entry.path_regex.match(request.scope["path"])), None)
+        return _response(fault, request, error.headers)
 
-    application = Starlette(routes=table, exception_handlers={404: refuse, 405: refuse})
+    async def fail(request: Request, error: Exception) -> Response:
+        fault = ApiError.internal()
+        request.scope["state"]["visit"].error_code = fault.code
+        return _response(fault, request, fault.headers)
+
+    application = Starlette(routes=table, exception_handlers={404: refuse, 405: refuse, Exception: fail})
     application.router.redirect_slashes = False
-    return Guard(application, server.limits, origins=server.origins)
+    return Guard(application, server, AllowedHosts(bound, server.allowed_hosts))
 
 
-def _secret(exchange: Exchange) -> str | None:
-    authorization = exchange.headers.get("authorization")
+def _response(fault: ApiError, request: Request, headers: Mapping[str, str] | None) -> Response:
+    body = error_body(fault, style_of(request.scope["path"]))
+    return Response(body, status_code=fault.status, headers=headers, media_type="application/json")
+
+
+def _secret(headers: Mapping[str, str]) -> str | None:
+    authorization = headers.get("authorization")
     if authorization is None:
-        return exchange.headers.get("x-api-key")
+        return headers.get("x-api-key")
     scheme, _, secret = authorization.partition(" ")
     return secret if scheme.lower() == "bearer" and secret else None
 

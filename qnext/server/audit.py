@@ -24,11 +24,12 @@ _MAX_LINE_BYTES = 65_536
 
 @dataclass(frozen=True)
 class AuditRecord:
-    """One request or one act of an administrator. `route` is the route's pattern, `seconds` its whole time."""
+    """One request or one act of an administrator. `route` is the pattern of its route, or of the closest one, None
+    where there is none; `method` None where it could not be read. `seconds` is its whole time."""
 
     request_id: str
-    route: str
-    method: str
+    route: str | None
+    method: str | None
     status: int
     key_id: str | None = None
     client: str | None = None
@@ -48,8 +49,8 @@ class AuditLog:
 
     At `max_bytes` the file becomes `path.1`, that one `path.2`, up to `path.keep`. With `chain` every line has the
     SHA-256 of the line before, across files and restarts. A write that fails costs its line, is counted in
-    `num_failed` and noted on the log the first time; no request fails by it. One thread may use it; no other process
-    may write to the same file.
+    `num_failed` and noted on the log the first time; no request fails by it. `is_failing`: the newest line is lost.
+    One thread may use it; no other process may write to the same file.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class AuditLog:
         """Raises OSError when the file cannot be opened."""
         self.path = path
         self.num_failed = 0
+        self.is_failing = False
         self._max_bytes = max_bytes
         self._keep = keep
         self._has_chain = chain
@@ -77,8 +79,10 @@ class AuditLog:
             if self._size and self._size + len(line) + 1 > self._rotate_at:
                 self._rotate()
             self._append(line)
+            self.is_failing = False
         except (OSError, ValueError, TypeError) as error:
             self.num_failed += 1
+            self.is_failing = True
             if self.num_failed == 1:
                 self._complain("loses lines", error)
 

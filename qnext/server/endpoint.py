@@ -17,6 +17,7 @@ from qnext.server.exchange import Exchange
 from qnext.server.fields import review
 from qnext.server.limits import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, MAX_JSON_MEMBERS, MAX_JSON_VALUES
 from qnext.server.routes import EventStream, Reply, Route
+from qnext.server.visit import NO_ANSWER, Visit
 
 if TYPE_CHECKING:
     from qnext.server.app import Server
@@ -55,14 +56,22 @@ class Endpoint:
         except ApiError as error:
             await self._refuse(exchange, send, error)
         except _ClientGone:
-            exchange.outcome.status, exchange.outcome.error_code = 499, "client_disconnected"
+            exchange.outcome.status, exchange.outcome.error_code = NO_ANSWER, "client_disconnected"
             self._count_abort(exchange, "body")
         except Exception:
             _log.exception("request %s to %s failed", exchange.request_id, self.route.path)
             await self._refuse(exchange, send, ApiError.internal())
         finally:
-            self.server.book(exchange, time.perf_counter() - started)
+            if "forced" in scope["state"]:  # what the connection has answered by itself
+                forced: Visit = scope["state"]["forced"]
+                exchange.request_id = forced.request_id
+                exchange.outcome.status, exchange.outcome.error_code = forced.status, forced.error_code
+                self.server.counters.count_rejection(forced.error_code or "")
+            visit: Visit = scope["state"]["visit"]
+            exchange.outcome.error_code = exchange.outcome.error_code or visit.error_code
+            visit.is_booked = True
             self.server.active.discard(exchange)
+            self.server.book(exchange, time.perf_counter() - started)
 
     async def _answer(self, exchange: Exchange, receive: Receive, send: Send) -> None:
         exchange.key = self.server.authorize(exchange)
@@ -91,7 +100,7 @@ class Endpoint:
         elif exchange.outcome.error_code is None:
             exchange.outcome.error_code = "client_disconnected"
             self._count_abort(exchange, "before queue")
-            exchange.outcome.status = exchange.outcome.status or 499
+            exchange.outcome.status = exchange.outcome.status or NO_ANSWER
         elif not exchange.is_replying:  # ended by the server, which says why
             raise ApiError(503, "the server ended this request", code=exchange.outcome.error_code)
 
@@ -241,7 +250,7 @@ def _exchange(server: Server, route: Route, scope: Message) -> Exchange:
     for name, value in scope["headers"]:
         headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
     client = scope.get("client")
-    request_id = scope["state"]["request_id"]
+    request_id = scope["state"]["visit"].request_id
     return Exchange(
         server=server,
         route=route,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from qnext.server.errors import ApiError
 from qnext.server.generation import Generation
 
 if TYPE_CHECKING:
@@ -52,6 +51,7 @@ class Exchange:
     path_params: Mapping[str, str]
     client: str
     key: Key | None = None
+    claimed: Key | None = None  # an expired or revoked one that it came with
     body: Any = None
     outcome: Outcome = field(default_factory=Outcome)
     reply_headers: dict[str, str] = field(default_factory=dict)
@@ -63,6 +63,11 @@ class Exchange:
     def owner(self) -> str:
         """Whose share of queue and rates it takes."""
         return "" if self.key is None else self.key.id
+
+    @property
+    def max_context(self) -> int | None:
+        """Tokens of prompt and answer that its key may use, where that is bounded."""
+        return None if self.key is None else self.key.max_context
 
     def ignore(self, name: str) -> None:
         """Tell the client, in a header, of something that it sent and that has no effect; the log once."""
@@ -94,11 +99,6 @@ class Exchange:
 
         Raises ApiError where it is refused.
         """
-        if self.key is not None and self.key.max_context is not None and len(prompt_ids) > self.key.max_context:
-            raise ApiError.bad(
-                f"prompt is too long: {len(prompt_ids)} tokens > {self.key.max_context} maximum of this key",
-                code="context_length_exceeded",
-            )
         outcome = self.outcome
         outcome.prompt_tokens = (outcome.prompt_tokens or 0) + len(prompt_ids)
         outcome.params_hash = params_hash(params)

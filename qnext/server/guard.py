@@ -1,21 +1,30 @@
-"""What every request and every answer passes, whatever the route: sizes of headers, a request id, safe headers."""
+"""What every request and every answer passes, whatever the route: host and origin, sizes of headers, a request id, safe
+headers, and a line in the audit log for what no route has answered."""
 
 from __future__ import annotations
 
+import logging
 import re
-import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qnext.server.errors import ApiError, error_body, style_of
+from qnext.server.hosts import AllowedHosts, Host, parse_host, same_origin
 from qnext.server.limits import Limits
+from qnext.server.visit import NO_ANSWER, Visit
+
+if TYPE_CHECKING:
+    from qnext.server.app import Server
 
 Message = MutableMapping[str, Any]
 Application = Callable[..., Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
 
+_log = logging.getLogger("qnext.server")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9, -]{1,1000}")
-_SAFE_HEADERS = [
+_ABSOLUTE = re.compile(r"(?i:https?)://(?P<host>[^/]*)(?P<path>/.*)?")
+SAFE_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
@@ -26,74 +35,161 @@ _SAFE_HEADERS = [
 class Guard:
     """Refuses what no route should see, and puts an X-Request-Id and safe headers on every answer.
 
-    `origins` may read answers from other origins' pages; no other page may.
+    `hosts` are the names of this listener. Pages of the server's own origin may call it, and those of `server.origins`;
+    no other page may. What ends here without a route is counted and has its line in the audit log.
     """
 
-    def __init__(self, application: Application, limits: Limits, *, origins: frozenset[str] = frozenset()) -> None:
+    def __init__(self, application: Application, server: Server, hosts: AllowedHosts) -> None:
         self.application = application
-        self.limits = limits
-        self.origins = origins
+        self.server = server
+        self.hosts = hosts
 
     async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             await self.application(scope, receive, send)
-            return
-        if scope["type"] != "http":
+        elif scope["type"] != "http":
             await send({"type": "websocket.close"})
-            return
-        headers = scope["headers"]
-        request_id = _request_id(headers)
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
-        added = [(b"x-request-id", request_id), *_SAFE_HEADERS, *self._cors(headers)]
+        else:
+            await self._visited(scope, receive, send, self._fault)
+
+    async def refuse_full(self, scope: Message, receive: Any, send: Any) -> None:
+        """In the place of this application on a connection above the limit."""
+        headers = {"Retry-After": "5", "Connection": "close"}
+        fault = ApiError(503, "too many connections", code="overloaded", headers=headers)
+        await self._visited(scope, receive, send, lambda _: fault)
+
+    async def _visited(
+        self, scope: Message, receive: Any, send: Any, fault_of: Callable[[Message], ApiError | None]
+    ) -> None:
+        headers: Headers = scope["headers"]
+        client = scope.get("client")
+        visit = Visit(client[0] if client else "", scope["method"], headers)
+        given = _values(headers, b"x-request-id")
+        if given and _REQUEST_ID.fullmatch(given[0]):
+            visit.request_id = given[0].decode()
+        scope.setdefault("state", {})["visit"] = visit
+        cors = self._cors(headers)
+        added = [(b"x-request-id", visit.request_id.encode()), *SAFE_HEADERS, *cors]
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                visit.status = message["status"]
                 message["headers"] = [*message["headers"], *added]
             await send(message)
 
-        error = _version_fault(scope) or self._fault(headers) or _path_fault(scope)
-        if error is not None:
-            await _send_error(send_with_headers, error, scope["path"])
-        elif scope["method"] == "OPTIONS" and len(added) > len(_SAFE_HEADERS) + 1:
-            await send_with_headers({"type": "http.response.start", "status": 204, "headers": []})
-            await send_with_headers({"type": "http.response.body", "body": b""})
-        else:
-            await self.application(scope, receive, send_with_headers)
+        try:
+            fault = fault_of(scope)
+            if fault is not None:
+                await _refuse(send_with_headers, fault, visit, scope["path"])
+            elif scope["method"] == "OPTIONS" and cors:
+                await send_with_headers({"type": "http.response.start", "status": 204, "headers": []})
+                await send_with_headers({"type": "http.response.body", "body": b""})
+            else:
+                await self.application(scope, receive, send_with_headers)
+        except Exception:
+            _log.exception("request %s failed", visit.request_id)
+            if not visit.status:
+                await _refuse(send_with_headers, ApiError.internal(), visit, scope["path"])
+        finally:
+            if not visit.is_booked:
+                self._book(visit, scope)
 
-    def _fault(self, headers: list[tuple[bytes, bytes]]) -> ApiError | None:
-        limits = self.limits
+    def _book(self, visit: Visit, scope: Message) -> None:
+        if "forced" in scope["state"]:  # what the connection has answered by itself
+            scope["state"]["forced"].overrule(visit)
+        elif not visit.status:
+            visit.status, visit.error_code = NO_ANSWER, "client_disconnected"
+        self.server.book_visit(visit)
+
+    def _fault(self, scope: Message) -> ApiError | None:
+        headers = scope["headers"]
+        return (
+            _version_fault(scope)
+            or self._header_fault(headers)
+            or self._host_fault(scope)
+            or _path_fault(scope)
+            or self._origin_fault(scope)
+        )
+
+    def _header_fault(self, headers: Headers) -> ApiError | None:
+        limits: Limits = self.server.limits
         if len(headers) > limits.max_headers or sum(len(n) + len(v) for n, v in headers) > limits.max_header_bytes:
             return ApiError(431, "the headers are too large", code="headers_too_large", headers={"Connection": "close"})
-        names = [name for name, _ in headers]
-        lengths = [value for name, value in headers if name == b"content-length"]
-        if b"transfer-encoding" in names and lengths:
+        lengths = _values(headers, b"content-length")
+        if lengths and _values(headers, b"transfer-encoding"):
             return _smuggled("Content-Length and Transfer-Encoding exclude each other")
-        if len(lengths) > 1 or names.count(b"host") > 1:
+        if len(lengths) > 1 or len(_values(headers, b"host")) > 1:
             return _smuggled("more than one Content-Length or Host")
-        if b"content-encoding" in names:
+        if _values(headers, b"content-encoding"):
             return ApiError(415, "compressed bodies are not accepted", code="unsupported_media_type")
         return None
 
-    def _cors(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        origin = next((value for name, value in headers if name == b"origin"), None)
-        if origin is None or origin.decode("latin-1") not in self.origins:
+    def _host_fault(self, scope: Message) -> ApiError | None:
+        """Also of a target that names a host itself, which is then taken for the path behind it."""
+        names = _values(scope["headers"], b"host")
+        if not names and scope["http_version"] == "1.0":
+            return None  # older than Host, and than every browser
+        asked = [name.decode("latin-1") for name in names]
+        target = _ABSOLUTE.fullmatch(scope.get("raw_path", b"").decode("latin-1"))
+        if target is not None:
+            asked.append(target["host"])
+            scope["path"] = scope["path"].partition("://")[2].partition("/")[2]
+            scope["path"], scope["raw_path"] = f"/{scope['path']}", (target["path"] or "/").encode("latin-1")
+        for text in asked or [""]:
+            host = parse_host(text)
+            if host is None:
+                return _smuggled("no Host, or one that cannot be read")
+            if not self.hosts.allows(host, needs_key=not self.server.keys.is_open):
+                return ApiError(
+                    421, "this server has another name; --allowed-hosts gives it more", code="host_not_allowed",
+                    headers={"Connection": "close"},
+                )  # fmt: skip
+        return None
+
+    def _origin_fault(self, scope: Message) -> ApiError | None:
+        """Of a page from elsewhere, as browsers tell by Origin, or by Sec-Fetch-Site alone."""
+        headers = scope["headers"]
+        origins, sites = _values(headers, b"origin"), _values(headers, b"sec-fetch-site")
+        if origins:
+            is_foreign = len(origins) > 1 or not self._may_call(origins[0].decode("latin-1"), headers)
+        else:
+            # A link leads here from anywhere; it reads nothing and changes nothing.
+            is_link = scope["method"] in ("GET", "HEAD") and _values(headers, b"sec-fetch-mode") == [b"navigate"]
+            is_foreign = not is_link and any(site in (b"cross-site", b"same-site") for site in sites)
+        if not is_foreign:
+            return None
+        return ApiError(
+            403, "pages of other origins may not call; --allowed-origins lets them", code="origin_not_allowed"
+        )
+
+    def _may_call(self, origin: str, headers: Headers) -> bool:
+        hosts = _values(headers, b"host")
+        host: Host | None = parse_host(hosts[0].decode("latin-1")) if hosts else None
+        return origin in self.server.origins or (host is not None and same_origin(origin.lower(), host))
+
+    def _cors(self, headers: Headers) -> Headers:
+        origins = _values(headers, b"origin")
+        if len(origins) != 1 or origins[0].decode("latin-1") not in self.server.origins:
             return []
         return [
-            (b"access-control-allow-origin", origin),
+            (b"access-control-allow-origin", origins[0]),
             (b"vary", b"Origin"),
             (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
-            (
-                b"access-control-allow-headers",
-                b"authorization, content-type, x-api-key, anthropic-version, x-request-id",
-            ),
+            (b"access-control-allow-headers", _asked_headers(headers)),
             (b"access-control-expose-headers", b"x-request-id, retry-after"),
         ]
 
 
-def _asked_headers(headers: list[tuple[bytes, bytes]]) -> bytes:
+def _values(headers: Headers, wanted: bytes) -> list[bytes]:
+    return [value for name, value in headers if name == wanted]
+
+
+def _asked_headers(headers: Headers) -> bytes:
     """What the page wants to send: the libraries of clients have headers of their own."""
-    asked = next((value for name, value in headers if name == b"access-control-request-headers"), b"")
-    return asked if _HEADER_NAMES.fullmatch(asked) else b"authorization, content-type, x-api-key"
+    asked = _values(headers, b"access-control-request-headers")
+    if len(asked) == 1 and _HEADER_NAMES.fullmatch(asked[0]):
+        return asked[0]
+    return b"authorization, content-type, x-api-key, anthropic-version, x-request-id"
 
 
 def _version_fault(scope: Message) -> ApiError | None:
@@ -114,12 +210,8 @@ def _path_fault(scope: Message) -> ApiError | None:
     return None
 
 
-def _request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
-    given = next((value for name, value in headers if name == b"x-request-id"), b"")
-    return given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}".encode()
-
-
-async def _send_error(send: Any, error: ApiError, path: str) -> None:
+async def _refuse(send: Any, error: ApiError, visit: Visit, path: str) -> None:
+    visit.error_code = error.code
     body = error_body(error, style_of(path))
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]

@@ -20,7 +20,7 @@ from qnext.errors import UsageError
 from qnext.files import write_file
 
 SCOPES = ("inference", "tokenize", "metrics", "admin")
-USER_SCOPES = frozenset(SCOPES) - {"admin"}
+USER_SCOPES = frozenset({"inference", "tokenize"})  # nothing that tells of other keys's requests
 MAX_SECRET_BYTES = 256
 MAX_KEYS = 4096  # a look-up compares with every key
 _MAX_FILE_BYTES = 16 * 2**20
@@ -134,11 +134,13 @@ class KeyRing:
         admin: Iterable[str] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`plain` keys have every scope but admin, `admin` keys all; neither has limits. Raises UsageError."""
+        """`plain` keys may use the model, a single one without a file read metrics too; `admin` keys have all scopes.
+        Neither has limits. Raises UsageError."""
         self._store = None if file is None else KeyStore(file)
         self._clock = clock
-        self._plain = _plain_keys(plain, admin, int(clock()))
+        self._plain = _plain_keys(plain, admin, int(clock()), is_all=file is None)
         self._keys = self._load()
+        self._was_shared = len(self._keys) > 1
 
     @classmethod
     def from_plain(cls, plain: Iterable[str], admin: Iterable[str] = ()) -> KeyRing:
@@ -149,11 +151,21 @@ class KeyRing:
         return self._store is None and not self._plain
 
     @property
+    def has_one_user(self) -> bool:
+        """One key and never another, revoked ones counted: what the server does is all that key's."""
+        return len(self._keys) == 1 and not self._was_shared
+
+    @property
     def keys(self) -> tuple[Key, ...]:
         return tuple(key for _, key in self._keys)
 
     def find(self, secret: str | bytes) -> Key | None:
-        """The key whose secret this is, unless it has expired or was revoked.
+        """The key whose secret this is, unless it has expired or was revoked."""
+        found = self.recognise(secret)
+        return found if found is not None and found.state(self._clock()) == "active" else None
+
+    def recognise(self, secret: str | bytes) -> Key | None:
+        """The key whose secret this is, whatever it is worth: for those who write down who came.
 
         Takes as long for a wrong secret as for a right one: the hash is compared with that of every key.
         """
@@ -164,12 +176,13 @@ class KeyRing:
         for known, key in self._keys:
             if hmac.compare_digest(known, digest):
                 found = key
-        return found if found is not None and found.state(self._clock()) == "active" else None
+        return found
 
     def reload(self) -> str | None:
         """Read the file again. A line that says what is wrong with it, where the old keys stay, or None."""
         try:
             self._keys = self._load()
+            self._was_shared = self._was_shared or len(self._keys) > 1
         except UsageError as error:
             return str(error)
         except OSError as error:
@@ -200,7 +213,7 @@ def default_path() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "qnext" / "keys.json"
 
 
-def _plain_keys(plain: Iterable[str], admin: Iterable[str], now: int) -> tuple[Key, ...]:
+def _plain_keys(plain: Iterable[str], admin: Iterable[str], now: int, *, is_all: bool) -> tuple[Key, ...]:
     # Keyed by the hash: a key that was given twice is one key, and what is given as admin is admin.
     found = {}
     for name, scopes, given in (("plain", USER_SCOPES, plain), ("admin", frozenset(SCOPES), admin)):
@@ -209,6 +222,8 @@ def _plain_keys(plain: Iterable[str], admin: Iterable[str], now: int) -> tuple[K
                 raise UsageError(f"an API key is 1 to {MAX_SECRET_BYTES} visible ASCII characters without spaces")
             digest = _digest(secret)
             found[digest] = Key(digest[:8], name, digest, now, scopes=scopes)
+    if is_all and len(found) == 1:
+        return tuple(replace(key, scopes=key.scopes | {"metrics"}) for key in found.values())
     return tuple(found.values())
 
 

@@ -10,7 +10,7 @@ import math
 import time
 from base64 import b64encode
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,15 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from qnext.server.own_work import OwnWork, own_document
+
 if TYPE_CHECKING:
     from qnext.engine import Engine, EngineMetrics, ExpertCounts
 
 BUSY_SECONDS = 0.2  # between ticks while something happens
 IDLE_SECONDS = 1.0
 MAX_VIEWERS = 32
+MAX_VIEWERS_PER_KEY = 4  # of its own requests
 _RATE_SECONDS = 2.0  # that rates are taken over: a slow model brings less than one token in a tick
 _NUM_HOT = 5
 
@@ -33,34 +36,47 @@ class TooManyViewers(Exception):
 
 
 class LiveHub:
-    """Makes each tick once, for all who look, and none while nobody does. Belongs to one event loop.
+    """Makes each tick once, for all who look at the same, and none while nobody does. Belongs to one event loop.
 
-    `describe` adds to what the engine knows of itself in `model()`: "model", "limits", "sampling", "has_chat",
-    "thinking".
+    Whoever may see everything sees the whole engine, experts included, which tell of prompts. Every other key sees its
+    own requests, as `own` has them, at times that nobody else's requests change. `describe` adds to what the engine
+    knows of itself in `model()`: "model", "limits", "sampling", "has_chat", "thinking".
     """
 
-    def __init__(self, engine: Engine, describe: Mapping[str, Any], *, max_viewers: int = MAX_VIEWERS) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        describe: Mapping[str, Any],
+        *,
+        own: Callable[[str], OwnWork] | None = None,
+        max_viewers: int = MAX_VIEWERS,
+    ) -> None:
         self._engine = engine
         self._describe = dict(describe)
+        self._own = own
         self._max_viewers = max_viewers
-        self._viewers: set[Ticks] = set()
+        self._viewers: dict[str | None, set[Ticks]] = {}  # by whose requests they see, None is everything
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
 
-    def model(self) -> bytes:
+    def model(self, *, key_id: str | None = None) -> bytes:
         """The document of GET /live/model."""
-        return orjson.dumps({**_model_document(self._engine), **self._describe})
+        view = "all" if key_id is None else "own"
+        return orjson.dumps({**_model_document(self._engine), **self._describe, "view": view})
 
     @asynccontextmanager
-    async def watch(self) -> AsyncIterator[Ticks]:
-        """Ticks as they are made, each a JSON document. Who is slow gets the newest and misses those before it.
+    async def watch(self, *, key_id: str | None = None) -> AsyncIterator[Ticks]:
+        """Ticks as they are made, each a JSON document: of everything, or of one key's requests. Who is slow gets the
+        newest and misses those before it.
 
         Raises TooManyViewers. An error in the making of a tick is raised for everyone who looks.
         """
-        if len(self._viewers) >= self._max_viewers:
-            raise TooManyViewers(f"{self._max_viewers} others look at the live view")
+        seen = self._viewers.get(key_id, set())
+        most = self._max_viewers if key_id is None else MAX_VIEWERS_PER_KEY
+        if len(seen) >= most:
+            raise TooManyViewers(f"{most} others look at the live view")
         ticks = Ticks()
-        self._viewers.add(ticks)
+        self._viewers.setdefault(key_id, seen).add(ticks)
         if self._is_closed:
             ticks.end(None)
         elif self._task is None:
@@ -68,7 +84,9 @@ class LiveHub:
         try:
             yield ticks
         finally:
-            self._viewers.discard(ticks)
+            seen.discard(ticks)
+            if not seen:
+                self._viewers.pop(key_id, None)
             if not self._viewers and self._task is not None:
                 self._task.cancel()
                 self._task = None
@@ -76,22 +94,34 @@ class LiveHub:
     def close(self) -> None:
         """End the ticks of everyone, now and from here on: the server stops."""
         self._is_closed = True
-        for viewer in self._viewers:
-            viewer.end(None)
+        self._end_all(None)
+
+    def _end_all(self, error: Exception | None) -> None:
+        for viewers in self._viewers.values():
+            for viewer in viewers:
+                viewer.end(error)
 
     async def _run(self) -> None:
-        maker = TickMaker(self._engine)
+        makers: dict[str | None, TickMaker | OwnTickMaker] = {}
         try:
             while True:
-                tick = maker.make(time.monotonic())
-                if tick is not None:
-                    for viewer in self._viewers:
-                        viewer.put(tick)
+                now = time.monotonic()
+                makers = {key_id: makers.get(key_id) or self._new_maker(key_id) for key_id in self._viewers}
+                for key_id, maker in makers.items():
+                    tick = maker.make(now)
+                    if tick is not None:
+                        for viewer in self._viewers[key_id]:
+                            viewer.put(tick)
                 await asyncio.sleep(BUSY_SECONDS)
         except Exception as error:
             self._task = None  # whoever comes next tries again
-            for viewer in self._viewers:
-                viewer.end(error)
+            self._end_all(error)
+
+    def _new_maker(self, key_id: str | None) -> TickMaker | OwnTickMaker:
+        if key_id is None:
+            return TickMaker(self._engine)
+        assert self._own is not None
+        return OwnTickMaker(self._own, key_id)
 
 
 class Ticks:
@@ -132,7 +162,7 @@ class TickMaker:
         self._last = -math.inf
         self._total_LE: NDArray[np.int64] | None = None
         self._num_steps = 0
-        self._tokens: deque[tuple[float, int, int]] = deque()  # when, written, read
+        self._rates = _Rates()
 
     def make(self, now: float) -> bytes | None:
         """The tick at `now`, in seconds of a clock that never goes back. None where nothing is new and the last tick is
@@ -147,7 +177,8 @@ class TickMaker:
             {
                 "step": metrics.num_steps,
                 "time": time.time(),
-                "rates": self._rates(metrics, now),
+                "view": "all",
+                "rates": self._rates.at(now, metrics.output_tokens, metrics.prompt_tokens_computed),
                 **_gauges(metrics),
                 "prefix": {
                     "prompt_tokens_cached": metrics.prompt_tokens_cached,
@@ -158,17 +189,6 @@ class TickMaker:
             }
         )
 
-    def _rates(self, metrics: EngineMetrics, now: float) -> dict[str, float]:
-        self._tokens.append((now, metrics.output_tokens, metrics.prompt_tokens_computed))
-        while len(self._tokens) > 2 and now - self._tokens[1][0] >= _RATE_SECONDS:
-            self._tokens.popleft()
-        start, written, read = self._tokens[0]
-        elapsed = now - start
-        return {
-            "output_tokens_per_second": (metrics.output_tokens - written) / elapsed if elapsed > 0 else 0.0,
-            "prompt_tokens_per_second": (metrics.prompt_tokens_computed - read) / elapsed if elapsed > 0 else 0.0,
-        }
-
     def _experts(self, counts: ExpertCounts | None) -> dict[str, Any]:
         if counts is None:
             return {"steps": 0, "layers": []}
@@ -178,6 +198,46 @@ class TickMaker:
         num_steps = 0 if self._total_LE is None else counts.num_steps - self._num_steps
         self._total_LE, self._num_steps = total_LE, counts.num_steps
         return {"steps": num_steps, "layers": _layers(counts.layers, now_LE, total_LE)}
+
+
+class OwnTickMaker:
+    """The ticks of one key: its own requests, and nothing that another's could change."""
+
+    def __init__(self, own: Callable[[str], OwnWork], key_id: str) -> None:
+        self._own = own
+        self._key_id = key_id
+        self._seen: dict[str, Any] | None = None
+        self._last = -math.inf
+        self._rates = _Rates()
+
+    def make(self, now: float) -> bytes | None:
+        """As `TickMaker.make`."""
+        work = self._own(self._key_id)
+        document = own_document(work)
+        if document == self._seen and now - self._last < IDLE_SECONDS - BUSY_SECONDS / 2:
+            return None
+        self._seen, self._last = document, now
+        rates = self._rates.at(now, work.totals.output_tokens, work.totals.prompt_tokens_computed)
+        return orjson.dumps({"view": "own", "time": time.time(), "rates": rates, **document})
+
+
+class _Rates:
+    """Tokens per second over the last two seconds."""
+
+    def __init__(self) -> None:
+        self._tokens: deque[tuple[float, int, int]] = deque()  # when, written, read
+
+    def at(self, now: float, written: int, read: int) -> dict[str, float]:
+        """With counters that only grow."""
+        self._tokens.append((now, written, read))
+        while len(self._tokens) > 2 and now - self._tokens[1][0] >= _RATE_SECONDS:
+            self._tokens.popleft()
+        start, first_written, first_read = self._tokens[0]
+        elapsed = now - start
+        return {
+            "output_tokens_per_second": (written - first_written) / elapsed if elapsed > 0 else 0.0,
+            "prompt_tokens_per_second": (read - first_read) / elapsed if elapsed > 0 else 0.0,
+        }
 
 
 def _layers(indices: list[int], now_LE: NDArray[np.int64], total_LE: NDArray[np.int64]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 RECENT_STEPS = 64  # as many as an engine remembers
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _OTHER = "other"
 _MAX_SERIES = 1024
 _COMPILE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
@@ -53,6 +53,7 @@ class ServerCounters:
         self.is_ready = False
         self.open_streams = 0
         self.auth_failures = 0
+        self.audit_lines_lost = 0
         self.requests = _Series(3)  # by route, method, status
         self.aborts = _Series(1)  # by phase
         self.rejections = _Series(1)  # by reason
@@ -61,7 +62,7 @@ class ServerCounters:
 
     def count_request(self, route: str | None, method: str, status: int) -> None:
         """`route` is the pattern of a route, such as "/v1/models/{id}"; None where no route was found."""
-        known = method if method in _METHODS else _OTHER
+        known = method if method in KNOWN_METHODS else _OTHER
         self.requests.add("unmatched" if route is None else route, known, str(status))
 
     def count_abort(self, phase: str) -> None:
@@ -201,6 +202,8 @@ def _server_families(counters: ServerCounters) -> Iterator[Metric]:
     yield _counters("qnext_request_aborted", text, ("phase",), counters.aborts.counts, {})
     yield _counters("qnext_rejected", "Requests refused, by reason", ("reason",), counters.rejections.counts, {})
     yield _counter("qnext_auth_failures", "Requests without a valid key", counters.auth_failures, {})
+    text = "Lines that the audit log could not keep"
+    yield _counter("qnext_audit_lines_lost", text, counters.audit_lines_lost, {})
     text = "Time to compile the grammar of a constraint"
     yield _histogram("qnext_grammar_compile_seconds", text, counters.grammar_compile, {})
     text = "How late the event loop came to a timer"

@@ -55,13 +55,14 @@ class DetokenizeBody(Body):
 
 
 async def list_models(exchange: Exchange) -> Reply:
-    served = exchange.server.served
-    return Reply.of({"object": "list", "data": [_model(exchange, name) for name in served.names]})
+    key = exchange.key
+    names = [name for name in exchange.server.served.names if key is None or key.allows_model(name)]
+    return Reply.of({"object": "list", "data": [_model(exchange, name) for name in names]})
 
 
 async def get_model(exchange: Exchange) -> Reply:
     name = exchange.path_params["model"]
-    exchange.server.served.check_name(name)
+    exchange.server.check_model(exchange, name)
     return Reply.of(_model(exchange, name))
 
 
@@ -82,7 +83,7 @@ def _model(exchange: Exchange, name: str) -> dict[str, Any]:
 async def tokenize(exchange: Exchange) -> Reply:
     body: TokenizeBody = exchange.body
     served = exchange.server.served
-    served.check_name(body.model)
+    exchange.server.check_model(exchange, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError.bad("exactly one of prompt and messages is needed", param="prompt")
     asked = body.template_request()
@@ -110,7 +111,7 @@ async def tokenize(exchange: Exchange) -> Reply:
 async def detokenize(exchange: Exchange) -> Reply:
     body: DetokenizeBody = exchange.body
     served = exchange.server.served
-    served.check_name(body.model)
+    exchange.server.check_model(exchange, body.model)
     if len(body.tokens) > 8 * served.max_model_len:
         raise ApiError.bad("more tokens than the context can hold", param="tokens", code="context_length_exceeded")
     served.check_ids(body.tokens, param="tokens")

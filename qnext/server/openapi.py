@@ -41,6 +41,8 @@ _ANTHROPIC_ERROR = {
 }
 _BODY_ERRORS = {400: "what the body asks cannot be", 408: "the body came too late", 413: "the body is too large",
                 415: "the body is not JSON"}  # fmt: skip
+_GUARD_ERRORS = {400: "not readable", 403: "a page of another origin asks", 421: "not a name of this server",
+                 431: "the headers are too large"}  # fmt: skip
 _GENERATION_ERRORS = {404: "no such model", 429: "the key's limit", 504: "the request took too long"}
 
 
@@ -74,9 +76,10 @@ def _name(model: type) -> str:
 
 def _operation(route: Route) -> dict[str, Any]:
     error = {"$ref": f"#/components/schemas/{'AnthropicError' if route.errors == 'anthropic' else 'OpenAIError'}"}
-    texts: dict[int, str] = {}
+    texts = dict(_GUARD_ERRORS)
     if route.scope != "public":
-        texts |= {401: "no valid key", 403: "the key lacks a scope", 429: "too many wrong keys"}
+        texts |= {401: "no valid key", 403: "the key lacks a scope, or a page of another origin asks",
+                  429: "too many wrong keys, or the key's limit"}  # fmt: skip
     if route.body is not None:
         texts |= _BODY_ERRORS
     if route.limit == "generation":

@@ -37,19 +37,20 @@ async def health_live(exchange: Exchange) -> Reply:
 
 
 async def health_ready(exchange: Exchange) -> Reply:
-    """Loaded, not draining, and nothing else: where the server is told so, it answers without a key."""
+    """Loaded and not draining; what is lost meanwhile stands beside it. Where the server is told so, it answers without
+    a key."""
     server = exchange.server
     if server.is_ready:
-        return Reply.of({"status": "ready"})
+        return Reply.of({"status": "ready"} | ({"degraded": server.losses} if server.losses else {}))
     retry = {"Retry-After": str(server.limits.retry_seconds)}
     return Reply.of({"status": server.fault or server.state}, status=503, headers=retry)
 
 
 async def health(exchange: Exchange) -> Reply:
-    """As other servers have it: 200 and nothing where requests are answered."""
+    """As other servers have it: 200 where requests are answered, and nothing, or a line for each loss."""
     server = exchange.server
     if server.is_ready:
-        return Reply(b"", content_type="text/plain")
+        return Reply("".join(f"degraded: {loss}\n" for loss in server.losses).encode(), content_type="text/plain")
     retry = {"Retry-After": str(server.limits.retry_seconds)}
     return Reply(b"", status=503, content_type="text/plain", headers=retry)
 
@@ -59,16 +60,21 @@ async def metrics(exchange: Exchange) -> Reply:
 
 
 async def live_model(exchange: Exchange) -> Reply:
-    return Reply(exchange.server.live.model())
+    return Reply(exchange.server.live.model(key_id=_own_key(exchange)))
 
 
 async def live_stream(exchange: Exchange) -> EventStream:
     return EventStream(_ticks(exchange))
 
 
+def _own_key(exchange: Exchange) -> str | None:
+    """Whose requests alone may be seen; None where it is everything."""
+    return None if exchange.server.sees_all(exchange.key) else exchange.owner
+
+
 async def _ticks(exchange: Exchange) -> AsyncGenerator[bytes, None]:
     try:
-        async with exchange.server.live.watch() as ticks:
+        async with exchange.server.live.watch(key_id=_own_key(exchange)) as ticks:
             async for tick in ticks:
                 yield b"data: " + tick + b"\n\n"
     except TooManyViewers:

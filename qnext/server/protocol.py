@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qnext.server.errors import ApiError, error_body
+from qnext.server.guard import SAFE_HEADERS
 from qnext.server.limits import Limits
+from qnext.server.visit import NO_ANSWER, Visit
+
+if TYPE_CHECKING:
+    from qnext.server.app import Server
 
 _LINGER_SECONDS = 2.0  # for the rest of a body that nobody reads, so that its sender sees the answer
 _MAX_AHEAD = 64 << 10  # bytes of further requests while one is answered
@@ -21,10 +27,15 @@ _LEAST_WRITTEN = 4 << 10  # bytes that a client must take in `write_seconds`
 class _Connection(h11.Connection):
     """Refuses a body in crumbs: each would cost a thousand times the work of its byte."""
 
+    is_too_long = False  # the head that it could not read
     _num_pieces = _num_bytes = 0
 
     def next_event(self) -> Any:
-        event = super().next_event()
+        try:
+            event = super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.is_too_long = error.error_status_hint == 431
+            raise
         if isinstance(event, h11.Request):
             self._num_pieces = self._num_bytes = 0
         elif isinstance(event, h11.Data):
@@ -38,10 +49,14 @@ class _Connection(h11.Connection):
 class PatientProtocol(H11Protocol):
     """HTTP/1.1 that ends connections whose client is too slow: to send headers, or to read an answer.
 
-    What is not HTTP gets an answer in the form of all errors; so does a connection above `max_connections`.
+    What is not HTTP gets an answer in the form of all errors; so does a connection above `max_connections`. `book` is
+    told of requests that never became one for the application.
     """
 
     limits = Limits()
+    conn: _Connection
+    book: Callable[[Visit], None]
+    _is_booked = False  # what came is no request, or no whole one
     _header_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
@@ -51,13 +66,14 @@ class PatientProtocol(H11Protocol):
         self.conn = _Connection(h11.SERVER, self.limits.max_header_bytes)
         transport.set_write_buffer_limits(high=0)  # so that we hear of every byte that waits for its reader
         if len(self.connections) > self.limits.max_connections:
-            self.app = _full
+            self.app = self.app.refuse_full
         self._header_timer = self.loop.call_later(self.limits.header_seconds, self._close_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._header_timer, self._write_timer, self._linger_timer):
             if timer is not None:
                 timer.cancel()
+        self._book_unfinished("client_disconnected")
         super().connection_lost(exc)
 
     # ---- what comes ----
@@ -76,14 +92,38 @@ class PatientProtocol(H11Protocol):
                 self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
+        is_first = self.conn.our_state is h11.IDLE  # no request has begun
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        body = error_body(ApiError.bad("this is not HTTP/1.1", code="invalid_request"), "openai")
-        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
-        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+        error = ApiError(400, "this is not HTTP/1.1", code="invalid_request")
+        if self.conn.is_too_long:
+            error = ApiError(431, "the headers are too large", code="headers_too_large")
+        visit = self._visit(error.status, error.code)
+        if not is_first and "visit" in self.cycle.scope["state"]:
+            visit.request_id = self.cycle.scope["state"]["visit"].request_id
+        body = error_body(error, "openai")
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers += [(b"connection", b"close"), (b"x-request-id", visit.request_id.encode()), *SAFE_HEADERS]
+        for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
         self.transport.close()
+        self._is_booked = True
+        if is_first:
+            self.book(visit)
+        else:  # its body was wrong: whoever has the request books it
+            self.cycle.scope["state"]["forced"] = visit
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
+    def _visit(self, status: int, code: str | None) -> Visit:
+        return Visit(self.client[0] if self.client else "", status=status, error_code=code)
+
+    def _book_unfinished(self, code: str) -> None:
+        """Of a request whose head never came whole."""
+        if not self._is_booked and self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+            self._is_booked = True
+            self.book(self._visit(NO_ANSWER, code))
 
     def _disarm_header(self) -> None:
         if self._header_timer is not None:
@@ -93,6 +133,7 @@ class PatientProtocol(H11Protocol):
     def _close_late(self) -> None:
         self._header_timer = None
         if not self.transport.is_closing() and self.conn.their_state is h11.IDLE:
+            self._book_unfinished("client_too_slow")
             self.transport.close()
 
     # ---- what goes ----
@@ -124,21 +165,13 @@ class PatientProtocol(H11Protocol):
     def _check_reader(self, left: int) -> None:
         self._write_timer = None
         if self.transport.get_write_buffer_size() > left - _LEAST_WRITTEN:
+            if not self.cycle.response_complete and "visit" in self.cycle.scope["state"]:
+                self.cycle.scope["state"]["visit"].error_code = "client_too_slow"
             self.transport.abort()
         else:
             self._await_reader()
 
 
-def protocol_of(limits: Limits) -> type[PatientProtocol]:
-    """The protocol with these limits, as uvicorn takes it."""
-    return type("Protocol", (PatientProtocol,), {"limits": limits})
-
-
-async def _full(scope: Any, receive: Any, send: Any) -> None:
-    error = ApiError.busy("too many connections", retry_after=5.0)
-    body = error_body(error, "openai")
-    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-    headers |= {name.lower(): value for name, value in error.headers.items()}
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+def protocol_of(server: Server) -> type[PatientProtocol]:
+    """The protocol with a server's limits, as uvicorn takes it."""
+    return type("Protocol", (PatientProtocol,), {"limits": server.limits, "book": staticmethod(server.book_visit)})

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Scope = Literal["public", "any", "inference", "tokenize", "metrics", "admin"]
 # What bounds it: queue, rates and deadlines of generation; a small bounded amount of work; answers from memory.
 LimitClass = Literal["generation", "light", "probe", "static"]
-# What the audit log says: a line with token counts; a line; nothing.
-AuditClass = Literal["request", "access", "none"]
+# What the audit log says: a line with token counts; a line; a line where it is refused.
+AuditClass = Literal["request", "access", "refusals"]
 
 
 @dataclass(frozen=True)

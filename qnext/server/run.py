@@ -117,14 +117,16 @@ def serving(server_of: Callable[[], Server], load: Load, listen: Listen) -> Iter
     try:
         yield ready
     finally:
-        loops[0].call_soon_threadsafe(ready[0].request_stop)
+        with contextlib.suppress(RuntimeError):  # it has stopped by itself
+            loops[0].call_soon_threadsafe(ready[0].request_stop)
         thread.join()
 
 
 async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) -> None:
     sockets = [_socket(listen)]
     routes = public_routes(with_page=server.with_page, open_readiness=server.open_readiness)
-    listeners = [listener(make_application(server, routes), server, listen)]
+    bound = listen.host if listen.uds is None else None
+    listeners = [listener(make_application(server, routes, bound=bound), server, listen)]
     if listen.admin_port is not None:
         sockets.append(_socket(Listen("127.0.0.1", listen.admin_port)))
         listeners.append(listener(make_application(server, ADMIN_ROUTES), server, Listen()))
@@ -163,7 +165,7 @@ async def _loaded(server: Server, load: Load) -> tuple[Engine, ServedModel]:
 def listener(application: Any, server: Server, listen: Listen) -> uvicorn.Server:
     """uvicorn for one application, to be given its socket."""
     config = uvicorn.Config(
-        application, http=protocol_of(server.limits), ws="none", loop="asyncio", lifespan="off", interface="asgi3",
+        application, http=protocol_of(server), ws="none", loop="asyncio", lifespan="off", interface="asgi3",
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS, backlog=_BACKLOG, timeout_graceful_shutdown=3,
         ssl_certfile=listen.certificate, ssl_keyfile=listen.certificate_key,

@@ -29,6 +29,7 @@ def sampling_params(
     num_prompt: int,
     max_tokens: int | None,
     default_max_tokens: int | None = None,
+    max_context: int | None = None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     param: str = "messages",
@@ -36,12 +37,15 @@ def sampling_params(
     """What the request says, else the model's defaults, else OpenAI's. Raises ApiError 400, naming the field.
 
     A `max_tokens` beyond the context means as many as fit: clients send large ones for any model. A prompt that
-    leaves no room for one token is refused, with both numbers.
+    leaves no room for one token is refused, with both numbers. `max_context` is what a key may use of the context, for
+    prompt and answer together; a `max_tokens` beyond that is refused.
     """
     _refuse_foreign(body)
     room = served.max_model_len - num_prompt
     if room < 1:
         raise ApiError.too_long(num_prompt, served.max_model_len - 1, param=param)
+    if max_context is not None:
+        room = min(room, _room_of_key(max_context, num_prompt, max_tokens, param))
     if prompt_logprobs is not None and num_prompt > MAX_PROMPT_LOGPROB_TOKENS:
         raise ApiError.bad(
             f"log-probabilities are given for prompts of at most {MAX_PROMPT_LOGPROB_TOKENS} tokens", param="logprobs"
@@ -82,6 +86,23 @@ def sampling_params(
     except QnextError as error:
         raise from_user_error(error) from None
     return params
+
+
+def _room_of_key(max_context: int, num_prompt: int, max_tokens: int | None, param: str) -> int:
+    """Tokens that are left for the answer. Raises ApiError 400 where there are none, or fewer than asked for."""
+    room = max_context - num_prompt
+    if room < 1:
+        raise ApiError.bad(
+            f"prompt is too long: {num_prompt} tokens > {max_context - 1} maximum of this key",
+            param=param, code="context_length_exceeded",
+        )  # fmt: skip
+    if max_tokens is not None and max_tokens > room:
+        raise ApiError.bad(
+            f"this key may use {max_context} tokens for prompt and answer: max_tokens must be at most {room} here, not "
+            f"{max_tokens}",
+            param="max_tokens",
+        )
+    return room
 
 
 def stop_strings(body: SamplingBody) -> tuple[str, ...]:

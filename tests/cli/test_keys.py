@@ -89,7 +89,7 @@ def test_list_and_show(capsys: Capture, file: Path) -> None:
     assert listed.code == 0 and listed.err == ""
     rows = [line.split() for line in listed.out.splitlines()]
     assert rows[0][:4] == ["id", "name", "state", "expires"]
-    assert rows[1] == [first, "made", "active", "2999-01-31", "00:00Z", "inference,metrics,tokenize", "all", *"----"]
+    assert rows[1] == [first, "made", "active", "2999-01-31", "00:00Z", "inference,tokenize", "all", *"----"]
     assert rows[2] == [second, "made", "revoked", "never", "metrics", "all", "-", "-", "5", "-"]
     values = json.loads(run(capsys, "keys", "list", "--file", file, "--json").out)
     assert [row["id"] for row in values] == [first, second] and "digest" not in values[0]

@@ -18,6 +18,7 @@ import yaml
 from qnext import __version__
 from qnext.cli import VERBS, click_command
 from qnext.cli._config_file import read_flags
+from qnext.server.hosts import AllowedHosts, parse_host
 from qnext.server.limits import Limits
 from qnext.server.table import public_routes
 from tests.docs.snippets import ROOT
@@ -41,6 +42,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "keys": _KEYS,
         "serve": {"log-format": "text", "max-num-seqs": 4, "max-body-bytes": 12345678, "ui": False,
                   "allowed-origins": ["https://a", "https://b"], "speculative-config": {"num_speculative_tokens": 2}},
+        "allowedHosts": ["llm.example.org", "*.team.example"],
         "diskCache": {"enabled": True, "gibibytes": 64},
         "audit": {"enabled": True, "chain": True},
         "serviceMonitor": {"enabled": True, "labels": {"release": "p"}, "keySecret": {"name": "metrics-key"}},
@@ -168,6 +170,13 @@ def test_flags_exist_and_have_values_that_the_program_takes(case: str, tmp_path:
     assert given["host"] == "0.0.0.0" and given["port"] == 8000
     assert (given["keys"] is None) == bool(given["insecure_no_auth"]) == (case == "open")
     assert container(case)["args"] == ["serve", "/models", "--config=/etc/qnext/serve.yaml"]
+    service = manifests(case)["Service"]["metadata"]["name"]
+    hosts = AllowedHosts("0.0.0.0", given["allowed_hosts"])
+    names = [service, f"{service}.models", f"{service}.models.svc.cluster.local:8000", "10.1.2.3:8000", "localhost"]
+    names += ["llm.example.org", "a.team.example"] if case == "everything" else []
+    for name in names:
+        host = parse_host(name)
+        assert host is not None and hosts.allows(host, needs_key=case != "open"), name
     if case == "everything":
         assert given["disk_cache_bytes"] == 64 << 30 and given["max_body_bytes"] == 12345678
         assert given["ui"] is False and len(given["origins"]) == 2 and given["audit_chain"] is True

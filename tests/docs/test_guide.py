@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,6 +23,7 @@ from qnext.quant.scheme import make_policy
 from qnext.server.admin import ADMIN_ROUTES
 from qnext.server.keys import KeyRing
 from qnext.server.table import public_routes
+from qnext.server.visit import NO_ANSWER
 from qnext.text.messages import RAW_ARGUMENT
 from qnext.text.template_files import TEMPLATE_FILES
 from qnext.text.thinking import EFFORTS, KNOWN_ARGUMENTS
@@ -203,16 +206,51 @@ def test_what_is_supported_is_told_by_the_program() -> None:
     )
 
 
-def test_the_table_of_errors_has_every_code_of_the_server() -> None:
+def raised_errors() -> set[tuple[int, str]]:
+    """(status, code) of every error that the server's code makes, read from its calls; the code is "" where there is
+    none."""
+    found: set[tuple[int, str]] = set()
+    kinds = {"bad": (400, "invalid_value"), "busy": (503, "overloaded"), "too_long": (400, "context_length_exceeded")}
+    for path in sorted((ROOT / "qnext" / "server").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            values = {keyword.arg: keyword.value for keyword in call.keywords}
+            status, code = kinds.get(name, (None, ""))
+            if name in ("ApiError", "cls") and call.args:
+                values.setdefault("status", call.args[0])
+            elif status is None:
+                continue
+            statuses = constants(values["status"]) if "status" in values else {status}
+            codes = constants(values["code"]) if "code" in values else {code}
+            found |= {(one, other or "") for one in statuses for other in codes if isinstance(one, int)}
+    return found
+
+
+def constants(value: ast.expr) -> set[Any]:
+    """What an expression may be, as far as its text says."""
+    if isinstance(value, ast.IfExp):
+        return constants(value.body) | constants(value.orelse)
+    return {value.value} if isinstance(value, ast.Constant) else set()
+
+
+def test_the_table_of_errors_has_every_status_and_code_of_the_server() -> None:
     text = (GUIDE / "errors.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"^\| \d{3} \| `([a-z_]+)`", text, re.MULTILINE))
-    named |= set(re.findall(r"`(client_[a-z_]+)`", text))
+    rows = {(int(s), c) for s, c in re.findall(r"^\| (\d{3}) \| (?:`([a-z_]+)`)? ?\|", text, re.MULTILINE)}
+    raised = raised_errors()
+    assert len(raised) > 25
+    # Made of variables: routes that are not there, and what was passed on.
+    raised |= {(404, "not_found"), (405, "method_not_allowed"), (400, "missing_required_parameter")}
+    raised |= {(503, "aborted_by_admin"), (503, "draining")}
+    assert raised - rows == set()
+    assert rows - raised == set()
     source = "\n".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "qnext" / "server").rglob("*.py")))
-    codes = set(re.findall(r'\b(?:error_)?code(?:: str)?(?: \| None)? ?= ?"([a-z_]+)"', source))
-    codes |= set(re.findall(r'code="[a-z_]+" if [^"\n]+ else "([a-z_]+)"', source))
-    assert len(codes) > 20
-    assert codes - named == set()
-    assert {name for name in named if f'"{name}"' not in source} == set()
+    logged = set(re.findall(r'"(client_(?:disconnected|too_[a-z_]+))"', source))
+    assert logged == set(re.findall(r"`(client_[a-z_]+)`", text))
+    sent = set(map(int, re.findall(r'"?status(?:_code)?"?[:=] ?(\d{3})\b', source))) | {NO_ANSWER}
+    assert {204, 304, 503} <= sent
+    assert {status for status in sent if f"{status}" not in text} == set()
 
 
 def test_the_examples_of_errors_are_answers_of_the_server(server: Running) -> None:

@@ -29,7 +29,7 @@ def kept(chat_model: Path) -> Iterator[Running]:
 
 
 def metric(kept: Running, name: str) -> float:
-    text = httpx2.get(f"{kept.url}/metrics", headers=USER).text
+    text = httpx2.get(f"{kept.url}/metrics", headers=ADMIN).text
     return sum(s.value for family in text_string_to_metric_families(text) for s in family.samples if s.name == name)
 
 
@@ -76,10 +76,10 @@ def test_experts_are_counted_for_administrators_the_page_and_monitors(kept: Runn
     assert [layer["tokens"] for layer in load["layers"]] == [list(layer.tokens) for layer in expected.layers]
     assert sum(load["layers"][0]["tokens"]) == 2 * engine.metrics.step_tokens.sum, "two experts for every token"
     assert metric(kept, "qnext_generation_tokens_total") == 8
-    with httpx2.stream("GET", f"{kept.url}/live/stream", headers=USER) as stream:
+    with httpx2.stream("GET", f"{kept.url}/live/stream", headers=ADMIN) as stream:
         tick = json.loads(next(line for line in stream.iter_lines() if line).removeprefix("data: "))
     assert tick["step"] == load["num_steps"] and len(tick["experts"]["layers"]) == len(load["layers"])
-    document = httpx2.get(f"{kept.url}/live/model", headers=USER).json()
+    document = httpx2.get(f"{kept.url}/live/model", headers=ADMIN).json()
     assert document["max_model_len"] == engine.max_model_len and document["limits"]["max_n"] == 16
     assert np.isfinite(tick["experts"]["layers"][0]["entropy"])
 

@@ -40,7 +40,8 @@ def values(text: str) -> np.ndarray:
 def test_the_document_tells_what_the_model_is(engine: Engine) -> None:
     hub = LiveHub(engine, {"model": "tiny", "has_chat": True, "limits": {"n": 16}})
     assert json.loads(hub.model()) == {
-        "model": "tiny", "has_chat": True, "limits": {"n": 16}, "mtp": False, "max_model_len": engine.max_model_len,
+        "model": "tiny", "has_chat": True, "limits": {"n": 16}, "view": "all",
+        "mtp": False, "max_model_len": engine.max_model_len,
         "layers": [
             {"index": 0, "kind": "delta", "experts": 5, "top_k": 2},
             {"index": 1, "kind": "delta", "experts": 5, "top_k": 2},

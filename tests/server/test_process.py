@@ -150,6 +150,7 @@ def test_health_needs_no_key_and_a_unix_socket_works(chat_model: Path, tmp_path:
         (("--speculative-config", "{"), "must be a JSON object"),
         (("--ssl-certfile", "x.pem"), "belong together"),
         (("--api-key", " "), "must not be empty"),
+        (("--allowed-hosts", "a.example,http://b.example"), "--allowed-hosts: 'http://b.example' is no host name"),
     ],
 )
 def test_flags_that_are_refused(chat_model: Path, capsys: Capture, flags: tuple[str, ...], message: str) -> None:

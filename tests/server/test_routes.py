@@ -179,14 +179,15 @@ def right_key(kept: Kept, route: Route) -> str | None:
 
 @every_route
 def test_the_audit_log_has_what_is_declared(kept: Kept, route: Route, is_admin: bool) -> None:
-    """One line for "request" and "access", answered or refused, and none for "none"; tokens only of "request"."""
+    """One line for each, answered or refused, and for "refusals" where it is refused; tokens only of "request"."""
     if route.path in ("/live/stream", "/admin/drain"):
         pytest.skip("has no end, or is the end: its refusals are enough")
-    number = 0 if route.audit == "none" else 1
+    number = 0 if route.audit == "refusals" else 1
     answer = kept.ask(route, is_admin, right_key(kept, route))
     lines = kept.lines_of(answer, number)
     assert len(lines) == number
     refused = kept.ask(route, is_admin, None)
+    number = int(refused.status_code >= 400 or route.audit != "refusals")
     assert len(kept.lines_of(refused, number)) == number
     for line in lines:
         assert (line["route"], line["method"], line["status"]) == (route.path, route.method, answer.status_code)

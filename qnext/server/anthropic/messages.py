@@ -32,8 +32,9 @@ async def messages(exchange: Exchange) -> Reply | EventStream:
     dialogue = await _dialogue(exchange, body, stop=tuple(body.stop_sequences or ()))
     wanted = SamplingBody(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k)
     params = sampling_params(
-        wanted, served, exchange.server.limits, num_prompt=len(dialogue.prompt_ids), max_tokens=body.max_tokens
-    )
+        wanted, served, exchange.server.limits, num_prompt=len(dialogue.prompt_ids), max_tokens=body.max_tokens,
+        max_context=exchange.max_context,
+    )  # fmt: skip
     guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
     writer = MessageWriter(exchange, dialogue.new_answer(exchange))
     generating = exchange.generate(dialogue.prompt_ids, params, guide=guide)

@@ -56,6 +56,7 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
         body, served, exchange.server.limits, num_prompt=len(dialogue.prompt_ids),
         max_tokens=body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None, prompt_logprobs=body.prompt_logprobs,
+        max_context=exchange.max_context,
     )  # fmt: skip
     guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
     writer = _ChatWriter(exchange, body, offer, [dialogue.new_answer(exchange) for _ in range(params.n)])

@@ -73,7 +73,7 @@ async def completions(exchange: Exchange) -> Reply | EventStream:
         sampling_params(
             body, exchange.server.served, exchange.server.limits, num_prompt=len(ids),
             max_tokens=1 if body.max_tokens == 0 else body.max_tokens, default_max_tokens=DEFAULT_MAX_TOKENS,
-            logprobs=body.logprobs,
+            max_context=exchange.max_context, logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo and body.logprobs is not None else body.prompt_logprobs,
             param="prompt",
         )

@@ -48,6 +48,7 @@ async def _answered(exchange: Exchange, body: ResponseBody) -> Reply | EventStre
     params = sampling_params(
         SamplingBody(temperature=body.temperature, top_p=body.top_p), exchange.server.served, exchange.server.limits,
         num_prompt=len(dialogue.prompt_ids), max_tokens=body.max_output_tokens,
+        max_context=exchange.max_context,
         logprobs=(body.top_logprobs or 0) if wants_logprobs else None, param="input",
     )  # fmt: skip
     guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)

@@ -1,6 +1,6 @@
 // The live view: follows the server's ticks while somebody can see it.
 
-import { $, count } from "./dom.js";
+import { $, count, h } from "./dom.js";
 import { ApiError, stream } from "./api.js";
 import { ExpertGrid } from "./grid.js";
 import { ExpertLists } from "./expert-lists.js";
@@ -31,10 +31,14 @@ export class LiveView {
     this.#model = model;
     this.#mayAsk = true;
     this.#grid ??= new ExpertGrid($("grid"), { zoomed: (layer) => this.#zoomed(layer) });
-    this.#tiles ??= new Tiles($("tiles"), model);
+    this.#tiles = new Tiles($("tiles"), model);
     this.#lists ??= new ExpertLists((layer, expert) => this.#grid.show(layer, expert));
-    const sparse = model.layers.filter((layer) => layer.experts > 0);
-    document.querySelector(".grid-card").hidden = sparse.length === 0;
+    // What experts do tells what others ask: only some keys see it.
+    const isOwn = model.view === "own";
+    const sparse = isOwn ? [] : model.layers.filter((layer) => layer.experts > 0);
+    $("live-title").textContent = isOwn ? "Your requests" : "Experts at work";
+    $("own-note").hidden = $("own-requests").hidden = !isOwn;
+    for (const part of [document.querySelector(".grid-card"), document.querySelector("#live .segments")]) part.hidden = sparse.length === 0;
     $("expert-lists").hidden = sparse.length === 0;
     $("layer-table").hidden = sparse.length === 0;
     this.#grid.setLayers(sparse);
@@ -106,8 +110,11 @@ export class LiveView {
   #take(tick) {
     const { running, waiting } = tick.requests;
     const isBusy = running + waiting > 0;
-    this.#say(isBusy ? `Working, step ${count(tick.step)}` : `Idle after ${count(tick.step)} steps`, isBusy ? "busy" : "idle");
+    const isOwn = tick.view === "own";
+    const texts = isOwn ? ["Your requests only: working", "Your requests only: none now"] : [`Working, step ${count(tick.step)}`, `Idle after ${count(tick.step)} steps`];
+    this.#say(texts[isBusy ? 0 : 1], isBusy ? "busy" : "idle");
     this.#tiles.take(tick);
+    if (isOwn) showOwn(tick.states);
     if (!tick.experts) return;
     const layers = tick.experts.layers.map((layer) => ({ ...layer, now: bytes(layer.now), load: bytes(layer.load) }));
     this.#grid.take(layers);
@@ -135,6 +142,18 @@ export class LiveView {
       $("grid-caption").textContent = `${size} layers × ${first.experts} experts`;
     }
   }
+}
+
+const PHASES = { queue: "waits", prompt: "reads its prompt", answer: "writes its answer", done: "ends" };
+
+/** The requests of the key that looks, one line each. */
+function showOwn(states) {
+  const lines = states.map((one) => {
+    const cached = one.cached_tokens ? `, ${count(one.cached_tokens)} of them known` : "";
+    const text = `${PHASES[one.phase] ?? one.phase} · ${count(one.prompt_tokens ?? 0)} tokens read${cached} · ${count(one.output_tokens)} written`;
+    return h("li", {}, h("code", { text: one.request_id }), h("span", { text: ` ${text}` }));
+  });
+  $("own-requests").replaceChildren(...lines);
 }
 
 function bytes(text) {

@@ -79,7 +79,8 @@ export class Tiles {
 
   constructor(box, model) {
     const drafts = model.mtp ? [this.#acceptance.element] : [];
-    const tiles = [this.#speed, this.#requests, this.#prefix, this.#blockTile, this.#slotTile].map((tile) => tile.element);
+    const memory = model.view === "own" ? [] : [this.#blockTile, this.#slotTile]; // everybody's, together
+    const tiles = [this.#speed, this.#requests, this.#prefix, ...memory].map((tile) => tile.element);
     box.replaceChildren(tiles[0], ...drafts, ...tiles.slice(1));
     box.classList.toggle("without-drafts", !model.mtp);
   }
@@ -91,6 +92,7 @@ export class Tiles {
     this.#requests.set(count(tick.requests.running), "running", `${count(tick.requests.waiting)} waiting`);
     this.#takePrefix(tick.prefix);
     this.#takeDrafts(tick.drafts);
+    if (!tick.blocks) return;
     const { blocks, slots } = tick;
     // Cached prefixes may share blocks with requests: what is not cached is the requests' alone.
     const own = Math.max(0, blocks.used - blocks.cached);

@@ -31,12 +31,12 @@ class Bytes:
 
 
 def get(target: str = "/health/live", headers: str = "", version: str = "HTTP/1.1") -> bytes:
-    return f"GET {target} {version}\r\nHost: x\r\n{headers}\r\n".encode("latin-1")
+    return f"GET {target} {version}\r\nHost: localhost\r\n{headers}\r\n".encode("latin-1")
 
 
 def post(body: bytes = _VALID, headers: str = "", path: str = "/v1/completions", length: bool = True) -> bytes:
     size = f"Content-Length: {len(body)}\r\n" if length else ""
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{_AUTH}{size}{headers}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{_AUTH}{size}{headers}\r\n"
     return head.encode("latin-1") + body
 
 
@@ -54,12 +54,12 @@ REQUESTS = [
     Bytes("valid, byte by byte", tuple(bytes([byte]) for byte in post()), (200,)),
     Bytes("Expect: 100-continue", (post(headers="Expect: 100-continue\r\n"),), (100,), num_answers=2),
     Bytes("Expect: of nobody", (post(headers="Expect: 200-maybe\r\n"),), (200, 417)),
-    Bytes("Expect: 100-continue and no key", (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
-          b"Expect: 100-continue\r\n\r\n",), (401,)),
+    Bytes("Expect: 100-continue and no key", (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+          b"Content-Length: 9\r\nExpect: 100-continue\r\n\r\n",), (401,)),
     # two ideas of where the body ends
     Bytes("length and chunked", (post(b"0\r\n\r\n" + _SECOND, _TE),), closes=True),
-    Bytes("chunked and length, other order", (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked"
-          b"\r\nContent-Length: 5\r\n\r\n0\r\n\r\n" + _SECOND,), closes=True),
+    Bytes("chunked and length, other order", (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+          b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n" + _SECOND,), closes=True),
     Bytes("two lengths", (post(headers="Content-Length: 3\r\n"),), closes=True),
     Bytes("two equal lengths", (post(headers=f"Content-Length: {len(_VALID)}\r\n"),), (200, 400)),
     Bytes("a length with a comma", (post(b"{}", "Content-Length: 2, 3\r\n", length=False),), closes=True),
@@ -106,8 +106,8 @@ REQUESTS = [
     Bytes("10,000 headers", (get(headers="".join(f"a{i}:\r\n" for i in range(10_000))),), (400, 431, CLOSED),
           closes=True),
     Bytes("a header of 1 MB", (get(headers=f"X-A: {MARK * 100_000}\r\n"),), (400, 431, CLOSED), closes=True),
-    Bytes("a header of 50 MB", (b"GET / HTTP/1.1\r\nHost: x\r\nX-A: ", *[b"a" * 1_048_576] * 50), (400, 431, CLOSED),
-          closes=True, seconds=3.0, is_heavy=True),
+    Bytes("a header of 50 MB", (b"GET / HTTP/1.1\r\nHost: localhost\r\nX-A: ", *[b"a" * 1_048_576] * 50),
+          (400, 431, CLOSED), closes=True, seconds=3.0, is_heavy=True),
     Bytes("a target of 100 KB", (get("/" + "a" * 100_000),), (400, 404, 414, 431, CLOSED)),
     Bytes("a target of 3,000", (get("/" + "a" * 3_000),), (404,)),
     Bytes("a query of 60 KB", (get("/health/live?" + "a=b&" * 15_000),), (200, 431)),
@@ -120,14 +120,27 @@ REQUESTS = [
     Bytes("TLS", (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 64,), closes=True),
     Bytes("random bytes", (bytes(range(256)) * 4,), closes=True),
     Bytes("only line ends", (b"\r\n" * 5_000,), (400, CLOSED), closes=True, seconds=3.5),
-    Bytes("bare line feeds", (b"GET /health/live HTTP/1.1\nHost: x\n\n",), (200, 400)),
-    Bytes("a lower-case method", (b"get /health/live HTTP/1.1\r\nHost: x\r\n\r\n",), (400, 405)),
-    Bytes("a method of nobody", (f"{MARK} /health/live HTTP/1.1\r\nHost: x\r\n\r\n".encode(),), (400, 405)),
-    Bytes("CONNECT", (b"CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: x\r\n\r\n",), (400, 404, 405)),
-    Bytes("TRACE", (b"TRACE /v1/models HTTP/1.1\r\nHost: x\r\nX-Secret: " + MARK.encode() + b"\r\n\r\n",), (405,)),
-    Bytes("OPTIONS *", (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",), (400, 404, 405)),
-    Bytes("an absolute target", (get("http://evil.example/v1/models", _AUTH),), (404,)),
-    Bytes("an absolute target of ours", (get("http://x/health/live"),), (200, 404)),
+    Bytes("bare line feeds", (b"GET /health/live HTTP/1.1\nHost: localhost\n\n",), (200, 400)),
+    Bytes("a lower-case method", (b"get /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n",), (400, 405)),
+    Bytes("a method of nobody", (f"{MARK} /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(),), (400, 405)),
+    Bytes("CONNECT", (b"CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: localhost\r\n\r\n",), (400, 404, 405)),
+    Bytes("TRACE", (get(headers=f"X-Secret: {MARK}\r\n").replace(b"GET /health/live", b"TRACE /v1/models"),), (405,)),
+    Bytes("OPTIONS *", (b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",), (400, 404, 405)),
+    Bytes("an absolute target", (get("http://evil.example/v1/models", _AUTH),), (421,), closes=True),
+    Bytes("an absolute target of ours", (get("http://localhost:80/v1/models?a=b", _AUTH),), (200,)),
+    Bytes("an absolute target without a path", (get("http://localhost"),), (200, 404)),
+    Bytes("an absolute target with a user", (get("http://localhost@evil.example/v1/models", _AUTH),), closes=True),
+    Bytes("an absolute target and a host of another",
+          (get("http://localhost/version").replace(b"Host: localhost", b"Host: a.example"),), (421,), closes=True),
+    *(Bytes(f"host {host}", (f"GET /health/live HTTP/1.1\r\nHost: {host}\r\n\r\n".encode(),), (421,), closes=True)
+      for host in ("evil.example", "localhost.evil.example", "evil.example:8000", "127.0.0.1.nip.io", "2130706433",
+                   "0x7f000001", "127.1", "localhost..", "xn--lcalhost-6jg")),
+    *(Bytes(f"host {host}", (f"GET /health/live HTTP/1.1\r\nHost: {host}\r\n\r\n".encode(),), closes=True)
+      for host in ("", "localhost:x", "localhost:99999", "a@localhost", "localhost/", "[::1", "[::1]x", "[localhost]",
+                   "localhost, evil.example", "localhost evil.example", "http://localhost", "[fe80::1%25eth0]")),
+    *(Bytes(f"host {host}", (f"GET /health/live HTTP/1.1\r\nHost: {host}\r\n\r\n".encode(),), (200,))
+      for host in ("LOCALHOST", "localhost.", "localhost:", "localhost:1", "127.0.0.1", "127.1.2.3:80", "[::1]:8000",
+                   "[::ffff:127.0.0.1]", "10.0.0.5:8000", "[fd00::5]")),
     Bytes("a target of two slashes", (get("//v1/models", _AUTH),), (404,)),
     Bytes("a target with a fragment", (get("/health/live#x"),), (200, 400, 404)),
     Bytes("a target with a backslash", (get("/v1\\models", _AUTH),), (400, 404)),
@@ -135,7 +148,7 @@ REQUESTS = [
     Bytes("a target with a line end", (get("/page/%0d%0aSet-Cookie:x=1"),), (404,)),
     Bytes("a target with bad UTF-8", (get("/page/%ff%fe"),), (404,)),
     Bytes("a target with a bad escape", (get("/page/%zz"),), (404,)),
-    Bytes("raw bytes in a target", (b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",), (400, 404)),
+    Bytes("raw bytes in a target", (b"GET /\xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",), (400, 404)),
     *(Bytes(f"traversal {target}", (get(target),), (404,)) for target in (
         "/page/../../pyproject.toml", "/page/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "/page/..%2f..%2fguard.py",
         "/page/..%5c..%5cguard.py", "/%2e%2e/%2e%2e/etc/passwd", "/page//etc/passwd", "/page/....//....//etc/passwd",
@@ -153,7 +166,7 @@ REQUESTS = [
     Bytes("pipelined behind a completion", (post() + get(),), (200,), num_answers=2),
     Bytes("a megabyte sent ahead of an answer", (post(b'{"prompt":"Hi","max_tokens":1500,"ignore_eos":true}'), 0.02,
           *[b"x" * 65_536] * 16), (CLOSED, 200), num_answers=2, closes=True, seconds=3.0),
-    Bytes("headers that do not come", (b"GET /health/live HTTP/1.1\r\nHost: x\r\n",), (CLOSED,), closes=True,
+    Bytes("headers that do not come", (b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n",), (CLOSED,), closes=True,
           seconds=4.0),
     Bytes("nothing", (), (CLOSED,), closes=True, seconds=4.0),
     Bytes("headers that come slowly", (b"GET /health/live HTTP/1.1\r\n", *[b"X: 1\r\n", 0.2] * 8), (CLOSED,),
@@ -164,7 +177,7 @@ REQUESTS = [
           seconds=4.0),
     Bytes("a body that comes slowly", (post(b"{", "Content-Length: 500\r\n", length=False), *[b" ", 0.2] * 8), (408,),
           closes=True, seconds=5.0),
-    Bytes("a body that nobody reads and that never ends", (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+    Bytes("a body that nobody reads and that never ends", (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
           b"Content-Length: 5000\r\n\r\n", *[b" ", 0.3] * 12), (401,), closes=True, seconds=6.0),
     Bytes("half closed", (post(),), (200, CLOSED), closes=True, half_closes=True),
     Bytes("half closed in the body", (post(b"{", "Content-Length: 500\r\n", length=False),), (CLOSED, 400),

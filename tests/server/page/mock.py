@@ -51,6 +51,7 @@ class Script:
     pause: float = 0.0  # seconds between the events of an answer
     lit: dict[int, list[int]] | None = None  # experts by layer that ticks name; None: random ones while it answers
     always_busy: bool = False
+    view: str = "all"  # or "own": the key sees its own requests
     requests: list[dict[str, Any]] = field(default_factory=list)
     num_cancelled: int = 0
     num_viewers: int = 0
@@ -182,6 +183,7 @@ class LiveMock:
         ]
         return {
             "model": script.name,
+            "view": script.view,
             "layers": layers,
             "mtp": script.has_mtp,
             "max_model_len": MAX_MODEL_LEN,
@@ -208,7 +210,10 @@ class LiveMock:
         if is_busy:
             self.drafted += 10
             self.accepted += 6 + int(self.random.integers(0, 4))
+        if script.view == "own":
+            return self.own_tick(is_busy)
         return {
+            "view": "all",
             "step": self.step,
             "time": time.time(),
             "rates": {
@@ -221,6 +226,19 @@ class LiveMock:
             "prefix": {"prompt_tokens_cached": 51_200, "prompt_tokens_computed": 31_744},
             "drafts": {"drafted": self.drafted, "accepted": self.accepted},
             "experts": {"steps": 5, "layers": self.layers(is_busy)},
+        }
+
+    def own_tick(self, is_busy: bool) -> dict[str, Any]:
+        state = {"request_id": "req-mine", "route": "/v1/chat/completions", "phase": "answer", "prompt_tokens": 40}
+        return {
+            "view": "own",
+            "time": time.time(),
+            "rates": {"output_tokens_per_second": 9.0 if is_busy else 0.0, "prompt_tokens_per_second": 0.0},
+            "requests": {"running": int(is_busy), "waiting": 0},
+            "prefix": {"prompt_tokens_cached": 16, "prompt_tokens_computed": 24},
+            "drafts": {"drafted": self.drafted, "accepted": self.accepted},
+            "output_tokens": 7,
+            "states": [{**state, "cached_tokens": 16, "output_tokens": 7}] if is_busy else [],
         }
 
     def layers(self, is_busy: bool) -> list[dict[str, Any]]:

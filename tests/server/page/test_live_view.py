@@ -154,3 +154,26 @@ def test_it_lights_while_an_answer_comes(chat: Page, script: Script) -> None:
     ask(chat, "markdown", wait=False)
     expect(chat.locator("#live-status")).to_contain_text("Working")
     chat.keyboard.press("Escape")
+
+
+def test_a_key_that_sees_its_own_requests_is_told_so(open_page: OpenPage, script: Script) -> None:
+    """No experts, no memory of everybody, no complaint; another key may see it all."""
+    script.view, script.always_busy = "own", True
+    page = open_page()
+    expect(page.locator("#live-status")).to_have_text("Your requests only: working")
+    expect(page.locator("#live-title")).to_have_text("Your requests")
+    expect(page.locator("#own-note")).to_contain_text("own requests only")
+    expect(page.locator("#own-requests li")).to_have_text(
+        ["req-mine writes its answer · 40 tokens read, 16 of them known · 7 written"]
+    )
+    expect(page.locator(".tile")).to_have_count(4)
+    for part in (".grid-card", "#expert-lists", "#layer-table", "#live .segments"):
+        expect(page.locator(part)).to_be_hidden()
+    script.always_busy = False
+    expect(page.locator("#live-status")).to_have_text("Your requests only: none now")
+    script.view = "all"
+    page.reload()
+    expect(page.locator("#live-title")).to_have_text("Experts at work")
+    expect(page.locator(".tile")).to_have_count(6)
+    expect(page.locator(".grid-card")).to_be_visible()
+    expect(page.locator("#own-note")).to_be_hidden()

@@ -77,6 +77,11 @@ yes
 {{- $_ := set $flags "served-model-name" (list .Values.model.name) -}}
 {{- $_ := set $flags "shutdown-timeout" .Values.shutdownTimeoutSeconds -}}
 {{- $_ := set $flags "open-readiness" true -}}
+{{- /* The service's names. Probes and Prometheus ask by address. */ -}}
+{{- $name := include "qnext.fullname" . -}}
+{{- $inside := printf "%s.%s" $name .Release.Namespace -}}
+{{- $hosts := list $name $inside (printf "%s.svc" $inside) (printf "%s.svc.cluster.local" $inside) -}}
+{{- $_ := set $flags "allowed-hosts" (concat $hosts .Values.allowedHosts) -}}
 {{- if .Values.keys.insecureNoAuth -}}
 {{- $_ := set $flags "insecure-no-auth" true -}}
 {{- else -}}
