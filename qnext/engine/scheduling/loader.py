@@ -67,13 +67,13 @@ class Loader:
             missing = -(-len(tokens) // size) - len(known)
             prefixes.blocks.share(known)  # lest they go to make room
         if has_room(missing + num_own, 1 if prefixes.slots is None else 2):
-            blocks = [] if prefixes.blocks is None else prefixes.blocks.allocate(missing)
+            blocks = [] if prefixes.blocks is None else prefixes.blocks.allocate(missing, request.owner)
             slot = None
             if prefixes.slots is None:
-                prefixes.insert(tokens, [*known, *blocks], salt=request.salt)
+                prefixes.insert(tokens, [*known, *blocks], salt=request.salt, owner=request.owner)
             else:
-                (slot,) = prefixes.slots.allocate(1)
-                prefixes.add_checkpoint(tokens, [*known, *blocks], salt=request.salt, slot=slot)
+                (slot,) = prefixes.slots.allocate(1, request.owner)
+                prefixes.add_checkpoint(tokens, [*known, *blocks], salt=request.salt, owner=request.owner, slot=slot)
                 self.held_slots.append(slot)
             self.held_blocks += blocks
             self._loads.append(Load(fetch, len(known), tuple(blocks), slot))
