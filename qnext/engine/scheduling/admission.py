@@ -79,7 +79,13 @@ class Admission:
         if self._loader is None or (request.was_looked_up and request.fetch is None):
             return False
         tokens = request.token_range(0, request.num_tokens)
-        return self._loader.must_wait(request, tokens, limit=request.max_hit_tokens)
+        num_running = self._turns.num_running
+        return self._loader.must_wait(
+            request,
+            tokens,
+            limit=request.max_hit_tokens,
+            may_displace=lambda other: num_running(request.owner) < num_running(other.owner),
+        )
 
     def admit(self, request: Request) -> bool:
         """Lend a slot and the blocks of all known tokens, those of a cached prefix among them."""
