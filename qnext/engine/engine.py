@@ -287,6 +287,11 @@ class Engine:
             self.scheduler.abort(request)
             self._recorder.end_request(request)
 
+    def rest(self, request: Request, *, is_parked: bool) -> None:
+        """Between two steps: a parked request holds no slot until it is to go on; its answer does not change."""
+        (self.scheduler.park if is_parked else self.scheduler.resume)(request)
+        self._recorder.rest_request()
+
     def step(self) -> list[TokenEvent | EndEvent]:
         """One step of the model: the tokens that it brought; [] when idle.
 

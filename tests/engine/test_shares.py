@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 
 import pytest
 
 from qnext.engine.request import Request, SamplingParams
+from qnext.engine.scheduling.archive import Load
+from qnext.engine.scheduling.prefix_node import Tokens
 from qnext.engine.scheduling.scheduler import Scheduler
 from qnext.engine.scheduling.shares import IDLE_SECONDS, QUANTUM
-from tests.engine.test_scheduler import limits, step
+from tests.engine.test_scheduler import answer, limits, step
 
 _numbers = count(1)
 
@@ -261,3 +264,56 @@ def test_the_oldest_of_an_owner_is_first() -> None:
         order += [r for r in asked if r.output_ids and r not in order]
     assert [r for r in order if r.owner == "a"] == [r for r in asked if r.owner == "a"]
     assert "".join(r.owner for r in order) == "ababa"
+
+
+@dataclass
+class Stored:
+    """A prefix that is read in two looks, and what was asked of it."""
+
+    num_tokens: int
+    num_starts: int = 0
+    looks_left: int = 2
+    is_good: bool = True
+
+    @property
+    def is_open(self) -> bool:
+        self.looks_left -= 1
+        return self.looks_left > 0
+
+    def start(self) -> None:
+        self.num_starts += 1
+        self.looks_left = 2
+
+    def wait(self, seconds: float) -> None: ...
+
+    def write(self, load: Load) -> None: ...
+
+
+class Shelf:
+    """An archive that has all of every prompt but its last token."""
+
+    chunk_tokens = 16
+    saves_at_once = False
+
+    def find(self, tokens: Tokens, *, salt: str, above: int, limit: int) -> Stored | None:
+        return Stored(limit) if limit > above else None
+
+
+def test_a_prefix_that_came_for_one_owner_keeps_no_other_owner_waiting() -> None:
+    """It is there, but its request finds no room; another owner's prefix is read in the meantime."""
+    scheduler = Scheduler(
+        limits(max_num_seqs=8, num_slots=40, num_blocks=100, has_prefix_cache=True, chunk_size=1, max_draft_tokens=0),
+        Shelf(),
+    )
+    first = [ask(scheduler, "a", 700, 300) for _ in range(3)]
+    for _ in range(12):
+        if (plan := scheduler.plan()) is not None:
+            scheduler.commit(answer(plan))
+    assert first[1].output_ids and first[2].fetch is not None and first[2].fetch.is_good
+    other = ask(scheduler, "b", 200, 2)
+    for _ in range(8):
+        if (plan := scheduler.plan()) is not None:
+            scheduler.commit(answer(plan))
+        scheduler.check_integrity()
+    assert other.finish_reason is not None and other.num_reused_tokens == 199
+    assert first[0].finish_reason is None

@@ -11,8 +11,10 @@ what is above its share goes back to the queue and out of the cache (`shares.py`
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import NamedTuple
 
 from qnext.engine.request import FinishReason, Request, RequestStatus
 from qnext.engine.scheduling.admission import Admission
@@ -26,6 +28,16 @@ from qnext.engine.scheduling.shares import Shares
 from qnext.engine.scheduling.turns import Turns
 from qnext.engine.step import Limits, SequencePlan, StepPlan, StepResult, TokenEvent
 from qnext.errors import DoesNotFit
+
+
+class OwnerGauges(NamedTuple):
+    """Requests of one owner, and what they and its cached prefixes hold."""
+
+    num_running: int
+    num_waiting: int
+    num_parked: int
+    num_blocks: int
+    num_slots: int
 
 
 class Scheduler:
@@ -83,6 +95,16 @@ class Scheduler:
 
     def num_waiting_of(self, owner: str) -> int:
         return len(self._turns.waiting_of(owner))
+
+    def by_owner(self) -> dict[str, OwnerGauges]:
+        """What each owner that has or wants anything holds by now. Any thread may ask."""
+        running, waiting = dict(self._turns.seats.held), self._turns.num_waiting_by_owner()
+        blocks, slots = dict(self.blocks.holdings.held), dict(self.slots.holdings.held)
+        parked = Counter(request.owner for request in list(self._parked))
+        return {
+            owner: OwnerGauges(*(counts.get(owner, 0) for counts in (running, waiting, parked, blocks, slots)))
+            for owner in sorted({*running, *waiting, *parked, *blocks, *slots})
+        }
 
     @property
     def decoding(self) -> list[Request]:

@@ -43,6 +43,10 @@ class Turns:
     def waiting_of(self, owner: str) -> deque[Request]:
         return self._waiting.get(owner, deque())
 
+    def num_waiting_by_owner(self) -> dict[str, int]:
+        """Any thread may ask."""
+        return {owner: len(queue) for owner, queue in list(self._waiting.items())}
+
     def append(self, request: Request) -> None:
         self._queue_of(request.owner).append(request)
         self._note(request.owner, 1)

@@ -199,6 +199,9 @@ class DiskStore:
         """Whether a file could not be written since the store was opened."""
         return self._counts["failed_writes"] > 0
 
+    def held_bytes(self, owner: bytes) -> int:
+        return self._owned.held.get(owner.hex(), 0)
+
     def statistics(self) -> DiskStatistics:
         with self._changed:
             counted = DiskStatistics._fields[4:]

@@ -93,6 +93,9 @@ class HostStore:
             if name in self._entries:
                 self._owned.touch(name)
 
+    def held_bytes(self, owner: bytes) -> int:
+        return self._owned.held.get(owner.hex(), 0)
+
     def clear(self) -> None:
         """Evict everything, what its owner used longest ago first."""
         for name in self._owned.in_order():

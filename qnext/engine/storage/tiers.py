@@ -112,6 +112,11 @@ class Tiers:
                     self._has_warned = True
                     _log.warning("a prefix could not be saved: %s", error)
 
+    def held_bytes(self, owner: str) -> tuple[int, int]:
+        """Of one owner, in the host's memory and on disk. Any thread may ask."""
+        digest, host, disk = _owner_digest(owner), self.host, self.disk
+        return 0 if host is None else host.held_bytes(digest), 0 if disk is None else disk.held_bytes(digest)
+
     def close(self, spills: Sequence[Spill] = ()) -> None:
         """Write what the host holds and these prefixes to disk, where there is one, and end the threads."""
         if self._is_closing:
