@@ -80,19 +80,22 @@ class Holdings:
     def __init__(self, size: int) -> None:
         self.size = size
         self.held: dict[str, int] = {}
-        self._largest: Ranking[str] = Ranking()
-        self._num_changes = 0
+        self._largest: Ranking[str] = Ranking()  # as of the last time that somebody asked
+        self._num_ranked = 0
+        self._changed: dict[str, None] = {}  # owners since then, who added something last at the end
 
     def add(self, owner: str, count: int) -> None:
+        if not count:
+            return
         held = self.held.get(owner, 0) + count
         assert held >= 0, f"{owner!r} holds {held}"
         if held:
             self.held[owner] = held
-            self._num_changes += count > 0
-            self._largest.rank(owner, (-held, self._num_changes))
-        elif count:
+        else:
             del self.held[owner]
-            self._largest.discard(owner)
+        if count > 0:
+            self._changed.pop(owner, None)
+        self._changed[owner] = None
 
     @property
     def share(self) -> int:
@@ -105,7 +108,20 @@ class Holdings:
     def largest_first(self, is_usable: Callable[[str], bool]) -> Generator[str, None, None]:
         """Owners by what they hold, the largest first, as things are when each is given out; among equals the one that
         has added nothing for longest. One that is still usable afterwards comes up again."""
-        return self._largest.least_first(is_usable)
+        self._rank_changed()
+        with closing(self._largest.least_first(is_usable)) as owners:
+            for owner in owners:
+                yield owner
+                self._rank_changed()
+
+    def _rank_changed(self) -> None:
+        for owner in self._changed:
+            self._num_ranked += 1
+            if owner in self.held:
+                self._largest.rank(owner, (-self.held[owner], self._num_ranked))
+            else:
+                self._largest.discard(owner)
+        self._changed.clear()
 
 
 class Owned(Hashable, Protocol):

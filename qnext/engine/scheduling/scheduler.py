@@ -367,6 +367,8 @@ class Scheduler:
         """Lend blocks for so many tokens. Others make room, of whoever holds most; False where the request itself
         had to."""
         missing = self._num_missing(request, num_tokens)
+        if not missing:
+            return True
         while not self._shares.make_room(missing, 0, request.owner, reach="idle"):
             victim = self._shares.yields_blocks(request, self._planned)
             is_only = victim is request and self._turns.num_running(request.owner) == 1

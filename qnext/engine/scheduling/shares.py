@@ -53,7 +53,9 @@ class Shares:
         asked for nothing for long, "all" takes any.
         """
         blocks, slots = num_blocks - self._blocks.num_free, num_slots - self._slots.num_free
-        if (blocks > 0 or slots > 0) and self._prefixes is not None:
+        if blocks <= 0 and slots <= 0:
+            return True
+        if self._prefixes is not None:
             exposed = {"share": (), "idle": self._idle_owners() if reach == "idle" else (), "all": None}[reach]
             with self._claim(owner, num_blocks, num_slots):
                 self._prefixes.evict(num_blocks=max(0, blocks), num_slots=max(0, slots), owner=owner, exposed=exposed)
