@@ -85,7 +85,7 @@ def command(
     )  # fmt: skip
     engine = speculation_of(speculation, speculative_config) | {
         "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len,
-        "prefix_cache": prefix_caching, "max_salt_fraction": 1.0 if ring.is_open else 0.5,
+        "prefix_cache": prefix_caching,
     }  # fmt: skip
     load = partial(
         load_served, open_folder(model, yarn=yarn), names=served_model_name or [name_of(model)], engine_options=engine,

@@ -63,9 +63,9 @@ class Engine:
 
     `eos_token_ids` (default: the config's) end a request unless it says ignore_eos. Keys and values are kept in
     `kv_dtype` (default: the model's; int8 has an fp32 scale per token and head), recurrent states in `state_dtype`,
-    fp32 or bf16 (docs/hybrid-cache.md tells what that changes). A salt that holds more than `max_salt_fraction` of what
-    is cached loses its own prefixes first. `count_experts` is for `expert_load`. `poison` fills
-    freed memory with NaN (for tests).
+    fp32 or bf16 (docs/hybrid-cache.md tells what that changes). Owners of requests share
+    seats, memory and steps fairly (docs/hybrid-cache.md). `count_experts` is for `expert_load`. `poison` fills freed
+    memory with NaN (for tests).
     """
 
     def __init__(
@@ -88,7 +88,6 @@ class Engine:
         host_cache_bytes: int | None = None,
         eos_token_ids: Collection[int] | None = None,
         count_experts: bool = True,
-        max_salt_fraction: float = 1.0,
         poison: bool = False,
     ) -> None:
         config = model.config
@@ -120,7 +119,6 @@ class Engine:
             has_prefix_cache=prefix_cache,
             checkpoint_interval=checkpoint_interval,
             max_draft_tokens=max_draft_tokens,
-            max_salt_fraction=max_salt_fraction,
         )
         experts = ExpertCounter(config, model.device) if count_experts and config.num_experts else None
         self.cache = Cache(
@@ -142,6 +140,7 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
+        """Whether a step has anything to do; parked requests give it nothing."""
         return self.scheduler.has_unfinished
 
     @property
@@ -184,12 +183,14 @@ class Engine:
         *,
         request_id: str | None = None,
         salt: str = "",
+        owner: str = "",
         guide: Guide | None = None,
         timeout: float | None = None,
     ) -> Request:
         """Queue a prompt; `step` brings it forward. The request ends by itself, by `abort`, or after `timeout` seconds.
 
-        Only requests of one `salt` share cached prefixes. `guide` says which tokens may be chosen, for this request
+        Only requests of one `salt` share cached prefixes; all of one `owner` count together where owners share what the
+        engine has, and a salt belongs to one owner. `guide` says which tokens may be chosen, for this request
         alone; it must come to an end, so it does not go together with ignore_eos.
 
         Raises UsageError for an empty prompt, a token outside the vocabulary, parameters that leave nothing to choose,
@@ -223,6 +224,7 @@ class Engine:
             max_tokens=output_allowance(len(prompt), params, max_model_len=self.max_model_len),
             stop_ids=stop_ids,
             salt=salt,
+            owner=owner,
             guide=guide,
             deadline=None if timeout is None else now + timeout,
             times=RequestTimes(arrived=now),
@@ -240,6 +242,7 @@ class Engine:
         *,
         request_id: str | None = None,
         salt: str = "",
+        owner: str = "",
         guide: Guide | None = None,
         timeout: float | None = None,
     ) -> list[Request]:
@@ -252,7 +255,9 @@ class Engine:
         params = params or SamplingParams()
         if params.n == 1:
             return [
-                self.add_request(prompt_ids, params, request_id=request_id, salt=salt, guide=guide, timeout=timeout)
+                self.add_request(
+                    prompt_ids, params, request_id=request_id, salt=salt, owner=owner, guide=guide, timeout=timeout
+                )
             ]
         seed = secrets.randbits(53) if params.seed is None else params.seed
         name = f"request-{self._num_added}" if request_id is None else request_id
@@ -265,7 +270,7 @@ class Engine:
                 )  # fmt: skip
                 requests.append(
                     self.add_request(
-                        prompt_ids, child, request_id=f"{name}-{index}", salt=salt,
+                        prompt_ids, child, request_id=f"{name}-{index}", salt=salt, owner=owner,
                         guide=None if guide is None else guide.copy(), timeout=timeout,
                     )
                 )  # fmt: skip
@@ -281,6 +286,11 @@ class Engine:
         if request is not None:
             self.scheduler.abort(request)
             self._recorder.end_request(request)
+
+    def rest(self, request: Request, *, is_parked: bool) -> None:
+        """Between two steps: a parked request holds no slot until it is to go on; its answer does not change."""
+        (self.scheduler.park if is_parked else self.scheduler.resume)(request)
+        self._recorder.rest_request()
 
     def step(self) -> list[TokenEvent | EndEvent]:
         """One step of the model: the tokens that it brought; [] when idle.
@@ -419,4 +429,5 @@ class Engine:
     def check_integrity(self) -> None:
         """No block or slot is lost or owned twice, and the engine knows exactly the unfinished requests."""
         self.scheduler.check_integrity()
-        assert len(self._requests) == self.scheduler.num_waiting + self.scheduler.num_running
+        scheduler = self.scheduler
+        assert len(self._requests) == scheduler.num_waiting + scheduler.num_running + scheduler.num_parked

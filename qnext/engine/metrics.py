@@ -184,6 +184,11 @@ class MetricsRecorder:
             self._count_end(request, time.monotonic())
             self._observe_scheduler()
 
+    def rest_request(self) -> None:
+        """One was parked or resumed."""
+        with self._lock:
+            self._observe_scheduler()
+
     # ---- what others ask ----
 
     def snapshot(self) -> EngineMetrics:
@@ -251,7 +256,7 @@ class MetricsRecorder:
         self._prefix = _NO_STATISTICS if prefixes is None else vars(prefixes.statistics).copy()
         self._gauges = (
             scheduler.num_running,
-            scheduler.num_waiting,
+            scheduler.num_waiting + scheduler.num_parked,
             blocks.num_used,
             blocks.size,
             0 if prefixes is None else prefixes.num_blocks,

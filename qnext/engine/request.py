@@ -65,6 +65,7 @@ class RequestTimes:
 class RequestStatus(Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    PARKED = "parked"  # neither waits nor runs until it is resumed
     FINISHED = "finished"
 
 
@@ -90,12 +91,16 @@ class Request:
     slot: int | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
     salt: str = ""  # only requests of one salt share cached prefixes
+    owner: str = ""  # for whose share of everything it counts
     guide: Guide | None = None  # says which tokens may be chosen
     deadline: float | None = None  # on the engine's clock
     failure: QnextError | None = None
     times: RequestTimes = field(default_factory=RequestTimes)
     drafts: tuple[int, ...] = ()  # tokens that may follow the last one, to be verified in the next step
     num_admissions: int = 0
+    num_turn_steps: int = 0  # since it was admitted last, that brought it further than it ever was; the scheduler's
+    num_furthest_tokens: int = 0  # the most that were ever computed; the scheduler's
+    num_passed: int = 0  # others that were admitted since it found no room; the scheduler's
     num_reused_tokens: int = 0  # whose states and keys were there when it was admitted last
     drafting: Drafting | None = None  # what its drafter knows of it; the drafter's
     num_drafted: int = 0  # tokens that were verified, and how many of them became the answer's

@@ -33,14 +33,15 @@ class Limits:
     checkpoint_interval: int = 0
     min_prefix_tokens: int = 64
     max_draft_tokens: int = 0  # of a sequence in a step
-    max_salt_fraction: float = 1.0  # a salt that holds more of the cached blocks or states loses its own first
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
             raise UsageError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
-        if not 0 < self.max_salt_fraction <= 1:
-            raise UsageError(f"max_salt_fraction must be in (0, 1], not {self.max_salt_fraction}")
         check_step_size(self.max_num_batched_tokens, max_num_seqs=self.max_num_seqs, chunk_size=self.chunk_size)
+
+    def blocks_of(self, num_tokens: int) -> int:
+        """How many blocks hold so many tokens."""
+        return 0 if self.num_blocks is None else -(-num_tokens // self.block_size)
 
 
 def check_step_size(max_num_batched_tokens: int, *, max_num_seqs: int, chunk_size: int) -> None:

@@ -23,9 +23,12 @@ async def status(exchange: Exchange) -> Reply:
         for other in server.active
         if other.route.limit == "generation"
     ]
-    gauges = None if server.state == "loading" else server.worker.engine.metrics.as_dict()["gauges"]
+    worker = None if server.state == "loading" else server.worker
+    gauges = None if worker is None else worker.engine.metrics.as_dict()["gauges"]
+    owners = {} if worker is None else worker.by_owner()
+    keys = [{"key_id": owner or None, **held} for owner, held in owners.items()]
     state = server.fault or server.state
-    return Reply.of({"state": state, "degraded": server.losses, "requests": requests, "engine": gauges})
+    return Reply.of({"state": state, "degraded": server.losses, "requests": requests, "engine": gauges, "keys": keys})
 
 
 async def experts(exchange: Exchange) -> Reply:

@@ -239,10 +239,11 @@ async def _send_start(
 
 
 async def _send(exchange: Exchange, send: Send, message: Message) -> None:
-    """A write. One that waits for its client longer than the limit is ended by the server's janitor."""
+    """A write. What it belongs to is parked by the server's janitor when the client does not read, and then ended."""
     exchange.write_began = time.monotonic()
     await send(message)
     exchange.write_began = None
+    exchange.rest(is_parked=False)
 
 
 def _exchange(server: Server, route: Route, scope: Message) -> Exchange:

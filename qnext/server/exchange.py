@@ -58,6 +58,7 @@ class Exchange:
     generations: list[Generation] = field(default_factory=list)  # that it has begun
     is_replying: bool = False
     write_began: float | None = None  # on the event loop's clock, while a write waits for the client
+    is_parked: bool = False  # its generations rest until that write is over
 
     @property
     def owner(self) -> str:
@@ -68,6 +69,13 @@ class Exchange:
     def max_context(self) -> int | None:
         """Tokens of prompt and answer that its key may use, where that is bounded."""
         return None if self.key is None else self.key.max_context
+
+    def rest(self, *, is_parked: bool) -> None:
+        """Have what this request generates give up its seats while its client does not read, or go on."""
+        if is_parked != self.is_parked:
+            self.is_parked = is_parked
+            for generation in self.generations:
+                generation.rest(is_parked=is_parked)
 
     def ignore(self, name: str) -> None:
         """Tell the client, in a header, of something that it sent and that has no effect; the log once."""

@@ -71,6 +71,7 @@ class Generation:
         self.guide = guide
         self.request_id = request_id
         self.requests: list[Request] = []  # once the engine has them
+        self.is_parked = False  # it has no seat, for nobody reads it; the worker's
         self.deadline = time.monotonic() + worker.limits.request_seconds
         self.queue_deadline = time.monotonic() + worker.limits.queue_seconds
         self.silence = Silence(worker.limits.ping_seconds)
@@ -145,6 +146,11 @@ class Generation:
         self._worker.abort(self, index)
         if not self._open:
             self._wake()
+
+    def rest(self, *, is_parked: bool) -> None:
+        """Give up the seats in the engine while nobody reads, or go on."""
+        if self._open:
+            self._worker.rest(self, is_parked=is_parked)
 
     def deliver(self, updates: Sequence[Update], failure: ApiError | None = None) -> None:
         """Called in the event loop by the worker."""

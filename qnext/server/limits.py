@@ -42,7 +42,8 @@ class Limits:
     body_seconds: float = 30.0  # and its body
     queue_seconds: float = 60.0  # until its first step
     request_seconds: float = 600.0  # until its end
-    write_seconds: float = 60.0  # a client that reads nothing
+    park_seconds: float = 2.0  # a client that reads nothing, until its request gives up its place
+    write_seconds: float = 60.0  # and until it is ended
     ping_seconds: float = 10.0  # without a byte in a stream; some clients give up after 15
     drain_seconds: float = 30.0  # for running requests when the server is told to stop
     watchdog_seconds: float = 300.0  # for one step of the model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ _LINGER_SECONDS = 2.0  # for the rest of a body that nobody reads, so that its s
 _MAX_AHEAD = 64 << 10  # bytes of further requests while one is answered
 _MAX_PIECES = 1_024  # of a body, where they are smaller than _LEAST_PIECE bytes on average
 _LEAST_PIECE = 64
+_SEND_BUFFER = 64 << 10  # bytes on their way to a client
 _LEAST_WRITTEN = 4 << 10  # bytes that a client must take in `write_seconds`
 
 
@@ -65,6 +67,8 @@ class PatientProtocol(H11Protocol):
         super().connection_made(transport)
         self.conn = _Connection(h11.SERVER, self.limits.max_header_bytes)
         transport.set_write_buffer_limits(high=0)  # so that we hear of every byte that waits for its reader
+        # The system would take megabytes for a client that reads none of them.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         if len(self.connections) > self.limits.max_connections:
             self.app = self.app.refuse_full
         self._header_timer = self.loop.call_later(self.limits.header_seconds, self._close_late)

@@ -230,7 +230,8 @@ def _handle_signals(server: Server) -> None:
 
 
 async def janitor(server: Server) -> None:
-    """Ends streams whose client reads nothing, measures the loop's lag, and ends a process whose engine hangs."""
+    """Parks streams whose client reads nothing and later ends them, measures the loop's lag, and ends a process whose
+    engine hangs."""
     num_faults = 0
     while True:
         due = time.monotonic() + _JANITOR_SECONDS
@@ -238,9 +239,12 @@ async def janitor(server: Server) -> None:
         now = time.monotonic()
         server.counters.observe_event_loop_lag(max(0.0, now - due))
         for exchange, task in list(server.tasks.items()):
-            if exchange.write_began is not None and now - exchange.write_began > server.limits.write_seconds:
+            unread = 0.0 if exchange.write_began is None else now - exchange.write_began
+            if unread > server.limits.write_seconds:
                 exchange.outcome.error_code = "client_too_slow"
                 task.cancel()
+            elif unread > server.limits.park_seconds:
+                exchange.rest(is_parked=True)
         fault = server.fault
         # A process that was stopped for long wakes up with an old heartbeat: the engine's thread gets a moment.
         num_faults = 0 if fault is None else num_faults + 1

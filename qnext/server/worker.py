@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qnext.engine.request import Request
@@ -31,8 +32,9 @@ _MAX_FAILURES = 3  # steps that fail one after another, until the engine counts 
 class EngineWorker:
     """Runs an engine in a thread of its own; requests come and tokens go through the event loop that started it.
 
-    Requests wait here, first come first served for each owner and the owners in turn, and reach the engine when it
-    could soon begin them. `is_broken` when the engine has failed in several steps one after another.
+    Requests wait here, first come first served for each owner, and reach the engine when it could soon begin them; of
+    each owner that waits it knows one at least, and shares its seats among them. `is_broken` when the engine has failed
+    in several steps one after another.
     """
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
@@ -77,6 +79,14 @@ class EngineWorker:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
+    def by_owner(self) -> dict[str, dict[str, int]]:
+        """What each owner has running and waiting in the engine and holds of its memory, and of the tiers beyond."""
+        found, tiers = {}, self.engine.tiers
+        for owner, gauges in self.engine.scheduler.by_owner().items():
+            host_bytes, disk_bytes = (0, 0) if tiers is None else tiers.held_bytes(owner)
+            found[owner] = {**gauges._asdict(), "host_bytes": host_bytes, "disk_bytes": disk_bytes}
+        return found
+
     def enqueue(self, generation: Generation) -> None:
         """Raises ApiError 503 when the queue is full, and 429 when it is the owner's part of it that is."""
         number = generation.params.n
@@ -101,6 +111,10 @@ class EngineWorker:
         with self._wake:
             self._aborts.append((generation, index))
             self._wake.notify()
+
+    def rest(self, generation: Generation, *, is_parked: bool) -> None:
+        """Let a generation give up its seats, since nobody reads what it writes, or go on."""
+        self.call(partial(self._rest, generation, is_parked))
 
     def call(self, function: Callable[[], None]) -> None:
         """Have `function` run by the thread that owns the engine, between two steps."""
@@ -157,18 +171,30 @@ class EngineWorker:
 
     def _admit(self) -> None:
         """Hand the engine what it could soon begin: of each owner in turn."""
-        scheduler = self.engine.scheduler
-        while self._waiting and scheduler.num_waiting < scheduler.limits.max_num_seqs:
-            with self._wake:
-                owner, queue = next(iter(self._waiting.items()))
-                generation = queue.popleft()
-                self._num_waiting -= generation.params.n
-                if queue:
-                    self._waiting.move_to_end(owner)
-                else:
-                    del self._waiting[owner]
+        while (generation := self._next()) is not None:
             self._begin(generation)
         self._drop_late()
+
+    def _next(self) -> Generation | None:
+        scheduler = self.engine.scheduler
+        has_room = scheduler.num_waiting < scheduler.limits.max_num_seqs
+        with self._wake:
+            owner = next((o for o in self._waiting if has_room or not scheduler.num_waiting_of(o)), None)
+            if owner is None:
+                return None
+            queue = self._waiting[owner]
+            generation = queue.popleft()
+            self._num_waiting -= generation.params.n
+            if queue:
+                self._waiting.move_to_end(owner)
+            else:
+                del self._waiting[owner]
+            return generation
+
+    def _rest(self, generation: Generation, is_parked: bool) -> None:
+        generation.is_parked = is_parked
+        for request in generation.requests:
+            self.engine.rest(request, is_parked=is_parked)
 
     def _begin(self, generation: Generation) -> None:
         now = time.monotonic()
@@ -178,7 +204,7 @@ class EngineWorker:
         try:
             generation.requests = self.engine.add_requests(
                 generation.prompt_ids, generation.params, request_id=f"{next(self._numbers)}", salt=generation.salt,
-                guide=generation.guide, timeout=max(0.0, generation.deadline - now),
+                owner=generation.owner, guide=generation.guide, timeout=max(0.0, generation.deadline - now),
             )  # fmt: skip
         except QnextError as error:
             self._fail([generation], from_user_error(error))
@@ -190,6 +216,8 @@ class EngineWorker:
         self._unstarted[id(generation)] = generation
         for index, request in enumerate(generation.requests):
             self._running[request.id] = (generation, index)
+        if generation.is_parked:
+            self._rest(generation, True)
 
     def _drop_late(self) -> None:
         """Refuse what has waited too long, here or in the engine."""

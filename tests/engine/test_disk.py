@@ -261,6 +261,64 @@ def test_a_smaller_bound_evicts_the_oldest_when_opened(tmp_path: Path) -> None:
         assert folder_bytes(tmp_path) == 2 * size
 
 
+def test_a_flood_of_one_owner_takes_nothing_within_anothers_share(tmp_path: Path) -> None:
+    """By the bytes on disk, and after a restart too: whose an entry is stands in its file, and its name does not."""
+    own = [("state", b"salt", [n, n]) for n in range(3)]
+    names = (b"alice's digest", b"mallory's digest")
+    with open_store(tmp_path, max_bytes=20_000) as store:
+        for key in own:
+            assert store.put(*key, sized(1_000), owner=names[0])
+    for start in (0, 300):
+        with open_store(tmp_path, max_bytes=20_000) as store:
+            for n in range(start, start + 300):
+                assert store.put("state", b"salt %d" % n, [n], sized(1_000), owner=names[1])
+                store.flush()
+            held = store._owned.held
+            assert held[names[0].hex()] < 10_000 < held[names[1].hex()] and sum(held.values()) <= 20_000
+            assert sum(held.values()) > 18_000, "what nobody else needs may be used"
+            assert all(store.get(*key) is not None for key in own)
+    with open_store(tmp_path, max_bytes=8_000) as store:
+        assert all(store.get(*key) is not None for key in own), "a smaller bound is shared too"
+        assert store.statistics().entry_bytes <= 8_000
+
+
+def test_an_owner_uses_all_until_another_comes_and_then_loses_what_it_used_longest_ago(tmp_path: Path) -> None:
+    with open_store(tmp_path, max_bytes=12_000) as store:
+        for n in range(8):
+            store.put("kv", b"a", [n], sized(1_000), owner=b"a")
+        store.flush()
+        assert store.get("kv", b"a", [0]) is not None
+        for n in range(8):
+            store.put("kv", b"b", [n], sized(1_000), owner=b"b")
+            store.flush()
+        left = {owner: [n for n in range(8) if store.get("kv", owner, [n])] for owner in (b"a", b"b")}
+        assert [len(numbers) for numbers in left.values()] == [4, 5]
+        assert 0 in left[b"a"] and left[b"b"] == list(range(8 - len(left[b"b"]), 8))
+        assert not store.put("kv", b"c", [1], sized(9_000), owner=b"c"), "more than a share, others within theirs"
+        assert store.statistics().num_refused == 1
+
+
+def test_a_full_queue_has_room_for_another_owner(tmp_path: Path) -> None:
+    with open_store(tmp_path, queue_bytes=20_000) as store:
+        store.put("kv", b"b", [1], sized(1_000), owner=b"b")
+        store.flush()
+        release = hold_writer(store)
+        taken = [store.put("kv", b"a", [n], sized(1_000), owner=b"a") for n in range(30)]
+        assert 5 < sum(taken) < 12 and store.put("kv", b"b", [2], sized(1_000), owner=b"b")
+        assert store.statistics().queued_bytes <= 20_000
+        release()
+        store.flush()
+        assert not store._queued_of
+
+
+def test_an_entry_of_another_version_of_the_form_is_deleted(filled: Path) -> None:
+    (path,) = entries(filled)
+    data = bytearray(path.read_bytes())
+    data[8:12] = (1).to_bytes(4, "little")
+    path.write_bytes(bytes(data))
+    check_that_nothing_is_used(filled)
+
+
 def test_the_order_of_uses_survives_a_clock_that_steps_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(range(2_000_000_000_000_000_000, 0, -1_000_000_000_000))
     monkeypatch.setattr(disk.time, "time_ns", lambda: next(times))

@@ -33,15 +33,26 @@ def make_cache(mode: str = "hybrid", *, num_blocks: int = 64, num_slots: int = 8
     )
 
 
-def keep(cache: PrefixCache, tokens: Tokens, *, salt: str = "", is_shared: bool = False) -> int:
+def make_room(cache: PrefixCache, num_blocks: int, owner: str) -> None:
+    """As a scheduler does before an owner computes so many blocks."""
+    for pool, count in ((cache.blocks, num_blocks), (cache.slots, 1)):
+        if pool is not None and count > pool.num_free:
+            pool.holdings.add(owner, count)
+            wanted = {"num_blocks" if pool is cache.blocks else "num_slots": count - pool.num_free}
+            cache.evict(owner=owner, **wanted)
+            pool.holdings.add(owner, -count)
+            assert count <= pool.num_free
+
+
+def keep(cache: PrefixCache, tokens: Tokens, *, salt: str = "", owner: str = "", is_shared: bool = False) -> int:
     """As if a request had computed just these tokens and ended; returns the slot of the checkpoint."""
-    own = cache.blocks.allocate(-(-len(tokens) // cache.block_size)) if cache.blocks else []
+    own = cache.blocks.allocate(-(-len(tokens) // cache.block_size), owner) if cache.blocks else []
     slot = -1
     if cache.slots is None:
-        cache.insert(tokens, own, salt=salt)
+        cache.insert(tokens, own, salt=salt, owner=owner)
     else:
-        (slot,) = cache.slots.allocate(1)
-        cache.add_checkpoint(tokens, own, salt=salt, slot=slot, is_shared=is_shared)
+        (slot,) = cache.slots.allocate(1, owner)
+        cache.add_checkpoint(tokens, own, salt=salt, owner=owner, slot=slot, is_shared=is_shared)
         cache.slots.free([slot])
     if cache.blocks:
         cache.blocks.free(own)
@@ -95,7 +106,6 @@ class Traffic:
             num_blocks=rng.randint(16, 50),
             num_slots=rng.randint(2, 9),
             half_life=20,
-            max_salt_fraction=1 if seed % 2 else 0.5,
         )
         self.cache.grid = rng.choice([1, 1, 2, 3, 8])
         self.blocks, self.slots = self.cache.blocks, self.cache.slots
@@ -559,40 +569,61 @@ def test_a_shared_prompt_outlives_a_flood_of_prompts_that_never_return() -> None
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("fraction", [0.5, 1.0])
-def test_who_holds_too_much_loses_its_own_first(mode: str, fraction: float) -> None:
-    """One salt has much and uses it all the time, another a little that lies cold; a third has its share."""
-    cache = make_cache(mode, num_blocks=100, num_slots=30, max_salt_fraction=fraction)
-    small = [(s, tuple(range(n, n + 12))) for s, n in (("small", 500), ("third", 600), ("third", 700))]
-    for salt, tokens in small:
-        keep(cache, tokens, salt=salt)
-    large = [tuple(range(n, n + 12)) for n in range(1000, 1500, 50)]
-    for tokens in large:
-        keep(cache, tokens, salt="large")
-        for _ in range(3):
-            use(cache, (*tokens, 1), salt="large")
-    check(cache)
-    for _ in range(7):  # down to three, as many as the others have together
-        cache.evict(num_blocks=3) if mode != "states only" else cache.evict(num_slots=1)
-        check(cache)
-    assert all(num_hit(cache, tokens, salt=salt) == 12 for salt, tokens in small) == (fraction < 1)
-    assert sum(num_hit(cache, tokens, salt="large") == 12 for tokens in large) == (3 if fraction < 1 else 6)
-    cache.evict(num_blocks=9 if mode != "states only" else 0, num_slots=3 if mode == "states only" else 0)
-    check(cache)
-    assert num_hit(cache, small[0][1], salt="small") == 0, "nobody holds too much: the coldest goes"
+def test_a_flood_of_salts_takes_nothing_within_anothers_share(mode: str) -> None:
+    """One owner uses all that there is, with a salt for each prompt. Another has a third of it and asks for nothing."""
+    cache = make_cache(mode, num_blocks=90, num_slots=30)
+    mine = [tuple(range(n, n + 12)) for n in range(0, 1000, 100)]
+    for tokens in mine:
+        keep(cache, tokens, salt="mine", owner="b")
+    for n in range(1000):
+        make_room(cache, 3, "a")
+        keep(cache, tuple(range(n, n + 12)), salt=f"salt-{n}", owner="a")
+        if n % 100 == 0:
+            check(cache)
+    assert all(num_hit(cache, tokens, salt="mine") == 12 for tokens in mine)
+    assert [num_hit(cache, tuple(range(n, n + 12)), salt=f"salt-{n}") for n in range(970, 1000)] == [0] * 10 + [12] * 20
 
 
-def test_what_is_held_of_a_greedy_salt_stays_and_others_make_room() -> None:
-    cache = make_cache(num_blocks=40, num_slots=8, max_salt_fraction=0.4)
+@pytest.mark.parametrize("mode", MODES)
+def test_one_owner_may_use_all_and_gives_half_of_it_to_the_second(mode: str) -> None:
+    cache = make_cache(mode, num_blocks=90, num_slots=30)
+    prompts = [tuple(range(n, n + 12)) for n in range(0, 6000, 100)]
+    for tokens in prompts:
+        make_room(cache, 3, "a")
+        keep(cache, tokens, salt="a", owner="a")
+    assert sum(num_hit(cache, tokens, salt="a") == 12 for tokens in prompts) == 30
+    for tokens in prompts:
+        make_room(cache, 3, "b")
+        keep(cache, tokens, salt="b", owner="b")
+    check(cache)
+    for owner in "ab":
+        assert [num_hit(cache, tokens, salt=owner) == 12 for tokens in prompts[-15:]] == [True] * 15
+        assert sum(num_hit(cache, tokens, salt=owner) == 12 for tokens in prompts) == 15
+
+
+def test_with_more_owners_than_there_are_slots_the_oldest_goes() -> None:
+    cache = make_cache("states only", num_slots=3)
+    for owner in "abcdef":
+        make_room(cache, 0, owner)
+        keep(cache, tuple(range(12)), salt=owner, owner=owner)
+    assert [num_hit(cache, tuple(range(12)), salt=owner) for owner in "abcdef"] == [0, 0, 0, 12, 12, 12]
+
+
+def test_what_is_held_of_a_greedy_owner_stays_and_nobody_within_its_share_makes_room() -> None:
+    cache = make_cache(num_blocks=10, num_slots=4)
     for n in (100, 200, 300):
-        keep(cache, tuple(range(n, n + 8)), salt="greedy")
-    keep(cache, tuple(range(8)), salt="other")
+        keep(cache, tuple(range(n, n + 8)), salt="greedy", owner="a")
+    keep(cache, tuple(range(8)), salt="other", owner="b")
     hits = [cache.acquire(tuple(range(n, n + 9)), salt="greedy", limit=8) for n in (100, 200, 300)]
-    evicted = cache.evict(num_blocks=1, num_slots=1)
+    assert cache.evict(num_blocks=3, num_slots=1, owner="a") == ([], [])
+    assert num_hit(cache, tuple(range(8)), salt="other") == 8
+    evicted = cache.evict(num_slots=1, owner="a", exposed=["c", "b"])
     assert len(evicted.slots) == 1 and num_hit(cache, tuple(range(8)), salt="other") == 0
     for hit in hits:
         cache.release(hit)
     check(cache)
+    evicted = cache.evict(num_slots=3, num_blocks=1, owner="c", exposed=None)
+    assert len(evicted.slots) == 3 and cache.num_checkpoints == 0
 
 
 def test_no_call_takes_longer_the_more_is_cached() -> None:

@@ -346,26 +346,32 @@ def random_traffic(seed: int, num_requests: int) -> None:
         has_prefix_cache=bool(seed % 3),
         checkpoint_interval=rng.choice((0, 70)),
         min_prefix_tokens=rng.choice((1, 64)),
-        max_salt_fraction=rng.choice((1.0, 0.5)),
     )
     scheduler = Scheduler(bounds)
-    recent: deque[Request] = deque(maxlen=20)
+    recent: deque[Request] = deque()
     unfinished: list[Request] = []
     reasons: Counter[str | None] = Counter()
     num_added = 0
-    while num_added < num_requests or scheduler.has_unfinished:
+    while num_added < num_requests or scheduler.has_unfinished or scheduler.num_parked:
         for _ in range(rng.randint(0, 3) if num_added < num_requests else 0):
             length, first = rng.randint(1, 20 * 16 - 30), rng.choice((0, 0, 1000, 10_000 * rng.randint(1, 99)))
             one = request(str(num_added), length, rng.randint(1, 30), stop=5, first=first)
-            one.salt = rng.choice(("", "b"))
+            one.owner = rng.choice("abb")
+            one.salt = one.owner + rng.choice(("", "2"))
             scheduler.add(one)
             recent.append(one)
+            if len(recent) > 20:
+                scheduler.resume(recent.popleft())
             unfinished.append(one)
             num_added += 1
         if recent and rng.random() < 0.15:
             scheduler.abort(rng.choice(list(recent)[-12:]))
             scheduler.check_integrity()
         for r in recent:
+            if rng.random() < 0.02:
+                scheduler.park(r)
+            if rng.random() < 0.1 or not scheduler.has_unfinished:
+                scheduler.resume(r)
             if r.output_ids and r.finish_reason is None:
                 r.drafts = tuple(rng.randint(0, 40) for _ in range(rng.randint(0, 4)))
         plan = scheduler.plan()
@@ -464,7 +470,5 @@ def test_the_pool_notices_wrong_bookkeeping() -> None:
 def test_impossible_limits_are_refused() -> None:
     with pytest.raises(UsageError, match="max_num_seqs"):
         limits(max_num_seqs=0)
-    with pytest.raises(UsageError, match="max_salt_fraction"):
-        limits(max_salt_fraction=0)
     with pytest.raises(UsageError, match="67"):
         limits(max_num_batched_tokens=66)

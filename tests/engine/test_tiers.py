@@ -310,7 +310,7 @@ def test_a_copy_that_was_to_be_made_with_the_next_step_is_kept_too(model: Causal
     with make_engine(model, tmp_path) as engine:
         engine.add_request(PROMPT, GREEDY)
         engine.step()
-        assert engine.scheduler._slot_copies
+        assert engine.scheduler._copies.of_slots
     with make_engine(model, tmp_path) as engine:
         assert answer(engine) == (alone(model, PROMPT, GREEDY, 6)[0], full_hit(engine))
 

@@ -72,13 +72,18 @@ class Running:
         return self.server.worker.engine.metrics.gauges
 
 
-def load_engine(folder: Path, *, disk_cache: Path | None = None, **engine_options: Any) -> tuple[Engine, ServedModel]:
+def load_engine(
+    folder: Path, *, disk_cache: Path | None = None, disk_cache_bytes: int = 64 << 20, **engine_options: Any
+) -> tuple[Engine, ServedModel]:
     """As `qnext serve` does, under two names."""
     options = {"max_num_seqs": 8, **engine_options}
     return load_served(
-        open_folder(str(folder)), names=[folder.name, "alias"], engine_options=options, disk_cache=disk_cache,
-        disk_cache_bytes=64 << 20,
-    )  # fmt: skip
+        open_folder(str(folder)),
+        names=[folder.name, "alias"],
+        engine_options=options,
+        disk_cache=disk_cache,
+        disk_cache_bytes=disk_cache_bytes,
+    )
 
 
 @contextmanager

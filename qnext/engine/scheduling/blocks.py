@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+
+from qnext.engine.scheduling.ranking import Holdings
 
 
 class IdPool:
@@ -66,12 +68,17 @@ class RefPool(IdPool):
     One owner is the keeper: it holds on with `keep` and lets go with `drop`, and what only the keeper holds is loose.
     `num_releases` counts what the others let go of: what there was no room for before need not be tried
     again until then, for what the keeper drops was loose and had been counted on.
+
+    Each id counts for the account that it was lent to until it comes back, whoever holds it by then: `holdings` says
+    how many each has, `loose` how many of them are loose.
     """
 
     def __init__(self, size: int, *, name: str) -> None:
         super().__init__(size, name=name)
-        self.num_loose = 0
         self.num_releases = 0
+        self.holdings = Holdings(size)
+        self.loose: dict[str, int] = {}
+        self._account: dict[int, str] = {}
         self._num_owners: dict[int, int] = {}
         self._num_kept: dict[int, int] = {}  # how often the keeper is among the owners
 
@@ -83,6 +90,20 @@ class RefPool(IdPool):
         return self._num_owners.get(index) == self._num_kept.get(index, 0)
 
     @property
+    def num_loose(self) -> int:
+        return sum(self.loose.values())
+
+    def num_in_reach(self, owner: str, exposed: Collection[str] | None) -> int:
+        """How many loose ids `take_in_turn` could give at most, with the same arguments."""
+        if exposed is None:
+            return self.num_loose
+        share, held = self.holdings.share, self.holdings.held
+        return sum(
+            num_loose if other == owner or other in exposed else min(num_loose, max(0, held[other] - share))
+            for other, num_loose in self.loose.items()
+        )
+
+    @property
     def num_kept(self) -> int:
         return len(self._num_kept)
 
@@ -90,9 +111,11 @@ class RefPool(IdPool):
         """Every id once for each share of the keeper."""
         return itertools.chain.from_iterable(itertools.repeat(index, n) for index, n in self._num_kept.items())
 
-    def allocate(self, count: int) -> list[int]:
+    def allocate(self, count: int, account: str = "") -> list[int]:
         ids = super().allocate(count)
         self._num_owners.update(dict.fromkeys(ids, 1))
+        self._account.update(dict.fromkeys(ids, account))
+        self.holdings.add(account, count)
         return ids
 
     def share(self, ids: Iterable[int]) -> None:
@@ -101,7 +124,7 @@ class RefPool(IdPool):
             assert index in self._used, f"{self.name} {index} is shared but not lent"
             num_owners = self._num_owners[index]
             if num_owners == self._num_kept.get(index):
-                self.num_loose -= 1
+                self._count_loose(index, -1)
             self._num_owners[index] = num_owners + 1
 
     def free(self, ids: Iterable[int]) -> None:
@@ -112,11 +135,10 @@ class RefPool(IdPool):
             assert self._num_owners.get(index), f"{self.name} {index} is freed but not lent"
             num_owners = self._num_owners[index] = self._num_owners[index] - 1
             if not num_owners:
-                del self._num_owners[index]
                 gone.append(index)
             elif num_owners == self._num_kept.get(index):
-                self.num_loose += 1
-        super().free(gone)
+                self._count_loose(index, 1)
+        self._take_back(gone)
 
     def keep(self, index: int) -> None:
         """The keeper is one more owner of an id that somebody holds."""
@@ -133,10 +155,26 @@ class RefPool(IdPool):
             del self._num_kept[index]
         if self._num_owners[index]:
             return False
-        self.num_loose -= was_loose
-        del self._num_owners[index]
-        super().free([index])
+        self._count_loose(index, -was_loose)
+        self._take_back([index])
         return True
+
+    def _count_loose(self, index: int, change: int) -> None:
+        account = self._account[index]
+        self.loose[account] = self.loose.get(account, 0) + change
+        if not self.loose[account]:
+            del self.loose[account]
+
+    def _take_back(self, ids: list[int]) -> None:
+        """Nobody holds these any more."""
+        counts: dict[str, int] = {}
+        for index in ids:
+            del self._num_owners[index]
+            account = self._account.pop(index)
+            counts[account] = counts.get(account, 0) + 1
+        for account, count in counts.items():
+            self.holdings.add(account, -count)
+        super().free(ids)
 
     def check_integrity(self, owned: Iterable[int]) -> None:
         """As in `IdPool`, but `owned` names an id once for each of its owners."""
@@ -144,5 +182,7 @@ class RefPool(IdPool):
         super().check_integrity(owners)
         assert owners == self._num_owners, f"{self.name}: owners are {dict(owners)}, counted are {self._num_owners}"
         assert all(0 < n <= owners[index] for index, n in self._num_kept.items()), f"{self.name}: kept by too many"
-        loose = sum(owners[index] == n for index, n in self._num_kept.items())
-        assert loose == self.num_loose, f"{self.name}: {loose} are loose, counted are {self.num_loose}"
+        loose = Counter(self._account[index] for index, n in self._num_kept.items() if owners[index] == n)
+        assert loose == self.loose, f"{self.name}: {loose} are loose, counted are {self.loose}"
+        held = Counter(self._account.values())
+        assert held == self.holdings.held, f"{self.name}: {held} are held, counted are {self.holdings.held}"

@@ -28,14 +28,23 @@ class Loader:
         self.held_blocks: list[int] = []  # the loads' targets, until they are written
         self.held_slots: list[int] = []
 
-    def must_wait(self, request: Request, tokens: Tokens, *, limit: int) -> bool:
-        """Whether a longer prefix than the cache has is on its way. The tiers are asked once for each admission."""
+    def must_wait(
+        self, request: Request, tokens: Tokens, *, limit: int, may_displace: Callable[[Request], bool]
+    ) -> bool:
+        """Whether a longer prefix than the cache has is on its way. The tiers are asked once for each admission.
+
+        A prefix that has come for another request is dropped where that has not been admitted since and
+        `may_displace` says so: it is asked for again later.
+        """
         if not request.was_looked_up:
             request.was_looked_up = True
             self._find(request, tokens, limit)
         while request.fetch is not None:
-            if self._is_busy_for_another(request):
-                return True
+            other = self._busy_for(request)
+            if other is not None:
+                if other.fetch is None or other.fetch.is_open or not may_displace(other):
+                    return True
+                other.fetch, other.was_looked_up = None, False
             if self._current is not request:
                 if self._num_cached(request, tokens, request.fetch.num_tokens) >= request.fetch.num_tokens:
                     request.fetch = None
@@ -67,13 +76,13 @@ class Loader:
             missing = -(-len(tokens) // size) - len(known)
             prefixes.blocks.share(known)  # lest they go to make room
         if has_room(missing + num_own, 1 if prefixes.slots is None else 2):
-            blocks = [] if prefixes.blocks is None else prefixes.blocks.allocate(missing)
+            blocks = [] if prefixes.blocks is None else prefixes.blocks.allocate(missing, request.owner)
             slot = None
             if prefixes.slots is None:
-                prefixes.insert(tokens, [*known, *blocks], salt=request.salt)
+                prefixes.insert(tokens, [*known, *blocks], salt=request.salt, owner=request.owner)
             else:
-                (slot,) = prefixes.slots.allocate(1)
-                prefixes.add_checkpoint(tokens, [*known, *blocks], salt=request.salt, slot=slot)
+                (slot,) = prefixes.slots.allocate(1, request.owner)
+                prefixes.add_checkpoint(tokens, [*known, *blocks], salt=request.salt, owner=request.owner, slot=slot)
                 self.held_slots.append(slot)
             self.held_blocks += blocks
             self._loads.append(Load(fetch, len(known), tuple(blocks), slot))
@@ -110,7 +119,9 @@ class Loader:
     def _num_cached(self, request: Request, tokens: Tokens, limit: int) -> int:
         return self._prefixes.lookup(tokens, salt=request.salt, limit=limit).num_tokens
 
-    def _is_busy_for_another(self, request: Request) -> bool:
+    def _busy_for(self, request: Request) -> Request | None:
+        """Another request, whose prefix is on its way or has come and is not used yet."""
         current = self._current
-        is_over = current is None or current.status is not RequestStatus.WAITING or current.fetch is None
-        return not is_over and current is not request
+        if current is None or current is request or current.status is not RequestStatus.WAITING:
+            return None
+        return None if current.fetch is None else current

@@ -11,7 +11,7 @@ What goes first when room is short stands in `prefix_trie.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,14 +103,10 @@ class PrefixCache:
         grid: int = 1,
         min_tokens: int = 64,
         half_life: int = 256,
-        max_salt_fraction: float = 1.0,
         spill_blocks: int = 0,
     ) -> None:
-        """Stops lie on multiples of `grid`; for fewer than `min_tokens` tokens nobody stops or waits.
-
-        A salt that holds more than `max_salt_fraction` of the cached blocks, or states, loses its own first. With
-        `spill_blocks`, `drain_spills` tells what was evicted: see PrefixTrie.
-        """
+        """Stops lie on multiples of `grid`; for fewer than `min_tokens` tokens nobody stops or waits. With
+        `spill_blocks`, `drain_spills` tells what was evicted: see PrefixTrie."""
         assert block_size > 0 and grid > 0 and min_tokens > 0 and half_life > 0
         assert blocks is not None or slots is not None
         self.block_size = block_size
@@ -120,10 +116,7 @@ class PrefixCache:
         self.min_tokens = min_tokens
         self.half_life = half_life
         self.statistics = PrefixStatistics()
-        self._trie = PrefixTrie(
-            block_size=block_size, blocks=blocks, slots=slots, max_salt_fraction=max_salt_fraction,
-            spill_blocks=spill_blocks,
-        )  # fmt: skip
+        self._trie = PrefixTrie(block_size=block_size, blocks=blocks, slots=slots, spill_blocks=spill_blocks)
         self._flights: dict[Flight, None] = {}  # in the order of their announcement
 
     @classmethod
@@ -137,7 +130,6 @@ class PrefixCache:
             slots=slots if limits.has_states else None,
             grid=limits.chunk_size,
             min_tokens=limits.min_prefix_tokens,
-            max_salt_fraction=limits.max_salt_fraction,
             spill_blocks=spill_tokens // limits.block_size,
         )
 
@@ -253,7 +245,7 @@ class PrefixCache:
         return max(self._trie.num_known(tokens, salt=salt), *in_flight, 0)
 
     def insert(
-        self, tokens: Tokens, blocks: Sequence[int], *, salt: str, flight: Flight | None = None
+        self, tokens: Tokens, blocks: Sequence[int], *, salt: str, owner: str = "", flight: Flight | None = None
     ) -> list[Duplicate]:
         """Share the full blocks of computed tokens. `blocks` are the request's, in order. O(len(tokens)).
 
@@ -262,7 +254,7 @@ class PrefixCache:
         end = len(tokens) if flight is None else flight.num_computed
         if self.blocks is None or end < self.block_size:
             return []
-        return self._extend(tokens, blocks, salt, end, flight)[1]
+        return self._extend(tokens, blocks, salt, owner, end, flight)[1]
 
     def add_checkpoint(
         self,
@@ -271,6 +263,7 @@ class PrefixCache:
         *,
         salt: str,
         slot: int,
+        owner: str = "",
         is_shared: bool = False,
         flight: Flight | None = None,
     ) -> list[Duplicate]:
@@ -280,7 +273,7 @@ class PrefixCache:
         """
         end = len(tokens) if flight is None else flight.num_computed
         assert end > 0
-        node, duplicates = self._extend(tokens, blocks, salt, end, flight)
+        node, duplicates = self._extend(tokens, blocks, salt, owner, end, flight)
         num_full, num_rest = divmod(end, self.block_size)
         tail_block = blocks[num_full] if num_rest and self.blocks is not None else None
         self.statistics.num_checkpoints_made += self._trie.add_checkpoint(
@@ -290,20 +283,26 @@ class PrefixCache:
         return duplicates
 
     def _extend(
-        self, tokens: Tokens, blocks: Sequence[int], salt: str, end: int, flight: Flight | None
+        self, tokens: Tokens, blocks: Sequence[int], salt: str, owner: str, end: int, flight: Flight | None
     ) -> tuple[Node, list[Duplicate]]:
         start = flight.node if flight is not None else None
-        node, duplicates = self._trie.extend(tokens, blocks, salt=salt, now=self._now, end=end, start=start)
+        node, duplicates = self._trie.extend(
+            tokens, blocks, salt=salt, owner=owner, now=self._now, end=end, start=start
+        )
         if flight is not None:
             flight.node = node
         return node, duplicates
 
-    def evict(self, *, num_blocks: int = 0, num_slots: int = 0) -> Evicted:
+    def evict(
+        self, *, num_blocks: int = 0, num_slots: int = 0, owner: str = "", exposed: Collection[str] | None = ()
+    ) -> Evicted:
         """Give back so many blocks and slots, or a few more; nothing at all where that much is surely not to be had.
 
-        It can still be less than was asked for, when blocks that nobody holds lie above some that a request holds.
+        `owner` needs the room. Whoever holds more than its share gives first, then `owner`, then those that are
+        `exposed`; None exposes all. It can still be less than was asked for, when blocks that nobody holds lie above
+        some that a request holds.
         """
-        evicted = self._trie.evict(num_blocks=num_blocks, num_slots=num_slots)
+        evicted = self._trie.evict(num_blocks=num_blocks, num_slots=num_slots, owner=owner, exposed=exposed)
         self.statistics.num_blocks_evicted += len(evicted.blocks)
         self.statistics.num_checkpoints_evicted += len(evicted.slots)
         return evicted
@@ -313,9 +312,9 @@ class PrefixCache:
         path = self._trie.walk(tokens, salt=salt, limit=len(tokens))
         return [node.block for node in path if node.block is not None]
 
-    def note_spill(self, tokens: Tokens, blocks: Sequence[int], *, salt: str, slot: int) -> None:
+    def note_spill(self, tokens: Tokens, blocks: Sequence[int], *, salt: str, owner: str, slot: int) -> None:
         """Have a prefix kept elsewhere although it is not evicted; `slot` holds the state after exactly `tokens`."""
-        self._trie.spills.append(Spill(tokens, salt, tuple(blocks), slot if self.slots is not None else None))
+        self._trie.spills.append(Spill(tokens, salt, owner, tuple(blocks), slot if self.slots is not None else None))
 
     def drain_spills(self) -> list[Spill]:
         """What is to be kept elsewhere since the last call. To be read before the next step writes anything."""

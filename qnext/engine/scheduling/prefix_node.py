@@ -17,6 +17,7 @@ MANY_WAYS = 16  # from one node on, so many that they are kept in order
 @dataclass(eq=False, slots=True)
 class Node:
     salt: str
+    owner: str
     key: Tokens
     parent: Node | None
     depth: int  # blocks from the root, this one included
@@ -81,6 +82,10 @@ class Checkpoint:
     below: dict[Checkpoint, None] = field(default_factory=dict)  # those whose `above` is this one
 
     @property
+    def owner(self) -> str:
+        return self.node.owner
+
+    @property
     def distance(self) -> int:
         return self.num_tokens - (self.above.num_tokens if self.above else 0)
 
@@ -105,6 +110,7 @@ class Spill(NamedTuple):
 
     tokens: Tokens
     salt: str
+    owner: str
     blocks: tuple[int, ...]
     slot: int | None
 
@@ -113,21 +119,20 @@ def path_to(node: Node) -> Spill:
     """All that leads to a node, without a state."""
     keys: list[Tokens] = []
     blocks: list[int] = []
-    salt, place = node.salt, node
+    place = node
     while place.parent is not None:
         keys.append(place.key)
         blocks += [] if place.block is None else [place.block]
         place = place.parent
-    return Spill(tuple(itertools.chain.from_iterable(reversed(keys))), salt, tuple(reversed(blocks)), None)
+    tokens = tuple(itertools.chain.from_iterable(reversed(keys)))
+    return Spill(tokens, node.salt, node.owner, tuple(reversed(blocks)), None)
 
 
 def spill_of(checkpoint: Checkpoint) -> Spill:
     """A checkpoint and all that leads to it."""
-    tokens, salt, blocks, _ = path_to(checkpoint.node)
-    tail_block = checkpoint.tail_block
-    return Spill(
-        tokens + checkpoint.tail, salt, blocks if tail_block is None else (*blocks, tail_block), checkpoint.slot
-    )
+    path, tail_block = path_to(checkpoint.node), checkpoint.tail_block
+    blocks = path.blocks if tail_block is None else (*path.blocks, tail_block)
+    return path._replace(tokens=path.tokens + checkpoint.tail, blocks=blocks, slot=checkpoint.slot)
 
 
 def last_on_way(node: Node, key: Tokens | None, above: Checkpoint | None) -> Checkpoint | None:

@@ -19,12 +19,14 @@ Slots are all of one size, and so are blocks, so that the bytes which are won do
 equals the oldest goes. A checkpoint that goes leaves its heat to the one above, which will now get its hits. Blocks go
 from the leaves up, and with the last checkpoint at or below them. What a request holds never goes.
 
-Where salts are bounded and one holds more than its fraction of what is cached, its own things go before all others.
+All this is said of one owner. Between owners it is who holds most that gives first, down to an equal share of the pool,
+running requests counted; then whoever needs the room gives of its own. What an owner has within its share goes only
+where it is exposed. A salt belongs to the owner that brought it first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from math import log2
 from typing import NamedTuple
 
@@ -39,7 +41,7 @@ from qnext.engine.scheduling.prefix_node import (
     path_to,
     spill_of,
 )
-from qnext.engine.scheduling.ranking import Holdings, SaltRanking
+from qnext.engine.scheduling.ranking import OwnerRankings, take_in_turn
 
 FIRST_HIT = -3.0  # log2 of what the first hit of a checkpoint counts
 
@@ -68,7 +70,6 @@ class PrefixTrie:
         block_size: int,
         blocks: RefPool | None,
         slots: RefPool | None,
-        max_salt_fraction: float = 1.0,
         spill_blocks: int = 0,
     ) -> None:
         """With `spill_blocks`, what is evicted is noted in `spills`: every checkpoint, or without states every path of
@@ -80,12 +81,10 @@ class PrefixTrie:
         self.slots = slots
         self.roots: dict[str, Node] = {}
         self.checkpoints: dict[int, Checkpoint] = {}  # by slot, oldest first
-        self.blocks_held, self.slots_held = Holdings(max_salt_fraction), Holdings(max_salt_fraction)
-        is_bounded = self.slots_held.is_bounded
         self.tops: dict[str, dict[Checkpoint, None]] = {}  # those with none above, by salt
-        self.by_benefit: SaltRanking[Checkpoint] = SaltRanking(is_bounded=is_bounded)
-        self.by_heat: SaltRanking[Checkpoint] = SaltRanking(is_bounded=is_bounded)
-        self.bare: SaltRanking[Node] = SaltRanking(is_bounded=is_bounded)  # nothing below and no checkpoint
+        self.by_benefit: OwnerRankings[Checkpoint] = OwnerRankings()
+        self.by_heat: OwnerRankings[Checkpoint] = OwnerRankings()
+        self.bare: OwnerRankings[Node] = OwnerRankings()  # nothing below and no checkpoint
         self._num_changes = 0
         self._last_walk: tuple[int, Tokens, str, list[Node]] = (-1, (), "", [])
 
@@ -132,7 +131,15 @@ class PrefixTrie:
         return start + path[-1].num_shared(tokens[start : start + self.block_size])
 
     def extend(
-        self, tokens: Tokens, blocks: Sequence[int], *, salt: str, now: float, end: int, start: Node | None = None
+        self,
+        tokens: Tokens,
+        blocks: Sequence[int],
+        *,
+        salt: str,
+        owner: str,
+        now: float,
+        end: int,
+        start: Node | None = None,
     ) -> tuple[Node, list[Duplicate]]:
         """Make the nodes of all full blocks of `tokens[:end]` that are missing; returns the last one.
 
@@ -140,7 +147,7 @@ class PrefixTrie:
         """
         assert self.blocks is None or len(blocks) * self.block_size >= end, "tokens without blocks"
         if salt not in self.roots:
-            self.roots[salt] = Node(salt, (), None, 0, None, now)
+            self.roots[salt] = Node(salt, owner, (), None, 0, None, now)
         node = start if start is not None and not start.is_gone else self.roots[salt]
         duplicates = []
         for index in range(node.depth, end // self.block_size):
@@ -154,10 +161,10 @@ class PrefixTrie:
         return node, duplicates
 
     def _add_node(self, parent: Node, key: Tokens, block: int | None, now: float) -> Node:
-        node = parent.children[key] = Node(parent.salt, key, parent, parent.depth + 1, block, now)
+        node = parent.children[key] = Node(parent.salt, parent.owner, key, parent, parent.depth + 1, block, now)
         parent.note_way(key)
-        self._share_block(parent.salt, block)
-        self.bare.discard_for(parent.salt, parent)
+        self._share_block(block)
+        self.bare.discard(parent)
         self._settle(node)
         self._num_changes += 1
         return node
@@ -184,11 +191,10 @@ class PrefixTrie:
                 del siblings[other]
         siblings[checkpoint] = None
         self.slots.keep(slot)
-        self.slots_held.add(node.salt, 1)
-        self._share_block(node.salt, tail_block)
+        self._share_block(tail_block)
         self.checkpoints[slot] = node.checkpoints[tail] = checkpoint
         node.note_way(tail)
-        self.bare.discard_for(node.salt, node)
+        self.bare.discard(node)
         self._rank(checkpoint)
         if above is not None:
             self._rank(above)
@@ -240,38 +246,57 @@ class PrefixTrie:
             self._settle(node)
 
     def _rank(self, checkpoint: Checkpoint) -> None:
-        salt, heat = checkpoint.node.salt, checkpoint.heat
-        self.by_benefit.rank_for(salt, checkpoint, log2(checkpoint.distance) + heat)
-        self.by_heat.rank_for(salt, checkpoint, (bool(checkpoint.below), heat))
+        self.by_benefit.rank(checkpoint, log2(checkpoint.distance) + checkpoint.heat)
+        self.by_heat.rank(checkpoint, (bool(checkpoint.below), checkpoint.heat))
 
-    def evict(self, *, num_blocks: int, num_slots: int) -> Evicted:
-        """Give back so many blocks and slots, or a few more; nothing at all where that much is surely not to be had."""
+    def evict(self, *, num_blocks: int, num_slots: int, owner: str, exposed: Collection[str] | None) -> Evicted:
+        """Give back so many blocks and slots, or a few more; nothing at all where that much is surely not to be had.
+
+        `owner` needs them; see `take_in_turn` for whose they are.
+        """
         evicted = Evicted([], [])
-        if num_slots > _num_loose(self.slots) or num_blocks > _num_loose(self.blocks):
-            return evicted
-        if num_blocks:
-            self._evict_blocks(lambda: len(evicted.blocks) >= num_blocks, evicted)
-        self.by_benefit.remove_until(
-            lambda: len(evicted.slots) >= num_slots,
-            is_usable=self._is_slot_loose,
-            remove=lambda checkpoint: self._remove_checkpoint(checkpoint, evicted),
-            holdings=self.slots_held,
-        )
+        for pool, count in ((self.blocks, num_blocks), (self.slots, num_slots)):
+            if count and (pool is None or count > pool.num_in_reach(owner, exposed)):
+                return evicted
+        if num_blocks and self.blocks is not None:
+            take_in_turn(
+                self.blocks.holdings,
+                lambda other, until: self._evict_blocks(other, until, evicted),
+                is_enough=lambda: len(evicted.blocks) >= num_blocks,
+                owner=owner,
+                exposed=exposed,
+            )
+        if num_slots and self.slots is not None:
+            take_in_turn(
+                self.slots.holdings,
+                lambda other, until: self._evict_slots(other, until, evicted),
+                is_enough=lambda: len(evicted.slots) >= num_slots,
+                owner=owner,
+                exposed=exposed,
+            )
         return evicted
 
-    def _evict_blocks(self, is_enough: Callable[[], bool], evicted: Evicted) -> None:
+    def _evict_slots(self, owner: str, until: Callable[[], bool], evicted: Evicted) -> None:
+        self.by_benefit.remove_until(
+            until,
+            owner=owner,
+            is_usable=self._is_slot_loose,
+            remove=lambda checkpoint: self._remove_checkpoint(checkpoint, evicted),
+        )
+
+    def _evict_blocks(self, owner: str, until: Callable[[], bool], evicted: Evicted) -> None:
         self.bare.remove_until(
-            is_enough,
+            until,
+            owner=owner,
             is_usable=lambda node: not self._is_pinned(node.block),
-            remove=lambda node: self._remove_cold(node, is_enough, evicted),
-            holdings=self.blocks_held,
+            remove=lambda node: self._remove_cold(node, until, evicted),
         )
         # A checkpoint that others lie below comes last: only the block of its last tokens is to be had.
         self.by_heat.remove_until(
-            is_enough,
+            until,
+            owner=owner,
             is_usable=lambda checkpoint: self._is_slot_loose(checkpoint) and self._keeps_blocks(checkpoint),
             remove=lambda checkpoint: self._remove_checkpoint(checkpoint, evicted),
-            holdings=self.blocks_held,
         )
 
     def _keeps_blocks(self, checkpoint: Checkpoint) -> bool:
@@ -289,16 +314,13 @@ class PrefixTrie:
         assert self.slots is not None
         return self.slots.is_loose(checkpoint.slot)
 
-    def _share_block(self, salt: str, block: int | None) -> None:
+    def _share_block(self, block: int | None) -> None:
         if block is not None and self.blocks is not None:
             self.blocks.keep(block)
-            self.blocks_held.add(salt, 1)
 
-    def _free_block(self, salt: str, block: int | None, evicted: Evicted) -> None:
-        if block is not None and self.blocks is not None:
-            self.blocks_held.add(salt, -1)
-            if self.blocks.drop(block):
-                evicted.blocks.append(block)
+    def _free_block(self, block: int | None, evicted: Evicted) -> None:
+        if block is not None and self.blocks is not None and self.blocks.drop(block):
+            evicted.blocks.append(block)
 
     def everything(self) -> list[Spill]:
         """All that eviction would note, what is worth most last."""
@@ -324,8 +346,6 @@ class PrefixTrie:
                     pool.drop(index)
         for held in (self.roots, self.checkpoints, self.tops, self.bare, self.by_benefit, self.by_heat, self.spills):
             held.clear()
-        self.blocks_held.clear()
-        self.slots_held.clear()
         self._num_changes += 1
 
     def forget(self, slot: int) -> None:
@@ -342,8 +362,8 @@ class PrefixTrie:
             self.spills.append(spill_of(checkpoint))
         del self.checkpoints[checkpoint.slot], node.checkpoints[checkpoint.tail]
         node.forget_way(checkpoint.tail)
-        self.by_benefit.discard_for(node.salt, checkpoint)
-        self.by_heat.discard_for(node.salt, checkpoint)
+        self.by_benefit.discard(checkpoint)
+        self.by_heat.discard(checkpoint)
         siblings = self.tops[node.salt] if above is None else above.below
         del siblings[checkpoint]
         self._hang(checkpoint.below, above)
@@ -352,10 +372,9 @@ class PrefixTrie:
             self._rank(above)
         elif not siblings:
             del self.tops[node.salt]
-        self.slots_held.add(node.salt, -1)
         if self.slots.drop(checkpoint.slot):
             evicted.slots.append(checkpoint.slot)
-        self._free_block(node.salt, checkpoint.tail_block, evicted)
+        self._free_block(checkpoint.tail_block, evicted)
         if node.is_bare:
             self._settle(node)
             self._prune(node, evicted)
@@ -378,12 +397,12 @@ class PrefixTrie:
         assert node.is_bare and node.parent is not None
         if self._is_spilled(node):
             self.spills.append(path_to(node))
-        self.bare.discard_for(node.salt, node)
+        self.bare.discard(node)
         del node.parent.children[node.key]
         node.parent.forget_way(node.key)
         node.is_gone = True
         self._num_changes += 1
-        self._free_block(node.salt, node.block, evicted)
+        self._free_block(node.block, evicted)
         if node.parent.is_bare:
             self._settle(node.parent)
         return node.parent
@@ -395,8 +414,4 @@ class PrefixTrie:
             node.is_gone = True
             self._num_changes += 1
         else:
-            self.bare.rank_for(node.salt, node, node.heat if self.slots is None else 0.0)
-
-
-def _num_loose(pool: RefPool | None) -> int:
-    return pool.num_loose if pool is not None else 0
+            self.bare.rank(node, node.heat if self.slots is None else 0.0)

@@ -1,13 +1,12 @@
-"""Things in the order in which they go, and how much of the cache each owner of a salt holds. No torch."""
+"""Things in the order in which they go, and how much of what there is each owner holds. No torch."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections import Counter
 from collections.abc import Callable, Collection, Generator, Hashable, Iterator
 from contextlib import closing
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 Thing = TypeVar("Thing", bound=Hashable)
 
@@ -72,90 +71,149 @@ class Ranking(Generic[Thing]):
 
 
 class Holdings:
-    """How many of one kind of thing each salt holds. More than `max_fraction` of all is too much.
+    """How many of `size` things of one kind each owner holds: blocks, slots, bytes.
 
-    With a fraction of 1 nothing is too much, and nothing is counted.
+    The share of an owner is an equal part, by the number of owners that hold something. Whoever holds more may keep it
+    for as long as nobody needs it. Written by one thread; `held` may be copied by any.
     """
 
-    def __init__(self, max_fraction: float) -> None:
-        self.max_fraction = max_fraction
-        self.is_bounded = max_fraction < 1
-        self.total = 0
-        self.held: Counter[str] = Counter()
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.held: dict[str, int] = {}
+        self._largest: Ranking[str] = Ranking()  # as of the last time that somebody asked
+        self._num_ranked = 0
+        self._changed: dict[str, None] = {}  # owners since then, who added something last at the end
 
-    def add(self, salt: str, count: int) -> None:
-        if not self.is_bounded:
+    def add(self, owner: str, count: int) -> None:
+        if not count:
             return
-        self.total += count
-        self.held[salt] += count
-        if not self.held[salt]:
-            del self.held[salt]
+        held = self.held.get(owner, 0) + count
+        assert held >= 0, f"{owner!r} holds {held}"
+        if held:
+            self.held[owner] = held
+        else:
+            del self.held[owner]
+        if count > 0:
+            self._changed.pop(owner, None)
+        self._changed[owner] = None
 
-    def is_too_much(self, salt: str) -> bool:
-        return self.held[salt] > self.max_fraction * self.total
+    @property
+    def share(self) -> int:
+        return self.size // max(1, len(self.held))
 
-    def greediest(self, excluded: Collection[str]) -> str | None:
-        """The salt that holds most, if that is too much. O(salts)."""
-        salt = max((s for s in self.held if s not in excluded), key=self.held.__getitem__, default=None)
-        return salt if salt is not None and self.is_too_much(salt) else None
+    def excess(self, owner: str) -> int:
+        """How much more than its share an owner holds; 0 where it holds less."""
+        return max(0, self.held.get(owner, 0) - self.share)
 
-    def clear(self) -> None:
-        self.total = 0
-        self.held.clear()
+    def largest_first(self, is_usable: Callable[[str], bool]) -> Generator[str, None, None]:
+        """Owners by what they hold, the largest first, as things are when each is given out; among equals the one that
+        has added nothing for longest. One that is still usable afterwards comes up again."""
+        self._rank_changed()
+        with closing(self._largest.least_first(is_usable)) as owners:
+            for owner in owners:
+                yield owner
+                self._rank_changed()
+
+    def _rank_changed(self) -> None:
+        for owner in self._changed:
+            self._num_ranked += 1
+            if owner in self.held:
+                self._largest.rank(owner, (-self.held[owner], self._num_ranked))
+            else:
+                self._largest.discard(owner)
+        self._changed.clear()
 
 
-class SaltRanking(Ranking[Thing]):
-    """A `Ranking` of all and, where salts are bounded, one for each salt."""
+class Owned(Hashable, Protocol):
+    @property
+    def owner(self) -> str: ...
 
-    def __init__(self, *, is_bounded: bool) -> None:
-        super().__init__()
-        self.is_bounded = is_bounded
-        self._of: dict[str, Ranking[Thing]] = {}
 
-    def of(self, salt: str) -> Ranking[Thing]:
-        return self._of.get(salt, Ranking())
+OwnedThing = TypeVar("OwnedThing", bound=Owned)
 
-    def num_of_salts(self) -> int:
-        return sum(map(len, self._of.values()))
 
-    def rank_for(self, salt: str, thing: Thing, key: Any) -> None:
-        self.rank(thing, key)
-        if self.is_bounded:
-            self._of.setdefault(salt, Ranking()).rank(thing, key)
+class OwnerRankings(Generic[OwnedThing]):
+    """One `Ranking` for each owner."""
 
-    def discard_for(self, salt: str, thing: Thing) -> None:
-        self.discard(thing)
-        if salt in self._of:
-            self._of[salt].discard(thing)
-            if not self._of[salt]:
-                del self._of[salt]
+    def __init__(self) -> None:
+        self._of: dict[str, Ranking[OwnedThing]] = {}
+
+    def __iter__(self) -> Iterator[OwnedThing]:
+        return itertools.chain.from_iterable(self._of.values())
+
+    def __contains__(self, thing: OwnedThing) -> bool:
+        return thing.owner in self._of and thing in self._of[thing.owner]
+
+    def rank(self, thing: OwnedThing, key: Any) -> None:
+        ranking = self._of.get(thing.owner)
+        if ranking is None:
+            ranking = self._of[thing.owner] = Ranking()
+        ranking.rank(thing, key)
+
+    def key(self, thing: OwnedThing) -> Any:
+        return self._of[thing.owner].key(thing)
+
+    def discard(self, thing: OwnedThing) -> None:
+        ranking = self._of.get(thing.owner)
+        if ranking is not None:
+            ranking.discard(thing)
+            if not ranking:
+                del self._of[thing.owner]
 
     def remove_until(
         self,
         is_enough: Callable[[], bool],
         *,
-        is_usable: Callable[[Thing], bool],
-        remove: Callable[[Thing], object],
-        holdings: Holdings,
+        owner: str,
+        is_usable: Callable[[OwnedThing], bool],
+        remove: Callable[[OwnedThing], object],
     ) -> None:
-        """Remove usable things, the least first, of salts that hold too much before all others, until it is enough or
-        none is left."""
-        stuck: set[str] = set()
-        while not is_enough():
-            salt = holdings.greediest(stuck)
-            ranking = self if salt is None else self.of(salt)
+        """Remove usable things of an owner, the least first, until it is enough or none is left."""
+        has_removed = True
+        while has_removed and owner in self._of:  # another ranking, where it was empty meanwhile
             has_removed = False
-            with closing(ranking.least_first(is_usable)) as things:
+            with closing(self._of[owner].least_first(is_usable)) as things:
                 for thing in things:
+                    if is_enough():
+                        return
                     remove(thing)
                     has_removed = True
-                    if is_enough() or (salt is not None and not holdings.is_too_much(salt)):
-                        break
-            if not has_removed:
-                if salt is None:
-                    return
-                stuck.add(salt)
 
     def clear(self) -> None:
-        super().clear()
         self._of.clear()
+
+
+def take_in_turn(
+    holdings: Holdings,
+    take: Callable[[str, Callable[[], bool]], None],
+    *,
+    is_enough: Callable[[], bool],
+    owner: str,
+    exposed: Collection[str] | None,
+) -> None:
+    """Have `take(owner, until)` remove things until it is enough, or until no more is to be had for `owner`.
+
+    Whoever holds most gives first, down to its share. Then `owner` gives of its own, and at last those that are
+    `exposed`, in their order; None exposes all, the largest first.
+    """
+    stuck: set[str] = set()
+
+    def take_from_largest(least: Callable[[], int]) -> None:
+        with closing(holdings.largest_first(lambda other: other not in stuck)) as others:
+            for other in others:
+
+                def until(other: str = other) -> bool:
+                    return is_enough() or holdings.held.get(other, 0) <= least()
+
+                if until():
+                    return
+                take(other, until)
+                if not until():
+                    stuck.add(other)  # the rest of it is in use
+
+    take_from_largest(lambda: holdings.share)
+    for other in (owner, *(exposed or ())):
+        take(other, is_enough)
+    if exposed is None:
+        stuck.clear()
+        take_from_largest(lambda: 0)

@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from qnext.engine.storage.disk_entry import (
 )
 from qnext.engine.storage.disk_folder import LOCK_FILE, check_size, lock_folder, open_folder
 from qnext.engine.storage.disk_statistics import DiskStatistics
+from qnext.engine.storage.owned import OwnedEntries
 from qnext.errors import UsageError
 
 ENTRY_SUFFIX = ".entry"
@@ -68,7 +69,8 @@ class _Job(NamedTuple):
 
 
 class DiskStore:
-    """Least recently used entries go first when `max_bytes` (lengths of the files) do not suffice.
+    """Least recently used entries go first when `max_bytes` (lengths of the files) do not suffice, those of the owner
+    that has most: see OwnedEntries. Who owns an entry is in its file, so that a restart changes nothing.
 
     `fingerprint` stands for everything that an entry's bits depend on (`make_fingerprint`); entries of another one are
     deleted when the store is opened. The folder is new, empty or a store, and belongs to one store at a time. Raises
@@ -84,9 +86,11 @@ class DiskStore:
         self._max_bytes = max_bytes
         self._queue_bytes = queue_bytes
         self._fingerprint = fingerprint
-        self._index: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._index: dict[str, _Entry] = {}
+        self._owned = OwnedEntries(max_bytes)
         self._lengths: dict[tuple[str, bytes], Lengths] = {}
-        self._used_bytes = self._queued_bytes = self._stuck_bytes = 0
+        self._queued_bytes = self._stuck_bytes = 0
+        self._queued_of: Counter[bytes] = Counter()  # bytes by owner
         self._counts: Counter[str] = Counter()
         self._has_warned = self._is_closing = self._is_busy = False
         self._jobs: deque[_Job] = deque()
@@ -103,15 +107,18 @@ class DiskStore:
         self._writer = threading.Thread(target=self._write_jobs, name="prefix-cache-writer", daemon=True)
         self._writer.start()
 
-    def put(self, kind: str, salt: bytes, tokens: Sequence[int], tensors: Mapping[str, Tensor]) -> bool:
-        """Copy the tensors and have them written. False when they do not fit the store or, now, its queue.
+    def put(
+        self, kind: str, salt: bytes, tokens: Sequence[int], tensors: Mapping[str, Tensor], *, owner: bytes = b""
+    ) -> bool:
+        """Copy the tensors and have them written. False when they do not fit what the owner may have of the store or,
+        now, its queue.
 
         An entry that is there stays as it is and counts as used. `kind` is an identifier in ASCII.
         """
         assert len(tokens) and is_kind(kind), kind
         data = token_bytes(tokens)
         name = PrefixHasher(self._fingerprint, kind, salt).name(data)
-        header = make_header(kind, salt, len(tokens), tensors)
+        header = make_header(kind, salt, len(tokens), tensors, owner=owner)
         num_bytes = PREFIX.size + len(encode_header(header, self._fingerprint)) + header.body_bytes
         with self._changed:
             if self._is_closing:
@@ -119,18 +126,22 @@ class DiskStore:
             if name in self._index:
                 self._touch(name)
                 return True
-            if num_bytes > self._max_bytes - self._stuck_bytes:
+            names = self._victims(owner, num_bytes)
+            if names is None:
                 self._counts["refused"] += 1
                 return False
-            # One entry is let into an empty queue whatever its size.
-            if self._queued_bytes and self._queued_bytes + num_bytes > self._queue_bytes:
+            # One entry is let into an empty queue whatever its size. Where others have entries, an owner has no more of
+            # the queue than it leaves free.
+            own_bytes = self._queued_of[owner] if len(self._owned.held) > (owner.hex() in self._owned.held) else 0
+            if self._queued_bytes and self._queued_bytes + own_bytes + num_bytes > self._queue_bytes:
                 self._counts["dropped"] += 1
                 return False
             entry = _Entry(name, header, num_bytes, encode_body(header, data, tensors))
-            victims = self._make_room(num_bytes)
+            victims = self._evict(names)
             self._add(entry)
             self._touch(name)
             self._queued_bytes += num_bytes
+            self._queued_of[owner] += num_bytes
             self._jobs.append(_Job(victims, entry))
             self._changed.notify_all()
             return True
@@ -188,13 +199,16 @@ class DiskStore:
         """Whether a file could not be written since the store was opened."""
         return self._counts["failed_writes"] > 0
 
+    def held_bytes(self, owner: bytes) -> int:
+        return self._owned.held.get(owner.hex(), 0)
+
     def statistics(self) -> DiskStatistics:
         with self._changed:
             counted = DiskStatistics._fields[4:]
             counts = {name: self._counts[name.removeprefix("num_")] for name in counted}
             return DiskStatistics(
-                len(self._index), self._used_bytes, self._max_bytes, self._queued_bytes, **counts
-            )  # fmt: skip
+                len(self._index), self._owned.used_bytes, self._max_bytes, self._queued_bytes, **counts
+            )
 
     def flush(self) -> None:
         """Wait until everything that was put is on disk, or has failed to be."""
@@ -209,8 +223,8 @@ class DiskStore:
         self._writer.join()
         with self._changed:
             self._index.clear()
+            self._owned = OwnedEntries(self._max_bytes)
             self._lengths.clear()
-            self._used_bytes = 0
             self._descriptors.close()
 
     def __enter__(self) -> DiskStore:
@@ -225,29 +239,32 @@ class DiskStore:
 
     def _add(self, entry: _Entry) -> None:
         self._index[entry.name] = entry
-        self._used_bytes += entry.num_bytes
+        self._owned.add(entry.name, entry.header.owner.hex(), entry.num_bytes)
         key = (entry.header.kind, entry.header.salt)
         self._lengths.setdefault(key, Lengths()).add(entry.header.num_tokens)
 
     def _forget(self, entry: _Entry) -> None:
         del self._index[entry.name]
-        self._used_bytes -= entry.num_bytes
+        self._owned.remove(entry.name)
         key = (entry.header.kind, entry.header.salt)
         if self._lengths[key].remove(entry.header.num_tokens):
             del self._lengths[key]
 
     def _touch(self, name: str) -> None:
         """Last use is the file's time. The clock may step back; the order of uses may not."""
-        self._index.move_to_end(name)
+        self._owned.touch(name)
         self._stamp = max(time.time_ns(), self._stamp + 1)
         self._touched[name] = self._stamp
         self._changed.notify_all()
 
-    def _make_room(self, num_bytes: int) -> list[_Entry]:
-        victims: list[_Entry] = []
-        while self._index and self._used_bytes + num_bytes > self._max_bytes - self._stuck_bytes:
-            victims.append(next(iter(self._index.values())))
-            self._forget(victims[-1])
+    def _victims(self, owner: bytes, num_bytes: int) -> list[str] | None:
+        """Names of what has to go before an owner has so many bytes more; None where it must do without."""
+        return self._owned.victims(owner.hex(), num_bytes, max_bytes=self._max_bytes - self._stuck_bytes)
+
+    def _evict(self, names: Sequence[str]) -> list[_Entry]:
+        victims = [self._index[name] for name in names]
+        for victim in victims:
+            self._forget(victim)
         self._counts["evicted"] += len(victims)
         return victims
 
@@ -274,7 +291,7 @@ class DiskStore:
                 self._remove(file)
         for self._stamp, _, entry in sorted(found, key=lambda item: item[:2]):
             self._add(entry)
-        for victim in self._make_room(0):
+        for victim in self._evict(self._victims(b"", 0) or ()):
             self._remove(victim.name + ENTRY_SUFFIX)
 
     def _open(self, name: str) -> BinaryIO:
@@ -344,7 +361,7 @@ class DiskStore:
         error: OSError | None = None
         with self._changed:
             is_wanted = self._index.get(entry.name) is entry
-            fits = self._used_bytes <= self._max_bytes - self._stuck_bytes
+            fits = self._owned.used_bytes <= self._max_bytes - self._stuck_bytes
         try:
             if is_wanted and not fits:
                 raise OSError(errno.EDQUOT, "evicted files cannot be deleted")
@@ -356,6 +373,9 @@ class DiskStore:
         with self._changed:
             entry.body_B = None
             self._queued_bytes -= entry.num_bytes
+            self._queued_of[entry.header.owner] -= entry.num_bytes
+            if not self._queued_of[entry.header.owner]:
+                del self._queued_of[entry.header.owner]
             self._counts["written"] += is_wanted and error is None
             self._counts["failed_writes"] += error is not None
             if error is not None and self._index.get(entry.name) is entry:

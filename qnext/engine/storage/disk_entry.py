@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 MAGIC = b"QNXCACHE"
-VERSION = 1
+VERSION = 2
 PREFIX = struct.Struct("<8sIIIIQ")
 DIGEST_BYTES = 20
 MAX_HEADER_BYTES = 1 << 24
@@ -59,10 +59,12 @@ class TensorSpec(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What an entry says about itself. `body_crc` is None until the body was seen."""
+    """What an entry says about itself. `owner` is a digest of whose it is. `body_crc` is None until the body was
+    seen."""
 
     kind: str
     salt: bytes
+    owner: bytes
     num_tokens: int
     specs: tuple[TensorSpec, ...]
     body_crc: int | None = None
@@ -149,9 +151,11 @@ def make_fingerprint(weights: bytes, **facts: str | int) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=32).digest()
 
 
-def make_header(kind: str, salt: bytes, num_tokens: int, tensors: Mapping[str, Tensor]) -> Header:
+def make_header(
+    kind: str, salt: bytes, num_tokens: int, tensors: Mapping[str, Tensor], *, owner: bytes = b""
+) -> Header:
     specs = (TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
-    return Header(kind, salt, num_tokens, tuple(specs))
+    return Header(kind, salt, owner, num_tokens, tuple(specs))
 
 
 def encode_header(header: Header, fingerprint: bytes) -> bytes:
@@ -159,6 +163,7 @@ def encode_header(header: Header, fingerprint: bytes) -> bytes:
         "fingerprint": fingerprint.hex(),
         "kind": header.kind,
         "salt": header.salt.hex(),
+        "owner": header.owner.hex(),
         "num_tokens": header.num_tokens,
         "tensors": [[spec.name, _DTYPE_NAMES[spec.dtype], spec.shape] for spec in header.specs],
     }
@@ -225,7 +230,8 @@ def _parse_header(text: bytes, fingerprint: bytes) -> Header:
         if fields["fingerprint"] != fingerprint.hex():
             raise DamagedEntry("of another model or format")
         specs = tuple(TensorSpec(str(name), DTYPES[dtype], tuple(shape)) for name, dtype, shape in fields["tensors"])
-        header = Header(fields["kind"], bytes.fromhex(fields["salt"]), fields["num_tokens"], specs)
+        salt, owner = bytes.fromhex(fields["salt"]), bytes.fromhex(fields["owner"])
+        header = Header(fields["kind"], salt, owner, fields["num_tokens"], specs)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedEntry("header cannot be read") from error
     sizes = [header.num_tokens, *(size for spec in specs for size in spec.shape)]

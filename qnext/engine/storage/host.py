@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,12 +9,14 @@ import torch
 from torch import Tensor
 
 from qnext.engine.storage.disk_entry import Lengths, PrefixHasher, token_bytes
+from qnext.engine.storage.owned import OwnedEntries
 from qnext.errors import UsageError
 
 
 class HostEntry(NamedTuple):
     kind: str
     salt: bytes
+    owner: bytes
     tokens: tuple[int, ...]
     tensors: dict[str, Tensor]
 
@@ -26,7 +27,8 @@ class HostEntry(NamedTuple):
 
 class HostStore:
     """A `DiskStore` without a disk, for one thread: least recently used entries go first when `max_bytes` do not
-    suffice. `on_evict` is given each that goes. With `pinned`, memory that a GPU copies from without a detour.
+    suffice, those of the owner that has most. `on_evict` is given each that goes. With `pinned`, memory that a GPU
+    copies from without a detour.
     """
 
     def __init__(
@@ -35,27 +37,37 @@ class HostStore:
         if max_bytes <= 0:
             raise UsageError(f"the host's prefix cache of {max_bytes} bytes must be positive")
         self.max_bytes = max_bytes
-        self.used_bytes = 0
         self._pinned = pinned
         self._on_evict = on_evict
-        self._entries: OrderedDict[str, HostEntry] = OrderedDict()  # least recently used first
+        self._entries: dict[str, HostEntry] = {}
+        self._owned = OwnedEntries(max_bytes)
         self._lengths: dict[tuple[str, bytes], Lengths] = {}
 
-    def put(self, kind: str, salt: bytes, tokens: Sequence[int], tensors: Mapping[str, Tensor]) -> bool:
-        """Copy the tensors; False when they are larger than the store. An entry that is there counts as used."""
+    @property
+    def used_bytes(self) -> int:
+        return self._owned.used_bytes
+
+    def put(
+        self, kind: str, salt: bytes, tokens: Sequence[int], tensors: Mapping[str, Tensor], *, owner: bytes = b""
+    ) -> bool:
+        """Copy the tensors; False when they do not fit what the owner may have of the store. An entry that is there
+        counts as used."""
         name = PrefixHasher(b"", kind, salt).name(token_bytes(tokens))
         if name in self._entries:
-            self._entries.move_to_end(name)
+            self._owned.touch(name)
             return True
         num_bytes = 4 * len(tokens) + sum(tensor.nbytes for tensor in tensors.values())
-        if num_bytes > self.max_bytes:
+        victims = self._owned.victims(owner.hex(), num_bytes, max_bytes=self.max_bytes)
+        if victims is None:
             return False
-        while self.used_bytes + num_bytes > self.max_bytes:
-            self._evict()
-        entry = HostEntry(kind, salt, tuple(tokens), {key: self._copy(tensor) for key, tensor in tensors.items()})
+        for victim in victims:
+            self._evict(victim)
+        entry = HostEntry(
+            kind, salt, owner, tuple(tokens), {key: self._copy(tensor) for key, tensor in tensors.items()}
+        )
         self._entries[name] = entry
+        self._owned.add(name, owner.hex(), num_bytes)
         self._lengths.setdefault((kind, salt), Lengths()).add(len(tokens))
-        self.used_bytes += num_bytes
         return True
 
     def get(self, kind: str, salt: bytes, tokens: Sequence[int]) -> dict[str, Tensor] | None:
@@ -64,7 +76,7 @@ class HostStore:
         entry = self._entries.get(name)
         if entry is None or (entry.kind, entry.salt, entry.tokens) != (kind, salt, tuple(tokens)):
             return None
-        self._entries.move_to_end(name)
+        self._owned.touch(name)
         return entry.tensors
 
     def lengths(self, kind: str, salt: bytes, tokens: Sequence[int], *, limit: int) -> list[int]:
@@ -79,16 +91,19 @@ class HostStore:
         hasher = PrefixHasher(b"", kind, salt)
         for _, name in reversed(list(hasher.names(token_bytes(tokens), lengths))):
             if name in self._entries:
-                self._entries.move_to_end(name)
+                self._owned.touch(name)
+
+    def held_bytes(self, owner: bytes) -> int:
+        return self._owned.held.get(owner.hex(), 0)
 
     def clear(self) -> None:
-        """Evict everything, least recently used first."""
-        while self._entries:
-            self._evict()
+        """Evict everything, what its owner used longest ago first."""
+        for name in self._owned.in_order():
+            self._evict(name)
 
-    def _evict(self) -> None:
-        _, entry = self._entries.popitem(last=False)
-        self.used_bytes -= entry.num_bytes
+    def _evict(self, name: str) -> None:
+        entry = self._entries.pop(name)
+        self._owned.remove(name)
         key = (entry.kind, entry.salt)
         if self._lengths[key].remove(len(entry.tokens)):
             del self._lengths[key]

@@ -7,6 +7,7 @@ behind the last full chunk. So a conversation of many turns keeps its tokens onc
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -111,6 +112,11 @@ class Tiers:
                     self._has_warned = True
                     _log.warning("a prefix could not be saved: %s", error)
 
+    def held_bytes(self, owner: str) -> tuple[int, int]:
+        """Of one owner, in the host's memory and on disk. Any thread may ask."""
+        digest, host, disk = _owner_digest(owner), self.host, self.disk
+        return 0 if host is None else host.held_bytes(digest), 0 if disk is None else disk.held_bytes(digest)
+
     def close(self, spills: Sequence[Spill] = ()) -> None:
         """Write what the host holds and these prefixes to disk, where there is one, and end the threads."""
         if self._is_closing:
@@ -167,13 +173,13 @@ class Tiers:
 
     def _save_to(self, store: HostStore | DiskStore, spill: Spill, parts: Sequence[Part]) -> None:
         """Chunks before the state, so that what is there can be used; what was there counts as used."""
-        salt, num_tokens = _salt_bytes(spill.salt), len(spill.tokens)
+        salt, owner, num_tokens = _salt_bytes(spill.salt), _owner_digest(spill.owner), len(spill.tokens)
         for kind in ("kv", "state"):
             wanted = [part for part in parts if part.kind == kind]
             known = set(store.lengths(kind, salt, spill.tokens, limit=num_tokens)) if wanted else set()
             for part in wanted:
                 if part.end not in known and not self._put(
-                    store, kind, salt, spill.tokens[: part.end], self._read(spill, part)
+                    store, kind, salt, owner, spill.tokens[: part.end], self._read(spill, part)
                 ):
                     return
         for kind in ("state", "kv"):
@@ -190,18 +196,24 @@ class Tiers:
         return tensors
 
     def _put(
-        self, store: HostStore | DiskStore, kind: str, salt: bytes, tokens: Sequence[int], tensors: dict[str, Tensor]
+        self,
+        store: HostStore | DiskStore,
+        kind: str,
+        salt: bytes,
+        owner: bytes,
+        tokens: Sequence[int],
+        tensors: dict[str, Tensor],
     ) -> bool:
-        if store.put(kind, salt, tokens, tensors):
+        if store.put(kind, salt, tokens, tensors, owner=owner):
             return True
         if not self._is_closing or not isinstance(store, DiskStore):
             return False
         store.flush()  # nobody waits for this engine any more
-        return not store.has_failed and store.put(kind, salt, tokens, tensors)
+        return not store.has_failed and store.put(kind, salt, tokens, tensors, owner=owner)
 
     def _move_to_disk(self, entry: HostEntry) -> None:
         if self.disk is not None and not self.disk.has_failed:
-            self._put(self.disk, entry.kind, entry.salt, entry.tokens, entry.tensors)
+            self._put(self.disk, entry.kind, entry.salt, entry.owner, entry.tokens, entry.tensors)
 
 
 class PrefixFetch:
@@ -278,3 +290,8 @@ def make_tiers(
 
 def _salt_bytes(salt: str) -> bytes:
     return salt.encode("utf-8", "surrogatepass")
+
+
+def _owner_digest(owner: str) -> bytes:
+    """What stands for an owner in a store: its name does not."""
+    return hashlib.blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=16, person=b"prefix owner").digest()
