@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import uvicorn
 
 from qnext.errors import UsageError
+from qnext.server import heap
 from qnext.server.admin import ADMIN_ROUTES
 from qnext.server.app import Server, make_application
 from qnext.server.protocol import protocol_of
@@ -84,6 +85,7 @@ def serve(server_of: Callable[[], Server], load: Load, listen: Listen, *, on_rea
     Raises what `load` raises, and UsageError where the address cannot be had.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
+    heap.bound_arenas()
 
     def freeze(server: Server, urls: Urls) -> None:
         gc.freeze()  # weights and vocabulary stay: no collection need look at them again
@@ -133,7 +135,10 @@ async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) 
         sockets.append(_socket(Listen("127.0.0.1", listen.admin_port), server.limits))
         listeners.append(listener(make_application(server, ADMIN_ROUTES), server, Listen()))
     runs = [asyncio.create_task(one.serve([sock])) for one, sock in zip(listeners, sockets, strict=True)]
-    cleaning = asyncio.create_task(janitor(server))
+    cleaning = [
+        asyncio.create_task(janitor(server)),
+        asyncio.create_task(heap.keep_trimmed(lambda: bool(server.active))),
+    ]
     try:
         engine, served = await _loaded(server, load)
         server.attach(engine, served)
@@ -146,7 +151,8 @@ async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) 
         for one in listeners:
             one.should_exit = True
         await asyncio.gather(*runs)
-        cleaning.cancel()
+        for task in cleaning:
+            task.cancel()
         server.close()
 
 
