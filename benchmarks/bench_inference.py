@@ -14,7 +14,7 @@ import operator
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,11 +47,15 @@ TARGETS = (
 
 
 def standard_model() -> str:
-    folder = Path("runs/standard")
+    return str(made_model(Path("runs/standard"), STANDARD))
+
+
+def made_model(folder: Path, arguments: Sequence[str]) -> Path:
+    """The folder, made by `qnext init` with these arguments where it is not there."""
     if not (folder / "config.json").exists():
-        preset, *options = STANDARD
+        preset, *options = arguments
         subprocess.run([sys.executable, "-m", "qnext", "init", preset, str(folder), *options], check=True)
-    return str(folder)
+    return folder
 
 
 def peers(options: argparse.Namespace) -> Iterator[str]:

@@ -2,20 +2,23 @@
 
 Server and engine are one process, the client is another on the same cores; they take turns within a run.
 
+  small    a small request on a kept connection, milliseconds
   streams  tokens a second of so many streams through HTTP over those of the engine alone, driven by hand
   first    from the engine's first token of a request to its first byte at the client, milliseconds
+  gap      how far a gap between two tokens at the client is from the engine's, milliseconds, either way
+  whole    from the engine's last token to the first byte of an answer that is not streamed, milliseconds
   health   the slowest answer of /health/live beside idle connections and active streams, milliseconds
   ready    seconds from the command to the first answer of /health/ready (whole commands)
 
-MODEL is a folder with a tokenizer, by default the standard CPU model in int4-g32 (see bench_inference.py). Prompts are
-random token ids.
+MODEL is a folder with a tokenizer, by default the standard CPU model in int4-g32 (see bench_inference.py); several are
+measured one after another, `--small` and `--like-standard` among them. Prompts are random token ids. The line of delays
+alone, on both, in two minutes: --small --like-standard --only delays
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import os
 import re
@@ -30,8 +33,9 @@ from typing import Any
 from _pair import print_json
 
 import httpx2
+from _arrivals import Answer, ask_together, delays, small_requests, tail
 from _streams import RandomTokens, rate_of, write_together
-from bench_inference import standard_model
+from bench_inference import STANDARD, made_model, standard_model
 
 from qnext.cli._bench_files import BenchFiles
 from qnext.eval.contest import spread
@@ -40,8 +44,8 @@ PROMPT_TOKENS = 64
 
 
 def serve_here(folder: str, max_model_len: int, num_streams: int, pipe: Connection) -> None:
-    """The process of the server. Answers "engine" with the rate of the engine alone, "first" with the times of the
-    first tokens since the last time it was asked."""
+    """The process of the server. Answers "engine" with the rate of the engine alone, "tokens" with the times of the
+    tokens of each prompt since the last time it was asked."""
     from qnext.checkpoint import load_model
     from qnext.engine import Engine, SamplingParams, TokenEvent
     from qnext.ops import keep_freed_memory
@@ -50,24 +54,31 @@ def serve_here(folder: str, max_model_len: int, num_streams: int, pipe: Connecti
     from qnext.server.served import ServedModel
     from qnext.text.tokenizer import Tokenizer
 
-    first: dict[str, float] = {}
+    tokens: dict[tuple[int, ...], list[float]] = {}  # by prompt
     keep_freed_memory()
 
     def load() -> tuple[Engine, ServedModel]:
         model = load_model(Path(folder), check_finite=False)
         engine = Engine(model, max_num_seqs=num_streams, max_model_len=max_model_len, speculation=False,
                         prefix_cache=False)  # fmt: skip
-        step = engine.step
+        step, add_requests = engine.step, engine.add_requests
+        prompts: dict[str, tuple[int, ...]] = {}
+
+        def adding(prompt: Any, *arguments: Any, **more: Any) -> Any:
+            requests = add_requests(prompt, *arguments, **more)
+            prompts.update({request.id: tuple(prompt) for request in requests})
+            return requests
 
         def watched() -> Any:
             events = step()
             now = time.monotonic()
             for event in events:
-                if isinstance(event, TokenEvent):
-                    first.setdefault(event.request_id, now)
+                if isinstance(event, TokenEvent) and event.request_id in prompts:
+                    tokens.setdefault(prompts[event.request_id], []).append(now)
             return events
 
         engine.step = watched  # type: ignore[method-assign]
+        engine.add_requests = adding  # type: ignore[method-assign]
         served = ServedModel(
             Tokenizer.from_folder(folder), None, names=["model"], vocab_size=model.config.vocab_size,
             max_model_len=max_model_len,
@@ -82,9 +93,9 @@ def serve_here(folder: str, max_model_len: int, num_streams: int, pipe: Connecti
     def answer(server: Server) -> None:
         while True:
             question, *arguments = pipe.recv()
-            if question == "first":
-                pipe.send(list(first.values()))
-                first.clear()
+            if question == "tokens":
+                pipe.send(dict(tokens))
+                tokens.clear()
                 continue
             prompts, max_tokens = arguments
             params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
@@ -94,24 +105,6 @@ def serve_here(folder: str, max_model_len: int, num_streams: int, pipe: Connecti
             )
 
     serve(Server, load, Listen(port=0), on_ready=obey)
-
-
-async def one_stream(client: httpx2.AsyncClient, prompt: list[int], max_tokens: int) -> list[float]:
-    """Times (monotonic) at which the tokens of one stream came."""
-    body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
-    times: list[float] = []
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        if answer.status_code != 200:
-            raise SystemExit((await answer.aread()).decode())
-        async for chunk in answer.aiter_raw():
-            times += [time.monotonic()] * chunk.count(b'"text":')
-    return times
-
-
-async def together(url: str, prompts: list[list[int]], max_tokens: int) -> list[list[float]]:
-    limits = httpx2.Limits(max_connections=len(prompts) + 8)
-    async with httpx2.AsyncClient(base_url=url, timeout=600.0, limits=limits) as client:
-        return await asyncio.gather(*(one_stream(client, prompt, max_tokens) for prompt in prompts))
 
 
 async def health(url: str, prompts: list[list[int]], max_tokens: int, num_idle: int) -> list[float]:
@@ -124,7 +117,7 @@ async def health(url: str, prompts: list[list[int]], max_tokens: int, num_idle: 
         await writer.drain()
         await reader.readuntil(b"}")
         idle.append(writer)
-    running = asyncio.ensure_future(together(url, prompts, max_tokens))
+    running = asyncio.ensure_future(ask_together(url, prompts, max_tokens))
     seconds: list[float] = []
     async with httpx2.AsyncClient(base_url=url, timeout=60.0) as client:
         while not running.done():
@@ -156,62 +149,126 @@ def seconds_to_ready(folder: Path) -> float:
 
 
 def show(name: str, figure: dict[str, float], target: str) -> None:
-    print(f"{name:<56} {figure['median']:.3f} ({figure['min']:.3f}-{figure['max']:.3f})  {target}", flush=True)
+    p99 = f"  p99 {figure['p99']:.3f}" if "p99" in figure else ""
+    print(f"{name:<56} {figure['median']:.3f} ({figure['min']:.3f}-{figure['max']:.3f}){p99}  {target}", flush=True)
+
+
+class Bench:
+    """A server on a model in a process of its own, and what is asked of it."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self.options = options
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        length = PROMPT_TOKENS + options.tokens + 16
+        arguments = (str(folder), length, options.streams, theirs)
+        self._process = context.Process(target=serve_here, args=arguments, daemon=True)
+        self._process.start()
+        self.url, vocab_size = self._pipe.recv()
+        self._tokens = RandomTokens(vocab_size)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def prompts(self, number: int) -> list[list[int]]:
+        return [self._tokens.take(PROMPT_TOKENS) for _ in range(number)]
+
+    def alone(self) -> float:
+        """Tokens a second of the engine by itself."""
+        self._pipe.send(("engine", self.prompts(self.options.streams), self.options.tokens))
+        return float(self._pipe.recv())
+
+    def ask(self, number: int, max_tokens: int, *, stream: bool = True) -> tuple[list[Answer], list[list[float]]]:
+        """Answers to new prompts, and the times of the engine's tokens of each."""
+        prompts = self.prompts(number)
+        self._pipe.send(("tokens",))
+        self._pipe.recv()
+        answers = asyncio.run(ask_together(self.url, prompts, max_tokens, stream=stream))
+        self._pipe.send(("tokens",))
+        made = self._pipe.recv()
+        return answers, [made[tuple(prompt)] for prompt in prompts]
+
+    def through_http(self) -> float:
+        answers, _ = self.ask(self.options.streams, self.options.tokens)
+        return rate_of([answer.tokens for answer in answers], self.options.tokens)
+
+    def rates(self) -> dict[str, float]:
+        """Tokens a second through HTTP over the engine's alone, in turn."""
+        rates = []
+        for index in range(self.options.rounds):
+            pair = {f.__name__: f() for f in ((self.alone, self.through_http)[:: 1 if index % 2 else -1])}
+            rates.append(pair["through_http"] / pair["alone"])
+        return spread(rates)
+
+    def delays(self, number: int) -> dict[str, dict[str, float]]:
+        """What streams, so many at once, come behind the engine: see `_arrivals.delays`, and whole answers."""
+        found: dict[str, list[float]] = {"first": [], "token": [], "gap": [], "whole": []}
+        for _ in range(self.options.rounds * (1 if number > 1 else 4)):
+            for name, values in delays(*self.ask(number, self.options.tokens)).items():
+                found[name] += values
+            answers, made = self.ask(number, self.options.tokens, stream=False)
+            pairs = zip(answers, made, strict=True)
+            found["whole"] += [1000 * (answer.pieces[0][0] - times[-1]) for answer, times in pairs]
+        return {name: tail(values) for name, values in found.items()}
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one model; what is measured is shown at once."""
+    bench, found = Bench(folder, options), {}
+    print(f"{folder}:", flush=True)
+    bench.alone(), bench.through_http()  # warm up
+    found["small_ms"] = tail([1000 * seconds for seconds in small_requests(bench.url, 400)])
+    show("small request on a kept connection, ms", found["small_ms"], "")
+    for number in (1, options.streams):
+        found[f"delays_{number}_ms"] = figures = bench.delays(number)
+        for name, what, target in (
+            ("first", "first byte after the engine's first token", "<= 2"),
+            ("token", "each token after the engine's", ""),
+            ("gap", "gap between tokens against the engine's", "<= 1"),
+            ("whole", "whole answer after the engine's last token", ""),
+        ):
+            show(f"{number} at once: {what}, ms", figures[name], target)
+    if options.only != "delays":
+        found["streams"] = bench.rates()
+        show(f"{options.streams} streams through HTTP over the engine alone", found["streams"], ">= 0.95")
+        answers = asyncio.run(health(bench.url, bench.prompts(options.active), options.tokens, options.idle))
+        found["health_ms"] = tail([1000 * seconds for seconds in answers])
+        name = f"health beside {options.idle} idle and {options.active} active connections, ms"
+        show(name, found["health_ms"], "max < 100")
+    bench.close()
+    if options.only != "delays":
+        os.environ["PYTHONPATH"] = os.getcwd()
+        found["ready_s"] = spread([seconds_to_ready(folder) for _ in range(3)])
+        show("seconds from the command to ready", found["ready_s"], "< 3")
+    return found
+
+
+def folders(options: argparse.Namespace) -> list[Path]:
+    found = list(options.model)
+    if options.small:
+        found.append(made_model(Path("runs/nano-5m"), ("nano-5m", "--dtype", "float32")))
+    if options.like_standard:
+        shallow = (STANDARD[0], "--layers", "4", "--experts", "16", *STANDARD[5:])
+        found.append(
+            BenchFiles(made_model(Path("runs/like-standard"), shallow), Path("runs/bench")).folder_of("int4-g32")
+        )
+    return found or [BenchFiles(Path(standard_model()), Path("runs/bench")).folder_of("int4-g32")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", help="model folder")
+    parser.add_argument("model", type=Path, nargs="*", help="model folders")
+    parser.add_argument("--small", action="store_true", help="a model of 5 M parameters in fp32")
+    parser.add_argument("--like-standard", action="store_true", help="four layers of the standard model's, in int4-g32")
+    parser.add_argument("--only", choices=["delays"], help="leave out rates, health and start")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--idle", type=int, default=200)
     parser.add_argument("--active", type=int, default=32)
     options = parser.parse_args()
-    if options.model is None:
-        options.model = BenchFiles(Path(standard_model()), Path("runs/bench")).folder_of("int4-g32")
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    length = PROMPT_TOKENS + options.tokens + 16
-    process = multiprocessing.get_context("spawn").Process(
-        target=serve_here, args=(str(options.model), length, options.streams, theirs), daemon=True
-    )
-    process.start()
-    url, vocab_size = ours.recv()
-    tokens = RandomTokens(vocab_size)
-
-    def prompts(number: int) -> list[list[int]]:
-        return [tokens.take(PROMPT_TOKENS) for _ in range(number)]
-
-    def alone() -> float:
-        ours.send(("engine", prompts(options.streams), options.tokens))
-        return float(ours.recv())
-
-    def through_http() -> float:
-        return rate_of(asyncio.run(together(url, prompts(options.streams), options.tokens)), options.tokens)
-
-    alone(), through_http()  # warm up
-    rates = []
-    for index in range(options.rounds):
-        pair = {f.__name__: f() for f in ((alone, through_http) if index % 2 else (through_http, alone))}
-        rates.append(pair["through_http"] / pair["alone"])
-    streams = spread(rates)
-    show(f"{options.streams} streams through HTTP over the engine alone", streams, ">= 0.95")
-    ours.send(("first",))
-    ours.recv()
-    arrived = [asyncio.run(together(url, prompts(1), 2))[0][0] for _ in range(8 * options.rounds)]
-    ours.send(("first",))
-    first = spread([1000 * (a - b) for a, b in zip(arrived, ours.recv(), strict=True)])
-    show("first byte after the engine's first token, ms", first, "<= 5")
-    answers = asyncio.run(health(url, prompts(options.active), options.tokens, options.idle))
-    slowest = spread([1000 * seconds for seconds in answers])
-    show(f"health beside {options.idle} idle and {options.active} active connections, ms", slowest, "max < 100")
-    process.terminate()
-    process.join()
-    os.environ["PYTHONPATH"] = os.getcwd()
-    ready = spread([seconds_to_ready(options.model) for _ in range(3)])
-    show("seconds from the command to ready", ready, "< 3")
-    print_json({"streams": streams, "first_byte_ms": first, "health_ms": slowest, "ready_s": ready,
-                "model": json.loads((options.model / "config.json").read_text()).get("num_hidden_layers")})  # fmt: skip
+    print_json({str(folder): measure(folder, options) for folder in folders(options)})
 
 
 if __name__ == "__main__":

@@ -27,10 +27,24 @@ _LEAST_WRITTEN = 4 << 10  # bytes that a client must take in `write_seconds`
 
 
 class _Connection(h11.Connection):
-    """Refuses a body in crumbs: each would cost a thousand times the work of its byte."""
+    """Refuses a body in crumbs: each would cost a thousand times the work of its byte.
+
+    The head of an answer waits for the first piece of its body: two writes are two packets, and wake a client twice.
+    """
 
     is_too_long = False  # the head that it could not read
     _num_pieces = _num_bytes = 0
+    _head: list[bytes] | None = None
+
+    def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
+        """What is to be sent for an event; nothing for an answer's head, which goes before what is next."""
+        parts = super().send_with_data_passthrough(event)
+        if isinstance(event, h11.Response):
+            self._head = parts
+            return []
+        if self._head is not None and parts is not None:
+            parts, self._head = [*self._head, *parts], None
+        return parts
 
     def next_event(self) -> Any:
         try:
@@ -66,7 +80,9 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.conn = _Connection(h11.SERVER, self.limits.max_header_bytes)
-        transport.set_write_buffer_limits(high=0)  # so that we hear of every byte that waits for its reader
+        # So that we hear of what waits for its reader. Not 0: asyncio's TLS would take an empty buffer for a full one,
+        # and no answer would get past its head.
+        transport.set_write_buffer_limits(high=1)
         # The system would take megabytes for a client that reads none of them.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         if len(self.connections) > self.limits.max_connections:

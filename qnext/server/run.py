@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import uvicorn
 
 from qnext.errors import UsageError
+from qnext.server import heap
 from qnext.server.admin import ADMIN_ROUTES
 from qnext.server.app import Server, make_application
 from qnext.server.protocol import protocol_of
@@ -29,6 +30,7 @@ from qnext.server.table import public_routes
 
 if TYPE_CHECKING:
     from qnext.engine import Engine
+    from qnext.server.limits import Limits
     from qnext.server.served import ServedModel
 
 _log = logging.getLogger("qnext.server")
@@ -38,6 +40,9 @@ _JANITOR_SECONDS = 0.25
 _FAULTS = 8  # looks of the janitor that must find one
 _KEEP_ALIVE_SECONDS = 75
 _BACKLOG = 1024
+_SILENT_SECONDS = 60  # without a byte, until the system asks whether a client is still there
+_PROBES = 4  # such questions, fifteen seconds apart, without an answer end a connection
+_PROBE_SECONDS = 15
 _LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 EXIT_HUNG = 70  # a step of the model does not end, or the engine has failed: the supervisor should start anew
 
@@ -80,6 +85,7 @@ def serve(server_of: Callable[[], Server], load: Load, listen: Listen, *, on_rea
     Raises what `load` raises, and UsageError where the address cannot be had.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
+    heap.bound_arenas()
 
     def freeze(server: Server, urls: Urls) -> None:
         gc.freeze()  # weights and vocabulary stay: no collection need look at them again
@@ -123,15 +129,18 @@ def serving(server_of: Callable[[], Server], load: Load, listen: Listen) -> Iter
 
 
 async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) -> None:
-    sockets = [_socket(listen)]
+    sockets = [_socket(listen, server.limits)]
     routes = public_routes(with_page=server.with_page, open_readiness=server.open_readiness)
     bound = listen.host if listen.uds is None else None
     listeners = [listener(make_application(server, routes, bound=bound), server, listen)]
     if listen.admin_port is not None:
-        sockets.append(_socket(Listen("127.0.0.1", listen.admin_port)))
+        sockets.append(_socket(Listen("127.0.0.1", listen.admin_port), server.limits))
         listeners.append(listener(make_application(server, ADMIN_ROUTES), server, Listen()))
     runs = [asyncio.create_task(one.serve([sock])) for one, sock in zip(listeners, sockets, strict=True)]
-    cleaning = asyncio.create_task(janitor(server))
+    cleaning = [
+        asyncio.create_task(janitor(server)),
+        asyncio.create_task(heap.keep_trimmed(lambda: bool(server.active))),
+    ]
     try:
         engine, served = await _loaded(server, load)
         server.attach(engine, served)
@@ -144,7 +153,8 @@ async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) 
         for one in listeners:
             one.should_exit = True
         await asyncio.gather(*runs)
-        cleaning.cancel()
+        for task in cleaning:
+            task.cancel()
         server.close()
 
 
@@ -173,7 +183,7 @@ def listener(application: Any, server: Server, listen: Listen) -> uvicorn.Server
     return _Uvicorn(config)
 
 
-def _socket(listen: Listen) -> socket.socket:
+def _socket(listen: Listen, limits: Limits) -> socket.socket:
     try:
         if listen.uds is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -183,8 +193,10 @@ def _socket(listen: Listen) -> socket.socket:
             os.chmod(listen.uds, 0o600)
         else:
             family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
-            one = socket.socket(family)
+            # asyncio sends small writes at once (TCP_NODELAY) where a socket is made with its protocol alone.
+            one = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _notice_the_gone(one, limits.write_seconds)
             one.bind((listen.host, listen.port))
     except OSError as error:
         where = listen.uds or f"{listen.host}:{listen.port}"
@@ -192,6 +204,24 @@ def _socket(listen: Listen) -> socket.socket:
         raise UsageError(f"cannot listen on {where}: {error.strerror or error}{hint}") from None
     one.setblocking(False)
     return one
+
+
+def _notice_the_gone(one: socket.socket, write_seconds: float) -> None:
+    """Connections that it accepts end when their client has gone without a word, as a machine does without power.
+
+    While nothing is sent, by questions; while something is, later than `write_seconds`, so that a client that is there
+    and reads nothing is ended by the server, which can say so.
+    """
+    options = {
+        "TCP_KEEPIDLE": _SILENT_SECONDS,
+        "TCP_KEEPINTVL": _PROBE_SECONDS,
+        "TCP_KEEPCNT": _PROBES,
+        "TCP_USER_TIMEOUT": int(1000 * (write_seconds + 5.0)),
+    }
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in options.items():
+        if hasattr(socket, name):  # accepted sockets inherit them; a system that has none keeps its own
+            one.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _url(listen: Listen, one: socket.socket) -> str:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qnext.engine.request import Request
-from qnext.engine.step import TokenEvent
+from qnext.engine.step import EndEvent, TokenEvent
 from qnext.errors import QnextError
 from qnext.server.errors import ApiError, from_user_error
 from qnext.server.generation import Generation, Update
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("qnext.server")
 _HEARTBEAT = 1.0  # seconds
-_FLUSH = 0.008  # seconds: where steps are shorter, tokens of several go to the event loop together
 _MAX_FAILURES = 3  # steps that fail one after another, until the engine counts as broken
 
 
@@ -50,8 +49,9 @@ class EngineWorker:
         self._calls: deque[Callable[[], None]] = deque()
         self._running: dict[str, tuple[Generation, int]] = {}  # by the engine's request id
         self._unstarted: dict[int, Generation] = {}  # in the engine, before its first step; by id()
+        self._news_lock = threading.Lock()
         self._held: dict[int, _News] = {}  # by id of the generation: what the event loop has not been told yet
-        self._told = 0.0
+        self._is_telling = False  # it has been called, or is still busy with what it was told last
         self._is_stopping = False
         self._num_failures = 0
         self._numbers = itertools.count()
@@ -258,24 +258,25 @@ class EngineWorker:
             return
         if events:
             self._num_failures = 0
-        is_urgent = False
-        for event in events:
-            entry = self._running.get(event.request_id)
-            if entry is None:
-                continue
-            generation, index = entry
-            news = self._held.setdefault(id(generation), _News(generation))
-            token = event.token if isinstance(event, TokenEvent) else None
-            news.updates.append(Update(index, token, event.finish_reason))
-            request = generation.requests[index]
-            is_urgent = is_urgent or event.finish_reason is not None or len(request.output_ids) <= 1
-            if event.finish_reason is not None:
-                del self._running[event.request_id]
-                news.failure = news.failure or self._failure_of(request)
-                if news.failure is not None:
-                    self._drop(generation)
-        if is_urgent or time.monotonic() - self._told >= _FLUSH or not self.engine.has_unfinished:
-            self._tell()
+        with self._news_lock:
+            for event in events:
+                self._note(event)
+        self._tell()
+
+    def _note(self, event: TokenEvent | EndEvent) -> None:
+        """Keep what happened for its generation, if that still wants it."""
+        entry = self._running.get(event.request_id)
+        if entry is None:
+            return
+        generation, index = entry
+        news = self._held.setdefault(id(generation), _News(generation))
+        token = event.token if isinstance(event, TokenEvent) else None
+        news.updates.append(Update(index, token, event.finish_reason))
+        if event.finish_reason is not None:
+            del self._running[event.request_id]
+            news.failure = news.failure or self._failure_of(generation.requests[index])
+            if news.failure is not None:
+                self._drop(generation)
 
     def _failure_of(self, request: Request) -> ApiError | None:
         if request.finish_reason == "deadline":
@@ -302,17 +303,34 @@ class EngineWorker:
         self._fail(generations.values(), failure)
 
     def _fail(self, generations: Iterable[Generation], failure: ApiError) -> None:
-        for generation in generations:
-            self._held.setdefault(id(generation), _News(generation)).failure = failure
+        with self._news_lock:
+            for generation in generations:
+                self._held.setdefault(id(generation), _News(generation)).failure = failure
         self._tell()
 
     def _tell(self) -> None:
-        """The event loop hears of all that happened, at once."""
+        """The event loop hears of what happened: at once, or where it is behind, when it has done what it was told.
+
+        So a token never waits for the next step, and a loop that cannot follow gets those of several steps together.
+        """
         assert self._loop is not None
-        news, self._held = list(self._held.values()), {}
-        self._told = time.monotonic()
-        if news and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_deliver, news)
+        with self._news_lock:
+            if not self._held or self._is_telling:
+                return
+            self._is_telling = True
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        """In the event loop: hand on all that is held, and look again when its readers have had their turn."""
+        with self._news_lock:
+            news, self._held = list(self._held.values()), {}
+            self._is_telling = bool(news)
+        for entry in news:
+            entry.generation.deliver(entry.updates, entry.failure)
+        if news:
+            assert self._loop is not None
+            self._loop.call_soon(self._deliver)
 
 
 @dataclass
@@ -320,8 +338,3 @@ class _News:
     generation: Generation
     updates: list[Update] = field(default_factory=list)
     failure: ApiError | None = None
-
-
-def _deliver(news: list[_News]) -> None:
-    for entry in news:
-        entry.generation.deliver(entry.updates, entry.failure)
