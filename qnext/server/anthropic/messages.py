@@ -34,7 +34,7 @@ async def messages(exchange: Exchange) -> Reply | EventStream:
     params = sampling_params(
         wanted, served, exchange.server.limits, num_prompt=len(dialogue.prompt_ids), max_tokens=body.max_tokens
     )
-    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
+    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param, owner=exchange.owner)
     writer = MessageWriter(exchange, dialogue.new_answer(exchange))
     generating = exchange.generate(dialogue.prompt_ids, params, guide=guide)
     if body.stream:

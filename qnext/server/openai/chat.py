@@ -57,7 +57,7 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
         max_tokens=body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None, prompt_logprobs=body.prompt_logprobs,
     )  # fmt: skip
-    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
+    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param, owner=exchange.owner)
     writer = _ChatWriter(exchange, body, offer, [dialogue.new_answer(exchange) for _ in range(params.n)])
     generating = exchange.generate(dialogue.prompt_ids, params, guide=guide, salt=body.cache_salt)
     if body.stream:

@@ -50,7 +50,7 @@ async def _answered(exchange: Exchange, body: ResponseBody) -> Reply | EventStre
         num_prompt=len(dialogue.prompt_ids), max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if wants_logprobs else None, param="input",
     )  # fmt: skip
-    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
+    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param, owner=exchange.owner)
     writer = ResponseWriter(
         exchange,
         dialogue.new_answer(exchange),
