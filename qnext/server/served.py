@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 ToolStyle = Literal["json", "xml"]
 Result = TypeVar("Result")
 
-_GRAMMAR_PROGRAM = Path(__file__).with_name("grammar_worker.py")
+GRAMMAR_PROGRAM = Path(__file__).with_name("grammar_worker.py")
 _CLAUDE = re.compile(r"(?:anthropic[./])?claude-")
 _FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
@@ -91,7 +91,7 @@ class ServedModel:
             special_ids=self.tokenizer.reserved_ids.values(),
             size=self.vocab_size,
         )
-        return GrammarCompiler(vocabulary, program=_GRAMMAR_PROGRAM)
+        return GrammarCompiler(vocabulary, program=GRAMMAR_PROGRAM)
 
     def warm(self) -> None:
         """Begin to start what compiles grammars, so that the first constraint does not wait for it."""

@@ -222,8 +222,6 @@ def check_schema(schema: object, *, param: str) -> None:
         raise ApiError.bad("the parameters of a tool must be of type object", param=param)
     try:
         check_volume("json_schema", schema, _LIMITS.max_schema_bytes)
-        if len(json.dumps(schema)) > _LIMITS.max_schema_bytes:
-            raise UsageError(f"json_schema: larger than {_LIMITS.max_schema_bytes} bytes")
         check_nodes(schema, _LIMITS)
     except UsageError as error:
         raise ApiError.bad(str(error).replace("json_schema:", "the schema is"), param=param) from None

@@ -127,24 +127,22 @@ def _volumes(limits: GrammarLimits) -> dict[str, int]:
 
 def check_volume(kind: str, value: object, limit: int) -> None:
     """Refuse what is larger as JSON text than its limit, without writing it: that could take long."""
-    waiting, volume = [value], 0
+    name = "tools" if kind == "calls" else kind
+    waiting: list[Any] = [[value]]
+    volume = 0
     while waiting:
         item = waiting.pop()
-        if isinstance(item, str):
-            volume += len(item)
-        elif isinstance(item, Mapping):
-            volume += 2 * len(item)
-            if volume <= limit:
-                waiting.extend(item)
-                waiting.extend(item.values())
-        elif isinstance(item, (list, tuple)):
-            volume += len(item)
-            if volume <= limit:
-                waiting.extend(item)
-        else:
-            volume += 1
+        volume += len(item)
+        if isinstance(item, Mapping):
+            volume += sum(len(key) for key in item if isinstance(key, str))
+            item = item.values()
+        if volume <= limit:
+            for entry in item:
+                if isinstance(entry, str):
+                    volume += len(entry)
+                elif isinstance(entry, (Mapping, list, tuple)):
+                    waiting.append(entry)
         if volume > limit:
-            name = "tools" if kind == "calls" else kind
             raise UsageError(f"{name}: larger than {limit} bytes")
 
 

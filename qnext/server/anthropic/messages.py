@@ -53,8 +53,9 @@ async def count_tokens(exchange: Exchange) -> Reply:
 async def _dialogue(exchange: Exchange, body: CountBody, *, stop: tuple[str, ...] = ()) -> Dialogue:
     exchange.server.check_model(exchange, body.model)
     choice = body.tool_choice
+    offered = await exchange.server.served.run(lambda: offer(body, exchange.ignore))  # schemas are walked through
     return await make_dialogue(
-        exchange, conversation(body, exchange.ignore), offer(body, exchange.ignore),
+        exchange, conversation(body, exchange.ignore), offered,
         constraint=_constraint(body), stop=stop,
         parallel_calls=choice is None or not choice.disable_parallel_tool_use,
         asked=body.asked(

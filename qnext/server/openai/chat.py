@@ -36,7 +36,7 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
     body: ChatBody = exchange.body
     served = exchange.server.served
     exchange.server.check_model(exchange, body.model)
-    offer = offer_of(body, exchange.ignore)
+    offer = await served.run(lambda: offer_of(body, exchange.ignore))  # schemas are walked through
     if body.continue_final_message and body.add_generation_prompt:
         raise ApiError.bad("continue_final_message excludes add_generation_prompt", param="continue_final_message")
     try:
