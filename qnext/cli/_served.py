@@ -41,8 +41,12 @@ def load_served(
     kv_cache_dtype: str = "auto",
     disk_cache: Path | None = None,
     disk_cache_bytes: int = 0,
+    warms_grammars: bool = False,
 ) -> tuple[Engine, ServedModel]:
-    """The engine and the texts of a folder; its memory plan goes to stderr. Raises QnextError."""
+    """The engine and the texts of a folder; its memory plan goes to stderr. Raises QnextError.
+
+    `warms_grammars`: what compiles output constraints is started meanwhile, and not with the first of them.
+    """
     import torch
 
     from qnext.cli._text_model import end_token_ids, load_weights
@@ -67,6 +71,8 @@ def load_served(
         max_model_len=engine.max_model_len, eos_ids=eos_ids, defaults=defaults, tool_style=tool_style,
         template_defaults=template_defaults,
     )  # fmt: skip
+    if warms_grammars:
+        served.warm()
     return engine, served
 
 

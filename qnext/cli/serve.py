@@ -91,7 +91,7 @@ def command(
         load_served, open_folder(model, yarn=yarn), names=served_model_name or [name_of(model)], engine_options=engine,
         dtype=dtype, threads=threads, tool_style=TOOL_STYLES[tool_call_parser], kv_cache_dtype=kv_cache_dtype,
         template_defaults=chat_template_kwargs, with_defaults=generation_config == "auto", disk_cache=disk_cache,
-        disk_cache_bytes=disk_cache_bytes,
+        disk_cache_bytes=disk_cache_bytes, warms_grammars=True,
     )  # fmt: skip
     face = Face(ui, open_readiness, origins or (), allowed_hosts or (), metrics_compat)
     serve(partial(new_server, ring, limits, face, audit_log, audit_chain), load, listen, on_ready=print_ready)

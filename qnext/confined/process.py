@@ -35,15 +35,19 @@ class ConfinedLimits:
 
 
 class ConfinedFailure(Exception):
-    """A request used more than it may, or broke its process, which is gone. `cause`: what was too little."""
+    """A request used more than it may, or broke its process, which is gone. `cause`: what was too little.
 
-    def __init__(self, cause: Literal["time", "memory", "broken"]) -> None:
+    `is_spent`: of time, it was the processor's; else the clock ran out first, as it does on a busy machine.
+    """
+
+    def __init__(self, cause: Literal["time", "memory", "broken"], *, is_spent: bool = False) -> None:
         super().__init__(cause)
         self.cause = cause
+        self.is_spent = is_spent
 
 
 class ConfinedProcess:
-    """A child process that runs one of our programs. For one thread at a time; `kill` may come from another.
+    """A child process that runs one of our programs. For one thread at a time; `interrupt` may come from another.
 
     `program` answers through `child.serve`; `setup` is JSON that its `begin` gets. The child has no environment, may
     write no file, and ends with its parent. Raises OSError where it does not start.
@@ -77,9 +81,12 @@ class ConfinedProcess:
         if answer is None:
             is_late = time.monotonic() >= deadline
             self.kill()
+            code = self._process.returncode
+            if code == -signal.SIGABRT:  # how native code ends that gets no memory
+                raise ConfinedFailure("memory")
             # A child that spent its processor time was ended by the system.
-            is_late = is_late or self._process.returncode in (-signal.SIGPROF, -signal.SIGALRM)
-            raise ConfinedFailure("time" if is_late else "broken")
+            is_late = is_late or code in (-signal.SIGPROF, -signal.SIGALRM)
+            raise ConfinedFailure("time" if is_late else "broken", is_spent=code == -signal.SIGPROF)
         if answer.get("fault") == "memory":
             self.kill()
             raise ConfinedFailure("memory")
@@ -90,6 +97,10 @@ class ConfinedProcess:
 
     def kill(self) -> None:
         self._finalizer()
+
+    def interrupt(self) -> None:
+        """End the process, of which whoever asks it learns as of one that broke. What it held here stays theirs."""
+        self._process.kill()
 
     def _write(self, value: Any, deadline: float) -> bool:
         data = json.dumps(value).encode("ascii")

@@ -210,16 +210,17 @@ class Server:
         finally:
             self.rates.finish(key, num_prompt, num_prompt + admitted.num_output)
 
-    async def compiled(self, constraint: Constraint, *, param: str) -> CompiledGrammar:
+    async def compiled(self, constraint: Constraint, *, param: str, owner: str = "") -> CompiledGrammar:
+        """The grammar of a constraint, in the share of its owner. Raises ApiError 400, 429 or 503."""
         started = time.perf_counter()
         try:
-            return await self.served.compile(constraint, param=param)
+            return await self.served.compile(constraint, param=param, owner=owner)
         finally:
             self.counters.observe_grammar_compile(time.perf_counter() - started)
 
-    async def guide(self, constraint: Constraint | None, *, param: str) -> Any:
+    async def guide(self, constraint: Constraint | None, *, param: str, owner: str = "") -> Any:
         """The state of a constraint for one request; None without one."""
-        return None if constraint is None else (await self.compiled(constraint, param=param)).new_state()
+        return None if constraint is None else (await self.compiled(constraint, param=param, owner=owner)).new_state()
 
     def render_metrics(self) -> bytes:
         self.counters.is_ready = self.is_ready

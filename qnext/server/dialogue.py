@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qnext.engine.sampling.constraint import Constraint
 from qnext.server.answers import Answer
+from qnext.server.calls import forced_calls
 from qnext.server.exchange import Exchange
 from qnext.server.tools import Offer, check_tools
 from qnext.text.messages import Message
-from qnext.text.output import OutputParser, tool_call_grammar
+from qnext.text.output import OutputParser
 from qnext.text.stream import Thought
 from qnext.text.thinking import TemplateRequest, ThoughtState
 
@@ -87,11 +88,11 @@ async def make_dialogue(
     chosen, chosen_param = constraint or (None, "response_format")
     if offer.callable and (offer.is_required or chosen is not None):
         may_repeat = parallel_calls and offer.name is None
-        text = await served.run(lambda: _call_grammar(served, offer, parallel=may_repeat), param="tools")
+        calls = _calls(served, offer, parallel=may_repeat)
         if offer.is_required:
-            chosen, chosen_param = Constraint("lark", text), "tools"
+            chosen, chosen_param = Constraint("calls", calls), "tools"
         elif chosen is not None:  # the answer is a call, or follows its format
-            chosen = replace(chosen, alternative=text)
+            chosen = replace(chosen, alternative=calls)
     if chosen is not None and thought == "open":
         chosen = replace(chosen, starts_after=served.think_end)
     elif chosen is not None and thought == "possible" and served.is_hybrid:
@@ -109,11 +110,15 @@ async def make_dialogue(
     )
 
 
-def _call_grammar(served: ServedModel, offer: Offer, *, parallel: bool) -> str:
-    return tool_call_grammar(
-        offer.enforceable(), style=served.tool_style, name=offer.name, parallel=parallel,
+def _calls(served: ServedModel, offer: Offer, *, parallel: bool) -> dict[str, Any]:
+    return forced_calls(
+        offer.callable,
+        strict=offer.strict if offer.is_required else (),
+        style=served.tool_style,
+        name=offer.name,
+        parallel=parallel,
         control_names=served.tokenizer.reserved_ids.keys(),
-    )  # fmt: skip
+    )
 
 
 def in_order_of_calls(messages: Sequence[Message]) -> list[Message]:

@@ -75,6 +75,12 @@ _SCHEMA_WORDS = frozenset(
         "expected",
         "failed",
         "compile",
+        "tools",
+        "takes",
+        "time",
+        "memory",
+        "processor",
+        "costly",
     ]
 )
 # Kinds of the Anthropic surface by status; 529 is its own for an overloaded server, but clients retry 503 alike.

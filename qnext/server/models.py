@@ -91,7 +91,7 @@ async def tokenize(exchange: Exchange) -> Reply:
         dialogue = await make_dialogue(
             exchange,
             conversation(body.messages, exchange.ignore),
-            replace(offer_of(body, exchange.ignore), is_required=False),
+            replace(await served.run(lambda: offer_of(body, exchange.ignore)), is_required=False),
             asked=asked,
             continues=bool(body.continue_final_message),
             add_generation_prompt=body.add_generation_prompt is not False,

@@ -6,12 +6,13 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from qnext.engine.sampling.constraint import Constraint
-from qnext.engine.sampling.grammar import CompiledGrammar, GrammarCompiler, Vocabulary
+from qnext.engine.sampling.constraint import Constraint, GrammarLimits
+from qnext.engine.sampling.grammar import CompiledGrammar, CompilersBusy, GrammarCompiler, Vocabulary
 from qnext.errors import CorruptCheckpoint, QnextError
 from qnext.server.errors import ApiError, from_user_error
 from qnext.server.limits import MAX_TEXT_PER_TOKEN
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 ToolStyle = Literal["json", "xml"]
 Result = TypeVar("Result")
 
+GRAMMAR_PROGRAM = Path(__file__).with_name("grammar_worker.py")
 _CLAUDE = re.compile(r"(?:anthropic[./])?claude-")
 _FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
@@ -74,8 +76,7 @@ class ServedModel:
         self.tool_style: ToolStyle = tool_style or self._style_of_format()
         self.tokens = list(tokenizer.token_table())
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
-        # A grammar may take seconds: nobody's text waits for somebody's grammar.
-        self._compilers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
+        self._constraints = ThreadPoolExecutor(1, thread_name_prefix="constraint")  # reads them; no text waits for it
 
     @property
     def name(self) -> str:
@@ -90,7 +91,11 @@ class ServedModel:
             special_ids=self.tokenizer.reserved_ids.values(),
             size=self.vocab_size,
         )
-        return GrammarCompiler(vocabulary)
+        return GrammarCompiler(vocabulary, program=GRAMMAR_PROGRAM)
+
+    def warm(self) -> None:
+        """Begin to start what compiles grammars, so that the first constraint does not wait for it."""
+        self._constraints.submit(lambda: self.grammars.warm())
 
     @property
     def template_arguments(self) -> frozenset[str]:
@@ -217,13 +222,26 @@ class ServedModel:
         prefix, suffix, middle = (ids[name] for name in _FIM)
         return prefix, suffix, middle
 
-    async def compile(self, constraint: Constraint, *, param: str) -> CompiledGrammar:
-        """Raises ApiError 400 for a constraint that is malformed, impossible, too large or too slow."""
-        run = asyncio.get_running_loop().run_in_executor
+    async def compile(self, constraint: Constraint, *, param: str, owner: str = "") -> CompiledGrammar:
+        """Raises ApiError 400 for a constraint that is malformed, impossible, too large or too costly; 429 where too
+        many of its owner wait to be compiled, and 503 where too many of all do or the machine is too busy."""
+        reading = self._constraints.submit(lambda: self.grammars.submit(constraint, owner=owner))
         try:
-            return await run(self._compilers, lambda: self.grammars.compile(constraint))
+            compiling = await asyncio.wrap_future(reading)
+            return await asyncio.wait_for(asyncio.wrap_future(compiling), GrammarLimits().wait_seconds)
+        except asyncio.CancelledError:  # the client has left
+            reading.add_done_callback(_cancel_what_came)
+            raise
+        except asyncio.TimeoutError:
+            raise ApiError.busy("the machine is too busy to compile output constraints", retry_after=5.0) from None
+        except CompilersBusy as error:
+            if error.is_own:
+                raise ApiError.busy(str(error), retry_after=2.0, status=429, code="rate_limit_exceeded") from None
+            raise ApiError.busy(str(error), retry_after=5.0) from None
         except QnextError as error:
-            raise from_user_error(error, param=param, source=str(constraint.value)) from None
+            where = "tools" if str(error).startswith("tools") else param
+            source = str([constraint.value, constraint.alternative])
+            raise from_user_error(error, param=where, source=source) from None
 
     def check_ids(self, ids: Sequence[int], *, param: str) -> None:
         """Raises ApiError 400 unless all are ids of the vocabulary."""
@@ -250,7 +268,9 @@ class ServedModel:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._compilers.shutdown(wait=False, cancel_futures=True)
+        self._constraints.shutdown(wait=False, cancel_futures=True)
+        if "grammars" in self.__dict__:
+            self.grammars.close()
 
     async def _check_length(self, num_characters: int, texts: Iterable[str], param: str) -> None:
         """Refuse what is far too long by the tokens of its first part: the whole could take long to count."""
@@ -285,6 +305,11 @@ class ServedModel:
         if chat_format.template is None:
             return "xml" if chat_format.name == "coder" else "json"
         return "xml" if "<function=" in chat_format.template.text else "json"
+
+
+def _cancel_what_came(reading: Future[Future[CompiledGrammar]]) -> None:
+    if not reading.cancelled() and reading.exception() is None:
+        reading.result().cancel()
 
 
 def _whole_words(text: str, length: int) -> str:

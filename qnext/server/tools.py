@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from qnext.engine.sampling.constraint import GrammarLimits, check_nodes
-from qnext.engine.sampling.schemas import enforceable, without_nulls
+from qnext.engine.sampling.constraint import GrammarLimits, check_nodes, check_volume
+from qnext.engine.sampling.schemas import without_nulls
 from qnext.errors import UsageError
 from qnext.server.bodies import Body
 from qnext.server.errors import ApiError
@@ -70,19 +70,6 @@ class Offer:
     name: str | None = None
     origins: Mapping[str, Origin] = field(default_factory=dict)
     strict: frozenset[str] = frozenset()
-
-    def enforceable(self) -> list[dict[str, Any]]:
-        """Those of `callable` with the part of their schemas that a grammar holds. Raises UsageError."""
-        found: list[dict[str, Any]] = []
-        for index, tool in enumerate(self.callable):
-            function = tool["function"]
-            is_strict = self.is_required and function["name"] in self.strict
-            try:
-                schema = enforceable(function["parameters"], is_strict=is_strict).schema
-            except UsageError as error:
-                raise UsageError(f"tools.{index}: {str(error).removeprefix('json_schema: ')}") from None
-            found.append({"type": "function", "function": {**function, "parameters": schema}})
-        return found
 
 
 @dataclass
@@ -233,9 +220,8 @@ def check_schema(schema: object, *, param: str) -> None:
     names = [kind.lower() for kind in (kinds if isinstance(kinds, list) else [kinds]) if isinstance(kind, str)]
     if names and "object" not in names:
         raise ApiError.bad("the parameters of a tool must be of type object", param=param)
-    if len(json.dumps(schema)) > _LIMITS.max_schema_bytes:
-        raise ApiError.bad(f"the schema is larger than {_LIMITS.max_schema_bytes} bytes", param=param)
     try:
+        check_volume("json_schema", schema, _LIMITS.max_schema_bytes)
         check_nodes(schema, _LIMITS)
     except UsageError as error:
         raise ApiError.bad(str(error).replace("json_schema:", "the schema is"), param=param) from None

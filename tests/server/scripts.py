@@ -26,7 +26,7 @@ def scripted(running: Running, text: str) -> Iterator[None]:
     parts = [part for part in re.split(f"({pattern})", text) if part]
     lark = "start: " + " ".join(part if part in names else json.dumps(part) for part in parts)
 
-    async def guide(constraint: Constraint | None, *, param: str) -> Any:
+    async def guide(constraint: Constraint | None, *, param: str, owner: str = "") -> Any:
         return (await running.server.compiled(Constraint("lark", lark), param=param)).new_state()
 
     with pytest.MonkeyPatch.context() as patch:

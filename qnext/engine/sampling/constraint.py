@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +15,13 @@ from qnext.engine.sampling.gbnf import is_gbnf, lark_of
 from qnext.engine.sampling.schemas import enforceable
 from qnext.errors import UsageError
 
-ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
+ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "lark", "calls"]
+Writer = Callable[[Mapping[str, Any]], str]  # what a constraint of some kind says -> its Lark; raises UsageError
 
 # Masks hold every token that fits, not only the one that a tokenizer would have chosen for bytes that are certain:
 # a draft that spells them otherwise is as right.
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
+_JSON = re.compile(r"%json\s*")
 _RULE = re.compile(r"^[ \t]*[!?_]*[A-Za-z][\w-]*(?:\{[^}\n]*\}|\[[^\]\n]*\]|\.[+-]?\d+|::\w+)*[ \t]*:", re.MULTILINE)
 
 
@@ -28,11 +30,12 @@ class Constraint:
     """What the output must look like.
 
     `value` is a JSON schema (text, object or boolean), a regular expression that the whole output must match, the
-    choices, or a grammar: Lark with the rule `start`, or GBNF with `root`. It is not read for "json_object".
+    choices, or a grammar: Lark with the rule `start`, or GBNF with `root`. It is not read for "json_object". What
+    "calls" holds is known to the program that compiles it, which has a writer for it.
     `starts_after` are the token ids that end the reasoning: the constraint holds for what follows their first
     appearance in the output.
-    `is_strict`: a schema that cannot be enforced whole is refused, not relaxed. `alternative`: Lark of what the output
-    may be instead, such as a tool call.
+    `is_strict`: a schema that cannot be enforced whole is refused, not relaxed. `alternative`: Lark, or the value of
+    "calls", that the output may be instead.
     `opened_by` is the id that begins the reasoning where the output itself may do so, with its first token: without
     it the constraint holds from the beginning. A constraint that can begin with that mark describes the reasoning
     itself, and holds from the beginning in any case.
@@ -42,7 +45,7 @@ class Constraint:
     value: str | bool | Mapping[str, Any] | tuple[str, ...] = ""
     starts_after: tuple[int, ...] | None = None
     is_strict: bool = False
-    alternative: str | None = None
+    alternative: str | Mapping[str, Any] | None = None
     opened_by: int | None = None
 
 
@@ -62,11 +65,21 @@ class GrammarLimits:
     max_lark_rules: int = 500
     max_lark_marks: int = 2_000  # colons and opening brackets, wherever they stand
     max_whitespace: int = 64  # characters in a row between the parts of a JSON text
-    compile_seconds: float = 2.0
-    compile_threads: int = 2
-    step_seconds: float = 0.5  # of the thread's own time, for one mask; fuel ends nearly every case far below
-    max_cached_grammars: int = 64
-    max_cached_bytes: int = 4 << 20  # of grammar text
+    max_calls_bytes: int = 1 << 20  # of the schemas of all tools
+    max_held_bytes: int = 24 << 20  # of what one grammar is compiled to
+    compile_cpu_seconds: float = 1.0  # in a child process, and no more again in this one
+    compile_memory_bytes: int = 128 << 20  # beside vocabulary and library
+    compile_seconds: float = 10.0  # on the clock, which a busy machine may need for that
+    process_memory_bytes: int = 2 << 30  # of address space, vocabulary and library with it
+    compile_processes: int = 2
+    max_waiting: int = 128  # constraints that wait to be compiled, each text of an owner once
+    max_waiting_per_owner: int = 32
+    wait_seconds: float = 30.0  # until a constraint is compiled
+    step_seconds: float = 0.1  # of the thread's own time, for one mask; fuel ends nearly every case far below
+    mask_seconds: float = 0.002  # for a mask on the average; what an answer saves it may spend, up to step_seconds
+    token_seconds: float = 0.00015  # the same for accepting a token, which bounds the memory of an answer as well
+    max_cached_grammars: int = 64  # and eight times as many refusals
+    max_cached_bytes: int = 64 << 20  # of what grammars are compiled to
     max_lexer_states: int = 20_000  # 1 to 2 kB each, for every request
     max_grammar_size: int = 100_000
     initial_lexer_fuel: int = 1_000_000
@@ -75,20 +88,85 @@ class GrammarLimits:
     max_items_in_row: int = 2_000
 
 
-def grammar_text(constraint: Constraint, limits: GrammarLimits) -> str:
-    """The Lark grammar of a constraint. Raises UsageError, in one line, for what is malformed or too large."""
-    text = _own_text(constraint, limits)
+def request_of(constraint: Constraint, limits: GrammarLimits) -> dict[str, Any]:
+    """What a constraint says, as values of JSON, for `constraint_of`. Takes no longer than the limits are large.
+
+    Raises UsageError, in one line, for what is too large or no value of JSON.
+    """
+    value = constraint.value
+    kind = constraint.kind
+    if kind == "json_object":
+        value = ""
+    if not isinstance(value, (str, bool, Mapping, tuple, list)):
+        raise UsageError(f"{kind}: must be a string, not {type(value).__name__}")
+    check_volume(kind, value, _volumes(limits).get(kind, limits.max_lark_bytes))
+    if constraint.alternative is not None:
+        check_volume("tools", constraint.alternative, limits.max_calls_bytes)
+    return {
+        "kind": kind,
+        "value": list(value) if isinstance(value, tuple) else value,
+        "is_strict": constraint.is_strict,
+        "alternative": constraint.alternative,
+    }
+
+
+def constraint_of(request: Mapping[str, Any]) -> Constraint:
+    return Constraint(
+        request["kind"], request["value"], is_strict=request["is_strict"], alternative=request["alternative"]
+    )
+
+
+def _volumes(limits: GrammarLimits) -> dict[str, int]:
+    return {
+        "json_schema": limits.max_schema_bytes,
+        "regex": 4 * limits.max_regex_length,
+        "choice": limits.max_choice_bytes,
+        "calls": limits.max_calls_bytes,
+    }
+
+
+def check_volume(kind: str, value: object, limit: int) -> None:
+    """Refuse what is larger as JSON text than its limit, without writing it: that could take long."""
+    name = "tools" if kind == "calls" else kind
+    waiting: list[Any] = [[value]]
+    volume = 0
+    while waiting:
+        item = waiting.pop()
+        volume += len(item)
+        if isinstance(item, Mapping):
+            volume += sum(len(key) for key in item if isinstance(key, str))
+            item = item.values()
+        if volume <= limit:
+            for entry in item:
+                if isinstance(entry, str):
+                    volume += len(entry)
+                elif isinstance(entry, (Mapping, list, tuple)):
+                    waiting.append(entry)
+        if volume > limit:
+            raise UsageError(f"{name}: larger than {limit} bytes")
+
+
+def grammar_text(constraint: Constraint, limits: GrammarLimits, *, writers: Mapping[str, Writer] | None = None) -> str:
+    """The Lark grammar of a constraint. Raises UsageError, in one line, for what is malformed or too large.
+
+    What is quadratic in a constraint is computed here: call it where that can be stopped.
+    """
+    text = _own_text(constraint, limits, writers or {})
     if constraint.alternative is None:
         return text
+    kind: ConstraintKind = "lark" if isinstance(constraint.alternative, str) else "calls"
+    other = _own_text(Constraint(kind, constraint.alternative), limits, writers or {})
     either = "".join(
-        f"{name}: %lark {{\n{grammar.replace(_OPTIONS, '')}}}\n"
-        for name, grammar in (("own", text), ("other", constraint.alternative))
+        f"{name}: %lark {{\n{grammar.replace(_OPTIONS, '')}}}\n" for name, grammar in (("own", text), ("other", other))
     )
     return f"{_OPTIONS}start: own | other\n{either}"
 
 
-def _own_text(constraint: Constraint, limits: GrammarLimits) -> str:
+def _own_text(constraint: Constraint, limits: GrammarLimits, writers: Mapping[str, Writer]) -> str:
     value = constraint.value
+    writer = writers.get(constraint.kind)
+    if writer is not None and isinstance(value, Mapping):
+        return f"{writer(value)}\n{_OPTIONS}"
     if constraint.kind == "json_schema":
         schema = _checked_schema(value, limits)
         return _json_text(enforceable(schema, is_strict=constraint.is_strict).schema, limits)
@@ -210,7 +288,21 @@ def _lark_text(text: str, limits: GrammarLimits) -> str:
         raise UsageError(f"lark: more than {limits.max_lark_rules} rules")
     if sum(map(text.count, ":([")) > limits.max_lark_marks:
         raise UsageError(f"lark: more than {limits.max_lark_marks} colons and brackets")
+    _check_schemas(text, limits)
     return f"{text}\n{_OPTIONS}"  # at the end, so that line numbers in messages are the user's
+
+
+def _check_schemas(text: str, limits: GrammarLimits) -> None:
+    """Hold the schemas inside a grammar to what other schemas are held to; what is no JSON the library refuses."""
+    for found in _JSON.finditer(text):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(text, found.end())
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(schema, dict):
+            schema.pop("x-guidance", None)
+            check_nodes(schema, limits)
+            enforceable(schema)
 
 
 def _check_size(kind: str, text: str, limit: int) -> None:

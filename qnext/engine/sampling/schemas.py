@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from qnext.engine.sampling.overlaps import exclude
@@ -115,6 +116,7 @@ _MAX_REFERENCES = 32  # followed in a row
 _MAX_BRANCHES = 64  # of a oneOf of which every two are compared
 _LARGEST = 2**62  # of a bound, and the least step between numbers, that an expression of digits is made of
 _LEAST_STEP = 1e-6
+_MOST_REMAINDERS = 20_000  # of a multipleOf, zeros at its end left out: what compiles it looks at each of them
 
 
 @dataclass
@@ -284,6 +286,8 @@ class _Reading:
             raise _malformed(path, "must be a number")
         if key == "multipleOf" and value <= 0:
             raise _malformed(path, "must be above zero")
+        if key == "multipleOf" and _LEAST_STEP <= value <= _LARGEST and _significant(value) > _MOST_REMAINDERS:
+            raise _malformed(path, f"is too costly above {_MOST_REMAINDERS}, zeros at the end and the point left out")
         if abs(value) > _LARGEST or (key == "multipleOf" and value < _LEAST_STEP):
             self.relax(path)
         else:
@@ -399,6 +403,12 @@ def _allow_null(found: dict[str, Any]) -> None:
     values = [found.pop("const")] if "const" in found else found.get("enum")
     if values is not None:
         found["enum"] = values if None in values else [*values, None]
+
+
+def _significant(value: int | float) -> int:
+    """The digits of a number as one whole number: 25 for 2500, 2.5 and 0.0025."""
+    digits = "".join(map(str, Decimal(repr(value)).as_tuple().digits)).rstrip("0")
+    return int(digits or "0")
 
 
 def _place(path: tuple[str, ...]) -> str:

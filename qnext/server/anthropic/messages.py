@@ -35,7 +35,7 @@ async def messages(exchange: Exchange) -> Reply | EventStream:
         wanted, served, exchange.server.limits, num_prompt=len(dialogue.prompt_ids), max_tokens=body.max_tokens,
         max_context=exchange.max_context,
     )  # fmt: skip
-    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
+    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param, owner=exchange.owner)
     writer = MessageWriter(exchange, dialogue.new_answer(exchange))
     generating = exchange.generate(dialogue.prompt_ids, params, guide=guide)
     if body.stream:
@@ -54,8 +54,9 @@ async def count_tokens(exchange: Exchange) -> Reply:
 async def _dialogue(exchange: Exchange, body: CountBody, *, stop: tuple[str, ...] = ()) -> Dialogue:
     exchange.server.check_model(exchange, body.model)
     choice = body.tool_choice
+    offered = await exchange.server.served.run(lambda: offer(body, exchange.ignore))  # schemas are walked through
     return await make_dialogue(
-        exchange, conversation(body, exchange.ignore), offer(body, exchange.ignore),
+        exchange, conversation(body, exchange.ignore), offered,
         constraint=_constraint(body), stop=stop,
         parallel_calls=choice is None or not choice.disable_parallel_tool_use,
         asked=body.asked(

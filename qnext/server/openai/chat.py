@@ -36,7 +36,7 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
     body: ChatBody = exchange.body
     served = exchange.server.served
     exchange.server.check_model(exchange, body.model)
-    offer = offer_of(body, exchange.ignore)
+    offer = await served.run(lambda: offer_of(body, exchange.ignore))  # schemas are walked through
     if body.continue_final_message and body.add_generation_prompt:
         raise ApiError.bad("continue_final_message excludes add_generation_prompt", param="continue_final_message")
     try:
@@ -58,7 +58,7 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None, prompt_logprobs=body.prompt_logprobs,
         max_context=exchange.max_context,
     )  # fmt: skip
-    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
+    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param, owner=exchange.owner)
     writer = _ChatWriter(exchange, body, offer, [dialogue.new_answer(exchange) for _ in range(params.n)])
     generating = exchange.generate(dialogue.prompt_ids, params, guide=guide, salt=body.cache_salt)
     if body.stream:

@@ -68,7 +68,9 @@ async def completions(exchange: Exchange) -> Reply | EventStream:
     if len(prompts) * (body.n or 1) > most:
         raise ApiError.bad(f"prompts times n must be at most {most}", param="n")
     constraint = structured_constraint(body)
-    compiled = await exchange.server.compiled(constraint[0], param=constraint[1]) if constraint else None
+    compiled = None
+    if constraint is not None:
+        compiled = await exchange.server.compiled(constraint[0], param=constraint[1], owner=exchange.owner)
     params = [
         sampling_params(
             body, exchange.server.served, exchange.server.limits, num_prompt=len(ids),

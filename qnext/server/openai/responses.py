@@ -51,7 +51,7 @@ async def _answered(exchange: Exchange, body: ResponseBody) -> Reply | EventStre
         max_context=exchange.max_context,
         logprobs=(body.top_logprobs or 0) if wants_logprobs else None, param="input",
     )  # fmt: skip
-    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param)
+    guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param, owner=exchange.owner)
     writer = ResponseWriter(
         exchange,
         dialogue.new_answer(exchange),
@@ -76,8 +76,9 @@ def _refuse_kept(body: ResponseBody) -> None:
 
 
 async def _dialogue(exchange: Exchange, body: ResponseBody) -> Dialogue:
+    offered = await exchange.server.served.run(lambda: offer(body, exchange.ignore))  # schemas are walked through
     return await make_dialogue(
-        exchange, conversation(body, exchange.ignore), offer(body, exchange.ignore), constraint=_constraint(body),
+        exchange, conversation(body, exchange.ignore), offered, constraint=_constraint(body),
         parallel_calls=body.parallel_tool_calls is not False,
         asked=body.asked(effort=body.reasoning.effort if body.reasoning is not None else None), param="input",
     )  # fmt: skip

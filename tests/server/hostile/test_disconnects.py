@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from qnext.engine.sampling.constraint import Constraint
-from qnext.engine.sampling.grammar import CompiledGrammar
 from qnext.server.keys import KeyRing
 from qnext.server.limits import Limits
 from tests.server.hostile import wire
@@ -113,15 +111,15 @@ def test_a_client_that_reads_nothing_is_ended(harness: Harness) -> None:
 
 @pytest.fixture
 def slow_grammars(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fuel ends every real grammar in time; these take a second."""
-    grammars = harness.running.server.served.grammars
-    usual = grammars.compile
+    """Limits end every real grammar in time; these take a second."""
+    processes = harness.running.server.served.grammars._processes
+    usual = processes.ask
 
-    def compile_slowly(constraint: Constraint) -> CompiledGrammar:
+    def ask_slowly(request: dict[str, Any], *, kind: str) -> dict[str, Any]:
         time.sleep(1.0)
-        return usual(constraint)
+        return usual(request, kind=kind)
 
-    monkeypatch.setattr(grammars, "compile", compile_slowly)
+    monkeypatch.setattr(processes, "ask", ask_slowly)
 
 
 @pytest.mark.usefixtures("slow_grammars")
