@@ -17,6 +17,7 @@ from qnext.engine.scheduling.blocks import RefPool
 from qnext.engine.scheduling.flights import Flight
 from qnext.engine.scheduling.loader import Loader
 from qnext.engine.scheduling.prefix import Hit, PrefixCache
+from qnext.engine.scheduling.turns import Turns, touched
 from qnext.engine.step import Limits, SequencePlan, StepPlan, StepResult, TokenEvent
 from qnext.errors import DoesNotFit
 
@@ -47,6 +48,7 @@ class Scheduler:
         self._block_copies: list[tuple[int, int]] = []
         self._sources: list[Hit] = []  # what the copies read, held until they were made
         self._held_slots: list[int] = []
+        self._turns = Turns()
         self._blocked: tuple[Request, tuple[object, ...]] | None = None  # who found no room, and as things were
 
     @property
@@ -86,6 +88,7 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         budget = self._plan_decoding(sequences, self.limits.max_num_batched_tokens)
         self._plan_prompts(sequences, budget, may_admit=num_preemptions == self.num_preemptions)
+        sequences = self._turns.choose(sequences)
         loads = self.loader.drain_loads() if self.loader is not None else ()
         if not sequences and not self._slot_copies and not loads:
             is_fetching = self.loader is not None and self.loader.wait_a_moment()
@@ -135,18 +138,19 @@ class Scheduler:
         elif self._in_flight is None or all(s.request is not request for s in self._in_flight.sequences):
             self._release(request)
 
-    def discard_step(self) -> list[Request]:
-        """The planned step failed midway: abort its requests, whose caches are spoiled, and return them."""
+    def discard_step(self, *, requeues: bool = False) -> list[Request]:
+        """The planned step failed midway: abort all whose caches are spoiled, or have them wait again; return them."""
         plan = self._finish_plan()
-        requests = [sequence.request for sequence in plan.sequences]
+        requests = touched(plan, self._running)
         if self.prefixes is not None:
             # These states may not have been copied; all other copies were for requests of this step.
             self.prefixes.forget(target for _, target in plan.slot_copies)
         self.blocks.free_again(plan.freed_blocks)
         self.slots.free_again(plan.freed_slots)
-        for request in requests:
-            request.finish_reason = request.finish_reason or "abort"
-            self._release(request)
+        for request in reversed(requests):
+            if not requeues:
+                request.finish_reason = request.finish_reason or "abort"
+            (self._requeue if request.finish_reason is None else self._release)(request)
         if self.prefixes is not None and plan.loads:
             # Nor may what was to be loaded have come. Now that nobody holds its blocks they go with it.
             self.prefixes.forget(load.slot for load in plan.loads if load.slot is not None)
@@ -274,6 +278,9 @@ class Scheduler:
         """Back to the head of the queue. Its state stays in the cache as long as there is room."""
         self.num_preemptions += 1
         self._cache_all(request)
+        self._requeue(request)
+
+    def _requeue(self, request: Request) -> None:
         self._give_back(request)
         request.num_computed_tokens, request.drafts = 0, ()
         request.was_looked_up = False
