@@ -94,6 +94,28 @@ class ConstraintFailed(QnextError):
     exit_code = 2
 
 
+class NotFinite(CorruptCheckpoint):
+    """The model gave logits that are no finite numbers: weights are damaged, or overflow in this dtype."""
+
+
+class RequestBroke(QnextError):
+    """Something unforeseen broke at one request; only that request ends. `__cause__` is what it was."""
+
+    exit_code = 2
+
+    @classmethod
+    def of(cls, cause: BaseException, doing: str) -> RequestBroke:
+        """`doing` says what could not be done."""
+        failure = cls(f"{doing} failed: {type(cause).__name__}")
+        failure.__cause__ = cause
+        return failure
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether it is an error, however deep a library raised it, and no wish to end the program."""
+    return not isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+
+
 class QnextWarning(UserWarning):
     """Something in a file was passed over, and the result is as right as without it. `--strict` makes it `error`."""
 

@@ -76,7 +76,7 @@ class Conversation(Talk):
             self.engine.abort(request.id)
         sink.push(stream.finish())
         if request.failure is not None:
-            raise UsageError(str(request.failure))
+            raise request.fault or UsageError(str(request.failure))
         reply = sink.finish()
         return reply if reply.reasoning or self.can_think else Reply(reply.content)
 

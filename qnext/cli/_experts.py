@@ -93,9 +93,11 @@ def count_experts(
     for start in range(0, len(token_ids), size):
         is_last = start + size >= len(token_ids)
         params = SamplingParams(temperature=0.0, max_tokens=room if is_last else 1)
-        engine.add_request(token_ids[start : start + size], params)
+        request = engine.add_request(token_ids[start : start + size], params)
         while engine.has_unfinished:
             events = engine.step()
+            if request.fault is not None:
+                raise request.fault
             if is_last:
                 answer += [event.token.token_id for event in events if isinstance(event, TokenEvent)]
             if progress is not None:

@@ -13,9 +13,10 @@ import torch
 from qnext.engine.cache import BLOCK_SIZE, Cache, prompt_grid
 from qnext.engine.completion import Completion
 from qnext.engine.expert_load import ExpertCounter, ExpertCounts, ExpertLoad
-from qnext.engine.memory import MemoryPlan, weight_bytes
+from qnext.engine.memory import MemoryPlan
 from qnext.engine.metrics import EngineMetrics, MetricsRecorder
 from qnext.engine.params import SamplingParams
+from qnext.engine.recovery import blame, draft
 from qnext.engine.request import (
     FinishReason,
     Guide,
@@ -31,11 +32,10 @@ from qnext.engine.sampling.seeds import child_seed
 from qnext.engine.scheduling.scheduler import Scheduler
 from qnext.engine.sizes import WantedSizes, choose_sizes, wants_drafter
 from qnext.engine.speculation.drafter import DEFAULT_DRAFT_TOKENS, Drafter
-from qnext.engine.step import EndEvent, Limits, StepResult, TokenEvent
+from qnext.engine.step import EndEvent, Limits, StepPlan, StepResult, TokenEvent
 from qnext.engine.storage.tiers import DiskCache, make_tiers
-from qnext.errors import UsageError
+from qnext.errors import UsageError, is_fault
 from qnext.model import CausalLM
-from qnext.planning import state_bytes_per_sequence
 
 
 class Engine:
@@ -161,19 +161,9 @@ class Engine:
     @property
     def memory_plan(self) -> MemoryPlan:
         """Where the memory goes: weights and caches as allocated, and a bound on what steps take beside."""
-        return MemoryPlan(
-            weight_bytes=weight_bytes(self.model),
-            kv_bytes=self.cache.kv_bytes,
-            num_blocks=self.scheduler.blocks.size,
-            block_size=BLOCK_SIZE,
-            state_bytes=self.cache.state_bytes,
-            num_slots=self.scheduler.slots.size,
-            max_num_seqs=self.scheduler.limits.max_num_seqs,
-            max_model_len=self.max_model_len,
-            workspace_bytes=self._sizes.workspace_bytes,
-            state_bytes_per_sequence=state_bytes_per_sequence(
-                self.model.config, state_dtype=str(self.cache.state_dtype).removeprefix("torch.")
-            ).total,
+        workspace = self._sizes.workspace_bytes
+        return MemoryPlan.of(
+            self.model, self.cache, self.scheduler, max_model_len=self.max_model_len, workspace_bytes=workspace
         )
 
     def add_request(
@@ -295,14 +285,13 @@ class Engine:
     def step(self) -> list[TokenEvent | EndEvent]:
         """One step of the model: the tokens that it brought; [] when idle.
 
-        A request whose time is over, or for which no token may be chosen, ends with an EndEvent.
-
-        When the model raises, the requests of the step are aborted (their caches are spoiled), the others live on,
-        and the error goes to the caller.
+        A request whose time is over, for which no token may be chosen, or at which the model or a constraint breaks,
+        ends with an EndEvent; see its `failure`. Where the model raises at several together, they are run again,
+        apart. A step that raises without any request ends nobody but those that it was to begin.
         """
         ended: list[TokenEvent | EndEvent] = self._end_late()
         if self.drafter is not None:
-            self.drafter.draft(self.scheduler.decoding)
+            draft(self.drafter, self.scheduler.decoding)
         started = time.perf_counter()
         plan = self.scheduler.plan()
         if plan is None:
@@ -314,20 +303,19 @@ class Engine:
             output = self.runner.run(plan)
             windows = [Window(s.request, s.drafts, s.request.guide) for s in output.sequences]
             verdicts = verify(output.logits_RY, windows)
-        except BaseException:
-            failed = self.scheduler.discard_step()
-            for request in failed:
-                self._requests.pop(request.id, None)
-            self._recorder.fail_step(failed)
-            raise
-        for request, found in output.prompt_tokens:
+        except BaseException as error:
+            return [*ended, *self._fail_step(plan, error)]
+        for request, found, failure in output.prompt_tokens:
             request.prompt_sampled += found
+            if failure is not None:
+                request.failure = failure
+                ended.append(self._end(request, "error"))
         tokens: dict[str, Sequence[SampledToken]] = {}
         for (request, drafts, _), verdict in zip(windows, verdicts, strict=True):
             tokens[request.id] = verdict.tokens
             if drafts and request.slot is not None:
                 self.cache.commit(request.slot, len(verdict.tokens))
-            if verdict.failure is not None:
+            if verdict.failure is not None and request.failure is None:
                 request.failure = verdict.failure
                 ended.append(self._end(request, "error"))
         events = self.scheduler.commit(StepResult(tokens))
@@ -340,6 +328,22 @@ class Engine:
             if event.finish_reason is not None:
                 del self._requests[event.request_id]
         return [*events, *ended]
+
+    def _fail_step(self, plan: StepPlan, error: BaseException) -> list[EndEvent]:
+        """What ends with a step that raised; raises what is nobody's failure."""
+        if plan.sequences and is_fault(error):
+            culprit = blame(self.scheduler, plan, error, unfinished=self._requests.values())
+            self._recorder.fail_step([])
+            if culprit is None or culprit.finish_reason is not None:
+                return []
+            ended = self._end(culprit, "error")
+            self._recorder.end_request(culprit)
+            return [ended]
+        failed = self.scheduler.discard_step()
+        for request in failed:
+            self._requests.pop(request.id, None)
+        self._recorder.fail_step(failed)
+        raise error
 
     def _end_late(self) -> list[TokenEvent | EndEvent]:
         now = time.monotonic()
@@ -373,6 +377,8 @@ class Engine:
                 indices += range(len(children))
             while any(request.finish_reason is None for request in requests):
                 self.step()
+                if (fault := next((r.fault for r in requests if r.fault is not None), None)) is not None:
+                    raise fault
         finally:
             for request in requests:
                 self.abort(request.id)
@@ -395,7 +401,7 @@ class Engine:
                     if isinstance(event, TokenEvent) and event.request_id == request.id:
                         yield event
             if request.failure is not None:
-                raise request.failure
+                raise request.fault or request.failure
         finally:
             self.abort(request.id)
 

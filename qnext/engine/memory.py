@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import nn
 
 from qnext.ops import Weight
+from qnext.planning import state_bytes_per_sequence
+
+if TYPE_CHECKING:
+    from qnext.engine.cache import Cache
+    from qnext.engine.scheduling.scheduler import Scheduler
+    from qnext.model import CausalLM
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,25 @@ class MemoryPlan:
     max_model_len: int
     workspace_bytes: int
     state_bytes_per_sequence: int  # of the linear layers, the figure of qnext.planning
+
+    @classmethod
+    def of(
+        cls, model: CausalLM, cache: Cache, scheduler: Scheduler, *, max_model_len: int, workspace_bytes: int
+    ) -> MemoryPlan:
+        """As model and caches are allocated."""
+        state_dtype = str(cache.state_dtype).removeprefix("torch.")
+        return cls(
+            weight_bytes=weight_bytes(model),
+            kv_bytes=cache.kv_bytes,
+            num_blocks=scheduler.blocks.size,
+            block_size=scheduler.limits.block_size,
+            state_bytes=cache.state_bytes,
+            num_slots=scheduler.slots.size,
+            max_num_seqs=scheduler.limits.max_num_seqs,
+            max_model_len=max_model_len,
+            workspace_bytes=workspace_bytes,
+            state_bytes_per_sequence=state_bytes_per_sequence(model.config, state_dtype=state_dtype).total,
+        )
 
     @property
     def total_bytes(self) -> int:

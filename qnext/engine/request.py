@@ -17,7 +17,7 @@ from qnext.engine.params import SamplingParams
 from qnext.engine.scheduling.archive import Fetch
 from qnext.engine.scheduling.flights import Flight, Wait
 from qnext.engine.speculation.draft_lengths import Drafting
-from qnext.errors import DoesNotFit, QnextError, UsageError
+from qnext.errors import DoesNotFit, NotFinite, QnextError, RequestBroke, UsageError
 
 # "error": nothing may be chosen, see `failure`; "deadline": out of time
 FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
@@ -111,6 +111,21 @@ class Request:
     fetch: Fetch | None = None  # its prefix, on the way from the host or the disk; the scheduler's
     was_looked_up: bool = False  # there, since it was queued
     prompt_sampled: list[SampledToken] = field(default_factory=list)  # only when prompt_logprobs are asked for
+    apart_until: int = 0  # steps of its own until so many tokens are computed; see engine/recovery.py
+    num_suspected: int = 0  # steps that failed with it and others, and nobody was found
+    may_draft: bool = True  # false after its drafts could not be made
+
+    @property
+    def fault(self) -> BaseException | None:
+        """What the model or the program did wrong, where that ended the request; not what the request asked for."""
+        if isinstance(self.failure, RequestBroke):
+            return self.failure.__cause__ or self.failure
+        return self.failure if isinstance(self.failure, NotFinite) else None
+
+    @property
+    def runs_apart(self) -> bool:
+        """Whether its steps have no other request in them."""
+        return self.num_computed_tokens < self.apart_until
 
     @property
     def num_tokens(self) -> int:

@@ -17,8 +17,17 @@ from qnext.engine.recorded import ModelWatch, RecordedBatches, Rows, StepInputs
 from qnext.engine.request import Request, SampledToken
 from qnext.engine.sampling.logprobs import prompt_logprobs
 from qnext.engine.step import SequencePlan, StepPlan
+from qnext.errors import NotFinite, QnextError
 from qnext.model import Batch, CausalLM
 from qnext.ops import Packing, embedding, is_native, put_rows
+
+
+class PromptPart(NamedTuple):
+    """What a step tells of a prompt that asks for it, or why it cannot."""
+
+    request: Request
+    tokens: Sequence[SampledToken]
+    failure: QnextError | None = None
 
 
 class RunnerOutput(NamedTuple):
@@ -27,7 +36,7 @@ class RunnerOutput(NamedTuple):
 
     logits_RY: Tensor
     sequences: list[SequencePlan]
-    prompt_tokens: Sequence[tuple[Request, list[SampledToken]]] = ()
+    prompt_tokens: Sequence[PromptPart] = ()
     was_prepared: bool = False  # whether its time is that of the next steps of this kind
 
 
@@ -61,7 +70,7 @@ class Runner:
             return RunnerOutput(logits_TY, list(plan.sequences), was_prepared=self._decoding.was_prepared)
         parts: list[Tensor] = []
         chosen: list[SequencePlan] = []
-        prompt_tokens: list[tuple[Request, list[SampledToken]]] = []
+        prompt_tokens: list[PromptPart] = []
         for sequences in self._batches(plan):
             if sequences:
                 wanted = [s for s in sequences if s.needs_sample]
@@ -86,9 +95,7 @@ class Runner:
             return [list(plan.sequences)]
         return [[s for s in plan.sequences if (len(s.token_ids) == 1) == is_single] for is_single in (True, False)]
 
-    def _run_batch(
-        self, sequences: Sequence[SequencePlan], prompt_tokens: list[tuple[Request, list[SampledToken]]]
-    ) -> Tensor:
+    def _run_batch(self, sequences: Sequence[SequencePlan], prompt_tokens: list[PromptPart]) -> Tensor:
         device = self.cache.device
         packing = Packing([len(s.token_ids) for s in sequences], device=device)
         tokens = list(chain.from_iterable(s.token_ids for s in sequences))
@@ -110,14 +117,19 @@ class Runner:
             request, start = sequence.request, sequence.start
             end += len(sequence.token_ids)
             if request.params.prompt_logprobs is not None and start < len(request.prompt_ids):
-                found = prompt_logprobs(self.model.logits, part_TD, request, start)
-                prompt_tokens.append((request, found))
+                prompt_tokens.append(self._prompt_part(part_TD, request, start))
             if sequence.needs_sample:
                 rows.extend(range(end - 1 - len(sequence.drafts), end))
         if not rows:
             return trunk.hidden_TD.new_empty(0, self.model.config.vocab_size)
         rows_R = torch.tensor(rows, device=device)
         return self.model.logits(trunk.hidden_TD.index_select(0, rows_R)).to(torch.float32)
+
+    def _prompt_part(self, hidden_TD: Tensor, request: Request, start: int) -> PromptPart:
+        try:
+            return PromptPart(request, prompt_logprobs(self.model.logits, hidden_TD, request, start))
+        except NotFinite as failure:  # of this prompt alone
+            return PromptPart(request, (), failure)
 
     def _keep_sources(self, sequences: Sequence[SequencePlan], source_TD: Tensor) -> None:
         """The last rows of each sequence, as many as are kept."""

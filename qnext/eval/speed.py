@@ -114,6 +114,8 @@ class SpeedMeter:
             start = time.perf_counter()
             while not request.output_ids:
                 engine.step()
+                if request.fault is not None:
+                    raise request.fault
             self._reading_seconds[depth] = time.perf_counter() - start
             self._deep[depth] = engine, request
         return self._deep[depth]

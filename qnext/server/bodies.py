@@ -6,6 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from qnext.engine.params import (
+    MAX_BIAS,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_TOKENS,
+    MAX_TOP_K,
+    MIN_REPETITION_PENALTY,
+)
 from qnext.server.errors import ApiError
 from qnext.server.limits import (
     MAX_BAD_WORDS,
@@ -36,7 +44,17 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_LISTED_TOKENS, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+# Numbers that reach arithmetic. The engine's own bounds, but for temperatures: OpenAI's, and Anthropic's in its bodies.
+MAX_TEMPERATURE = 2.0
+Temperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1, le=MAX_TOP_K)]
+RepetitionPenalty = Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)]
+Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
+Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+TokenCount = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+MaxTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Name = Annotated[str, Field(max_length=256)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 
@@ -85,7 +103,7 @@ class ThoughtBody(Options):
     """Anthropic's switch, which other APIs took over."""
 
     type: Literal["enabled", "disabled", "adaptive", "auto", "between_tools"]
-    budget_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    budget_tokens: TokenCount | None = None
     display: Annotated[str, Field(max_length=64)] | None = None
 
     @property
@@ -117,14 +135,14 @@ class SamplingBody(Body):
     """Parameters of sampling under the names that clients use; None is the model's default."""
 
     model: Annotated[str, Field(max_length=512)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=1_000_000_000)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None  # llama.cpp's name
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    repeat_penalty: RepetitionPenalty | None = None  # llama.cpp's name
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     seed: Int64 | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
@@ -132,11 +150,11 @@ class SamplingBody(Body):
     stop_in_reasoning: bool | None = None  # true: stop strings end the thought of a chat answer too
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    min_tokens: TokenCount | None = None
     logit_bias: Annotated[dict[str, Bias], at_most(MAX_LISTED_TOKENS)] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     bad_words: Annotated[list[Stop], Field(max_length=MAX_BAD_WORDS)] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    prompt_logprobs: Logprobs | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from qnext.server.errors import ApiError, error_body, from_validation
 from qnext.server.exchange import Exchange
 from qnext.server.fields import review
+from qnext.server.json_bodies import check_keys
 from qnext.server.limits import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, MAX_JSON_MEMBERS, MAX_JSON_VALUES
 from qnext.server.routes import EventStream, Reply, Route
 from qnext.server.visit import NO_ANSWER, Visit
@@ -150,6 +151,7 @@ def parse_body(raw: bytes, route: Route) -> BaseModel:
     if not isinstance(value, dict):
         raise ApiError.bad("the body must be a JSON object", code="invalid_json")
     _check_depth(value)
+    check_keys(raw, value, route.body)
     try:
         return route.body.model_validate(value)
     except ValidationError as error:

@@ -136,9 +136,9 @@ class ApiError(Exception):
         return cls(status, message, code=code, headers={"Retry-After": str(max(1, round(retry_after)))})
 
     @classmethod
-    def internal(cls) -> ApiError:
+    def internal(cls, message: str | None = None) -> ApiError:
         """A fault of ours. What it was stands in the log, under the request's id."""
-        return cls(500, "internal error", code="internal_error", headers={"x-should-retry": "false"})
+        return cls(500, message or "internal error", code="internal_error", headers={"x-should-retry": "false"})
 
 
 def from_user_error(error: Exception, *, param: str | None = None, source: str = "") -> ApiError:

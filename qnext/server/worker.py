@@ -8,14 +8,15 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from qnext.engine.params import SamplingParams
 from qnext.engine.request import Request
 from qnext.engine.step import EndEvent, TokenEvent
-from qnext.errors import QnextError
+from qnext.errors import NotFinite, QnextError, is_fault
 from qnext.server.errors import ApiError, from_user_error
 from qnext.server.generation import Generation, Update
 from qnext.server.limits import Limits
@@ -25,15 +26,17 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("qnext.server")
 _HEARTBEAT = 1.0  # seconds
-_MAX_FAILURES = 3  # steps that fail one after another, until the engine counts as broken
+_MAX_FAILURES = 3  # one after another: steps that raise, until the engine counts as broken; requests, until it is tried
+_MAX_CANARIES = 3  # of the worker's own that break one after another, until the engine counts as broken
 
 
 class EngineWorker:
     """Runs an engine in a thread of its own; requests come and tokens go through the event loop that started it.
 
     Requests wait here, first come first served for each owner, and reach the engine when it could soon begin them; of
-    each owner that waits it knows one at least, and shares its seats among them. `is_broken` when the engine has failed
-    in several steps one after another.
+    each owner that waits it knows one at least, and shares its seats among them. A request at which the model breaks
+    ends alone. Where several do one after another, the worker sends requests of its own, which nobody can shape: the
+    engine `is_broken` when these break too, or when it fails in several steps without any request.
     """
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
@@ -53,7 +56,10 @@ class EngineWorker:
         self._held: dict[int, _News] = {}  # by id of the generation: what the event loop has not been told yet
         self._is_telling = False  # it has been called, or is still busy with what it was told last
         self._is_stopping = False
-        self._num_failures = 0
+        self._num_failures = 0  # steps that raised, one after another
+        self._num_faults = 0  # requests that broke, and no token came meanwhile
+        self._canary: Request | None = None
+        self._num_dead_canaries = 0
         self._numbers = itertools.count()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -158,7 +164,11 @@ class EngineWorker:
                     self.engine.abort(request.id)
             self._unstarted.pop(id(generation), None)
         while self._calls:
-            self._calls.popleft()()
+            function = self._calls.popleft()
+            try:
+                function()
+            except Exception:  # whoever wants to know of it says so inside
+                _log.exception("a call between two steps failed")
 
     def _forget_waiting(self, generation: Generation) -> None:
         with self._wake:
@@ -209,7 +219,9 @@ class EngineWorker:
         except QnextError as error:
             self._fail([generation], from_user_error(error))
             return
-        except Exception:  # what one request breaks must not end the thread that serves all
+        except BaseException as error:  # what one request breaks must not end the thread that serves all
+            if not is_fault(error):
+                raise
             _log.exception("request %s cannot be begun", generation.request_id)
             self._fail([generation], ApiError.internal())
             return
@@ -248,7 +260,9 @@ class EngineWorker:
             return
         try:
             events = self.engine.step()
-        except Exception:
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             _log.exception("a step of the engine failed")
             self._num_failures += 1
             self._fail_lost()
@@ -256,8 +270,8 @@ class EngineWorker:
                 self.is_broken = True
                 self._fail_all(ApiError.internal())
             return
-        if events:
-            self._num_failures = 0
+        self._num_failures = 0
+        self._watch(events)
         with self._news_lock:
             for event in events:
                 self._note(event)
@@ -278,10 +292,41 @@ class EngineWorker:
             if news.failure is not None:
                 self._drop(generation)
 
+    def _watch(self, events: Sequence[TokenEvent | EndEvent]) -> None:
+        """Count the requests that broke one after another, and try the engine where there are several.
+
+        Their senders may have shaped them. A request of one token, alone in its step, breaks where all do.
+        """
+        for event in events:
+            entry = self._running.get(event.request_id)
+            is_canary = self._canary is not None and event.request_id == self._canary.id
+            if isinstance(event, TokenEvent):
+                self._num_faults = 0
+                self._num_dead_canaries = 0
+            elif is_canary:
+                self._num_dead_canaries += 1
+            elif entry is not None and entry[0].requests[entry[1]].fault is not None:
+                self._num_faults += 1
+            if is_canary:
+                self._canary = None
+        if self._num_dead_canaries >= _MAX_CANARIES:
+            _log.critical("the engine answers nothing, not even requests of its own")
+            self.is_broken = True
+            self._fail_all(ApiError.internal())
+        elif self._num_faults >= _MAX_FAILURES and self._canary is None:
+            number = next(self._numbers)
+            prompt = [number % self.engine.model.config.vocab_size]
+            params = SamplingParams(max_tokens=1, ignore_eos=True)
+            self._canary = self.engine.add_request(prompt, params, request_id=f"canary-{number}", salt=f"{number}")
+            self._canary.apart_until = 2
+
     def _failure_of(self, request: Request) -> ApiError | None:
         if request.finish_reason == "deadline":
             headers = {"x-should-retry": "false"}
             return ApiError(504, "the request took too long", code="request_timeout", headers=headers)
+        if request.fault is not None:
+            is_model = isinstance(request.fault, NotFinite)
+            return ApiError.internal("the model gave no finite numbers" if is_model else None)
         if request.failure is not None:
             return ApiError.bad(from_user_error(request.failure).message, code="constraint_failed")
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, TypeVar
@@ -12,6 +13,7 @@ from qnext.server.errors import ApiError
 from qnext.server.exchange import Exchange
 from qnext.server.generation import Silence, Update
 
+_log = logging.getLogger("qnext.server")
 Event = dict[str, Any]
 SomeSource = TypeVar("SomeSource", bound="Source")
 WrittenSource = TypeVar("WrittenSource", bound="Source", contravariant=True)
@@ -90,8 +92,11 @@ async def write_stream(
                     yield writer.frames(events)
                     generation.silence.end()
             yield writer.frames(writer.end(generation), is_last=True)
-    except ApiError as error:
+    except Exception as error:
         if not exchange.is_replying:
             raise
-        exchange.outcome.error_code = error.code
-        yield writer.frames(writer.fail(error), is_last=True)
+        if not isinstance(error, ApiError):
+            _log.exception("request %s failed in its stream", exchange.request_id)
+        refusal = error if isinstance(error, ApiError) else ApiError.internal()
+        exchange.outcome.error_code = refusal.code
+        yield writer.frames(writer.fail(refusal), is_last=True)

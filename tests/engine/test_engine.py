@@ -13,7 +13,7 @@ from qnext.engine.runner import Runner
 from qnext.engine.sampling.seeds import child_seed
 from qnext.engine.scheduling.prefix import Hit
 from qnext.engine.step import StepPlan
-from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError
+from qnext.errors import DoesNotFit, NotFinite, UsageError
 from qnext.ops import DELTA_CHUNK_SIZE
 from qnext.planning import kv_bytes_per_token, state_bytes_per_sequence
 from tests.engine.models import KINDS, VOCAB_SIZE, random_prompt, reference_greedy, reference_logits, tiny_model
@@ -109,12 +109,10 @@ def test_freed_memory_never_changes_an_answer(kind: str) -> None:
 def test_poison_would_be_seen(kind: str) -> None:
     """The poison of the tests above is real: whoever reads memory that was not written gets NaN."""
     engine = Engine(tiny_model(kind), max_num_seqs=1, max_num_batched_tokens=64, poison=True)
-    engine.add_request(random_prompt(20, seed=1), GREEDY)
     assert engine.scheduler.prefixes is not None
     engine.scheduler.prefixes.acquire = lambda *_, **__: Hit(5, (), None, None)  # claims that five tokens are cached
-    with pytest.raises(CorruptCheckpoint, match="not finite"):
-        while engine.has_unfinished:
-            engine.step()
+    with pytest.raises(NotFinite, match="not finite"):
+        engine.generate([random_prompt(20, seed=1)], GREEDY)
     engine.check_integrity()
 
 

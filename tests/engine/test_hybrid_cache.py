@@ -274,7 +274,7 @@ def test_a_failed_step_leaves_what_others_cached(kind: str, in_forward: bool) ->
     assert 0 < failed.num_computed_tokens < 90
     step_that_fails(engine, in_forward=in_forward)
     engine.check_integrity()
-    assert failed.finish_reason == "abort" and not failed.output_ids
+    assert failed.finish_reason == "error" and not failed.output_ids
     first, second = engine.generate([old, new], params)
     assert [list(first.output_ids), list(second.output_ids)] == wanted
     assert first.num_cached_tokens >= 64
@@ -285,7 +285,7 @@ def test_a_failed_step_leaves_what_others_cached(kind: str, in_forward: bool) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_failing_steps_spoil_no_answer(kind: str) -> None:
     answers, engine = run_traffic(tiny_model(kind), seed=3, num_requests=20, failure_rate=0.05)
-    assert any(answer.request.finish_reason == "abort" for answer in answers)
+    assert any(answer.request.finish_reason == "error" for answer in answers)
     assert engine.scheduler.prefixes is not None and engine.scheduler.prefixes.statistics.tokens_hit > 0
     check(answers, min_complete=0.2)
 

@@ -18,7 +18,12 @@ from qnext.errors import DoesNotFit, UsageError
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
         ("temperature", True), ("temperature", None), ("top_k", -2), ("top_k", 1.5), ("top_k", True),
         ("top_p", 0.0), ("top_p", 1.01), ("top_p", math.nan), ("min_p", -0.1), ("min_p", 1.1),
-        ("repetition_penalty", 0.0), ("repetition_penalty", math.inf), ("presence_penalty", 2.5),
+        ("repetition_penalty", 0.0), ("repetition_penalty", math.inf), ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 0.0099), ("repetition_penalty", 10.01), ("repetition_penalty", 1e308),
+        ("temperature", 100.5), ("temperature", 1e308), ("temperature", 10**400),
+        ("top_k", 10**9 + 1), ("max_tokens", 2**31 + 1), ("min_tokens", 2**31 + 1),
+        ("logit_bias", {1: 10**400}),
+        ("temperature", "x" * 100_000), ("presence_penalty", 2.5),
         ("frequency_penalty", -2.5), ("seed", 1.0), ("seed", 2**64), ("max_tokens", 0), ("max_tokens", 1.0),
         ("logprobs", -1), ("logprobs", True), ("stop_token_ids", (1, -1)), ("stop_token_ids", ("a",)),
         ("stop_token_ids", 5), ("stop_token_ids", "12"), ("stop_token_ids", range(1025)), ("ignore_eos", 1),
@@ -34,12 +39,25 @@ from qnext.errors import DoesNotFit, UsageError
 def test_impossible_values_are_named(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=name) as caught:
         SamplingParams(**{name: value})
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_numbers_of_thousands_of_digits_are_named_and_not_repeated() -> None:
+    huge = 10**5000  # too long for a test's name, and for Python to write in decimal
+    for changes in ({"temperature": huge}, {"top_k": huge}, {"seed": -huge}, {"n": huge}, {"logit_bias": {-huge: 1}},
+                    {"logit_bias": {huge: 101}}, {"logit_bias": {1: huge}}, {"stop_token_ids": (-huge,)}):  # fmt: skip
+        with pytest.raises(UsageError, match=next(iter(changes))) as caught:
+            SamplingParams(**changes)
+        assert len(str(caught.value)) < 200
+    with pytest.raises(UsageError, match="logit_bias: token a very large int"):
+        SamplingParams(logit_bias={huge: 1}).check_vocabulary(vocab_size=5, stop_ids=())
 
 
 def test_the_ends_of_the_ranges_are_allowed() -> None:
+    SamplingParams(temperature=100, repetition_penalty=10, min_p=5e-324, max_tokens=2**31, min_tokens=2**31)
+    assert SamplingParams(temperature=9e-6).is_greedy and not SamplingParams(temperature=1e-5).is_greedy
     SamplingParams(temperature=0, top_k=-1, top_p=1, min_p=1, presence_penalty=-2, frequency_penalty=2, seed=-(2**63))
-    SamplingParams(temperature=1e-30, top_k=10**9, top_p=1e-9, repetition_penalty=1e-3, max_tokens=1, logprobs=0)
+    SamplingParams(temperature=1e-30, top_k=10**9, top_p=5e-324, repetition_penalty=0.01, max_tokens=1, logprobs=0)
 
 
 def test_lists_are_taken_over() -> None:

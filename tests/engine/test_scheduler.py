@@ -302,6 +302,31 @@ def step_unchecked(scheduler: Scheduler) -> None:
     scheduler.commit(answer(plan))
 
 
+def test_a_step_that_is_taken_back_runs_again_and_apart() -> None:
+    scheduler = Scheduler(limits(has_prefix_cache=True, num_slots=8))
+    first, second, third = (request(name, 100 + n, 4, first=1000 * n) for n, name in enumerate("abc"))
+    for one in (first, second):
+        scheduler.add(one)
+    plan = scheduler.plan()
+    assert plan is not None and [s.request for s in plan.sequences] == [first, second]
+    assert scheduler.discard_step(requeues=True) == [first, second]
+    scheduler.check_integrity()
+    assert (first.finish_reason, first.num_computed_tokens, first.blocks) == (None, 0, [])
+    first.apart_until = second.apart_until = 50
+    scheduler.add(third)
+    seen: list[tuple[str, ...]] = []
+    while scheduler.has_unfinished:
+        plan = scheduler.plan()
+        assert plan is not None
+        apart = [s.request for s in plan.sequences if s.request.runs_apart]
+        assert not apart or len(plan.sequences) == 1
+        seen.append(tuple(s.request.id for s in plan.sequences))
+        scheduler.commit(answer(plan))
+        scheduler.check_integrity()
+    assert {("a",), ("b",), ("a", "b", "c")} <= set(seen)
+    assert {one.finish_reason for one in (first, second, third)} == {"length"}
+
+
 def test_drafts_are_planned_where_they_fit_and_booked_as_accepted() -> None:
     scheduler = Scheduler(limits())
     one = request("a", 5, 6)
@@ -382,7 +407,10 @@ def random_traffic(seed: int, num_requests: int) -> None:
         if rng.random() < 0.05 and plan.sequences:
             scheduler.abort(rng.choice(plan.sequences).request)
         if rng.random() < 0.02:
-            scheduler.discard_step()
+            requeues = rng.random() < 0.7
+            failed = scheduler.discard_step(requeues=requeues)
+            for r in failed if requeues and rng.random() < 0.8 else ():
+                r.apart_until = rng.randint(1, r.num_tokens + 5)
         else:
             scheduler.commit(StepResult({s.request.id: window(rng, s) for s in plan.sequences if s.needs_sample}))
         scheduler.check_integrity()

@@ -12,7 +12,7 @@ import torch
 
 from qnext.engine.request import Request, SampledToken, SamplingParams
 from qnext.engine.sampling.sampler import Verdict, Window, draft, verify
-from qnext.errors import CorruptCheckpoint, QnextError, UsageError
+from qnext.errors import NotFinite, QnextError, RequestBroke, UsageError
 from tests.engine.sampling import VOCAB_SIZE, logits, request, sample
 
 SMALL = 50  # beside it a vocabulary that is read in groups
@@ -246,16 +246,70 @@ def test_bits_of_a_mask_are_tokens() -> None:
         assert verdict.tokens == (SampledToken(token),)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_broken_logits_stop_everything_before_a_guide_is_asked(value: float) -> None:
-    rows, guide = logits(3), Alternating(VOCAB_SIZE)
-    rows[2, 3] = value
-    for params in (SamplingParams(), SamplingParams(temperature=1.0)):
-        with pytest.raises(CorruptCheckpoint, match="not finite"):
-            verify(rows, [Window(request(params), (), guide), Window(request(params), (1,))])
-        with pytest.raises(CorruptCheckpoint, match="not finite"):
-            draft(rows, [request(params)] * 3, [0, 1, 2])
-    assert not guide.told
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_not_finite_is_the_failure_of_its_window_alone(value: float, temperature: float) -> None:
+    rows = logits(4)
+    params = SamplingParams(temperature=temperature, logprobs=2, seed=9)
+    wanted = verify(rows, [Window(request(params)), Window(request(params), (40,)), Window(request(params))])
+    rows[1] = value
+    guide = Alternating(VOCAB_SIZE)
+    found = verify(rows, [Window(request(params)), Window(request(params), (40,), guide), Window(request(params))])
+    assert isinstance(found[1].failure, NotFinite) and "not finite" in str(found[1].failure)
+    assert not found[1].tokens and not guide.told
+    assert (found[0], found[2]) == (wanted[0], wanted[2])
+    guesses = draft(logits(4), [request(params)] * 4, [0, 1, 2, 3])
+    assert draft(rows, [request(params)] * 4, [0, 1, 2, 3])[::2] == guesses[::2]
+
+
+def test_rows_after_a_wrong_draft_may_hold_anything() -> None:
+    rows = logits(3)
+    wanted = verify(rows[:1], [Window(request(SamplingParams()))])
+    rows[1:] = math.nan
+    wrong = (wanted[0].tokens[0].token_id + 1) % VOCAB_SIZE
+    assert verify(rows, [Window(request(SamplingParams()), (wrong, wrong))]) == wanted
+    right = wanted[0].tokens[0].token_id
+    (verdict,) = verify(rows, [Window(request(SamplingParams()), (right, wrong))])
+    assert verdict.tokens == wanted[0].tokens and isinstance(verdict.failure, NotFinite)
+
+
+class Panic(BaseException):
+    """What a library's panic is to Python."""
+
+
+class Breaking(Alternating):
+    """Raises when it is asked, or told, for the first time."""
+
+    def __init__(self, when: str, error: BaseException) -> None:
+        super().__init__(VOCAB_SIZE)
+        self.when, self.error = when, error
+
+    def allowed(self) -> np.ndarray:
+        if self.when == "allowed":
+            raise self.error
+        return super().allowed()
+
+    def accept(self, token_id: int) -> None:
+        if self.when == "accept":
+            raise self.error
+        super().accept(token_id)
+
+
+@pytest.mark.parametrize("when", ["allowed", "accept"])
+@pytest.mark.parametrize("error", [RuntimeError("broken"), MemoryError(), Panic("at src/lexer.rs"), AssertionError()])
+def test_whatever_a_guide_raises_ends_its_request_alone(when: str, error: BaseException) -> None:
+    rows, params = logits(3), SamplingParams(temperature=1.0, logprobs=1, seed=4)
+    wanted = verify(rows, [Window(request(params))] * 3)
+    guide = Breaking(when, error)
+    found = verify(rows, [Window(request(params)), Window(request(params), (), guide), Window(request(params))])
+    assert isinstance(found[1].failure, RequestBroke) and found[1].failure.__cause__ is error
+    assert "rs" not in str(found[1].failure), "what a library says stays in the log"
+    assert (found[0], found[2]) == (wanted[0], wanted[2])
+
+
+def test_an_interrupt_is_nobodys_failure() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        verify(logits(1), [Window(request(SamplingParams()), (), Breaking("allowed", KeyboardInterrupt()))])
 
 
 def test_nothing_to_do() -> None:

@@ -17,7 +17,6 @@ from qnext.engine.params import SamplingParams
 Row = NDArray[np.float32]
 
 _BLOCK = 512
-_SMALLEST = 1e-37  # temperatures below are not told apart: fp32 has no room for them
 _FIRST_GUESS = 64
 
 
@@ -41,11 +40,9 @@ def draw(row_Y: Row, params: SamplingParams, number: float) -> int:
 
 
 def scaled(row_Y: Row, best: np.float32, params: SamplingParams) -> Row:
-    """Temperature-scaled scores. With the maximum at 0 no temperature, however small, overflows to NaN."""
-    if params.temperature == 1:
-        return row_Y - best
+    """Temperature-scaled scores, at most 0. What overflows is -inf, without any weight; nothing becomes NaN."""
     with np.errstate(over="ignore"):
-        return (row_Y - best) / np.float32(max(params.temperature, _SMALLEST))
+        return row_Y - best if params.temperature == 1 else (row_Y - best) / np.float32(params.temperature)
 
 
 def candidates(row_Y: Row, params: SamplingParams) -> Candidates | None:
@@ -86,7 +83,8 @@ def _most_likely(row_Y: Row, best: np.float32, params: SamplingParams) -> Candid
     kept = Candidates(ids_C, scaled(row_Y[ids_C], best, params))
     last = np.partition(kept.scores_C, len(ids_C) - params.top_k)[len(ids_C) - params.top_k]
     # Different logits can be one score after scaling: what lies just below the floor may tie with the last one kept.
-    below = np.nextafter(floor, np.float32(-np.inf))
+    with np.errstate(over="ignore"):  # below the lowest number is none
+        below = np.nextafter(floor, np.float32(-np.inf))
     if scaled(np.array([below]), best, params)[0] >= last:
         return _at_least(scaled(row_Y, best, params), last)
     return _subset(kept, last)

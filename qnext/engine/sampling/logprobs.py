@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from torch import Tensor
 
 from qnext.engine.request import Request, SampledToken
 from qnext.engine.sampling.filters import Row, floor_of_most_likely
-from qnext.errors import CorruptCheckpoint
+from qnext.errors import NotFinite
 
 _ROWS_AT_ONCE = 128  # 78 MB of logits with a vocabulary of 151,936
 
@@ -18,7 +17,8 @@ _ROWS_AT_ONCE = 128  # 78 MB of logits with a vocabulary of 151,936
 def with_logprobs(row_Y: Row, token_id: int, num_top: int) -> SampledToken:
     """The token with its log-probability and the `num_top` most likely ones; of equal ones the lower id comes first."""
     best = row_Y.max()
-    offset = float(best) + float(np.log(np.exp(row_Y - best).sum(dtype=np.float64)))
+    with np.errstate(over="ignore"):  # of logits farther apart than fp32 reaches: no weight at all
+        offset = float(best) + float(np.log(np.exp(row_Y - best).sum(dtype=np.float64)))
     top: tuple[tuple[int, float], ...] = ()
     if num_top:
         num_top = min(num_top, len(row_Y))
@@ -33,8 +33,8 @@ def prompt_logprobs(
 ) -> list[SampledToken]:
     """What the hidden rows of positions `start` and on add to `request.prompt_sampled`; nothing is there twice.
 
-    The first token of a prompt has no log-probability. `logits` maps rows [T, D] to [T, Y]. Raises CorruptCheckpoint
-    for logits that are not finite.
+    The first token of a prompt has no log-probability. `logits` maps rows [T, D] to [T, Y]. Raises NotFinite for
+    logits that are no finite numbers.
     """
     prompt, num_top = request.prompt_ids, request.params.prompt_logprobs
     assert num_top is not None
@@ -47,7 +47,8 @@ def prompt_logprobs(
         targets = prompt[begin : min(begin + _ROWS_AT_ONCE, last)]
         row = begin - start - 1
         logits_TY = logits(hidden_TD[row : row + len(targets)]).float().numpy(force=True)
-        check_finite(logits_TY.max(axis=-1).tolist())
+        if not np.isfinite(logits_TY.max(axis=-1)).all():  # NaN where any entry of a row is
+            raise not_finite()
         found += [
             with_logprobs(row_Y, token, num_top)._replace(rank=int((row_Y > row_Y[token]).sum()) + 1)
             for row_Y, token in zip(logits_TY, targets, strict=True)
@@ -55,7 +56,5 @@ def prompt_logprobs(
     return found
 
 
-def check_finite(highest: Sequence[float]) -> None:
-    """The maximum of a row is NaN where any entry is, so one number per row is enough to look at."""
-    if not all(map(math.isfinite, highest)):
-        raise CorruptCheckpoint("the model's logits are not finite: weights are damaged or overflow in this dtype")
+def not_finite() -> NotFinite:
+    return NotFinite("the model's logits are not finite: weights are damaged or overflow in this dtype")

@@ -6,11 +6,14 @@ to -inf; bias; repetition, frequency and presence penalties; temperature; min_p;
 Speculation changes nothing: each token of a window is drawn from the model's own logits with the request's own number
 for that place, and drafted tokens only decide how many rows of the window were computed for the right tokens.
 
+A row that is not finite, and whatever raises while a request's tokens are chosen, is that request's failure alone.
+
 Legend: R rows, Y vocabulary.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -22,9 +25,12 @@ from torch import Tensor
 
 from qnext.engine.request import Guide, Request, SampledToken
 from qnext.engine.sampling.filters import Row, draw
-from qnext.engine.sampling.logprobs import check_finite, with_logprobs
+from qnext.engine.sampling.logprobs import not_finite, with_logprobs
 from qnext.engine.sampling.seeds import uniform
-from qnext.errors import QnextError, UsageError
+from qnext.errors import QnextError, RequestBroke, UsageError, is_fault
+
+_log = logging.getLogger("qnext.engine")
+_LARGEST = np.finfo(np.float32).max
 
 
 class Window(NamedTuple):
@@ -52,17 +58,17 @@ def verify(logits_RY: Tensor, windows: Sequence[Window]) -> list[Verdict]:
 
     Row i of a window is the draw number len(output_ids) + i of its request. A window ends with the first token that
     differs from the draft, ends the answer or reaches its limit. Requests are not changed, guides are.
-    Raises CorruptCheckpoint, before any guide is asked, when a row holds NaN or no finite maximum.
+    A window fails with NotFinite at a row that holds NaN or no finite maximum, before its guide is asked.
     """
     assert logits_RY.shape[0] == sum(len(window.draft_ids) + 1 for window in windows)
     if not windows:
         return []
-    best_ids = _checked_argmax(logits_RY)
+    best_ids, is_finite = _argmax(logits_RY)
     rows_RY = _on_host(logits_RY)
     verdicts, first = [], 0
     for window in windows:
         end = first + len(window.draft_ids) + 1
-        verdicts.append(_verified(rows_RY[first:end], best_ids[first:end], window))
+        verdicts.append(_verified(rows_RY[first:end], best_ids[first:end], is_finite[first:end], window))
         first = end
     return verdicts
 
@@ -72,35 +78,46 @@ def draft(logits_RY: Tensor, requests: Sequence[Request], indices: Sequence[int]
     """A guess for each row of draft logits: what `requests[r]` would choose from it as output token `indices[r]`.
 
     It uses the number that `verify` will use there, so that alike distributions choose the same token. Counts of the
-    penalties are those of the tokens known now; constraints are not asked.
+    penalties are those of the tokens known now; constraints are not asked. Of a row that is not finite, or whose
+    request breaks, it is any token: drafts are guesses, and `verify` finds what is wrong.
     """
     assert logits_RY.shape[0] == len(requests) == len(indices)
     if not requests:
         return []
-    guesses = _checked_argmax(logits_RY)
+    guesses, is_finite = _argmax(logits_RY)
     for r, (request, index) in enumerate(zip(requests, indices, strict=True)):
-        if request.params.is_greedy and not _is_adjusted(request, index):
+        if not is_finite[r] or (request.params.is_greedy and not _is_adjusted(request, index)):
             continue
-        row_Y = _numpy(logits_RY[r])
-        if _is_adjusted(request, index):
-            row_Y = _adjusted(row_Y, request, index, request.output_counts, None)
-        if row_Y.max() > -np.inf:
-            guesses[r] = _choose(row_Y, request, index)
+        try:
+            row_Y = _numpy(logits_RY[r])
+            if _is_adjusted(request, index):
+                row_Y = _adjusted(row_Y, request, index, request.output_counts, None)
+            if row_Y.max() > -np.inf:
+                guesses[r] = _choose(row_Y, request, index)
+        except Exception:
+            _log.exception("request %s: no draft can be chosen", request.id)
     return guesses
 
 
-def _verified(logits_RY: Tensor | Row, best_ids: list[int], window: Window) -> Verdict:
+def _verified(logits_RY: Tensor | Row, best_ids: list[int], is_finite: list[bool], window: Window) -> Verdict:
     request, guide = window.request, window.guide
     start = len(request.output_ids)
     counts: Mapping[int, int] = request.output_counts
     tokens: list[SampledToken] = []
     for i in range(len(best_ids)):
+        if not is_finite[i]:
+            return Verdict(tuple(tokens), not_finite())
         try:
             token = _token(logits_RY[i], best_ids[i], window, start + i, counts)
             if guide is not None:
                 guide.accept(token.token_id)
         except QnextError as failure:
             return Verdict(tuple(tokens), failure)
+        except BaseException as error:  # a panic of a library's is no Exception
+            if not is_fault(error):
+                raise
+            _log.exception("request %s: no token can be chosen", request.id)
+            return Verdict(tuple(tokens), RequestBroke.of(error, "choosing a token"))
         tokens.append(token)
         if i == len(window.draft_ids) or token.token_id != window.draft_ids[i]:
             break
@@ -140,16 +157,17 @@ def _choose(row_Y: Row, request: Request, index: int) -> int:
     return draw(row_Y, request.params, uniform(request.seed, index))
 
 
-def _checked_argmax(logits_RY: Tensor) -> list[int]:
-    """The most likely token of every row, the lowest id of equal ones. Raises CorruptCheckpoint for NaN or inf."""
+def _argmax(logits_RY: Tensor) -> tuple[list[int], list[bool]]:
+    """(the most likely token, the lowest id of equal ones; whether the row is finite) of every row.
+
+    The maximum of a row is NaN where any entry is, so one number per row is enough to look at.
+    """
     if logits_RY.device.type == "cpu":
         logits = logits_RY.numpy()
         best_R = logits.argmax(axis=-1)  # of a row with NaN: where the first is
-        check_finite(logits[np.arange(len(logits)), best_R].tolist())
-        return best_R.tolist()
+        return best_R.tolist(), np.isfinite(logits[np.arange(len(logits)), best_R]).tolist()
     best = logits_RY.argmax(dim=-1, keepdim=True)
-    check_finite(logits_RY.gather(1, best)[:, 0].tolist())
-    return best[:, 0].tolist()
+    return best[:, 0].tolist(), logits_RY.gather(1, best)[:, 0].isfinite().tolist()
 
 
 def _on_host(logits_RY: Tensor) -> Tensor | Row:
@@ -205,7 +223,10 @@ def _penalize(row_Y: Row, request: Request, counts: Mapping[int, int]) -> None:
         seen = np.union1d(request.prompt_tokens, tokens)
         values = row_Y[seen]
         factor = np.float32(params.repetition_penalty)
-        row_Y[seen] = np.where(values > 0, values / factor, values * factor)
+        with np.errstate(over="ignore"):
+            penalized = np.where(values > 0, values / factor, values * factor)
+        # No finite logit becomes infinite, and none that is forbidden finite.
+        row_Y[seen] = np.where(np.isfinite(values), penalized.clip(-_LARGEST, _LARGEST), values)
     if params.presence_penalty or params.frequency_penalty:
         times = np.fromiter(counts.values(), dtype=np.float32, count=len(counts))
         row_Y[tokens] -= np.float32(params.frequency_penalty) * times + np.float32(params.presence_penalty)

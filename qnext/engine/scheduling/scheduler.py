@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from qnext.engine.request import FinishReason, Request, RequestStatus
 from qnext.engine.scheduling.admission import Admission
+from qnext.engine.scheduling.apart import ApartSteps, touched
 from qnext.engine.scheduling.archive import Archive
 from qnext.engine.scheduling.blocks import RefPool
 from qnext.engine.scheduling.copies import Copies
@@ -69,17 +70,9 @@ class Scheduler:
         if self.prefixes is not None:
             spills = archive is not None and archive.saves_at_once
             self._keeper = Keeper(self.slots, self.prefixes, self._shares, self._copies, spills_at_once=spills)
-        self._admission = Admission(
-            limits,
-            self.blocks,
-            self.slots,
-            self.prefixes,
-            self.loader,
-            self._turns,
-            self._shares,
-            self._running,
-            self._copies,
-        )
+        pools = (self.blocks, self.slots, self.prefixes, self.loader)
+        self._admission = Admission(limits, *pools, self._turns, self._shares, self._running, self._copies)
+        self._apart = ApartSteps()
 
     @property
     def num_waiting(self) -> int:
@@ -157,6 +150,7 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         budget = self._plan_decoding(sequences, self.limits.max_num_batched_tokens)
         self._plan_prompts(sequences, budget, may_admit=num_preemptions == self.num_preemptions)
+        sequences = self._apart.choose(sequences)
         loads = self.loader.drain_loads() if self.loader is not None else ()
         if not sequences and not self._copies.of_slots and not loads:
             is_fetching = self.loader is not None and self.loader.wait_a_moment()
@@ -208,18 +202,22 @@ class Scheduler:
         elif self._in_flight is None or all(s.request is not request for s in self._in_flight.sequences):
             self._release(request)
 
-    def discard_step(self) -> list[Request]:
-        """The planned step failed midway: abort its requests, whose caches are spoiled, and return them."""
+    def discard_step(self, *, requeues: bool = False) -> list[Request]:
+        """The planned step failed midway: abort all whose caches are spoiled, or have them wait again; return them."""
         plan = self._finish_plan()
-        requests = [sequence.request for sequence in plan.sequences]
+        requests = touched(plan, self._running)
         if self.prefixes is not None:
             # These states may not have been copied; all other copies were for requests of this step.
             self.prefixes.forget(target for _, target in plan.slot_copies)
         self.blocks.free_again(plan.freed_blocks)
         self.slots.free_again(plan.freed_slots)
-        for request in requests:
-            request.finish_reason = request.finish_reason or "abort"
-            self._release(request)
+        for request in reversed(requests):
+            if not requeues:
+                request.finish_reason = request.finish_reason or "abort"
+            if request.finish_reason is None:
+                self._requeue(request, is_cached=False)
+            else:
+                self._release(request)
         if self.prefixes is not None and plan.loads:
             # Nor may what was to be loaded have come. Now that nobody holds its blocks they go with it.
             self.prefixes.forget(load.slot for load in plan.loads if load.slot is not None)
@@ -383,7 +381,10 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Back to the head of the queue. Its state stays in the cache as long as there is room."""
         self.num_preemptions += 1
-        self._give_back(request, is_cached=True)
+        self._requeue(request, is_cached=True)
+
+    def _requeue(self, request: Request, *, is_cached: bool) -> None:
+        self._give_back(request, is_cached=is_cached)
         request.num_computed_tokens, request.drafts = 0, ()
         request.was_looked_up = False
         request.status = RequestStatus.WAITING

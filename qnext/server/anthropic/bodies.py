@@ -6,7 +6,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, Options, Stops, TemplateBody, ThoughtBody
+from qnext.engine.params import MAX_TOP_K
+from qnext.server.bodies import (
+    KEEPS_UNKNOWN,
+    Body,
+    Effort,
+    MaxTokens,
+    Name,
+    Options,
+    Stops,
+    TemplateBody,
+    ThoughtBody,
+    TopP,
+)
 from qnext.server.limits import MAX_CONTENT_PARTS, MAX_MESSAGES, MAX_TOOLS
 from qnext.server.tools import ToolName
 
@@ -145,9 +157,9 @@ class CountBody(TemplateBody):
 class MessagesBody(CountBody):
     """A conversation to answer."""
 
-    max_tokens: Annotated[int, Field(ge=1, le=2**31)]
+    max_tokens: MaxTokens
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
+    top_p: TopP | None = None
+    top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None
     stop_sequences: Stops | None = None
     stream: bool | None = None

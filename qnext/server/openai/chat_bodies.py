@@ -8,10 +8,22 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, Field
 
 from qnext.engine.sampling.constraint import Constraint
-from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, Options, SamplingBody, TemplateBody, ThoughtBody
+from qnext.server.bodies import (
+    KEEPS_UNKNOWN,
+    Body,
+    Effort,
+    Logprobs,
+    MaxTokens,
+    Name,
+    Options,
+    SamplingBody,
+    TemplateBody,
+    ThoughtBody,
+    TokenCount,
+)
 from qnext.server.errors import ApiError
 from qnext.server.history import Note, part_text, without_attribution
-from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOL_CALLS, MAX_TOOLS
+from qnext.server.limits import MAX_CONTENT_PARTS, MAX_MESSAGES, MAX_TOOL_CALLS, MAX_TOOLS
 from qnext.server.sampling import structured_constraint
 from qnext.server.tools import Collected, FunctionBody, Offer, Origin, Tools, free_text
 from qnext.text.messages import Message, ToolCall
@@ -74,7 +86,7 @@ class ReasoningBody(Options):
 
     effort: Effort | None = None
     enabled: bool | None = None
-    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    max_tokens: TokenCount | None = None
 
 
 class ChatPromptBody(TemplateBody):
@@ -106,10 +118,10 @@ class ChatBody(ChatPromptBody, SamplingBody):
     model_config = KEEPS_UNKNOWN
 
     messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Logprobs | None = None
     parallel_tool_calls: bool | None = None
     response_format: FormatBody | None = None
 

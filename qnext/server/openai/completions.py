@@ -16,11 +16,11 @@ from qnext.engine.params import SamplingParams
 from qnext.engine.request import SampledToken
 from qnext.engine.sampling.grammar import CompiledGrammar
 from qnext.server.answers import Answer, finite_logprob, prompt_logprobs, timings, token_name, usage_counts
-from qnext.server.bodies import KEEPS_UNKNOWN, SamplingBody
+from qnext.server.bodies import KEEPS_UNKNOWN, Logprobs, SamplingBody, TokenCount
 from qnext.server.errors import ApiError, error_object
 from qnext.server.exchange import Exchange
 from qnext.server.generation import Generation, Silence, Update
-from qnext.server.limits import MAX_LOGPROBS, MAX_PROMPTS
+from qnext.server.limits import MAX_PROMPTS
 from qnext.server.openai.chat import usage
 from qnext.server.openai.chat_bodies import FormatBody
 from qnext.server.routes import EventStream, Reply
@@ -46,8 +46,8 @@ class CompletionBody(SamplingBody):
         | Annotated[list[PromptTokens], Field(max_length=MAX_PROMPTS, fail_fast=True)]
     )
     suffix: str | None = None
-    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    max_tokens: TokenCount | None = None
+    logprobs: Logprobs | None = None
     echo: bool | None = None
     response_format: FormatBody | None = None
     add_special_tokens: bool | None = None  # without effect: the family has none to add

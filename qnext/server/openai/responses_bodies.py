@@ -8,10 +8,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
-from qnext.server.bodies import KEEPS_UNKNOWN, Body, Effort, Name, Options, TemplateBody, at_most
+from qnext.server.bodies import (
+    KEEPS_UNKNOWN,
+    Body,
+    Effort,
+    Logprobs,
+    MaxTokens,
+    Name,
+    Options,
+    Temperature,
+    TemplateBody,
+    TopP,
+    at_most,
+)
 from qnext.server.errors import ApiError
 from qnext.server.history import Note, part_text, without_attribution
-from qnext.server.limits import MAX_CONTENT_PARTS, MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
+from qnext.server.limits import MAX_CONTENT_PARTS, MAX_MESSAGES, MAX_TOOLS
 from qnext.server.openai.foreign import CLIENT_TOOLS, is_known, joined_name, messages_of
 from qnext.server.tools import Collected, Offer, Origin, ToolName, free_text
 from qnext.text.messages import Message, ToolCall
@@ -184,10 +196,10 @@ class ResponseBody(TemplateBody):
     model: Annotated[str, Field(max_length=512)] | None = None
     input: Items
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    max_output_tokens: MaxTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_logprobs: Logprobs | None = None
     include: Annotated[list[_Key], Field(max_length=64, fail_fast=True)] | None = None
     tools: Tools | None = None
     tool_choice: Annotated[str, Field(max_length=64)] | dict[str, Any] | None = None
