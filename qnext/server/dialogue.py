@@ -85,6 +85,9 @@ async def make_dialogue(
         in_order_of_calls(messages), tools=offer.tools, asked=asked, continues=continues,
         add_generation_prompt=add_generation_prompt, param=param,
     )  # fmt: skip
+    if asked is not None and not continues and add_generation_prompt:
+        for name in asked.without_effect(served.template_arguments, thought):
+            exchange.ignore(name)
     chosen, chosen_param = constraint or (None, "response_format")
     if offer.callable and (offer.is_required or chosen is not None):
         may_repeat = parallel_calls and offer.name is None

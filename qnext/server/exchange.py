@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 IGNORED_HEADER = "X-Qnext-Ignored"
 _HEADER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+_NO_NAME = "a-field-of-another-name"  # stands for all that a header cannot hold
 _MAX_IGNORED = 24  # names in one answer
 
 
@@ -80,7 +81,7 @@ class Exchange:
     def ignore(self, name: str) -> None:
         """Tell the client, in a header, of something that it sent and that has no effect; the log once."""
         if not _HEADER_NAME.fullmatch(name):
-            return
+            name = _NO_NAME
         names = [known for known in self.reply_headers.get(IGNORED_HEADER, "").split(", ") if known]
         if name not in names and len(names) < _MAX_IGNORED:
             self.reply_headers[IGNORED_HEADER] = ", ".join([*names, name])

@@ -114,6 +114,7 @@ WITHOUT_EFFECT: Mapping[str, Mapping[str, Foreign]] = {
     "/v1/completions": {**_OPENAI, **_SAMPLERS, "metadata": _NAMES},
     "/v1/responses": {
         **_OPENAI,
+        "priority": _SAMPLERS["priority"],
         "text.verbosity": Foreign("ask for it in words", ("medium",)),
         "truncation": Foreign("nothing is cut: what is too long is refused", ("disabled",)),
         "max_tool_calls": Foreign("no tool is run here"),
@@ -123,7 +124,7 @@ WITHOUT_EFFECT: Mapping[str, Mapping[str, Foreign]] = {
         "stream_options": Foreign("usage is always there", ({}, {"include_obfuscation": False})),
         "reasoning.summary": Foreign("thoughts are shown as they are", ("auto",)),
     },
-    "/v1/messages": _ANTHROPIC,
+    "/v1/messages": {**_ANTHROPIC, "priority": _SAMPLERS["priority"]},
     "/v1/messages/count_tokens": _ANTHROPIC,
 }
 _FOR_SAMPLING: dict[str, Foreign] = {
@@ -139,6 +140,10 @@ _FOR_SAMPLING: dict[str, Foreign] = {
     "structural_tag": Foreign("only whole answers have a form"),
     "structured_outputs.structural_tag": Foreign("only whole answers have a form"),
 }
+# Of vLLM's on surfaces that are not OpenAI's older ones: what would be read in another way than the client means.
+_ELSEWHERE: dict[str, Foreign] = {
+    name: _FOR_SAMPLING[name] for name in ("truncate_prompt_tokens", "logits_processors", "use_beam_search")
+}
 REFUSED: Mapping[str, Mapping[str, Foreign]] = {
     "/v1/chat/completions": {
         **_FOR_SAMPLING,
@@ -146,6 +151,10 @@ REFUSED: Mapping[str, Mapping[str, Foreign]] = {
         "echo": Foreign("of completions", (False,)),
     },
     "/v1/completions": _FOR_SAMPLING,
+    "/v1/responses": _ELSEWHERE,
+    "/v1/messages": _ELSEWHERE,
+    "/v1/messages/count_tokens": {"truncate_prompt_tokens": _FOR_SAMPLING["truncate_prompt_tokens"]},
+    "/tokenize": {"truncate_prompt_tokens": _FOR_SAMPLING["truncate_prompt_tokens"]},
 }
 
 

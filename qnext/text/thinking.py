@@ -68,6 +68,23 @@ class TemplateRequest:
         effort = self.arguments.get(EFFORT, self.effort)
         return None if effort is None else effort not in _WITHOUT_THOUGHT
 
+    def without_effect(self, read: Collection[str], state: ThoughtState) -> list[str]:
+        """What was said of thoughts and changes nothing: names of KNOWN_ARGUMENTS, whatever field said it.
+
+        `read` are the names that the template reads, and `state` is where the prompt left the thought. A wish for no
+        thought is met: one that the prompt opens is closed.
+        """
+        arguments = {name: value for name, value in self.arguments.items() if value is not None}
+        found: list[str] = []
+        if BUDGET not in read and (BUDGET in arguments or self.budget is not None):
+            found.append(BUDGET)
+        if not self.wants_thought or state == "open" or not set(read).isdisjoint((*SWITCHES, EFFORT)):
+            return found
+        switches = [name for name in SWITCHES if isinstance(arguments.get(name), bool)]
+        if switches or self.thinks is not None:
+            return [*found, *(switches or SWITCHES[:1])]
+        return [*found, EFFORT]
+
     def for_template(self, read: Collection[str]) -> dict[str, Any]:
         """The arguments of a template that reads these names.
 

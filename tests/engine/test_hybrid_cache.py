@@ -285,9 +285,11 @@ def test_a_failed_step_leaves_what_others_cached(kind: str, in_forward: bool) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_failing_steps_spoil_no_answer(kind: str) -> None:
     answers, engine = run_traffic(tiny_model(kind), seed=3, num_requests=20, failure_rate=0.05)
-    assert any(answer.request.finish_reason == "error" for answer in answers)
+    requests = [answer.request for answer in answers]
+    assert any(request.apart_until for request in requests), "steps of several failed, and ran again"
+    assert all(request.finish_reason in ("length", "abort", "error") for request in requests)
     assert engine.scheduler.prefixes is not None and engine.scheduler.prefixes.statistics.tokens_hit > 0
-    check(answers, min_complete=0.2)
+    check(answers, min_complete=0.4)
 
 
 def test_salts_share_nothing() -> None:

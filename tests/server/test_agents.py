@@ -444,7 +444,7 @@ def test_health_as_other_servers_have_it(server: Running) -> None:
         (CHAT, {"store": False, "service_tier": "auto", "user": None, "modalities": ["text"]}, set()),
         (CHAT, {"mirostat": 0, "typical_p": 1.0, "xtc_probability": 0, "tfs_z": 1}, set()),
         (CHAT, {"mirostat": 2, "something_new": [1]}, {"mirostat", "something_new"}),
-        (CHAT, {"x y": 1, "": 2, "a\nb": 3, "X" * 65: 4}, set()),
+        (CHAT, {"x y": 1, "": 2, "a\nb": 3, "X" * 65: 4}, {"a-field-of-another-name"}),
         (RESPONSES, {"store": False, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k"},
          {"include", "prompt_cache_key"}),
         (RESPONSES, {"text": {"verbosity": "low"}, "reasoning": {"summary": "detailed"}, "truncation": "auto"},

@@ -95,10 +95,19 @@ def test_every_declared_field_is_read(path: str) -> None:
     [
         (CHAT, {"stream": True, "stream_options": {"include_usage": True, "more": 1}}, {"stream_options.more"}),
         (CHAT, {"structured_outputs": {"choice": ["a"], "backend": "x"}}, {"structured_outputs.backend"}),
-        (CHAT, {"reasoning": {"effort": "low", "exclude": True}}, {"reasoning.exclude"}),
+        (CHAT, {"reasoning": {"effort": "none", "exclude": True}}, {"reasoning.exclude"}),
         (CHAT, {"response_format": {"type": "json_object", "more": {}}}, {"response_format.more"}),
-        (RESPONSES, {"reasoning": {"effort": "low", "mode": "x"}, "text": {"more": None}}, {"reasoning.mode"}),
-        (MESSAGES, {"output_config": {"effort": "low", "task_budget": {"total": 5}}}, {"output_config.task_budget"}),
+        (
+            RESPONSES,
+            {"reasoning": {"effort": "low", "mode": "x"}, "text": {"more": None}},
+            {"reasoning.mode", "reasoning_effort"},
+        ),
+        (MESSAGES, {"output_config": {"effort": "none", "task_budget": {"total": 5}}}, {"output_config.task_budget"}),
+        (MESSAGES, {"output_config": {"effort": "low"}}, {"reasoning_effort"}),
+        (MESSAGES, {"thinking": {"type": "enabled", "budget_tokens": 9}}, {"enable_thinking", "thinking_budget"}),
+        (CHAT, {"chat_template_kwargs": {"thinking": True}}, {"thinking"}),
+        (CHAT, {"chat_template_kwargs": {"thinking": False, "thinking_budget": None}}, set()),
+        ("/tokenize", {"chat_template_kwargs": {"thinking_budget": 5}}, {"thinking_budget"}),
         (MESSAGES, {"thinking": {"type": "adaptive", "more": 1}}, {"thinking.more"}),
         ("/tokenize", {"mm_processor_kwargs": {"a": 1}}, {"mm_processor_kwargs"}),
         ("/detokenize", {"tokens": [72], "skip_special_tokens": True}, {"skip_special_tokens"}),
@@ -108,6 +117,23 @@ def test_every_declared_field_is_read(path: str) -> None:
 def test_fields_inside_options_are_named(server: Running, path: str, more: dict[str, Any], expected: set[str]) -> None:
     asked = {} if path == "/detokenize" else ASKED.get(path, ASKED[CHAT])
     assert ignored(post(server, path, **asked, **more)) == expected
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, MESSAGES, COUNT, "/tokenize"])
+def test_a_prompt_that_would_be_cut_is_refused(server: Running, path: str) -> None:
+    answer = post(server, path, **ASKED.get(path, ASKED[CHAT]), truncate_prompt_tokens=4)
+    assert answer.status_code == 400 and "truncate_prompt_tokens is not served" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, MESSAGES, COUNT, "/tokenize"])
+def test_priority_is_named_as_without_effect(server: Running, path: str) -> None:
+    assert "priority" in ignored(post(server, path, **ASKED.get(path, ASKED[CHAT]), priority=-5))
+
+
+@pytest.mark.parametrize("value", [{"no_such": 1}, {"tools": []}, {"messages": []}, {"enable_thinking": "yes"}])
+def test_arguments_of_the_template_that_cannot_work_are_refused(server: Running, value: dict[str, Any]) -> None:
+    answer = post(server, CHAT, **ASKED[CHAT], chat_template_kwargs=value)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "chat_template_kwargs"
 
 
 def test_a_form_that_is_not_served_is_refused(server: Running) -> None:

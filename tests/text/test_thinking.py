@@ -253,3 +253,24 @@ def test_a_template_for_tools_in_a_folder_of_its_own(trained_folder: Path, tmp_p
     assert chat.arguments == {"x"}
     assert chat.render([HELLO], tools=[{"name": "f"}], arguments={"x": 1}) == [Piece("T1", True)]
     assert chat.render([HELLO]) == [Piece("D", True)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "read", "state", "expected"),
+    [
+        (TemplateRequest(), set(), "possible", []),
+        (TemplateRequest(thinks=True), set(), "possible", ["enable_thinking"]),
+        (TemplateRequest(thinks=True), set(), "open", []),
+        (TemplateRequest(thinks=True), {"enable_thinking"}, "closed", []),
+        (TemplateRequest(thinks=False), set(), "possible", []),
+        (TemplateRequest(thinks=False), set(), "closed", []),
+        (TemplateRequest({"thinking": True}, thinks=False), set(), "closed", ["thinking"]),
+        (TemplateRequest(effort="high"), set(), "possible", ["reasoning_effort"]),
+        (TemplateRequest({"reasoning_effort": "high"}), {"reasoning_effort"}, "possible", []),
+        (TemplateRequest(budget=5), {"enable_thinking"}, "open", ["thinking_budget"]),
+        (TemplateRequest({"thinking_budget": 5}), {"thinking_budget"}, "open", []),
+        (TemplateRequest({"thinking_budget": None}), set(), "open", []),
+    ],
+)
+def test_what_has_no_effect_is_known(asked: TemplateRequest, read: set[str], state: Any, expected: list[str]) -> None:
+    assert asked.without_effect(read, state) == expected

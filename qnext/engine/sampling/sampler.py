@@ -143,12 +143,25 @@ def _token(logits_Y: Tensor | Row, best_id: int, window: Window, index: int, cou
         row_Y = _adjusted(raw_Y, request, index, counts, words)
         token_id = int(row_Y.argmax())
         if row_Y[token_id] == -np.inf:
-            raise UsageError(f"request {request.id!r}: no token may be chosen as token {index} of the answer")
+            raise UsageError(_nothing_left(window, index))
     else:
         row_Y = raw_Y
     if not request.params.is_greedy:
         token_id = _choose(row_Y, request, index)
     return SampledToken(token_id) if num_top is None else with_logprobs(raw_Y, token_id, num_top)
+
+
+def _nothing_left(window: Window, index: int) -> str:
+    """What leaves no token, by the names of the parameters."""
+    params = window.request.params
+    rules = {
+        "the constraint": window.guide is not None,
+        "allowed_token_ids": params.allowed_token_ids is not None,
+        "bad_words": bool(params.banned_token_ids),
+        "min_tokens": index < params.min_tokens,
+    }
+    names = " and ".join(name for name, is_set in rules.items() if is_set) or "the model"
+    return f"no token may be chosen as token {index} of the answer: {names} left none"
 
 
 def _choose(row_Y: Row, request: Request, index: int) -> int:
