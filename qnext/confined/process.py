@@ -43,7 +43,7 @@ class ConfinedFailure(Exception):
 
 
 class ConfinedProcess:
-    """A child process that runs one of our programs. For one thread at a time; `kill` may come from another.
+    """A child process that runs one of our programs. For one thread at a time; `interrupt` may come from another.
 
     `program` answers through `child.serve`; `setup` is JSON that its `begin` gets. The child has no environment, may
     write no file, and ends with its parent. Raises OSError where it does not start.
@@ -90,6 +90,10 @@ class ConfinedProcess:
 
     def kill(self) -> None:
         self._finalizer()
+
+    def interrupt(self) -> None:
+        """End the process under another thread's `ask`, which then raises ConfinedFailure and cleans up."""
+        self._process.kill()
 
     def _write(self, value: Any, deadline: float) -> bool:
         data = json.dumps(value).encode("ascii")
