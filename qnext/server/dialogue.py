@@ -71,23 +71,27 @@ async def make_dialogue(
     stop: tuple[str, ...] = (),
     stops_in_thought: bool = False,
     param: str = "messages",
+    is_prompt: bool = True,
 ) -> Dialogue:
     """Render and encode; the constraint is that of the tools where one must be called. Raises ApiError.
 
     A constraint holds for the answer behind the thought, where there is one: that which the prompt opens, or that
-    with which a model that decides by itself begins.
+    with which a model that decides by itself begins. `is_prompt` false: the tokens are only counted or shown.
     """
     served = exchange.server.served
     if offer.tools:
-        await served.run(lambda: check_tools(offer.tools))
+        await served.run(lambda: check_tools(offer.tools), asker=exchange.asker)
     prompt_ids, thought = await served.encode_chat(
-        in_order_of_calls(messages), tools=offer.tools, asked=asked, continues=continues,
-        add_generation_prompt=add_generation_prompt, param=param,
+        await exchange.aside(lambda: in_order_of_calls(messages)), asker=exchange.asker, tools=offer.tools,
+        asked=asked, continues=continues, add_generation_prompt=add_generation_prompt, param=param,
+        is_prompt=is_prompt,
     )  # fmt: skip
     chosen, chosen_param = constraint or (None, "response_format")
     if offer.callable and (offer.is_required or chosen is not None):
         may_repeat = parallel_calls and offer.name is None
-        text = await served.run(lambda: _call_grammar(served, offer, parallel=may_repeat), param="tools")
+        text = await served.run(
+            lambda: _call_grammar(served, offer, parallel=may_repeat), asker=exchange.asker, param="tools"
+        )
         if offer.is_required:
             chosen, chosen_param = Constraint("lark", text), "tools"
         elif chosen is not None:  # the answer is a call, or follows its format

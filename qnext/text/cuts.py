@@ -45,12 +45,8 @@ class Cuts:
     ) -> None:
         safe = _safe_for(description)
         found = None if safe is None else re.compile("|".join(safe))
-        for word in words if found is not None else ():
-            reaches_out = word.lstrip or word.rstrip or word.single_word
-            if reaches_out or any(map(found.search, (word.content, normalize(word.content)))):
-                found = None
-                break
-        self._pattern = found
+        is_in_the_way = found is not None and any(_reaches_across(word, found, normalize) for word in words)
+        self._pattern = None if is_in_the_way else found
 
     @property
     def are_known(self) -> bool:
@@ -81,6 +77,12 @@ class Cuts:
         return None
 
 
+def _reaches_across(word: AddedToken, cuts: re.Pattern[str], normalize: Callable[[str], str]) -> bool:
+    if word.lstrip or word.rstrip or word.single_word:
+        return True
+    return any(map(cuts.search, (word.content, normalize(word.content))))
+
+
 def _safe_for(description: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The safe cuts of a splitter; None where none is known to be."""
     normalizer = description.get("normalizer") or {"type": "Sequence"}
@@ -90,7 +92,7 @@ def _safe_for(description: Mapping[str, Any]) -> tuple[str, ...] | None:
     splitter = description.get("pre_tokenizer") or {}
     if splitter.get("type") == "ByteLevel":
         return _SAFE[None] if splitter.get("use_regex", True) and not splitter.get("add_prefix_space") else None
-    parts = splitter.get("pretokenizers") or ()
+    parts: list[Any] = list(splitter.get("pretokenizers") or ())
     if splitter.get("type") != "Sequence" or [part.get("type") for part in parts] != ["Split", "ByteLevel"]:
         return None
     split, byte_level = parts

@@ -30,7 +30,6 @@ from qnext.text.template_files import read_templates
 from qnext.text.tokenizer_files import end_tokens, padding_token, parsed, read_backend
 from qnext.text.train import IM_END, IM_START, byte_alphabet
 
-
 _PART = 1 << 15  # characters that are merged at once, where a text can be cut
 _LONGEST = 1 << 17  # that are merged in this process where it cannot, if somebody watches
 _COST_OF_TEXT = 32  # of one more text, in characters

@@ -1,0 +1,129 @@
+"""A body's bytes as the model of its route, without holding the interpreter's lock for long."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from functools import cache
+from typing import Any, get_args, get_origin
+
+import orjson
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from qnext.server.errors import ApiError, from_validation
+from qnext.server.lanes import LARGE
+from qnext.server.limits import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, MAX_JSON_MEMBERS, MAX_JSON_VALUES
+from qnext.server.routes import Route
+
+_MAX_QUOTES = 500_000  # of a body with so many marks that they are counted outside of its texts
+_CONTAINERS = frozenset((dict, list))
+_SIZES = (
+    ((b"[", b"{"), MAX_JSON_CONTAINERS, "objects and lists"),
+    ((b":",), MAX_JSON_MEMBERS, "members of objects"),
+    ((b",",), MAX_JSON_VALUES, "values"),
+)
+# What a body may hold that is read in the event loop: a millisecond or two of work.
+_SMALL = (((b"[", b"{"), 256), ((b",",), 2_048))
+_MANY_ITEMS = 16  # of a list whose items are looked at one by one
+_loading = threading.Lock()  # while the collector is held off
+
+
+def is_small(raw: bytes) -> bool:
+    """Whether reading a body takes no time worth speaking of, whatever is in it."""
+    return len(raw) <= LARGE and all(sum(map(raw.count, marks)) <= most for marks, most in _SMALL)
+
+
+def parse_body(raw: bytes, route: Route) -> BaseModel:
+    """The body as the route's model. Raises ApiError 400 for what is no JSON, too deep, or not of that form."""
+    assert route.body is not None
+    _check_size(raw)
+    try:
+        value = orjson.loads(raw) if len(raw) <= LARGE else _loaded(raw)
+    except orjson.JSONDecodeError:
+        raise ApiError.bad("the body is not valid JSON", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError.bad("the body must be a JSON object", code="invalid_json")
+    _check_depth(value)
+    try:
+        return route.body.model_validate(_with_items(route.body, value))
+    except ValidationError as error:
+        raise from_validation(error) from None
+    except RecursionError:
+        raise ApiError.bad("the body is nested too deeply", code="invalid_json") from None
+
+
+def _loaded(raw: bytes) -> Any:
+    """JSON without a look at the growing heap after every few hundred objects, which takes longer than the reading."""
+    with _loading:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return orjson.loads(raw)
+        finally:
+            if was_enabled:
+                gc.enable()
+
+
+def _with_items(model: type[BaseModel], value: dict[str, Any]) -> dict[str, Any]:
+    """The value, whose long lists of models hold models by now: between two of them other threads have their turn.
+
+    From the first faulty item on a list stays as it is, for the whole to name the fault.
+    """
+    for name, adapter in _item_types(model).items():
+        items = value.get(name)
+        if not isinstance(items, list) or len(items) < _MANY_ITEMS:
+            continue
+        made: list[Any] = []
+        try:
+            for item in items:
+                made.append(adapter.validate_python(item, strict=True))
+        except ValidationError:
+            pass
+        value[name] = [*made, *items[len(made) :]]
+    return value
+
+
+@cache
+def _item_types(model: type[BaseModel]) -> dict[str, TypeAdapter[Any]]:
+    """What the lists of a model's fields consist of, where that is models."""
+    found = {name: _item_type(field.annotation) for name, field in model.model_fields.items()}
+    return {name: TypeAdapter(item) for name, item in found.items() if item is not None and _holds_models(item)}
+
+
+def _item_type(annotation: Any) -> Any:
+    if get_origin(annotation) is list:
+        return get_args(annotation)[0]
+    return next((item for part in get_args(annotation) if (item := _item_type(part)) is not None), None)
+
+
+def _holds_models(annotation: Any) -> bool:
+    if isinstance(annotation, type):
+        return issubclass(annotation, BaseModel)
+    return any(map(_holds_models, get_args(annotation)))
+
+
+def _check_size(raw: bytes) -> None:
+    """Refuse bodies of many small values by their marks: each would cost fifty times its bytes, and the time of all."""
+    if all(sum(map(raw.count, marks)) <= most for marks, most, _ in _SIZES):
+        return
+    texts = raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', _MAX_QUOTES)
+    if len(texts) > _MAX_QUOTES:
+        raise ApiError.bad("the body has too many texts", code="invalid_json")
+    outside = b"".join(texts[::2])  # of strings
+    for marks, most, what in _SIZES:
+        if sum(map(outside.count, marks)) > most:
+            raise ApiError.bad(f"the body has more than {most} {what}", code="invalid_json")
+
+
+def _check_depth(value: object) -> None:
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        children: list[Any] = []
+        for container in level:
+            items = container.values() if isinstance(container, dict) else container
+            if not _CONTAINERS.isdisjoint(map(type, items)):  # a long list of numbers is passed over quickly
+                children.extend(item for item in items if isinstance(item, (dict, list)))
+        if not children:
+            return
+        level = children
+    raise ApiError.bad(f"the body is nested deeper than {MAX_JSON_DEPTH}", code="invalid_json")
