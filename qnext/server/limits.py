@@ -7,8 +7,8 @@ from dataclasses import dataclass
 # Bounds of a body's shape, the same for every server.
 MAX_JSON_DEPTH = 64
 MAX_JSON_CONTAINERS = 100_000  # objects and lists of a body
-MAX_JSON_MEMBERS = 100_000  # of its objects
-MAX_JSON_VALUES = 500_000  # and what lists and objects hold
+MAX_JSON_MEMBERS = 65_536  # of its objects
+MAX_JSON_VALUES = 300_000  # and what lists and objects hold
 MAX_MESSAGES = 4_096
 MAX_CONTENT_PARTS = 1_024
 MAX_PROMPTS = 64

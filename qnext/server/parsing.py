@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from functools import cache
+from itertools import islice
 from typing import Any, get_args, get_origin
 
 import orjson
@@ -15,7 +16,8 @@ from qnext.server.lanes import LARGE
 from qnext.server.limits import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, MAX_JSON_MEMBERS, MAX_JSON_VALUES
 from qnext.server.routes import Route
 
-_MAX_QUOTES = 500_000  # of a body with so many marks that they are counted outside of its texts
+_SLICE = 1 << 16  # bytes that are looked at together
+_BACKSLASH = ord("\\")
 _CONTAINERS = frozenset((dict, list))
 _SIZES = (
     ((b"[", b"{"), MAX_JSON_CONTAINERS, "objects and lists"),
@@ -24,6 +26,7 @@ _SIZES = (
 )
 # What a body may hold that is read in the event loop: a millisecond or two of work.
 _SMALL = (((b"[", b"{"), 256), ((b",",), 2_048))
+_MAX_UNKNOWN = 512  # members of the body itself that no model has; nobody looks at more
 _MANY_ITEMS = 16  # of a list whose items are looked at one by one
 _loading = threading.Lock()  # while the collector is held off
 
@@ -45,7 +48,7 @@ def parse_body(raw: bytes, route: Route) -> BaseModel:
         raise ApiError.bad("the body must be a JSON object", code="invalid_json")
     _check_depth(value)
     try:
-        return route.body.model_validate(_with_items(route.body, value))
+        return route.body.model_validate(_with_items(route.body, _known(route.body, value)))
     except ValidationError as error:
         raise from_validation(error) from None
     except RecursionError:
@@ -62,6 +65,22 @@ def _loaded(raw: bytes) -> Any:
         finally:
             if was_enabled:
                 gc.enable()
+
+
+def _known(model: type[BaseModel], value: dict[str, Any]) -> dict[str, Any]:
+    """The value without most of its members where nearly all are unknown."""
+    if len(value) <= _MAX_UNKNOWN:
+        return value
+    return {
+        **dict(islice(value.items(), _MAX_UNKNOWN)),
+        **{name: value[name] for name in _names(model) if name in value},
+    }
+
+
+@cache
+def _names(model: type[BaseModel]) -> frozenset[str]:
+    fields = model.model_fields.items()
+    return frozenset(alias if isinstance(alias := field.alias, str) else name for name, field in fields)
 
 
 def _with_items(model: type[BaseModel], value: dict[str, Any]) -> dict[str, Any]:
@@ -106,13 +125,26 @@ def _check_size(raw: bytes) -> None:
     """Refuse bodies of many small values by their marks: each would cost fifty times its bytes, and the time of all."""
     if all(sum(map(raw.count, marks)) <= most for marks, most, _ in _SIZES):
         return
-    texts = raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', _MAX_QUOTES)
-    if len(texts) > _MAX_QUOTES:
-        raise ApiError.bad("the body has too many texts", code="invalid_json")
-    outside = b"".join(texts[::2])  # of strings
-    for marks, most, what in _SIZES:
-        if sum(map(outside.count, marks)) > most:
-            raise ApiError.bad(f"the body has more than {most} {what}", code="invalid_json")
+    counts = [0] * len(_SIZES)  # outside of strings
+    is_string = False
+    begin = 0
+    while begin < len(raw):
+        end = _behind_escapes(raw, begin + _SLICE)
+        texts = raw[begin:end].replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
+        outside = b"".join(texts[is_string::2])
+        is_string ^= len(texts) % 2 == 0
+        begin = end
+        for index, (marks, most, what) in enumerate(_SIZES):
+            counts[index] += sum(map(outside.count, marks))
+            if counts[index] > most:
+                raise ApiError.bad(f"the body has more than {most} {what}", code="invalid_json")
+
+
+def _behind_escapes(raw: bytes, place: int) -> int:
+    """`place`, or the first one behind it that does not follow a backslash."""
+    while 0 < place < len(raw) and raw[place - 1] == _BACKSLASH:
+        place += 1
+    return place
 
 
 def _check_depth(value: object) -> None:
