@@ -87,7 +87,8 @@ ATTACKS: dict[str, Attack] = {
     "290k ids to detokenize": Attack("/detokenize", _numbers("tokens", 290_000), 8, True),
     "1M ids as prompt": Attack("/v1/completions", _numbers("prompt", 1_000_000)),
     "290k ids as prompt": Attack("/v1/completions", _numbers("prompt", 290_000)),
-    "99k parts": Attack("/v1/chat/completions", _turns(_PARTS, 99), 4, True),
+    "99k parts": Attack("/v1/chat/completions", _turns(_PARTS, 99)),
+    "30k parts": Attack("/v1/messages/count_tokens", _turns(_PARTS, 30), 4, True),
     "99k turns": Attack("/v1/chat/completions", _turns(_SAID % b"a", 99_000)),
     "4,096 turns": Attack("/v1/chat/completions", _turns(_SAID % (b"a" * 1_900), 4_096)),
     "64k members": Attack("/v1/completions", _members(b'{"prompt":"a","max_tokens":1,%s}', b'"k%d":1'), 4, True),
@@ -97,8 +98,8 @@ ATTACKS: dict[str, Attack] = {
     "128 large tools": Attack("/v1/chat/completions", _turns(_SAID % b"a", 1, _TOOLS)),
     "bias of 64k": Attack("/v1/completions", _members(b'{"prompt":"a","logit_bias":{%s}}', b'"%d":1')),
     "faulty JSON of 8 MB": Attack("/v1/completions", lambda: b'{"prompt":[' + b'"aaaaaaaaaaaaaa",' * 480_000),
-    "200 kB of instructions": Attack(
-        "/v1/responses", _of(input="a", instructions="a " * 100_000, stream=True, max_output_tokens=1)),
+    "2 MB of instructions": Attack(
+        "/v1/responses", _of(input="a", instructions="a " * 900_000, stream=True, max_output_tokens=1)),
     # answers
     "log-probabilities of a prompt": Attack(
         "/v1/completions", _of(prompt="word " * 6_500, max_tokens=1, prompt_logprobs=20), 1, True),
