@@ -99,7 +99,7 @@ class ConfinedProcess:
         self._finalizer()
 
     def interrupt(self) -> None:
-        """End the process, of which whoever asks it learns as of one that broke. What it held here stays theirs."""
+        """End the process under another thread's `ask`, which then raises ConfinedFailure and cleans up."""
         self._process.kill()
 
     def _write(self, value: Any, deadline: float) -> bool:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import orjson
+
 from qnext.engine.request import Request, SampledToken
+from qnext.server.long_json import LongList
 from qnext.text.output import CallEnd, CallStart, Content, OutputEvent, OutputParser
 from qnext.text.stream import TextStream, Thought
 
@@ -155,22 +158,37 @@ def chat_logprob(served: ServedModel, token: SampledToken, num_top: int, *, as_i
     return entry
 
 
-def prompt_logprobs(served: ServedModel, tokens: Sequence[SampledToken]) -> list[dict[str, Any] | None]:
+def chat_logprobs(
+    served: ServedModel, tokens: Sequence[SampledToken], num_top: int, *, as_id: bool = False
+) -> LongList:
+    """OpenAI's form of the tokens of a chat answer."""
+
+    def some(begin: int, end: int) -> list[dict[str, Any]]:
+        return [chat_logprob(served, token, num_top, as_id=as_id) for token in tokens[begin:end]]
+
+    return LongList(len(tokens), some, width=8 * (num_top + 1))
+
+
+def prompt_logprobs(served: ServedModel, tokens: Sequence[SampledToken]) -> LongList:
     """vLLM's form of a prompt's tokens: each with its alternatives by id; null for the first, which has none."""
-    found: list[dict[str, Any] | None] = []
-    for token in tokens:
-        if token.logprob is None:
-            found.append(None)
-            continue
-        ranked = {other: (value, rank) for rank, (other, value) in enumerate(token.top_logprobs, 1)}
-        ranked.setdefault(token.token_id, (token.logprob, token.rank or 0))
-        found.append(
-            {
-                str(other): {"logprob": finite_logprob(value), "rank": rank, "decoded_token": served.token_text(other)}
-                for other, (value, rank) in ranked.items()
-            }
-        )
-    return found
+
+    def some(begin: int, end: int) -> list[orjson.Fragment | None]:
+        return [_ranked(served, token) for token in tokens[begin:end]]
+
+    return LongList(len(tokens), some, width=2 * max((len(token.top_logprobs) + 1 for token in tokens[:2]), default=1))
+
+
+def _ranked(served: ServedModel, token: SampledToken) -> orjson.Fragment | None:
+    """The JSON of a token and its alternatives. Objects of Python would take five times as long."""
+    if token.logprob is None:
+        return None
+    ranked = {other: (value, rank) for rank, (other, value) in enumerate(token.top_logprobs, 1)}
+    ranked.setdefault(token.token_id, (token.logprob, token.rank or 0))
+    entries = (
+        f'"{other}":{{"logprob":{finite_logprob(value)!r},"rank":{rank},"decoded_token":{served.token_json(other)}}}'
+        for other, (value, rank) in ranked.items()
+    )
+    return orjson.Fragment("{" + ",".join(entries) + "}")
 
 
 def _named(served: ServedModel, token_id: int, logprob: float | None, as_id: bool) -> dict[str, Any]:

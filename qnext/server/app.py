@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,8 @@ from qnext.server.exchange import IGNORED_HEADER, Exchange
 from qnext.server.guard import Guard
 from qnext.server.hosts import AllowedHosts
 from qnext.server.keys import Key, KeyRing
-from qnext.server.limits import Limits
+from qnext.server.lanes import Budget, Lane
+from qnext.server.limits import MAX_HELD_BYTES, MAX_HELD_BYTES_PER_KEY, MAX_LARGE_WAITING, Limits
 from qnext.server.live import LiveHub
 from qnext.server.metrics import KNOWN_METHODS, ServerCounters, ServerMetrics
 from qnext.server.own_work import OwnLedger
@@ -78,6 +80,11 @@ class Server:
         self.with_page = with_page
         self.open_readiness = open_readiness
         self.rates = KeyRates()
+        most = max(MAX_HELD_BYTES_PER_KEY, self.limits.max_body_bytes)
+        self.bodies = Budget(most=max(MAX_HELD_BYTES, most), per_owner=most)
+        self.parsing = Lane("parsing", num_threads=2, per_owner=1, max_waiting=MAX_LARGE_WAITING)
+        # Whoever waits here has been let in: nobody is refused.
+        self.writing = Lane("writing", num_threads=1, per_owner=1, max_waiting=sys.maxsize, max_all=sys.maxsize)
         self.logins = FailedLogins()
         self.counters = ServerCounters()
         self.state: State = "loading"
@@ -193,6 +200,13 @@ class Server:
             self._ignored.add((path, name))
             _log.warning("%s: %s has no effect; answers that ignore it say so in %s", path, name, IGNORED_HEADER)
 
+    def check_rates(self, exchange: Exchange) -> None:
+        """Raises ApiError 429 where the limits of the key refuse any request now."""
+        refusal = None if exchange.key is None else self.rates.peek(exchange.key)
+        if refusal is not None:
+            exchange.reply_headers.update(refusal.headers)
+            raise _refused(refusal)
+
     @contextlib.contextmanager
     def admission(self, exchange: Exchange, num_prompt: int) -> Iterator[Admitted]:
         """A request within the limits of its key. Raises ApiError 429, or 400 where waiting does not help."""
@@ -289,6 +303,8 @@ class Server:
             task.cancel()
 
     def close(self) -> None:
+        self.parsing.close()
+        self.writing.close()
         if self._served is not None:
             self._served.close()
         if self.audit is not None:

@@ -72,18 +72,20 @@ async def make_dialogue(
     stop: tuple[str, ...] = (),
     stops_in_thought: bool = False,
     param: str = "messages",
+    is_prompt: bool = True,
 ) -> Dialogue:
     """Render and encode; the constraint is that of the tools where one must be called. Raises ApiError.
 
     A constraint holds for the answer behind the thought, where there is one: that which the prompt opens, or that
-    with which a model that decides by itself begins.
+    with which a model that decides by itself begins. `is_prompt` false: the tokens are only counted or shown.
     """
     served = exchange.server.served
     if offer.tools:
-        await served.run(lambda: check_tools(offer.tools))
+        await served.run(lambda: check_tools(offer.tools), asker=exchange.asker)
     prompt_ids, thought = await served.encode_chat(
-        in_order_of_calls(messages), tools=offer.tools, asked=asked, continues=continues,
-        add_generation_prompt=add_generation_prompt, param=param,
+        await exchange.aside(lambda: in_order_of_calls(messages)), asker=exchange.asker, tools=offer.tools,
+        asked=asked, continues=continues, add_generation_prompt=add_generation_prompt, param=param,
+        is_prompt=is_prompt,
     )  # fmt: skip
     if asked is not None and not continues and add_generation_prompt:
         for name in asked.without_effect(served.template_arguments, thought):

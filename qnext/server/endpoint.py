@@ -9,14 +9,12 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-import orjson
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from qnext.server.errors import ApiError, error_body, from_validation
+from qnext.server.errors import ApiError, error_body
 from qnext.server.exchange import Exchange
 from qnext.server.fields import review
-from qnext.server.json_bodies import check_keys
-from qnext.server.limits import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, MAX_JSON_MEMBERS, MAX_JSON_VALUES
+from qnext.server.parsing import is_small, parse_body
 from qnext.server.routes import EventStream, Reply, Route
 from qnext.server.visit import NO_ANSWER, Visit
 
@@ -28,13 +26,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _log = logging.getLogger("qnext.server")
-_MAX_QUOTES = 500_000  # of a body with so many marks that they are counted outside of its texts
-_CONTAINERS = frozenset((dict, list))
-_SIZES = (
-    ((b"[", b"{"), MAX_JSON_CONTAINERS, "objects and lists"),
-    ((b":",), MAX_JSON_MEMBERS, "members of objects"),
-    ((b",",), MAX_JSON_VALUES, "values"),
-)
 
 
 class _ClientGone(Exception):
@@ -63,6 +54,7 @@ class Endpoint:
             _log.exception("request %s to %s failed", exchange.request_id, self.route.path)
             await self._refuse(exchange, send, ApiError.internal())
         finally:
+            self.server.bodies.give_back(exchange.payer, exchange.num_held)
             if "forced" in scope["state"]:  # what the connection has answered by itself
                 forced: Visit = scope["state"]["forced"]
                 exchange.request_id = forced.request_id
@@ -77,11 +69,21 @@ class Endpoint:
     async def _answer(self, exchange: Exchange, receive: Receive, send: Send) -> None:
         exchange.key = self.server.authorize(exchange)
         self.server.check_running(self.route)
-        if self.route.body is not None:
-            exchange.body = await self._read_body(exchange, receive)
-        if self.route.limit != "generation":
+        if self.route.limit not in ("generation", "work"):
             await _send_reply(exchange, send, await self.route.handler(exchange))
             return
+        if self.route.limit == "work":
+            with self.server.admission(exchange, 0):
+                await self._answer_with_body(exchange, receive, send)
+            return
+        if self.route.body is not None:
+            self.server.check_rates(exchange)  # nothing is read, parsed or tokenized for a request that comes too soon
+        await self._answer_with_body(exchange, receive, send)
+
+    async def _answer_with_body(self, exchange: Exchange, receive: Receive, send: Send) -> None:
+        """What may take long: it ends when the client leaves."""
+        if self.route.body is not None:
+            exchange.body = await self._read_body(exchange, receive)
         work = asyncio.ensure_future(self._work(exchange, send))
         gone = asyncio.ensure_future(_disconnected(receive))
         exchange.server.tasks[exchange] = work
@@ -123,10 +125,14 @@ class Endpoint:
         if length.isascii() and length.isdigit() and int(length[:20]) > limits.max_body_bytes:
             raise _too_large(limits.max_body_bytes)
         try:
-            raw = await asyncio.wait_for(_read_all(receive, limits.max_body_bytes), limits.body_seconds)
+            raw = await asyncio.wait_for(_read_all(exchange, receive, limits.max_body_bytes), limits.body_seconds)
         except asyncio.TimeoutError:
             raise ApiError(408, "the body did not come in time", headers={"Connection": "close"}) from None
-        body = parse_body(raw, self.route)
+        exchange.is_small = is_small(raw)
+        if exchange.is_small:
+            body = parse_body(raw, self.route)
+        else:
+            body = await self.server.parsing.run(exchange.payer, lambda: parse_body(raw, self.route))
         review(self.route.path, body, exchange.ignore)
         return body
 
@@ -140,54 +146,7 @@ class Endpoint:
         await _send_reply(exchange, send, Reply(body, status=error.status, headers=error.headers))
 
 
-def parse_body(raw: bytes, route: Route) -> BaseModel:
-    """The body as the route's model. Raises ApiError 400 for what is no JSON, too deep, or not of that form."""
-    assert route.body is not None
-    _check_size(raw)
-    try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        raise ApiError.bad("the body is not valid JSON", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise ApiError.bad("the body must be a JSON object", code="invalid_json")
-    _check_depth(value)
-    check_keys(raw, value, route.body)
-    try:
-        return route.body.model_validate(value)
-    except ValidationError as error:
-        raise from_validation(error) from None
-    except RecursionError:
-        raise ApiError.bad("the body is nested too deeply", code="invalid_json") from None
-
-
-def _check_size(raw: bytes) -> None:
-    """Refuse bodies of many small values by their marks: each would cost fifty times its bytes, and the time of all."""
-    if all(sum(map(raw.count, marks)) <= most for marks, most, _ in _SIZES):
-        return
-    texts = raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', _MAX_QUOTES)
-    if len(texts) > _MAX_QUOTES:
-        raise ApiError.bad("the body has too many texts", code="invalid_json")
-    outside = b"".join(texts[::2])  # of strings
-    for marks, most, what in _SIZES:
-        if sum(map(outside.count, marks)) > most:
-            raise ApiError.bad(f"the body has more than {most} {what}", code="invalid_json")
-
-
-def _check_depth(value: object) -> None:
-    level: list[Any] = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        children: list[Any] = []
-        for container in level:
-            items = container.values() if isinstance(container, dict) else container
-            if not _CONTAINERS.isdisjoint(map(type, items)):  # a long list of numbers is passed over quickly
-                children.extend(item for item in items if isinstance(item, (dict, list)))
-        if not children:
-            return
-        level = children
-    raise ApiError.bad(f"the body is nested deeper than {MAX_JSON_DEPTH}", code="invalid_json")
-
-
-async def _read_all(receive: Receive, limit: int) -> bytes:
+async def _read_all(exchange: Exchange, receive: Receive, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
@@ -198,6 +157,8 @@ async def _read_all(receive: Receive, limit: int) -> bytes:
         size += len(part)
         if size > limit:
             raise _too_large(limit)
+        exchange.server.bodies.take(exchange.payer, len(part))
+        exchange.num_held = size
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
@@ -213,6 +174,13 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def _send_reply(exchange: Exchange, send: Send, reply: Reply | EventStream) -> None:
+    if isinstance(reply, Reply) and reply.parts is not None:
+        parts, writing = reply.parts, exchange.server.writing
+        await _send_start(exchange, send, reply.status, reply.content_type, reply.headers)
+        while part := await writing.run(exchange.payer, lambda: next(parts, b"")):
+            await _send(exchange, send, {"type": "http.response.body", "body": part, "more_body": True})
+        await _send(exchange, send, {"type": "http.response.body", "body": b""})
+        return
     if isinstance(reply, Reply):
         await _send_start(exchange, send, reply.status, reply.content_type, reply.headers, length=len(reply.body))
         await _send(exchange, send, {"type": "http.response.body", "body": reply.body})

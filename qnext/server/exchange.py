@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
 from qnext.server.generation import Generation
+from qnext.server.lanes import LARGE, Asker
+from qnext.server.rates import network_of
 
 if TYPE_CHECKING:
     from qnext.engine import SamplingParams
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
     from qnext.server.keys import Key
     from qnext.server.routes import Route
 
+Result = TypeVar("Result")
 IGNORED_HEADER = "X-Qnext-Ignored"
 _HEADER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _NO_NAME = "a-field-of-another-name"  # stands for all that a header cannot hold
+_MANY_TOKENS = 1_024
 _MAX_IGNORED = 24  # names in one answer
 
 
@@ -60,6 +64,8 @@ class Exchange:
     is_replying: bool = False
     write_began: float | None = None  # on the event loop's clock, while a write waits for the client
     is_parked: bool = False  # its generations rest until that write is over
+    num_held: int = 0  # bytes of its body, as far as it is read
+    is_small: bool = True  # whether nothing takes long that is done once for each part of the body
 
     @property
     def owner(self) -> str:
@@ -77,6 +83,30 @@ class Exchange:
             self.is_parked = is_parked
             for generation in self.generations:
                 generation.rest(is_parked=is_parked)
+
+    @property
+    def payer(self) -> str:
+        """Who waits for others of his own: the key, or the address where there are no keys."""
+        return f"key {self.key.id}" if self.key is not None else network_of(self.client)
+
+    @property
+    def asker(self) -> Asker:
+        return Asker(self.payer, self.num_held)
+
+    async def aside(self, function: Callable[[], Result]) -> Result:
+        """`function` here where the body is small, in a thread where its time could grow with the body."""
+        if self.is_small:
+            return function()
+        return await self.server.parsing.run(self.payer, function)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether what repeats the request, or its whole answer, takes long to write."""
+        return self.num_held > LARGE or sum(each.num_tokens for each in self.generations) > _MANY_TOKENS
+
+    async def written(self, make: Callable[[], Result]) -> Result:
+        """What `make` gives: here, or in a thread where the request or its answer is long."""
+        return await self.server.writing.run(self.payer, make) if self.is_long else make()
 
     def ignore(self, name: str) -> None:
         """Tell the client, in a header, of something that it sent and that has no effect; the log once."""

@@ -94,6 +94,11 @@ class Generation:
         return not self._open
 
     @property
+    def num_tokens(self) -> int:
+        """Of prompt and answers, so far."""
+        return len(self.prompt_ids) + sum(len(request.output_ids) for request in self.requests)
+
+    @property
     def phase(self) -> str:
         """Where an abort would find it: queue, prompt or answer; "done" when it has ended."""
         if self.has_ended:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 # Bounds of a body's shape, the same for every server.
 MAX_JSON_DEPTH = 64
 MAX_JSON_CONTAINERS = 100_000  # objects and lists of a body
-MAX_JSON_MEMBERS = 200_000  # of its objects
-MAX_JSON_VALUES = 1_000_000  # and what lists and objects hold
+MAX_JSON_MEMBERS = 65_536  # of its objects
+MAX_JSON_VALUES = 300_000  # and what lists and objects hold
 MAX_MESSAGES = 4_096
 MAX_CONTENT_PARTS = 1_024
 MAX_PROMPTS = 64
@@ -23,6 +23,9 @@ MAX_NAME_CHARACTERS = 128  # of a tool
 MAX_TEXT_PER_TOKEN = 8  # characters of a prompt per token of the context, beyond which it is not tokenized whole
 MAX_PROMPT_LOGPROB_TOKENS = 32_768
 MAX_LOGPROBS = 20
+MAX_HELD_BYTES = 128 << 20  # of all bodies that are read or worked on
+MAX_HELD_BYTES_PER_KEY = 64 << 20  # of those of one key, or address where there are no keys
+MAX_LARGE_WAITING = 64  # requests with large bodies of one key, or address, that wait for their turn
 MAX_ERROR_BYTES = 4_096
 MAX_ERROR_MESSAGE = 500  # characters
 

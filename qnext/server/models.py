@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
+import orjson
 from pydantic import Field
 
 from qnext import __version__
@@ -13,6 +14,7 @@ from qnext.server.dialogue import make_dialogue
 from qnext.server.errors import ApiError
 from qnext.server.exchange import Exchange
 from qnext.server.limits import MAX_MESSAGES
+from qnext.server.long_json import LongList
 from qnext.server.openai.chat_bodies import ChatPromptBody, MessageBody, conversation, offer_of
 from qnext.server.routes import Reply
 from qnext.text.templates import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
@@ -88,23 +90,32 @@ async def tokenize(exchange: Exchange) -> Reply:
         raise ApiError.bad("exactly one of prompt and messages is needed", param="prompt")
     asked = body.template_request()
     if body.messages is not None:
+        given = body.messages
+        messages, offer = await exchange.aside(
+            lambda: (conversation(given, exchange.ignore), offer_of(body, exchange.ignore))
+        )
         dialogue = await make_dialogue(
             exchange,
-            conversation(body.messages, exchange.ignore),
-            replace(await served.run(lambda: offer_of(body, exchange.ignore)), is_required=False),
+            messages,
+            replace(offer, is_required=False),
             asked=asked,
             continues=bool(body.continue_final_message),
             add_generation_prompt=body.add_generation_prompt is not False,
+            is_prompt=False,
         )
         ids = dialogue.prompt_ids
     else:
         for name in _OF_CONVERSATIONS:
             if getattr(body, name) not in (None, False, []):
                 raise ApiError.bad(f"{name} needs messages", param=name)
-        ids = await served.encode(body.prompt or "", allow_special=body.parse_special is not False)
-    document: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": served.max_model_len}
+        ids = await served.encode(
+            body.prompt or "", asker=exchange.asker, allow_special=body.parse_special is not False, is_prompt=False
+        )
+    document: dict[str, Any] = {
+        "tokens": LongList.of_values(ids), "count": len(ids), "max_model_len": served.max_model_len,
+    }  # fmt: skip
     if body.return_token_strs:
-        document["token_strs"] = [served.token_text(token) for token in ids]
+        document["token_strs"] = LongList(len(ids), lambda i, j: [served.token_text(token) for token in ids[i:j]])
     return Reply.of(document)
 
 
@@ -114,8 +125,12 @@ async def detokenize(exchange: Exchange) -> Reply:
     exchange.server.check_model(exchange, body.model)
     if len(body.tokens) > 8 * served.max_model_len:
         raise ApiError.bad("more tokens than the context can hold", param="tokens", code="context_length_exceeded")
-    served.check_ids(body.tokens, param="tokens")
-    return Reply.of({"prompt": await served.run(lambda: served.tokenizer.decode(body.tokens))})
+
+    def work() -> bytes:
+        served.check_ids(body.tokens, param="tokens")
+        return orjson.dumps({"prompt": served.tokenizer.decode(body.tokens)})
+
+    return Reply(await served.run(work, asker=exchange.asker))
 
 
 async def tokenizer_info(exchange: Exchange) -> Reply:

@@ -86,7 +86,7 @@ def _operation(route: Route) -> dict[str, Any]:
         texts |= _GENERATION_ERRORS
     if "{" in route.path or route.body is not None:
         texts |= {404: "no such thing"}
-    if route.limit in ("generation", "light") or route.path in ("/health", "/health/ready"):
+    if route.limit in ("generation", "work", "light") or route.path in ("/health", "/health/ready"):
         texts |= {503: "not ready, or full"}
     content: dict[str, Any] = {"application/json": {"schema": route.answer or {}}}
     if route.streams:

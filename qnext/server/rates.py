@@ -69,6 +69,14 @@ class KeyRates:
                     bucket.level -= amount
         return refusal
 
+    def peek(self, key: Key) -> Refusal | None:
+        """Why any request would be refused now; nothing is charged. What it says of later requests is not binding."""
+        state = self._table.get(key.id)
+        if state is None or not _is_limited(key):
+            return None
+        state.update(key, self._clock())
+        return self._refuse(key, state, 0)
+
     def finish(self, key: Key, num_charged: int, num_used: int) -> None:
         """A request that was admitted with `num_charged` tokens has ended, after `num_used` of prompt and answer."""
         now = self._clock()
@@ -125,7 +133,7 @@ class FailedLogins:
     def fail(self, client: str) -> Refusal | None:
         """A bad key came from there: answer 401 for None, else 429."""
         now = self._clock()
-        bucket = self._table.find(_network(client), now, lambda: _Bucket(self._burst, self._per_second, now))
+        bucket = self._table.find(network_of(client), now, lambda: _Bucket(self._burst, self._per_second, now))
         bucket = self._others if bucket is None else bucket
         bucket.fill(now)
         if wait := bucket.wait(1):
@@ -136,7 +144,7 @@ class FailedLogins:
     def is_blocked(self, client: str) -> bool:
         """Whether the next bad key from there would be refused. Whoever asks before looking at a key makes guessing
         slow, and lets one client lock out the others behind the same address."""
-        bucket = self._table.get(_network(client))
+        bucket = self._table.get(network_of(client))
         if bucket is None:
             return False
         bucket.fill(self._clock())
@@ -241,7 +249,8 @@ def _headers(state: _KeyState) -> dict[str, str]:
     return headers
 
 
-def _network(client: str) -> str:
+def network_of(client: str) -> str:
+    """Which clients count as one: those of an address, or of one /64 of IPv6."""
     try:
         address = ipaddress.ip_address(client)
     except ValueError:

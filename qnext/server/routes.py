@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import orjson
 from pydantic import BaseModel
 
 from qnext.server.errors import ErrorStyle
+from qnext.server.long_json import json_parts
 
 if TYPE_CHECKING:
     from qnext.server.exchange import Exchange
 
 # Who may call: everybody; whoever has a key; a key with that scope.
 Scope = Literal["public", "any", "inference", "tokenize", "metrics", "admin"]
-# What bounds it: queue, rates and deadlines of generation; a small bounded amount of work; answers from memory.
-LimitClass = Literal["generation", "light", "probe", "static"]
+# What bounds it: queue, rates and deadlines of generation; rates and turns of work that grows with a body; a small
+# bounded amount of work; answers from memory. Whatever reads a body is of the first two.
+LimitClass = Literal["generation", "work", "light", "probe", "static"]
 # What the audit log says: a line with token counts; a line; a line where it is refused.
 AuditClass = Literal["request", "access", "refusals"]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer."""
+    """A whole answer. Where it has `parts`, they are the body, made one by one as it is sent."""
 
     body: bytes
     status: int = 200
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
+    parts: Iterator[bytes] | None = None
 
     @classmethod
     def of(cls, value: Any, **more: Any) -> Reply:
         """JSON of a value."""
-        return cls(orjson.dumps(value), **more)
+        found = json_parts(value)
+        return cls(found, **more) if isinstance(found, bytes) else cls(b"", parts=found, **more)
 
 
 @dataclass(frozen=True)

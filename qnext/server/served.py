@@ -11,11 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import orjson
+
 from qnext.engine.sampling.constraint import Constraint, GrammarLimits
 from qnext.engine.sampling.grammar import CompiledGrammar, CompilersBusy, GrammarCompiler, Vocabulary
 from qnext.errors import CorruptCheckpoint, QnextError
 from qnext.server.errors import ApiError, from_user_error
-from qnext.server.limits import MAX_TEXT_PER_TOKEN
+from qnext.server.lanes import LARGE, Asker, Lane
+from qnext.server.limits import MAX_LARGE_WAITING, MAX_TEXT_PER_TOKEN
+from qnext.text.confined_tokenizer import NoTokenizerProcess, TooManyTokens, Watch
 from qnext.text.messages import Message
 from qnext.text.thinking import (
     THINK,
@@ -75,7 +79,10 @@ class ServedModel:
         self.created = int(time.time())
         self.tool_style: ToolStyle = tool_style or self._style_of_format()
         self.tokens = list(tokenizer.token_table())
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
+        self._json_of_tokens: dict[int, str] = {}
+        # What takes long waits for its own kind alone, and of each asker one runs at a time.
+        self._short = Lane("text", num_threads=2, per_owner=2, max_waiting=1_024)
+        self._long = Lane("long-text", num_threads=2, per_owner=1, max_waiting=MAX_LARGE_WAITING)
         self._constraints = ThreadPoolExecutor(1, thread_name_prefix="constraint")  # reads them; no text waits for it
 
     @property
@@ -140,46 +147,68 @@ class ServedModel:
         if name is not None and name not in self.names and not _CLAUDE.match(name):
             raise ApiError(404, "no such model; GET /v1/models lists them", code="model_not_found", param="model")
 
-    async def run(self, function: Callable[[], Result], *, param: str | None = None) -> Result:
-        """`function` in a thread; what it refuses becomes ApiError 400."""
+    async def run(
+        self,
+        function: Callable[[], Result],
+        *,
+        asker: Asker,
+        param: str | None = None,
+        num_characters: int = 0,
+        watch: Watch | None = None,
+    ) -> Result:
+        """`function` in a thread; what it refuses becomes ApiError 400. The `watch` is stopped when the asker leaves.
+
+        `num_characters` of text that is worked on; with many of them, or a large body, it waits its turn.
+        """
+        lane = self._long if max(asker.num_bytes, num_characters) > LARGE else self._short
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+            return await lane.run(asker.owner, function, stop=None if watch is None else watch.stop)
         except QnextError as error:
             raise from_user_error(error, param=param) from None
+        except NoTokenizerProcess:
+            raise ApiError.busy("the process that tokenizes long words did not start", retry_after=5.0) from None
 
-    async def encode(self, text: str, *, param: str = "prompt", allow_special: bool = False) -> list[int]:
-        """Token ids of a text. Raises ApiError for one that cannot fit the context, from its beginning alone."""
-        await self._check_length(len(text), (text,), param)
-        return await self.run(lambda: self.tokenizer.encode(text, allow_special=allow_special), param=param)
+    async def encode(
+        self, text: str, *, asker: Asker, param: str = "prompt", allow_special: bool = False, is_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a text. Raises ApiError for one that cannot fit the context, from its beginning alone.
+
+        `is_prompt`: a long text that does not fit is refused as soon as that is known.
+        """
+        watch = Watch(most=self.max_model_len - 1 if is_prompt and len(text) > LARGE else None)
+
+        def work() -> list[int]:
+            try:
+                self._check_length(len(text), (text,), param, watch)
+                return self.tokenizer.encode(text, allow_special=allow_special, watch=watch)
+            except TooManyTokens as error:
+                raise ApiError.too_long(error.num_tokens, self.max_model_len - 1, is_least=True, param=param) from None
+
+        return await self.run(work, asker=asker, param=param, num_characters=len(text), watch=watch)
 
     async def encode_chat(
         self,
         messages: Sequence[Message],
         *,
+        asker: Asker,
         tools: Sequence[Mapping[str, Any]] = (),
         continues: bool = False,
         asked: TemplateRequest | None = None,
         add_generation_prompt: bool = True,
         param: str = "messages",
+        is_prompt: bool = True,
     ) -> tuple[list[int], ThoughtState]:
         """(token ids, where they leave the thought of the answer) of a conversation.
 
         `continues`: the last message is the beginning of the answer. Where no thought is wanted, and the template
-        opens one all the same, it is closed here. Raises ApiError 400, also for arguments that no template reads.
+        opens one all the same, it is closed here. `is_prompt` as for `encode`.
+        Raises ApiError 400, also for arguments that no template reads.
         """
         if self.chat_format is None:
             raise ApiError.bad("this model has no chat format; use /v1/completions", code="no_chat_template")
         chat_format = self.chat_format
-        length = sum(
-            len(m.content)
-            + len(m.reasoning_content or "")
-            + sum(len(c.name) + _num_characters(c.arguments) for c in m.tool_calls)
-            for m in messages
-        )
         wanted = (asked or TemplateRequest()).over(self.template_defaults)
-        length += _num_characters(tools) + _num_characters(wanted.arguments)
-        written = ([m.content, [call.arguments for call in m.tool_calls]] for m in messages)  # thoughts may be left out
-        await self._check_length(length, _texts([*written, list(tools)]), param)
+        watch = Watch(most=self.max_model_len - 1 if is_prompt and asker.is_large else None)
         begun = messages[-1] if continues and messages else None
         if continues and (begun is None or begun.role != "assistant" or begun.tool_calls):
             raise ApiError.bad("only an assistant's message without tool calls can be continued", param=param)
@@ -190,6 +219,17 @@ class ServedModel:
             raise from_user_error(error, param="chat_template_kwargs") from None
 
         def work() -> tuple[list[int], ThoughtState]:
+            length = sum(map(_num_characters_of, messages)) + _num_characters(tools) + _num_characters(wanted.arguments)
+            # Thoughts may be left out.
+            written = ([m.content, [call.arguments for call in m.tool_calls]] for m in messages)
+            try:
+                self._check_length(length, _texts([*written, list(tools)]), param, watch)
+                pieces, state = written_pieces()
+                return self.tokenizer.encode_pieces(pieces, watch=watch), state
+            except TooManyTokens as error:
+                raise ApiError.too_long(error.num_tokens, self.max_model_len - 1, is_least=True, param=param) from None
+
+        def written_pieces() -> tuple[list[Piece], ThoughtState]:
             rendered = messages if begun is None else messages[:-1]
             opens = add_generation_prompt or begun is not None  # what has begun stands behind the head of its turn
             pieces, state = prompt_pieces(
@@ -198,9 +238,9 @@ class ServedModel:
             if begun is not None:
                 begins, state = self._beginning(begun, state)
                 pieces = [*pieces, *begins]
-            return self.tokenizer.encode_pieces(pieces), state
+            return pieces, state
 
-        return await self.run(work, param=param)
+        return await self.run(work, asker=asker, param=param, watch=watch)
 
     def _beginning(self, begun: Message, state: ThoughtState) -> tuple[list[Piece], ThoughtState]:
         """What stands behind the head of a turn that the caller has begun, and where that leaves the thought."""
@@ -256,6 +296,13 @@ class ServedModel:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
+    def token_json(self, token_id: int) -> str:
+        """`token_text` as JSON, made once for each token."""
+        found = self._json_of_tokens.get(token_id)
+        if found is None:
+            found = self._json_of_tokens[token_id] = orjson.dumps(self.token_text(token_id)).decode()
+        return found
+
     def token_bytes(self, token_id: int) -> bytes:
         return self.tokens[token_id] if token_id < len(self.tokens) else b""
 
@@ -267,30 +314,26 @@ class ServedModel:
             return None
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._short.close()
+        self._long.close()
+        self.tokenizer.close()
         self._constraints.shutdown(wait=False, cancel_futures=True)
         if "grammars" in self.__dict__:
             self.grammars.close()
 
-    async def _check_length(self, num_characters: int, texts: Iterable[str], param: str) -> None:
+    def _check_length(self, num_characters: int, texts: Iterable[str], param: str, watch: Watch) -> None:
         """Refuse what is far too long by the tokens of its first part: the whole could take long to count."""
-        most = MAX_TEXT_PER_TOKEN * self.max_model_len
-        if num_characters <= most:
+        left, found = MAX_TEXT_PER_TOKEN * self.max_model_len, 0
+        if num_characters <= left:
             return
-
-        def count() -> int:
-            left, found = most, 0
-            for text in texts:
-                found += len(self.tokenizer.encode(text if len(text) <= left else _whole_words(text, left)))
-                left -= len(text)
-                if left <= 0:
-                    break
-            return found
-
-        num_tokens = await self.run(count, param=param)
         maximum = self.max_model_len - 1
-        if num_tokens > maximum:
-            raise ApiError.too_long(num_tokens, maximum, is_least=True, param=param)
+        for text in texts:
+            found += len(self.tokenizer.encode(text if len(text) <= left else _whole_words(text, left), watch=watch))
+            left -= len(text)
+            if left <= 0:
+                break
+        if found > maximum:
+            raise ApiError.too_long(found, maximum, is_least=True, param=param)
         raise ApiError.bad(
             f"prompt is too long: {num_characters} characters, more than {MAX_TEXT_PER_TOKEN} for each of the "
             f"{maximum} tokens of the maximum",
@@ -318,6 +361,11 @@ def _whole_words(text: str, length: int) -> str:
     while end > 0 and text[end - 1].isspace():
         end = text.rfind(" ", 1, end)
     return text[: end if end > 0 else length]
+
+
+def _num_characters_of(message: Message) -> int:
+    calls = sum(len(call.name) + _num_characters(call.arguments) for call in message.tool_calls)
+    return len(message.content) + len(message.reasoning_content or "") + calls
 
 
 def _texts(value: object) -> Iterator[str]:

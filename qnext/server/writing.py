@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, TypeVar
-
-import orjson
 
 from qnext.server.errors import ApiError
 from qnext.server.exchange import Exchange
 from qnext.server.generation import Silence, Update
+from qnext.server.long_json import whole_json
 
 _log = logging.getLogger("qnext.server")
 Event = dict[str, Any]
+Later = Callable[[], Event]  # an event that takes a while to make; those of a list are made in order
+_FEW = 8  # events that are written in the event loop
 SomeSource = TypeVar("SomeSource", bound="Source")
 WrittenSource = TypeVar("WrittenSource", bound="Source", contravariant=True)
 
@@ -24,7 +26,7 @@ class Writer(Protocol[WrittenSource]):
 
     def begin(self, generation: WrittenSource) -> list[Event]: ...
 
-    def take(self, update: Update, generation: WrittenSource) -> list[Event]: ...
+    def take(self, update: Update, generation: WrittenSource) -> Sequence[Event | Later]: ...
 
     def ping(self) -> Event:
         """What keeps a silent stream open: an event, since clients count those and no comments."""
@@ -51,12 +53,12 @@ class Source(Protocol):
 
 def named_frames(events: list[Event], *, is_last: bool = False) -> bytes:
     """Events with their names, which stand under "type"."""
-    return b"".join(b"event: %s\ndata: %s\n\n" % (event["type"].encode(), orjson.dumps(event)) for event in events)
+    return b"".join(b"event: %s\ndata: %s\n\n" % (event["type"].encode(), whole_json(event)) for event in events)
 
 
 def data_frames(events: list[Event], *, is_last: bool = False) -> bytes:
     """Events without names, and the mark of the end."""
-    frames = b"".join(b"data: %s\n\n" % orjson.dumps(event) for event in events)
+    frames = b"".join(b"data: %s\n\n" % whole_json(event) for event in events)
     return frames + b"data: [DONE]\n\n" if is_last else frames
 
 
@@ -82,16 +84,27 @@ async def write_stream(
     try:
         async with generating as generation:
             async for updates in generation.updates():
-                events = [] if has_begun else writer.begin(generation)
-                has_begun = True
+                events: list[Event | Later] = []
+                if not has_begun:
+                    has_begun = True
+                    events += writer.begin(generation)
+                    if exchange.is_long:  # they may repeat the request
+                        async for frames in _framed(exchange, writer, events, few=0):
+                            yield frames
+                        events = []
                 for update in updates:
                     events += writer.take(update, generation)
                 if not events and (not updates or generation.silence.is_long):
                     events = [writer.ping()]
-                if events:
-                    yield writer.frames(events)
+                async for frames in _framed(exchange, writer, events):
+                    yield frames
                     generation.silence.end()
-            yield writer.frames(writer.end(generation), is_last=True)
+            last = writer.end(generation)
+            if exchange.is_long:  # they may repeat the answer
+                async for frames in _framed(exchange, writer, last, few=0):
+                    yield frames
+                last = []
+            yield writer.frames(last, is_last=True)
     except Exception as error:
         if not exchange.is_replying:
             raise
@@ -100,3 +113,23 @@ async def write_stream(
         refusal = error if isinstance(error, ApiError) else ApiError.internal()
         exchange.outcome.error_code = refusal.code
         yield writer.frames(writer.fail(refusal), is_last=True)
+
+
+async def _framed(
+    exchange: Exchange, writer: Writer[SomeSource], events: Sequence[Event | Later], *, few: int = _FEW
+) -> AsyncGenerator[bytes, None]:
+    """The frames of events: of a few at once, of many one by one in a thread."""
+    if len(events) <= few:
+        if events:
+            yield writer.frames(list(map(_made, events)))
+        return
+    for event in events:
+        yield await exchange.server.writing.run(exchange.payer, functools.partial(_frame, writer, event))
+
+
+def _frame(writer: Writer[SomeSource], event: Event | Later) -> bytes:
+    return writer.frames([_made(event)])
+
+
+def _made(event: Event | Later) -> Event:
+    return event() if callable(event) else event

@@ -50,6 +50,7 @@ FAMILY_MARKUP = (
 )
 
 _MAX_ACCENTS = 64
+_WINDOW = 1 << 16  # characters that one search looks at: it holds the interpreter's lock
 _JOINERS = ("\u200c", "\u200d")
 _NO_SPACE = "\x1c\x1d\x1e\x1f"  # Python calls them white space, Unicode's property does not
 
@@ -87,13 +88,14 @@ class AddedTokens:
         self._normalize = normalize
         names = [*self.reserved, *(word for word in self.words if self._covers_reserved(word))]
         self._pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+        self._longest = max(map(len, names), default=0)
 
     def find(self, text: str, start: int, end: int, *, taken: int) -> Iterator[Found]:
         """The reserved tokens of `text[start:end]` in order, as the `tokenizers` library finds them.
 
         Around the names it looks at the whole text, of which the first `taken` characters are tokens already.
         """
-        for match in self._pattern.finditer(text, start, end):
+        for match in self._matches(text, start, end):
             index = self.reserved.get(match.group())
             if index is None or not self._stands_alone(self.by_id[index], text, match):
                 continue
@@ -105,6 +107,17 @@ class AddedTokens:
                 stop += 1
             taken = stop
             yield Found(begin, stop, index)
+
+    def _matches(self, text: str, start: int, end: int) -> Iterator[re.Match[str]]:
+        """The names in `text[start:end]`, window by window: a match belongs to the window in which it begins."""
+        while start < end:
+            window = start + _WINDOW
+            for match in self._pattern.finditer(text, start, min(end, window + self._longest)):
+                if match.start() >= window:
+                    break
+                start = match.end()
+                yield match
+            start = max(start, window)
 
     def _covers_reserved(self, word: str) -> bool:
         """Whether a word wins over a reserved name in it: the longest does, but those for normalised text come last."""

@@ -4,7 +4,8 @@ Text from outside must never become a control token. Two engines share one vocab
 the added words, so `<|im_end|>` written by a user is eight or so ordinary pieces; reserved tokens are found by
 `qnext.text.added_tokens`, and only where the caller vouches for the text. Everything between two reserved tokens is
 normalised, split and merged as one string, whoever wrote it, which is what a tokenizer does with the plain
-concatenation.
+concatenation. A long text is merged in parts, cut where `qnext.text.cuts` proves that nothing changes, and without the
+interpreter's lock.
 """
 
 from __future__ import annotations
@@ -12,20 +13,26 @@ from __future__ import annotations
 import codecs
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from qnext.errors import CorruptCheckpoint, NotSupported, UsageError
 from qnext.text.added_tokens import AddedTokens
+from qnext.text.confined_tokenizer import ConfinedTokenizer, Watch
+from qnext.text.cuts import Cuts
 from qnext.text.files import first_line
 from qnext.text.template_files import read_templates
 from qnext.text.tokenizer_files import end_tokens, padding_token, parsed, read_backend
 from qnext.text.train import IM_END, IM_START, byte_alphabet
+
+_PART = 1 << 15  # characters that are merged at once, where a text can be cut
+_LONGEST = 1 << 17  # that are merged in this process where it cannot, if somebody watches
+_COST_OF_TEXT = 32  # of one more text, in characters
 
 
 class Piece(NamedTuple):
@@ -54,13 +61,14 @@ class Tokenizer:
     ) -> None:
         self._backend = backend
         self._source = source
-        normalizer = backend.normalizer
-        self._added = AddedTokens(
-            backend.get_added_tokens_decoder(),
-            normalize=str if normalizer is None else normalizer.normalize_str,
-            template_text=template_text,
-        )
-        self._plain = _without_reserved(backend, self._added, source)
+        normalizer, added = backend.normalizer, backend.get_added_tokens_decoder()
+        normalize = str if normalizer is None else normalizer.normalize_str
+        self._added = AddedTokens(added, normalize=normalize, template_text=template_text)
+        description = _without_reserved(backend, self._added, source)
+        self._plain = parsed(json.dumps(description, ensure_ascii=False), f"{source}: tokenizer.json")
+        self._confined = ConfinedTokenizer(self._plain.to_str)
+        words = [token for token in added.values() if token.content in self._added.words]
+        self._cuts = Cuts(description, words, normalize=normalize)
         self._bytes_by_id = _byte_table(backend, self._added.by_id, source)
         self._eos_ids = frozenset(self._resolve(token, "end-of-sequence") for token in eos_tokens)
         self._pad_id = None if pad_token is None else self._resolve(pad_token, "padding")
@@ -89,40 +97,53 @@ class Tokenizer:
             tokenizer.require_rows(num_rows)
         return tokenizer
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+    def encode(self, text: str, *, allow_special: bool = False, watch: Watch | None = None) -> list[int]:
         """Token ids of `text`; no BOS is added. Names of reserved tokens become ids only with `allow_special`.
 
-        Raises UsageError for text that is not Unicode (lone surrogates).
+        `watch` as for `encode_pieces`. Raises UsageError for text that is not Unicode (lone surrogates).
         """
-        return self.encode_pieces([Piece(text, allow_special)])
+        return self.encode_pieces([Piece(text, allow_special)], watch=watch)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """What `encode` gives for each text, on all cores and about twice as fast on one. No special tokens."""
+        """What `encode` gives for each text, on all cores and without the interpreter's lock. No special tokens."""
         try:
             return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            return [self._encode_plain(text) for text in texts]  # raises the error that names the cause
+            for text in texts if len(texts) > 1 else ():
+                self.encode_batch([text])  # raises the error that names the cause
+            if isinstance(error, (UnicodeEncodeError, TypeError)):
+                raise UsageError("text holds a lone surrogate and is not valid Unicode") from None
+            # A Rust panic is no Exception; it comes from a split pattern of the folder that explodes on this text.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise CorruptCheckpoint(f"{self._source}: tokenizer.json: {first_line(error)}") from None
 
-    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
+    def encode_pieces(self, pieces: Iterable[Piece], *, watch: Watch | None = None) -> list[int]:
         """Token ids of the concatenation of `pieces`, cut only at reserved tokens that stand inside trusted text.
 
-        A name that would arise across a border between two pieces is not one.
+        A name that would arise across a border between two pieces is not one. `watch` may end it between parts, and
+        has what cannot be cut merged in a child process. Raises what `watch` raises.
         """
-        runs = list(pieces)
-        whole = "".join(text for text, _ in runs)
         ids: list[int] = []
-        taken = place = 0
-        for text, is_trusted in runs:
-            end = place + len(text)
-            if is_trusted:
-                for found in self._added.find(whole, place, end, taken=taken):
-                    ids += self._encode_plain(whole[taken : found.begin])
-                    ids.append(found.token_id)
-                    taken = found.end
-            place = end
-        ids += self._encode_plain(whole[taken:])
+        texts: list[str] = []  # that are merged together, and what follows each
+        marks: list[int | None] = []
+        size = 0
+        for text, mark in self._parts(pieces):
+            is_long = watch is not None and len(text) > _LONGEST
+            size += len(text) + _COST_OF_TEXT
+            if not is_long:
+                texts.append(text)
+                marks.append(mark)
+            if is_long or size >= _PART:
+                self._merge(texts, marks, ids, watch)
+                size = 0
+            if is_long:
+                assert watch is not None
+                ids += self._confined.encode(text, num_before=len(ids), watch=watch)
+                ids += () if mark is None else (mark,)
+        self._merge(texts, marks, ids, watch)
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
@@ -204,18 +225,42 @@ class Tokenizer:
     def backend(self) -> Backend:
         return self._backend
 
-    def _encode_plain(self, text: str) -> list[int]:
-        if not text:
-            return []
-        try:
-            return self._plain.encode(text, add_special_tokens=False).ids
-        except (UnicodeEncodeError, TypeError):
-            raise UsageError("text holds a lone surrogate and is not valid Unicode") from None
-        except BaseException as error:
-            # A Rust panic is no Exception; it comes from a split pattern of the folder that explodes on this text.
-            if type(error).__name__ != "PanicException":
-                raise
-            raise CorruptCheckpoint(f"{self._source}: tokenizer.json: {first_line(error)}") from None
+    def _parts(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, int | None]]:
+        """The texts between reserved tokens in parts, each with the id of the reserved token that follows it."""
+        runs = list(pieces)
+        whole = "".join(text for text, _ in runs)
+        taken = place = 0
+        for text, is_trusted in runs:
+            end = place + len(text)
+            for found in self._added.find(whole, place, end, taken=taken) if is_trusted else ():
+                yield from self._parts_of(whole[taken : found.begin], found.token_id)
+                taken = found.end
+            place = end
+        yield from self._parts_of(whole[taken:], None)
+
+    def _parts_of(self, text: str, mark: int | None) -> Iterator[tuple[str, int | None]]:
+        if len(text) <= _PART:
+            yield text, mark
+            return
+        left = len(text)
+        for part in self._cuts.parts(text, _PART):
+            left -= len(part)
+            yield part, None if left else mark
+
+    def _merge(self, texts: list[str], marks: list[int | None], ids: list[int], watch: Watch | None) -> None:
+        """Adds the ids of `texts`, each with its mark, to `ids`, and empties both lists."""
+        for found, mark in zip(self.encode_batch(texts) if any(texts) else [[]] * len(texts), marks, strict=True):
+            ids += found
+            if mark is not None:
+                ids.append(mark)
+        texts.clear()
+        marks.clear()
+        if watch is not None:
+            watch.check(len(ids))
+
+    def close(self) -> None:
+        """End the child process, if there is one."""
+        self._confined.close()
 
     def _resolve(self, token: int | str, purpose: str) -> int:
         if isinstance(token, int):
@@ -251,9 +296,9 @@ class IncrementalDecoder:
         return rest
 
 
-def _without_reserved(backend: Backend, added: AddedTokens, source: str) -> Backend:
-    """The same normaliser, splitter, merges and added words, with no way to a reserved token."""
-    description = json.loads(backend.to_str())
+def _without_reserved(backend: Backend, added: AddedTokens, source: str) -> dict[str, Any]:
+    """tokenizer.json with the same normaliser, splitter, merges and added words, and no way to a reserved token."""
+    description: dict[str, Any] = json.loads(backend.to_str())
     model = description["model"]
     if model.get("type") != "BPE":
         raise NotSupported(f"{source}: tokenizer.json: model type {model.get('type')!r} is not read, only 'BPE'")
@@ -264,7 +309,7 @@ def _without_reserved(backend: Backend, added: AddedTokens, source: str) -> Back
     model["dropout"] = None  # meant for training
     description["added_tokens"] = [e for e in description["added_tokens"] if e["content"] in added.words]
     description |= {"post_processor": None, "truncation": None, "padding": None}
-    return parsed(json.dumps(description, ensure_ascii=False), f"{source}: tokenizer.json")
+    return description
 
 
 def _byte_table(backend: Backend, added: dict[int, AddedToken], source: str) -> dict[int, bytes]:

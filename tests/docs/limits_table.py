@@ -50,6 +50,9 @@ FIXED: dict[str, str] = {
     "MAX_TEXT_PER_TOKEN": "characters of a prompt per token of the context; longer ones are counted in part",
     "MAX_PROMPT_LOGPROB_TOKENS": "tokens of a prompt whose log-probabilities are asked for",
     "MAX_LOGPROBS": "alternatives per token (`top_logprobs`, `logprobs`, `prompt_logprobs`)",
+    "MAX_HELD_BYTES": "bytes of all bodies that are read or worked on; more get 503",
+    "MAX_HELD_BYTES_PER_KEY": "of those of one key, or of one address without keys; more get 429",
+    "MAX_LARGE_WAITING": "requests of one key, or address, with a large body that wait for their turn; more get 429",
     "MAX_ERROR_BYTES": "bytes of an error's body",
     "MAX_ERROR_MESSAGE": "characters of its message",
 }

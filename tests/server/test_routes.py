@@ -224,7 +224,7 @@ def test_the_limit_class_is_enforced(
     if state == "loading":
         monkeypatch.setattr(server, "_served", None)
     answer = kept.ask(route, is_admin, right_key(kept, route))
-    needs = ("generation",) if state == "draining" else ("generation", "light")
+    needs = ("generation",) if state == "draining" else ("generation", "work", "light")
     if route.limit in needs:
         check_error(answer, route, 503)
         assert int(answer.headers["retry-after"]) >= 1

@@ -206,7 +206,7 @@ def test_no_stream_is_silent_for_long_whatever_the_engine_does(monkeypatch: pyte
     sent: list[tuple[float, bytes]] = []
 
     async def run() -> None:
-        exchange: Any = SimpleNamespace(is_replying=True)
+        exchange: Any = SimpleNamespace(is_replying=True, is_long=False)
         async for frames in write_stream(exchange, generating(), writer):
             assert frames
             sent.append((clock.now, frames))

@@ -42,21 +42,23 @@ async def messages(exchange: Exchange) -> Reply | EventStream:
         exchange.outcome.stream = True
         return EventStream(write_stream(exchange, generating, writer))
     await write_whole(generating, writer)
-    return Reply.of(writer.message())
+    return await exchange.written(lambda: Reply.of(writer.message()))
 
 
 async def count_tokens(exchange: Exchange) -> Reply:
     """As many as the prompt of the same body would have."""
-    dialogue = await _dialogue(exchange, exchange.body)
+    dialogue = await _dialogue(exchange, exchange.body, is_prompt=False)
     return Reply.of({"input_tokens": len(dialogue.prompt_ids)})
 
 
-async def _dialogue(exchange: Exchange, body: CountBody, *, stop: tuple[str, ...] = ()) -> Dialogue:
+async def _dialogue(
+    exchange: Exchange, body: CountBody, *, stop: tuple[str, ...] = (), is_prompt: bool = True
+) -> Dialogue:
     exchange.server.check_model(exchange, body.model)
     choice = body.tool_choice
-    offered = await exchange.server.served.run(lambda: offer(body, exchange.ignore))  # schemas are walked through
+    turns, tools = await exchange.aside(lambda: (conversation(body, exchange.ignore), offer(body, exchange.ignore)))
     return await make_dialogue(
-        exchange, conversation(body, exchange.ignore), offered,
+        exchange, turns, tools,
         constraint=_constraint(body), stop=stop,
         parallel_calls=choice is None or not choice.disable_parallel_tool_use,
         asked=body.asked(
@@ -64,7 +66,7 @@ async def _dialogue(exchange: Exchange, body: CountBody, *, stop: tuple[str, ...
             effort=body.output_config.effort if body.output_config is not None else None,
             budget=body.thinking.budget_tokens if body.thinking is not None else None,
         ),
-        continues=body.messages[-1].role == "assistant",
+        continues=body.messages[-1].role == "assistant", is_prompt=is_prompt,
     )  # fmt: skip
 
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from qnext.errors import QnextError
-from qnext.server.answers import Answer, chat_logprob, prompt_logprobs, timings, usage_counts
+from qnext.server.answers import Answer, chat_logprob, chat_logprobs, prompt_logprobs, timings, usage_counts
 from qnext.server.dialogue import make_dialogue
 from qnext.server.errors import ApiError, error_object, from_user_error
 from qnext.server.exchange import Exchange
 from qnext.server.generation import Generation, Update
+from qnext.server.long_json import LongList
 from qnext.server.openai.chat_bodies import ChatBody, conversation, offer_of, response_constraint
 from qnext.server.routes import EventStream, Reply
 from qnext.server.sampling import sampling_params, stop_strings
@@ -36,11 +37,11 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
     body: ChatBody = exchange.body
     served = exchange.server.served
     exchange.server.check_model(exchange, body.model)
-    offer = await served.run(lambda: offer_of(body, exchange.ignore))  # schemas are walked through
+    offer = await exchange.aside(lambda: offer_of(body, exchange.ignore))
     if body.continue_final_message and body.add_generation_prompt:
         raise ApiError.bad("continue_final_message excludes add_generation_prompt", param="continue_final_message")
     try:
-        messages = conversation(body.messages, exchange.ignore)
+        messages = await exchange.aside(lambda: conversation(body.messages, exchange.ignore))
         dialogue = await make_dialogue(
             exchange, messages, offer, constraint=response_constraint(body),
             parallel_calls=body.parallel_tool_calls is not False and not body.functions, stop=stop_strings(body),
@@ -64,7 +65,8 @@ async def chat_completions(exchange: Exchange) -> Reply | EventStream:
     if body.stream:
         exchange.outcome.stream = True
         return EventStream(write_stream(exchange, generating, writer))
-    return Reply.of(writer.completion(await write_whole(generating, writer)))
+    generation = await write_whole(generating, writer)
+    return await exchange.written(lambda: Reply.of(writer.completion(generation)))
 
 
 class _ChatWriter:
@@ -89,10 +91,10 @@ class _ChatWriter:
         choices = [self._choice(index, found) for index, found in enumerate(self._events)]
         if self.body.return_token_ids:
             for choice, request in zip(choices, generation.requests, strict=True):
-                choice["token_ids"] = list(request.output_ids)
+                choice["token_ids"] = LongList.of_values(request.output_ids)
         document = {**self._head("chat.completion"), "choices": choices, "usage": self._usage(generation)}
         if self.body.return_token_ids:
-            document["prompt_token_ids"] = list(generation.prompt_ids)
+            document["prompt_token_ids"] = LongList.of_values(generation.prompt_ids)
         if self.body.prompt_logprobs is not None:
             sampled = generation.requests[0].prompt_sampled
             document["prompt_logprobs"] = prompt_logprobs(self.exchange.server.served, sampled)
@@ -210,7 +212,8 @@ class _ChatWriter:
             message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
         elif calls:
             message["tool_calls"] = [_call(call.name, call.arguments, self.offer.origins) for call in calls]
-        logged = self._new_logprobs(index)
+        served, as_id = self.exchange.server.served, bool(self.body.return_tokens_as_token_ids)
+        logged = chat_logprobs(served, self.answers[index].tokens, self.body.top_logprobs or 0, as_id=as_id)
         return {
             "index": index,
             "message": message,

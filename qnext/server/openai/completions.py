@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -21,14 +22,19 @@ from qnext.server.errors import ApiError, error_object
 from qnext.server.exchange import Exchange
 from qnext.server.generation import Generation, Silence, Update
 from qnext.server.limits import MAX_PROMPTS
+from qnext.server.long_json import LongList
 from qnext.server.openai.chat import usage
 from qnext.server.openai.chat_bodies import FormatBody
 from qnext.server.routes import EventStream, Reply
 from qnext.server.sampling import sampling_params, stop_strings, structured_constraint
-from qnext.server.writing import Event, data_frames, write_stream, write_whole
+from qnext.server.writing import Event, Later, data_frames, write_stream, write_whole
 from qnext.text.output import Content, OutputEvent, Reasoning
+from qnext.text.tokenizer import IncrementalDecoder
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
+# Tokens of a prompt in one chunk of a stream.
+_ECHOED = 4_096
+_ECHOED_WITH_LOGPROBS = 32
 
 PromptText = str
 PromptTokens = Annotated[list[int], Field(fail_fast=True)]
@@ -86,7 +92,8 @@ async def completions(exchange: Exchange) -> Reply | EventStream:
     if body.stream:
         exchange.outcome.stream = True
         return EventStream(write_stream(exchange, generating, writer))
-    return Reply.of(writer.completion(await write_whole(generating, writer)))
+    generations = await write_whole(generating, writer)
+    return await exchange.written(lambda: Reply.of(writer.completion(generations)))
 
 
 async def _prompts(exchange: Exchange, body: CompletionBody) -> list[list[int]]:
@@ -100,12 +107,12 @@ async def _prompts(exchange: Exchange, body: CompletionBody) -> list[list[int]]:
     found: list[list[int]] = []
     for entry in many:
         if isinstance(entry, str):
-            ids = await served.encode(entry, allow_special=_parses_marks(body))
+            ids = await served.encode(entry, asker=exchange.asker, allow_special=_parses_marks(body))
         else:
             ids = list(entry)  # type: ignore[arg-type]
             if len(ids) > served.max_model_len:
                 raise ApiError.too_long(len(ids), served.max_model_len - 1, param="prompt")
-            served.check_ids(ids, param="prompt")
+            await exchange.aside(functools.partial(served.check_ids, ids, param="prompt"))
         if body.suffix:
             ids = await _around_hole(exchange, ids, body)
         if not ids:
@@ -124,7 +131,9 @@ async def _around_hole(exchange: Exchange, ids: list[int], body: CompletionBody)
     marks = served.fill_in_middle()
     if marks is None:
         raise ApiError.bad("this model cannot fill in text before a suffix", param="suffix")
-    suffix = await served.encode(body.suffix or "", param="suffix", allow_special=_parses_marks(body))
+    suffix = await served.encode(
+        body.suffix or "", asker=exchange.asker, param="suffix", allow_special=_parses_marks(body)
+    )
     return [marks[0], *ids, marks[1], *suffix, marks[2]]
 
 
@@ -221,7 +230,7 @@ class _CompletionWriter:
         self.generations = generation.of_prompts
         return []
 
-    def take(self, update: Update, generation: _Generations) -> list[Event]:
+    def take(self, update: Update, generation: _Generations) -> list[Event | Later]:
         choice = update.index
         answer = self.answers[choice]
         if answer.end_reason is not None:
@@ -230,11 +239,11 @@ class _CompletionWriter:
         if not self.body.stream:
             self._texts[choice] += text
             return []
-        chunks: list[Event] = []
+        chunks: list[Event | Later] = []
         if choice not in self._begun:
             self._begun.add(choice)
             if self.body.echo:
-                chunks.append(self._echo_chunk(choice))
+                chunks += self._echo_chunks(choice)
         tokens = answer.tokens[self._num_logged[choice] :]
         self._num_logged[choice] += len(tokens)
         if self.body.max_tokens == 0:  # the token that the engine makes nevertheless
@@ -288,8 +297,8 @@ class _CompletionWriter:
         if self.body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(self.exchange.server.served, self._prompt_tokens(number))
         if self.body.return_token_ids:
-            choice["token_ids"] = list(self._generation(number).requests[index % self.n].output_ids)
-            choice["prompt_token_ids"] = ids
+            choice["token_ids"] = LongList.of_values(self._generation(number).requests[index % self.n].output_ids)
+            choice["prompt_token_ids"] = LongList.of_values(ids)
         return choice
 
     def _prompt_tokens(self, number: int) -> list[SampledToken]:
@@ -298,17 +307,30 @@ class _CompletionWriter:
 
     def _logprobs(self, tokens: Sequence[SampledToken], choice: int) -> dict[str, Any]:
         """Of the next tokens of a choice, whose offsets go on where its last ones ended."""
-        names = [self._token_name(token.token_id) for token in tokens]
-        offsets: list[int] = []
         served = self.exchange.server.served
-        for token in tokens:
-            offsets.append(self._offsets[choice])
-            self._offsets[choice] += len(served.token_bytes(token.token_id).decode("utf-8", "ignore"))
+
+        def names(begin: int, end: int) -> list[str]:
+            return [self._token_name(token.token_id) for token in tokens[begin:end]]
+
+        def values(begin: int, end: int) -> list[float | None]:
+            return [finite_logprob(token.logprob) for token in tokens[begin:end]]
+
+        def tops(begin: int, end: int) -> list[dict[str, float] | None]:
+            return [self._alternatives(token) for token in tokens[begin:end]]
+
+        def offsets(begin: int, end: int) -> list[int]:
+            found: list[int] = []
+            for token in tokens[begin:end]:
+                found.append(self._offsets[choice])
+                self._offsets[choice] += len(served.token_bytes(token.token_id).decode("utf-8", "ignore"))
+            return found
+
+        count = len(tokens)
         return {
-            "tokens": names,
-            "token_logprobs": [finite_logprob(token.logprob) for token in tokens],
-            "top_logprobs": [self._alternatives(token) for token in tokens],
-            "text_offset": offsets,
+            "tokens": LongList(count, names),
+            "token_logprobs": LongList(count, values),
+            "top_logprobs": LongList(count, tops, width=2 * (self.body.logprobs or 0) + 2),
+            "text_offset": LongList(count, offsets),
         }
 
     def _alternatives(self, token: SampledToken) -> dict[str, float] | None:
@@ -325,10 +347,19 @@ class _CompletionWriter:
         as_id = bool(self.body.return_tokens_as_token_ids)
         return token_name(self.exchange.server.served, token_id, as_id=as_id)
 
-    def _echo_chunk(self, choice: int) -> Event:
-        number = choice // self.n
-        text = self.exchange.server.served.tokenizer.decode(self.prompts[number])
-        return self._chunk(choice, text, self._prompt_tokens(number), None)
+    def _echo_chunks(self, choice: int) -> list[Event | Later]:
+        """The prompt, a long one in several chunks, each made when it is sent."""
+        ids = self.prompts[choice // self.n]
+        tokens = self._prompt_tokens(choice // self.n)
+        decoder = IncrementalDecoder(self.exchange.server.served.tokenizer)
+        step = _ECHOED if self.body.logprobs is None else _ECHOED_WITH_LOGPROBS
+
+        def some(begin: int) -> Event:
+            text = "".join(map(decoder.push, ids[begin : begin + step]))
+            text += decoder.flush() if begin + step >= len(ids) else ""
+            return self._chunk(choice, text, tokens[begin : begin + step], None)
+
+        return [functools.partial(some, begin) for begin in range(0, len(ids), step)]
 
     def _chunk(
         self,

@@ -52,10 +52,11 @@ async def _answered(exchange: Exchange, body: ResponseBody) -> Reply | EventStre
         logprobs=(body.top_logprobs or 0) if wants_logprobs else None, param="input",
     )  # fmt: skip
     guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param, owner=exchange.owner)
+    echo = await exchange.aside(lambda: _echo(body, params))
     writer = ResponseWriter(
         exchange,
         dialogue.new_answer(exchange),
-        _echo(body, params),
+        echo,
         num_top=params.logprobs,
         origins=dialogue.offer.origins,
     )
@@ -64,7 +65,7 @@ async def _answered(exchange: Exchange, body: ResponseBody) -> Reply | EventStre
         exchange.outcome.stream = True
         return EventStream(write_stream(exchange, generating, writer))
     await write_whole(generating, writer)
-    return Reply.of(writer.response())
+    return await exchange.written(lambda: Reply.of(writer.response()))
 
 
 def _refuse_kept(body: ResponseBody) -> None:
@@ -76,9 +77,9 @@ def _refuse_kept(body: ResponseBody) -> None:
 
 
 async def _dialogue(exchange: Exchange, body: ResponseBody) -> Dialogue:
-    offered = await exchange.server.served.run(lambda: offer(body, exchange.ignore))  # schemas are walked through
+    messages, tools = await exchange.aside(lambda: (conversation(body, exchange.ignore), offer(body, exchange.ignore)))
     return await make_dialogue(
-        exchange, conversation(body, exchange.ignore), offered, constraint=_constraint(body),
+        exchange, messages, tools, constraint=_constraint(body),
         parallel_calls=body.parallel_tool_calls is not False,
         asked=body.asked(effort=body.reasoning.effort if body.reasoning is not None else None), param="input",
     )  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 from qnext.server.audit import AuditLog
 from qnext.server.keys import KeyRing
 from qnext.server.limits import Limits
-from tests.server.hostile.harness import Harness
+from tests.server.hostile.harness import MAX_MEMORY, Harness, MemoryWatch
 from tests.server.serving import running_server
 
 ATTACKER, BYSTANDER, ADMIN = "attacker-key", "bystander-key", "admin-key"
@@ -34,6 +34,15 @@ def only_loopback() -> Iterator[list[Any]]:
         patch.setattr(socket.socket, "connect", connect)
         yield tried
     assert not tried
+
+
+@pytest.fixture(scope="session", autouse=True)
+def memory(only_loopback: list[Any]) -> Iterator[None]:
+    """Whatever comes in, a server of a tiny model stays small: with all tests and what they keep, in one process."""
+    watch = MemoryWatch()
+    yield
+    peak = watch.stop()
+    assert peak < MAX_MEMORY, f"{peak >> 20} MiB"
 
 
 @pytest.fixture(scope="session")

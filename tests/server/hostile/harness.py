@@ -7,6 +7,7 @@ form, and repeat nothing; I7 one audit line without content.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -31,6 +32,7 @@ from tests.server.serving import Running
 LIVE_SECONDS = 0.1
 RSS_SLACK = 64 << 20
 MAX_ERROR = 4_096
+MAX_MEMORY = 1_536 << 20
 # Everything runs in one process, on a machine that may do other work: what is late must be late this often.
 TIMING_TRIES = 4
 
@@ -78,6 +80,32 @@ class Prober:
                 answer += part
             self._times.append(time.perf_counter() - self._began)
             self._began = None
+
+
+class MemoryWatch:
+    """The most that this process and its children had resident together, looked at four times a second.
+
+    What this process alone had between two looks, the system knows.
+    """
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # its peak begins anew
+        self._peak = 0
+        self._is_done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        """Bytes."""
+        self._is_done.set()
+        self._thread.join()
+        alone = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert alone is not None
+        return max(self._peak, int(alone[1]) << 10)
+
+    def _run(self) -> None:
+        while not self._is_done.wait(0.25):
+            self._peak = max(self._peak, rss() + sum(map(_resident, _children())))
 
 
 @dataclass
@@ -241,6 +269,23 @@ def load_factor() -> float:
 def rss() -> int:
     """Resident bytes of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _children() -> list[int]:
+    """Processes that this one started and that have not ended."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.append(int(path.parent.name))
+    return found
+
+
+def _resident(process: int) -> int:
+    try:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0  # it has ended
 
 
 def release_memory() -> None:
