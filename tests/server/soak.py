@@ -303,7 +303,7 @@ def soak(model: Path, folder: Path, *, minutes: float, groups: Sequence[str] = G
     """Run the load. The server has little cache, in memory and on disk, so that its limits are met early."""
     report = Report()
     file = folder / "keys.json"
-    user = _new_key(file, "user")
+    user = _new_key(file, "user", "--scope", "inference", "--scope", "tokenize", "--scope", "metrics")
     limited = [_new_key(file, "few", "--rpm", 60, "--max-parallel", 2), _new_key(file, "short", "--tpm", 3_000)]
     flags = ["--max-num-seqs", 8, "--max-model-len", CONTEXT, "--keys", file, "--api-key", KEY]
     flags += ["--disk-cache", folder / "cache", "--disk-cache-bytes", "64M", "--audit-log", folder / "audit.jsonl"]

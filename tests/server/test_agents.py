@@ -227,8 +227,8 @@ def test_beside_a_format_a_call_stays_possible(server: Running, path: str, more:
     seen: list[Any] = []
     guide = server.server.guide
 
-    async def watched(constraint: Any, *, param: str) -> Any:
-        seen.append(state := await guide(constraint, param=param))
+    async def watched(constraint: Any, *, param: str, owner: str) -> Any:
+        seen.append(state := await guide(constraint, param=param, owner=owner))
         return state
 
     asked = {"input": "hi"} if path == RESPONSES else {"messages": [{"role": "user", "content": "hi"}]}
