@@ -89,13 +89,16 @@ class Lane:
             raise ApiError.busy("too many large requests wait already", retry_after=2.0)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, deque()).append(turn)
+        self._promote()  # those before may have left
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # its turn had come
+            if turn.cancelled():
+                with contextlib.suppress(KeyError, ValueError):  # it was passed over by now
+                    self._waiting[owner].remove(turn)
+                self._promote()
+            else:  # its turn had come
                 self._leave(owner)
-            else:
-                self._forget(owner, turn)
             raise
 
     def _take(self, owner: str) -> None:
@@ -107,22 +110,20 @@ class Lane:
         self._running[owner] -= 1
         if not self._running[owner]:
             del self._running[owner]
-        for other in list(self._waiting):
-            if not self._num_free:
-                break
-            if self._may_run(other):
-                turn = self._waiting[other][0]
-                self._forget(other, turn)
-                if other in self._waiting:
-                    self._waiting.move_to_end(other)
-                self._take(other)
-                turn.set_result(None)
+        self._promote()
 
-    def _forget(self, owner: str, turn: asyncio.Future[None]) -> None:
-        queue = self._waiting[owner]
-        queue.remove(turn)
-        if not queue:
-            del self._waiting[owner]
+    def _promote(self) -> None:
+        """Let run who may, and forget who has left: a cancelled task cancels its turn before it hears of it itself."""
+        for owner, queue in list(self._waiting.items()):
+            while queue and (queue[0].done() or self._may_run(owner)):
+                turn = queue.popleft()
+                if not turn.done():
+                    self._take(owner)
+                    turn.set_result(None)
+                    self._waiting.move_to_end(owner)
+                    break
+            if not queue:
+                del self._waiting[owner]
 
 
 class Budget:

@@ -56,6 +56,33 @@ def test_owners_take_turns() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("first_to_leave", ["first", "last"])
+def test_who_leaves_in_the_moment_of_his_turn_loses_no_thread(first_to_leave: str) -> None:
+    """A task that is cancelled hears of it one round of the loop later than its turn does."""
+
+    async def test() -> None:
+        lane = Lane("test", num_threads=2, per_owner=2, max_waiting=50)
+        for _ in range(30):
+            gate = threading.Event()
+            jobs = [asyncio.ensure_future(lane.run(name, gate.wait)) for name in "aabbbcab"]
+            await asyncio.sleep(0)
+            gate.set()
+            await jobs[0 if first_to_leave == "first" else 1]
+            for job in jobs[2:] if first_to_leave == "first" else reversed(jobs[2:]):
+                job.cancel()
+            late = asyncio.ensure_future(lane.run("b", lambda: 7))
+            assert all(
+                isinstance(r, (bool, asyncio.CancelledError))
+                for r in await asyncio.gather(*jobs, return_exceptions=True)
+            )
+            assert await late == 7
+            assert lane.num_waiting == 0
+        assert await asyncio.gather(*(lane.run(name, lambda: 1) for name in "abcdefgh")) == [1] * 8
+        lane.close()
+
+    run(test)
+
+
 def test_one_owner_never_has_all_threads() -> None:
     async def test() -> None:
         lane = Lane("test", num_threads=2, per_owner=1, max_waiting=50)
