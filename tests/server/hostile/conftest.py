@@ -36,7 +36,7 @@ def only_loopback() -> Iterator[list[Any]]:
     assert not tried
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def memory(only_loopback: list[Any]) -> Iterator[None]:
     """Whatever comes in, a server of a tiny model stays small: with all tests and what they keep, in one process."""
     watch = MemoryWatch()
