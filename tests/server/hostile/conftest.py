@@ -42,7 +42,7 @@ def memory(only_loopback: list[Any]) -> Iterator[None]:
     watch = MemoryWatch()
     yield
     peak = watch.stop()
-    assert peak < MAX_MEMORY, f"{peak >> 20} MiB"
+    assert peak < MAX_MEMORY, f"{peak >> 20} MiB, last in {watch.when}"
 
 
 @pytest.fixture(scope="session")

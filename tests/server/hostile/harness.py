@@ -83,14 +83,15 @@ class Prober:
 
 
 class MemoryWatch:
-    """The most that this process and its children had resident together, looked at four times a second.
+    """The most that this process and what computes for it had resident together, looked at four times a second.
 
-    What this process alone had between two looks, the system knows.
+    What this process alone had between two looks, the system knows. `when` names the test of the highest look.
     """
 
     def __init__(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # its peak begins anew
         self._peak = 0
+        self.when = ""
         self._is_done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
         self._thread.start()
@@ -105,7 +106,9 @@ class MemoryWatch:
 
     def _run(self) -> None:
         while not self._is_done.wait(0.25):
-            self._peak = max(self._peak, rss() + sum(map(_resident, _children())))
+            now = rss() + sum(map(_resident, _confined_children()))
+            if now > self._peak:
+                self._peak, self.when = now, os.environ.get("PYTEST_CURRENT_TEST", "")
 
 
 @dataclass
@@ -278,6 +281,16 @@ def _children() -> list[int]:
         with contextlib.suppress(OSError):
             if int(path.read_text().rpartition(")")[2].split()[1]) == os.getpid():
                 found.append(int(path.parent.name))
+    return found
+
+
+def _confined_children() -> list[int]:
+    """Those that compute for a server in this process: `qnext.confined` starts them so."""
+    found: list[int] = []
+    for process in _children():
+        with contextlib.suppress(OSError):
+            if b"_worker.py" in Path(f"/proc/{process}/cmdline").read_bytes():
+                found.append(process)
     return found
 
 

@@ -58,8 +58,6 @@ def doubled(levels: int, line: str) -> str:
     return "".join(line.format(this=level, next=level + 1) for level in range(levels))
 
 
-WIDE = {"type": "object", "properties": {f"one_of_very_many_properties_{i}": {"type": "string"} for i in range(900)}}
-MANY_TOOLS = [{"type": "function", "function": {"name": f"f{i}", "parameters": WIDE}} for i in range(30)]
 LARGE = {"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 9_999_991}}}
 PRIMES = (97, 89, 83, 79)
 STEPS_IN_LARK = f"start: %json {json.dumps(multiples(*PRIMES))}"
@@ -68,7 +66,6 @@ TERMINALS = "start: T0\n" + doubled(40, "T{this}: T{next} T{next}\n") + 'T40: "a
 RULES = "root ::= a0\n" + doubled(30, "a{this} ::= a{next} a{next}\n") + 'a30 ::= "x"\n'
 BRANCHES = {"allOf": [{"anyOf": [{"properties": {f"a{i}_{j}": {}}} for j in range(4)]} for i in range(16)]}
 PATTERNS = {"allOf": [{"type": "string", "pattern": f"^.*{i}.*$"} for i in range(100)]}
-EXPRESSIONS = "(" + "|".join(f".*{c}.{{{i}}}" for i, c in enumerate("abcdefghijklmnopqrstuvwxyz")) + ")"
 # One place, written in a thousand ways, each of which is read for itself.
 SPELLED = {
     "$defs": {"l": {"anyOf": [{"properties": {f"p{i}": {"type": "string"} for i in range(900)}}]}},
@@ -100,7 +97,6 @@ BOMBS: dict[str, tuple[str, dict[str, Any], str]] = {
     "branches of branches": (CHAT, schema(BRANCHES), SIZE),
     "one place in many spellings": (CHAT, schema(SPELLED), f"{SIZE}|{TIME}|memory"),
     "a hundred thousand values": (CHAT, schema({"enum": [f"v{i}" for i in range(100_000)]}), SIZE),
-    "tools of megabytes": (CHAT, {"tools": MANY_TOOLS, "tool_choice": "required"}, SIZE),
 }
 
 
