@@ -71,7 +71,9 @@ def scratch_folder(beside: Path | None = None) -> Iterator[Path]:
     target = Path(tempfile.gettempdir()) / "qnext" if beside is None else beside.absolute()
     remove_partials(target.parent, target.name)
     with partial_folder(target, mode=0o700) as temporary:
-        yield temporary
+        made = temporary / target.name  # may be replaced as a whole: the lock is on the folder around it
+        made.mkdir()
+        yield made
 
 
 def _put(new: Path, target: Path) -> None:

@@ -204,3 +204,12 @@ def test_two_at_once_are_both_whole(tmp_path: Path) -> None:
         one.write(b"one")
         other.write(b"other")
     assert (tmp_path / "f").read_text() == "one" and names(tmp_path) == ["f"]
+
+
+def test_a_scratch_folder_that_is_replaced_as_a_whole_stays_its_makers(tmp_path: Path) -> None:
+    with files.scratch_folder(tmp_path / "some") as made:
+        with files.new_folder(made) as whole:
+            files.write_inside(whole / "file", "text")
+        files.remove_partials(tmp_path)  # as another run does
+        assert (made / "file").read_text() == "text"
+    assert not list(tmp_path.iterdir())
