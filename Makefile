@@ -1,7 +1,7 @@
 # `make` alone lists the targets. Everything runs in .venv, which is made on first use.
 PYTHON ?= python3
 PYTEST_ARGS ?=
-# Files of tests are shared out among so many processes, each with one thread, in their order: the longest goes first.
+# Files of tests are shared out among so many processes, each with one thread, the longest first (tests/conftest.py).
 WORKERS ?= 2
 DEMO_ARGS ?=
 
@@ -9,8 +9,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard qnext/ops/cpu/CMakeLists.txt qnext/ops/cpu/src/*)
 SHARED := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-# Tests of the engine that the reference makes long, and of which little depends on who computes.
-SAME_WITHOUT := $(addprefix --ignore tests/engine/,test_metrics.py test_tiers.py test_hybrid_cache.py test_disk.py)
+ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+# Beside them one more process: first what looks at the time and memory of its process, then, once more, what computes,
+# without the native kernels.
+BESIDE := $(VENV)/beside.log
+# Where it can make a difference who computes. Not again: policy and sampling, which reach no operator, and tests that
+# name their implementations, want gradients or compute in fp64, which is torch's work in any case.
+OPERATORS := backends conv limits linear long_positions moe norm packing rope rounding
+MODELS := init model peer weights
+ENGINES := drafter drafts engine engine_sizes state_dtype
+WHO_COMPUTES := $(OPERATORS:%=tests/ops/test_%.py) $(MODELS:%=tests/model/test_%.py) $(ENGINES:%=tests/engine/test_%.py)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -29,13 +37,18 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/qnext demo $(DEMO_ARGS)
 
+# Hundreds of processes would compile the package anew, 0.3 s each, and each pytest its tests.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.installed-dev
 ifeq ($(strip $(PYTEST_ARGS)),)
-	$(SHARED) -m "not slow and not gpu" --ignore tests/server/hostile tests/test_readme.py tests
-	@echo "alone, what looks at the time and memory of its process"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/server/hostile
-	@echo "once more without the native kernels"
-	QNEXT_BACKEND=reference $(SHARED) -q -m "not slow and not gpu" tests/ops tests/model tests/engine $(SAME_WITHOUT)
+	@trap 'kill $$beside 2>/dev/null' EXIT; trap 'exit 130' INT TERM; code=0; \
+	(trap 'kill $$!; exit 143' TERM; code=0; \
+	$(ALONE) -q tests/server/hostile & wait $$! || code=$$?; \
+	env QNEXT_BACKEND=torch $(ALONE) -q $(WHO_COMPUTES) & wait $$! || code=$$?; \
+	exit $$code) >$(BESIDE) 2>&1 & beside=$$!; \
+	$(SHARED) -m "not slow and not gpu" --ignore tests/server/hostile tests || code=$$?; \
+	echo "beside them, in a process of its own: tests/server/hostile; then, once more, without the native kernels"; \
+	wait $$beside || code=$$?; cat $(BESIDE); exit $$code
 else
 	$(SHARED) -m "not slow and not gpu" $(PYTEST_ARGS)
 endif

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qnext.eval.contest import spread
+from qnext.bench.contest import spread
 
 _TOKEN = b'"text":'  # stands once in the event of each token
 

@@ -18,14 +18,27 @@ CONTEXT = 2048
 def known_model() -> ModelConfig:
     """9.8 M parameters. Eight layers, so that drafting, one layer and the head, costs a small part of a step."""
     return ModelConfig(
-        vocab_size=4096, hidden_size=192, layer_types=hybrid_pattern(8, interval=4),
-        num_attention_heads=6, num_key_value_heads=2, head_dim=64, partial_rotary_factor=0.25,
-        rope_theta=10_000.0, max_position_embeddings=CONTEXT,
-        linear_num_key_heads=3, linear_num_value_heads=6, linear_key_head_dim=64, linear_value_head_dim=64,
+        vocab_size=4096,
+        hidden_size=192,
+        layer_types=hybrid_pattern(8, interval=4),
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        partial_rotary_factor=0.25,
+        rope_theta=10_000.0,
+        max_position_embeddings=CONTEXT,
+        linear_num_key_heads=3,
+        linear_num_value_heads=6,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
         linear_conv_kernel_dim=4,
-        num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, shared_expert_intermediate_size=64,
-        num_nextn_predict_layers=1, initializer_range=0.007,
-    )  # fmt: skip
+        num_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        num_nextn_predict_layers=1,
+        initializer_range=0.007,
+    )
 
 
 def _little_text(num_bytes: int) -> Corpus:
@@ -41,9 +54,16 @@ def known_recipe(*, steps: int, num_bytes: int) -> Recipe:
     """The demo's training, but of text that is seen again and again, and with MTP from early on."""
     recipe = demo(seconds=1.0, seed=0)
     train = recipe.train.with_(
-        total_steps=steps, time_budget=None, tokens_per_batch=1024, sample_every=0, snapshot_every=100,
-        weight_decay=0.0, mtp_start=0.2, mtp_coefficient=0.3, mtp_steps=3,
-    )  # fmt: skip
+        total_steps=steps,
+        time_budget=None,
+        tokens_per_batch=1024,
+        sample_every=0,
+        snapshot_every=100,
+        weight_decay=0.0,
+        mtp_start=0.2,
+        mtp_coefficient=0.3,
+        mtp_steps=3,
+    )
     return replace(
         recipe, name="known", model=known_model(), train=train, corpus=partial(_little_text, num_bytes), eval_bytes=1
     )

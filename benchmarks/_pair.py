@@ -6,8 +6,8 @@ import json
 import time
 from typing import Any
 
-from qnext.eval import contest
-from qnext.eval.contest import Contestants, Step, Worker, ratios
+from qnext.bench import contest
+from qnext.bench.contest import Contestants, Step, Worker, ratios
 
 __all__ = ["Contestants", "Step", "Worker", "machine", "print_json", "ratios"]
 

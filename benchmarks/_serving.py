@@ -12,8 +12,8 @@ from _pair import ratios
 from _llama_server import Server
 from _streams import RandomTokens, first_token_seconds, make_engine, rate_of, write_together
 
+from qnext.bench.contest import spread
 from qnext.engine import SamplingParams
-from qnext.eval.contest import spread
 from qnext.model import CausalLM
 
 Figure = dict[str, Any]
@@ -37,9 +37,13 @@ def second_turn(model: CausalLM, *, length: int, rounds: int) -> Figure:
         warm.append(first_token_seconds(engine, [*prompt, *answered, *tokens.take(question)], answer)[0])
         print(f"  first turn {cold[-1]:.3f} s, second {warm[-1]:.3f} s", flush=True)
     return {
-        "figure": f"second turn at {length}: time to first token over the first turn's", "ratio": ratios(warm, cold),
-        "target": 0.03, "at_most": True, "cold_seconds": spread(cold), "warm_seconds": spread(warm),
-    }  # fmt: skip
+        "figure": f"second turn at {length}: time to first token over the first turn's",
+        "ratio": ratios(warm, cold),
+        "target": 0.03,
+        "at_most": True,
+        "cold_seconds": spread(cold),
+        "warm_seconds": spread(warm),
+    }
 
 
 def shared_prompt(model: CausalLM, *, shared: int, own: int, num_requests: int) -> Figure:
@@ -55,8 +59,12 @@ def shared_prompt(model: CausalLM, *, shared: int, own: int, num_requests: int) 
     print(f"  {computed} prompt tokens computed for {num_requests} x {shared + own}, {seconds:.2f} s", flush=True)
     return {
         "figure": f"{num_requests} requests share {shared}: prompt tokens computed over the least",
-        "ratio": spread([computed / least]), "target": 1.0, "at_most": True, "computed": computed, "least": least,
-    }  # fmt: skip
+        "ratio": spread([computed / least]),
+        "target": 1.0,
+        "at_most": True,
+        "computed": computed,
+        "least": least,
+    }
 
 
 def many_streams(
@@ -92,17 +100,22 @@ def many_streams(
         target = 3.0 if (one, count) == (1, 16) else None
         yield {
             "figure": f"tokens a second of {count} streams over {one}",
-            "ratio": ratios(rates[f"{count}"], rates[f"{one}"]), "target": target, **about,
-        }  # fmt: skip
+            "ratio": ratios(rates[f"{count}"], rates[f"{one}"]),
+            "target": target,
+            **about,
+        }
     if server is not None:
         yield {
             "figure": f"tokens a second of {most} streams over llama.cpp's server",
-            "ratio": ratios(rates[f"{most}"], rates["llama.cpp"]), "target": 1.5,
-        }  # fmt: skip
+            "ratio": ratios(rates[f"{most}"], rates["llama.cpp"]),
+            "target": 1.5,
+        }
     yield {
-        "figure": f"scheduler's share of a step of {most} streams", "ratio": spread(shares), "target": 0.02,
+        "figure": f"scheduler's share of a step of {most} streams",
+        "ratio": spread(shares),
+        "target": 0.02,
         "at_most": True,
-    }  # fmt: skip
+    }
 
 
 def start_server(binary: str, gguf: Path, *, num_streams: int, context: int, threads: int) -> Server:

@@ -57,9 +57,15 @@ def share_known(model: CausalLM, pieces: Pieces, *, prompt: int) -> float:
 
 
 def drafting(
-    model: CausalLM, kinds: dict[str, Pieces], *, batches: Sequence[int], temperatures: Sequence[float], prompt: int,
-    output: int, rounds: int,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+    model: CausalLM,
+    kinds: dict[str, Pieces],
+    *,
+    batches: Sequence[int],
+    temperatures: Sequence[float],
+    prompt: int,
+    output: int,
+    rounds: int,
+) -> Iterator[dict[str, Any]]:
     """Tokens a second with drafts over those without, of every batch, text and temperature."""
     off, on = (
         make_engine(model, speculate=speculate, max_num_seqs=max(batches), max_model_len=prompt + output)
@@ -82,8 +88,9 @@ def drafting(
                             phases[speculate].append(phase)
                 yield {
                     "figure": f"drafts over none: {batch} x {kind}, temperature {temperature:g}",
-                    "target": 1.3 if batch == 1 and kind == KNOWN else 0.98, **_compare(phases[False], phases[True]),
-                }  # fmt: skip
+                    "target": 1.3 if batch == 1 and kind == KNOWN else 0.98,
+                    **_compare(phases[False], phases[True]),
+                }
 
 
 def _compare(off: Sequence[Phase], on: Sequence[Phase]) -> dict[str, Any]:
@@ -97,5 +104,6 @@ def _compare(off: Sequence[Phase], on: Sequence[Phase]) -> dict[str, Any]:
     return {
         "ratio": ratios([phase.tokens_per_second for phase in on], [phase.tokens_per_second for phase in off]),
         "accepted": sum(phase.num_accepted for phase in on) / drafted if drafted else None,
-        "drafted_per_step": drafted / rows, "tokens_per_step": sum(phase.num_tokens for phase in on) / rows,
-    }  # fmt: skip
+        "drafted_per_step": drafted / rows,
+        "tokens_per_step": sum(phase.num_tokens for phase in on) / rows,
+    }

@@ -10,15 +10,15 @@ from unittest.mock import patch
 
 import torch
 
-from qnext.engine import Engine, Request, SamplingParams, TokenEvent
-from qnext.engine.step import StepPlan, StepResult
+from qnext.engine import Engine, EngineConfig, Request, SamplingParams, TokenEvent
+from qnext.engine.policy.step import StepPlan, StepResult
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 
 
 def make_engine(model: CausalLM, *, speculate: bool, max_num_seqs: int, max_model_len: int) -> Engine:
     """The only place here that says how drafting is switched on and off."""
-    return Engine(model, max_num_seqs=max_num_seqs, max_model_len=max_model_len, speculation=speculate)
+    return Engine.of(model, EngineConfig(max_num_seqs=max_num_seqs, max_model_len=max_model_len, speculation=speculate))
 
 
 class RandomTokens:
@@ -85,7 +85,7 @@ def _watched(function: Callable[..., Any], phase: Phase) -> Callable[..., Any]:
         value = function(*arguments)
         phase.scheduler_seconds += time.perf_counter() - start
         if isinstance(value, StepPlan):
-            phase.num_drafts += sum(len(sequence.drafts) for sequence in value.sequences)
+            phase.num_drafts += sum(sequence.num_drafts for sequence in value.sequences)
         for result in arguments:
             if isinstance(result, StepResult):
                 phase.num_accepted += sum(len(tokens) - 1 for tokens in result.tokens.values())

@@ -1,18 +1,9 @@
 """What does the engine spare, and what does it cost: shared prefixes, many streams, its scheduler, drafts?
 
 Each figure is a ratio within one run, of contestants that take turns: median, least and greatest of the rounds.
-
-  turn         time to the first token of a second turn, over that of the first
-  shared       prompt tokens computed for requests that begin alike
-  streams      tokens a second of 1, 4 and 16 streams, against each other and, where llama-server is found in
-               --llama-cpp or on the PATH, against as many of its streams on the same weights; the scheduler's share
-  cost         drafts that are never right: the same model, whose MTP layer is as random as the rest
-  speculation  drafts of a small model that is trained here on little code until it knows it, over no drafts
-
-The first four take --model, by default the standard CPU model, made on first use (see bench_inference.py), in
---scheme, without drafts but for "cost". llama.cpp's file is made by llama-quantize from our export: Q4_K_M for
-4 bits. Quantised folders and GGUF files go to runs/bench. --run keeps the training in a folder: an interrupted one
-goes on there, a finished one is used again.
+--parts names what is measured: PARTS says what each is. All but "speculation" take --model, without drafts but for
+"cost"; llama.cpp's file is made by llama-quantize from our export: Q4_K_M for 4 bits. Quantised folders and GGUF
+files go to runs/bench.
 """
 
 from __future__ import annotations
@@ -38,12 +29,19 @@ from _speculation import KNOWN, drafting, share_known, texts_of
 from _streams import RandomTokens
 from bench_inference import standard_model
 
+from qnext.bench.files import FLOAT_SCHEMES, BenchFiles
 from qnext.checkpoint import load_model
-from qnext.cli._bench_files import FLOAT_SCHEMES, BenchFiles
 from qnext.model import CausalLM
 from qnext.ops import keep_freed_memory, set_num_threads
 
-PARTS = ("turn", "shared", "streams", "cost", "speculation")
+PARTS = {
+    "turn": "time to the first token of a second turn, over that of the first",
+    "shared": "prompt tokens computed for requests that begin alike",
+    "streams": "tokens a second of 1, 4 and 16 streams, against each other and, where llama-server is found in "
+    "--llama-cpp or on the PATH, against as many of its streams on the same weights; the scheduler's share",
+    "cost": "drafts that are never right: the same model, whose MTP layer is as random as the rest",
+    "speculation": "drafts of a small model that is trained here on little code until it knows it, over no drafts",
+}
 CACHE = Path("runs/bench")
 _MARGIN = 16  # tokens of room beyond prompt and answer
 
@@ -54,9 +52,7 @@ def show(figure: dict[str, Any]) -> None:
     text = f"{ratio['median']:.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})"
     verdict = ""
     if target is not None:
-        is_met = figure["met"] = (
-            ratio["median"] <= target if figure.get("at_most") else ratio["median"] >= target
-        )  # fmt: skip
+        is_met = figure["met"] = ratio["median"] <= target if figure.get("at_most") else ratio["median"] >= target
         verdict = f"{'<=' if figure.get('at_most') else '>='} {target:<5} {'met' if is_met else 'MISSED'}"
     if "accepted" in figure:
         accepted = figure["accepted"]
@@ -85,9 +81,12 @@ def llama_server(options: argparse.Namespace, folder: Path) -> Iterator[Server |
     quantize = shutil.which("llama-quantize", path=where)
     gguf = options.gguf or BenchFiles(folder, CACHE).gguf_of(options.scheme, llama_quantize=quantize)
     server = start_server(
-        binary, gguf, num_streams=options.streams[-1], context=options.prompt + options.output + _MARGIN,
+        binary,
+        gguf,
+        num_streams=options.streams[-1],
+        context=options.prompt + options.output + _MARGIN,
         threads=options.threads,
-    )  # fmt: skip
+    )
     try:
         yield server
     finally:
@@ -128,16 +127,27 @@ def speculation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         share = share_known(model, kinds[KNOWN], prompt=prompt)
         print(f"  greedy decoding gets {share:.0%} of the tokens of known code right", flush=True)
         for figure in drafting(
-            model, kinds, batches=options.streams, temperatures=(0.0, 1.0), prompt=prompt, output=output,
+            model,
+            kinds,
+            batches=options.streams,
+            temperatures=(0.0, 1.0),
+            prompt=prompt,
+            output=output,
             rounds=options.rounds,
-        ):  # fmt: skip
+        ):
             yield {**figure, "greedy_right": share}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--model", type=Path, help="model folder; default: the standard CPU model")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="; ".join(map(": ".join, PARTS.items()))
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="model folder; default: the standard CPU model of bench_inference.py",
+    )
     parser.add_argument("--scheme", default="int4-g32", help="of --model: bf16, int8, int4-g32 ...")
     parser.add_argument("--conversation", type=int, default=8192, help="tokens before the second turn's answer")
     parser.add_argument("--shared", type=int, default=4096, help="tokens that requests have in common")
@@ -148,7 +158,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's programs; default: the PATH")
     parser.add_argument("--gguf", type=Path, help="file for llama-server instead of one that is made")
-    parser.add_argument("--run", type=Path, help="folder that keeps the training; default a temporary one")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        help="keeps the training: an interrupted one goes on, a finished one is used; default a temporary folder",
+    )
     parser.add_argument("--steps", type=int, default=240, help="of training")
     parser.add_argument("--text-bytes", type=int, default=40_000, help="of code to train on")
     options = parser.parse_args()

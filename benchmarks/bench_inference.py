@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qnext.cli._bench_table import format_ratio, format_table, name_of
+from qnext.bench.table import format_ratio, format_table, name_of
 
 STANDARD = ("80b-a3b", "--layers", "16", "--experts", "64", "--vocab-size", "32768", "--seed", "0")
 SCHEMES = ("bf16", "int8", "int4-g32", "int4-g128")
@@ -111,11 +111,15 @@ def judge(document: dict[str, Any]) -> list[dict[str, Any]]:
                     meets = operator.le if target.at_most else operator.ge
                     found.append(
                         {
-                            "scheme": scheme["scheme"], "figure": figure, "over": over, "ratio": ratio,
-                            "target": target.limit, "at_most": target.at_most,
+                            "scheme": scheme["scheme"],
+                            "figure": figure,
+                            "over": over,
+                            "ratio": ratio,
+                            "target": target.limit,
+                            "at_most": target.at_most,
                             "met": meets(ratio["median"], target.limit),
                         }
-                    )  # fmt: skip
+                    )
     return found
 
 

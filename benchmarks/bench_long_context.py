@@ -17,10 +17,10 @@ from _pair import print_json
 import torch
 
 from qnext.config import ModelConfig, hybrid_pattern
-from qnext.engine import Engine, SamplingParams
-from qnext.engine.memory import format_bytes
+from qnext.engine import Engine, EngineConfig, SamplingParams
 from qnext.model import CausalLM, initialize
 from qnext.ops import keep_freed_memory
+from qnext.planning.machine import format_bytes
 
 CONTEXT = 262_144
 
@@ -28,13 +28,27 @@ CONTEXT = 262_144
 def model_of(yarn: float | None) -> CausalLM:
     """Four layers in the proportions of the released model, small enough to read its whole context in a minute."""
     config = ModelConfig(
-        vocab_size=4096, hidden_size=64, layer_types=hybrid_pattern(4, interval=4),
-        num_attention_heads=1, num_key_value_heads=1, head_dim=32, partial_rotary_factor=0.25,
-        rope_theta=1e7, max_position_embeddings=CONTEXT + 64,
-        linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=32, linear_value_head_dim=32,
-        linear_conv_kernel_dim=4, num_experts=16, num_experts_per_tok=2, moe_intermediate_size=32,
-        shared_expert_intermediate_size=32, tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=64,
+        layer_types=hybrid_pattern(4, interval=4),
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+        partial_rotary_factor=0.25,
+        rope_theta=1e7,
+        max_position_embeddings=CONTEXT + 64,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        linear_conv_kernel_dim=4,
+        num_experts=16,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
     model = CausalLM(config if yarn is None else config.with_yarn(yarn)).to(torch.bfloat16).eval()
     initialize(model, seed=0)
     return model
@@ -51,12 +65,12 @@ def peak_bytes() -> int | None:
 
 def measure(engine: Engine, num_tokens: int, num_new: int, edge: int) -> dict[str, Any]:
     """Read a prompt step by step and decode `num_new` tokens; `edge` tokens at both ends are timed apart."""
-    prompt = [(i * 7919 + i // 97) % engine.model.config.vocab_size for i in range(num_tokens)]
+    prompt = [(i * 7919 + i // 97) % engine.model_config.vocab_size for i in range(num_tokens)]
     request = engine.add_request(prompt, SamplingParams(max_tokens=num_new, ignore_eos=True))
     times = [(0, time.perf_counter())]
     while not request.output_ids:
         engine.step()
-        times.append((request.num_computed_tokens, time.perf_counter()))
+        times.append((engine.metrics.prompt_tokens_computed, time.perf_counter()))
     started = time.perf_counter()
     while request.finish_reason is None:
         engine.step()
@@ -90,7 +104,7 @@ def main() -> None:
     model = model_of(options.yarn)
     before = peak_bytes()
     started = time.perf_counter()
-    engine = Engine(model, max_num_seqs=1, max_model_len=options.tokens + options.decode)
+    engine = Engine.of(model, EngineConfig(max_num_seqs=1, max_model_len=options.tokens + options.decode))
     start_seconds = time.perf_counter() - started
     plan = engine.memory_plan
     print(plan.describe())
@@ -106,11 +120,18 @@ def main() -> None:
     )
     if grown is not None:
         print(f"planned beside the weights {format_bytes(planned)}, the process grew by {format_bytes(grown)}")
-    print_json({
-        "benchmark": "long_context", "yarn": options.yarn, "threads": torch.get_num_threads(),
-        "start_seconds": start_seconds, "cache_bytes": plan.kv_bytes + plan.state_bytes,
-        "planned_bytes": planned, "grown_bytes": grown, **found,
-    })  # fmt: skip
+    print_json(
+        {
+            "benchmark": "long_context",
+            "yarn": options.yarn,
+            "threads": torch.get_num_threads(),
+            "start_seconds": start_seconds,
+            "cache_bytes": plan.kv_bytes + plan.state_bytes,
+            "planned_bytes": planned,
+            "grown_bytes": grown,
+            **found,
+        }
+    )
 
 
 if __name__ == "__main__":

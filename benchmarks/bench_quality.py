@@ -1,15 +1,8 @@
 """What do the integer schemes cost in perplexity, against llama.cpp's types on the same model?
 
-Trains a small model whose every row is a multiple of 256, so that llama.cpp's k-quants apply everywhere, as they do
-in the released models; quantises it with `qnext quantize`, calibrated on text that it was trained on; exports it and
-lets llama-quantize do the same; and measures all on text that was never trained on. "weights" computes with the
-rounded weights in fp32, whoever rounded them, so that nothing else differs; "native" is our own forward pass on the
-codes, which rounds activations too. Changes are against the bf16 weights in fp32, with a standard error over the
-documents, each paired with itself. The last two figures of a row of llama.cpp's are the changes from it to int4-g32
-calibrated, with the head in int8 as `qnext quantize` has it, and with the head in int4.
-
-Without llama-quantize, in --llama-cpp or on the PATH, its rows are left out; without llama-imatrix, those that need it.
---run keeps the training in a folder: an interrupted one goes on there, a finished one is used again.
+Trains a small model, quantises it with `qnext quantize`, calibrated on text that it was trained on; exports it and
+lets llama-quantize do the same; and measures all on text that was never trained on. Without llama-quantize, in
+--llama-cpp or on the PATH, its rows are left out; without llama-imatrix, those that need it.
 """
 
 from __future__ import annotations
@@ -84,16 +77,30 @@ class Bits(NamedTuple):
 
 
 def small_model() -> ModelConfig:
-    """9.4 M parameters. Seven experts: llama.cpp takes eight for Mixtral and gives its attention more bits."""
+    """9.4 M parameters. Every row is a multiple of 256, so that llama.cpp's k-quants apply everywhere, as they do in
+    the released models. Seven experts: llama.cpp takes eight for Mixtral and gives its attention more bits.
+    """
     return ModelConfig(
-        vocab_size=4096, hidden_size=256, layer_types=hybrid_pattern(4, interval=4),
-        num_attention_heads=4, num_key_value_heads=1, head_dim=64, partial_rotary_factor=0.25,
-        rope_theta=10_000.0, max_position_embeddings=LENGTH,
-        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=64, linear_value_head_dim=64,
+        vocab_size=4096,
+        hidden_size=256,
+        layer_types=hybrid_pattern(4, interval=4),
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=64,
+        partial_rotary_factor=0.25,
+        rope_theta=10_000.0,
+        max_position_embeddings=LENGTH,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
         linear_conv_kernel_dim=4,
-        num_experts=7, num_experts_per_tok=2, moe_intermediate_size=256, shared_expert_intermediate_size=256,
+        num_experts=7,
+        num_experts_per_tok=2,
+        moe_intermediate_size=256,
+        shared_expert_intermediate_size=256,
         initializer_range=0.007,
-    )  # fmt: skip
+    )
 
 
 def quality_recipe(*, seconds: float) -> Recipe:
@@ -179,9 +186,11 @@ def change(scores: Scores, base: Scores) -> dict[str, float]:
     nats, nats_error = _ratio(scores.nats_N - base.nats_N, base.tokens_N)
     divergence, divergence_error = _ratio(scores.divergence_N - base.divergence_N, base.tokens_N)
     return {
-        "percent": 100 * math.expm1(nats), "error": 100 * math.exp(nats) * nats_error,
-        "divergence": divergence, "divergence_error": divergence_error,
-    }  # fmt: skip
+        "percent": 100 * math.expm1(nats),
+        "error": 100 * math.exp(nats) * nats_error,
+        "divergence": divergence,
+        "divergence_error": divergence_error,
+    }
 
 
 def _ratio(values_N: Tensor, tokens_N: Tensor) -> tuple[float, float]:
@@ -196,14 +205,14 @@ class Matrices:
     """The matrices that our schemes quantise, and how many bits each of them takes in a folder or file."""
 
     def __init__(self, folder: Path) -> None:
-        layout = read_layout(folder, read_index(folder).tensors)
+        layout = read_layout(folder)
         policy = make_policy("int4-g32", head=None, is_tied=layout.config.tie_word_embeddings)
         self.config = layout.config
         self.sizes = {name: math.prod(target.part.shape) for name, target in layout.targets.items()}
         self.parameter_of = {
-            name: target.parameter
+            name: target.parameter.name
             for name, target in layout.targets.items()
-            if policy.scheme_of(name, target.part.shape) is not None
+            if policy.scheme_of(target.parameter) is not None
         }
 
     def of_folder(self, folder: Path) -> Bits:
@@ -214,7 +223,7 @@ class Matrices:
     def of_gguf(self, path: Path) -> Bits:
         tensors = read_gguf(path).tensors
         parameters = set(self.parameter_of.values())
-        inside = [entry.name for entry in gguf_entries(self.config, tensors) if entry.parameter in parameters]
+        inside = [entry.name for entry in gguf_entries(self.config, tensors) if entry.parameter.name in parameters]
         sizes = {tensor.name: tensor.end - tensor.start for tensor in tensors.values()}
         return self._bits(sum(sizes[name] for name in inside), sum(sizes.values()))
 
@@ -284,6 +293,12 @@ def _call(command: list[str]) -> None:
 
 @torch.no_grad()
 def compare(options: argparse.Namespace, run: Run, work: Path) -> dict[str, Any]:
+    """Each variant beside the bf16 weights in fp32, with a standard error over the documents, each paired with itself.
+
+    "weights" computes with the rounded weights in fp32, whoever rounded them, so that nothing else differs; "native" is
+    our own forward pass on the codes, which rounds activations too. The last two figures of a row of llama.cpp's are
+    the changes from it to int4-g32 calibrated, with the head in int8 as `qnext quantize` has it, and with it in int4.
+    """
     model = work / "bf16"
     save_model(run.trainer.model, model, dtype=torch.bfloat16, tokenizer_folder=run.folder / "tokenizer")
     text = work / "calibration.txt"
@@ -326,7 +341,11 @@ def _line(variant: Variant, changes: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0, help="of training")
-    parser.add_argument("--run", type=Path, help="folder that keeps the training; default a temporary one")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        help="keeps the training: an interrupted one goes on, a finished one is used; default a temporary folder",
+    )
     parser.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's programs; default the PATH")
     parser.add_argument("--tokens", type=int, default=131072, help="of the training text, to calibrate with")
     parser.add_argument("--eval-bytes", type=int, default=1 << 30, help="of held-out text, at most")

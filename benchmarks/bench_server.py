@@ -1,18 +1,9 @@
 """What does HTTP cost: streams through the server against the engine alone, its first byte, and health under load?
 
-Server and engine are one process, the client is another on the same cores; they take turns within a run.
-
-  small    a small request on a kept connection, milliseconds
-  streams  tokens a second of so many streams through HTTP over those of the engine alone, driven by hand
-  first    from the engine's first token of a request to its first byte at the client, milliseconds
-  gap      how far a gap between two tokens at the client is from the engine's, milliseconds, either way
-  whole    from the engine's last token to the first byte of an answer that is not streamed, milliseconds
-  health   the slowest answer of /health/live beside idle connections and active streams, milliseconds
-  ready    seconds from the command to the first answer of /health/ready (whole commands)
-
-MODEL is a folder with a tokenizer, by default the standard CPU model in int4-g32 (see bench_inference.py); several are
-measured one after another, `--small` and `--like-standard` among them. Prompts are random token ids. The line of delays
-alone, on both, in two minutes: --small --like-standard --only delays
+Server and engine are one process, the client is another on the same cores; they take turns within a run. `measure`
+says what the figures are. MODEL is a folder with a tokenizer, by default the standard CPU model in int4-g32 (see
+bench_inference.py); several are measured one after another, `--small` and `--like-standard` among them. Prompts are
+random token ids. The line of delays alone, on both, in two minutes: --small --like-standard --only delays
 """
 
 from __future__ import annotations
@@ -37,21 +28,45 @@ from _arrivals import Answer, ask_together, delays, small_requests, tail
 from _streams import RandomTokens, rate_of, write_together
 from bench_inference import STANDARD, made_model, standard_model
 
-from qnext.cli._bench_files import BenchFiles
-from qnext.eval.contest import spread
+from qnext.bench.contest import spread
+from qnext.bench.files import BenchFiles
 
 PROMPT_TOKENS = 64
+
+
+def watch_tokens(engine: Any, tokens: dict[tuple[int, ...], list[float]]) -> None:
+    """From now on note when each token came, under its prompt."""
+    from qnext.engine import TokenEvent
+
+    step, add_requests = engine.step, engine.add_requests
+    prompts: dict[str, tuple[int, ...]] = {}
+
+    def adding(prompt: Any, *arguments: Any, **more: Any) -> Any:
+        requests = add_requests(prompt, *arguments, **more)
+        prompts.update({request.id: tuple(prompt) for request in requests})
+        return requests
+
+    def watched() -> Any:
+        events = step()
+        now = time.monotonic()
+        for event in events:
+            if isinstance(event, TokenEvent) and event.request_id in prompts:
+                tokens.setdefault(prompts[event.request_id], []).append(now)
+        return events
+
+    engine.step = watched
+    engine.add_requests = adding
 
 
 def serve_here(folder: str, max_model_len: int, num_streams: int, pipe: Connection) -> None:
     """The process of the server. Answers "engine" with the rate of the engine alone, "tokens" with the times of the
     tokens of each prompt since the last time it was asked."""
     from qnext.checkpoint import load_model
-    from qnext.engine import Engine, SamplingParams, TokenEvent
+    from qnext.engine import Engine, EngineConfig, SamplingParams
     from qnext.ops import keep_freed_memory
-    from qnext.server.app import Server
+    from qnext.server.inference.served import ServedModel
     from qnext.server.run import Listen, Urls, serve
-    from qnext.server.served import ServedModel
+    from qnext.server.server import Server
     from qnext.text.tokenizer import Tokenizer
 
     tokens: dict[tuple[int, ...], list[float]] = {}  # by prompt
@@ -59,31 +74,19 @@ def serve_here(folder: str, max_model_len: int, num_streams: int, pipe: Connecti
 
     def load() -> tuple[Engine, ServedModel]:
         model = load_model(Path(folder), check_finite=False)
-        engine = Engine(model, max_num_seqs=num_streams, max_model_len=max_model_len, speculation=False,
-                        prefix_cache=False)  # fmt: skip
-        step, add_requests = engine.step, engine.add_requests
-        prompts: dict[str, tuple[int, ...]] = {}
-
-        def adding(prompt: Any, *arguments: Any, **more: Any) -> Any:
-            requests = add_requests(prompt, *arguments, **more)
-            prompts.update({request.id: tuple(prompt) for request in requests})
-            return requests
-
-        def watched() -> Any:
-            events = step()
-            now = time.monotonic()
-            for event in events:
-                if isinstance(event, TokenEvent) and event.request_id in prompts:
-                    tokens.setdefault(prompts[event.request_id], []).append(now)
-            return events
-
-        engine.step = watched  # type: ignore[method-assign]
-        engine.add_requests = adding  # type: ignore[method-assign]
+        engine = Engine.of(
+            model,
+            EngineConfig(max_num_seqs=num_streams, max_model_len=max_model_len, speculation=False, prefix_cache=False),
+        )
+        watch_tokens(engine, tokens)
         served = ServedModel(
-            Tokenizer.from_folder(folder), None, names=["model"], vocab_size=model.config.vocab_size,
+            Tokenizer.from_folder(folder),
+            None,
+            names=["model"],
+            vocab_size=model.config.vocab_size,
             max_model_len=max_model_len,
             eos_ids=engine.eos_token_ids,
-        )  # fmt: skip
+        )
         return engine, served
 
     def obey(server: Server, urls: Urls) -> None:
@@ -214,7 +217,13 @@ class Bench:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one model; what is measured is shown at once."""
+    """All figures of one model; what is measured is shown at once. Delays in milliseconds, for 1 and all streams.
+
+    first, token, gap: from the engine's first token, and from each, to the client; how far gaps are from the engine's.
+    whole: from the engine's last token to the first byte of an answer that is not streamed. streams: tokens a second
+    through HTTP over the engine's alone, driven by hand. health: answers of /health/live beside idle connections and
+    active streams. ready: seconds from the command to the first answer of /health/ready (whole commands).
+    """
     bench, found = Bench(folder, options), {}
     print(f"{folder}:", flush=True)
     bench.alone(), bench.through_http()  # warm up

@@ -55,7 +55,7 @@ def serve(*, threads: int, model: str, length: int) -> Step:
     from qnext.ops import set_num_threads
 
     set_num_threads(threads)
-    engine = Engine(load_model(model, dtype=torch.float32))
+    engine = Engine.of(load_model(model, dtype=torch.float32))
     params = SamplingParams(max_tokens=1 if length > 1 else 16, temperature=0.0, ignore_eos=True)
 
     def step() -> None:
@@ -67,7 +67,7 @@ def serve(*, threads: int, model: str, length: int) -> Step:
 
 
 WORK: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "quantize, reference": (quantize, "reference", {}),
+    "quantize, torch": (quantize, "torch", {}),
     "quantize": (quantize, "", {}),
     "training step": (train, "", {}),
     "prefill 512": (serve, "", {"length": 512}),
@@ -126,10 +126,12 @@ def measure(name: str, spins: list[str], *, model: str, threads: int, rounds: in
         for side in sides.values():
             side.close()
     return {
-        "work": name, "busy_processes": busy, "spins": spins,
+        "work": name,
+        "busy_processes": busy,
+        "spins": spins,
         "milliseconds": {spin: [1e3 * statistics.median(each), 1e3 * min(each)] for spin, each in seconds.items()},
         "times_faster_than_default": {spin: ratios(seconds[DEFAULT], seconds[spin]) for spin in spins},
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -151,9 +153,13 @@ def main() -> None:
             for name in options.work:
                 with _busy(busy):
                     result = measure(
-                        name, options.spins, model=f"{folder}/model", threads=options.threads, rounds=options.rounds,
+                        name,
+                        options.spins,
+                        model=f"{folder}/model",
+                        threads=options.threads,
+                        rounds=options.rounds,
                         busy=busy,
-                    )  # fmt: skip
+                    )
                 results.append(result)
                 print(f"{name}, {busy} busy")
                 for spin, ratio in result["times_faster_than_default"].items():

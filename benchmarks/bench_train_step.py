@@ -7,7 +7,6 @@ that run side by side. Losses of the first steps must agree, the first one to ro
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from _pair import Contestants, Step, machine, print_json, ratios
 
 import torch
+from _steps import step_options
 
 from qnext.config import preset, to_hf
 from qnext.model import Batch, CausalLM, initialize
@@ -35,7 +35,8 @@ def _tokens(name: str, sequences: int, length: int) -> torch.Tensor:
 
 def ours(*, name: str, sequences: int, length: int, threads: int) -> Step:
     from qnext.ops import keep_freed_memory
-    from qnext.training.losses import Losses, cross_entropy_sum
+    from qnext.training import Losses, LossPart
+    from qnext.training.losses import cross_entropy_sum
     from qnext.training.threads import BackwardThreads
 
     torch.set_num_threads(threads)
@@ -48,13 +49,13 @@ def ours(*, name: str, sequences: int, length: int, threads: int) -> Step:
         batch = Batch.from_lengths(rows[:, :-1].flatten(), [length] * len(rows))
         labels = rows[:, 1:].flatten()
         loss = cross_entropy_sum(model(batch).hidden_TD, model.lm_head.weight, labels) / (sequences * length)
-        return Losses(loss, loss.detach(), *[torch.zeros(())] * 3)
+        return Losses({"main": LossPart(loss)})
 
     def step() -> float:
         losses = workers.backward([partial(part, rows) for rows in tokens.chunk(threads)], parameters)
         optimizer.step()
         optimizer.zero_grad()
-        return sum(part.main.item() for part in losses)
+        return sum(part.total.item() for part in losses)
 
     return step
 
@@ -101,13 +102,7 @@ def measure(name: str, *, sequences: int, length: int, threads: int, rounds: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["nano-5m", "micro-20m"])
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    options = step_options(__doc__)
     results = []
     print(f"{machine()['cpu']}, {options.threads} threads, {options.sequences} x {options.length} tokens, fp32")
     for name in options.models:

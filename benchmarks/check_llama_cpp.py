@@ -1,13 +1,9 @@
 """Does llama.cpp compute from our GGUF files what we compute, and do we read what its tools write?
 
 For each type the model folder is exported, served with llama-server in fp32 attention, and compared with our own
-forward pass on the same numbers (the file imported again in fp32): the distribution of the next token after each
-prompt, greedy continuations, and the tokenisation. llama.cpp rounds activations to the weights' type before it
-multiplies (bf16, or 8 bits in groups of 32 for quantised weights); fp32 files have no such noise.
-
-`--source` adds llama.cpp's own converter: its file is imported and compared with the folder tensor by tensor.
-`--quantize` adds a Q4_K_M file made by llama-quantize from our bf16 export. Needs a build of llama.cpp; the converter
-also its source tree (the source package of llama-cpp-python holds one) and the package sentencepiece.
+forward pass on the same numbers. `--source` adds llama.cpp's own converter, `--quantize` a Q4_K_M file made by
+llama-quantize from our bf16 export. Needs a build of llama.cpp; the converter also its source tree (the source package
+of llama-cpp-python holds one) and the package sentencepiece.
 """
 
 from __future__ import annotations
@@ -26,10 +22,10 @@ import torch
 from _llama_server import Server
 
 from qnext.checkpoint import load_model
+from qnext.checkpoint.check import read_layout
 from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.gguf import export_gguf, import_gguf
-from qnext.config import read_config
-from qnext.engine import Engine, SamplingParams
+from qnext.engine import Engine, EngineConfig, SamplingParams
 from qnext.model import Batch, CausalLM
 from qnext.text.gguf import vocabulary_keys
 from qnext.text.tokenizer import Tokenizer
@@ -57,8 +53,10 @@ runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
 
 
 def compare(server: Server, model: CausalLM, tokenizer: Tokenizer, *, num_tokens: int) -> dict[str, Any]:
-    """Worst prompt: KL(ours, theirs) over all tokens; share of prompts with equal greedy tokens, and tokenisation."""
-    engine = Engine(model, max_num_seqs=1, max_model_len=min(512, model.config.max_position_embeddings))
+    """Worst prompt: KL(ours, theirs) of the next token; share of prompts with equal greedy tokens, and tokenisation."""
+    engine = Engine.of(
+        model, EngineConfig(max_num_seqs=1, max_model_len=min(512, model.config.max_position_embeddings))
+    )
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     divergences, same_tokens, same_prompts = [], [], []
     for prompt in PROMPTS:
@@ -78,12 +76,18 @@ def compare(server: Server, model: CausalLM, tokenizer: Tokenizer, *, num_tokens
         same_tokens.append(list(engine.generate([ids], params)[0].output_ids[: len(greedy)]) == greedy)
         same_prompts.append(server.post("/tokenize", content=prompt)["tokens"] == ids)
     return {
-        "max_kl": max(divergences), "same_greedy": sum(same_tokens) / len(PROMPTS), "tokenisation": all(same_prompts),
-    }  # fmt: skip
+        "max_kl": max(divergences),
+        "same_greedy": sum(same_tokens) / len(PROMPTS),
+        "tokenisation": all(same_prompts),
+    }
 
 
 def serve_and_compare(options: argparse.Namespace, gguf: Path, work: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """llama.cpp on a file against us on the same file, imported in fp32."""
+    """llama.cpp on a file against us on the same file, imported in fp32.
+
+    llama.cpp rounds activations to the weights' type before it multiplies (bf16, or 8 bits in groups of 32 for
+    quantised weights); fp32 files have no such noise.
+    """
     folder = work / f"{gguf.stem}-imported"
     import_gguf(gguf, folder, dtype=torch.float32, dequantize=True)
     model = load_model(folder)
@@ -105,7 +109,7 @@ def largest_difference(folder: Path, other: Path) -> float:
 
 
 def check_converter(options: argparse.Namespace, work: Path) -> float:
-    """The folder, through llama.cpp's converter and our import, against itself."""
+    """The folder, through llama.cpp's converter and our import, against itself, tensor by tensor."""
     gguf = work / "converter.gguf"
     command = [sys.executable, "-c", _CONVERT, str(options.source), str(options.model), "--outtype", "f32"]
     subprocess.run([*command, "--outfile", str(gguf)], check=True, stdout=subprocess.DEVNULL, stderr=sys.stderr)
@@ -127,11 +131,11 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        num_rows = read_config(options.model).vocab_size
-        keys = vocabulary_keys(options.model, num_rows=num_rows)
+        layout = read_layout(options.model)
+        keys = vocabulary_keys(options.model, num_rows=layout.config.vocab_size)
         for kind in options.types:
             gguf = work / f"{kind}.gguf"
-            export_gguf(options.model, gguf, kind=kind, tokenizer_keys=keys)
+            export_gguf(layout, gguf, kind=kind, tokenizer_keys=keys)
             results[kind] = serve_and_compare(options, gguf, work, tokenizer)
         if options.quantize is not None:
             export_gguf(options.model, work / "source.gguf", kind="bf16", tokenizer_keys=keys)

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, each with the exit code of the command line, and warnings about files."""
+"""Errors that the user can correct, each with the exit code of the command line, and warnings about files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _HEAD, _TAIL = 600, 300  # characters of a long line that are kept
 
 
 def one_line(text: str) -> str:
-    """A message as one line of bearable length, whatever stands in it of files, arguments and names.
+    """A message as one line of limited length, whatever files, arguments and names it repeats.
 
-    What could end a line, move the cursor or hide text becomes an escape. Of a long one beginning and end are kept,
-    and the number of characters between.
+    Characters that end a line, move the cursor or hide text become escapes. A long value keeps its beginning, its end
+    and the number of characters between them.
 
     >>> one_line("no file 'a\\nb'"), len(one_line("x" * 100_000))
     ("no file 'a\\\\nb'", 932)
@@ -68,7 +68,7 @@ class DiskFull(DoesNotFit, OSError):
 
 
 def line_of(error: OSError) -> str:
-    """What the system says and of which file, as one line."""
+    """The system's message and the file that it is about, as one line."""
     return f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
 
 
@@ -83,7 +83,7 @@ class ConfigError(CorruptCheckpoint):
 
 
 class NotSupported(QnextError):
-    """A sound file in a form, or with a value, that is not implemented here; the message names the culprit."""
+    """An undamaged file in a form, or with a value, that is not implemented here; the message names the cause."""
 
     exit_code = 6
 
@@ -99,7 +99,7 @@ class NotFinite(CorruptCheckpoint):
 
 
 class RequestBroke(QnextError):
-    """Something unforeseen broke at one request; only that request ends. `__cause__` is what it was."""
+    """An unforeseen error in one request; only that request ends. `__cause__` is the error."""
 
     exit_code = 2
 
@@ -112,12 +112,12 @@ class RequestBroke(QnextError):
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether it is an error, however deep a library raised it, and no wish to end the program."""
+    """Whether it is an error, however deep in a library, and no request to end the program."""
     return not isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
 
 
 class QnextWarning(UserWarning):
-    """Something in a file was passed over, and the result is as right as without it. `--strict` makes it `error`."""
+    """Something in a file was ignored, and the result is correct without it. `--strict` turns it into `error`."""
 
     def __init__(self, message: str, error: type[QnextError] = ConfigError) -> None:
         super().__init__(one_line(message))

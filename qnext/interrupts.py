@@ -1,4 +1,4 @@
-"""Signals that end a command: what was begun is undone, and the exit code is 128 and the signal's number."""
+"""Signals that end a command: unfinished work is undone, and the exit code is 128 plus the signal's number."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ class Terminated(SystemExit):
 
 
 def raise_for(number: int) -> None:
-    """Raise what ends the process as the signal asks: KeyboardInterrupt for Ctrl-C, Terminated for another."""
+    """Raise the exception that ends the process for a signal: KeyboardInterrupt for Ctrl-C, Terminated for the
+    others."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise Terminated(number)
 
 
 class Ending:
-    """The signals of one command. The first one raises in the main thread, a second one ends the process at once.
+    """The signals of one command. The first one raises in the main thread; a second one ends the process at once.
 
-    `number` is the signal that came. It waits while a module is imported, for an exception in the midst of torch's
-    import aborts the process, and while a folder is deleted, which would stay. What something swallows, a destructor
-    say, is raised again.
+    `number` is the signal that came. A signal waits while a module is imported, because an exception during torch's
+    import aborts the process, and while a folder is deleted, because the folder would stay. An exception that other
+    code swallows, a destructor for example, is raised again.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class Ending:
         self._numbers: list[int] = []
 
     def begin(self) -> None:
-        """Handle those signals that are not ignored: `nohup`, and shells for what runs behind, have them ignored."""
+        """Handle the signals that are not ignored. `nohup` ignores some, and so do shells for background processes."""
         if threading.current_thread() is not threading.main_thread():
             return
         self._numbers = [number for number in ENDING_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -52,7 +53,7 @@ class Ending:
         sys.unraisablehook = self._on_unraisable
 
     def end(self, *, is_last: bool) -> None:
-        """Give the handlers back; where the process ends now, a later signal ends it without a word."""
+        """Restore the handlers. Where the process ends now, a later signal ends it without a message."""
         for number in self._numbers:
             signal.signal(number, signal.SIG_DFL if is_last else self._previous[number])
         if self._numbers:
@@ -94,10 +95,10 @@ def _must_not_end_here(frame: FrameType | None) -> bool:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """While open, a signal that would end the command waits; it is delivered when the block ends.
+    """While this is open, a signal that would end the command waits. It is delivered when the block ends.
 
-    For the few statements between making something and being bound to clean it up. For the main thread; elsewhere no
-    signal is handled, and nothing changes.
+    It is for the few statements between the creation of a resource and the statement that guarantees its clean-up. It
+    acts in the main thread; elsewhere no signal is handled, and nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -122,7 +123,7 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def repeated_interrupts() -> Iterator[None]:
-    """While open, every Ctrl-C raises KeyboardInterrupt, for what catches it and goes on."""
+    """While this is open, every Ctrl-C raises KeyboardInterrupt, for code that catches it and continues."""
     if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
         yield
         return

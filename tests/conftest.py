@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import ssl
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
 import qnext  # noqa: F401 - before any test loads torch
+from tests.longest import LONGEST
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,3 +21,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FOLDER",
         help="llama.cpp source tree; enables the checks against its vocabulary files",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
+@pytest.fixture(autouse=True)
+def logs_of_others_stay() -> Iterator[None]:
+    """`serve` makes the process's log its own, on the standard error of one test."""
+    loggers = [logging.getLogger(), logging.getLogger("uvicorn")]
+    before = [(each, each.handlers[:], each.level) for each in loggers]
+    yield
+    for each, handlers, level in before:
+        each.handlers[:] = handlers
+        each.setLevel(level)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_certificates_of_the_machine() -> Iterator[None]:
+    """Each HTTP client would read all of them, 25 ms, and nothing here asks another machine."""
+    paths = ssl.get_default_verify_paths()
+    of_machine = {paths.openssl_cafile, paths.openssl_capath, *find_bundle()}
+    of_machine |= {os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")}
+    load = ssl.SSLContext.load_verify_locations
+
+    def load_others(self: ssl.SSLContext, cafile: Any = None, capath: Any = None, cadata: Any = None) -> None:
+        if cadata is not None or not {cafile, capath} - {None} <= of_machine:
+            load(self, cafile, capath, cadata)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl.SSLContext, "load_verify_locations", load_others)
+        yield
+
+
+def find_bundle() -> list[str]:
+    """The certificates that some clients bring along."""
+    try:
+        import certifi
+    except ImportError:
+        return []
+    return [certifi.where()]

@@ -51,11 +51,15 @@ def spins_of(**values: str) -> str:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({}, SPINS), ({SPIN_COUNT: "7"}, "7"), ({SPIN_COUNT: "INFINITY"}, "INFINITY"), ({SPIN_COUNT: "0"}, "0"),
-        ({WAIT_POLICY: "active"}, "None"), ({WAIT_POLICY: "passive"}, "None"),
+        ({}, SPINS),
+        ({SPIN_COUNT: "7"}, "7"),
+        ({SPIN_COUNT: "INFINITY"}, "INFINITY"),
+        ({SPIN_COUNT: "0"}, "0"),
+        ({WAIT_POLICY: "active"}, "None"),
+        ({WAIT_POLICY: "passive"}, "None"),
         ({WAIT_POLICY: "active", SPIN_COUNT: "5"}, "5"),
     ],
-)  # fmt: skip
+)
 def test_what_the_user_has_set_stays(values: dict[str, str], expected: str) -> None:
     assert spins_of(**values) == expected
 

@@ -9,19 +9,25 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qnext.checkpoint.nearby import published_models
 from qnext.cli import VERBS, _joined_verb, main
+from qnext.recipes import code, instruct
+from qnext.training.sources import TextFile, split_by_package, take_bytes
+from tests.bench.limits import LIMITS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What would take minutes is done for seconds; everything else runs as it stands.
-SHORTER = {"--minutes 3": "--minutes 0.05", "time_budget=60": "time_budget=3"}
+SHORTER = {"--minutes 3": "--minutes 0.02", "time_budget=60": "time_budget=1", "--depths 0,512": "--depths 0,32"}
+LESS_TEXT = (400_000, 20_000)  # bytes of the library to train on and to evaluate on
 SERVER_URL = "http://127.0.0.1:8000"
 
 
@@ -82,10 +88,19 @@ def test_qnext_commands_and_python_run_in_order(tmp_path: Path, monkeypatch: pyt
         run_verb(["init", "nano-5m", str(options["local_dir"])], monkeypatch)
         return str(options["local_dir"])
 
+    def split_less(files: Sequence[TextFile], **options: Any) -> list[list[TextFile]]:
+        sides = split_by_package(files, **options)
+        return [take_bytes(side, limit=limit) for side, limit in zip(sides, LESS_TEXT, strict=True)]
+
+    monkeypatch.setattr(code, "split_by_package", split_less)
+    few = replace(instruct.RECIPES["instruct"], num_questions=200, num_bytes=20_000, num_tested=8)
+    monkeypatch.setitem(instruct.RECIPES, "instruct", few)
+    monkeypatch.setattr("qnext.bench.run._limits", lambda threads: LIMITS)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text(README, encoding="utf-8")
     (tmp_path / "requests.jsonl").write_text("".join(blocks("jsonl")), encoding="utf-8")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n', encoding="utf-8")
     with ExitStack() as stack:
         url = ""
         for words in commands():
@@ -102,8 +117,9 @@ def test_qnext_commands_and_python_run_in_order(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "runs/logits.npy").is_file()
     answers = [json.loads(line) for line in (tmp_path / "runs/answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted((answer["custom_id"], answer["response"]["status_code"]) for answer in answers) == [
-        ("one", 200), ("two", 200),
-    ]  # fmt: skip
+        ("one", 200),
+        ("two", 200),
+    ]
     assert pulled == ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-Coder-Next"]
     assert set(pulled) <= set(published_models())
     for block in blocks("python"):
@@ -114,9 +130,11 @@ _TINY_ENGINE = (
     "--model MODEL --scheme bf16 --conversation 256 --shared 128 --streams 1 2 --prompt 16 --output 8 --rounds 1 "
     "--steps 2 --text-bytes 20000"
 )
+_TINY_STREAMING = "RECORDS --expert-memory 1M --tokens 4 --warm 8 --prefill 40 --presets diverse"
 SMALL_BENCHMARKS = {
     "bench_engine.py": _TINY_ENGINE.split(),
     "bench_train_step.py": ["--models", "nano-5m", "--sequences", "2", "--length", "64", "--rounds", "1"],
+    "bench_lora.py": ["--models", "nano-5m", "--sequences", "2", "--length", "64", "--rounds", "1"],
     "bench_inference.py": [
         "MODEL",
         "--schemes",
@@ -134,6 +152,8 @@ SMALL_BENCHMARKS = {
     "bench_demo.py": ["--seconds", "3"],
     "bench_server.py": ["MODEL", "--streams", "2", "--tokens", "8", "--rounds", "1", "--idle", "4", "--active", "2"],
     "bench_quantize.py": ["--model", "MODEL", "--reference", "--rounds", "1", "--isa", "best"],
+    "bench_streaming.py": _TINY_STREAMING.split(),
+    "bench_residency.py": ["--tokens", "40", "--slots", "0.2", "--half-lives", "64"],
     "bench_spin.py": ["--rounds", "1", "--spins", "default", "1000", "--busy", "1", "--work", "quantize", "decode 16"],
     "bench_quality.py": ["--minutes", "0.02", "--tokens", "2048", "--eval-bytes", "20000"],
 }
@@ -150,7 +170,11 @@ def test_benchmarks_that_are_named_exist() -> None:
 def test_benchmarks_run(script: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         main(["init", "nano-5m", str(tmp_path / "model")])
-    arguments = [word.replace("MODEL", str(tmp_path / "model")) for word in SMALL_BENCHMARKS[script]]
+    names = {"MODEL": str(tmp_path / "model"), "RECORDS": str(tmp_path / "records")}
+    if "RECORDS" in SMALL_BENCHMARKS[script]:
+        with pytest.raises(SystemExit):
+            main(["convert", names["MODEL"], names["RECORDS"], "--records"])
+    arguments = [names.get(word, word) for word in SMALL_BENCHMARKS[script]]
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,12 +1,15 @@
-"""Disk to model and back: safetensors folders as Hugging Face lays them out.
+"""Disk to model and back: folders of safetensors files as Hugging Face lays them out, and GGUF in `gguf/`.
 
-Names are imported when first used: reading headers needs no torch, which takes seconds to start.
+`header.py` reads what files say (`CheckpointIndex`), `check.py` compares it with the configuration (`Layout`), both
+without torch; `load.py`, `save.py`, `quantize.py` and `snapshot.py` move tensors. `formats/` knows how other programs
+pack weights: a new form begins there. May import what stands below, except engine.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qnext.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qnext.checkpoint.create import create_folder
@@ -16,16 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["create_folder", "empty_model", "load_model", "resolve_model", "save_model"]
 
-_HOME = {
-    "create_folder": "create",
-    "empty_model": "load",
-    "load_model": "load",
-    "resolve_model": "resolve",
-    "save_model": "save",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "create_folder": "create",
+        "empty_model": "load",
+        "load_model": "load",
+        "resolve_model": "resolve",
+        "save_model": "save",
+    },
+)

@@ -1,7 +1,7 @@
-"""Names that other programs give to the same tensors. No torch.
+"""The names that other programs give to the same tensors. No torch.
 
-Everything behind read_index knows one name for a tensor, that of the released checkpoints. A wrapper's prefix is taken
-off, and experts that lie in one tensor are seen one by one: each is a run of its bytes.
+All code behind read_index knows one name for a tensor, that of the released checkpoints. The prefix of a wrapper is
+removed. Experts that lie in one tensor are seen one by one: each is a range of its bytes.
 
 Legend: E experts, F expert width, D hidden.
 """
@@ -43,7 +43,7 @@ EXPERT_FORMS = {
 
 
 def canonical(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The same tensors under the names of the released checkpoints; those that belong elsewhere keep theirs.
+    """The same tensors under the names of the released checkpoints. Tensors that belong elsewhere keep their names.
 
     Raises CorruptCheckpoint where two tensors get one name, NotSupported for experts that are stored transposed.
     """

@@ -1,4 +1,4 @@
-"""Are numbers finite? Looked at in pieces, without a temporary as large as the tensor."""
+"""Whether numbers are finite. The check goes in pieces, without a temporary as large as the tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that hold something else than safetensors of a model: what it is, and what helps. No torch."""
+"""Folders that hold something else than safetensors of a model: what they hold, and what helps. No torch."""
 
 from __future__ import annotations
 

@@ -1,25 +1,26 @@
-"""Reading what safetensors files say about themselves, before any tensor is touched. No torch.
+"""Reads what safetensors files say about themselves, before any tensor is read. No torch.
 
 A file is an 8-byte little-endian header length, a JSON header, and the tensors' bytes without gaps
-(https://huggingface.co/docs/safetensors). The format's own library lets some faults pass that matter here (a key
-that appears twice, names that look like paths), so every rule is checked in this file.
+(https://huggingface.co/docs/safetensors). The format's own library accepts some faults that matter here (a key that
+appears twice, names that look like paths), so this file checks every rule.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qnext.checkpoint.aliases import canonical
-from qnext.checkpoint.collecting import without_collecting
 from qnext.checkpoint.foreign import without_model
 from qnext.checkpoint.tensor_info import TensorInfo as TensorInfo
-from qnext.config.bounded import read_bounded
+from qnext.collecting import without_collecting
+from qnext.config.bounded import read_bounded, repeated_key
 from qnext.errors import CorruptCheckpoint, ModelNotFound, NotSupported, warn
 
 SINGLE_FILE = "model.safetensors"
@@ -27,9 +28,23 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_LENGTH = 512
 ITEM_SIZES = {
-    "BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8,
-}  # fmt: skip
+    "BF16": 2,
+    "F16": 2,
+    "F32": 4,
+    "F64": 8,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "I32": 4,
+    "I64": 8,
+    "BOOL": 1,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+}
 # The format's other dtypes: sound files, which no weight of a model that is read here has.
 OTHER_DTYPES = (
     "F4",
@@ -46,35 +61,59 @@ _INTEGER = {int}
 _LFS_POINTER = b"version https://git-lfs"
 
 
+class FileState(NamedTuple):
+    """The properties of a file that change when it is written to, or when another file takes its name."""
+
+    device: int
+    inode: int
+    num_bytes: int
+    written_ns: int
+
+    @classmethod
+    def of(cls, result: os.stat_result) -> FileState:
+        return cls(result.st_dev, result.st_ino, result.st_size, result.st_mtime_ns)
+
+
 class CheckpointIndex(NamedTuple):
-    """All tensors of a model folder in the order of the files, and the files."""
+    """All tensors of a model folder in the order of the files, and the state of the files when their headers were
+    read."""
 
     folder: Path
-    files: tuple[Path, ...]
+    files: dict[Path, FileState]
     tensors: dict[str, TensorInfo]
 
 
 @without_collecting
 def read_index(folder: str | Path) -> CheckpointIndex:
-    """Headers of the one file, or of all shards, of a model folder, checked against each other and the index.
+    """Headers of the one file, or of all shards, of a model folder, compared with each other and with the index.
 
     Raises ModelNotFound where there is no safetensors model, CorruptCheckpoint naming file and tensor for the rest.
     """
     root = Path(folder)
+    files, tensors = read_headers(root)
+    states = {path: FileState.of(path.stat()) for path in files}
+    return CheckpointIndex(root, states, canonical(tensors))
+
+
+def read_headers(root: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
+    """The files of a model folder, and their tensors under the names that they have there; see read_index."""
     if not root.is_dir():
         raise ModelNotFound(f"{root}: no such folder")
     single, index = root / SINGLE_FILE, root / INDEX_FILE
-    files: tuple[Path, ...]
     uses_index = _is_there(index)
     if uses_index and _is_there(single) and not _needs_index(index):
         uses_index = False
     if uses_index:
-        files, tensors = _read_indexed(root, index)
-    elif _is_there(single):
-        files, tensors = (single,), read_header(_regular_file(root, SINGLE_FILE))
-    else:
-        files, tensors = _read_without_index(root)
-    return CheckpointIndex(root, files, canonical(tensors))
+        return _read_indexed(root, index)
+    if _is_there(single):
+        return (single,), read_header(_regular_file(root, SINGLE_FILE))
+    return _read_without_index(root)
+
+
+def index_of(source: str | Path | CheckpointIndex) -> CheckpointIndex:
+    """The index of a folder whose headers may have been read already, because reading those of a large model takes
+    seconds."""
+    return source if isinstance(source, CheckpointIndex) else read_index(source)
 
 
 def _is_there(path: Path) -> bool:
@@ -84,22 +123,30 @@ def _is_there(path: Path) -> bool:
 
 def _needs_index(index: Path) -> bool:
     """Beside model.safetensors: an index may name that file alone, or shards that were merged into it and are gone."""
-    shards = set(_read_weight_map(index).values())
+    shards = set(read_weight_map(index).values())
     if shards != {SINGLE_FILE} and any(_is_there(index.parent / shard) for shard in shards):
         raise CorruptCheckpoint(f"{index.parent}: holds both {SINGLE_FILE} and {INDEX_FILE}; which is meant is unclear")
     return shards == {SINGLE_FILE}
 
 
 def _read_indexed(root: Path, index: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
-    weight_map = _read_weight_map(index)
+    weight_map = read_weight_map(index)
     shards = list(dict.fromkeys(weight_map.values()))
     absent = [name for name in shards if not _is_there(root / name)]
     if absent:
         raise CorruptCheckpoint(_missing_shards(root, absent, len(shards), f"named by {index.name}"))
-    files = {name: _regular_file(root, name) for name in shards}
+    files = tuple(_regular_file(root, name) for name in shards)
+    return files, place_tensors(root, weight_map, read_header)
+
+
+def place_tensors(
+    root: Path, weight_map: Mapping[str, str], read: Callable[[Path], dict[str, TensorInfo]]
+) -> dict[str, TensorInfo]:
+    """The tensors of the files that an index names, of which `read` gives those of one, checked against the index."""
+    files = {shard: root / shard for shard in dict.fromkeys(weight_map.values())}
     tensors: dict[str, TensorInfo] = {}
     for shard, path in files.items():
-        for name, info in read_header(path).items():
+        for name, info in read(path).items():
             if weight_map.get(name) != shard:
                 where = f"places it in {weight_map[name]}" if name in weight_map else "does not name it"
                 raise CorruptCheckpoint(f"{path}: tensor {name} is here, but {INDEX_FILE} {where}")
@@ -107,7 +154,7 @@ def _read_indexed(root: Path, index: Path) -> tuple[tuple[Path, ...], dict[str, 
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CorruptCheckpoint(f"{files[shard]}: tensor {name} is missing, although {INDEX_FILE} places it here")
-    return tuple(files.values()), tensors
+    return tensors
 
 
 def _missing_shards(root: Path, absent: list[str], count: int, known_by: str) -> str:
@@ -144,7 +191,8 @@ def _read_without_index(root: Path) -> tuple[tuple[Path, ...], dict[str, TensorI
 
 
 def read_header(path: Path, *, any_name: bool = False) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file by name, in the order of their bytes. `any_name`: ours, not a stranger's."""
+    """The tensors of one safetensors file by name, in the order of their bytes. `any_name`: for files that qnext itself
+    wrote."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -152,12 +200,23 @@ def read_header(path: Path, *, any_name: bool = False) -> dict[str, TensorInfo]:
             raise CorruptCheckpoint(
                 f"{path}: is a pointer of git-lfs, not the tensors; `git lfs pull` in its folder gets them"
             )
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > size - 8:
-            raise CorruptCheckpoint(f"{path}: truncated inside its header ({size} bytes)")
-        if length > MAX_HEADER_BYTES:
-            raise CorruptCheckpoint(f"{path}: header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
-        text = file.read(length)
+        text = file.read(header_length(prefix, path, size=size))
+    return parse_header(text, path, size=size, any_name=any_name)
+
+
+def header_length(prefix: bytes, path: Path, *, size: int) -> int:
+    """Bytes of the header behind the first eight of a file of `size` bytes."""
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > size - 8:
+        raise CorruptCheckpoint(f"{path}: truncated inside its header ({size} bytes)")
+    if length > MAX_HEADER_BYTES:
+        raise CorruptCheckpoint(f"{path}: header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    return length
+
+
+def parse_header(text: bytes, path: Path, *, size: int, any_name: bool = False) -> dict[str, TensorInfo]:
+    """The same of a header that was read."""
+    length = len(text)
     entries = load_json(text, path)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -172,14 +231,12 @@ def read_header(path: Path, *, any_name: bool = False) -> dict[str, TensorInfo]:
 
 
 def load_json(text: str | bytes, path: Path) -> dict[str, Any]:
-    """A JSON object in which no key appears twice; CorruptCheckpoint naming the file otherwise."""
+    """A JSON object in which no key appears twice. Otherwise CorruptCheckpoint names the file."""
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CorruptCheckpoint(f"{path}: key {twice!r} appears twice")
+            raise CorruptCheckpoint(f"{path}: key {repeated_key(pairs)!r} appears twice")
         return values
 
     try:
@@ -215,7 +272,7 @@ def _read_entry(name: str, entry: Any, path: Path, data_start: int) -> TensorInf
 
 
 def check_name(name: str, path: Path) -> None:
-    """Refuse a tensor name that could act as a path or spoil a terminal."""
+    """Refuse a tensor name that could act as a path or disturb a terminal."""
     if len(name) <= MAX_NAME_LENGTH and _USUAL_NAME.fullmatch(name):
         return
     if not name or len(name) > MAX_NAME_LENGTH or ".." in name or "/" in name or "\\" in name or not name.isprintable():
@@ -239,7 +296,8 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and set(map(type, values)) <= _INTEGER and min(values, default=0) >= 0
 
 
-def _read_weight_map(index: Path) -> Mapping[str, str]:
+def read_weight_map(index: Path) -> Mapping[str, str]:
+    """By the name of each tensor that of its file. Raises CorruptCheckpoint for what is no such index."""
     content = read_bounded(_regular_file(index.parent, index.name), most=MAX_HEADER_BYTES)
     weight_map = load_json(content, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

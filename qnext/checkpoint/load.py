@@ -1,94 +1,114 @@
-"""A model folder becomes a model, tensor by tensor."""
+"""A model folder to a model, tensor by tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qnext import ops
-from qnext.checkpoint.check import FLOAT_DTYPES, Layout, read_layout, structure_problems
-from qnext.checkpoint.files import TORCH_DTYPES, TensorFiles
+from qnext.checkpoint.check import FLOAT_DTYPES, Layout, layout_of, structure_problems
+from qnext.checkpoint.codes import Codes, coded_parameters
+from qnext.checkpoint.files import TORCH_DTYPES, Progress, TensorFiles
 from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.header import TensorInfo
-from qnext.checkpoint.packed import PackedWeight
-from qnext.checkpoint.packed_values import is_in_order, packed_blocks
+from qnext.checkpoint.packed_values import packed_blocks
+from qnext.checkpoint.record_tables import RecordTables
+from qnext.checkpoint.record_values import record_problem
+from qnext.checkpoint.streamed import layer_of, look_ahead, open_streamed
 from qnext.checkpoint.values import not_finite, read_weight, tensor_value_problems
 from qnext.config import ModelConfig
-from qnext.errors import CorruptCheckpoint, UsageError, warn
-from qnext.model import CausalLM
-from qnext.planning import parameter_shapes
-
-Progress = Callable[[int, int], None]
-# What the model reads as tensors: a gate is small, and its last bits choose experts.
-_ROUTER = ".mlp.gate.weight"
-_ALWAYS_PLAIN = (_ROUTER, ".shared_expert_gate.weight")
-
-
-class Codes(NamedTuple):
-    """What must be known to make room for a quantised parameter."""
-
-    shape: tuple[int, ...]
-    bits: int
-    group_size: int
-    scale_dtype: torch.dtype
-    has_zeros: bool
+from qnext.errors import CorruptCheckpoint, UsageError
+from qnext.model import CausalLM, HoldsWeights
+from qnext.planning import Kind
+from qnext.residency.remembered import recalling
+from qnext.residency.store import ResidencyPlan
 
 
 @torch.no_grad()
 def load_model(
-    folder: str | Path,
+    folder: str | Path | Layout,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     check_finite: bool = True,
     dequantize: bool = False,
+    residency: ResidencyPlan | None = None,
     progress: Progress | None = None,
 ) -> CausalLM:
-    """The model in a Hugging Face folder of safetensors files.
+    """The model in a Hugging Face folder of safetensors files, or in the folder that a Layout was read from.
 
-    `dtype` None keeps what is stored, tensor by tensor; FP8 weights become bfloat16. Integer weights
-    (compressed-tensors, AWQ, GPTQ) keep their codes, on the CPU, as a QuantizedWeight or a PanelWeight in the place
-    of the parameter, unless `dequantize` asks for tensors; gates always become tensors. `progress` is called with
-    bytes read and bytes in all. Tensors are read into their place, or by pieces, so memory stays near the weights
-    alone.
-
-    A missing, surplus, misshaped or (with `check_finite`) non-finite tensor raises CorruptCheckpoint naming file and
-    tensor. Raises ModelNotFound where there is no model, ConfigError for a config.json that contradicts itself,
-    NotSupported for a form that is not read, UsageError where a value does not fit in `dtype` or codes are wanted on
-    another device. Warns of what is passed over.
+    `dtype` None keeps the stored dtype, tensor by tensor; FP8 weights become bfloat16. Integer codes stay codes, on the
+    CPU, unless `dequantize`; gates always become tensors. With `residency` experts stay on disk and are read when they
+    are needed. `progress` gets the bytes read and the bytes in all. Warns of what is ignored. Raises ModelNotFound,
+    ConfigError, CorruptCheckpoint for a missing, surplus, misshaped or (with `check_finite`) non-finite tensor,
+    NotSupported for a form that is not read, UsageError where something does not fit into `dtype`, the device or the
+    plan of `residency`.
     """
-    with TensorFiles(folder) as files:
-        layout = read_layout(files.folder, files.tensors)
-        for problem in structure_problems(layout, files.tensors, files.folder):
-            raise CorruptCheckpoint(problem)
-        codes = {} if dequantize else _quantized_parameters(layout, files)
-        if codes and torch.device(device).type != "cpu":
+    layout = layout_of(folder)
+    for problem in structure_problems(layout):
+        raise CorruptCheckpoint(problem)
+    streamed = {} if residency is None else open_streamed(layout, residency)
+    tables = RecordTables([] if dequantize else RecordTables.serve(layout, but=set(map(layer_of, streamed))))
+    given = {**streamed, **tables.weights}
+    layout = layout.with_experts_of(layout.records.keys() - set(map(layer_of, given)))
+    with TensorFiles(layout.index) as files, _recalling(streamed, residency):
+        codes: dict[str, Codes] = {} if dequantize else coded_parameters(layout, files)
+        if (codes or given) and torch.device(device).type != "cpu":
             raise UsageError(
                 f"{files.folder}: integer weights are computed on the CPU only; dequantize to use {device}"
             )
-        dtypes = _parameter_dtypes(layout, files.tensors, dtype, set(codes))
-        model = empty_model(layout.config, dtypes=dtypes, device=device, quantized=codes)
-        total = sum(info.num_bytes for info in files.tensors.values())
-        done = 0
-        for name, info in files.tensors.items():
-            role = layout.roles.get(name)
-            if role is None and name in layout.targets:
-                _copy(layout, files, name, model, check_finite)
-            elif role is None:
-                _check(layout, files, name, check_finite)
-            elif role.kind == "codes":
-                # The small tensors of a packed weight are read with its codes, wherever they lie.
-                for wanted in layout.packed[role.weight].stored.values():
-                    _check(layout, files, wanted.name, check_finite)
-                _copy(layout, files, role.weight, model, check_finite)
-            done += info.num_bytes
-            if progress is not None:
-                progress(done, total)
+        dtypes = _parameter_dtypes(layout, files.tensors, dtype, codes.keys() | given.keys())
+        model = empty_model(layout.config, dtypes=dtypes, device=device, quantized=codes, given=given)
+        _fill(model, layout, files, tables, check_finite=check_finite, progress=progress)
+    look_ahead(model)
     return model
+
+
+def _recalling(streamed: Mapping[str, ops.RecordWeight], plan: ResidencyPlan | None) -> AbstractContextManager[object]:
+    """Experts of the last run come into memory while other weights are read, where the plan says so."""
+    folder = None if plan is None else plan.remembered_in
+    records = next((weight.records for weight in streamed.values()), None)
+    if folder is None or not isinstance(records, ops.StreamedExperts):
+        return nullcontext()
+    return recalling(records.residency, folder)
+
+
+def _fill(
+    model: CausalLM,
+    layout: Layout,
+    files: TensorFiles,
+    tables: RecordTables,
+    *,
+    check_finite: bool,
+    progress: Progress | None,
+) -> None:
+    """Everything that the folder holds into the room that is there for it."""
+    read = {name: info for name, info in files.tensors.items() if name not in layout.unlisted_tensors}
+    modules = dict(model.named_modules())
+    total = tables.num_bytes + sum(info.num_bytes for info in read.values())
+    tables.read(layout, files, check_finite=check_finite)
+    done = tables.num_bytes
+    for name, info in read.items():
+        role = layout.roles.get(name)
+        if role is None and name in layout.targets:
+            damage = record_problem(layout.records, files, info) if layout.records else None
+            if damage is not None:
+                raise CorruptCheckpoint(damage)
+            _copy(layout, files, name, modules, check_finite)
+        elif role is None:
+            _check(layout, files, name, check_finite)
+        elif role.kind == "codes":
+            # The small tensors of a packed weight are read with its codes, wherever they lie.
+            for wanted in layout.packed[role.weight].stored.values():
+                _check(layout, files, wanted.name, check_finite)
+            _copy(layout, files, role.weight, modules, check_finite)
+        done += info.num_bytes
+        if progress is not None:
+            progress(done, total)
 
 
 def empty_model(
@@ -97,10 +117,12 @@ def empty_model(
     dtypes: Mapping[str, torch.dtype] | torch.dtype,
     device: torch.device | str = "cpu",
     quantized: Mapping[str, Codes] | None = None,
+    given: Mapping[str, ops.Weight] | None = None,
 ) -> CausalLM:
-    """A model whose parameters have storage on `device` but no values yet; a tied head stays tied.
+    """A model whose parameters have memory on `device` but no values yet. A tied head stays tied.
 
-    The parameters in `quantized` become plain attributes: room for codes, filled by ops.write_quantized.
+    In place of the parameters in `quantized` there is memory for codes, which ops.write_quantized fills. Those in
+    `given` are there.
     """
     with torch.device("meta"):
         model = CausalLM(config)
@@ -110,11 +132,14 @@ def empty_model(
         for key, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
+            if given and f"{prefix}.{key}" in given:
+                assert isinstance(module, HoldsWeights)
+                module.set_weight(key, given[f"{prefix}.{key}"])
+                continue
             if quantized and f"{prefix}.{key}" in quantized:
-                # A module refuses anything but a Parameter under the name of one.
-                del module._parameters[key]
                 weight = _empty_codes(quantized[f"{prefix}.{key}"])
-                setattr(module, key, weight)
+                assert isinstance(module, HoldsWeights)
+                module.set_weight(key, weight)
                 storage += weight.tensors
                 continue
             if id(parameter) not in made:
@@ -141,11 +166,11 @@ def _empty_codes(codes: Codes) -> ops.QuantizedWeight | ops.PanelWeight:
     )
 
 
-def _copy(layout: Layout, files: TensorFiles, name: str, model: CausalLM, check_finite: bool) -> None:
+def _copy(layout: Layout, files: TensorFiles, name: str, modules: Mapping[str, nn.Module], check_finite: bool) -> None:
     """One weight of the disk, by name, into its place. A plain one is checked on the way, others were."""
     parameter, part = layout.targets[name]
-    prefix, _, key = parameter.rpartition(".")
-    destination = getattr(model.get_submodule(prefix), key)
+    prefix, _, key = parameter.name.rpartition(".")
+    destination = getattr(modules[prefix], key)
     if not isinstance(destination, Tensor):
         row = 0 if part.rows is None else part.rows[0]
         packed = layout.packed[name]
@@ -169,40 +194,6 @@ def _copy(layout: Layout, files: TensorFiles, name: str, model: CausalLM, check_
         raise UsageError(f"{files.tensors[stored].file}: tensor {stored} holds numbers beyond the range of float16")
 
 
-def _quantized_parameters(layout: Layout, files: TensorFiles) -> dict[str, Codes]:
-    """The parameters that stay codes: those of one form in all parts, with their groups in order.
-
-    The rest of what is packed in integers becomes tensors, and a warning says how many.
-    """
-    forms: dict[str, set[Codes | None]] = {}
-    has_integers: set[str] = set()
-    shapes = parameter_shapes(layout.config)
-    for name, target in layout.targets.items():
-        packed = layout.packed.get(name)
-        codes = None
-        if packed is not None and packed.form.keeps_codes:
-            has_integers.add(target.parameter)
-            if is_in_order(packed, files):
-                codes = _codes_of(packed, shapes[target.parameter], files.tensors)
-        forms.setdefault(target.parameter, set()).add(codes)
-    found = {name: next(iter(each)) for name, each in forms.items() if len(each) == 1}
-    kept = {name: codes for name, codes in found.items() if codes is not None and not name.endswith(_ALWAYS_PLAIN)}
-    numbers = [name for name in sorted(has_integers - kept.keys()) if not name.endswith(_ALWAYS_PLAIN)]
-    if numbers:
-        warn(
-            f"{files.folder}: {numbers[0]}{f' and {len(numbers) - 1} more' if numbers[1:] else ''}: numbers instead of "
-            "codes in memory, since parts differ in form or columns are in activation order (desc_act)"
-        )
-    return kept
-
-
-def _codes_of(packed: PackedWeight, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo]) -> Codes:
-    scale_dtype = TORCH_DTYPES[tensors[packed.stored["scales"].name].dtype]
-    if packed.form.layout == "bnb-int8":
-        scale_dtype = torch.float32
-    return Codes(shape, packed.form.code_bits, packed.group_size, scale_dtype, not packed.form.is_symmetric)
-
-
 def _parameter_dtypes(
     layout: Layout, tensors: Mapping[str, TensorInfo], wanted: torch.dtype | None, quantized: set[str]
 ) -> dict[str, torch.dtype]:
@@ -213,15 +204,14 @@ def _parameter_dtypes(
     """
     embedding = _stored_dtype(tensors.get("model.embed_tokens.weight"))
     dtypes: dict[str, torch.dtype] = {}
-    for name, target in layout.targets.items():
-        parameter = target.parameter
-        if parameter in quantized:
+    for name, (parameter, _) in layout.targets.items():
+        if parameter.name in quantized:
             continue
         stored = embedding if name in layout.packed else _stored_dtype(tensors[name])
-        is_wide_router = parameter.endswith(_ROUTER) and torch.promote_types(stored, embedding) != embedding
+        is_wide_router = parameter.kind is Kind.ROUTER and torch.promote_types(stored, embedding) != embedding
         if wanted is not None:
             stored = torch.promote_types(stored, wanted) if is_wide_router else wanted
-        dtypes[parameter] = torch.promote_types(dtypes.get(parameter, stored), stored)
+        dtypes[parameter.name] = torch.promote_types(dtypes.get(parameter.name, stored), stored)
     return dtypes
 
 

@@ -1,6 +1,6 @@
-"""The only place where names or shapes change between disk and model, in both directions. No torch.
+"""The only place where names or shapes differ between disk and model, in both directions. No torch.
 
-Two things differ: routed experts are one tensor per expert and projection on disk and stacked in the model, and a
+There are two differences. Routed experts are one tensor per expert and projection on disk, and stacked in the model. A
 tied head exists only in the model.
 
 Legend: E experts, F expert width, D hidden.
@@ -9,12 +9,13 @@ Legend: E experts, F expert width, D hidden.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 from qnext.config import ModelConfig
-from qnext.planning import parameter_shapes
+from qnext.planning import Kind, ParameterInfo, list_parameters
 
-_STACKED = re.compile(r"(.*\.experts\.)(gate_up_proj|down_proj)")
 _LEFTOVER = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
@@ -27,48 +28,73 @@ class Part(NamedTuple):
     rows: tuple[int, int] | None = None
 
     @property
+    def module(self) -> str:
+        """The name of the module on disk: the name without `.weight`. A vector without that suffix has its own name."""
+        return self.name.removesuffix(".weight")
+
+    @property
     def place(self) -> tuple[int | slice, ...]:
-        """What selects the part in its parameter."""
+        """The index that selects the part in its parameter."""
         if self.expert is None:
             return (...,)  # type: ignore[return-value]
         return (self.expert,) if self.rows is None else (self.expert, slice(*self.rows))
 
 
-def disk_parts(name: str, shape: tuple[int, ...]) -> list[Part]:
-    """The tensors on disk that make up the parameter `name`.
+class Target(NamedTuple):
+    """Where a tensor of the disk goes: a parameter of the module, and a part of it."""
+
+    parameter: ParameterInfo
+    part: Part
+
+
+def disk_parts(info: ParameterInfo) -> list[Part]:
+    """The tensors on disk that make up a parameter.
 
     gate_up_proj [E, 2F, D] holds for each expert the F rows of gate_proj and then the F rows of up_proj.
     """
-    match = _STACKED.fullmatch(name)
-    if match is None:
-        return [Part(name, shape)]
-    prefix, kind = match.groups()
-    num_experts, rows, columns = shape
-    if kind == "down_proj":
-        return [Part(f"{prefix}{e}.down_proj.weight", (rows, columns), e) for e in range(num_experts)]
+    if info.expert_axis is None:
+        return [Part(info.name, info.shape)]
+    prefix = info.name.rpartition(".")[0]
+    num_experts, rows, columns = info.shape
+    if info.kind is Kind.EXPERTS_DOWN:
+        return [Part(f"{prefix}.{e}.down_proj.weight", (rows, columns), e) for e in range(num_experts)]
     width = rows // 2
     return [
-        Part(f"{prefix}{e}.{half}_proj.weight", (width, columns), e, (start, start + width))
+        Part(f"{prefix}.{e}.{half}_proj.weight", (width, columns), e, (start, start + width))
         for e in range(num_experts)
         for half, start in (("gate", 0), ("up", width))
     ]
 
 
-def num_disk_parts(name: str, shape: tuple[int, ...]) -> int:
-    """How many tensors disk_parts lists, without listing them."""
-    match = _STACKED.fullmatch(name)
-    return 1 if match is None else shape[0] * (1 if match[2] == "down_proj" else 2)
+def parts_by_expert(infos: Iterable[ParameterInfo]) -> Iterator[tuple[ParameterInfo, Part]]:
+    """All tensors of the disk, those of one expert together, as released files have them too."""
+    by_expert: dict[int, list[tuple[ParameterInfo, Part]]] = {}
+    for info in infos:
+        if info.expert_axis is None:
+            yield from ((info, part) for part in disk_parts(info))
+            continue
+        for part in disk_parts(info):
+            assert part.expert is not None
+            by_expert.setdefault(part.expert, []).append((info, part))
+        if info.kind is Kind.EXPERTS_DOWN:
+            yield from chain.from_iterable(by_expert.values())
+            by_expert.clear()
+
+
+def num_disk_parts(info: ParameterInfo) -> int:
+    """The number of tensors that disk_parts lists, without listing them."""
+    if info.expert_axis is None:
+        return 1
+    return info.shape[0] * (1 if info.kind is Kind.EXPERTS_DOWN else 2)
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a folder of this configuration must hold."""
-    return {
-        part.name: part.shape for name, shape in parameter_shapes(config).items() for part in disk_parts(name, shape)
-    }
+    return {part.name: part.shape for info in list_parameters(config).values() for part in disk_parts(info)}
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a tensor only repeats the configuration (rotary frequencies in files of old transformers)."""
+    """Whether a tensor only repeats the configuration (rotary frequencies in files of old transformers versions)."""
     return _LEFTOVER.fullmatch(name) is not None
 
 
@@ -78,5 +104,5 @@ def module_of(name: str) -> str:
 
 
 def scale_name(name: str) -> str:
-    """Name of the block scales of an FP8 weight. They multiply, whatever the name says."""
+    """The name of the block scales of an FP8 weight. They multiply the weight, although the name says "inv"."""
     return name + "_scale_inv"

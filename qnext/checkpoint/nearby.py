@@ -1,4 +1,4 @@
-"""What somebody may have meant by a model that is not there: folders nearby, downloaded models, published ones."""
+"""What a user may have meant by a model that does not exist: folders nearby, downloaded models, published ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OTHERS = ("Coder-30B-A3B", "Coder-480B-A35B", "Next-80B-A3B")
 
 
 def published_models() -> list[str]:
-    """Hub names under which the Qwen team has published models of the three families, plain and in FP8."""
+    """Hub names of the published models of the three families, plain and in FP8."""
     tuned = [f"Qwen/Qwen3-{size}" for size in _SIZES]
     tuned += [f"Qwen/Qwen3-{size}-{kind}-2507" for size in _LATER for kind in ("Instruct", "Thinking")]
     tuned += [f"Qwen/Qwen3-{name}-Instruct" for name in _OTHERS]
@@ -36,7 +36,7 @@ def cached_models() -> list[str]:
 
 
 def meant_model(text: str) -> str:
-    """The end of the message that there is no model `text`: "; did you mean x?", or nothing."""
+    """The end of the message that the model `text` does not exist: "; did you mean x?", or nothing."""
     folder = _near_folder(Path(text).expanduser())
     if folder is not None:
         return f"; did you mean {folder}?"
@@ -48,7 +48,7 @@ def meant_model(text: str) -> str:
 
 
 def models_inside(folder: Path) -> list[Path]:
-    """Folders directly inside that hold a model."""
+    """Folders directly inside this one that hold a model."""
     return [child for child in _subfolders(folder) if (child / "config.json").is_file()]
 
 

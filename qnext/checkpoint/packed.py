@@ -1,4 +1,4 @@
-"""Which weights lie packed, and in which form: the tensors say it, config.json must not contradict. No torch.
+"""Finds which weights are packed, and in which form. The tensors decide, and config.json must not contradict. No torch.
 
 Legend: F outputs, D inputs, G groups of inputs.
 """
@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 from qnext.checkpoint.formats.forms import LAYOUTS, Claim, Form, Quantization
 from qnext.checkpoint.header import TensorInfo
+from qnext.checkpoint.names import Target
+from qnext.checkpoint.records import PANELS
 from qnext.checkpoint.stored import SCALE_DTYPES, Stored, choose_fp8_block, size_problem, stored_tensors
 from qnext.errors import NotSupported, warn
+from qnext.planning import Kind
 
 # Names after a module's of tensors that scale activations or the cache, which are both kept finer here.
 _ACTIVATION_TENSORS = frozenset(
@@ -37,7 +40,7 @@ _PLAIN_DTYPES = ("BF16", "F16", "F32")
 
 
 class PackedWeight(NamedTuple):
-    """A weight [F, D] that lies packed; `stored` by what the tensor holds: codes, scales, zeros, shape, index, ..."""
+    """A packed weight [F, D]. `stored` has its tensors by their content: codes, scales, zeros, shape, index, ..."""
 
     shape: tuple[int, int]
     form: Form
@@ -45,12 +48,12 @@ class PackedWeight(NamedTuple):
 
     @property
     def group_size(self) -> int:
-        """Inputs that share a scale, where codes are kept."""
+        """The inputs that share a scale, where codes are kept."""
         return self.form.group_size or self.shape[1]
 
 
 class PackedWeights(NamedTuple):
-    """What the tensors say, and what is wrong with them, one line each."""
+    """What the tensors say, and the faults in them, one line each."""
 
     weights: dict[str, PackedWeight]  # by name of the weight
     problems: list[str]
@@ -74,26 +77,26 @@ class _Differences:
 
 
 def find_packed(
-    quantization: Quantization | None, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]
+    quantization: Quantization | None, targets: Mapping[str, Target], tensors: Mapping[str, TensorInfo]
 ) -> PackedWeights:
-    """Which of the weights `shapes` (by name on disk) are packed.
+    """The packed ones among the weights `targets`, by name on disk.
 
-    Tensors that say themselves what they are are read whatever config.json says, with a warning where it differs.
-    Raises NotSupported for tensors that scale inputs.
+    Tensors that show their own form are read in it whatever config.json says, with a warning where it differs. Raises
+    NotSupported for tensors that scale inputs.
     """
     weights: dict[str, PackedWeight] = {}
     problems: dict[str, str] = {}
     differences = _Differences()
-    for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
+    for name, (parameter, part) in targets.items():
+        module, shape = part.module, part.shape
         layout, mark = _layout_of(name, shape, tensors)
-        claim = Claim(None, quantization is None) if quantization is None else quantization.claim(module)
+        claim = Claim(None, quantization is None) if quantization is None else quantization.claim(module, parameter)
         if layout is None:
             is_plain = name in tensors and len(shape) == 2 and tensors[name].dtype in _PLAIN_DTYPES
             if claim.form is not None and claim.is_certain and is_plain:
                 differences.add(f"{claim.form.describe()} is asked for {{}}, stored plain", module)
             continue
-        problem = _place_problem(name, shape, layout, tensors[mark], tensors)
+        problem = _place_problem(targets[name], layout, tensors[mark], tensors)
         form = None
         if problem is None:
             form, problem = _form_of(quantization, claim, layout, (shape[0], shape[1]), name, tensors)
@@ -101,7 +104,7 @@ def find_packed(
             matrix = (shape[0], shape[1])
             problem = size_problem(tensors[mark], matrix, form)
             stored = stored_tensors(name, matrix, form, tensors)
-            if (bias := f"{module}.bias") in tensors and bias not in shapes:
+            if (bias := f"{module}.bias") in tensors and bias not in targets:
                 # AutoGPTQ gave every module one; that it is zero is for the values to show.
                 stored["bias"] = Stored(bias, (shape[0],), SCALE_DTYPES)
             weights[name] = PackedWeight(matrix, form, stored)
@@ -111,13 +114,15 @@ def find_packed(
             problems[name] = problem
             weights.pop(name, None)
     differences.tell("config.json" if quantization is None else quantization.where)
-    passed_over = _passed_over(shapes, tensors) if quantization is not None or weights else frozenset()
+    passed_over = _passed_over(targets, tensors) if quantization is not None or weights else frozenset()
     return PackedWeights(weights, list(problems.values()), frozenset(problems), passed_over)
 
 
 def _layout_of(name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo]) -> tuple[str | None, str]:
     """The layout of a weight, and the tensor that shows it; None for a weight that is plain or not there."""
     module = name.removesuffix(".weight")
+    if (mark := f"{module}.{PANELS}") in tensors:
+        return "panels", mark
     scale = tensors.get(f"{module}.weight_scale")
     if (mark := f"{module}.weight_packed") in tensors:
         if tensors[mark].dtype != "U8":
@@ -142,19 +147,17 @@ def _layout_of(name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorIn
     return None, name
 
 
-def _place_problem(
-    name: str, shape: tuple[int, ...], layout: str, mark: TensorInfo, tensors: Mapping[str, TensorInfo]
-) -> str | None:
+def _place_problem(target: Target, layout: str, mark: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str | None:
     """Whether this weight can be packed at all, and is there once."""
-    module = name.removesuffix(".weight")
+    name, module, shape = target.part.name, target.part.module, target.part.shape
     for key in ("pre_quant_scale", "smoother", "input_channel_scale"):
         if f"{module}.{key}" in tensors:
             info = tensors[f"{module}.{key}"]
             raise NotSupported(f"{info.file}: tensor {info.name} scales the inputs of {module}, which is not supported")
     if len(shape) != 2 and layout == "fp8":
         return f"{mark.file}: tensor {name} is {mark.dtype}, but no matrix"
-    is_embedding = name.endswith("embed_tokens.weight") and LAYOUTS[layout].kind == "int"
-    if len(shape) != 2 or not name.endswith(".weight") or is_embedding:
+    is_embedding = target.parameter.kind is Kind.EMBEDDING and LAYOUTS[layout].kind == "int"
+    if len(shape) != 2 or is_embedding:
         return f"{mark.file}: tensor {mark.name}: {module} cannot be packed"
     if mark.name != name and name in tensors:
         plain = tensors[name]
@@ -226,31 +229,32 @@ def _compare(claim: Claim, form: Form, module: str, differences: _Differences) -
         differences.add(f"{claim.form.describe()} is asked for {{}}, stored as {form.describe()}", module)
 
 
-def _passed_over(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
+def _passed_over(targets: Mapping[str, Target], tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     """Tensors that no weight needs, with one warning of those that belong to weights: see scales_of_activations."""
-    modules = {name.removesuffix(".weight") for name in shapes}
+    modules = {target.part.module for target in targets.values()}
     modules |= {module.rpartition(".")[0] for module in modules}
     found, unused = [], []
     for name in tensors:
         module, _, key = name.rpartition(".")
         if key in _ACTIVATION_TENSORS and (module in modules or module.rpartition(".")[0] in modules):
             found.append(name)
-        elif key in _WEIGHT_TENSORS and f"{module}.weight" in shapes:
+        elif key in _WEIGHT_TENSORS and f"{module}.weight" in targets:
             weight = tensors.get(f"{module}.weight")
             if weight is not None and weight.dtype in _PLAIN_DTYPES:
                 unused.append(name)
     if unused:
         place = tensors[unused[0]].file.parent
-        warn(f"{place}: {_count(unused)} passed over: the weights beside them are stored plain")
+        warn(f"{place}: {_count(unused)} ignored: the weights beside them are stored plain")
     return frozenset((*found, *unused))
 
 
 def scales_of_activations(passed_over: frozenset[str]) -> str | None:
-    """What `qnext verify` says of them. Every static folder has them, so loading one does not."""
+    """What `qnext verify` says about scales of activations. Every static folder has them, so loading such a folder says
+    nothing."""
     found = sorted(name for name in passed_over if name.rpartition(".")[2] in _ACTIVATION_TENSORS)
     if not found:
         return None
-    return f"{_count(found)} passed over: activations and the cache are kept finer than they ask for"
+    return f"{_count(found)} ignored: activations and the cache are kept finer than they ask for"
 
 
 def _count(names: list[str]) -> str:
@@ -258,7 +262,7 @@ def _count(names: list[str]) -> str:
 
 
 def packed_problems(packed: PackedWeight, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """One line for each tensor that is missing, of a size that does not fit, or of a wrong dtype."""
+    """One line for each tensor that is missing, or has a wrong size or dtype."""
     codes = tensors.get(packed.stored["codes"].name)
     for kind, wanted in packed.stored.items():
         info = tensors.get(wanted.name)

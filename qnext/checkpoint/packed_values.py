@@ -1,4 +1,4 @@
-"""The numbers of packed weights: are they sound, and what do they stand for?
+"""The numbers of packed weights: checking them, and computing what they stand for.
 
 Legend: F outputs, D inputs, G groups of inputs.
 """
@@ -25,6 +25,7 @@ from qnext.quant.formats import (
     from_gptq,
     from_int_quantized,
     from_pack_quantized,
+    from_panels,
     unpack_codes,
 )
 
@@ -37,9 +38,9 @@ _MAX_STATE_BYTES = 10_000
 def packed_problem(
     packed: PackedWeight, kind: str, files: TensorFiles, info: TensorInfo, *, check_finite: bool = True
 ) -> str | None:
-    """What is wrong with the numbers of one tensor of a packed weight, without its name.
+    """The fault in the numbers of one tensor of a packed weight, without the tensor's name, or None.
 
-    Without `check_finite` only what would change what others stand for.
+    Without `check_finite` it reports only faults that would change what other numbers stand for.
     """
     wanted = packed.stored[kind]
     if info.shape != wanted.shape or info.dtype not in wanted.dtypes:
@@ -118,6 +119,8 @@ def _zeros_problem(packed: PackedWeight, tensor: Tensor) -> str | None:
     form = packed.form
     middle = 2 ** (form.bits - 1)
     problem = _range_problem(packed, tensor)
+    if form.layout == "panels" and tensor.numel() and int(tensor.max()) >= 2**form.bits:
+        problem = f"holds zeros beyond {form.bits} bits"
     if problem is not None or not form.is_symmetric:
         return problem
     num_outputs = packed.shape[0]
@@ -179,13 +182,15 @@ def is_in_order(packed: PackedWeight, files: TensorFiles) -> bool:
 
 
 def read_packed(packed: PackedWeight, files: TensorFiles) -> QuantizedWeight:
-    """Codes of a weight [F, D] whose headers and values were checked.
+    """The codes of a weight [F, D] whose headers and values were checked.
 
-    Of a weight that is not `is_in_order` the groups belong to other inputs than those in their place.
+    For a weight that is not `is_in_order`, the groups belong to other inputs than their position says.
     """
     form = packed.form
     codes_name = packed.stored["codes"].name
     scales, zeros = _scales_and_zeros(packed, files)
+    if form.layout == "panels":
+        return from_panels(files.read(codes_name), scales, zeros, num_inputs=packed.shape[1], bits=form.bits)
     if form.layout == "awq":
         assert zeros is not None
         return from_awq(files.read(codes_name), zeros, scales)
@@ -195,12 +200,12 @@ def read_packed(packed: PackedWeight, files: TensorFiles) -> QuantizedWeight:
 
 
 def packed_blocks(packed: PackedWeight, files: TensorFiles) -> Iterator[tuple[int, QuantizedWeight]]:
-    """What read_packed gives, in blocks of rows, each with the number of its first row, a multiple of 64.
+    """The result of read_packed in blocks of rows, each with the number of its first row, a multiple of 64.
 
-    Where the codes lie by rows, no more of them than one block is in memory.
+    Where the codes are stored by rows, only one block of them is in memory.
     """
     codes = files.tensors[packed.stored["codes"].name]
-    if packed.form.layout in ("awq", "gptq", "gptq_v2"):
+    if packed.form.layout in ("awq", "gptq", "gptq_v2", "panels"):
         weight = read_packed(packed, files)
         for first, end in _blocks(weight.shape[0], weight.codes.shape[1]):
             rows = slice(first, end)

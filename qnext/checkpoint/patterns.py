@@ -1,6 +1,6 @@
-"""Module names and patterns that a quantization_config lists. No torch.
+"""Module names and patterns in a quantization_config. No torch.
 
-A pattern comes from a file that nobody vouches for, so one that could take exponential time is refused.
+The patterns come from an untrusted file, so a pattern that could take exponential time is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PatternError(ValueError):
 
 
 class ModuleNames:
-    """Exact names, and patterns that match from the beginning of a name, as compressed-tensors and GPTQModel do."""
+    """Exact names, and patterns that match from the beginning of a name, as in compressed-tensors and GPTQModel."""
 
     def __init__(self, names: Iterable[str], patterns: Iterable[str]) -> None:
         self.names = frozenset(_canonical(name) for name in names)
@@ -45,7 +45,7 @@ class ModuleNames:
 
 
 class NamePieces:
-    """Names that stand for every module on whose path they lie, at whole pieces: mlp.gate is not mlp.gate_proj."""
+    """Names that mean every module whose path contains them, in whole pieces: mlp.gate does not match mlp.gate_proj."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(tuple(_canonical(name).strip(".").split(".")) for name in names)
@@ -58,7 +58,7 @@ class NamePieces:
 
 
 class OtherModules:
-    """Every module whose name contains `within` and that `inside` does not hold."""
+    """Every module whose name contains `within` and that `inside` does not match."""
 
     def __init__(self, inside: Container[str], *, within: str) -> None:
         self._inside = inside
@@ -70,7 +70,7 @@ class OtherModules:
 
 
 def module_names(names: Iterable[str]) -> ModuleNames:
-    """Names as compressed-tensors writes them: a pattern has the prefix re:."""
+    """Names in the form of compressed-tensors: a pattern has the prefix re:."""
     listed = list(names)
     return ModuleNames(
         (name for name in listed if not name.startswith("re:")), (name[3:] for name in listed if name.startswith("re:"))
@@ -78,7 +78,7 @@ def module_names(names: Iterable[str]) -> ModuleNames:
 
 
 def searched(pattern: str) -> ModuleNames:
-    """A pattern that may be found anywhere in a name."""
+    """A pattern that may match anywhere in a name."""
     return ModuleNames((), [pattern if pattern.startswith(("^", ".*")) else f".*{pattern}"])
 
 

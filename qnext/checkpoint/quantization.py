@@ -1,6 +1,7 @@
-"""Which quantisation a folder declares, and where: the first of several files and keys that says anything. No torch.
+"""Which quantisation a folder declares, and where. Of several files and keys the first that says anything counts. No
+torch.
 
-Known methods, and those that are known not to be read, stand in `qnext.checkpoint.formats.forms`.
+The tables of known methods, and of those that are known but not read, are in `qnext.checkpoint.formats.forms`.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qnext.checkpoint.formats.block import Block, list_unknown, shown
+from qnext.checkpoint.formats.block import ConfigBlock, list_unknown, shown
 from qnext.checkpoint.formats.compressed_tensors import read_compressed_tensors
 from qnext.checkpoint.formats.floats import read_bitsandbytes, read_fp8, read_modelopt
 from qnext.checkpoint.formats.forms import ALIASES, METHODS, NOT_READ, Quantization
 from qnext.checkpoint.formats.gptq import read_auto_round, read_awq, read_gptq
+from qnext.checkpoint.formats.records import METHOD, REST, read_records
 from qnext.checkpoint.header import load_json
 from qnext.checkpoint.patterns import PatternError
 from qnext.config.bounded import read_bounded
@@ -28,6 +30,7 @@ _READERS = {
     "awq": read_awq,
     "auto-round": read_auto_round,
     "bitsandbytes": read_bitsandbytes,
+    METHOD: read_records,
 }
 assert _READERS.keys() == METHODS.keys()
 # Files beside config.json, asked where that is silent, and the method that they mean if they name none.
@@ -40,17 +43,17 @@ _SIDE_FILES = {
 
 
 def read_quantization(folder: Path) -> Quantization | None:
-    """What a folder declares, or None.
+    """The quantisation that a folder declares, or None.
 
-    NotSupported names a method or value that is not implemented, ConfigError a damaged one. Keys that are not known
-    are named in one warning.
+    NotSupported names a method or value that is not implemented, ConfigError a damaged one. One warning names all
+    unknown keys.
     """
     found = _find_block(folder)
     if found is None:
         return None
     block, method = found
     try:
-        quantization = _READERS[method](block)
+        quantization = _read(block, method)
     except PatternError as error:
         raise ConfigError(f"{block.where}: {error}") from None
     unknown = list_unknown(block)
@@ -59,7 +62,18 @@ def read_quantization(folder: Path) -> Quantization | None:
     return quantization
 
 
-def _find_block(folder: Path) -> tuple[Block, str] | None:
+def _read(block: ConfigBlock, method: str) -> Quantization:
+    quantization = _READERS[method](block)
+    if method != METHOD or block.get(REST) is None:
+        return quantization
+    rest = block.block(REST)
+    inner = _method(rest, None)
+    if inner == METHOD:
+        raise rest.error("quant_method", f"{METHOD} within {METHOD}")
+    return quantization._replace(method=inner, rules=(*quantization.rules, *_READERS[inner](rest).rules))
+
+
+def _find_block(folder: Path) -> tuple[ConfigBlock, str] | None:
     path = folder / "config.json"
     config = load_json(read_bounded(path), path)
     declared = config.get("quantization_config")
@@ -68,13 +82,13 @@ def _find_block(folder: Path) -> tuple[Block, str] | None:
     for key in ("quantization_config", "compression_config"):
         values = config.get(key)
         if values is not None and values != {}:
-            block = Block(values, f"{path}: {key}")
+            block = ConfigBlock(values, f"{path}: {key}")
             if key == "compression_config" and isinstance(values.get("quantization_config"), dict):
                 block = block.block("quantization_config")
             return block, _method(block, "compressed-tensors" if key == "compression_config" else None)
     text = config.get("text_config")
     if isinstance(text, dict) and isinstance(text.get("quantization_config"), dict):
-        block = Block(text["quantization_config"], f"{path}: text_config.quantization_config")
+        block = ConfigBlock(text["quantization_config"], f"{path}: text_config.quantization_config")
         return block, _method(block, None)
     for name, method in _SIDE_FILES.items():
         path = folder / name
@@ -82,12 +96,12 @@ def _find_block(folder: Path) -> tuple[Block, str] | None:
             values = load_json(read_bounded(path), path)
             inner: Any = values.get("quantization")
             is_inner = method == "modelopt" and isinstance(inner, dict)
-            block = Block(inner, f"{path}: quantization") if is_inner else Block(values, str(path))
+            block = ConfigBlock(inner, f"{path}: quantization") if is_inner else ConfigBlock(values, str(path))
             return block, _method(block, method)
     return None
 
 
-def _method(block: Block, default: str | None) -> str:
+def _method(block: ConfigBlock, default: str | None) -> str:
     """The method in the one spelling that the tables use."""
     value = block.get("quant_method")
     if value is None:
@@ -102,7 +116,7 @@ def _method(block: Block, default: str | None) -> str:
     raise block.not_supported("quant_method", f"{shown(value)!r} is not supported{reason}; {_what_is_read()}")
 
 
-def _implied_method(block: Block) -> str:
+def _implied_method(block: ConfigBlock) -> str:
     """Blocks without quant_method that have a key which only one program writes."""
     for key, method in (
         ("load_in_4bit", "bitsandbytes"),

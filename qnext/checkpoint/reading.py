@@ -1,86 +1,110 @@
-"""Bytes of a checkpoint's files, read into memory of our own.
+"""Reads the bytes of a checkpoint's files into memory of its own.
 
-Nothing is mapped: a file on a failing disk, or one that another process cuts while it is read, ends a process that
-has mapped it by SIGBUS. A read that comes back short is an error with a name.
+Nothing is mapped. A failing disk, or another process that cuts a file while it is read, would end a process with a
+mapped file by SIGBUS. A read that returns too few bytes is an error that names the file.
 """
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from threading import Lock
 
 import torch
 from torch import Tensor
 
-from qnext.checkpoint.header import TensorInfo, read_header
+from qnext.checkpoint.header import FileState, TensorInfo, read_header
 from qnext.errors import CorruptCheckpoint
 
 TORCH_DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "BOOL": torch.bool,
-}  # fmt: skip
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
 _MOST_OPEN = 64  # a folder may have more shards than a process may open files
 _MOST_AT_ONCE = 16 << 20  # bytes of one call, between two of which a signal is handled
 
 
-class _State(NamedTuple):
-    """What changes when a file is written to, or when another takes its name."""
-
-    device: int
-    inode: int
-    num_bytes: int
-    written_ns: int
-
-
 class FileReader:
-    """Reads ranges of files that must stay what they were when the reader was made.
+    """Reads ranges of files that must not change after their headers were read. Any thread may read.
 
-    Descriptors are opened when they are needed, the last few are kept, and all are closed by `close`.
+    Descriptors are opened when they are needed. The last few are kept open, and `close` closes all.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._states = {path: _state(os.stat(path)) for path in paths}
+    def __init__(self, states: Mapping[Path, FileState]) -> None:
+        self._states = states
         self._open: OrderedDict[Path, int] = OrderedDict()
+        self._lock = Lock()  # of the descriptors
 
     def read_into(self, info: TensorInfo, start: int, bytes_B: Tensor) -> None:
         """Fill a contiguous uint8 tensor with the bytes of the file of `info` from `start` on.
 
-        Raises CorruptCheckpoint naming file and tensor where the file ends sooner, changed, or cannot be read.
+        Raises CorruptCheckpoint naming file and tensor where the file ends too early, changed, or cannot be read.
         """
         view = bytes_B.numpy().data
         try:
-            descriptor = self._descriptor(info.file)
-            done = 0
-            while done < len(view):
-                count = os.preadv(descriptor, [view[done : done + _MOST_AT_ONCE]], start + done)
-                if count == 0:
-                    size = os.fstat(descriptor).st_size
-                    raise CorruptCheckpoint(
-                        f"{info.file}: truncated while tensor {info.name} was read ({size} of {info.end} bytes)"
-                    )
-                done += count
+            with self._own_descriptor(info.file) as descriptor:
+                done = 0
+                while done < len(view):
+                    count = os.preadv(descriptor, [view[done : done + _MOST_AT_ONCE]], start + done)
+                    if count == 0:
+                        size = os.fstat(descriptor).st_size
+                        raise CorruptCheckpoint(
+                            f"{info.file}: truncated while tensor {info.name} was read ({size} of {info.end} bytes)"
+                        )
+                    done += count
         except OSError as error:
             raise CorruptCheckpoint(f"{info.file}: tensor {info.name} cannot be read: {error.strerror}") from None
 
     def expect(self, info: TensorInfo) -> None:
-        """Have the system begin to read a tensor that is wanted soon."""
+        """Have the system begin to read a tensor that will be needed soon."""
         if info.num_bytes and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor(info.file), info.start, info.num_bytes, os.POSIX_FADV_WILLNEED)
+            with self._own_descriptor(info.file) as descriptor:
+                os.posix_fadvise(descriptor, info.start, info.num_bytes, os.POSIX_FADV_WILLNEED)
 
     def check(self) -> None:
-        """Raise CorruptCheckpoint where a file was written to since the reader was made, though no read came short."""
+        """Raise CorruptCheckpoint where a file was written to since its header was read, although no read returned too
+        few bytes."""
         for path, descriptor in self._open.items():
             self._check(path, descriptor)
+
+    def release(self, path: Path) -> None:
+        """Close a file that nobody reads, with the same check."""
+        with self._lock:
+            descriptor = self._open.pop(path, None)
+        if descriptor is not None:
+            try:
+                self._check(path, descriptor)
+            finally:
+                os.close(descriptor)
 
     def close(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
+
+    @contextmanager
+    def _own_descriptor(self, path: Path) -> Iterator[int]:
+        """A descriptor of the caller's own: another thread may close the one that is kept."""
+        with self._lock:
+            descriptor = os.dup(self._descriptor(path))
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _descriptor(self, path: Path) -> int:
         if path in self._open:
@@ -97,16 +121,16 @@ class FileReader:
         return self._open[path]
 
     def _check(self, path: Path, descriptor: int) -> None:
-        now, then = _state(os.fstat(descriptor)), self._states[path]
+        now, then = FileState.of(os.fstat(descriptor)), self._states[path]
         # A file that became shorter is told by the tensor that is cut.
         if now != then and now.num_bytes >= then.num_bytes:
             raise CorruptCheckpoint(f"{path}: changed while it was read; is it being written?")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file of our own. Raises CorruptCheckpoint as read_header and FileReader do."""
+    """All tensors of a safetensors file that qnext wrote. Raises CorruptCheckpoint as read_header and FileReader do."""
     infos = read_header(path, any_name=True)
-    reader = FileReader([path])
+    reader = FileReader({path: FileState.of(path.stat())})
     try:
         tensors = {name: torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype]) for name, info in infos.items()}
         for name, info in infos.items():
@@ -120,7 +144,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def as_bytes(tensor: Tensor) -> Tensor:
     """The bytes [B] of a contiguous tensor."""
     return tensor.detach().view(-1).view(torch.uint8)
-
-
-def _state(result: os.stat_result) -> _State:
-    return _State(result.st_dev, result.st_ino, result.st_size, result.st_mtime_ns)

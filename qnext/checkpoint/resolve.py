@@ -1,4 +1,4 @@
-"""What a user calls a model becomes a folder."""
+"""Finds the folder of a model by the name that a user gives."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def resolve_model(name: str | Path) -> Path:
 
 
 def resolve_folder(name: str | Path) -> Path:
-    """As resolve_model, whatever the folder holds."""
+    """The same as resolve_model, whatever the folder holds."""
     path = Path(name).expanduser()
     text = str(name)
     if path.is_dir() and text:

@@ -1,4 +1,4 @@
-"""A model becomes a Hugging Face folder, whole or not at all."""
+"""A model to a Hugging Face folder, which appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ from qnext.checkpoint.files import DTYPE_NAMES, MAX_SHARD_BYTES, ShardWriter, Te
 from qnext.checkpoint.names import disk_parts
 from qnext.config import ModelConfig, to_hf
 from qnext.errors import UsageError
-from qnext.model import CausalLM
-from qnext.ops import PanelWeight, QuantizedWeight
-from qnext.planning import parameter_shapes
+from qnext.model import CausalLM, named_weights
+from qnext.planning import list_parameters
 
 # What belongs to a tokenizer in a model folder; everything else of `tokenizer_folder` stays where it is.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
+)
 
 
 @torch.no_grad()
@@ -31,27 +37,27 @@ def save_model(
     model: CausalLM,
     folder: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     tokenizer_folder: str | Path | None = None,
     generation_config: Mapping[str, Any] | None = None,
     readme: str | None = None,
 ) -> None:
-    """Write a folder that load_model and transformers read; MTP tensors are included.
+    """Write a folder that load_model and transformers read. MTP tensors are included.
 
-    `dtype` None keeps each parameter's own. Tokenizer files are copied from `tokenizer_folder`.
-    `generation_config` None means: the file of `tokenizer_folder`, or the token ids of the configuration. `readme` is
-    the text of its README.md.
-    Raises UsageError for a model with quantised weights, and when `folder` exists and is not empty, unless `overwrite`
-    is set and it holds a config.json.
+    `dtype` is of all, or of each by its name; None keeps the dtype of each parameter. Tokenizer files are copied from
+    `tokenizer_folder`. `generation_config` None means the file of `tokenizer_folder`, or the token ids of the
+    configuration. `readme` is the text of README.md. Raises UsageError for a model with quantised weights, and when
+    `folder` exists and is not empty, unless `overwrite` is set and it holds a config.json.
     """
     parameters = dict(model.named_parameters())
-    shapes = parameter_shapes(model.config)
-    if any(isinstance(value, QuantizedWeight | PanelWeight) for m in model.modules() for value in vars(m).values()):
+    infos = list_parameters(model.config)
+    if any(named_weights(model)):
         raise UsageError(f"{folder}: a model with quantised weights is not saved; load it with dequantize=True")
-    assert shapes.keys() == parameters.keys(), shapes.keys() ^ parameters.keys()
-    dtypes = {name: dtype or parameters[name].dtype for name in shapes}
+    assert infos.keys() == parameters.keys(), infos.keys() ^ parameters.keys()
+    given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(infos, dtype)
+    dtypes = {name: given[name] or parameters[name].dtype for name in infos}
     with new_folder(folder, overwrite=overwrite) as temporary:
         write_config(temporary, model.config, dtype=dtypes["model.embed_tokens.weight"])
         write_side_files(temporary, model.config, tokenizer_folder, generation_config)
@@ -59,8 +65,8 @@ def save_model(
             files.write_inside(temporary / "README.md", readme)
         writer = ShardWriter(temporary, disk_plan(model.config, dtypes), max_shard_bytes=max_shard_bytes)
         try:
-            for name, shape in shapes.items():
-                for part in disk_parts(name, shape):
+            for name, info in infos.items():
+                for part in disk_parts(info):
                     writer.write(part.name, parameters[name][part.place].to(dtypes[name]))
             writer.finish()
         finally:
@@ -68,11 +74,11 @@ def save_model(
 
 
 def disk_plan(config: ModelConfig, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> dict[str, TensorSpec]:
-    """What ShardWriter needs to know; `dtypes` by parameter name."""
+    """The plan for ShardWriter. `dtypes` are given by parameter name."""
     return {
         part.name: TensorSpec(dtypes if isinstance(dtypes, torch.dtype) else dtypes[name], part.shape)
-        for name, shape in parameter_shapes(config).items()
-        for part in disk_parts(name, shape)
+        for name, info in list_parameters(config).items()
+        for part in disk_parts(info)
     }
 
 
@@ -80,7 +86,21 @@ def disk_plan(config: ModelConfig, dtypes: Mapping[str, torch.dtype] | torch.dty
 def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """As files.new_folder. Raises UsageError for a folder that is not empty, unless it may be overwritten and holds a
     model."""
-    target = Path(folder)
+    _check_place(Path(folder), overwrite=overwrite)
+    with files.new_folder(folder) as temporary:
+        yield temporary
+
+
+@contextmanager
+def unfinished_folder(folder: str | Path) -> Iterator[files.Unfinished]:
+    """As files.unfinished_folder. Raises UsageError for a folder that is not empty."""
+    files.remove_finished(folder)
+    _check_place(Path(folder), overwrite=False)
+    with files.unfinished_folder(folder) as work:
+        yield work
+
+
+def _check_place(target: Path, *, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target}: exists and is no folder")
     if target.exists() and any(target.iterdir()):
@@ -88,8 +108,6 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
             raise UsageError(f"{target}: exists and is not empty")
         if not (target / "config.json").is_file():
             raise UsageError(f"{target}: holds no model, so it is not overwritten")
-    with files.new_folder(folder) as temporary:
-        yield temporary
 
 
 def write_config(folder: Path, config: ModelConfig, *, dtype: torch.dtype) -> None:
@@ -110,7 +128,7 @@ def write_side_files(
     tokenizer_folder: str | Path | None,
     generation_config: Mapping[str, Any] | None,
 ) -> None:
-    """Tokenizer files and generation_config.json; see save_model."""
+    """Write tokenizer files and generation_config.json; see save_model."""
     source = None if tokenizer_folder is None else Path(tokenizer_folder)
     if source is not None:
         if not has_tokenizer(source):

@@ -1,4 +1,4 @@
-"""Sizes that tensors show by their names and shapes, for what a config.json leaves out. No torch."""
+"""Sizes that the names and shapes of tensors show, for keys that a config.json leaves out. No torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _CHUNK = 1 << 20
 
 
 def sizes_of(tensors: Mapping[str, TensorInfo], *, is_tied: bool) -> dict[str, Any]:
-    """Values of config.json's keys, those alone that the tensors of a folder decide.
+    """Values of those keys of config.json that the tensors of a folder decide.
 
-    `is_tied` is what config.json says of the head: only then two written matrices are compared, number by number.
+    `is_tied` is what config.json says about the head. Only where it is true are embedding and head compared, number by
+    number.
     """
     layers: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, info in tensors.items():

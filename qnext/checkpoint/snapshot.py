@@ -28,7 +28,7 @@ _PREFIX, _STATE = "step-", "state.json"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is saved and what comes back: named collections of tensors and a JSON object."""
+    """The content of a snapshot: named collections of tensors and a JSON object."""
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -36,12 +36,12 @@ class Snapshot:
 
 
 def save_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
-    """Write `snapshot` under `folder`, then drop all but the newest `keep`; returns the new snapshot's path.
+    """Write `snapshot` under `folder`, then delete all but the newest `keep`. Returns the path of the new snapshot.
 
-    The data is on disk before the folder gets its name, and an old one loses its name before its data, so a crash
-    leaves whole snapshots only. Those of later steps, which a run that went back will come to again, are left alone.
-    Raises OSError and DiskFull where the snapshot cannot be written; the earlier ones are there then. One that cannot
-    be deleted is no error.
+    The data is on disk before the folder gets its name, and a deleted snapshot loses its name before its data. So a
+    crash leaves only complete snapshots. Snapshots of later steps are not deleted: a run that went back will reach
+    these steps again. Raises OSError and DiskFull where the snapshot cannot be written; the earlier ones still exist
+    then. A snapshot that cannot be deleted is no error.
     """
     assert keep >= 1
     remove_partials(folder)
@@ -70,9 +70,10 @@ def list_snapshots(folder: Path) -> list[Path]:
 
 
 def newest_snapshot(folder: Path) -> tuple[Path, Snapshot] | None:
-    """The newest snapshot under `folder` that is whole, with one warning for each damaged one that is newer.
+    """The newest complete snapshot under `folder`, with one warning for each newer one that is damaged.
 
-    None where there is no snapshot. Raises CorruptCheckpoint naming what is damaged in the newest where none is whole.
+    None where there is no snapshot. Where none is complete, raises CorruptCheckpoint naming what is damaged in the
+    newest.
     """
     damaged: list[CorruptCheckpoint] = []
     for path in reversed(list_snapshots(folder)):
@@ -114,7 +115,8 @@ def _load(path: Path) -> Snapshot:
 
 
 def load_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy `weights` into `parameters` in place; CorruptCheckpoint names what is missing, left over or misshapen."""
+    """Copy `weights` into `parameters` in place. CorruptCheckpoint names what is missing, surplus or of a wrong
+    shape."""
     for name in parameters.keys() ^ weights.keys():
         where = "is missing from" if name in parameters else "is unknown to the model but in"
         raise CorruptCheckpoint(f"tensor {name} {where} {source}")

@@ -1,4 +1,4 @@
-"""The tensors that a packed weight consists of: names, sizes and dtypes, from headers alone. No torch.
+"""The tensors that make up a packed weight: names, sizes and dtypes, from headers alone. No torch.
 
 Sources are those of `qnext.checkpoint.formats` and, for bitsandbytes, bitsandbytes/functional.py (QuantState).
 
@@ -14,6 +14,8 @@ from typing import NamedTuple
 from qnext.checkpoint.formats.forms import Form
 from qnext.checkpoint.header import ITEM_SIZES, TensorInfo
 from qnext.checkpoint.names import scale_name as official_scale_name
+from qnext.checkpoint.records import PANELS, SCALES, ZEROS
+from qnext.planning.expert_records import PANEL
 
 FP8_BLOCK = 128
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
@@ -23,7 +25,7 @@ _ONE = ((1,), (), (1, 1))
 
 
 class Stored(NamedTuple):
-    """One tensor of a packed weight as it must lie on disk."""
+    """One tensor of a packed weight in the form that it must have on disk."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,7 +33,8 @@ class Stored(NamedTuple):
 
 
 def scale_name(name: str, tensors: Mapping[str, TensorInfo]) -> str:
-    """The scales of the FP8 weight `name`: weight_scale_inv in the official form, elsewhere weight_scale."""
+    """The name of the scales of the FP8 weight `name`: weight_scale_inv in the official form, weight_scale
+    elsewhere."""
     official = official_scale_name(name)
     return name + "_scale" if official not in tensors and name + "_scale" in tensors else official
 
@@ -39,9 +42,9 @@ def scale_name(name: str, tensors: Mapping[str, TensorInfo]) -> str:
 def choose_fp8_block(
     info: TensorInfo, shape: tuple[int, int], claimed: tuple[int, int] | None, tensors: Mapping[str, TensorInfo]
 ) -> tuple[Form, str | None]:
-    """The form of an FP8 weight by the shape of its scales; `claimed` where several block sizes would fit.
+    """The form of an FP8 weight, from the shape of its scales. `claimed` decides where several block sizes would fit.
 
-    Scales in other shapes than those of one scale, a column, or a grid, give a line that says what is wrong.
+    The scales are one number, a column, or a grid. For other shapes the result is a line that says what is wrong.
     """
     scales = tensors.get(scale_name(info.name, tensors))
     if scales is None:
@@ -73,7 +76,7 @@ def _grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
 
 
 def size_problem(info: TensorInfo, shape: tuple[int, int], form: Form) -> str | None:
-    """Whether a matrix can be packed so, before its tensors are looked at."""
+    """Whether a matrix of this size can be packed in this form, before its tensors are examined."""
     num_outputs, num_inputs = shape
     if form.layout == "fp8" or form.layout.startswith("bnb-"):
         return None
@@ -93,8 +96,8 @@ def size_problem(info: TensorInfo, shape: tuple[int, int], form: Form) -> str | 
 def stored_tensors(
     name: str, shape: tuple[int, int], form: Form, tensors: Mapping[str, TensorInfo]
 ) -> dict[str, Stored]:
-    """By what a tensor holds. Of shapes that stand for the same the one that is there is asked for."""
-    parts = _Parts(name, shape, tensors)
+    """The tensors by their content. Where several shapes have the same meaning, the shape that exists is required."""
+    parts = _ModuleTensors(name, shape, tensors)
     if form.layout == "fp8":
         return _fp8(parts, form)
     if form.layout.startswith("bnb-"):
@@ -103,10 +106,12 @@ def stored_tensors(
         return _fp4(parts, form)
     if form.layout in ("pack-quantized", "int-quantized"):
         return _compressed_tensors(parts, form)
+    if form.layout == "panels":
+        return _panels(parts, form)
     return _words(parts, form)
 
 
-class _Parts:
+class _ModuleTensors:
     """Makes `Stored` for the tensors of one module."""
 
     def __init__(self, name: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> None:
@@ -127,7 +132,7 @@ class _Parts:
         return Stored(name, info.shape if info is not None and info.shape in shapes else shapes[0], dtypes)
 
 
-def _fp8(parts: _Parts, form: Form) -> dict[str, Stored]:
+def _fp8(parts: _ModuleTensors, form: Form) -> dict[str, Stored]:
     outputs = parts.shape[0]
     block = form.block or (FP8_BLOCK, FP8_BLOCK)
     if block == (0, 0):
@@ -144,7 +149,7 @@ def _fp8(parts: _Parts, form: Form) -> dict[str, Stored]:
     }
 
 
-def _fp4(parts: _Parts, form: Form) -> dict[str, Stored]:
+def _fp4(parts: _ModuleTensors, form: Form) -> dict[str, Stored]:
     outputs, inputs = parts.shape
     assert form.group_size is not None
     scales = (outputs, inputs // form.group_size)
@@ -162,7 +167,7 @@ def _fp4(parts: _Parts, form: Form) -> dict[str, Stored]:
     }
 
 
-def _bitsandbytes(parts: _Parts, form: Form) -> dict[str, Stored]:
+def _bitsandbytes(parts: _ModuleTensors, form: Form) -> dict[str, Stored]:
     name, tensors = parts.name, parts.tensors
     if form.layout == "bnb-int8":
         outputs = parts.shape[0]
@@ -194,7 +199,7 @@ def _bitsandbytes(parts: _Parts, form: Form) -> dict[str, Stored]:
     return stored
 
 
-def _compressed_tensors(parts: _Parts, form: Form) -> dict[str, Stored]:
+def _compressed_tensors(parts: _ModuleTensors, form: Form) -> dict[str, Stored]:
     outputs, inputs = parts.shape
     groups = inputs // (form.group_size or inputs)
     one_scale = (((outputs, 1), (outputs,), *_ONE)) if groups == 1 else ((outputs, groups),)
@@ -215,7 +220,20 @@ def _compressed_tensors(parts: _Parts, form: Form) -> dict[str, Stored]:
     return stored
 
 
-def _words(parts: _Parts, form: Form) -> dict[str, Stored]:
+def _panels(parts: _ModuleTensors, form: Form) -> dict[str, Stored]:
+    outputs, inputs = parts.shape
+    assert form.group_size is not None
+    scales = (outputs // PANEL, inputs // form.group_size, PANEL)
+    stored = {
+        "codes": parts.of(PANELS, ("U8",), (outputs // PANEL, PANEL * inputs * form.bits // 8)),
+        "scales": parts.of(SCALES, SCALE_DTYPES, scales),
+    }
+    if not form.is_symmetric:
+        stored["zeros"] = parts.of(ZEROS, ("U8",), scales)
+    return stored
+
+
+def _words(parts: _ModuleTensors, form: Form) -> dict[str, Stored]:
     """AWQ and GPTQ."""
     outputs, inputs = parts.shape
     groups = inputs // (form.group_size or inputs)

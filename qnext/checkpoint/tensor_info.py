@@ -1,4 +1,4 @@
-"""Where a tensor lies, as headers say it. No torch."""
+"""Where a tensor lies, according to the headers. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class TensorInfo(NamedTuple):
-    """Where one tensor lies: bytes [start, end) of `file`, counted from the file's beginning."""
+    """Where one tensor lies: bytes [start, end) of `file`, counted from the beginning of the file."""
 
     name: str
     dtype: str

@@ -1,4 +1,4 @@
-"""Writing beside computing: tensors go to a ShardWriter on a thread of its own."""
+"""Writes while the caller computes: tensors go to a ShardWriter on a thread of its own."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MAX_WAITING_BYTES = 64 << 20
 
 
 class WriteBehind:
-    """What ShardWriter is, but `write` returns while the tensor waits, which must not change any more.
+    """The interface of ShardWriter, but `write` returns while the tensor waits. The tensor must not change any more.
 
-    At most 64 MiB wait, or one tensor that is larger; then `write` waits too. What went wrong is raised by a later
-    call, `finish` at the latest.
+    At most 64 MiB wait, or one larger tensor; then `write` waits too. A later call raises what went wrong, `finish` at
+    the latest.
     """
 
     def __init__(self, writer: ShardWriter) -> None:
@@ -28,10 +28,10 @@ class WriteBehind:
         self._lock = Lock()  # of the writer
         self._is_closed = False
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor, *, row: int | None = None) -> None:
         while self._waiting and (self._waiting[0][0].done() or self._num_bytes + tensor.nbytes > _MAX_WAITING_BYTES):
             self._wait_for_one()
-        self._waiting.append((self._thread.submit(self._write, name, tensor), tensor.nbytes))
+        self._waiting.append((self._thread.submit(self._write, name, tensor, row), tensor.nbytes))
         self._num_bytes += tensor.nbytes
 
     def _wait_for_one(self) -> None:
@@ -39,13 +39,21 @@ class WriteBehind:
         self._num_bytes -= num_bytes
         future.result()
 
+    def sync(self) -> None:
+        """All that was given is on the disk when it returns."""
+        self._wait_for_all()
+        self._writer.sync()
+
     def finish(self) -> None:
-        while self._waiting:
-            self._wait_for_one()
+        self._wait_for_all()
         self._writer.finish()
 
+    def _wait_for_all(self) -> None:
+        while self._waiting:
+            self._wait_for_one()
+
     def close(self) -> None:
-        """Nothing is written any more when it returns, nor when a signal comes meanwhile and it raises."""
+        """Stop writing. Nothing is written after it returns, nor after it raises because of a signal."""
         try:
             self._close()
         finally:
@@ -58,7 +66,7 @@ class WriteBehind:
             self._is_closed = True
             self._writer.close()
 
-    def _write(self, name: str, tensor: Tensor) -> None:
+    def _write(self, name: str, tensor: Tensor, row: int | None) -> None:
         with self._lock:
             if not self._is_closed:
-                self._writer.write(name, tensor)
+                self._writer.write(name, tensor, row=row)

@@ -1,4 +1,10 @@
-"""The command line: one file per verb. A verb's module is imported only when it is called."""
+"""The command line: one file per verb, which parses, calls and prints. Nothing else lives here.
+
+May touch everything, and nobody imports from here. A new verb is a file with a `command` and a line of `VERBS`; flags
+that belong together are a record (parsing/records.py) in `flags`, what people see is in `terminal`, and what is not
+about the terminal belongs to another room. A verb's module is imported only when it is called, and what is heavy
+inside its functions.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +14,8 @@ import signal
 import sys
 import warnings
 
-from qnext import __version__
 from qnext.interrupts import Ending, Terminated
+from qnext.version import __version__
 
 TYPE_CHECKING = False  # as in typing, whose import would leave Ctrl-C without a handler for longer
 if TYPE_CHECKING:
@@ -22,6 +28,7 @@ VERBS = {
     "init": "make a model folder with random weights",
     "pull": "download a model from the Hugging Face hub",
     "inspect": "parameters by part, active parameters, dtypes, shapes",
+    "plan": "what fits into memory, and how fast it will be, before anything is loaded",
     "verify": "check every tensor of a model folder",
     "logits": "token ids in, logits to a .npy file",
     "generate": "complete a prompt",
@@ -29,12 +36,16 @@ VERBS = {
     "serve": "a model behind OpenAI's and Anthropic's APIs, with a page",
     "run-batch": "answer a file of requests, here or by a running server",
     "train": "train by a recipe",
+    "train-sft": "teach a model to answer as your chats do, as `qnext train sft`",
+    "train-dpo": "teach a model to prefer the better of two answers, as `qnext train dpo`",
     "eval": "bits per byte on text files",
     "quantize": "a model folder in four or eight bits, and what that cost",
     "bench": "speed, loading and memory, beside peers and the limits of the machine",
     "bench-serve": "a load on a running server, as `qnext bench serve`",
     "convert": "a model folder to GGUF, for llama.cpp, and back",
+    "merge": "a LoRA adapter becomes part of a model folder",
     "keys": "API keys of a server: create, list, show, revoke, rotate",
+    "audit": "whether the audit log of a server is whole",
     "experts": "which experts a text goes to, and what quantisation changed of that",
     "doctor": "what the machine and a model offer, and what is in the way",
     "completion": "a script that completes verbs, flags and models in bash, zsh or fish",
@@ -145,7 +156,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(__version__)
         return 0
     if arguments[0].startswith("--help="):
-        from qnext.cli._help import print_matching_everywhere
+        from qnext.cli.parsing.help import print_matching_everywhere
 
         print_matching_everywhere(list(VERBS), click_command, arguments[0].partition("=")[2])
         return 0
@@ -181,16 +192,17 @@ def click_command(verb: str) -> Any:
     """The click command of a verb. Imports its module, nothing heavier."""
     import typer
 
-    from qnext.cli._command import HELP_FLAGS, VerbCommand
-    from qnext.cli._config_file import EPILOG
-    from qnext.cli._help import example
+    from qnext.cli.parsing.command import HELP_FLAGS, VerbCommand
+    from qnext.cli.parsing.config_file import EPILOG
+    from qnext.cli.parsing.help import example
+    from qnext.cli.parsing.records import with_flags
 
     name = verb.replace("-", "_")
     module = importlib.import_module(f"qnext.cli.{name}")
     app = getattr(module, "app", None)
     if app is None:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        app.command(cls=VerbCommand, epilog=EPILOG.format(verb=name.upper()))(module.command)
+        app.command(cls=VerbCommand, epilog=EPILOG.format(verb=name.upper()))(with_flags(module.command))
     command = typer.main.get_command(app)
     command.context_settings["help_option_names"] = list(HELP_FLAGS)  # commands of a group inherit them
     for each in getattr(command, "commands", {"": command}).values():
@@ -199,8 +211,8 @@ def click_command(verb: str) -> Any:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    from qnext.cli._config_file import apply_environment, flag_name, read_flags, take_config
-    from qnext.cli._requirements import check_torch, missing
+    from qnext.cli.parsing.config_file import apply_environment, flag_name, read_flags, take_config
+    from qnext.cli.parsing.requirements import check_torch, missing
     from qnext.errors import FULL, DiskFull, QnextError, line_of
 
     try:
@@ -210,7 +222,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         apply_environment(verb, command, flags)
         word = _help_word(arguments)
         if word is not None:
-            from qnext.cli._help import print_matching
+            from qnext.cli.parsing.help import print_matching
 
             print_matching(verb, command, word)
             return 0
@@ -260,7 +272,7 @@ def _show_warnings(verb: str) -> None:
 def _call(command: Any, verb: str, arguments: list[str], flags: dict[str, Any]) -> int:
     import typer
 
-    from qnext.cli._command import mistake
+    from qnext.cli.parsing.command import mistake
 
     try:
         # What `command.main` does, but for signals and broken pipes, which it makes exit codes without a word.

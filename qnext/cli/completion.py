@@ -77,7 +77,7 @@ def command(
     from qnext.errors import UsageError
 
     if shell == "words":
-        from qnext.cli._complete import candidates
+        from qnext.cli.parsing.complete import candidates
 
         print("\n".join(candidates(words or [])))
     elif shell not in _SCRIPTS:

@@ -1,14 +1,17 @@
-"""`qnext convert`: a model folder to a GGUF file, and a GGUF file to a model folder."""
+"""`qnext convert`: a model folder to a GGUF file or another folder, and a GGUF file to a model folder."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qnext.cli._types import Strict
+from qnext.cli.flags.values import AsRecords, Strict
+
+if TYPE_CHECKING:
+    from qnext.checkpoint.gguf.read import ImportReport
 
 _KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -27,82 +30,50 @@ def command(
         str | None, typer.Option(metavar="|".join(_DTYPES), help="of what is not packed in OUT; else the file's")
     ] = None,
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="make Q8_0 and Q4_0 of IN.gguf plain numbers too")
+        bool, typer.Option("--dequantize", help="make what keeps its codes in OUT plain numbers too")
     ] = False,
+    records: AsRecords = False,
     strict: Strict = False,
 ) -> None:
-    """Write a folder as GGUF for llama.cpp, or a GGUF file as a Hugging Face folder, and print its path."""
+    """Write a folder as GGUF for llama.cpp, a GGUF file as a Hugging Face folder, or a folder as another one with or
+    without records of experts, and print its path."""
+    from qnext.checkpoint.convert import folder_to_gguf, gguf_source, gguf_to_folder
+    from qnext.checkpoint.resolve import resolve_model
+    from qnext.checkpoint.rewrite import rewrite_folder
+    from qnext.cli.terminal.progress import byte_progress
     from qnext.errors import UsageError
 
-    source = _gguf_source(model, out)
-    if (source is None) != (out.suffix == ".gguf"):
-        raise UsageError("one of the two must be a GGUF file that ends in .gguf: `convert MODEL OUT.gguf` or back")
-    if source is not None:
+    source = gguf_source(model, out)
+    if source is not None and out.suffix == ".gguf":
+        raise UsageError("one of the two must be a folder: `convert MODEL OUT.gguf`, `convert IN.gguf OUT` or folders")
+    if source is None and out.suffix != ".gguf":
+        if kind is not None or dtype is not None:
+            raise UsageError("--type and --dtype are for GGUF files; a folder keeps its numbers")
+        with byte_progress("writing") as progress:
+            rewrite_folder(
+                resolve_model(model), out, with_records=records, keeps_codes=not dequantize, progress=progress
+            )
+    elif source is not None:
         if kind is not None:
             raise UsageError("--type is for OUT.gguf; a folder has --dtype")
         if dtype is not None and dtype not in _DTYPES:
             raise UsageError(f"--dtype {dtype}: must be one of {', '.join(_DTYPES)}")
-        _import(source, out, dtype, dequantize)
+        with byte_progress("reading") as progress:
+            report = gguf_to_folder(
+                source, out, dtype=dtype, dequantize=dequantize, with_records=records, progress=progress
+            )
+        _print_report(report)
     else:
-        if dtype is not None or dequantize:
-            raise UsageError("--dtype and --dequantize are for a folder; OUT.gguf has --type")
+        if dtype is not None or dequantize or records:
+            raise UsageError("--dtype, --dequantize and --records are for a folder; OUT.gguf has --type")
         if kind is not None and kind not in _KINDS:
             raise UsageError(f"--type {kind}: must be one of {', '.join(_KINDS)}")
-        _export(model, out, kind or "bf16")
+        with byte_progress("writing") as progress:
+            folder_to_gguf(model, out, kind=kind or "bf16", progress=progress)
     print(out)
 
 
-def _gguf_source(model: str, out: Path) -> Path | None:
-    """The GGUF file that MODEL stands for; None where it is a folder to be exported."""
-    from qnext.checkpoint.gguf import find_gguf
-    from qnext.checkpoint.resolve import resolve_folder
-
-    if out.suffix == ".gguf" and Path(model).is_dir():
-        return None
-    found = find_gguf(model)
-    if found is None and out.suffix != ".gguf" and not Path(model).exists():
-        found = find_gguf(str(resolve_folder(model)))
-    return found
-
-
-def _export(model: str, out: Path, kind: str) -> None:
-    from qnext.checkpoint.check import read_layout
-    from qnext.checkpoint.gguf import export_gguf
-    from qnext.checkpoint.header import read_index
-    from qnext.checkpoint.resolve import resolve_model
-    from qnext.cli._progress import byte_progress
-    from qnext.text.gguf import vocabulary_keys
-
-    folder = resolve_model(model)
-    config = read_layout(folder, read_index(folder).tensors).config
-    keys = vocabulary_keys(folder, num_rows=config.vocab_size)
-    with byte_progress("writing") as progress:
-        export_gguf(folder, out, kind=kind, tokenizer_keys=keys, progress=progress)
-
-
-def _import(path: Path, out: Path, dtype: str | None, dequantize: bool) -> None:
-    import torch
-
-    from qnext.checkpoint.gguf import import_gguf, read_gguf
-    from qnext.checkpoint.gguf.read_keys import config_from_keys
-    from qnext.cli._progress import byte_progress
-    from qnext.errors import warn
-    from qnext.files import scratch_folder
-    from qnext.text.gguf import has_vocabulary, write_vocabulary
-
-    file = read_gguf(path)
-    config = config_from_keys(file)
-    with scratch_folder() as made:
-        has_tokenizer = has_vocabulary(file.keys)
-        if has_tokenizer:
-            write_vocabulary(file.keys, made, source=str(file.path), model_max_length=config.max_position_embeddings)
-        else:
-            warn(f"{file.path}: holds no vocabulary; the folder gets no tokenizer and can only be given token ids")
-        with byte_progress("reading") as progress:
-            report = import_gguf(
-                path, out, dtype=None if dtype is None else getattr(torch, dtype), dequantize=dequantize,
-                tokenizer_folder=made if has_tokenizer else None, progress=progress,
-            )  # fmt: skip
+def _print_report(report: ImportReport) -> None:
     name = str(report.dtype).removeprefix("torch.")
     if report.packed:
         print(f"{len(report.packed)} quantised tensors keep their codes and scales", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import webbrowser
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from qnext.cli._training import TrainingDisplay
+    from qnext.cli.terminal.training import TrainingDisplay
     from qnext.engine import Engine
     from qnext.recipes.recipe import Run
-    from qnext.server.served import ServedModel
+    from qnext.server.inference.served import ServedModel
 
 _PROMPTS = (
     "def read_lines(path, encoding=None):\n",
@@ -40,19 +39,21 @@ def command(
     The model completes Python code; it is no assistant. Nothing is downloaded. Leaves the model in OUT/model, as a
     Hugging Face folder, and ends with its page open: a URL is printed, and the page is there until the input ends.
     """
-    from qnext.cli._training import TrainingDisplay, interruptible
+    from qnext.cli.terminal.text import note
+    from qnext.cli.terminal.training import TrainingDisplay
     from qnext.ops import keep_freed_memory
     from qnext.recipes import demo
-    from qnext.recipes.recipe import prepare
+    from qnext.recipes.recipe import make_room, prepare
+    from qnext.training.stopping import interruptible
 
     recipe = demo(seconds=60.0 * minutes, seed=seed)
     keep_freed_memory()
-    _remove_earlier(out)
-    display = TrainingDisplay(recipe.train)
+    make_room(out)
+    display = TrainingDisplay()
     display.note("reading the Python library, training a tokenizer on it")
     run = prepare(recipe, out, hooks=display.hooks(on_sample=lambda step: _sample(run, display, seed)))
-    display.describe(run)
-    with interruptible(run.trainer) as stop, display:
+    display.describe(run.trainer, run.corpus.description, vocab_size=run.tokenizer.vocab_size)
+    with interruptible(run.trainer, note) as stop, display:
         run.trainer.run()
     if stop.number is not None:
         display.note(f"the model as far as it was trained is saved in {run.save()}")
@@ -62,36 +63,11 @@ def command(
     display.note(f"model saved in {folder}; `qnext generate {folder} 'def main('` lets it complete code")
     _complete_prompts(run, display, seed)
     if chat:
-        _talk(folder, display, seed, port)
-
-
-def _remove_earlier(out: Path) -> None:
-    """Make room for the run. Only what a run made is removed."""
-    from qnext.errors import UsageError
-    from qnext.files import remove_folder, remove_partials
-
-    remove_partials(out.parent, out.name)
-    if not out.exists():
-        return
-    if out.is_symlink():
-        raise UsageError(f"{out}: is a link; name the folder that it leads to")
-    remove_partials(out)
-    if any(out.iterdir()) and not (out / "tokenizer").is_dir():
-        raise UsageError(f"{out}: exists and is not an earlier demo; choose another --out")
-    remove_folder(out)
-
-
-def _generate(run: Run, prompt: str, *, max_tokens: int, seed: int) -> str:
-    from qnext.engine import Engine, SamplingParams
-
-    engine = Engine(run.trainer.model, max_num_seqs=1, max_model_len=1024)
-    params = SamplingParams(**run.recipe.sampling, max_tokens=max_tokens, seed=seed)
-    (completion,) = engine.generate([run.tokenizer.encode(prompt)], params)
-    return run.tokenizer.decode(list(completion.output_ids), skip_special=True)
+        talk_with(folder, display, seed, port)
 
 
 def _sample(run: Run, display: TrainingDisplay, seed: int) -> None:
-    text = _SAMPLE_PROMPT + _generate(run, _SAMPLE_PROMPT, max_tokens=48, seed=seed)
+    text = _SAMPLE_PROMPT + run.complete(_SAMPLE_PROMPT, max_tokens=48, seed=seed)
     display.note(f"sample at step {run.trainer.step}:")
     display.show_text(text)
 
@@ -118,23 +94,25 @@ def _report(run: Run, display: TrainingDisplay) -> None:
 def _complete_prompts(run: Run, display: TrainingDisplay, seed: int) -> None:
     for prompt in _PROMPTS:
         display.note("prompt and completion:")
-        print(prompt + _generate(run, prompt, max_tokens=96, seed=seed) + "\n")
+        print(prompt + run.complete(prompt, max_tokens=96, seed=seed) + "\n")
 
 
-def _talk(folder: Path, display: TrainingDisplay, seed: int, port: int) -> None:
+def talk_with(folder: Path, display: TrainingDisplay, seed: int, port: int) -> None:
     """The model's page, and the same model in the terminal, until the input ends."""
-    from qnext.cli._chat_loop import converse
-    from qnext.cli._remote_talk import RemoteConversation
-    from qnext.cli._served import load_served, name_of
-    from qnext.cli._text_model import open_folder
-    from qnext.server.app import Server
-    from qnext.server.run import Listen, serving
+    from qnext.cli.terminal.chat_loop import converse
+    from qnext.cli.terminal.progress import byte_progress
+    from qnext.cli.terminal.text import note
+    from qnext.client.conversation import RemoteConversation
+    from qnext.server.run import Listen, port_or_any, serving
+    from qnext.server.server import Server
+    from qnext.session.folder import open_folder
+    from qnext.session.served import ServeConfig, load_served, name_of
 
     def load() -> tuple[Engine, ServedModel]:
-        names = [name_of(str(folder))]
-        return load_served(open_folder(str(folder)), names=names, engine_options={"max_num_seqs": 4})
+        config = ServeConfig([name_of(str(folder))], {"max_num_seqs": 4})
+        return load_served(open_folder(str(folder)), config, note=note, progress=byte_progress)
 
-    with serving(Server, load, Listen(port=_free(port))) as (server, urls):
+    with serving(Server, load, Listen(port=port_or_any(port))) as (server, urls):
         display.note("the model completes Python code; it is no assistant and answers no questions")
         display.note(f"its page, with its experts at work: {urls.public}/")
         if "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ or sys.platform == "darwin":
@@ -143,14 +121,3 @@ def _talk(folder: Path, display: TrainingDisplay, seed: int, port: int) -> None:
             display.note("or here: type the beginning of some Python, the model goes on; Ctrl-D ends page and demo")
         params = {"max_tokens": 128, "seed": seed}
         converse(RemoteConversation(urls.public, None, server.served.name, params, completes=True))
-
-
-def _free(port: int) -> int:
-    """The port, or 0 for any where it is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return 0
-    return port

@@ -8,18 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qnext.cli._types import Strict
+from qnext.cli.flags.values import AsJson, Strict
 
 if TYPE_CHECKING:
-    from qnext.cli._doctor import Finding
-
-_STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+    from qnext.diagnostics.finding import Finding
 
 
 def command(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="a folder or a hub name to look at too")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="of the checkpoint read headers, not every value")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    as_json: AsJson = False,
     strict: Strict = False,
 ) -> None:
     """Look at software, processor, kernels, memory and disk, and at MODEL: memory plan, checkpoint, tokenizer, chat.
@@ -28,9 +26,10 @@ def command(
     for a corrupt one, 6 for one that is not supported.
     """
     from qnext.checkpoint.resolve import resolve_model
-    from qnext.cli._doctor import machine_findings
-    from qnext.cli._doctor_model import model_findings
-    from qnext.cli._progress import byte_progress
+    from qnext.cli.terminal.progress import byte_progress
+    from qnext.diagnostics.machine import machine_findings
+    from qnext.diagnostics.model import model_findings
+    from qnext.diagnostics.tables import show_findings
     from qnext.errors import CorruptCheckpoint, NotSupported
 
     folder = None if model is None else resolve_model(model)
@@ -44,7 +43,7 @@ def command(
         document = {name: [finding._asdict() for finding in findings] for name, findings in sections.items()}
         print(json.dumps({"ok": not problems, "folder": None if folder is None else str(folder), **document}, indent=2))
     else:
-        _print(sections)
+        show_findings(sections)
         warned = sum(finding.status == "warning" for finding in found)
         print(f"{len(problems)} problems, {warned} warnings", file=sys.stderr)
     if problems:
@@ -52,23 +51,3 @@ def command(
         is_unsupported = any(problem.data.get("not_supported") for problem in of_files)
         code = NotSupported.exit_code if is_unsupported else CorruptCheckpoint.exit_code
         raise typer.Exit(code if of_files else 1)
-
-
-def _print(sections: dict[str, list[Finding]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    for findings in sections.values():
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for finding in findings:
-            text = Text(finding.text)
-            if finding.advice:
-                text.append(f"\n{finding.advice}", style="italic")
-            table.add_row(Text(finding.status, style=_STYLES[finding.status]), finding.name, text)
-        console.print(table)
-        console.print()

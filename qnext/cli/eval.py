@@ -9,30 +9,32 @@ from typing import Annotated
 
 import typer
 
-from qnext.cli._sampling import DType
-from qnext.cli._types import Strict
+from qnext.cli.flags.sampling import DType
+from qnext.cli.flags.values import AsJson, Model, Strict
 from qnext.errors import UsageError
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="a folder or a hub name")],
+    model: Model,
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="UTF-8 text files")],
     sequence_length: Annotated[int, typer.Option(help="longer files are read in pieces of this many tokens")] = 2048,
     dtype: DType = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    as_json: AsJson = False,
     strict: Strict = False,
 ) -> None:
     """Bits per byte on files, each a document of its own, and the acceptance of the MTP draft."""
-    from qnext.cli._text_model import load_weights, open_folder
+    from qnext.cli.terminal.progress import byte_progress
     from qnext.eval import EvalDocument, evaluate_perplexity
-    from qnext.training.sources import read_text, tokenize
+    from qnext.session.folder import load_weights, open_folder
+    from qnext.text.files import read_user_text
+    from qnext.training.sources import tokenize
 
     if sequence_length < 1:
         raise UsageError(f"--sequence-length must be at least 1, not {sequence_length}")
-    texts = [read_text(path) for path in files]
+    texts = [read_user_text(path) for path in files]
     folder = open_folder(model)
     token_ids = tokenize(texts, folder.tokenizer, end_id=min(folder.tokenizer.eos_ids))
-    loaded = load_weights(folder, dtype)
+    loaded = load_weights(folder, dtype, progress=byte_progress)
     documents = [EvalDocument(ids.tolist(), len(text.encode())) for ids, text in zip(token_ids, texts, strict=True)]
     result = evaluate_perplexity(loaded, documents, sequence_length=sequence_length)
     if as_json:

@@ -6,17 +6,20 @@ import json
 import re
 import sys
 import time
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qnext.cli._command import VerbCommand, VerbGroup
+from qnext.cli.flags.values import AsJson, option
+from qnext.cli.parsing.command import VerbCommand, VerbGroup
+from qnext.cli.parsing.records import with_flags
 from qnext.errors import UsageError
 
 if TYPE_CHECKING:
-    from qnext.server.keys import Key, KeyStore
+    from qnext.server.access.keys import Key, KeyStore
 
 app = typer.Typer(
     cls=VerbGroup,
@@ -31,15 +34,26 @@ File = Annotated[
     typer.Option("--file", help="the file of keys [default: ~/.config/qnext/keys.json]", show_default=False),
 ]
 Id = Annotated[str, typer.Argument(metavar="ID", help="the key's id, 8 hex digits: `qnext keys list`")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 
 _SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _COLUMNS = ("id", "name", "state", "expires", "scopes", "models", "rpm", "tpm", "parallel", "context")
 
 
+@dataclass(frozen=True)
+class KeyLimits:
+    """What requests of a key may take."""
+
+    rpm: Annotated[int | None, option("requests a minute")] = None
+    tpm: Annotated[int | None, option("tokens a minute, of prompts and answers")] = None
+    max_parallel: Annotated[int | None, option("requests at once")] = None
+    max_context: Annotated[int | None, option("tokens of prompt and answer")] = None
+
+
 @app.command(cls=VerbCommand)
+@with_flags
 def create(
     name: Annotated[str, typer.Option("--name", help="whose key it is")],
+    *,
     file: File = None,
     scope: Annotated[
         list[str] | None,
@@ -54,34 +68,29 @@ def create(
     model: Annotated[
         list[str] | None, typer.Option("--model", help="a model that it may use; again for more [default: all]")
     ] = None,
-    rpm: Annotated[int | None, typer.Option("--rpm", help="requests a minute")] = None,
-    tpm: Annotated[int | None, typer.Option("--tpm", help="tokens a minute, of prompts and answers")] = None,
-    max_parallel: Annotated[int | None, typer.Option("--max-parallel", help="requests at once")] = None,
-    max_context: Annotated[int | None, typer.Option("--max-context", help="tokens of prompt and answer")] = None,
+    limits: KeyLimits,
     as_json: AsJson = False,
 ) -> None:
     """Make a key. Its secret is printed once, alone on stdout."""
-    from qnext.server.keys import SCOPES, USER_SCOPES
+    from qnext.server.access.keys import SCOPES, USER_SCOPES
 
     for given in scope or ():
         if given not in SCOPES:
             raise UsageError(f"--scope {given[:40]!r} is none of {', '.join(SCOPES)}")
-    for option, limit in (
-        ("--rpm", rpm),
-        ("--tpm", tpm),
-        ("--max-parallel", max_parallel),
-        ("--max-context", max_context),
-    ):
+    for limit_name, limit in asdict(limits).items():
         if limit is not None and limit < 1:
-            raise UsageError(f"{option} must be at least 1, not {limit}")
+            raise UsageError(f"--{limit_name.replace('_', '-')} must be at least 1, not {limit}")
     store = _store(file)
     key, secret = store.create(
         name,
         scopes=frozenset(scope) if scope else USER_SCOPES,
         expires=None if expires is None else _expiry(expires, time.time()),
         models=tuple(model) if model else None,
-        requests_per_minute=rpm, tokens_per_minute=tpm, max_parallel=max_parallel, max_context=max_context,
-    )  # fmt: skip
+        requests_per_minute=limits.rpm,
+        tokens_per_minute=limits.tpm,
+        max_parallel=limits.max_parallel,
+        max_context=limits.max_context,
+    )
     _print_secret(store, key, secret, "made", as_json)
 
 
@@ -131,7 +140,7 @@ def rotate(key_id: Id, file: File = None, as_json: AsJson = False) -> None:
 
 
 def _store(file: Path | None) -> KeyStore:
-    from qnext.server.keys import KeyStore, default_path
+    from qnext.server.access.keys import KeyStore, default_path
 
     return KeyStore(file or default_path())
 
@@ -153,10 +162,9 @@ def _public(key: Key) -> dict[str, Any]:
 
 def _row(key: Key) -> tuple[str, ...]:
     limits = (key.requests_per_minute, key.tokens_per_minute, key.max_parallel, key.max_context)
-    return (
-        key.id, key.name, key.state(time.time()), _time(key.expires) or "never", ",".join(sorted(key.scopes)),
-        "all" if key.models is None else ",".join(key.models), *("-" if n is None else str(n) for n in limits),
-    )  # fmt: skip
+    models = "all" if key.models is None else ",".join(key.models)
+    about = (key.id, key.name, key.state(time.time()), _time(key.expires) or "never", ",".join(sorted(key.scopes)))
+    return (*about, models, *("-" if limit is None else str(limit) for limit in limits))
 
 
 def _time(seconds: int | None) -> str | None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-# Weights, configuration, tokenizer, templates and papers; never pickle, never code.
-ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.md", "LICENSE*")
+from qnext.cli.terminal.progress import bars
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from qnext.checkpoint.hub import FileReport
+
+_LINE_SECONDS = 0.5  # between two lines of one file
 
 
 def command(
@@ -24,72 +33,53 @@ def command(
 
     With --json: lines {"file", "completed", "total"} in bytes, then {"folder"}.
     """
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from qnext.checkpoint.hub import pull_model
+    from qnext.errors import UsageError
 
-    from qnext.checkpoint.nearby import published_models
-    from qnext.errors import ModelNotFound, UsageError, did_you_mean
-
-    if "/" not in name and (hint := did_you_mean(f"Qwen/{name}", published_models())):
-        raise ModelNotFound(f"{name}: a hub name looks like organisation/model{hint}")
     if out is not None and out.exists() and not out.is_dir():
         raise UsageError(f"{out}: exists and is no folder")
-    try:
-        folder = _download(name, out, revision, as_json=as_json)
-    except GatedRepoError:
-        raise ModelNotFound(f"{name}: access must be granted on the hub first, then `hf auth login`") from None
-    except RepositoryNotFoundError:
-        hint = did_you_mean(name, published_models()) if name not in published_models() else ""
-        raise ModelNotFound(f"{name}: the hub has no such model, or it is private{hint}") from None
-    except RevisionNotFoundError:
-        raise ModelNotFound(f"{name}: the hub has no revision {revision!r} of it") from None
-    except HFValidationError:
-        raise ModelNotFound(f"{name}: is not a hub name, which looks like organisation/model") from None
-    except OSError as error:
-        # A full or read-only disk carries an errno; what the network does to a request does not.
-        if error.errno is not None and not isinstance(error, ConnectionError):
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("Got: ")[:200]
-        if "ConnectError" in reason or "Name or service not known" in reason or "Max retries" in reason:
-            reason = f"the hub cannot be reached ({reason}); with the network back the same command goes on"
-        raise ModelNotFound(f"{name}: cannot be downloaded: {reason}") from None
-    if not any(Path(folder).glob("*.safetensors")):
-        _refuse_gguf(name, revision)
-        raise ModelNotFound(f"{name}: holds no safetensors files, so it is no model that can be loaded")
+    with file_lines() if as_json else file_bars() as report:
+        folder = pull_model(name, out, revision, report=report)
     print(json.dumps({"folder": str(folder)}) if as_json else folder)
 
 
-def _refuse_gguf(name: str, revision: str | None) -> None:
-    """Raise NotSupported where the hub has GGUF files of the model, saying how they become a folder."""
-    import huggingface_hub
+@contextmanager
+def file_lines() -> Iterator[FileReport]:
+    """Reports as lines of JSON on stdout: {"file", "completed", "total"}, for each file twice a second at most, and
+    always the first and the last."""
+    printed: dict[str, float] = {}
 
-    from qnext.errors import NotSupported
+    def report(file: str, completed: int, total: int | None) -> None:
+        now = time.monotonic()
+        if now - printed.get(file, float("-inf")) < _LINE_SECONDS and completed != total:
+            return
+        if printed.get(file) == float("inf"):
+            return
+        printed[file] = float("inf") if completed == total else now
+        print(json.dumps({"file": file, "completed": completed, "total": total}), flush=True)
 
-    try:
-        files = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.gguf"], dry_run=True)
-    except OSError:
-        return
-    names = sorted(info.filename for info in files) if isinstance(files, list) else []
-    if names:
-        raise NotSupported(
-            f"{name}: holds GGUF files and no safetensors; `hf download {name} {names[0]} --local-dir DIR`, "
-            f"then `qnext convert DIR/{names[0]} OUT`"
-        )
+    yield report
 
 
-def _download(name: str, out: Path | None, revision: str | None, *, as_json: bool) -> str:
-    """The folder. Files come first, where somebody watches; then the hub's own function completes and checks it."""
-    import huggingface_hub
-    from huggingface_hub.utils import disable_progress_bars
+@contextmanager
+def file_bars() -> Iterator[FileReport | None]:
+    """Reports as a bar for each file that is under way and one for all, on stderr; None where that is no terminal."""
+    tasks: dict[str, TaskID] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    with bars("DownloadColumn", "TransferSpeedColumn") as shown:
+        if shown is None:
+            yield None
+            return
+        whole = shown.add_task("all files", total=None)
 
-    from qnext.cli._download import download_files, file_bars, file_lines
+        def report(file: str, completed: int, total: int | None) -> None:
+            sizes[file] = completed, total or completed
+            is_done = completed == total
+            if file not in tasks and completed and not is_done:
+                tasks[file] = shown.add_task(file, total=total, completed=completed)
+            if file in tasks:
+                shown.update(tasks[file], completed=completed, total=total, visible=not is_done)
+            done, everything = map(sum, zip(*sizes.values(), strict=True))
+            shown.update(whole, completed=done, total=everything)
 
-    with file_lines() if as_json else file_bars() as report:
-        if report is not None:
-            disable_progress_bars()
-            download_files(name, out, revision, list(ALLOWED), report)
-    return huggingface_hub.snapshot_download(name, revision=revision, local_dir=out, allow_patterns=list(ALLOWED))
+        yield report

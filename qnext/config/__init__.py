@@ -1,8 +1,13 @@
-"""What a model is: a frozen description with the field names of Hugging Face's `config.json`. No torch."""
+"""The configuration of a model: `ModelConfig`, a frozen record with the field names of `config.json`.
+
+`hf.py` reads and writes the file. `families.py` has the defaults of each family, `keys.py` the meaning of other keys,
+`presets.py` named configurations. Imports nothing of qnext but errors, and no torch. A new family begins in
+`families.py`.
+"""
 
 from __future__ import annotations
 
-from qnext.config.hf import from_hf, is_wrapped, load_config_json, read_config, says_tied, to_hf
+from qnext.config.hf import from_hf, is_wrapped, load_config_json, says_tied, to_hf
 from qnext.config.model import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig, YarnScaling, hybrid_pattern
 from qnext.config.presets import PRESETS, preset
 
@@ -17,7 +22,6 @@ __all__ = [
     "is_wrapped",
     "load_config_json",
     "preset",
-    "read_config",
     "says_tied",
     "to_hf",
 ]

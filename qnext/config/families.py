@@ -54,7 +54,7 @@ OTHER_KEYS = (
 
 
 class Family(NamedTuple):
-    """One `model_type`. `defaults` holds what the reference takes for a key that a file leaves out."""
+    """One `model_type`. `defaults` holds what the reference implementation takes for a key that a file leaves out."""
 
     title: str
     architecture: str

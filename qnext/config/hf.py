@@ -1,9 +1,9 @@
 """ModelConfig from and to Hugging Face's config.json.
 
-Reading is liberal where the meaning is certain, writing is strict. An absent key means what the reference takes for
-the family (families.py), unless the tensors of the folder say otherwise; keys without effect are passed over
-(keys.py); an unknown key is named in a warning. What contradicts itself is a ConfigError, what would change the
-arithmetic and is not implemented is NotSupported.
+Reading is liberal where the meaning is certain, writing is strict. An absent key means what the reference
+implementation takes for the family (families.py), unless the tensors of the folder say otherwise. Keys without effect
+are ignored (keys.py). Unknown keys are named in a warning. A contradiction is a ConfigError. A value that would change
+the arithmetic and is not implemented is NotSupported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qnext.config import keys
-from qnext.config.bounded import read_bounded
+from qnext.config.bounded import read_bounded, repeated_key
 from qnext.config.families import (
     ARCHITECTURES,
     COMMON_KEYS,
@@ -26,7 +26,7 @@ from qnext.config.families import (
     Family,
 )
 from qnext.config.model import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig, YarnScaling, hybrid_pattern
-from qnext.config.reader import Reader, listed, shorten
+from qnext.config.reader import ConfigReader, listed, shorten
 from qnext.config.rope import read_rope
 from qnext.errors import ConfigError, ModelNotFound, NotSupported, warn
 
@@ -37,14 +37,6 @@ _TEXT_BLOCKS = ("text_config", "llm_config", "language_config")
 _OF_WRAPPER = ("tie_word_embeddings", *_TOKENS)
 _SHARDED = "FSDP"  # what FSDP's wrapper writes before the name of a class
 _LFS_POINTER = b"version https://git-lfs"
-
-
-def read_config(
-    folder: str | Path, *, has_mtp: bool = False, tensors_say: Mapping[str, Any] | None = None
-) -> ModelConfig:
-    """The configuration of a model folder. `has_mtp` and `tensors_say`: see from_hf."""
-    path = Path(folder) / "config.json"
-    return from_hf(load_config_json(path), file=str(path), has_mtp=has_mtp, tensors_say=tensors_say)
 
 
 def load_config_json(path: Path) -> Any:
@@ -67,9 +59,7 @@ def load_config_json(path: Path) -> Any:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"{repeated} is given twice")
+        raise ValueError(f"{repeated_key(pairs)} is given twice")
     return values
 
 
@@ -80,19 +70,19 @@ def from_hf(
     has_mtp: bool = False,
     tensors_say: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
-    """Read the content of a config.json, old flat keys and `rope_parameters` alike.
+    """Read the content of a config.json, with old flat keys or with `rope_parameters`.
 
-    `has_mtp` says whether the checkpoint holds MTP tensors; it decides only where the file is silent, as the
-    released ones are. `tensors_say` holds sizes that the tensors show, by their key: they count where the file leaves
-    a key out, and for the rows of the embedding and a head of its own also against the file. Raises ConfigError with
-    file and key for a contradiction, NotSupported for a family or a value that is not implemented; warns once of all
-    unknown keys.
+    `has_mtp` says whether the checkpoint holds MTP tensors. It decides only where the file says nothing, as in the
+    released files. `tensors_say` holds sizes that the tensors show, by their key. They apply where the file leaves a
+    key out; for the rows of the embedding and a separate head they also overrule the file. Raises ConfigError with file
+    and key for a contradiction, NotSupported for a family or a value that is not implemented. Warns once of all unknown
+    keys.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: must hold a JSON object")
     model_type, values = _language_model(values, file)
     family, found = FAMILIES[model_type], dict(tensors_say or {})
-    reader = Reader(values, file, found, family.defaults)
+    reader = ConfigReader(values, file, found, family.defaults)
     _check_keys(reader, model_type)
     layer_types = _layer_types(reader, model_type)
     fields: dict[str, Any] = _sizes(reader, model_type, found)
@@ -117,7 +107,7 @@ def from_hf(
 
 
 def is_wrapped(values: Any) -> bool:
-    """Whether a config.json describes several modalities, a language model of these families among them."""
+    """Whether a config.json describes a multimodal model that contains a language model of these families."""
     return _text_block(values) is not None
 
 
@@ -146,7 +136,7 @@ def _language_model(values: dict[str, Any], file: str) -> tuple[str, dict[str, A
         outer = values if is_family else {key: values[key] for key in _OF_WRAPPER if values.get(key) is not None}
         merged = {**outer, **{key: value for key, value in block.items() if value is not None}}
         return str(merged["model_type"]), merged
-    reader = Reader(values, file)
+    reader = ConfigReader(values, file)
     named = values.get("architectures")
     named = [named] if isinstance(named, str) else named or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
@@ -168,7 +158,7 @@ def _language_model(values: dict[str, Any], file: str) -> tuple[str, dict[str, A
     return model_type, values
 
 
-def _check_keys(reader: Reader, model_type: str) -> None:
+def _check_keys(reader: ConfigReader, model_type: str) -> None:
     """Refuses values that would change the arithmetic, warns of those without effect and of unknown keys."""
     family = FAMILIES[model_type]
     known = family.keys | (set(SWITCH_KEYS) if model_type == "qnext" else set())
@@ -190,7 +180,7 @@ def _check_keys(reader: Reader, model_type: str) -> None:
     for key, why in unused:
         warn(f"{reader.file}: {key} {why}")
     if unknown:
-        warn(f"{reader.file}: unknown key{'s' if len(unknown) > 1 else ''} {listed(unknown)}, passed over")
+        warn(f"{reader.file}: unknown key{'s' if len(unknown) > 1 else ''} {listed(unknown)}, ignored")
     _rename_experts(reader)
 
 
@@ -198,7 +188,7 @@ def _only(allowed: tuple[Any, ...]) -> str:
     return f"only {' or '.join(map(repr, allowed))} is" if allowed else "only null is"
 
 
-def _rename_experts(reader: Reader) -> None:
+def _rename_experts(reader: ConfigReader) -> None:
     if not reader.has("num_local_experts"):
         return
     count = reader.get("num_local_experts")
@@ -207,7 +197,7 @@ def _rename_experts(reader: Reader) -> None:
     reader.values = {**reader.values, "num_experts": count}
 
 
-def _layer_types(reader: Reader, model_type: str) -> tuple[str, ...]:
+def _layer_types(reader: ConfigReader, model_type: str) -> tuple[str, ...]:
     num_layers = reader.get("num_hidden_layers")
     if not 1 <= num_layers <= _MAX_LAYERS:
         raise reader.error("num_hidden_layers", f"must lie between 1 and {_MAX_LAYERS}, not {num_layers}")
@@ -236,14 +226,14 @@ def _layer_types(reader: Reader, model_type: str) -> tuple[str, ...]:
     raise reader.error("layer_types", "missing, and full_attention_interval too")
 
 
-def _every(reader: Reader, num_layers: int) -> tuple[str, ...]:
+def _every(reader: ConfigReader, num_layers: int) -> tuple[str, ...]:
     interval = reader.get("full_attention_interval")
     if interval < 1:
         raise reader.error("full_attention_interval", f"must be at least 1, not {interval}")
     return hybrid_pattern(num_layers, interval=interval)
 
 
-def _check_windows(reader: Reader, model_type: str, config: ModelConfig) -> None:
+def _check_windows(reader: ConfigReader, model_type: str, config: ModelConfig) -> None:
     """Attention over a window is not implemented. Several spellings say that there is none."""
     if not reader.get_or("use_sliding_window", False):
         return
@@ -256,7 +246,7 @@ def _check_windows(reader: Reader, model_type: str, config: ModelConfig) -> None
         raise reader.not_supported("use_sliding_window", True, "every layer must see the whole context")
 
 
-def _sizes(reader: Reader, model_type: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def _sizes(reader: ConfigReader, model_type: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """The common fields. The tensors have the last word on the vocabulary and on a head of its own."""
     fields: dict[str, Any] = {}
     for key in COMMON_KEYS:
@@ -281,7 +271,7 @@ def _sizes(reader: Reader, model_type: str, found: Mapping[str, Any]) -> dict[st
     return fields
 
 
-def _feed_forward(reader: Reader, family: Family, layer_types: tuple[str, ...]) -> dict[str, Any]:
+def _feed_forward(reader: ConfigReader, family: Family, layer_types: tuple[str, ...]) -> dict[str, Any]:
     if not family.has_experts:
         return {"intermediate_size": reader.get("intermediate_size")}
     fields: dict[str, Any] = {key: reader.get(key) for key in EXPERT_KEYS}
@@ -299,14 +289,14 @@ def _feed_forward(reader: Reader, family: Family, layer_types: tuple[str, ...]) 
     return fields
 
 
-def _switches(reader: Reader, model_type: str) -> dict[str, bool]:
+def _switches(reader: ConfigReader, model_type: str) -> dict[str, bool]:
     if model_type == "qnext":
         return {key: reader.get(key) for key in SWITCH_KEYS}
     is_next = model_type == "qwen3_next"
     return {"attention_output_gate": is_next, "zero_centered_norm": is_next}
 
 
-def _token_ids(reader: Reader, key: str, vocab_size: int) -> int | tuple[int, ...] | None:
+def _token_ids(reader: ConfigReader, key: str, vocab_size: int) -> int | tuple[int, ...] | None:
     """Ids as the file gives them; one that is -1 is none, and one outside the vocabulary can never occur."""
     if not reader.has(key):
         return None
@@ -317,14 +307,14 @@ def _token_ids(reader: Reader, key: str, vocab_size: int) -> int | tuple[int, ..
         raise reader.error(key, f"must be an id, not {shorten(value)}")
     outside = [token for token in ids if token >= vocab_size]
     if outside:
-        warn(f"{reader.file}: {key} {outside[0]} is outside the vocabulary of {vocab_size} and passed over")
+        warn(f"{reader.file}: {key} {outside[0]} is outside the vocabulary of {vocab_size} and is ignored")
     kept = tuple(token for token in ids if 0 <= token < vocab_size)
     if is_list:
         return kept or None
     return kept[0] if kept else None
 
 
-def _num_mtp_layers(reader: Reader, family: Family, has_mtp: bool) -> int:
+def _num_mtp_layers(reader: ConfigReader, family: Family, has_mtp: bool) -> int:
     counts = {key: reader.check_type(key, reader.values[key]) for key in MTP_KEYS if reader.has(key)}
     if len(set(counts.values())) > 1:
         raise reader.error("mtp_num_hidden_layers", "contradicts num_nextn_predict_layers")
@@ -341,7 +331,7 @@ def _num_mtp_layers(reader: Reader, family: Family, has_mtp: bool) -> int:
 
 
 def hf_model_type(config: ModelConfig) -> str:
-    """The Hugging Face family that computes exactly this; `qnext` where none does (ablations)."""
+    """The Hugging Face family that computes exactly this; `qnext` where no family does (ablations)."""
     is_full_only = not config.has_linear_layers
     if config.attention_output_gate and config.zero_centered_norm:
         is_next = config.num_experts > 0 and config.shared_expert_intermediate_size > 0
@@ -357,8 +347,8 @@ def hf_model_type(config: ModelConfig) -> str:
 def to_hf(config: ModelConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
     """The content of a config.json that from_hf reads back to an equal ModelConfig.
 
-    Only sizes of parts that the model does not have may be lost, where their family's file has no key for them.
-    Rotary keys are written flat and, where YaRN is on, as `rope_scaling`: every reader known accepts this form.
+    Only sizes of parts that the model does not have may be lost, where their family's file has no key for them. Rotary
+    keys are written flat and, with YaRN, as `rope_scaling`: every known reader accepts this form.
     """
     model_type = hf_model_type(config)
     keys: tuple[str, ...] = (

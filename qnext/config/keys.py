@@ -1,4 +1,4 @@
-"""Keys of config.json that do not describe a family: what they may say, and what is done about it.
+"""Keys of config.json that do not belong to a family: which values they may have, and what happens otherwise.
 
 Collected from the released and repackaged files of the three families, and from what transformers, vLLM,
 llm-compressor, unsloth, ms-swift, TRL, mlx-lm and modelopt write.
@@ -243,12 +243,12 @@ REASONS = {
 
 
 def is_neutral(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """Whether `value` is null or one of `allowed`; 1 and 1.0 are one, True and 1 are not."""
+    """Whether `value` is null or one of `allowed`. 1 and 1.0 are the same; True and 1 are not."""
     if value is None:
         return True
     return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in allowed)
 
 
 def is_unused(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """As is_neutral, for keys that are only warned about: empty lists and zeros say nothing either."""
+    """The same as is_neutral, for keys that only cause a warning: empty lists and zeros count as neutral too."""
     return value in ([], {}) or is_neutral(value, allowed)

@@ -127,7 +127,8 @@ class ModelConfig:
 
     @property
     def context_length(self) -> int:
-        """Positions that the model is for. A config.json that turns YaRN on rarely raises max_position_embeddings."""
+        """The number of positions that the model supports. A config.json with YaRN rarely raises
+        max_position_embeddings."""
         if self.rope_scaling is None:
             return self.max_position_embeddings
         stretched = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
@@ -161,7 +162,7 @@ class ModelConfig:
         )
 
     def with_(self, **changes: Any) -> ModelConfig:
-        """A copy with some fields changed; the whole is checked again."""
+        """A copy with some fields changed. All fields are checked again."""
         return replace(self, **changes)
 
     def with_layers(self, num_layers: int) -> ModelConfig:
@@ -174,7 +175,7 @@ class ModelConfig:
         return replace(self, layer_types=layer_types, mlp_only_layers=mlp_only)
 
     def with_yarn(self, factor: float) -> ModelConfig:
-        """The same model with its context stretched by static YaRN; the base length is today's."""
+        """The same model with its context stretched by static YaRN. The base is the present context."""
         original = self.max_position_embeddings
         if self.rope_scaling is not None:
             original = self.rope_scaling.original_max_position_embeddings
@@ -212,9 +213,15 @@ def _require_multiple(config: ModelConfig, name: str, of: str) -> None:
 
 def _check_sizes(config: ModelConfig) -> None:
     _require_positive(
-        config, "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "max_position_embeddings", "rms_norm_eps",
-    )  # fmt: skip
+        config,
+        "vocab_size",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+    )
     _require_not_negative(config, "intermediate_size", "initializer_range", "router_aux_loss_coef")
     if not config.rope_theta > 1.0:
         raise ConfigError(f"rope_theta must be above 1, not {config.rope_theta}")
@@ -242,9 +249,13 @@ def _check_sizes(config: ModelConfig) -> None:
 
 def _check_linear_attention(config: ModelConfig) -> None:
     _require_positive(
-        config, "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+        config,
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
         "linear_conv_kernel_dim",
-    )  # fmt: skip
+    )
     _require_multiple(config, "linear_num_value_heads", "linear_num_key_heads")
 
 

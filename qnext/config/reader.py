@@ -44,7 +44,7 @@ _BOOLEANS = frozenset(
 )
 
 
-class Reader:
+class ConfigReader:
     """Reads values by key. What is absent is looked up in `defaults`, a later one after an earlier one."""
 
     def __init__(self, values: dict[str, Any], file: str, *defaults: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from qnext.config.model import FULL_ATTENTION, LINEAR_ATTENTION, YarnScaling
-from qnext.config.reader import Reader, as_integer, is_finite_number, listed, shorten
+from qnext.config.reader import ConfigReader, as_integer, is_finite_number, listed, shorten
 from qnext.errors import ConfigError, warn
 
 # Positions of text are alike on every axis of mrope, which makes it the plain form.
@@ -21,7 +21,7 @@ _NEUTRAL = {"attn_factor": 1, "extrapolation_factor": 1, "apply_yarn_scaling": T
 _YARN_NUMBERS = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
-def read_rope(reader: Reader) -> dict[str, Any]:
+def read_rope(reader: ConfigReader) -> dict[str, Any]:
     """rope_theta, partial_rotary_factor and rope_scaling of a ModelConfig."""
     nested = _nested(reader)
     found: dict[str, Any] = {}
@@ -37,7 +37,7 @@ def read_rope(reader: Reader) -> dict[str, Any]:
     return found
 
 
-def _nested(reader: Reader) -> dict[str, Any]:
+def _nested(reader: ConfigReader) -> dict[str, Any]:
     """The keys of both blocks; null is absent."""
     nested: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -59,7 +59,7 @@ def _nested(reader: Reader) -> dict[str, Any]:
     return nested
 
 
-def _scaling(reader: Reader, nested: dict[str, Any]) -> YarnScaling | None:
+def _scaling(reader: ConfigReader, nested: dict[str, Any]) -> YarnScaling | None:
     kinds = [nested.pop(key) for key in ("rope_type", "type") if key in nested]
     if any(kind != kinds[0] for kind in kinds):
         raise reader.error("rope_scaling.rope_type", f"contradicts type ({shorten(kinds[0])}, {shorten(kinds[1])})")
@@ -81,11 +81,11 @@ def _scaling(reader: Reader, nested: dict[str, Any]) -> YarnScaling | None:
     unknown = [key for key in nested if key not in yarn_keys and key not in _WITHOUT_EFFECT]
     if unknown:
         plural = "s" if len(unknown) > 1 else ""
-        warn(f"{reader.file}: rope_scaling of type {kind}: unknown key{plural} {listed(unknown)}, passed over")
+        warn(f"{reader.file}: rope_scaling of type {kind}: unknown key{plural} {listed(unknown)}, ignored")
     return _yarn(reader, nested) if kind == "yarn" else None
 
 
-def _yarn(reader: Reader, nested: dict[str, Any]) -> YarnScaling:
+def _yarn(reader: ConfigReader, nested: dict[str, Any]) -> YarnScaling:
     for key in _YARN_NUMBERS:
         if key in nested and not is_finite_number(nested[key]):
             raise reader.error(f"rope_scaling.{key}", f"must be a finite number, not {shorten(nested[key])}")
@@ -118,7 +118,7 @@ def _yarn(reader: Reader, nested: dict[str, Any]) -> YarnScaling:
         raise ConfigError(f"{reader.file}: {error}") from None
 
 
-def _original_length(reader: Reader, nested: dict[str, Any]) -> int:
+def _original_length(reader: ConfigReader, nested: dict[str, Any]) -> int:
     """Positions before stretching: of the block, else of the file, else today's number of them."""
     key = "original_max_position_embeddings"
     outer = reader.get_or(key, None)

@@ -1,7 +1,7 @@
-"""The child's side: takes requests from stdin, one after another, and answers on stdout, within its limits.
+"""The child's side: it takes requests from stdin, one after another, and answers on stdout, within its limits.
 
-Frames: 4 bytes of length, then JSON. The first frame in holds the limits and what the program needs to begin, the
-first frame out is `{"ready": true}`. What a program prints goes nowhere.
+Frames: 4 bytes of length, then JSON. The first frame in holds the limits and the program's setup. The first frame out
+is `{"ready": true}`. Other output of a program is discarded.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-Answer = dict[str, Any]
-Handler = Callable[[dict[str, Any]], Answer]
+AnswerRequest = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def serve(begin: Callable[[dict[str, Any]], Handler]) -> None:
-    """Answer requests until stdin ends. `begin` makes the function that answers, from what the parent gave.
+def serve(begin: Callable[[dict[str, Any]], AnswerRequest]) -> None:
+    """Answer requests until stdin ends. `begin` gets the parent's setup and returns the function that answers.
 
-    A MemoryError becomes the answer `{"fault": "memory"}`. Too much processor time, or an orphan's time, ends the
-    process by SIGPROF or SIGALRM.
+    A MemoryError becomes the answer `{"fault": "memory"}`. When the limit of processor time is exceeded, or the parent
+    is gone for too long, SIGPROF or SIGALRM ends the process.
     """
     frames_in, frames_out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

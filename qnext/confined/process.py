@@ -1,4 +1,4 @@
-"""The parent's side: starts a child, asks it, and kills it when it has used what it may."""
+"""The parent's side: it starts a child, asks it, and kills it when it exceeds its limits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _START_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class ConfinedLimits:
-    """What one request may use. `memory_bytes` is of address space, and holds the program itself as well."""
+    """The limits of one request. `memory_bytes` limits the address space, which includes the program itself."""
 
     seconds: float  # on the clock
     cpu_seconds: float
@@ -35,9 +35,10 @@ class ConfinedLimits:
 
 
 class ConfinedFailure(Exception):
-    """A request used more than it may, or broke its process, which is gone. `cause`: what was too little.
+    """A request exceeded a limit, or broke its process, which has ended. `cause` names the limit.
 
-    `is_spent`: of time, it was the processor's; else the clock ran out first, as it does on a busy machine.
+    `is_spent`: for a limit of time, it was processor time. Otherwise the clock time ran out first, as on a busy
+    machine.
     """
 
     def __init__(self, cause: Literal["time", "memory", "broken"], *, is_spent: bool = False) -> None:
@@ -47,14 +48,15 @@ class ConfinedFailure(Exception):
 
 
 class ConfinedProcess:
-    """A child process that runs one of our programs. For one thread at a time; `interrupt` may come from another.
+    """A child process that runs one of qnext's programs. One thread uses it at a time; another may call `interrupt`.
 
-    `program` answers through `child.serve`; `setup` is JSON that its `begin` gets. The child has no environment, may
-    write no file, and ends with its parent. Raises OSError where it does not start.
+    `program` answers through `child.serve`. `setup` is JSON for its `begin`. The child has no environment, may write no
+    file, and ends with its parent. Raises OSError where it does not start.
     """
 
     def __init__(self, program: Path, limits: ConfinedLimits, *, setup: Mapping[str, Any] | None = None) -> None:
         self._limits = limits
+        self._is_interrupted = False
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", _START, json.dumps([entry for entry in sys.path if entry]), str(program)],
             stdin=subprocess.PIPE,
@@ -75,7 +77,8 @@ class ConfinedProcess:
             raise OSError(f"{program.name} did not start in a process of its own")
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer. Raises ConfinedFailure, and the process is gone, where there is none within the limits."""
+        """The answer to a request. Without an answer within the limits, the process is killed and ConfinedFailure is
+        raised."""
         deadline = time.monotonic() + self._limits.seconds
         answer = self._read(deadline) if self._write(request, deadline) else None
         if answer is None:
@@ -93,13 +96,15 @@ class ConfinedProcess:
         return answer
 
     def is_alive(self) -> bool:
-        return self._process.poll() is None
+        """A process that was interrupted is not, though the system may take a moment to end it."""
+        return not self._is_interrupted and self._process.poll() is None
 
     def kill(self) -> None:
         self._finalizer()
 
     def interrupt(self) -> None:
-        """End the process under another thread's `ask`, which then raises ConfinedFailure and cleans up."""
+        """End the process during another thread's `ask`, which then raises ConfinedFailure and cleans up."""
+        self._is_interrupted = True
         self._process.kill()
 
     def _write(self, value: Any, deadline: float) -> bool:

@@ -1,142 +1,79 @@
-"""Requests in, tokens out: scheduler, runner and sampler put together."""
+"""Requests in, tokens out: the loop over drafting, planning, executing, verifying, committing and learning."""
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 
-import torch
-
-from qnext.engine.cache import BLOCK_SIZE, Cache, prompt_grid
-from qnext.engine.completion import Completion
-from qnext.engine.expert_load import ExpertCounter, ExpertCounts, ExpertLoad
+from qnext.engine.assembly import make_parts
+from qnext.engine.config import EngineConfig
+from qnext.engine.drafter import Proposer
+from qnext.engine.execution.executor import Executor, PromptPart, StepOutput
+from qnext.engine.execution.expert_load import ExpertCounts, ExpertLoad
 from qnext.engine.memory import MemoryPlan
 from qnext.engine.metrics import EngineMetrics, MetricsRecorder
-from qnext.engine.params import SamplingParams
-from qnext.engine.recovery import blame, draft
-from qnext.engine.request import (
-    FinishReason,
-    Guide,
-    Request,
-    RequestTimes,
-    SampledToken,
-    checked_prompt,
-    output_allowance,
-)
-from qnext.engine.runner import Runner
-from qnext.engine.sampling.sampler import Window, verify
+from qnext.engine.policy.completion import Completion
+from qnext.engine.policy.intake import Intake
+from qnext.engine.policy.params import SamplingParams
+from qnext.engine.policy.request import FinishReason, Guide, Request, SampledToken
+from qnext.engine.policy.scheduler import OwnerGauges, Scheduler
+from qnext.engine.policy.step import EndEvent, StepPlan, StepResult, TokenEvent
+from qnext.engine.sampling.sampler import Verdict, Window, verify
 from qnext.engine.sampling.seeds import child_seed
-from qnext.engine.scheduling.scheduler import Scheduler
-from qnext.engine.sizes import WantedSizes, choose_sizes, wants_drafter
-from qnext.engine.speculation.drafter import DEFAULT_DRAFT_TOKENS, Drafter
-from qnext.engine.step import EndEvent, Limits, StepPlan, StepResult, TokenEvent
-from qnext.engine.storage.tiers import DiskCache, make_tiers
-from qnext.errors import UsageError, is_fault
+from qnext.errors import QnextError, RequestBroke, UsageError, is_fault
 from qnext.model import CausalLM
+
+_log = logging.getLogger("qnext.engine")
 
 
 class Engine:
-    """Generates with one model on its device; token ids only. Not thread-safe: one thread owns it.
+    """Generates with one model; token ids only. Not thread-safe: one thread owns it.
 
-    `max_model_len` (default: the model's context; never more than the cache holds) bounds prompt and answer of a
-    request together. A step takes `max_num_batched_tokens` at most, by default between 512 and 2,048: more where many
-    experts share them. KV memory is `num_blocks` blocks of 16 tokens, or as many as `kv_budget_bytes` holds, or by
-    default what `max_num_seqs` requests of full length can use, at most half of the free memory. The caches get their
-    memory here and now; what is left must hold the largest step: sizes that are not given shrink until it does, and
-    given ones that are too large raise DoesNotFit.
-
-    With `prefix_cache`, requests of one salt share what they have in common: `num_checkpoints` states beside those of
-    running requests (default: `max_num_seqs` and four more) say from where others can go on, of long prompts one every
-    `checkpoint_interval` tokens; docs/hybrid-cache.md tells how.
-
-    With `speculation` (default: where the model has an MTP layer) that layer drafts up to `max_draft_tokens` tokens of
-    a request, as many as make decoding faster, and the next step verifies them together; answers stay the same, token
-    for token. Without it, `max_draft_tokens` is how many whoever owns the engine may put into `Request.drafts`.
-
-    Cached prefixes that memory is too short for go to `host_cache_bytes` of the host's memory (default: on a GPU an
-    eighth of what is free there, else none) and from there to the `disk_cache`, where an engine of the same model and
-    settings finds them again. Such an engine is to be closed; it is a context manager. Raises UsageError for a folder
-    that another engine uses, or that is none of this kind.
-
-    `eos_token_ids` (default: the config's) end a request unless it says ignore_eos. Keys and values are kept in
-    `kv_dtype` (default: the model's; int8 has an fp32 scale per token and head), recurrent states in `state_dtype`,
-    fp32 or bf16 (docs/hybrid-cache.md tells what that changes). Owners of requests share
-    seats, memory and steps fairly (docs/hybrid-cache.md). `count_experts` is for `expert_load`. `poison` fills freed
-    memory with NaN (for tests).
+    `Engine.of` makes one for a model in this process. Otherwise what runs the plans is given, and who makes them;
+    `drafter` says what may follow, None: nothing. `eos_token_ids` are the model's by default. An engine with a disk
+    cache is to be closed; it is a context manager. Owners of requests share seats, memory and steps fairly
+    (docs/hybrid-cache.md).
     """
 
     def __init__(
         self,
-        model: CausalLM,
+        executor: Executor,
+        scheduler: Scheduler,
         *,
-        max_num_seqs: int = 8,
-        max_num_batched_tokens: int | None = None,
-        max_model_len: int | None = None,
-        num_blocks: int | None = None,
-        kv_budget_bytes: int | None = None,
-        kv_dtype: torch.dtype | None = None,
-        state_dtype: torch.dtype = torch.float32,
-        prefix_cache: bool = True,
-        num_checkpoints: int | None = None,
-        checkpoint_interval: int = 4096,
-        speculation: bool | None = None,
-        max_draft_tokens: int | None = None,
-        disk_cache: DiskCache | None = None,
-        host_cache_bytes: int | None = None,
+        max_model_len: int,
+        drafter: Proposer | None = None,
         eos_token_ids: Collection[int] | None = None,
-        count_experts: bool = True,
-        poison: bool = False,
     ) -> None:
-        config = model.config
-        self.model = model
-        has_drafter = wants_drafter(speculation, has_layer=model.mtp is not None)
-        if max_draft_tokens is None:
-            max_draft_tokens = DEFAULT_DRAFT_TOKENS if has_drafter else 0
-        if has_drafter and max_draft_tokens < 1:
-            raise UsageError(f"max_draft_tokens must be at least 1 to speculate, not {max_draft_tokens}")
-        self.eos_token_ids = frozenset(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        self._sizes = sizes = choose_sizes(
-            model,
-            WantedSizes(
-                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len,
-                num_blocks=num_blocks, kv_budget_bytes=kv_budget_bytes, kv_dtype=kv_dtype or model.dtype,
-                has_prefix_cache=prefix_cache, num_checkpoints=num_checkpoints, max_draft_tokens=max_draft_tokens,
-                has_drafter=has_drafter, state_dtype=state_dtype,
-            ),
-        )  # fmt: skip
-        self.max_model_len = sizes.max_model_len
-        limits = Limits(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=sizes.max_num_batched_tokens,
-            block_size=BLOCK_SIZE,
-            num_blocks=sizes.num_blocks or None,
-            num_slots=sizes.num_slots,
-            chunk_size=prompt_grid(model.device, state_dtype),
-            has_states=config.num_linear_layers > 0,
-            has_prefix_cache=prefix_cache,
-            checkpoint_interval=checkpoint_interval,
-            max_draft_tokens=max_draft_tokens,
-        )
-        experts = ExpertCounter(config, model.device) if count_experts and config.num_experts else None
-        self.cache = Cache(
-            config, num_blocks=sizes.num_blocks, num_slots=sizes.num_slots, max_model_len=self.max_model_len,
-            dtype=model.dtype, kv_dtype=kv_dtype, state_dtype=state_dtype, device=model.device, poison=poison,
-            num_draft_tokens=max_draft_tokens + 1 if max_draft_tokens else 0, has_drafter=has_drafter,
-            expert_load=None if experts is None else experts.of_layer,
-        )  # fmt: skip
-        self.tiers = make_tiers(model, self.cache, prefix_cache, disk_cache, host_cache_bytes)
-        self.scheduler = Scheduler(limits, self.tiers)
-        self.runner = Runner(model, self.cache)
-        self.drafter = (
-            Drafter(model, self.cache, self.runner.watch, max_draft_tokens=max_draft_tokens) if has_drafter else None
-        )
-        self._recorder = MetricsRecorder(self.scheduler, experts)
+        self.executor = executor
+        self.scheduler = scheduler
+        self.drafter = drafter
+        self.max_model_len = max_model_len
+        self.model_config = executor.model_config
+        self.eos_token_ids = frozenset(self.model_config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self._intake = Intake(self.model_config.vocab_size, max_model_len, self.eos_token_ids)
+        self._recorder = MetricsRecorder(scheduler, executor.experts, executor.expert_reads)
         self._requests: dict[str, Request] = {}
         self._num_added = 0
         self._is_closed = False
+
+    @classmethod
+    def of(cls, model: CausalLM, config: EngineConfig | None = None) -> Engine:
+        """An engine of its own for a model, here.
+
+        Raises UsageError for contradictory or impossible options, and for the folder of a disk cache that another
+        engine uses or that is none of this kind; DoesNotFit where the sizes do not fit the memory.
+        """
+        config = config or EngineConfig()
+        executor, scheduler, drafter, max_model_len = make_parts(model, config)
+        eos_token_ids = config.eos_token_ids
+        return cls(executor, scheduler, max_model_len=max_model_len, drafter=drafter, eos_token_ids=eos_token_ids)
+
+    # ---- what it is and does ----
 
     @property
     def has_unfinished(self) -> bool:
@@ -161,10 +98,26 @@ class Engine:
     @property
     def memory_plan(self) -> MemoryPlan:
         """Where the memory goes: weights and caches as allocated, and a bound on what steps take beside."""
-        workspace = self._sizes.workspace_bytes
-        return MemoryPlan.of(
-            self.model, self.cache, self.scheduler, max_model_len=self.max_model_len, workspace_bytes=workspace
-        )
+        return MemoryPlan.of(self.executor.held_bytes(), self.scheduler.limits, max_model_len=self.max_model_len)
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests that run side by side."""
+        return self.scheduler.limits.max_num_seqs
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no seat and want one."""
+        return self.scheduler.num_waiting
+
+    def num_waiting_of(self, owner: str) -> int:
+        return self.scheduler.num_waiting_of(owner)
+
+    def by_owner(self) -> dict[str, OwnerGauges]:
+        """What each owner that has or wants anything holds by now. Any thread may ask."""
+        return self.scheduler.by_owner()
+
+    # ---- requests ----
 
     def add_request(
         self,
@@ -174,56 +127,48 @@ class Engine:
         request_id: str | None = None,
         salt: str = "",
         owner: str = "",
+        adapter: str | None = None,
         guide: Guide | None = None,
         timeout: float | None = None,
     ) -> Request:
         """Queue a prompt; `step` brings it forward. The request ends by itself, by `abort`, or after `timeout` seconds.
 
-        Only requests of one `salt` share cached prefixes; all of one `owner` count together where owners share what the
-        engine has, and a salt belongs to one owner. `guide` says which tokens may be chosen, for this request
-        alone; it must come to an end, so it does not go together with ignore_eos.
-
-        Raises UsageError for an empty prompt, a token outside the vocabulary, parameters that leave nothing to choose,
-        n other than 1 or an id in use, DoesNotFit for a prompt and answer longer than the context or the cache. Other
-        requests are not touched by a refused one.
+        What `salt`, `owner` and `guide` are stands at `Request`; a guide is this request's alone and must come to an
+        end, so it does not go together with ignore_eos. `adapter` is a name of EngineConfig.adapters. Raises UsageError
+        for an empty prompt, a token outside the vocabulary, an unknown adapter, parameters that leave nothing to
+        choose, n other than 1 or an id in use, DoesNotFit for a prompt and answer longer than the context or the cache;
+        other requests are not touched by a refused one.
         """
         if self._is_closed:
             raise UsageError("the engine is closed")
-        params = params or SamplingParams()
-        if params.n != 1:
-            raise UsageError(f"n is {params.n}: several completions are several requests")
-        if guide is not None and params.ignore_eos:
-            raise UsageError("a constraint ends with the answer's end, which ignore_eos forbids")
-        if timeout is not None and not timeout > 0:
-            raise UsageError(f"timeout must be positive, not {timeout}")
-        prompt = checked_prompt(prompt_ids, vocab_size=self.model.config.vocab_size)
-        if request_id is None:
-            request_id = f"request-{self._num_added}"
-        if request_id in self._requests:
-            raise UsageError(f"request id {request_id!r} is in use")
-        now = time.monotonic()
-        stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_ids |= self.eos_token_ids
-        params.check_vocabulary(vocab_size=self.model.config.vocab_size, stop_ids=stop_ids)
-        request = Request(
-            id=request_id,
-            prompt_ids=prompt,
-            params=params,
-            seed=secrets.randbits(53) if params.seed is None else params.seed,
-            max_tokens=output_allowance(len(prompt), params, max_model_len=self.max_model_len),
-            stop_ids=stop_ids,
+        name = f"request-{self._num_added}" if request_id is None else request_id
+        if name in self._requests:
+            raise UsageError(f"request id {name!r} is in use")
+        number, salt = self._adapter(adapter, salt)
+        request = self._intake.make(
+            name,
+            prompt_ids,
+            params or SamplingParams(),
             salt=salt,
             owner=owner,
+            adapter=number,
             guide=guide,
-            deadline=None if timeout is None else now + timeout,
-            times=RequestTimes(arrived=now),
+            timeout=timeout,
         )
         self.scheduler.add(request)
-        self._requests[request_id] = request
+        self._requests[name] = request
         self._num_added += 1
         self._recorder.add_request()
         return request
+
+    def _adapter(self, name: str | None, salt: str) -> tuple[int, str]:
+        """The number of an adapter, and the salt of its prefixes: keys, values and states are those of one adapter."""
+        if name is None:
+            return 0, salt
+        fingerprints = self.executor.adapters
+        if name not in fingerprints:
+            raise UsageError(f"no adapter {name!r}; there are: {', '.join(fingerprints) or 'none'}")
+        return list(fingerprints).index(name) + 1, f"{salt}/{fingerprints[name]}"
 
     def add_requests(
         self,
@@ -233,6 +178,7 @@ class Engine:
         request_id: str | None = None,
         salt: str = "",
         owner: str = "",
+        adapter: str | None = None,
         guide: Guide | None = None,
         timeout: float | None = None,
     ) -> list[Request]:
@@ -243,27 +189,19 @@ class Engine:
         log-probabilities come with the first.
         """
         params = params or SamplingParams()
+        add = partial(self.add_request, prompt_ids, salt=salt, owner=owner, adapter=adapter, timeout=timeout)
         if params.n == 1:
-            return [
-                self.add_request(
-                    prompt_ids, params, request_id=request_id, salt=salt, owner=owner, guide=guide, timeout=timeout
-                )
-            ]
+            return [add(params, request_id=request_id, guide=guide)]
         seed = secrets.randbits(53) if params.seed is None else params.seed
         name = f"request-{self._num_added}" if request_id is None else request_id
         requests: list[Request] = []
         try:
             for index in range(params.n):
-                child = replace(
-                    params, n=1, seed=child_seed(seed, index),
-                    prompt_logprobs=params.prompt_logprobs if index == 0 else None,
-                )  # fmt: skip
-                requests.append(
-                    self.add_request(
-                        prompt_ids, child, request_id=f"{name}-{index}", salt=salt, owner=owner,
-                        guide=None if guide is None else guide.copy(), timeout=timeout,
-                    )
-                )  # fmt: skip
+                child = replace(params, n=1, seed=child_seed(seed, index))
+                if index:
+                    child = replace(child, prompt_logprobs=None)
+                own = None if guide is None else guide.copy()
+                requests.append(add(child, request_id=f"{name}-{index}", guide=own))
         except BaseException:
             for request in requests:
                 self.abort(request.id)
@@ -274,13 +212,19 @@ class Engine:
         """End a request now. An id that is not running is ignored: it may have finished a moment ago."""
         request = self._requests.pop(request_id, None)
         if request is not None:
-            self.scheduler.abort(request)
+            self.scheduler.abort(request_id)
             self._recorder.end_request(request)
 
     def rest(self, request: Request, *, is_parked: bool) -> None:
         """Between two steps: a parked request holds no slot until it is to go on; its answer does not change."""
-        (self.scheduler.park if is_parked else self.scheduler.resume)(request)
+        (self.scheduler.park if is_parked else self.scheduler.resume)(request.id)
         self._recorder.rest_request()
+
+    def run_apart(self, request: Request) -> None:
+        """From now on the steps of a request have no other in them: what fails there is its failure alone."""
+        self.scheduler.recovery.set_apart(request.id, until=request.max_cached_tokens + 1)
+
+    # ---- steps ----
 
     def step(self) -> list[TokenEvent | EndEvent]:
         """One step of the model: the tokens that it brought; [] when idle.
@@ -289,53 +233,65 @@ class Engine:
         ends with an EndEvent; see its `failure`. Where the model raises at several together, they are run again,
         apart. A step that raises without any request ends nobody but those that it was to begin.
         """
-        ended: list[TokenEvent | EndEvent] = self._end_late()
-        if self.drafter is not None:
-            draft(self.drafter, self.scheduler.decoding)
+        ended = self._end_late()
+        drafts = {} if self.drafter is None else self.drafter.draft(self.scheduler.decoding)
         started = time.perf_counter()
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(drafts)
         if plan is None:
-            self._spill()
-            return ended
-        self._recorder.begin_step(plan)
+            self._save()
+            return [*ended]
+        requests = {s.request_id: self._requests[s.request_id] for s in plan.sequences}
+        self._recorder.begin_step(requests.values())
         try:
-            self._spill()
-            output = self.runner.run(plan)
-            windows = [Window(s.request, s.drafts, s.request.guide) for s in output.sequences]
+            output = self.executor.execute(plan)
+            windows = _windows(plan, output, requests)
             verdicts = verify(output.logits_RY, windows)
         except BaseException as error:
             return [*ended, *self._fail_step(plan, error)]
-        for request, found, failure in output.prompt_tokens:
-            request.prompt_sampled += found
-            if failure is not None:
-                request.failure = failure
-                ended.append(self._end(request, "error"))
-        tokens: dict[str, Sequence[SampledToken]] = {}
-        for (request, drafts, _), verdict in zip(windows, verdicts, strict=True):
-            tokens[request.id] = verdict.tokens
-            if drafts and request.slot is not None:
-                self.cache.commit(request.slot, len(verdict.tokens))
-            if verdict.failure is not None and request.failure is None:
-                request.failure = verdict.failure
-                ended.append(self._end(request, "error"))
+        ended += self._end_failed(windows, verdicts, output.prompt_tokens)
+        tokens = {window.request.id: verdict.tokens for window, verdict in zip(windows, verdicts, strict=True)}
         events = self.scheduler.commit(StepResult(tokens))
-        self._spill()
+        self._save()
         if self.drafter is not None:
             seconds = time.perf_counter() - started
             self.drafter.learn(windows, verdicts, seconds=seconds if output.was_prepared else None)
-        self._recorder.end_step(plan, tokens, events, self._requests)
+        self._recorder.end_step(plan, tokens, events, requests)
         for event in events:
             if event.finish_reason is not None:
                 del self._requests[event.request_id]
         return [*events, *ended]
 
+    def _end_failed(
+        self, windows: list[Window], verdicts: list[Verdict], prompt_tokens: Sequence[PromptPart]
+    ) -> list[EndEvent]:
+        """Book what a step tells of prompts, and end those for which it has no token."""
+        ended: list[EndEvent] = []
+        for request_id, found, failure in prompt_tokens:
+            request = self._requests[request_id]
+            if failure is not None:
+                request.failure = failure
+                ended.append(self._end(request, "error"))
+                continue
+            if not request.prompt_sampled:  # the first token of a prompt has no log-probability
+                request.prompt_sampled.append(SampledToken(request.prompt_ids[0]))
+            request.prompt_sampled += found
+        for window, verdict in zip(windows, verdicts, strict=True):
+            if verdict.failure is not None and window.request.failure is None:
+                window.request.failure = verdict.failure
+                ended.append(self._end(window.request, "error"))
+        return ended
+
     def _fail_step(self, plan: StepPlan, error: BaseException) -> list[EndEvent]:
         """What ends with a step that raised; raises what is nobody's failure."""
         if plan.sequences and is_fault(error):
-            culprit = blame(self.scheduler, plan, error, unfinished=self._requests.values())
+            told = error if isinstance(error, QnextError) else None  # says more than that something broke
+            reason = "" if told is None else f": {told}"
+            _log.error("a step of %d requests failed%s", len(plan.sequences), reason, exc_info=None if told else error)
+            culprit = self._requests.get(self.scheduler.retry_step() or "")
             self._recorder.fail_step([])
-            if culprit is None or culprit.finish_reason is not None:
+            if culprit is None:
                 return []
+            culprit.failure = told or RequestBroke.of(error, "a step of the model")
             ended = self._end(culprit, "error")
             self._recorder.end_request(culprit)
             return [ended]
@@ -345,17 +301,17 @@ class Engine:
         self._recorder.fail_step(failed)
         raise error
 
-    def _end_late(self) -> list[TokenEvent | EndEvent]:
+    def _end_late(self) -> list[EndEvent]:
         now = time.monotonic()
         late = [r for r in self._requests.values() if r.deadline is not None and r.deadline <= now]
         events = [self._end(request, "deadline") for request in late]
         for request in late:
             self._recorder.end_request(request)
-        return [*events]
+        return events
 
     def _end(self, request: Request, reason: FinishReason) -> EndEvent:
         del self._requests[request.id]
-        self.scheduler.abort(request, reason)
+        self.scheduler.abort(request.id, reason)
         return EndEvent(request.id, reason)
 
     def generate(
@@ -405,9 +361,11 @@ class Engine:
         finally:
             self.abort(request.id)
 
-    def _spill(self) -> None:
-        if self.tiers is not None and self.scheduler.prefixes is not None:
-            self.tiers.save(self.scheduler.prefixes.drain_spills())
+    def _save(self) -> None:
+        """Prefixes that go elsewhere are copied at once: the engine may be idle from now on."""
+        plan = self.scheduler.plan_saving()
+        if plan is not None:
+            self.executor.execute(plan)
 
     def close(self) -> None:
         """Abort what is unfinished, and write the cached prefixes to disk where there is a disk cache."""
@@ -416,13 +374,7 @@ class Engine:
         self._is_closed = True
         for request_id in list(self._requests):
             self.abort(request_id)
-        prefixes = self.scheduler.prefixes
-        if self.tiers is not None and prefixes is not None:
-            plan = self.scheduler.plan()
-            if plan is not None:  # copies of states that were to be made with the next step
-                self.cache.prepare(plan)
-                self.scheduler.commit(StepResult({}))
-            self.tiers.close([*prefixes.drain_spills(), *prefixes.everything()])
+        self.executor.close(*self.scheduler.plan_end())
 
     def __enter__(self) -> Engine:
         return self
@@ -437,3 +389,9 @@ class Engine:
         self.scheduler.check_integrity()
         scheduler = self.scheduler
         assert len(self._requests) == scheduler.num_waiting + scheduler.num_running + scheduler.num_parked
+
+
+def _windows(plan: StepPlan, output: StepOutput, requests: Mapping[str, Request]) -> list[Window]:
+    """What the rows of logits are for."""
+    sampled = [plan.sequences[number] for number in output.order]
+    return [Window(requests[s.request_id], s.drafts, requests[s.request_id].guide) for s in sampled]

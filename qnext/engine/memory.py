@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from qnext.ops import Weight
-from qnext.planning import state_bytes_per_sequence
+from qnext.engine.policy.step import EngineLimits
+from qnext.planning import machine
+from qnext.planning.machine import format_bytes
 
-if TYPE_CHECKING:
-    from qnext.engine.cache import Cache
-    from qnext.engine.scheduling.scheduler import Scheduler
-    from qnext.model import CausalLM
+
+class HeldBytes(NamedTuple):
+    """Bytes that an executor has allocated, and a bound on what its steps take beside them."""
+
+    weights: int
+    experts: int  # memory for those that come from disk
+    kv: int
+    states: int
+    workspace: int
+    state_of_sequence: int  # of the linear layers, the figure of qnext.planning
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class MemoryPlan:
     """
 
     weight_bytes: int
+    expert_bytes: int  # memory for experts that come from disk
     kv_bytes: int
     num_blocks: int
     block_size: int
@@ -39,27 +44,25 @@ class MemoryPlan:
     state_bytes_per_sequence: int  # of the linear layers, the figure of qnext.planning
 
     @classmethod
-    def of(
-        cls, model: CausalLM, cache: Cache, scheduler: Scheduler, *, max_model_len: int, workspace_bytes: int
-    ) -> MemoryPlan:
+    def of(cls, held: HeldBytes, limits: EngineLimits, *, max_model_len: int) -> MemoryPlan:
         """As model and caches are allocated."""
-        state_dtype = str(cache.state_dtype).removeprefix("torch.")
         return cls(
-            weight_bytes=weight_bytes(model),
-            kv_bytes=cache.kv_bytes,
-            num_blocks=scheduler.blocks.size,
-            block_size=scheduler.limits.block_size,
-            state_bytes=cache.state_bytes,
-            num_slots=scheduler.slots.size,
-            max_num_seqs=scheduler.limits.max_num_seqs,
+            weight_bytes=held.weights,
+            expert_bytes=held.experts,
+            kv_bytes=held.kv,
+            num_blocks=limits.num_blocks or 0,
+            block_size=limits.block_size,
+            state_bytes=held.states,
+            num_slots=limits.num_slots,
+            max_num_seqs=limits.max_num_seqs,
             max_model_len=max_model_len,
-            workspace_bytes=workspace_bytes,
-            state_bytes_per_sequence=state_bytes_per_sequence(model.config, state_dtype=state_dtype).total,
+            workspace_bytes=held.workspace,
+            state_bytes_per_sequence=held.state_of_sequence,
         )
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes + self.state_bytes + self.workspace_bytes
+        return self.weight_bytes + self.expert_bytes + self.kv_bytes + self.state_bytes + self.workspace_bytes
 
     @property
     def kv_bytes_per_1000_tokens(self) -> int:
@@ -85,7 +88,9 @@ class MemoryPlan:
         """Two lines for people."""
         drafts = self.draft_bytes_per_sequence
         return (
-            f"weights {format_bytes(self.weight_bytes)}, KV {format_bytes(self.kv_bytes_per_1000_tokens)} per 1,000 "
+            f"weights {format_bytes(self.weight_bytes)}, "
+            + (f"experts from disk in {format_bytes(self.expert_bytes)} of memory, " if self.expert_bytes else "")
+            + f"KV {format_bytes(self.kv_bytes_per_1000_tokens)} per 1,000 "
             f"tokens, state {format_bytes(self.state_bytes_per_sequence)} per sequence, "
             + (f"{format_bytes(drafts)} for its drafts, " if drafts else "")
             + f"steps {format_bytes(self.workspace_bytes)}\n"
@@ -96,57 +101,6 @@ class MemoryPlan:
         )
 
 
-def format_bytes(count: int) -> str:
-    """
-    >>> format_bytes(75_497_472)
-    '72.0 MiB'
-    """
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, buffers and quantised weights, shared ones once."""
-    quantized = (
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, get_args(Weight)) and not isinstance(value, torch.Tensor)
-    )
-    held = {id(weight): weight for weight in (*model.parameters(), *model.buffers(), *quantized)}
-    return sum(weight.nbytes for weight in held.values())
-
-
-def available_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Memory that an allocation on `device` can use now, reclaimable file cache included."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return max(0, min([free, *_container_room(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))]))
-
-
-def _container_room(root: Path, membership: Path) -> list[int]:
-    """What the memory limits of the control groups (v2) around this process leave."""
-    found = []
-    try:
-        line = next(line for line in membership.read_text().splitlines() if line.startswith("0::"))
-        folder = root / line[3:].lstrip("/")
-        for group in (folder, *folder.parents):
-            if not group.is_relative_to(root) or not (group / "memory.max").is_file():
-                continue
-            limit = (group / "memory.max").read_text().strip()
-            if limit != "max":
-                stat = dict(each.split() for each in (group / "memory.stat").read_text().splitlines())
-                used = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
-                found.append(int(limit) - used)
-    except (OSError, StopIteration, ValueError):
-        pass
-    return found
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.available_bytes()

@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from qnext.engine.request import Request, SampledToken
-from qnext.engine.scheduling.prefix import PrefixStatistics
-from qnext.engine.scheduling.scheduler import Scheduler
-from qnext.engine.step import SequencePlan, StepPlan, TokenEvent
+from qnext.engine.execution.expert_reads import ExpertReads
+from qnext.engine.policy.prefix import PrefixStatistics
+from qnext.engine.policy.request import Request, SampledToken
+from qnext.engine.policy.scheduler import Scheduler
+from qnext.engine.policy.step import SequencePlan, StepPlan, TokenEvent
 
 if TYPE_CHECKING:
-    from qnext.engine.expert_load import ExpertCounter, ExpertCounts
+    from qnext.engine.execution.expert_load import ExpertCounter, ExpertCounts
 
 # 1, 2.5 and 5 of every decade from a millisecond to a thousand seconds
 REQUEST_SECONDS = (*(n * 10**e / 10_000 for e in range(6) for n in (10, 25, 50)), 1000.0)
@@ -74,31 +75,49 @@ class EngineMetrics:
     """An engine's counters since it was made, which only grow, its gauges, and its distributions; times in seconds.
 
     All numbers are plain Python's, and nothing changes them later. A step that failed ends its requests and brings no
-    tokens. Prompt tokens that are computed again after a preemption count again. Drafted tokens count when they are
-    verified; accepted are those that the answer got.
-
-    Distributions: `step_tokens` tokens per step, whose sum is the tokens computed; `queue_time` from a request's
-    arrival to its first step; `time_to_first_token` from arrival; `inter_token_latency` between tokens of a request,
-    zero for those that one step brought together; `end_to_end_time` of requests that came to their end by "stop" or
-    "length".
+    tokens.
     """
 
-    num_requests: int  # that were queued
+    num_requests: int
+    """That were queued."""
+
     finished: FinishCounts
     num_steps: int
     prompt_tokens_computed: int
-    prompt_tokens_cached: int  # found in the cache when a request was first admitted
+    """Those that are computed again after a preemption count again."""
+
+    prompt_tokens_cached: int
+    """Found in the cache when a request was first admitted."""
+
     output_tokens: int
     drafted_tokens: int
-    accepted_tokens: int  # drafted ones
+    """Drafted tokens count when they are verified."""
+
+    accepted_tokens: int
+    """Drafted ones that the answer got."""
+
     num_preemptions: int
     step_tokens: Histogram
+    """Tokens per step; their sum is the tokens computed."""
+
     queue_time: Histogram
+    """From a request's arrival to its first step."""
+
     time_to_first_token: Histogram
+    """From a request's arrival."""
+
     inter_token_latency: Histogram
+    """Between tokens of a request; zero for those that one step brought together."""
+
     end_to_end_time: Histogram
+    """Of requests that came to their end by "stop" or "length"."""
+
     gauges: Gauges
-    prefix: PrefixStatistics  # a copy; zeros without a prefix cache
+    prefix: PrefixStatistics
+    """A copy; zeros without a prefix cache."""
+
+    experts: ExpertReads | None
+    """Of those on disk; None where all are in memory."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,9 +130,13 @@ class MetricsRecorder:
     thread may take a snapshot at any time: it shows the engine as it was after the last event, never half of a step.
     """
 
-    def __init__(self, scheduler: Scheduler, experts: ExpertCounter | None) -> None:
+    def __init__(
+        self, scheduler: Scheduler, experts: ExpertCounter | None, expert_reads: Callable[[], ExpertReads | None]
+    ) -> None:
         self._scheduler = scheduler
         self._experts = experts
+        self._expert_reads = expert_reads
+        self._reads = expert_reads()
         self._lock = Lock()
         self._counts: Counter[str] = Counter()  # by field of EngineMetrics
         self._finished: Counter[str] = Counter()
@@ -131,10 +154,10 @@ class MetricsRecorder:
             self._counts["num_requests"] += 1
             self._observe_scheduler()
 
-    def begin_step(self, plan: StepPlan) -> None:
+    def begin_step(self, requests: Iterable[Request]) -> None:
+        """These are to run."""
         now = time.monotonic()
-        for sequence in plan.sequences:
-            request = sequence.request
+        for request in requests:
             if request.times.scheduled is None:
                 request.times.scheduled = now
                 with self._lock:
@@ -145,17 +168,19 @@ class MetricsRecorder:
         self,
         plan: StepPlan,
         tokens: Mapping[str, Sequence[SampledToken]],
-        events: Iterable[TokenEvent],
+        events: Sequence[TokenEvent],
         requests: Mapping[str, Request],
     ) -> None:
-        """The step is committed: `tokens` were chosen, `events` are those of them that `requests` got. Requests of the
-        step that have a `failure` ended with it."""
+        """The step is committed: `tokens` were chosen, `events` are those of them that `requests` got, which are all of
+        the step by id. Those that have a `failure` ended with it."""
         now = time.monotonic()
         with self._lock:
             for sequence in plan.sequences:
-                self._count_sequence(sequence, tokens)
-                if sequence.request.failure is not None:
-                    self._count_end(sequence.request, now)
+                request = requests[sequence.request_id]
+                self._count_sequence(sequence, request, tokens)
+                if request.failure is not None:
+                    self._count_end(request, now)
+            self._counts["output_tokens"] += len(events)
             for event in events:
                 self._count_token(requests[event.request_id], now)
                 if event.finish_reason is not None:
@@ -166,6 +191,7 @@ class MetricsRecorder:
                 self._step_tokens.observe(sum(len(sequence.token_ids) for sequence in plan.sequences))
                 if self._experts is not None:
                     self._experts.end_step()
+            self._reads = self._expert_reads()
             self._observe_scheduler()
 
     def fail_step(self, requests: Iterable[Request]) -> None:
@@ -176,6 +202,7 @@ class MetricsRecorder:
                 self._count_end(request, now)
             if self._experts is not None:
                 self._experts.drop_step()
+            self._reads = self._expert_reads()
             self._observe_scheduler()
 
     def end_request(self, request: Request) -> None:
@@ -211,6 +238,7 @@ class MetricsRecorder:
                 end_to_end_time=self._end_to_end_time.snapshot(),
                 gauges=Gauges(*self._gauges),
                 prefix=PrefixStatistics(**self._prefix),
+                experts=self._reads,
             )
 
     def expert_counts(self, num_steps: int) -> ExpertCounts | None:
@@ -221,10 +249,12 @@ class MetricsRecorder:
 
     # ---- under the lock ----
 
-    def _count_sequence(self, sequence: SequencePlan, tokens: Mapping[str, Sequence[SampledToken]]) -> None:
-        request, drafts = sequence.request, sequence.drafts
-        end = min(sequence.start + len(sequence.token_ids), len(request.prompt_ids))
-        self._counts["prompt_tokens_computed"] += max(0, end - sequence.start)
+    def _count_sequence(
+        self, sequence: SequencePlan, request: Request, tokens: Mapping[str, Sequence[SampledToken]]
+    ) -> None:
+        start, num_prompt, drafts = sequence.start, sequence.num_prompt, sequence.drafts
+        if start < num_prompt:
+            self._counts["prompt_tokens_computed"] += min(start + len(sequence.token_ids), num_prompt) - start
         if drafts:
             chosen = () if request.failure is not None else tokens[request.id]
             num_accepted = sum(token.token_id == draft for token, draft in zip(chosen, drafts, strict=False))
@@ -235,7 +265,6 @@ class MetricsRecorder:
 
     def _count_token(self, request: Request, now: float) -> None:
         times = request.times
-        self._counts["output_tokens"] += 1
         if times.last_token is None:
             times.first_token = now
             self._time_to_first_token.observe(now - times.arrived)

@@ -1,4 +1,8 @@
-"""How good a model is: measures on texts."""
+"""Measures of the quality of a model on texts.
+
+Nouns: `EvalDocument`, `Perplexity`. May import config, model, engine and text. A new measure is a file with a frozen
+result.
+"""
 
 from __future__ import annotations
 

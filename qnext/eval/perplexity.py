@@ -30,11 +30,10 @@ class EvalDocument(NamedTuple):
 class Perplexity:
     """Compression of texts by a model.
 
-    `bits_per_byte` is the whole code length of the documents over their bytes, so it does not depend on how text is
-    cut into tokens: every token costs -log2 of its probability, the end token included, and the first token of a
-    document, which nothing precedes, costs log2 of the vocabulary size. `mtp_acceptance` is the share of positions
-    where the greedy draft of the MTP module equals the trunk's own greedy token, the text being given up to there;
-    None without an MTP module.
+    `bits_per_byte` is the code length of all documents over their bytes, so it does not depend on how text is cut into
+    tokens. Every token costs -log2 of its probability, the end token included. The first token of a document, which
+    nothing precedes, costs log2 of the vocabulary size. `mtp_acceptance` is the share of positions where the greedy
+    draft of the MTP module equals the trunk's own greedy token, given the text up to there; None without an MTP module.
     """
 
     bits_per_byte: float
@@ -44,8 +43,13 @@ class Perplexity:
     num_tokens: int  # predicted ones
     mtp_acceptance: float | None
 
+    @property
+    def summary(self) -> str:
+        mtp = "" if self.mtp_acceptance is None else f", MTP draft accepted {self.mtp_acceptance:.1%}"
+        return f"held-out {self.bits_per_byte:.4f} bits per byte{mtp}"
 
-class _Piece(NamedTuple):
+
+class _Excerpt(NamedTuple):
     token_ids: Tensor  # inputs and the target of the last one
 
 
@@ -80,13 +84,15 @@ def evaluate_perplexity(
     )
 
 
-def _batches(documents: Sequence[EvalDocument], sequence_length: int, tokens_per_batch: int) -> Iterator[list[_Piece]]:
-    pieces: list[_Piece] = []
+def _batches(
+    documents: Sequence[EvalDocument], sequence_length: int, tokens_per_batch: int
+) -> Iterator[list[_Excerpt]]:
+    pieces: list[_Excerpt] = []
     size = 0
     for document in documents:
         ids = torch.as_tensor(document.token_ids, dtype=torch.long)
         for start in range(0, len(ids) - 1, sequence_length):
-            piece = _Piece(ids[start : start + sequence_length + 1])
+            piece = _Excerpt(ids[start : start + sequence_length + 1])
             if pieces and size + len(piece.token_ids) - 1 > tokens_per_batch:
                 yield pieces
                 pieces, size = [], 0
@@ -102,7 +108,7 @@ class _Sums(NamedTuple):
     num_drafts: int
 
 
-def _evaluate(model: CausalLM, pieces: Sequence[_Piece]) -> _Sums:
+def _evaluate(model: CausalLM, pieces: Sequence[_Excerpt]) -> _Sums:
     inputs_T = torch.cat([piece.token_ids[:-1] for piece in pieces])
     targets_T = torch.cat([piece.token_ids[1:] for piece in pieces])
     highest, vocab_size = int(torch.maximum(inputs_T, targets_T).max()), model.config.vocab_size

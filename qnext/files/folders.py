@@ -1,4 +1,4 @@
-"""Folders, and the files in one that is being made."""
+"""Folders, and the files inside a folder that is being made."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ _RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # Linux; Python has no names for them
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder that takes its name when the block ends well, and vanishes otherwise; its parents are made.
+    """A folder that gets its name when the block ends well, and is removed otherwise. Its parents are made.
 
-    What has the name already goes when the new folder is there: in one step where the system can exchange names, else
-    the next call puts it back after a kill between two. Whether it may go, the caller has to know. Raises OSError and
-    DiskFull: what was there stays as it was.
+    A folder that has the name already is removed when the new one is there. This is one step where the system can
+    exchange names. Elsewhere a kill between two steps is possible; the next call then puts the old folder back. The
+    caller has to know whether the old folder may be removed. Raises OSError and DiskFull; then the old folder stays
+    unchanged.
     """
     target = Path(folder).absolute()
     with telling(Path(folder), target, had_one=_is_filled(target)) as told, parents_of(target):
@@ -39,20 +40,21 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def write_inside(path: Path, data: str | bytes) -> None:
-    """A file, on the disk, of a folder that is being made."""
+    """Write a file, flushed to the disk, into a folder that is being made."""
     with NewFile(path) as file:
         file.write(encoded(data))
 
 
 def copy_inside(source: Path, path: Path) -> None:
-    """A copy, on the disk, as a file of a folder that is being made."""
+    """Copy a file, flushed to the disk, into a folder that is being made."""
     with source.open("rb") as reading, NewFile(path) as file:
         while piece := reading.read(1 << 20):
             file.write(piece)
 
 
 def remove_folder(folder: str | Path) -> None:
-    """Gone at once for whoever looks, then deleted; what a kill or an error leaves of it, `remove_partials` finds."""
+    """Remove a folder: its name is gone at once, then its data is deleted. `remove_partials` finds what a kill or an
+    error leaves."""
     path = Path(folder).absolute()
     gone = hidden(path, "partial")
     with telling(Path(folder), path, had_one=True):
@@ -64,9 +66,9 @@ def remove_folder(folder: str | Path) -> None:
 
 @contextmanager
 def scratch_folder(beside: Path | None = None) -> Iterator[Path]:
-    """A private folder for the time of the block, on the disk of `beside` or where the system has such folders.
+    """A private folder while the block lasts, on the disk of `beside` or in the system's place for temporary folders.
 
-    One that a killed run left goes when the next is made.
+    A folder that a killed run left is removed when the next one is made.
     """
     target = Path(tempfile.gettempdir()) / "qnext" if beside is None else beside.absolute()
     remove_partials(target.parent, target.name)
@@ -91,7 +93,7 @@ def _put(new: Path, target: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step. False where the system cannot."""
+    """Exchange two names in one step. False where the system cannot."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if function is None:
         return False

@@ -1,4 +1,5 @@
-"""Hidden names of what is being made or removed, the locks of their makers, and what killed runs leave."""
+"""Hidden names of files and folders that are being made or removed, the locks of their makers, and the remains of
+killed runs."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ _MAX_NAME_BYTES = 200  # of a name within a hidden one: a system allows 255 in a
 
 
 def is_partial(path: Path) -> bool:
-    """Whether this name belongs to nothing yet, or to nothing any more."""
+    """Whether this is a name of something that is being made or removed."""
     return _LEFT.fullmatch(path.name) is not None
 
 
@@ -49,7 +50,7 @@ def _delete_if_left(path: Path) -> None:
 
 
 def put_back(target: Path) -> None:
-    """The folder that a killed run moved aside for another, which then could not take its place."""
+    """Restore a folder that a killed run moved aside for another one, which then did not take its place."""
     if status(target) is not None or not target.parent.is_dir():
         return
     for path in list(target.parent.iterdir()):
@@ -61,7 +62,7 @@ def put_back(target: Path) -> None:
 
 @contextmanager
 def partial_file(target: Path, *, mode: int) -> Iterator[NewFile]:
-    """A file with a hidden name; it is deleted at the end of the block, if it has that name still."""
+    """A file with a hidden name. It is deleted at the end of the block, unless it was renamed."""
     file: NewFile | None = None
     try:
         with held():
@@ -118,7 +119,7 @@ def _is_locked(descriptor: int, path: Path) -> bool:
 
 
 def delete(path: Path) -> None:
-    """As far as it can be; what stays has a name that `remove_partials` finds."""
+    """Delete as far as possible. The rest has a name that `remove_partials` finds."""
     found = status(path)
     if found is not None and stat.S_ISDIR(found.st_mode):
         shutil.rmtree(path, ignore_errors=True)

@@ -16,10 +16,10 @@ from qnext.files.writing import NewFile, encoded, named, parents_of, sync_folder
 
 @contextmanager
 def new_file(path: str | Path, *, mode: int | None = None, with_parents: bool = False) -> Iterator[NewFile]:
-    """A file that takes its name when the block ends well, in the place of an earlier one, and vanishes otherwise.
+    """A file that gets its name when the block ends well, replacing an earlier one, and is removed otherwise.
 
-    `mode` None is that of the earlier file, else what the process gives to new ones; the owner stays. A link stays a
-    link. A pipe or a device is written to as it is. Raises OSError and DiskFull: the earlier file stays as it was.
+    `mode` None is the mode of the earlier file, or of a new file of the process. The owner stays. A link stays a link.
+    A pipe or a device is written to directly. Raises OSError and DiskFull; then the earlier file stays unchanged.
     """
     target = Path(os.path.realpath(path))
     found = status(path, follows=True)  # what /dev/stdout leads to has no name
@@ -48,12 +48,18 @@ def write_file(path: str | Path, data: str | bytes, *, mode: int | None = None) 
 
 
 def move_file(path: Path, target: Path) -> None:
-    """Give a file that another program wrote its name, on the same disk."""
+    """Give its final name to a file that another program wrote, on the same disk."""
     with telling(target, target, had_one=target.exists()):
         with NewFile(path, flags=0) as file:
             file.sync()
         os.replace(path, target)
         sync_folder(target.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Delete a file; one that is not there is no error."""
+    with named(path):
+        path.unlink(missing_ok=True)
 
 
 def append(descriptor: int, data: bytes, *, path: str | Path) -> None:

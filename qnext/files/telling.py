@@ -1,4 +1,4 @@
-"""What errors say: the file that was meant, and what became of it."""
+"""The text of errors: the intended file, and what happened to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Told:
 
 @contextmanager
 def telling(shown: Path, target: Path, *, had_one: bool) -> Iterator[Told]:
-    """An OSError about what is being made names its final path, as `shown`, and says what became of it."""
+    """Makes an OSError about an unfinished file name its final path, as `shown`, and say what happened to it."""
     told = Told()
     try:
         yield told

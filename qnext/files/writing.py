@@ -1,4 +1,4 @@
-"""An open file whose errors name it, and what waits until the disk has it."""
+"""An open file whose errors name it, and the flushing of files and folders to the disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of a pipe, or a file sys
 
 
 class NewFile:
-    """A file that is being written, without a buffer. `path` is where it lies for now, and what its errors name."""
+    """A file that is being written, without a buffer. `path` is its present place, which its errors name."""
 
     def __init__(self, path: str | Path, *, mode: int = 0o666, flags: int = os.O_CREAT | os.O_EXCL) -> None:
         self.path = Path(path)
@@ -32,7 +32,7 @@ class NewFile:
             self.close()
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """All of the data; returns the number of bytes."""
+        """Write all of the data. Returns the number of bytes."""
         waiting = memoryview(data).cast("B")
         num_bytes = waiting.nbytes
         with named(self.path):
@@ -96,7 +96,7 @@ def named(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def parents_of(target: Path) -> Iterator[None]:
-    """Make the folders above; those that were made go again when the block fails."""
+    """Make the folders above. Those that were made are removed again when the block fails."""
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

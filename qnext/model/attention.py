@@ -1,29 +1,34 @@
 """Gated attention: grouped-query attention with per-head norms and an elementwise output gate.
 
-Legend: T tokens, D hidden, X = query heads * head dim.
+Legend: T tokens, D hidden, H query heads, G KV heads, K head dim, X = H * K (2 * H * K with gates), Y = G * K,
+Z = H * K.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from qnext import ops
 from qnext.config import ModelConfig
 from qnext.model.batch import Batch
-from qnext.model.layers import Linear, make_norm
+from qnext.model.layers import Linear, fusable, make_norm
 
 
 class Attention(nn.Module):
-    """Full attention of all three families; `attention_output_gate` adds Qwen3-Next's gate.
+    """Full attention of all three families. `attention_output_gate` adds Qwen3-Next's gate.
 
-    With the gate, each head of q_proj holds its query dims first and then its gate dims.
+    The order is: projections, norms of queries and keys, rotation, attention, gate, output projection. One fused op
+    computes everything between the projections, unless a norm has to be called: see fusable.
     """
 
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
         self.layer_index = layer_index
         self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
         self.has_gate = config.attention_output_gate
+        self.eps, self.zero_centered = config.rms_norm_eps, config.zero_centered_norm
         hidden, bias = config.hidden_size, config.attention_bias
         query_dim = config.num_attention_heads * config.head_dim
         key_dim = config.num_key_value_heads * config.head_dim
@@ -34,21 +39,54 @@ class Attention(nn.Module):
         self.q_norm = make_norm(config, config.head_dim)
         self.k_norm = make_norm(config, config.head_dim)
 
-    def forward(self, x_TD: Tensor, batch: Batch, rope: tuple[Tensor, Tensor]) -> Tensor:
-        cos, sin = rope
-        mixed_TX = ops.attention_mixer(
-            self.q_proj(x_TD),
-            self.k_proj(x_TD),
-            self.v_proj(x_TD),
-            q_norm_weight_K=self.q_norm.weight,
-            k_norm_weight_K=self.k_norm.weight,
-            eps=self.q_norm.eps,
-            zero_centered=self.q_norm.zero_centered,
-            has_gate=self.has_gate,
-            cos=cos,
-            sin=sin,
-            packing=batch.packing,
-            scale=self.head_dim**-0.5,
-            cache=None if batch.cache is None else batch.cache.attention_cache(self.layer_index),
+    def forward(self, x_TD: Tensor, batch: Batch, rope: ops.Rope) -> Tensor:
+        projected = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
+        cache = None if batch.cache is None else batch.cache.attention_cache(self.layer_index)
+        weights = self._fusable_weights()
+        if weights is None:
+            mixed_TZ = self._mix(*projected, rope, batch.packing, cache)
+        else:
+            mixed_TZ = ops.attention_mixer(*projected, weights, rope=rope, packing=batch.packing, cache=cache)
+        return self.o_proj(mixed_TZ)
+
+    def _mix(
+        self,
+        q_TX: Tensor,
+        k_TY: Tensor,
+        v_TY: Tensor,
+        rope: ops.Rope,
+        packing: ops.Packing,
+        cache: ops.AttentionCache | None,
+    ) -> Tensor:
+        """[T, Z]: what ops.attention_mixer fuses, step by step."""
+        q_THK, gate_THK = self._queries_and_gates(q_TX)
+        k_TGK, v_TGK = (x_TY.unflatten(1, (-1, self.head_dim)) for x_TY in (k_TY, v_TY))
+        q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
+        q_THK, k_TGK = ops.apply_rope(q_THK, rope), ops.apply_rope(k_TGK, rope)
+        if cache is None:
+            out_THK = ops.attention(q_THK, k_TGK, v_TGK, packing=packing, scale=self.scale)
+        else:
+            out_THK = ops.cached_attention(q_THK, k_TGK, v_TGK, cache, packing=packing, scale=self.scale)
+        if gate_THK is not None:
+            out_THK = out_THK * torch.sigmoid(gate_THK)
+        return out_THK.flatten(1)
+
+    def _queries_and_gates(self, q_TX: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[T, H, K] each: with gates, each head of q_proj holds its query dims first and then its gate dims."""
+        if not self.has_gate:
+            return q_TX.unflatten(1, (-1, self.head_dim)), None
+        q_THK, gate_THK = q_TX.unflatten(1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+        return q_THK, gate_THK
+
+    def keeps_bits(self) -> bool:
+        """See layers.keeps_bits."""
+        weights = self._fusable_weights()
+        return weights is not None and ops.attention_keeps_bits(weights)
+
+    def _fusable_weights(self) -> ops.AttentionWeights | None:
+        q_K, k_K = fusable(self.q_norm), fusable(self.k_norm)
+        if not isinstance(q_K, Tensor) or not isinstance(k_K, Tensor):
+            return None
+        return ops.AttentionWeights(
+            q_K, k_K, eps=self.eps, zero_centered=self.zero_centered, has_gate=self.has_gate, scale=self.scale
         )
-        return self.o_proj(mixed_TX)

@@ -1,7 +1,7 @@
-"""What flows through a model: packed tokens of several sequences and, when serving, a view of their caches.
+"""The data that flows through a model: packed tokens of several sequences and, when serving, a view of their caches.
 
-Legend: T tokens, N sequences, M pages of a sequence, P tokens in a page, G KV heads, K head dim, W conv width,
-C conv channels, H value heads, V value head dim, E experts.
+Legend: T tokens, N sequences, M pages of a sequence, P tokens in a page, G KV heads, K head dim, W conv width, C conv
+channels, H value heads, V value head dim, E experts.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from qnext.ops import AttentionCache, DeltaCache, Packing, PendingTokens
 
 
 class KVPages(NamedTuple):
-    """Keys and values of one full-attention layer, [num_pages, G, P, K] each.
+    """Keys and values of one full-attention layer, each [num_pages, G, P, K].
 
-    In int8 they are codes; scales [num_pages, G, P] fp32 stand beside them, one per token and KV head.
+    In int8 they are codes, and there are scales [num_pages, G, P] in fp32, one per token and KV head.
     """
 
     k: Tensor
@@ -32,7 +32,7 @@ class KVPages(NamedTuple):
 
 
 class DeltaSlots(NamedTuple):
-    """State of one Gated DeltaNet layer, a slot per sequence."""
+    """The state of one Gated DeltaNet layer, one slot per sequence."""
 
     conv: Tensor  # [num_slots, W - 1, C] last inputs of the convolution, oldest first, fp32
     state: Tensor  # [num_slots, H, K, V] fp32 or bf16
@@ -45,11 +45,11 @@ class DeltaSlots(NamedTuple):
 
 @dataclass(frozen=True)
 class CacheView:
-    """Where one step reads, writes and counts. Layers are numbered as in the trunk; the MTP layer comes after.
+    """Where one step reads, writes and counts. Layers are numbered as in the trunk; the MTP layer follows.
 
-    A sequence whose `is_fresh_N` is true starts in this step: what its slot held before is never read.
-    Tokens of a sequence whose `is_draft_N` is true may be rejected: its recurrent states stay as they are, and keys and
-    values of rejected tokens are overwritten before anything reads them.
+    A sequence with `is_fresh_N` true starts in this step: the old content of its slot is never read. The tokens of a
+    sequence with `is_draft_N` true may be rejected. They do not change its recurrent states, and the keys and values of
+    rejected tokens are overwritten before anything reads them.
     """
 
     kv: Mapping[int, KVPages]
@@ -65,23 +65,29 @@ class CacheView:
     expert_load: Mapping[int, Tensor] = field(default_factory=dict)  # int64 [E] of a layer: routers add their tokens
 
     def delta_cache(self, layer_index: int) -> DeltaCache:
-        """Slots of one layer with the slot numbers of the step's sequences."""
+        """The slots of one layer, with the slot numbers of the step's sequences."""
         slots = self.delta[layer_index]
         return DeltaCache(
-            slots.conv, slots.state, self.slots_N, self.is_fresh_N, self.has_fresh, slots.pending, self.is_draft_N,
-            self.context_lengths_N, self.prompt_lengths_N,
-        )  # fmt: skip
+            slots.conv,
+            slots.state,
+            self.slots_N,
+            self.is_fresh_N,
+            has_fresh=self.has_fresh,
+            pending=slots.pending,
+            is_draft_N=self.is_draft_N,
+            context_lengths_N=self.context_lengths_N,
+            prompt_lengths_N=self.prompt_lengths_N,
+        )
 
     def attention_cache(self, layer_index: int) -> AttentionCache:
         """What the attention of one layer reads and writes."""
-        return AttentionCache(
-            *self.kv[layer_index], self.block_tables_NM, self.context_lengths_N, self.write_index_T
-        )  # fmt: skip
+        pages = self.kv[layer_index]
+        return AttentionCache(*pages, self.block_tables_NM, self.context_lengths_N, self.write_index_T)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed tokens [T]; the same type trains (cache None) and serves. There is no padding."""
+    """Packed tokens [T]. The same type trains (cache None) and serves. There is no padding."""
 
     token_ids_T: Tensor
     positions_T: Tensor

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from qnext import ops
 from qnext.config import ModelConfig
 from qnext.model.batch import Batch
-from qnext.model.layers import Conv1d, GatedRMSNorm, Linear
+from qnext.model.layers import Conv1d, GatedRMSNorm, Linear, fusable
 
 
 class GatedDeltaNet(nn.Module):
     """One linear-attention mixer.
 
-    in_proj_qkvz is laid out by key head: each group holds q (K), k (K), v (R * V), z (R * V); in_proj_ba holds
+    The order is: projections, convolution, norm of queries and keys, gated delta rule, gated norm, output projection.
+    One fused op computes everything between the projections, unless the convolution or the norm has to be called: see
+    fusable. in_proj_qkvz is laid out by key head: each group holds q (K), k (K), v (R * V), z (R * V). in_proj_ba holds
     b (R), a (R) per group. The convolution runs over all q, then all k, then all v.
     """
 
@@ -26,28 +28,64 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         self.layer_index = layer_index
         self.num_key_heads, self.key_head_dim = config.linear_num_key_heads, config.linear_key_head_dim
-        num_value_heads, value_dim = config.linear_num_value_heads, config.linear_value_dim
-        hidden, conv_dim = config.hidden_size, config.linear_conv_dim
+        self.num_value_heads, self.eps = config.linear_num_value_heads, config.rms_norm_eps
+        hidden, conv_dim, value_dim = config.hidden_size, config.linear_conv_dim, config.linear_value_dim
         self.in_proj_qkvz = Linear(hidden, 2 * config.linear_key_dim + 2 * value_dim, bias=False)
-        self.in_proj_ba = Linear(hidden, 2 * num_value_heads, bias=False)
+        self.in_proj_ba = Linear(hidden, 2 * self.num_value_heads, bias=False)
         self.conv1d = Conv1d(conv_dim, conv_dim, config.linear_conv_kernel_dim, groups=conv_dim, bias=False)
-        self.dt_bias = nn.Parameter(torch.empty(num_value_heads))
-        self.A_log = nn.Parameter(torch.empty(num_value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_value_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_value_heads))
         self.norm = GatedRMSNorm(config.linear_value_head_dim, eps=config.rms_norm_eps)
         self.out_proj = Linear(value_dim, hidden, bias=False)
 
     def forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
-        mixed_TZ = ops.gated_delta_mixer(
-            self.in_proj_qkvz(x_TD),
-            self.in_proj_ba(x_TD),
-            conv_weight_C1W=self.conv1d.weight,
-            A_log_H=self.A_log,
-            dt_bias_H=self.dt_bias,
-            norm_weight_V=self.norm.weight,
-            eps=self.norm.eps,
+        qkvz_TX, ba_TY = self.in_proj_qkvz(x_TD), self.in_proj_ba(x_TD)
+        cache = None if batch.cache is None else batch.cache.delta_cache(self.layer_index)
+        weights = self._fusable_weights()
+        if weights is None:
+            mixed_TZ = self._mix(qkvz_TX, ba_TY, batch.packing, cache)
+        else:
+            mixed_TZ = ops.gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=batch.packing, cache=cache)
+        return self.out_proj(mixed_TZ)
+
+    def _mix(self, qkvz_TX: Tensor, ba_TY: Tensor, packing: ops.Packing, cache: ops.DeltaCache | None) -> Tensor:
+        """[T, Z]: what ops.gated_delta_mixer fuses, step by step."""
+        qkv_TC, z_THV = ops.split_qkvz(
+            qkvz_TX, num_key_heads=self.num_key_heads, key_head_dim=self.key_head_dim, num_heads=self.num_value_heads
+        )
+        beta_TH, g_TH = ops.delta_gates(ba_TY, self.A_log, self.dt_bias, num_key_heads=self.num_key_heads)
+        carried = None if cache is None else ops.read_carried(cache, packing)
+        mixed_TC, conv_NWC = self.conv1d(qkv_TC, packing, None if carried is None else carried.conv_NWC)
+        q_TJK, k_TJK, v_THV = self._heads(mixed_TC)
+        inputs = ops.DeltaInputs(ops.l2_norm(q_TJK), ops.l2_norm(k_TJK), v_THV, g_TH, beta_TH)
+        if cache is None or carried is None:
+            o_THV, _ = ops.gated_delta_rule(inputs, packing=packing)
+        else:
+            o_THV = ops.cached_delta_rule(inputs, qkv_TC, cache, packing=packing, before=carried, conv_NWC=conv_NWC)
+        return self.norm(o_THV, z_THV).flatten(1)
+
+    def _heads(self, mixed_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k [T, J, K], v [T, H, V]"""
+        key_dim = self.num_key_heads * self.key_head_dim
+        q_TC, k_TC, v_TC = mixed_TC.split([key_dim, key_dim, mixed_TC.shape[1] - 2 * key_dim], dim=-1)
+        q_TJK, k_TJK = (x_TC.unflatten(1, (self.num_key_heads, -1)) for x_TC in (q_TC, k_TC))
+        return q_TJK, k_TJK, v_TC.unflatten(1, (self.num_value_heads, -1))
+
+    def keeps_bits(self) -> bool:
+        """See layers.keeps_bits."""
+        weights = self._fusable_weights()
+        return weights is not None and ops.delta_keeps_bits(weights)
+
+    def _fusable_weights(self) -> ops.DeltaWeights | None:
+        conv_C1W, norm_V = fusable(self.conv1d), fusable(self.norm)
+        if not isinstance(conv_C1W, Tensor) or not isinstance(norm_V, Tensor):
+            return None
+        return ops.DeltaWeights(
+            conv_C1W,
+            self.A_log,
+            self.dt_bias,
+            norm_V,
+            eps=self.eps,
             num_key_heads=self.num_key_heads,
             key_head_dim=self.key_head_dim,
-            packing=batch.packing,
-            cache=batch.cache.delta_cache(self.layer_index) if batch.cache is not None else None,
         )
-        return self.out_proj(mixed_TZ)

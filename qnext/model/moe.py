@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from qnext import ops
 from qnext.config import ModelConfig
-from qnext.model.layers import MLP, Linear
+from qnext.model.layers import MLP, Linear, fusable, is_plain
+from qnext.model.weights import HoldsWeights
 
 
 class RouterOutput(NamedTuple):
-    """What a router decided; probes and auxiliary losses read it through a forward hook on the router."""
+    """The decision of a router. Probes and auxiliary losses read it through a forward hook on the router."""
 
     logits_TE: Tensor
     routing: ops.Routing
 
 
-class Router(nn.Module):
-    """Scores experts: softmax over all of them, the best top-k."""
+class Router(HoldsWeights):
+    """Scores the experts: softmax over all of them, then the best top-k."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -32,14 +33,22 @@ class Router(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
 
     def forward(self, x_TD: Tensor, *, load_E: Tensor | None = None) -> RouterOutput:
-        if self.weight.dtype.itemsize > x_TD.dtype.itemsize:
-            x_TD = x_TD.to(self.weight.dtype)  # a router that is kept wider computes so: its last bits choose experts
-        logits_TE = ops.linear(x_TD, self.weight)
+        logits_TE = self.scores(x_TD)
         routing = ops.route(logits_TE, top_k=self.top_k, norm_topk_prob=self.norm_topk_prob, load_E=load_E)
         return RouterOutput(logits_TE, routing)
 
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """[T, E] logits"""
+        if self.weight.dtype.itemsize > x_TD.dtype.itemsize:
+            x_TD = x_TD.to(self.weight.dtype)  # a router that is kept wider computes so: its last bits choose experts
+        return ops.linear(x_TD, self.weight)
 
-class Experts(nn.Module):
+    def keeps_bits(self) -> bool:
+        """See layers.keeps_bits."""
+        return ops.linear_keeps_bits(self.weight)
+
+
+class Experts(HoldsWeights):
     """All routed experts of a layer, stacked. On disk they are one tensor per expert and projection."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -48,12 +57,17 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
-    def forward(self, x_TD: Tensor, routing: ops.Routing, shared: ops.SharedExpert | None) -> Tensor:
+    def forward(self, x_TD: Tensor, routing: ops.Routing, shared: ops.SharedExpert | None = None) -> Tensor:
+        """`shared` has the weights of the shared expert, which the same op multiplies beside the routed experts."""
         return ops.experts_swiglu(x_TD, self.gate_up_proj, self.down_proj, routing=routing, shared=shared)
+
+    def keeps_bits(self) -> bool:
+        """See layers.keeps_bits."""
+        return ops.experts_keep_bits(self.gate_up_proj, self.down_proj)
 
 
 class SparseMoE(nn.Module):
-    """Routed experts, plus a shared expert scaled by sigmoid(shared_expert_gate(x)) where the config has one."""
+    """Routed experts, and where the config has one, a shared expert scaled by sigmoid(shared_expert_gate(x))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -65,13 +79,21 @@ class SparseMoE(nn.Module):
             self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, x_TD: Tensor, *, load_E: Tensor | None = None) -> Tensor:
-        return self.experts(x_TD, self.gate(x_TD, load_E=load_E).routing, self._shared())
-
-    def _shared(self) -> ops.SharedExpert | None:
-        """The shared expert's weights: one op multiplies them beside the routed ones."""
+        routing = self.gate(x_TD, load_E=load_E).routing
         if self.shared_expert is None:
+            return self.experts(x_TD, routing)
+        shared = self._fusable_shared(self.shared_expert)
+        if shared is not None:
+            return self.experts(x_TD, routing, shared)
+        scale_T1 = torch.sigmoid(self.shared_expert_gate(x_TD))
+        return ops.add(self.experts(x_TD, routing), scale_T1 * self.shared_expert(x_TD))
+
+    def _fusable_shared(self, mlp: MLP) -> ops.SharedExpert | None:
+        """None where the experts or a part of the shared one have to be called: see fusable."""
+        if not is_plain(mlp, MLP) or not is_plain(self.experts, Experts):
             return None
-        mlp = self.shared_expert
-        return ops.SharedExpert(
-            mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, self.shared_expert_gate.weight
-        )
+        gate_FD, up_FD, down_DF = fusable(mlp.gate_proj), fusable(mlp.up_proj), fusable(mlp.down_proj)
+        gate_1D = fusable(self.shared_expert_gate)
+        if gate_FD is None or up_FD is None or down_DF is None or not isinstance(gate_1D, Tensor):
+            return None
+        return ops.SharedExpert(gate_FD, up_FD, down_DF, gate_1D)

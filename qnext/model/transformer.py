@@ -15,7 +15,7 @@ from qnext.config import LINEAR_ATTENTION, ModelConfig
 from qnext.model.attention import Attention
 from qnext.model.batch import Batch
 from qnext.model.delta_net import GatedDeltaNet
-from qnext.model.layers import MLP, Embedding, Linear, RotaryEmbedding, make_norm
+from qnext.model.layers import MLP, Embedding, Linear, RotaryEmbedding, keeps_bits, make_norm
 from qnext.model.moe import SparseMoE
 from qnext.model.mtp import MultiTokenPredictor
 
@@ -36,7 +36,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = make_norm(config, config.hidden_size)
         self.post_attention_layernorm = make_norm(config, config.hidden_size)
 
-    def forward(self, hidden_TD: Tensor, batch: Batch, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, hidden_TD: Tensor, batch: Batch, rope: ops.Rope) -> Tensor:
         normed_TD = self.input_layernorm(hidden_TD)
         mixed_TD = self.linear_attn(normed_TD, batch) if self.is_linear else self.self_attn(normed_TD, batch, rope)
         hidden_TD = ops.add(hidden_TD, mixed_TD)
@@ -87,7 +87,7 @@ class CausalLM(nn.Module):
         self.model = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.set_weight("weight", self.model.embed_tokens.get_parameter("weight"))
         self.mtp: MultiTokenPredictor | None = None
         if config.num_nextn_predict_layers:
             layer_index = config.num_hidden_layers
@@ -97,19 +97,31 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return next(self.model.embed_tokens.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.embed_tokens.weight.dtype
+        return next(self.model.embed_tokens.parameters()).dtype
+
+    @property
+    @torch.no_grad()
+    def is_cut_invariant(self) -> bool:
+        """Whether inference gives a row the same bits wherever its sequence is cut and whatever else is in the batch.
+
+        It does where kernels serve every op of trunk and head. Drafts only guess: the MTP layer is not asked.
+        """
+        backend = ops.backend_of(self.device)
+        is_in_its_width = ops.activation_dtype(next(self.model.embed_tokens.parameters())) == backend.activation_dtype
+        parts = (*self.model.modules(), *self.lm_head.modules())
+        return backend.is_cut_invariant and is_in_its_width and all(map(keeps_bits, parts))
 
     def stretch(self, factor: float) -> None:
-        """Go on with the context stretched by static YaRN. Weights stay as they are; caches made before do not fit."""
+        """Stretch the context by static YaRN from now on. Weights stay unchanged. Caches made before no longer fit."""
         self.config = self.config.with_yarn(factor)
         self.model.rotary = RotaryEmbedding(self.config)
 
     def forward(self, batch: Batch) -> TrunkOutput:
-        """Hidden states of the trunk; `logits` turns the rows that are wanted into scores."""
+        """Hidden states of the trunk. `logits` turns rows of them into scores."""
         return self.model(batch)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
@@ -117,19 +129,20 @@ class CausalLM(nn.Module):
         return self.lm_head(hidden_RD)
 
     def draft_hidden(self, next_token_ids_T: Tensor, trunk: TrunkOutput, batch: Batch) -> Tensor:
-        """[T, D]: row i, given the trunk's row i and the token after it, leads to the token after that one.
+        """[T, D]: row i is computed from the trunk's row i and the token after it, and predicts the token after that
+        one.
 
         `batch` gives packing, positions and cache; its token ids are not read. Needs num_nextn_predict_layers = 1.
         """
         return self.draft_step(next_token_ids_T, self.draft_source(trunk), batch)
 
     def draft_source(self, trunk: TrunkOutput) -> Tensor:
-        """[T, D]: those rows of the trunk that the MTP layer reads."""
+        """[T, D]: the rows of the trunk that the MTP layer reads."""
         return trunk.hidden_TD if self.config.mtp_uses_final_norm else trunk.residual_TD
 
     def draft_step(self, next_token_ids_T: Tensor, source_TD: Tensor, batch: Batch) -> Tensor:
-        """[T, D]: as `draft_hidden`, from rows of `draft_source`, or of this function's result: then row i stands for
-        the token that was drafted one place further on."""
+        """[T, D]: as `draft_hidden`, from rows of `draft_source` or of this function's own result. In the second case
+        row i stands for a drafted token, one position later."""
         assert self.mtp is not None
         rope = self.model.rotary(batch.positions_T)
         return self.mtp(self.model.embed_tokens(next_token_ids_T), source_TD, batch, rope)

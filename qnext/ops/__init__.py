@@ -1,11 +1,35 @@
-"""Functions on tensors. One public signature per op; they know no configuration and no module."""
+"""Functions on tensors, with one signature per op in public and in every backend.
+
+Nouns: Backend (facts for callers), Weight (stands for a matrix), Packing, the caches, the records. May import: no other
+folder. It knows no configuration and no module. A new op: its formula in reference/, a tuned form in torch/ where that
+is faster, a kernel and its `serves_` predicate in cpu/, its public function in dispatch.py or mixers.py. A new backend:
+a folder beside cpu/, its facts in backends.py.
+"""
 
 from __future__ import annotations
 
-from qnext.ops.attention_mixer import attention_mixer
-from qnext.ops.backend import is_native, set_num_threads
+from qnext.ops.backends import (
+    Backend,
+    activation_dtype,
+    arithmetic_of,
+    backend_of,
+    compute_alone,
+    instruction_set,
+    set_num_threads,
+)
+from qnext.ops.caches import DELTA_CHUNK_SIZE, AttentionCache, DeltaCache, PendingTokens
+from qnext.ops.checksums import crc32
 from qnext.ops.cpu.panels import PanelWeight
-from qnext.ops.delta_mixer import DeltaCache, PendingTokens, apply_pending, gated_delta_mixer
+from qnext.ops.cpu.record_weights import ExpertTable, RecordMatrix, RecordWeight
+from qnext.ops.cpu.residency import (
+    LayerRecords,
+    RecordError,
+    RecordReader,
+    Residency,
+    StreamedExperts,
+    aligned_bytes,
+    time_reads,
+)
 from qnext.ops.dispatch import (
     add,
     are_finite,
@@ -14,70 +38,116 @@ from qnext.ops.dispatch import (
     embedding,
     experts_swiglu,
     linear,
+    lora_experts_swiglu,
     put_rows,
     rms_norm,
     rope_cos_sin,
     route,
     swiglu,
 )
+from qnext.ops.invariance import (
+    attention_keeps_bits,
+    caches_keep_bits,
+    delta_keeps_bits,
+    experts_keep_bits,
+    linear_keeps_bits,
+)
 from qnext.ops.memory import empty_huge, keep_freed_memory, touch
+from qnext.ops.mixers import apply_pending, attention_mixer, gated_delta_mixer
 from qnext.ops.packing import Packing
 from qnext.ops.quantized import QuantizedWeight
 from qnext.ops.recording import ParameterWatch, Recording, record
-from qnext.ops.reference.attention import attention, paged_attention, write_kv
-from qnext.ops.reference.attention_mixer import AttentionCache
-from qnext.ops.reference.conv import causal_conv1d_silu
-from qnext.ops.reference.delta import (
-    DELTA_CHUNK_SIZE,
-    chunk_gated_delta_rule,
-    gated_delta_rule,
-    recurrent_gated_delta_rule,
+from qnext.ops.records import (
+    AttentionWeights,
+    ConvOutput,
+    DeltaInputs,
+    DeltaWeights,
+    ExpertsLora,
+    LowRank,
+    Rope,
+    Routing,
+    SharedExpert,
 )
-from qnext.ops.reference.moe import Routing, SharedExpert
-from qnext.ops.reference.norm import gated_rms_norm, l2_norm
 from qnext.ops.reference.rope import apply_rope, rope_frequencies, yarn_frequencies
 from qnext.ops.rounding import round_to_groups, rounding_errors
-from qnext.ops.weights import Weight, dequantize, empty_quantized, write_quantized
+from qnext.ops.storage import empty_quantized, write_quantized
+from qnext.ops.torch.attention import attention, cached_attention
+from qnext.ops.torch.conv import causal_conv1d_silu
+from qnext.ops.torch.delta import gated_delta_rule
+from qnext.ops.torch.delta_cache import Carried, read_carried
+from qnext.ops.torch.delta_mixer import cached_delta_rule, delta_gates, split_qkvz
+from qnext.ops.torch.norm import gated_rms_norm, l2_norm
+from qnext.ops.weights import Weight, dequantize
 
 __all__ = [
     "DELTA_CHUNK_SIZE",
     "AttentionCache",
+    "AttentionWeights",
+    "Backend",
+    "Carried",
+    "ConvOutput",
     "DeltaCache",
+    "DeltaInputs",
+    "DeltaWeights",
+    "ExpertTable",
+    "ExpertsLora",
+    "LayerRecords",
+    "LowRank",
     "Packing",
     "PanelWeight",
     "ParameterWatch",
     "PendingTokens",
     "QuantizedWeight",
+    "RecordError",
+    "RecordMatrix",
+    "RecordReader",
+    "RecordWeight",
     "Recording",
+    "Residency",
+    "Rope",
     "Routing",
     "SharedExpert",
+    "StreamedExperts",
     "Weight",
+    "activation_dtype",
     "add",
+    "aligned_bytes",
     "apply_pending",
     "apply_rope",
     "are_finite",
     "argmax",
+    "arithmetic_of",
     "attention",
+    "attention_keeps_bits",
     "attention_mixer",
+    "backend_of",
+    "cached_attention",
+    "cached_delta_rule",
+    "caches_keep_bits",
     "causal_conv1d_silu",
-    "chunk_gated_delta_rule",
+    "compute_alone",
     "concat",
+    "crc32",
+    "delta_gates",
+    "delta_keeps_bits",
     "dequantize",
     "embedding",
     "empty_huge",
     "empty_quantized",
+    "experts_keep_bits",
     "experts_swiglu",
     "gated_delta_mixer",
     "gated_delta_rule",
     "gated_rms_norm",
-    "is_native",
+    "instruction_set",
     "keep_freed_memory",
     "l2_norm",
     "linear",
-    "paged_attention",
+    "linear_keeps_bits",
+    "lora_experts_swiglu",
     "put_rows",
+    "read_carried",
     "record",
-    "recurrent_gated_delta_rule",
     "rms_norm",
     "rope_cos_sin",
     "rope_frequencies",
@@ -85,9 +155,10 @@ __all__ = [
     "rounding_errors",
     "route",
     "set_num_threads",
+    "split_qkvz",
     "swiglu",
+    "time_reads",
     "touch",
-    "write_kv",
     "write_quantized",
     "yarn_frequencies",
 ]

@@ -1,6 +1,6 @@
-"""What the machine can do at most: how fast memory is read, how fast numbers are multiplied.
+"""The limits of the machine: how fast it reads memory, and how fast it multiplies numbers.
 
-A measured speed means something beside these. They are found with the threads of ops.set_num_threads.
+A measured speed is compared with these limits. They are measured with the threads of ops.set_num_threads.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from typing import Any
 
 import torch
 
-from qnext.ops.backend import native_module
+from qnext.ops.backends import cpu_kernels
 from qnext.ops.memory import empty_huge
 
 ARITHMETIC = ("float32", "bfloat16", "int8")
+_TORCH_DTYPES: dict[str, torch.dtype | None] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": None}
 _TORCH_SIZE = 1024
 
 
 def read_bandwidth(*, num_bytes: int = 1 << 30, passes: int = 5) -> float:
-    """Bytes per second at which all threads together read memory in huge pages; the best of `passes`.
+    """Bytes per second at which all threads together read memory in huge pages. The best of `passes`.
 
     Without native kernels torch sums the numbers, which may not reach the limit of the memory.
     """
     memory = empty_huge((num_bytes,), dtype=torch.uint8).fill_(1)
-    native = native_module()
+    native = cpu_kernels()
     if native is None:
         numbers = memory.view(torch.float32)
         return num_bytes / _best(lambda: numbers.sum(), passes)
@@ -32,15 +33,15 @@ def read_bandwidth(*, num_bytes: int = 1 << 30, passes: int = 5) -> float:
 
 
 def peak_arithmetic(*, seconds: float = 0.1, passes: int = 5) -> dict[str, float | None]:
-    """Operations per second of multiply-adds on registers, two operations each, for every kind of ARITHMETIC.
+    """Operations per second of multiply-adds on registers, for every kind of ARITHMETIC. A multiply-add is two
+    operations.
 
-    None where the instruction set has no product of the kind. Without native kernels: of torch's matrix products,
-    and None for int8.
+    None where the instruction set has no product of the kind. Without native kernels: the rate of torch's matrix
+    products, and None for int8.
     """
-    native = native_module()
+    native = cpu_kernels()
     if native is None:
-        return {"float32": _torch_peak(torch.float32, passes), "bfloat16": _torch_peak(torch.bfloat16, passes),
-                "int8": None}  # fmt: skip
+        return {name: _torch_peak(dtype, passes) if dtype else None for name, dtype in _TORCH_DTYPES.items()}
     return {name: _native_peak(native, kind, seconds, passes) for kind, name in enumerate(ARITHMETIC)}
 
 

@@ -1,7 +1,8 @@
-"""Memory for weights and caches, in huge pages where the system has them, and for temporaries, kept when freed.
+"""Memory for weights and caches, in huge pages where the system has them. Memory for temporaries, kept when it is
+freed.
 
-Weights are read once per token from the first byte to the last. In ordinary pages of 4 KiB that loses a third of the
-memory bandwidth to address translation, and touching them for the first time takes five times as long.
+Weights are read once per token from the first byte to the last. In ordinary pages of 4 KiB, address translation costs a
+third of the memory bandwidth, and touching the pages for the first time takes five times as long.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _slabs = _Slabs()
 
 
 def empty_huge(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Like torch.empty; on the CPU in huge pages when it is large."""
+    """Like torch.empty. A large tensor on the CPU is in huge pages."""
     if torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     num_bytes = math.prod(shape) * dtype.itemsize
@@ -61,7 +62,7 @@ def empty_huge(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device
 
 
 def touch(tensors: Iterable[Tensor]) -> None:
-    """Have the system find the memory of new tensors that are filled next, on all of torch's threads.
+    """Have the system provide the memory of new tensors that are filled next, with all of torch's threads.
 
     Threads that fill a tensor together would meet at the same huge page, and each would clear one of its own for it.
     """
@@ -100,11 +101,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory instead of giving it back to the system; says whether that worked.
+    """Tell glibc to keep freed memory instead of giving it back to the system. Returns whether that worked.
 
     A training step or a prefill on the CPU makes and drops hundreds of tensors of a few MB. By default each of them is
     mapped, cleared page by page and unmapped again, which took a sixth of a training step's time when this was
-    measured. For whole processes, so programs call it and libraries do not.
+    measured. It affects the whole process, so programs call it and libraries do not.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

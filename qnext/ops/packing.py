@@ -1,4 +1,4 @@
-"""The packed layout: tokens of several sequences one after another, and the index maps that ops derive from it.
+"""The packed layout: the tokens of several sequences one after another, and the index maps that ops derive from it.
 
 Shapes: T tokens of all sequences, N sequences, L longest sequence.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 class ChunkLayout(NamedTuple):
     """Where packed tokens lie when every sequence is cut into chunks of C tokens, the last one padded.
 
-    Chunks are ordered by their number within the sequence and then by sequence, longest sequence first: the chunks
-    that the s-th step of a state pass handles are the contiguous rows `starts[s] : starts[s + 1]`, and they belong to
-    the first `starts[s + 1] - starts[s]` sequences of `order`.
+    Chunks are sorted by their number within the sequence and then by sequence, longest sequence first. The chunks of
+    the s-th step of a state pass are the contiguous rows `starts[s] : starts[s + 1]`. They belong to the first
+    `starts[s + 1] - starts[s]` sequences of `order`.
     """
 
     rows: Tensor  # [T] row of each packed token among num_chunks * C
@@ -32,7 +32,7 @@ class ChunkLayout(NamedTuple):
 
 
 class Packing:
-    """Lengths of packed sequences. Index maps are made once, when an op first asks for them.
+    """Lengths of packed sequences. An index map is made once, when an op first asks for it.
 
     >>> Packing([2, 3]).cu_seqlens.tolist()
     [0, 2, 5]
@@ -73,12 +73,12 @@ class Packing:
 
     @cached_property
     def sequence_ids_T(self) -> Tensor:
-        """[T] the sequence that each token belongs to."""
+        """[T] the sequence of each token."""
         return torch.repeat_interleave(torch.arange(self.num_sequences, device=self.device), self.lengths_N)
 
     @cached_property
     def offsets_T(self) -> Tensor:
-        """[T] the place of each token within its sequence, from zero."""
+        """[T] the position of each token within its sequence, from zero."""
         return torch.arange(self.num_tokens, device=self.device) - self.cu_seqlens[self.sequence_ids_T]
 
     @cached_property
@@ -88,7 +88,7 @@ class Packing:
 
     @cached_property
     def padded_rows_T(self) -> Tensor:
-        """[T] row of each token among N * L when sequences are padded on the right to the longest."""
+        """[T] the row of each token among N * L, when sequences are padded on the right to the longest."""
         return self.sequence_ids_T * self.max_length + self.offsets_T
 
     def extended_rows(self, extra: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Groupwise integer weights: what they are and what they stand for.
+"""Groupwise integer weights: their layout and the numbers that they stand for.
 
 Legend: ... stacked experts or nothing, F outputs, D inputs, G groups of inputs.
 """
@@ -50,13 +50,25 @@ class QuantizedWeight:
         return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.bits))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the scales. The codes are integers."""
+        return self.scales.dtype
+
+    @property
     def tensors(self) -> list[Tensor]:
-        """All that it keeps in memory."""
+        """All tensors that it keeps in memory."""
         return [tensor for tensor in (self.codes, self.scales, self.zeros) if tensor is not None]
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same codes on `device`, or itself where they are there already."""
+        if torch.empty(0, device=device).device == self.codes.device:
+            return self
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return QuantizedWeight(self.codes.to(device), self.scales.to(device), self.bits, self.group_size, zeros)
 
     def __getitem__(self, expert: int) -> QuantizedWeight:
         """One matrix of a stack."""

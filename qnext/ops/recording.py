@@ -1,4 +1,4 @@
-"""Native calls of one computation, kept to be made again on the same memory: what a captured graph is on a GPU."""
+"""Native calls of one computation, recorded and repeated on the same memory. A captured graph is the same on a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qnext.ops.backend import native
+from qnext.ops.backends import cpu_kernels
 
 Result = TypeVar("Result")
 
@@ -23,10 +23,10 @@ _EMPTY, _EMPTY_LIKE = torch.ops.aten.empty.memory_format, torch.ops.aten.empty_l
 
 
 class Recording:
-    """Makes the calls of a computation again, without Python in between.
+    """Repeats the calls of a computation, without Python in between.
 
-    They read and write the memory that they used the first time: whoever replays has put new input where the old one
-    lay, and finds the result where the first one is. What lies between the two belongs to the recording.
+    The calls read and write the memory that they used the first time. Before a replay, put new input where the old
+    input was. The result is where the first result was. The memory in between belongs to the recording.
     """
 
     def __init__(self, calls: Any, memory: list[Tensor]) -> None:
@@ -35,17 +35,17 @@ class Recording:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that is the recording's own."""
+        """Bytes that belong to the recording."""
         return sum(block.nbytes for block in self._memory)
 
     def replay(self) -> None:
-        """The same calls once more. Raises what they raise, IndexError for instance."""
+        """Make the same calls once more. Raises what they raise, for instance IndexError."""
         self._calls.replay()
 
 
 class ParameterWatch:
-    """Tells when parameters change or move: of any of them the address, or that of its copy in fp32, may stand in the
-    calls of a recording."""
+    """Notices when parameters change or move. The calls of a recording may contain the address of a parameter or of its
+    fp32 copy."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         # Those of inference mode have no version, and nothing may change them.
@@ -54,7 +54,7 @@ class ParameterWatch:
         self._num_changes = 0
 
     def num_changes(self) -> int:
-        """How often something was found changed. What was recorded at another number is to be recorded anew."""
+        """How often a change was found. A recording made at another number has to be made again."""
         versions, addresses = self._look()
         if versions != self._versions or addresses != self._addresses:
             self._versions, self._addresses = versions, addresses
@@ -66,12 +66,14 @@ class ParameterWatch:
 
 
 def record(compute: Callable[[], Result]) -> tuple[Result, Recording | None]:
-    """The result of `compute` and, where native calls alone made it, how to make it again.
+    """The result of `compute` and, where only native calls made it, a recording of them.
 
-    None for the recording says that torch computed a part, which no replay would repeat: a reference implementation,
-    or a conversion that is made on first use. The weights that it reads must stay what they are: see ParameterWatch.
+    The recording is None where torch computed a part, which no replay would repeat: an op that no kernel serves, or a
+    conversion that is made on first use. The weights that it reads must not change: see ParameterWatch.
     """
-    calls = native().Recording()
+    module = cpu_kernels()
+    assert module is not None, "ask Backend.can_record first"
+    calls = module.Recording()
     witness = _Witness()
     calls.start()
     try:

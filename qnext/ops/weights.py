@@ -1,70 +1,49 @@
-"""What a matrix of weights may be, and how quantised ones come into memory."""
+"""What a matrix of weights may be: a tensor, or a Weight that stands for one.
+
+Legend: E experts, F outputs, D inputs.
+"""
 
 from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from qnext.ops.backend import native_module
-from qnext.ops.cpu.panels import PanelWeight, Weight
-from qnext.ops.quantized import QuantizedWeight
 
+@runtime_checkable
+class Weight(Protocol):
+    """Matrices [F, D], or stacked [E, F, D], whose numbers are computed from what is in memory.
 
-def empty_quantized(
-    shape: tuple[int, ...],
-    *,
-    bits: int,
-    group_size: int,
-    scale_dtype: torch.dtype,
-    has_zeros: bool = False,
-) -> QuantizedWeight | PanelWeight:
-    """Storage for matrices [F, D] or [E, F, D], in the order of the native kernels where they run, on the CPU.
-
-    Filled by write_quantized. Raises ValueError where the sizes do not fit together.
+    Ops that multiply take a Weight wherever they take a tensor.
     """
-    if group_size <= 0 or shape[-1] % group_size:
-        raise ValueError(f"{shape[-1]} inputs are no whole number of groups of {group_size}")
-    native = native_module()
-    if native is not None and PanelWeight.fits(shape, group_size=group_size):
-        return PanelWeight(
-            shape, bits=bits, group_size=group_size, scale_dtype=scale_dtype, has_zeros=has_zeros, native=native
-        )
-    groups = (*shape[:-1], shape[-1] // group_size)
-    return QuantizedWeight(
-        torch.empty((*shape[:-1], shape[-1] * bits // 8), dtype=torch.uint8),
-        torch.empty(groups, dtype=scale_dtype),
-        bits,
-        group_size,
-        torch.empty(groups, dtype=torch.uint8) if has_zeros else None,
-    )
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the numbers: [F, D] or [E, F, D]."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values that the numbers are computed from, for instance of the scales."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that it keeps in memory."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `tensors`."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The numbers, computed in fp32 and rounded once to `dtype`."""
+
+    def to(self, device: torch.device | str) -> Weight:
+        """The same numbers on `device`, or itself where they are there already."""
+
+    def __getitem__(self, expert: int) -> Tensor | Weight:
+        """One matrix of a stack."""
 
 
-def write_quantized(
-    destination: QuantizedWeight | PanelWeight, source: QuantizedWeight, *, expert: int | None = None, row: int = 0
-) -> None:
-    """Copy a matrix [f, D] to outputs row, row + 1, ... of the destination, or of one expert of it.
-
-    Raises ValueError where bits, groups, zeros or sizes do not agree.
-    """
-    if isinstance(destination, PanelWeight):
-        destination.write(source, expert=expert or 0, row=row)
-        return
-    forms = [(w.bits, w.group_size, w.zeros is None) for w in (destination, source)]
-    if forms[0] != forms[1]:
-        raise ValueError(f"a weight of form {forms[1]} cannot be part of one of form {forms[0]}")
-    rows = slice(row, row + source.shape[-2])
-    place: tuple[int | slice, ...] = (rows,) if expert is None else (expert, rows)
-    for to, values in (
-        (destination.codes, source.codes),
-        (destination.scales, source.scales),
-        (destination.zeros, source.zeros),
-    ):
-        if to is not None and values is not None:
-            to[place].copy_(values)
-
-
-def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The numbers that a weight stands for, in `dtype`; a tensor that has it already is not copied."""
-    if isinstance(weight, PanelWeight):
-        weight = weight.to_quantized()
+def dequantize(weight: Tensor | Weight, dtype: torch.dtype) -> Tensor:
+    """The numbers of a weight, in `dtype`. A tensor that has this dtype is not copied."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from math import prod
 
 from qnext.config import ModelConfig
-from qnext.planning.shapes import parameter_shapes
+from qnext.planning.parameters import list_parameters
 
 # Bytes of one element, under the names that torch and config.json use.
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
@@ -38,7 +38,7 @@ class ParameterCounts:
 
     @property
     def trunk(self) -> int:
-        """Everything but the MTP module: what a model card calls its size."""
+        """Everything except the MTP module: what a model card calls the size of a model."""
         return self.total - self.mtp
 
 
@@ -64,28 +64,13 @@ class StateBytes:
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     counts = dict.fromkeys((field.name for field in fields(ParameterCounts)), 0)
-    for name, shape in parameter_shapes(config).items():
-        counts[part_of(name)] += prod(shape)
+    for info in list_parameters(config).values():
+        counts[info.part] += prod(info.shape)
     return ParameterCounts(**counts)
 
 
-def part_of(name: str) -> str:
-    """The field of ParameterCounts that a parameter belongs to; takes names of modules and of files."""
-    if name.startswith("mtp."):
-        return "mtp"
-    for mark, part in (
-        (".embed_tokens.", "embedding"), ("lm_head.", "head"), (".self_attn.", "attention"),
-        (".linear_attn.", "delta_net"), (".mlp.gate.", "router"), (".mlp.experts.", "experts"),
-        (".mlp.shared_expert", "shared_experts"), (".mlp.", "dense_mlp"),
-    ):  # fmt: skip
-        if mark in name:
-            return part
-    assert "norm" in name, name
-    return "norms"
-
-
 def count_active(config: ModelConfig) -> ActiveCounts:
-    """Active parameters per token: of the routed experts only the chosen ones."""
+    """Active parameters per token. Of the routed experts only the chosen ones count."""
     counts = count_parameters(config)
     experts = counts.experts * config.num_experts_per_tok // config.num_experts if config.num_experts else 0
     without_head = counts.trunk - counts.embedding - counts.head - counts.experts + experts
@@ -98,7 +83,7 @@ def weight_bytes(config: ModelConfig, *, dtype: str = "bfloat16") -> int:
 
 
 def kv_bytes_per_token(config: ModelConfig, *, dtype: str = "bfloat16", with_mtp: bool = False) -> int:
-    """Bytes of keys and values per token over all full-attention layers; `with_mtp` adds the MTP layer's."""
+    """Bytes of keys and values per token over all full-attention layers. `with_mtp` adds those of the MTP layer."""
     layers = config.num_full_layers + (config.num_nextn_predict_layers if with_mtp else 0)
     head_bytes = config.head_dim * DTYPE_BYTES[dtype] + (KV_SCALE_BYTES if dtype == "int8" else 0)
     return layers * 2 * config.num_key_value_heads * head_bytes

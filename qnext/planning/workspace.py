@@ -1,6 +1,6 @@
-"""Bytes that computing takes beside weights and caches: an upper bound, from sizes alone. No torch.
+"""Bytes that a step takes beside weights and caches: an upper bound, from sizes alone. No torch.
 
-Native kernels compute in fp32 whatever the weights are. What is counted is what lives at the same time in the worst
+Native kernels compute in fp32 whatever the weights are. The bound counts what exists at the same time in the worst
 step: the tensors of a layer between its input and its output, the kernels' own buffers (which grow and stay), the rows
 of logits, and the memory of recorded steps.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 
 from qnext.config import ModelConfig
-from qnext.planning.shapes import parameter_shapes
+from qnext.planning.parameters import list_parameters
 
 _FLOAT = 4
 _LOGPROB_ROWS = 2 * 128  # of a prompt's logits: a chunk, and the next one while the first is still there
@@ -34,12 +34,13 @@ class StepSizes:
     max_model_len: int
 
 
-def step_bytes(config: ModelConfig, sizes: StepSizes, *, num_threads: int) -> int:
-    """Bytes of the largest step by native kernels."""
+def step_bytes(config: ModelConfig, sizes: StepSizes, *, num_threads: int, streams_experts: bool = False) -> int:
+    """Bytes of the largest step with native kernels. Kernels that read experts from disk compute all tokens at once."""
     num_tokens = sizes.num_tokens
     used = (
         num_tokens * (_FLOAT * _live_floats(config) + _TOKEN_BYTES)
         + _kernel_bytes(config, num_tokens, num_threads)
+        + (_streamed_bytes(config, num_tokens) if streams_experts else 0)
         + _logits_bytes(config, sizes)
         + sizes.num_sequences * 8 * 2 * (sizes.max_model_len // 16 + 1)  # page tables
         + _widened_bytes(config)
@@ -48,7 +49,7 @@ def step_bytes(config: ModelConfig, sizes: StepSizes, *, num_threads: int) -> in
 
 
 def recorded_bytes(config: ModelConfig, num_tokens: int) -> int:
-    """Bytes that a recorded step of so many tokens keeps: tensors of one size share memory, others do not."""
+    """Bytes that a recorded step of `num_tokens` tokens keeps. Tensors of one size share memory, others do not."""
     floats = config.vocab_size + sum(
         (10 * config.hidden_size, sum(_delta_net(config)), sum(_attention(config)), sum(_feed_forward(config)))
     )
@@ -123,6 +124,11 @@ def _expert_bytes(config: ModelConfig, num_tokens: int) -> int:
     return products + 4 * inner + 2 * inner + 12 * num_tokens * top_k + (experts + 4) * 96
 
 
+def _streamed_bytes(config: ModelConfig, num_tokens: int) -> int:
+    """What comes out of every expert of every token, beside what lies between the two products of a few experts."""
+    return _FLOAT * num_tokens * (config.num_experts_per_tok + 1) * config.hidden_size
+
+
 def _logits_bytes(config: ModelConfig, sizes: StepSizes) -> int:
     rows = sizes.num_rows + min(_LOGPROB_ROWS, 2 * sizes.num_tokens)
     return rows * (config.vocab_size + config.hidden_size) * _FLOAT + _SAMPLER_BYTES * config.vocab_size
@@ -130,8 +136,6 @@ def _logits_bytes(config: ModelConfig, sizes: StepSizes) -> int:
 
 def _widened_bytes(config: ModelConfig) -> int:
     """Small weights of a bf16 model that kernels read in fp32, converted once."""
-    shapes = parameter_shapes(config).items()
-    return (
-        sum(_FLOAT * prod(shape) for name, shape in shapes if len(shape) != 2 and "experts." not in name)
-        + _FLOAT * config.hidden_size * config.num_hidden_layers
-    )
+    infos = list_parameters(config).values()
+    small = sum(prod(info.shape) for info in infos if len(info.shape) != 2 and info.expert_axis is None)
+    return _FLOAT * (small + config.hidden_size * config.num_hidden_layers)

@@ -1,9 +1,8 @@
-"""Floats of few bits on disk, to numbers: FP8 with scales for blocks, FP4 with scales for groups, bitsandbytes' tables.
+"""Floats of few bits on disk to numbers: FP8 with scales for blocks, FP4 with scales for groups, bitsandbytes' tables.
 
-Everything is computed in fp32 and rounded once. Sizes and dtypes are checked by who reads the headers.
-
-Sources: OCP Microscaling Formats 1.0 (E2M1, E8M0), compressed-tensors 0.20 (compressors/nvfp4, mxfp4, mxfp8), ModelOpt
-(export of NVFP4: weight_scale_2), bitsandbytes (functional.py: dequantize_4bit, dequantize_blockwise).
+Everything is computed in fp32 and rounded once. The code that reads the headers has checked sizes and dtypes. Sources:
+OCP Microscaling Formats 1.0 (E2M1, E8M0), compressed-tensors 0.20 (compressors/nvfp4, mxfp4, mxfp8), ModelOpt (export
+of NVFP4: weight_scale_2), bitsandbytes (functional.py: dequantize_4bit, dequantize_blockwise).
 
 Legend: F outputs, D inputs, G groups of inputs, N numbers, B blocks.
 """
@@ -22,14 +21,14 @@ _ROWS = 128  # outputs that are computed at a time, so that what is between stay
 
 
 def scale_values(scales: Tensor) -> Tensor:
-    """Scales in fp32; bytes are exponents of two, plus 127."""
+    """Scales in fp32. A byte is an exponent of two, plus 127."""
     if scales.dtype == torch.uint8:
         scales = scales.view(torch.float8_e8m0fnu)
     return scales.to(torch.float32)
 
 
 def from_fp8(weight_FD: Tensor, scales: Tensor, *, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """weight * scale. `block` outputs and inputs share a scale, 0 standing for all of them."""
+    """weight * scale. The outputs and inputs of a `block` share a scale; 0 stands for all of them."""
     num_outputs, num_inputs = weight_FD.shape
     rows, columns = block[0] or num_outputs, block[1] or num_inputs
     grid = scale_values(scales).reshape(-(-num_outputs // rows), -(-num_inputs // columns))
@@ -76,7 +75,7 @@ def _scaled_nibbles(codes: Tensor, scales_FG: Tensor, dtype: torch.dtype) -> Ten
 
 
 class Nested(NamedTuple):
-    """Block maxima that are quantised themselves: codes into `map`, a scale for every `block_size` of them."""
+    """Block maxima that are quantised themselves: codes into `map`, and a scale for every `block_size` of them."""
 
     scales_B: Tensor
     map: Tensor
@@ -94,7 +93,8 @@ def from_bitsandbytes(
     nested: Nested | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """4-bit codes of the whole matrix in one row, the higher nibble first, with a maximum for each block of numbers."""
+    """4-bit codes of the whole matrix in one row, the higher nibble first, with one maximum for each block of
+    numbers."""
     count = shape[0] * shape[1]
     packed = codes.contiguous().reshape(-1).view(torch.uint8)
     maxima = absmax_B
@@ -111,3 +111,30 @@ def from_bitsandbytes(
         factors = maxima[start // block_size : -(-end // block_size)].repeat_interleave(block_size)[: end - start]
         out_N[start:end] = table[nibbles.to(torch.int32)] * factors
     return out_N.view(shape)
+
+
+def to_fp8(
+    values_FD: Tensor, *, block: tuple[int, int], code_dtype: torch.dtype, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Codes [F, D] and scales (a grid of blocks) that from_fp8 reads. The largest number of a block gets the largest
+    code.
+
+    Scales in uint8 or float8_e8m0fnu are powers of two, the smallest under which no number is clipped.
+    """
+    num_outputs, num_inputs = values_FD.shape
+    rows, columns = block[0] or num_outputs, block[1] or num_inputs
+    grid = -(-num_outputs // rows), -(-num_inputs // columns)
+    padding = (0, grid[1] * columns - num_inputs, 0, grid[0] * rows - num_outputs)
+    padded = torch.nn.functional.pad(values_FD.to(torch.float32), padding)
+    blocks = padded.unflatten(1, (grid[1], columns)).unflatten(0, (grid[0], rows))
+    largest = torch.finfo(code_dtype).max
+    needed = blocks.abs().amax(dim=(1, 3)) / largest
+    needed = torch.where(needed > 0, needed, torch.ones_like(needed))
+    if scale_dtype in (torch.uint8, torch.float8_e8m0fnu):
+        exponents = needed.log2().ceil().clamp(-127, 127)
+        scales = (exponents + 127).to(torch.uint8)
+        scales = scales if scale_dtype == torch.uint8 else scales.view(torch.float8_e8m0fnu)
+    else:
+        scales = needed.to(scale_dtype)
+    codes = (blocks / scale_values(scales)[:, None, :, None]).clamp_(-largest, largest).to(code_dtype)
+    return codes.flatten(2).flatten(0, 1)[:num_outputs, :num_inputs].contiguous(), scales

@@ -1,9 +1,8 @@
-"""Layouts of quantised weights on disk, to QuantizedWeight and back.
+"""Layouts of quantised weights on disk to QuantizedWeight, and back.
 
-Sizes and dtypes are checked by who reads the headers (qnext.checkpoint.packed); here they are taken as right.
-
-Sources: compressed-tensors 0.20 (compressors/pack_quantized), AutoAWQ (modules/linear/gemm.py), AutoGPTQ and GPTQModel
-(nn_modules/qlinear/torch.py; the change of qzeros between the formats gptq and gptq_v2 in utils/model.py).
+The code that reads the headers (qnext.checkpoint.packed) has checked sizes and dtypes. Sources: compressed-tensors 0.20
+(compressors/pack_quantized), AutoAWQ (modules/linear/gemm.py), AutoGPTQ and GPTQModel (nn_modules/qlinear/torch.py; the
+change of qzeros between the formats gptq and gptq_v2 in utils/model.py).
 
 Legend: F outputs, D inputs, G groups of inputs, W int32 words or bytes.
 """
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qnext.ops.panel_order import codes_from_panels, groups_from_panels
 from qnext.ops.quantized import QUANTIZED_BITS, QuantizedWeight, pack_codes
 
 # Which output the i-th nibble of an AWQ word belongs to, and the place of each output's nibble.
@@ -29,7 +29,8 @@ def packed_width(count: int, *, bits: int) -> int:
 
 
 def unpack_codes(words_W: Tensor, *, count: int, bits: int) -> Tensor:
-    """int32 [..., W] -> the first `count` codes in uint8, of any number of bits: one stream, the lowest bit first.
+    """int32 [..., W] -> the first `count` codes in uint8, of any number of bits. The words are one stream, lowest bit
+    first.
 
     A code of 3, 5, 6 or 7 bits may begin in one word and end in the next.
     """
@@ -51,7 +52,7 @@ def unpack_words(words_W: Tensor, *, bits: int) -> Tensor:
 
 
 def pack_words(codes: Tensor, *, bits: int) -> Tensor:
-    """uint8 codes [..., N] -> int32 [..., ceil(N * bits / 32)]; what is left of the last word is zero."""
+    """uint8 codes [..., N] -> int32 [..., ceil(N * bits / 32)]. The unused bits of the last word are zero."""
     width = packed_width(codes.shape[-1], bits=bits)
     padding = width * 32 // bits - codes.shape[-1]
     return _view_as(pack_codes(torch.nn.functional.pad(codes, (0, padding)), bits=bits), torch.int32)
@@ -60,10 +61,10 @@ def pack_words(codes: Tensor, *, bits: int) -> Tensor:
 def from_pack_quantized(
     packed_FW: Tensor, scale_FG: Tensor, zero_point: Tensor | None = None, *, num_inputs: int, bits: int
 ) -> QuantizedWeight:
-    """compressed-tensors' pack-quantized, whose codes of 4 and 8 bits lie as QuantizedWeight has them: only zeros are
-    copied. Codes of other widths become those of the next one.
+    """compressed-tensors' pack-quantized. Its codes of 4 and 8 bits lie as QuantizedWeight has them, so only zeros are
+    copied. Codes of another width get the next larger of these widths.
 
-    `zero_point` is int32 [ceil(F * bits / 32), G], packed along the outputs, or int8 [F, G], as older files have it.
+    `zero_point` is int32 [ceil(F * bits / 32), G], packed along the outputs, or int8 [F, G], as in older files.
     """
     if bits not in QUANTIZED_BITS:
         codes_FD = unpack_codes(packed_FW, count=num_inputs, bits=bits)
@@ -86,7 +87,7 @@ def from_pack_quantized(
 def from_int_quantized(
     weight_FD: Tensor, scale_FG: Tensor, zero_point_FG: Tensor | None = None, *, bits: int
 ) -> QuantizedWeight:
-    """compressed-tensors' int-quantized and naive-quantized: one int8 for each number, of 4 bits too."""
+    """compressed-tensors' int-quantized and naive-quantized: one int8 for each number, also for numbers of 4 bits."""
     zeros_FG = None if zero_point_FG is None else _to_offset(zero_point_FG, bits=bits)
     codes = pack_codes(_to_offset(weight_FD, bits=bits), bits=bits)
     return QuantizedWeight(codes, scale_FG, bits, weight_FD.shape[1] // scale_FG.shape[1], zeros_FG)
@@ -109,10 +110,10 @@ def from_awq(qweight_DW: Tensor, qzeros_GW: Tensor, scales_GF: Tensor) -> Quanti
 def from_gptq(
     qweight_WF: Tensor, scales_GF: Tensor, qzeros_GW: Tensor | None = None, *, bits: int, is_v2: bool
 ) -> QuantizedWeight:
-    """GPTQ with groups in order: int32 [D * bits / 32, F], consecutive inputs of an output in a word.
+    """GPTQ with groups in order: int32 [D * bits / 32, F]; a word holds consecutive inputs of an output.
 
-    The first format stores zeros less one, with a zero of 0 wrapped around; gptq_v2 as they are. `qzeros_GW` None
-    gives the symmetric form.
+    The first format stores zeros less one, with a zero of 0 wrapped around. gptq_v2 stores them as they are.
+    `qzeros_GW` None gives the symmetric form.
     """
     if bits not in QUANTIZED_BITS:
         codes_FD = unpack_codes(qweight_WF.T, count=qweight_WF.shape[0] * 32 // bits, bits=bits)
@@ -136,13 +137,28 @@ def gptq_zeros(qzeros_GW: Tensor, *, count: int, bits: int, is_v2: bool) -> Tens
 
 
 def from_bitsandbytes_int8(weight_FD: Tensor, maxima_F: Tensor) -> QuantizedWeight:
-    """bitsandbytes' LLM.int8(): bytes whose 127 stands for the largest magnitude of the output, stored as SCB."""
+    """bitsandbytes' LLM.int8(): one byte per number. 127 stands for the largest magnitude of the output, stored as
+    SCB."""
     scales_F1 = (maxima_F.to(torch.float32) / 127)[:, None]
     return QuantizedWeight(_to_offset(weight_FD, bits=8), scales_F1, 8, weight_FD.shape[1])
 
 
+def from_panels(
+    panels_PB: Tensor, scales_PGO: Tensor, zeros_PGO: Tensor | None = None, *, num_inputs: int, bits: int
+) -> QuantizedWeight:
+    """Rows of whole panels, as records of experts hold them: see qnext.ops.panel_order."""
+    zeros_FG = None if zeros_PGO is None else groups_from_panels(zeros_PGO)
+    return QuantizedWeight(
+        codes_from_panels(panels_PB, num_inputs=num_inputs, bits=bits),
+        groups_from_panels(scales_PGO),
+        bits,
+        num_inputs // scales_PGO.shape[1],
+        zeros_FG,
+    )
+
+
 def dequantize_ordered(weight: QuantizedWeight, index_D: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """[F, D] of a matrix whose input d belongs to group `index_D[d]`, wherever it stands: activation order."""
+    """[F, D] of a matrix in activation order: input d belongs to group `index_D[d]`, wherever the input stands."""
     columns = index_D.to(torch.int64)
     codes = weight.codes
     if weight.bits == 4:
@@ -193,7 +209,7 @@ def compressed_tensors_specs(
     scale_dtype: torch.dtype,
     has_zeros: bool = False,
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of what compressed_tensors_of gives, without the numbers."""
+    """dtype and shape of the tensors of compressed_tensors_of, without the numbers."""
     num_outputs, num_inputs = shape
     groups = num_inputs // group_size
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -207,15 +223,17 @@ def compressed_tensors_specs(
 
 
 class PackedGroup(NamedTuple):
-    """Modules, by exact name, pattern or class, whose weights share one symmetric form."""
+    """Modules whose weights share one form, by exact name, pattern or class."""
 
     bits: int
     group_size: int
     targets: list[str]
+    is_symmetric: bool = True
 
 
 def compressed_tensors_config(groups: Sequence[PackedGroup], *, ignore: list[str]) -> dict[str, Any]:
-    """How compressed-tensors 0.20 describes a pack-quantized folder; `ignore` names what is not packed."""
+    """The quantization_config of compressed-tensors 0.20 for a pack-quantized folder. `ignore` names what is not
+    packed."""
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -229,9 +247,15 @@ def compressed_tensors_config(groups: Sequence[PackedGroup], *, ignore: list[str
 
 def _config_group(group: PackedGroup) -> dict[str, Any]:
     weights = {
-        "num_bits": group.bits, "type": "int", "symmetric": True, "strategy": "group",
-        "group_size": group.group_size, "dynamic": False, "actorder": None, "block_structure": None,
-    }  # fmt: skip
+        "num_bits": group.bits,
+        "type": "int",
+        "symmetric": group.is_symmetric,
+        "strategy": "group",
+        "group_size": group.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+    }
     return {"targets": group.targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 

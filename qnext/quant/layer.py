@@ -1,4 +1,4 @@
-"""One decoder layer, quantised with the activations that reach it. The layer is left with the rounded weights.
+"""Quantises one decoder layer with the activations that reach it. The layer keeps the rounded weights.
 
 Legend: T tokens, D hidden, E experts, F expert width.
 """
@@ -20,8 +20,8 @@ from qnext.quant.scheme import QuantScheme
 _PRIOR_ROWS = 512  # tokens of the layer that stand for those an expert did not see
 
 
-class Chunk(NamedTuple):
-    """Some sequences of a text on their way through the layers."""
+class TextChunk(NamedTuple):
+    """Some sequences of a text and their activations between two layers."""
 
     batch: Batch
     rope: tuple[Tensor, Tensor]
@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
 
 
 class Rounded(NamedTuple):
-    """A parameter of the layer, or one expert of it, before and after."""
+    """A parameter of the layer, or one expert of it, before and after rounding."""
 
     name: str  # within the layer
     expert: int | None
@@ -44,17 +44,17 @@ SchemeOf = Callable[[str], QuantScheme | None]
 def round_matrix(
     weight_FD: Tensor, moment_DD: Tensor | None, scheme: QuantScheme, *, scale_dtype: torch.dtype
 ) -> QuantizedWeight:
-    """By GPTQ where a second moment of the inputs is given, to nearest otherwise."""
+    """Round by GPTQ where a second moment of the inputs is given, and to nearest otherwise."""
     if moment_DD is None:
         return round_nearest(weight_FD, scheme, scale_dtype=scale_dtype)
     return round_calibrated(weight_FD, moment_DD, scheme, scale_dtype=scale_dtype)
 
 
 class LayerQuantizer:
-    """Rounds a layer's matrices in the order of the forward pass, so that each sees its inputs as they will be.
+    """Rounds a layer's matrices in the order of the forward pass, so that each sees the inputs that it will have.
 
-    The activations are those of the quantised layers before it. `scheme_of` maps a parameter name within the layer
-    (the experts' stacked names too) to its scheme. Without `is_calibrated` weights go to the nearest code.
+    The activations are those of the quantised layers before it. `scheme_of` maps a parameter name within the layer to
+    its scheme; experts have their stacked names. Without `is_calibrated` each weight becomes the nearest code.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class LayerQuantizer:
         self.scale_dtype = scale_dtype
         self.is_calibrated = is_calibrated
 
-    def run(self, chunks: Sequence[Chunk]) -> Iterator[Rounded]:
-        """Yields what it rounded; afterwards the layer computes with the rounded weights."""
+    def run(self, chunks: Sequence[TextChunk]) -> Iterator[Rounded]:
+        """Yields what it has rounded. Afterwards the layer computes with the rounded weights."""
         mixer_name = "linear_attn" if self.layer.is_linear else "self_attn"
         mixer = getattr(self.layer, mixer_name)
         names = ("in_proj_qkvz",) if self.layer.is_linear else ("q_proj", "k_proj", "v_proj")
@@ -89,13 +89,13 @@ class LayerQuantizer:
             assert isinstance(mlp, MLP)
             yield from self._dense(mlp, "mlp.", normed_TD)
 
-    def _mix(self, chunk: Chunk) -> Tensor:
+    def _mix(self, chunk: TextChunk) -> Tensor:
         normed_TD = self.layer.input_layernorm(chunk.hidden_TD)
         if self.layer.is_linear:
             return self.layer.linear_attn(normed_TD, chunk.batch)
         return self.layer.self_attn(normed_TD, chunk.batch, chunk.rope)
 
-    def _mixer_inner(self, projection: nn.Module, chunk: Chunk) -> Tensor:
+    def _mixer_inner(self, projection: nn.Module, chunk: TextChunk) -> Tensor:
         """The input of the mixer's last projection."""
         seen: list[Tensor] = []
         hook = projection.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -125,7 +125,7 @@ class LayerQuantizer:
         assert isinstance(linear, Linear)
         original = linear.weight.detach()
         rounded = round_matrix(original, moment, scheme, scale_dtype=self.scale_dtype)
-        linear.weight = nn.Parameter(rounded.dequantize(), requires_grad=False)
+        linear.set_weight("weight", nn.Parameter(rounded.dequantize(), requires_grad=False))
         yield Rounded(f"{name}.weight", None, original, rounded, moment)
 
     def _dense(self, mlp: MLP, prefix: str, x_TD: Tensor, gate_T1: Tensor | None = None) -> Iterator[Rounded]:
@@ -182,11 +182,11 @@ def second_moment(x_TD: Tensor) -> Tensor:
 
 
 def expert_moment(x_TD: Tensor, weights_T1: Tensor, prior_DD: Tensor) -> Tensor:
-    """Second moment of an expert's inputs, each token counting as its routing weight squared.
+    """The second moment of an expert's inputs. Each token counts as its squared routing weight.
 
-    The routing weight scales the expert's output, so its square scales the error. An expert that saw fewer tokens
-    than it has inputs knows less than a full moment, so `prior_DD`, what the layer's tokens at large would give,
-    counts as that many tokens: an unseen expert has the prior alone, one with many tokens forgets it.
+    The routing weight scales the expert's output, so its square scales the error. An expert that saw fewer tokens than
+    it has inputs has no full moment. So `prior_DD`, the moment of all tokens of the layer, counts as that many tokens:
+    an expert without tokens has only the prior, and for one with many tokens the prior hardly counts.
     """
     count, num_inputs = x_TD.shape
     total = weights_T1.square().sum()

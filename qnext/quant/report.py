@@ -1,4 +1,4 @@
-"""What quantising cost: error per tensor, and on text KL, perplexity and the routers' choices.
+"""What quantisation cost: the error of each tensor, and on a text KL, perplexity and the choices of the routers.
 
 Legend: R rows, Y vocabulary, T tokens.
 """
@@ -23,7 +23,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class TensorError:
-    """`weight_error` is |W - Q| / |W| (Frobenius); `output_error` the same of their outputs on calibration inputs."""
+    """`weight_error` is |W - Q| / |W| (Frobenius). `output_error` is the same for the outputs on the calibration
+    inputs."""
 
     name: str
     bits: int
@@ -34,7 +35,7 @@ class TensorError:
 
 @dataclass(frozen=True)
 class KindError:
-    """All tensors whose names differ in numbers only."""
+    """The errors of all tensors whose names differ only in numbers."""
 
     name: str
     bits: int
@@ -47,7 +48,7 @@ class KindError:
 
 @dataclass(frozen=True)
 class RouterAgreement:
-    """The share of the experts a layer's router chose in the original that it still chooses."""
+    """The share of the experts chosen by a layer's router in the original that it still chooses."""
 
     layer: int
     overlap: float
@@ -55,9 +56,9 @@ class RouterAgreement:
 
 @dataclass(frozen=True)
 class TextQuality:
-    """Both models on the same text, in fp32, from rounded weights: activations are not rounded.
+    """Both models on the same text, in fp32, from rounded weights. Activations are not rounded.
 
-    KL divergences are of the quantised from the original distribution, in nats per token.
+    KL divergences are those of the quantised from the original distribution, in nats per token.
     """
 
     num_tokens: int
@@ -85,7 +86,7 @@ class QualityReport:
         return asdict(self)
 
     def table(self) -> str:
-        """For people."""
+        """The report as a table for people."""
         ratio = self.bytes_quantized / self.bytes_original
         lines = [
             f"scheme     {self.scheme}, head {self.head or 'kept'}, {self.method}",
@@ -125,7 +126,7 @@ def _figure(error: float | None) -> str:
 
 
 def measure_error(name: str, rounded: Rounded, rows: slice) -> TensorError:
-    """Error of `rows` of a matrix, which lie on disk under `name`."""
+    """The error of `rows` of a matrix, which is stored on disk under `name`."""
     original_FD, weight = rounded.original[rows], rounded.weight
     weight = QuantizedWeight(weight.codes[rows], weight.scales[rows], weight.bits, weight.group_size)
     output_error = None
@@ -147,7 +148,7 @@ def _ratio(error: float, power: float) -> float:
 
 
 def summarize(errors: list[TensorError]) -> tuple[tuple[KindError, ...], tuple[TensorError, ...]]:
-    """Errors by kind, and the worst tensors: by error of the outputs where that is known."""
+    """Errors by kind, and the worst tensors. The error of the outputs ranks them where it is known."""
     groups: dict[tuple[str, int, int], list[TensorError]] = defaultdict(list)
     for error in errors:
         groups[_NUMBER.sub("*", error.name), error.bits, error.group_size].append(error)
@@ -184,18 +185,23 @@ class TextComparison:
         self._num_tokens += len(targets_R)
 
     def add_routing(self, layer: int, original_TA: Tensor, quantized_TA: Tensor) -> None:
-        """Experts that the same tokens went to, in any order."""
+        """Add the experts that both models chose for the same tokens, in any order."""
         kept = int((original_TA[:, :, None] == quantized_TA[:, None, :]).any(-1).sum())
         counts = self._routers.setdefault(layer, [0, 0])
         counts[0], counts[1] = counts[0] + kept, counts[1] + original_TA.numel()
 
     def result(self) -> TextQuality | None:
-        """None where nothing was compared."""
+        """The comparison, or None where nothing was compared."""
         count = self._num_tokens
         if not count:
             return None
+        routers = [RouterAgreement(layer, kept / total) for layer, (kept, total) in sorted(self._routers.items())]
         return TextQuality(
-            count, math.exp(self._nats[0] / count), math.exp(self._nats[1] / count), self._kl / count, self._kl_max,
-            self._num_agreed / count,
-            tuple(RouterAgreement(layer, kept / total) for layer, (kept, total) in sorted(self._routers.items())),
-        )  # fmt: skip
+            num_tokens=count,
+            perplexity_original=math.exp(self._nats[0] / count),
+            perplexity_quantized=math.exp(self._nats[1] / count),
+            kl_mean=self._kl / count,
+            kl_max=self._kl_max,
+            greedy_agreement=self._num_agreed / count,
+            routers=tuple(routers),
+        )

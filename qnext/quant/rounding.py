@@ -1,7 +1,7 @@
-"""Matrices to integer codes: nearest with a search for the scales, or GPTQ with the second moment of the inputs.
+"""Matrices to integer codes: to nearest with a search for the scales, or GPTQ with the second moment of the inputs.
 
-GPTQ is arXiv 2210.17323: inputs are rounded one after another, and what rounding one did wrong is made good by the
-inputs that are still open.
+GPTQ is arXiv 2210.17323: inputs are rounded one after another, and the inputs that are not rounded yet compensate for
+the error of each.
 
 Legend: F outputs, D inputs, G groups of inputs.
 """
@@ -23,12 +23,12 @@ DAMPING = 0.01  # of the mean of the diagonal, as in the paper
 def round_nearest(
     weight_FD: Tensor, scheme: QuantScheme, *, scale_dtype: torch.dtype, importance_D: Tensor | None = None
 ) -> QuantizedWeight:
-    """Each weight at its nearest code, under the scales with the least squared error, `importance_D` weighing it.
+    """Each weight becomes its nearest code, under the scales with the least squared error, weighted by `importance_D`.
 
-    Candidates put the group's extreme value near the outermost code of either side, a little outside (the extreme is
-    clipped) to a little inside; a least-squares fit to the best candidate's codes is one more. A scale may be
-    negative: codes reach one step further below zero than above, and the extreme goes there whatever its sign.
-    `weight_FD` is [F, D] of any float.
+    The candidates put the group's extreme value near the outermost code of either side: from a little outside (the
+    extreme is clipped) to a little inside. One more candidate is a least-squares fit to the codes of the best one. A
+    scale may be negative: there is one more code below zero than above, and the extreme value gets it whatever its
+    sign. `weight_FD` is [F, D] of any float.
     """
     return round_to_groups(
         weight_FD,
@@ -45,19 +45,17 @@ def _divisors(bits: int) -> list[float]:
     if bits == 8:
         return [-128.0, 127.0]
     reach = 2.0 ** (bits - 1)
-    return [sign * (reach - offset) for sign, offsets in (
-        (-1.0, (-1.6, -1.2, -0.8, -0.4, 0.0, 0.25, 0.5, 0.75)),
-        (1.0, (-0.4, 0.0, 0.5, 1.0, 1.25, 1.5)),
-    ) for offset in offsets]  # fmt: skip
+    below = [offset - reach for offset in (-1.6, -1.2, -0.8, -0.4, 0.0, 0.25, 0.5, 0.75)]
+    return below + [reach - offset for offset in (-0.4, 0.0, 0.5, 1.0, 1.25, 1.5)]
 
 
 def round_calibrated(
     weight_FD: Tensor, moment_DD: Tensor, scheme: QuantScheme, *, scale_dtype: torch.dtype, damping: float = DAMPING
 ) -> QuantizedWeight:
-    """Codes that keep the outputs of the inputs behind `moment_DD` (fp32, the mean of x x^T; its size is irrelevant).
+    """Codes that preserve the outputs for the inputs of `moment_DD` (fp32, the mean of x x^T up to a factor).
 
-    Scales are chosen first, each input weighing as its mean square; then inputs are rounded in the order of their
-    mean squares, the largest first, while most others can still make good for them.
+    Scales are chosen first; each input weighs as its mean square. Then inputs are rounded in the order of their mean
+    squares, the largest first, while most of the others can still compensate for its error.
     """
     factor_DD, order_D = _inverse_factor(moment_DD, damping)
     diagonal_D = moment_DD.diagonal()

@@ -1,25 +1,36 @@
 """Which tensor is stored in how many bits. No torch.
 
-Matrices that every token multiplies, and the experts, are quantised. What decides (router, gates, decay), what is
-small (norms, convolution) and the embedding, of which a token reads one row, keep their dtype, and so does mtp.fc, as
-in the official FP8 checkpoint.
+Matrices that every token multiplies, and the experts, are quantised. These keep their dtype: tensors that decide
+(router, gates, decay), small tensors (norms, convolution), the embedding, of which a token reads one row, and mtp.fc,
+as in the official FP8 checkpoint.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from qnext.errors import UsageError, did_you_mean
+from qnext.planning import Kind, ParameterInfo
 
-# Module names, relative to a layer or whole, of the matrices that are quantised; norms and vectors are none.
-_QUANTIZED = re.compile(
-    r"(model|mtp)\.layers\.\d+\."
-    r"(linear_attn\.(in_proj_qkvz|out_proj)"
-    r"|self_attn\.[qkvo]_proj"
-    r"|mlp\.((experts\.\d+|shared_expert)\.)?(gate|up|down)_proj)\.weight"
+# Norms and vectors are none of them.
+_QUANTIZED = frozenset(
+    {
+        Kind.QUERY,
+        Kind.KEY,
+        Kind.VALUE,
+        Kind.ATTENTION_OUT,
+        Kind.DELTA_QKVZ,
+        Kind.DELTA_OUT,
+        Kind.MLP_GATE,
+        Kind.MLP_UP,
+        Kind.MLP_DOWN,
+        Kind.EXPERTS_GATE_UP,
+        Kind.EXPERTS_DOWN,
+        Kind.SHARED_GATE,
+        Kind.SHARED_UP,
+        Kind.SHARED_DOWN,
+    }
 )
-HEAD = "lm_head.weight"
 HEAD_CHOICES = ("keep", "int8", "int4")
 
 
@@ -36,10 +47,15 @@ class QuantScheme:
 SCHEMES = {
     name: QuantScheme(name, bits, group_size)
     for name, bits, group_size in (
-        ("int4-g32", 4, 32), ("int4-g64", 4, 64), ("int4-g128", 4, 128),
-        ("int8", 8, 32), ("int8-g32", 8, 32), ("int8-g64", 8, 64), ("int8-g128", 8, 128),
+        ("int4-g32", 4, 32),
+        ("int4-g64", 4, 64),
+        ("int4-g128", 4, 128),
+        ("int8", 8, 32),
+        ("int8-g32", 8, 32),
+        ("int8-g64", 8, 64),
+        ("int8-g128", 8, 128),
     )
-}  # fmt: skip
+}
 
 
 def find_scheme(name: str) -> QuantScheme:
@@ -51,26 +67,27 @@ def find_scheme(name: str) -> QuantScheme:
 
 @dataclass(frozen=True)
 class QuantPolicy:
-    """A scheme for the layers, and one for the head or None to keep it."""
+    """One scheme for the layers, and one for the head; None keeps the head's dtype."""
 
     scheme: QuantScheme
     head: QuantScheme | None
 
-    def scheme_of(self, name: str, shape: tuple[int, ...]) -> QuantScheme | None:
-        """The scheme of a tensor on disk, or None where it keeps its dtype.
+    def scheme_of(self, info: ParameterInfo) -> QuantScheme | None:
+        """The scheme of a parameter, the same for all experts, or None where the parameter keeps its dtype.
 
-        A matrix whose inputs are no whole number of groups is kept: padding would make the scales of the last group
-        describe inputs that do not exist, and readers disagree on it.
+        A matrix keeps its dtype where its inputs are no whole number of groups. With padding, the scales of the last
+        group would describe inputs that do not exist, and readers disagree on them.
         """
-        in_layer = self.scheme if _QUANTIZED.fullmatch(name) else None
-        scheme = self.head if name == HEAD else in_layer
-        return scheme if scheme is not None and len(shape) == 2 and shape[1] % scheme.group_size == 0 else None
+        in_layer = self.scheme if info.kind in _QUANTIZED else None
+        scheme = self.head if info.kind is Kind.HEAD else in_layer
+        return scheme if scheme is not None and info.shape[-1] % scheme.group_size == 0 else None
 
 
 def make_policy(scheme_name: str, *, head: str | None, is_tied: bool) -> QuantPolicy:
-    """`head` is one of HEAD_CHOICES; None means int8, or keep where head and embedding are one tensor.
+    """`head` is one of HEAD_CHOICES. None means int8, or keep where head and embedding are one tensor.
 
-    Raises UsageError for an unknown word, and for a tied head that is to be quantised: the embedding stays as it is.
+    Raises UsageError for an unknown word, and for a tied head that is to be quantised, because the embedding keeps its
+    dtype.
     """
     scheme = find_scheme(scheme_name)
     if head is not None and head not in HEAD_CHOICES:

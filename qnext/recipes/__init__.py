@@ -1,4 +1,8 @@
-"""Whole training runs as Python functions, and what composes them: text, model, training, evaluation."""
+"""Whole training runs as functions that return a `Recipe`: a model, a corpus, a tokenizer, a `TrainConfig`.
+
+`recipe.py` prepares and runs one. `code.py` holds those that train on Python code. May import everything below, but not
+bench, client or diagnostics. A new run is a new function here, and a name in `RECIPES`.
+"""
 
 from __future__ import annotations
 

@@ -7,15 +7,23 @@ import sysconfig
 from functools import partial
 from pathlib import Path
 
-from qnext.config import preset
+from qnext.config import ModelConfig, preset
 from qnext.recipes.recipe import Recipe
 from qnext.training.config import TrainConfig
 from qnext.training.sources import Corpus, collect, split_by_package
 
 # Tests, what is not the library's own, and two packages that hold tables of characters and prose instead of code.
 _SKIPPED = (
-    "site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data",
-)  # fmt: skip
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+)
 
 # Greedy, models of this size repeat themselves after a line or two.
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
@@ -40,54 +48,76 @@ def standard_library(*, held_out_share: float) -> Corpus:
     )
 
 
+def _of_code(name: str, model: ModelConfig, train: TrainConfig, *, eval_bytes: int) -> Recipe:
+    corpus = partial(standard_library, held_out_share=0.05)
+    return Recipe(name, model, train, corpus, eval_bytes, sampling=SAMPLING, about=ABOUT)
+
+
 def small_code() -> Recipe:
     """nano-5m (4.3 M parameters, 0.8 M active) for ten minutes."""
-    return Recipe(
-        name="small-code",
-        model=preset("nano-5m"),
-        train=TrainConfig(
-            lr=5e-3, tokens_per_batch=8192, sequence_length=512, time_budget=600.0, optimizer="muon",
-            warmup_fraction=0.02, decay_fraction=0.3, mtp_coefficient=0.1, eval_every=100, snapshot_every=100,
+    return _of_code(
+        "small-code",
+        preset("nano-5m"),
+        TrainConfig(
+            lr=5e-3,
+            tokens_per_batch=8192,
+            sequence_length=512,
+            time_budget=600.0,
+            optimizer="muon",
+            warmup_fraction=0.02,
+            decay_fraction=0.3,
+            mtp_coefficient=0.1,
+            eval_every=100,
+            snapshot_every=100,
         ),
-        corpus=partial(standard_library, held_out_share=0.05),
         eval_bytes=200_000,
-        sampling=SAMPLING,
-        about=ABOUT,
-    )  # fmt: skip
+    )
 
 
 def micro_code() -> Recipe:
     """micro-20m (18 M parameters, 3.6 M active) for two thousand steps of 16,384 tokens."""
-    return Recipe(
-        name="micro-code",
-        model=preset("micro-20m"),
-        train=TrainConfig(
-            lr=4e-3, tokens_per_batch=8192, accumulation=2, sequence_length=1024, total_steps=2000, optimizer="muon",
-            warmup_steps=100, eval_every=100, snapshot_every=100,
+    return _of_code(
+        "micro-code",
+        preset("micro-20m"),
+        TrainConfig(
+            lr=4e-3,
+            tokens_per_batch=8192,
+            accumulation=2,
+            sequence_length=1024,
+            total_steps=2000,
+            optimizer="muon",
+            warmup_steps=100,
+            eval_every=100,
+            snapshot_every=100,
         ),
-        corpus=partial(standard_library, held_out_share=0.05),
         eval_bytes=400_000,
-        sampling=SAMPLING,
-        about=ABOUT,
-    )  # fmt: skip
+    )
 
 
 def demo(*, seconds: float, seed: int) -> Recipe:
-    """nano-5m for as long as somebody likes to watch; tuned for two to five minutes on two cores.
+    """nano-5m for a chosen time. It is tuned for two to five minutes on two cores.
 
     The small initial values leave the first steps to Muon, whose step does not depend on the size of a matrix. MTP
-    starts late: it costs a layer and a second pass over the head, and drafts only what the trunk has learnt.
+    starts late: it costs a layer and a second pass over the head, and it can draft only what the trunk has learnt.
     """
-    return Recipe(
-        name="demo",
-        model=preset("nano-5m").with_(initializer_range=0.007),
-        train=TrainConfig(
-            lr=2e-2, muon_lr=4e-3, tokens_per_batch=2048, accumulation=2, parallel_batches=2,
-            sequence_length=512, time_budget=seconds, optimizer="muon",
-            seed=seed, warmup_fraction=0.02, decay_fraction=0.5, mtp_coefficient=0.1, mtp_start=0.7, sample_every=50,
+    return _of_code(
+        "demo",
+        preset("nano-5m").with_(initializer_range=0.007),
+        TrainConfig(
+            lr=2e-2,
+            muon_lr=4e-3,
+            tokens_per_batch=2048,
+            accumulation=2,
+            parallel_batches=2,
+            sequence_length=512,
+            time_budget=seconds,
+            optimizer="muon",
+            seed=seed,
+            warmup_fraction=0.02,
+            decay_fraction=0.5,
+            mtp_coefficient=0.1,
+            mtp_start=0.7,
+            sample_every=50,
         ),
-        corpus=partial(standard_library, held_out_share=0.05),
         eval_bytes=200_000,
-        sampling=SAMPLING,
-        about=ABOUT,
-    )  # fmt: skip
+    )

@@ -1,27 +1,27 @@
-"""What a recipe is, how its values are overridden from the command line, and how it becomes a run."""
+"""What a recipe is, how the command line overrides its values, and how it becomes a run."""
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qnext import __version__
 from qnext.checkpoint import save_model
 from qnext.checkpoint.snapshot import list_snapshots
 from qnext.config import ModelConfig
-from qnext.errors import UsageError, did_you_mean
+from qnext.engine import Engine, EngineConfig, SamplingParams
+from qnext.errors import UsageError
 from qnext.eval import EvalDocument, Perplexity, evaluate_perplexity
-from qnext.files import remove_folder
+from qnext.files import remove_folder, remove_partials
 from qnext.model import CausalLM, initialize
 from qnext.planning import count_active, count_parameters
+from qnext.recipes.settings import parse_settings, parse_value, with_end_of_run
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import END_OF_TEXT, save_tokenizer, train_bpe
 from qnext.training import Hooks, PackedStream, TrainConfig, Trainer
 from qnext.training.sources import Corpus, take_bytes, tokenize
+from qnext.version import __version__
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe made ready: `trainer` runs it, `save` writes the model folder."""
+    """A prepared recipe: `trainer` runs it, `save` writes the model folder."""
 
     recipe: Recipe
     folder: Path
@@ -49,18 +49,29 @@ class Run:
     evaluate: Callable[[], Perplexity] | None
 
     def save(self) -> Path:
-        """Write weights, configuration, tokenizer, recommended sampling and a README.md to `<folder>/model`, in the
-        place of an earlier one."""
+        """Write weights, configuration, tokenizer, recommended sampling and a README.md to `<folder>/model`, replacing
+        an earlier one."""
         target, model = self.folder / "model", self.trainer.model
         end_id, pad_id = model.config.eos_token_id, model.config.pad_token_id
         generation: dict[str, Any] = {"eos_token_id": end_id, "pad_token_id": pad_id}
         if self.recipe.sampling:
             generation |= {"do_sample": True, **self.recipe.sampling}
         save_model(
-            model, target, tokenizer_folder=self.folder / "tokenizer", overwrite=True, generation_config=generation,
+            model,
+            target,
+            tokenizer_folder=self.folder / "tokenizer",
+            overwrite=True,
+            generation_config=generation,
             readme=self._card(),
-        )  # fmt: skip
+        )
         return target
+
+    def complete(self, prompt: str, *, max_tokens: int, seed: int) -> str:
+        """What the model goes on with, as the recipe recommends to sample it."""
+        engine = Engine.of(self.trainer.model, EngineConfig(max_num_seqs=1, max_model_len=1024))
+        params = SamplingParams(**self.recipe.sampling, max_tokens=max_tokens, seed=seed)
+        (request,) = engine.generate([self.tokenizer.encode(prompt)], params)
+        return self.tokenizer.decode(list(request.output_ids), skip_special=True)
 
     def _card(self) -> str:
         """A model card. `model_name` is what a server calls the model."""
@@ -75,10 +86,11 @@ class Run:
 
 
 def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, hooks: Hooks | None = None) -> Run:
-    """Read the texts, make tokenizer, model and trainer; with `resume`, go to the newest snapshot in `folder`.
+    """Read the texts, and make tokenizer, model and trainer. With `resume`, continue from the newest snapshot in
+    `folder`.
 
-    An `evaluate` in `hooks` is replaced by bits per byte on held-out text. Raises UsageError when `folder` holds a
-    run and `resume` is false, or holds none and `resume` is true.
+    An `evaluate` in `hooks` is replaced by bits per byte on held-out text. Raises UsageError when `folder` holds a run
+    and `resume` is false, or holds none and `resume` is true.
     """
     has_run = is_run(folder)
     if has_run and not resume:
@@ -93,9 +105,11 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, hooks: Hooks 
     initialize(model, seed=recipe.train.seed)
     documents = tokenize([file.text for file in corpus.train], tokenizer, end_id=end_id)
     stream = PackedStream(
-        documents, tokens_per_batch=recipe.train.tokens_per_batch, sequence_length=recipe.train.sequence_length,
+        documents,
+        tokens_per_batch=recipe.train.tokens_per_batch,
+        sequence_length=recipe.train.sequence_length,
         seed=recipe.train.seed,
-    )  # fmt: skip
+    )
     evaluate = _evaluation(recipe, corpus, tokenizer, model, end_id)
     trainer = Trainer(model, stream, recipe.train, folder=folder, hooks=replace(hooks or Hooks(), evaluate=evaluate))
     if resume:
@@ -104,7 +118,8 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, hooks: Hooks 
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has begun there: with its tokenizer whole it can go on, before that it is begun anew."""
+    """Whether the folder holds a run that can continue, which needs a complete tokenizer. Otherwise a run begins
+    anew."""
     tokenizer = [folder / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
     return all(file.is_file() for file in tokenizer) or bool(list_snapshots(folder / "snapshots"))
 
@@ -115,9 +130,12 @@ def _tokenizer(recipe: Recipe, corpus: Corpus, folder: Path, *, exists: bool) ->
             remove_folder(folder)  # half of one
         learned = train_bpe((file.text for file in corpus.train), vocab_size=recipe.model.vocab_size)
         save_tokenizer(
-            learned, folder, model_max_length=recipe.model.max_position_embeddings, eos_token=END_OF_TEXT,
+            learned,
+            folder,
+            model_max_length=recipe.model.max_position_embeddings,
+            eos_token=END_OF_TEXT,
             pad_token=END_OF_TEXT,
-        )  # fmt: skip
+        )
     return Tokenizer.from_folder(folder, num_rows=recipe.model.vocab_size)
 
 
@@ -143,46 +161,29 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     `total_steps` and `time_budget` replace each other; `model.num_hidden_layers` repeats or cuts the layer pattern.
     Raises UsageError naming the setting when the key is unknown or the value does not parse.
     """
-    train: dict[str, Any] = {}
     model = recipe.model
+    train: list[str] = []
     for setting in settings:
-        key, separator, text = setting.partition("=")
-        if not separator:
-            raise UsageError(f"--set {setting}: expected key=value")
+        key, _, text = setting.partition("=")
         if key == "model.num_hidden_layers":
-            model = model.with_layers(_parse(text, int, key))
+            model = model.with_layers(parse_value(text, int, key))
         elif key.startswith("model."):
-            name = key.removeprefix("model.")
-            model = model.with_(**{name: _parse(text, _field_type(ModelConfig, name, key), key)})
+            (changes,) = parse_settings([setting.removeprefix("model.")], ModelConfig)
+            model = model.with_(**changes)
         else:
-            train[key] = _parse(text, _field_type(TrainConfig, key, key), key)
-    if train.get("total_steps") is not None:
-        train.setdefault("time_budget", None)
-    elif train.get("time_budget") is not None:
-        train.setdefault("total_steps", None)
-    return replace(recipe, model=model, train=recipe.train.with_(**train))
+            train.append(setting)
+    (changes,) = parse_settings(train, TrainConfig)
+    return replace(recipe, model=model, train=recipe.train.with_(**with_end_of_run(changes)))
 
 
-def _field_type(owner: type, name: str, key: str) -> Any:
-    known = [each.name for each in fields(owner)]
-    if name not in known:
-        raise UsageError(f"--set {key}: unknown; known are {', '.join(known)}{did_you_mean(name, known)}")
-    return typing.get_type_hints(owner)[name]
-
-
-def _parse(text: str, wanted: Any, key: str) -> Any:
-    if isinstance(wanted, types.UnionType):
-        if text == "none":
-            return None
-        wanted = next(option for option in typing.get_args(wanted) if option is not type(None))
-    if typing.get_origin(wanted) is typing.Literal or wanted is str:
-        return text  # the dataclass checks which words are allowed
-    if wanted is bool and text in ("true", "false"):
-        return text == "true"
-    if wanted in (int, float):
-        try:
-            return wanted(text)
-        except ValueError:
-            pass
-    name = getattr(wanted, "__name__", str(wanted))
-    raise UsageError(f"--set {key}={text}: expected a value of type {name}")
+def make_room(out: Path) -> None:
+    """Remove an earlier run from the folder, and nothing else. Raises UsageError for a folder that is no run."""
+    remove_partials(out.parent, out.name)
+    if not out.exists():
+        return
+    if out.is_symlink():
+        raise UsageError(f"{out}: is a link; name the folder that it leads to")
+    remove_partials(out)
+    if any(out.iterdir()) and not (out / "tokenizer").is_dir():
+        raise UsageError(f"{out}: exists and is not an earlier demo; choose another --out")
+    remove_folder(out)

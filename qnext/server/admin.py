@@ -6,11 +6,11 @@ import asyncio
 
 from qnext.server.errors import ApiError
 from qnext.server.exchange import Exchange
-from qnext.server.routes import Reply, Route
+from qnext.server.routes import HttpResponse, Route
 
 
-async def status(exchange: Exchange) -> Reply:
-    """What the server is doing: its state, its requests without their content, its gauges."""
+async def status(exchange: Exchange) -> HttpResponse:
+    """What the server is doing: its state, its requests without their content, and its gauges."""
     server = exchange.server
     requests = [
         {
@@ -28,27 +28,29 @@ async def status(exchange: Exchange) -> Reply:
     owners = {} if worker is None else worker.by_owner()
     keys = [{"key_id": owner or None, **held} for owner, held in owners.items()]
     state = server.fault or server.state
-    return Reply.of({"state": state, "degraded": server.losses, "requests": requests, "engine": gauges, "keys": keys})
+    return HttpResponse.of(
+        {"state": state, "degraded": server.losses, "requests": requests, "engine": gauges, "keys": keys}
+    )
 
 
-async def experts(exchange: Exchange) -> Reply:
+async def experts(exchange: Exchange) -> HttpResponse:
     """Tokens of every expert of every layer since the start and in the last 64 steps."""
     engine = exchange.server.worker.engine
     load = await asyncio.to_thread(engine.expert_load, 64)
     if load is None:
         raise ApiError(404, "this model has no experts that are counted", code="not_found")
-    return Reply.of(load.as_dict())
+    return HttpResponse.of(load.as_dict())
 
 
-async def reload_keys(exchange: Exchange) -> Reply:
+async def reload_keys(exchange: Exchange) -> HttpResponse:
     """Read the file of keys again; a bad file leaves the keys as they are."""
     problem = exchange.server.keys.reload()
     if problem is not None:
         raise ApiError(409, "the file of keys cannot be read; see the log", code="bad_key_file")
-    return Reply.of({"keys": len(exchange.server.keys.keys)})
+    return HttpResponse.of({"keys": len(exchange.server.keys.keys)})
 
 
-async def abort(exchange: Exchange) -> Reply:
+async def abort(exchange: Exchange) -> HttpResponse:
     """End one request by its id."""
     wanted = exchange.path_params["request_id"]
     headers = {"x-should-retry": "false"}
@@ -60,14 +62,14 @@ async def abort(exchange: Exchange) -> Reply:
                 generation.deliver([], error)  # a stream tells its client
             if not other.generations:
                 task.cancel()
-            return Reply.of({"aborted": True})
+            return HttpResponse.of({"aborted": True})
     raise ApiError(404, "no such request is running", code="not_found")
 
 
-async def drain(exchange: Exchange) -> Reply:
-    """Take no more requests; those that run go on. The server stops as by SIGTERM."""
+async def drain(exchange: Exchange) -> HttpResponse:
+    """Take no more requests, let the running ones end, and stop, as SIGTERM does."""
     exchange.server.request_stop()
-    return Reply.of({"state": "draining"})
+    return HttpResponse.of({"state": "draining"})
 
 
 ADMIN_ROUTES = (

@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong: one exception, one sanitiser, one body for each surface. No torch."""
+"""The errors that a client sees: one exception, one sanitiser, one body per style of API. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PATH = re.compile(r"(?<![\w/])/(?:[\w.@+-]+/)+[\w.@+-]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _FREE_MAPS = ("logit_bias", "metadata", "chat_template_kwargs", "parameters", "input_schema", "input", "schema")
 _WORD = re.compile(r"[^\s:,;()\[\]{}]{3,}")
-# Words of ours and of JSON schemas, which say what is wrong also where the caller used them.
+# Words of messages and of JSON schemas. They are kept although the caller's text may hold them too.
 _SCHEMA_WORDS = frozenset(
     [
         "json",
@@ -85,17 +85,28 @@ _SCHEMA_WORDS = frozenset(
 )
 # Kinds of the Anthropic surface by status; 529 is its own for an overloaded server, but clients retry 503 alike.
 _ANTHROPIC = {
-    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
-}  # fmt: skip
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _OPENAI = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
-    500: "server_error", 503: "overloaded_error", 504: "timeout_error",
-}  # fmt: skip
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class ApiError(Exception):
-    """An answer that is an error. `message` is ours and holds nothing of the request but names of its fields."""
+    """An error answer. `message` contains nothing of the request except names of its fields."""
 
     def __init__(
         self,
@@ -119,9 +130,9 @@ class ApiError(Exception):
 
     @classmethod
     def too_long(cls, num_tokens: int, maximum: int, *, is_least: bool = False, param: str | None = None) -> ApiError:
-        """A prompt beyond the context, in the words by which agents know that they must compact.
+        """A prompt beyond the context. Agents recognise the words of this message and compact their conversation.
 
-        `maximum` leaves room for one token of the answer. `is_least`: there are so many tokens and perhaps more.
+        `maximum` leaves room for one token of the answer. `is_least`: the prompt has at least `num_tokens` tokens.
         """
         count = f"at least {num_tokens}" if is_least else f"{num_tokens}"
         return cls.bad(
@@ -136,15 +147,21 @@ class ApiError(Exception):
         return cls(status, message, code=code, headers={"Retry-After": str(max(1, round(retry_after)))})
 
     @classmethod
+    def over_limit(cls, message: str, *, retry_after: float) -> ApiError:
+        """A caller asks for more than its share. It may try again after `retry_after` seconds."""
+        return cls.busy(message, retry_after=retry_after, status=429, code="rate_limit_exceeded")
+
+    @classmethod
     def internal(cls, message: str | None = None) -> ApiError:
-        """A fault of ours. What it was stands in the log, under the request's id."""
+        """A fault of the server. The log has its cause, under the request's id."""
         return cls(500, message or "internal error", code="internal_error", headers={"x-should-retry": "false"})
 
 
 def from_user_error(error: Exception, *, param: str | None = None, source: str = "") -> ApiError:
-    """What the layers below refuse, as 400: their line without anything that could be the caller's or the machine's.
+    """An error of a lower room as status 400. Parts that could come from the caller or the machine are removed from its
+    message.
 
-    `source` is a text of the caller's of which a library's message may repeat words: those become "…", too.
+    `source` is a text of the caller that a library's message may quote. Words of it become "…" too.
     """
     is_length = type(error).__name__ == "DoesNotFit"
     message = _WORD.sub(lambda found: _unless_from(source, found[0]), str(error)) if source else str(error)
@@ -158,7 +175,7 @@ def _unless_from(source: str, word: str) -> str:
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The first fault of a body, named by its place; never its value."""
+    """The first fault of a body, with its place and without its value."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place: list[str] = []
     for part in first["loc"]:
@@ -191,12 +208,12 @@ def sanitized(text: str, *, keep_quoted: bool = False) -> str:
 
 
 def style_of(path: str) -> ErrorStyle:
-    """How errors look where no route says it."""
+    """The style of errors where no route defines one."""
     return "anthropic" if path == "/v1/messages" or path.startswith("/v1/messages/") else "openai"
 
 
 def error_object(error: ApiError, style: ErrorStyle) -> dict[str, Any]:
-    """The body of an error: that of OpenAI's API, or of Anthropic's."""
+    """The body of an error, in the form of OpenAI's API or of Anthropic's."""
     message = error.message
     if style == "anthropic" and error.param is not None and not message.startswith(error.param):
         message = f"{error.param}: {message}"  # its errors have no place for it

@@ -1,4 +1,4 @@
-"""Work that grows with a body, in threads beside the event loop: owners take turns, and each delays only himself."""
+"""Threads for work that grows with a body. Owners take turns, so that nobody waits long for the work of others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGE = 1 << 16  # bytes of a body, or characters of a text, that make work larg
 
 
 class Asker(NamedTuple):
-    """For whom something is computed: whose turn it takes, and how many bytes the body had."""
+    """The owner for whom something is computed, and the bytes of the request's body."""
 
     owner: str = ""
     num_bytes: int = 0
@@ -27,9 +27,9 @@ class Asker(NamedTuple):
 
 
 class Lane:
-    """`num_threads` threads. Of one owner, at most `per_owner` jobs run at once and `max_waiting` wait.
+    """`num_threads` threads. Of one owner, at most `per_owner` jobs run at once and at most `max_waiting` wait.
 
-    Belongs to one event loop. A job whose asker has left keeps its thread until it ends: `stop` asks it to.
+    A lane belongs to one event loop. A job whose caller has left keeps its thread until it ends; `stop` asks it to end.
     """
 
     def __init__(self, name: str, *, num_threads: int, per_owner: int, max_waiting: int, max_all: int = 1_024) -> None:
@@ -44,7 +44,7 @@ class Lane:
     async def run(
         self, owner: str, function: Callable[[], Result], *, stop: Callable[[], None] | None = None
     ) -> Result:
-        """What `function` gives or raises. Raises ApiError 429 or 503 where too much waits already."""
+        """The result of `function`, or what it raises. Raises ApiError 429 or 503 where too many jobs wait already."""
         await self._enter(owner)
         loop = asyncio.get_running_loop()
         try:
@@ -81,10 +81,7 @@ class Lane:
             self._take(owner)
             return
         if len(queue) >= self._max_waiting:
-            raise ApiError.busy(
-                "too many large requests of this caller wait already", retry_after=2.0, status=429,
-                code="rate_limit_exceeded",
-            )  # fmt: skip
+            raise ApiError.over_limit("too many large requests of this caller wait already", retry_after=2.0)
         if self.num_waiting >= self._max_all:
             raise ApiError.busy("too many large requests wait already", retry_after=2.0)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -113,7 +110,7 @@ class Lane:
         self._promote()
 
     def _promote(self) -> None:
-        """Let run who may, and forget who has left: a cancelled task cancels its turn before it hears of it itself."""
+        """Give free threads to those who wait, and drop turns that were cancelled."""
         for owner, queue in list(self._waiting.items()):
             while queue and (queue[0].done() or self._may_run(owner)):
                 turn = queue.popleft()
@@ -127,7 +124,7 @@ class Lane:
 
 
 class Budget:
-    """Bytes of bodies that are held at once: of all, and of one owner."""
+    """Bounds the bytes of bodies that are held at once, for all owners together and for each owner."""
 
     def __init__(self, *, most: int, per_owner: int) -> None:
         self._most = most
@@ -136,12 +133,9 @@ class Budget:
         self._total = 0
 
     def take(self, owner: str, count: int) -> None:
-        """Raises ApiError 429 or 503, and takes nothing, where that would be too much."""
+        """Take bytes of the budget. Where that would be too much, it takes nothing and raises ApiError 429 or 503."""
         if self._held[owner] + count > self._per_owner:
-            raise ApiError.busy(
-                "too many large bodies of this caller are held already", retry_after=2.0, status=429,
-                code="rate_limit_exceeded",
-            )  # fmt: skip
+            raise ApiError.over_limit("too many large bodies of this caller are held already", retry_after=2.0)
         if self._total + count > self._most:
             raise ApiError.busy("too many large bodies are held already", retry_after=2.0)
         self._held[owner] += count

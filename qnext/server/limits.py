@@ -32,7 +32,7 @@ MAX_ERROR_MESSAGE = 500  # characters
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server bounds and its operator may change. Times in seconds."""
+    """The limits of a server that its operator may change. Times are in seconds."""
 
     max_body_bytes: int = 8 << 20
     max_header_bytes: int = 64 << 10

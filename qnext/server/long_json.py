@@ -1,4 +1,4 @@
-"""JSON of documents with lists that may be long: written in slices, so that none of them holds others up."""
+"""JSON of documents with long lists, written in slices. No slice holds the interpreter's lock for long."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PLAIN = 16_384  # of plain numbers
 
 
 class LongList:
-    """A list of a document, of `length` elements. `elements(i, j)` gives those from i to j; it is asked in order.
+    """A list of `length` elements. `elements(i, j)` returns the elements from i to j. It is called in order.
 
-    `width`: about how many values an element consists of.
+    `width` is the approximate number of values in one element.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class LongList:
         return list(self._elements(0, self._length))
 
     def parts(self) -> Iterator[bytes]:
-        """Its JSON."""
+        """The JSON of the list, in parts."""
         for begin in range(0, self._length, self._step):
             part = orjson.dumps(self._elements(begin, min(begin + self._step, self._length)))
             yield (b"," if begin else b"[") + part[1:-1]
@@ -46,12 +46,13 @@ class LongList:
 
 
 def whole_json(document: Any) -> bytes:
-    """JSON at once, of a document whose lists are short."""
+    """The JSON of a document whose lists are short, at once."""
     return orjson.dumps(document, default=_listed)
 
 
 def json_parts(document: Any) -> bytes | Iterator[bytes]:
-    """JSON of a document: its bytes, or where it holds a long list their parts, each made when it is asked for."""
+    """The JSON of a document: bytes, or an iterator that makes one part after another where the document holds a long
+    list."""
     mark = secrets.token_hex(16)
     found: list[LongList] = []
 

@@ -1,4 +1,4 @@
-"""Prometheus text of an engine and of the server around it. No torch, and nothing that outlives its owner.
+"""Prometheus text of an engine and of the server around it. No torch. Its counts end with the objects that own them.
 
 Legend: E experts.
 """
@@ -13,13 +13,15 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from qnext.planning.expert_shape import expert_shape
+
 if TYPE_CHECKING:
-    from qnext.engine.expert_load import ExpertLoad, LayerLoad
+    from qnext.engine.execution.expert_load import ExpertLoad
+    from qnext.engine.execution.expert_reads import ExpertReads
     from qnext.engine.metrics import EngineMetrics, Histogram
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -34,7 +36,7 @@ Labels = dict[str, str]
 
 
 class MetricsSource(Protocol):
-    """What an Engine has."""
+    """The part of an Engine that metrics read."""
 
     @property
     def metrics(self) -> EngineMetrics: ...
@@ -45,8 +47,8 @@ class MetricsSource(Protocol):
 class ServerCounters:
     """What the server itself counts. Only the event loop touches it.
 
-    The values of labels are few, whatever clients send: routes are patterns, unknown methods are "other", and past
-    1,024 combinations so is everything.
+    Labels have few values, whatever clients send. Routes are patterns. Unknown methods are "other". After 1,024
+    combinations every new combination is "other" too.
     """
 
     def __init__(self) -> None:
@@ -83,9 +85,10 @@ class ServerCounters:
 
 
 class ServerMetrics:
-    """Renders both. `source` is the engine, or None until it is loaded; `block_size` is tokens of a KV block.
+    """Renders the metrics of engine and server. `source` is the engine, or None until it is loaded. `block_size` is the
+    number of tokens in a block.
 
-    `num_waiting` tells how many requests wait where the server has a queue of its own before that of the engine.
+    `num_waiting` returns how many requests wait in the server's own queue, before that of the engine.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class ServerMetrics:
         self.num_waiting = num_waiting
 
     def render(self, compat: Literal["vllm"] | None = None) -> bytes:
-        """Text of format 0.0.4, to be sent as CONTENT_TYPE; with `compat` the names that vLLM's boards read, too."""
+        """Text of format 0.0.4, to be sent as CONTENT_TYPE. `compat` adds the names that vLLM's dashboards read."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Families(self._families(compat)))
         return generate_latest(registry)
@@ -119,6 +122,8 @@ class ServerMetrics:
         yield from _engine_families(metrics, labels, self.block_size)
         if compat == "vllm":
             yield from _vllm_families(metrics, labels, self.block_size)
+        if metrics.experts is not None:
+            yield from _read_families(metrics.experts, labels)
         load = self.source.expert_load(RECENT_STEPS)
         if load is not None:
             yield from _expert_families(load, labels)
@@ -174,7 +179,7 @@ def _counter(name: str, text: str, value: float, labels: Labels) -> Metric:
 
 
 def _counters(
-    name: str, text: str, names: Sequence[str], counts: Mapping[tuple[str, ...], int], labels: Labels
+    name: str, text: str, names: Sequence[str], counts: Mapping[tuple[str, ...], float], labels: Labels
 ) -> Metric:
     """One series for each combination of the values of `names`, all with `labels`."""
     family = CounterMetricFamily(name, text, labels=(*labels, *names))
@@ -242,7 +247,7 @@ def _engine_families(metrics: EngineMetrics, labels: Labels, block_size: int) ->
         ("preemptions", "Requests that had to make room", metrics.num_preemptions),
     ):
         yield _counter(f"qnext_{name}", text, count, labels)
-    finished: dict[tuple[str, ...], int] = {(reason,): count for reason, count in asdict(metrics.finished).items()}
+    finished: dict[tuple[str, ...], float] = {(reason,): count for reason, count in asdict(metrics.finished).items()}
     yield _counters("qnext_request_success", "Requests that ended", ("finished_reason",), finished, labels)
     yield from _distributions("qnext_", metrics, labels)
     sizes = {"block_size": str(block_size), "num_blocks": str(gauges.num_blocks)}
@@ -270,7 +275,7 @@ def _vllm_families(metrics: EngineMetrics, labels: Labels, block_size: int) -> I
         yield _counter(f"vllm:{name}", text, count, labels)
     finished = asdict(metrics.finished)
     finished["abort"] += finished.pop("deadline")  # which vLLM's boards do not know
-    reasons: dict[tuple[str, ...], int] = {(reason,): count for reason, count in finished.items()}
+    reasons: dict[tuple[str, ...], float] = {(reason,): count for reason, count in finished.items()}
     yield _counters("vllm:request_success", "Requests that ended", ("finished_reason",), reasons, labels)
     yield from _distributions("vllm:", metrics, labels)
     sizes = {"block_size": str(block_size), "num_gpu_blocks": str(gauges.num_blocks)}
@@ -296,36 +301,30 @@ def _expert_families(load: ExpertLoad, labels: Labels) -> Iterator[Metric]:
     top = GaugeMetricFamily("qnext_expert_top_share_ratio", "Share of the busiest 1 % of experts", labels=names)
     dead = GaugeMetricFamily("qnext_experts_dead", "Experts without any token", labels=names)
     for layer in load.layers:
-        for window, tokens_E in _windows(layer):
+        # Since the engine was made, and of the last RECENT_STEPS.
+        for window, tokens in (("start", layer.tokens), ("recent", layer.recent)):
+            shape = expert_shape(np.array([tokens]))
             values = (*labels.values(), str(layer.layer_index), window)
-            balance.add_metric(values, _balancedness(tokens_E))
-            entropy.add_metric(values, _entropy(tokens_E))
-            top.add_metric(values, _top_share(tokens_E))
-            dead.add_metric(values, int((tokens_E == 0).sum()))
+            balance.add_metric(values, shape.balance_L[0])
+            entropy.add_metric(values, shape.entropy_L[0])
+            top.add_metric(values, shape.top_share_L[0])
+            dead.add_metric(values, shape.num_dead_L[0])
     yield from (balance, entropy, top, dead)
 
 
-def _windows(layer: LayerLoad) -> tuple[tuple[str, NDArray[np.int64]], ...]:
-    """int64 [E]: tokens of each expert since the engine was made, and in the last steps, at most RECENT_STEPS."""
-    return ("start", np.array(layer.tokens)), ("recent", np.array(layer.recent))
-
-
-def _balancedness(tokens_E: NDArray[np.int64]) -> float:
-    return float(tokens_E.mean() / tokens_E.max()) if tokens_E.any() else 1.0
-
-
-def _entropy(tokens_E: NDArray[np.int64]) -> float:
-    """Over its largest possible value; 1 also without any token."""
-    used = tokens_E[tokens_E > 0]
-    if len(tokens_E) < 2 or not len(used):
-        return 1.0
-    share = used / used.sum()
-    return float(-(share * np.log(share)).sum() / math.log(len(tokens_E)))
-
-
-def _top_share(tokens_E: NDArray[np.int64]) -> float:
-    num_top = math.ceil(len(tokens_E) / 100)
-    return float(np.sort(tokens_E)[-num_top:].sum() / tokens_E.sum()) if tokens_E.any() else num_top / len(tokens_E)
+def _read_families(reads: ExpertReads, labels: Labels) -> Iterator[Metric]:
+    """Of a model with experts on disk."""
+    for name, text, few, sweep in (
+        ("hits", "Experts that steps found in memory", reads.hits, reads.sweep_hits),
+        ("misses", "Experts that steps had to wait for", reads.misses, reads.sweep_misses),
+        ("wait_seconds", "Time that steps waited for experts", reads.seconds_waited, reads.sweep_seconds_waited),
+    ):
+        # A sweep needs half of a layer or more, as a long prompt does.
+        yield _counters(f"qnext_expert_{name}", text, ("kind",), {("few",): few, ("sweep",): sweep}, labels)
+    yield _counter("qnext_expert_read_bytes", "Bytes of experts read from disk", reads.bytes_read, labels)
+    text = "Share of the experts that memory is kept for"
+    yield _gauge("qnext_expert_resident_ratio", text, reads.resident_ratio, labels)
+    yield _gauge("qnext_expert_memory_bytes", "Memory for experts from disk", reads.memory_bytes, labels)
 
 
 def _usage(metrics: EngineMetrics) -> float:

@@ -1,4 +1,5 @@
-"""The OpenAPI document of the routes: bodies from their models, errors and authentication from their declarations."""
+"""The OpenAPI document of the routes. Bodies come from their models, errors and authentication from the
+declarations."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from qnext import __version__
 from qnext.server.routes import Route
+from qnext.version import __version__
 
 _REF = "#/components/schemas/{model}"
 _OPENAI_ERROR = {
@@ -39,10 +40,18 @@ _ANTHROPIC_ERROR = {
         },
     },
 }
-_BODY_ERRORS = {400: "what the body asks cannot be", 408: "the body came too late", 413: "the body is too large",
-                415: "the body is not JSON"}  # fmt: skip
-_GUARD_ERRORS = {400: "not readable", 403: "a page of another origin asks", 421: "not a name of this server",
-                 431: "the headers are too large"}  # fmt: skip
+_BODY_ERRORS = {
+    400: "what the body asks cannot be",
+    408: "the body came too late",
+    413: "the body is too large",
+    415: "the body is not JSON",
+}
+_GUARD_ERRORS = {
+    400: "not readable",
+    403: "a page of another origin asks",
+    421: "not a name of this server",
+    431: "the headers are too large",
+}
 _GENERATION_ERRORS = {404: "no such model", 429: "the key's limit", 504: "the request took too long"}
 
 
@@ -78,8 +87,11 @@ def _operation(route: Route) -> dict[str, Any]:
     error = {"$ref": f"#/components/schemas/{'AnthropicError' if route.errors == 'anthropic' else 'OpenAIError'}"}
     texts = dict(_GUARD_ERRORS)
     if route.scope != "public":
-        texts |= {401: "no valid key", 403: "the key lacks a scope, or a page of another origin asks",
-                  429: "too many wrong keys, or the key's limit"}  # fmt: skip
+        texts |= {
+            401: "no valid key",
+            403: "the key lacks a scope, or a page of another origin asks",
+            429: "too many wrong keys, or the key's limit",
+        }
     if route.body is not None:
         texts |= _BODY_ERRORS
     if route.limit == "generation":

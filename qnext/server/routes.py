@@ -1,18 +1,15 @@
-"""What a route declares, and what a handler is given and gives back. No torch."""
+"""The declaration of a route, and what a handler returns. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from qnext.server.errors import ErrorStyle
 from qnext.server.long_json import json_parts
-
-if TYPE_CHECKING:
-    from qnext.server.exchange import Exchange
 
 # Who may call: everybody; whoever has a key; a key with that scope.
 Scope = Literal["public", "any", "inference", "tokenize", "metrics", "admin"]
@@ -24,8 +21,8 @@ AuditClass = Literal["request", "access", "refusals"]
 
 
 @dataclass(frozen=True)
-class Reply:
-    """A whole answer. Where it has `parts`, they are the body, made one by one as it is sent."""
+class HttpResponse:
+    """A whole answer. `parts`, if given, are the body in place of `body`. Each part is made when it is sent."""
 
     body: bytes
     status: int = 200
@@ -34,26 +31,27 @@ class Reply:
     parts: Iterator[bytes] | None = None
 
     @classmethod
-    def of(cls, value: Any, **more: Any) -> Reply:
-        """JSON of a value."""
+    def of(cls, value: Any, **more: Any) -> HttpResponse:
+        """An answer with the JSON of a value."""
         found = json_parts(value)
         return cls(found, **more) if isinstance(found, bytes) else cls(b"", parts=found, **more)
 
 
 @dataclass(frozen=True)
 class EventStream:
-    """Server-sent events, whole frames in each piece. Closing the generator ends what it waits for."""
+    """Server-sent events; each piece holds whole frames. Closing the generator ends what it waits for."""
 
     frames: AsyncGenerator[bytes, None]
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-Handler = Callable[["Exchange"], Awaitable["Reply | EventStream"]]
+# Its argument is an Exchange. That type knows Route, so it cannot be named here.
+Handler = Callable[[Any], Awaitable["HttpResponse | EventStream"]]
 
 
 @dataclass(frozen=True)
 class Route:
-    """One path and method with all that the server must know of it; nothing is a default that opens something.
+    """One path and method with everything that the server must know of it. No default opens access.
 
     `body` is the model of a JSON body, None where there is none. `answer` is a JSON schema of the answer, for the
     OpenAPI document.

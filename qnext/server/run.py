@@ -1,4 +1,4 @@
-"""Listeners, signals, drain and watchdog: a server from its first byte to its exit code."""
+"""Listeners, signals, drain and watchdog: the life of a server from its first byte to its exit code."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ import uvicorn
 from qnext.errors import UsageError
 from qnext.server import heap
 from qnext.server.admin import ADMIN_ROUTES
-from qnext.server.app import Server, make_application
-from qnext.server.protocol import protocol_of
+from qnext.server.http.application import make_application
+from qnext.server.http.protocol import protocol_of
+from qnext.server.server import Server
 from qnext.server.table import public_routes
 
 if TYPE_CHECKING:
     from qnext.engine import Engine
+    from qnext.server.inference.served import ServedModel
     from qnext.server.limits import Limits
-    from qnext.server.served import ServedModel
 
 _log = logging.getLogger("qnext.server")
 # The engine's thread gives the interpreter up this soon for whoever waits: tokens leave within a fraction of a step.
@@ -49,7 +50,7 @@ EXIT_HUNG = 70  # a step of the model does not end, or the engine has failed: th
 
 @dataclass(frozen=True)
 class Listen:
-    """Where a server listens: host and port, or a Unix socket."""
+    """The address of a listener: host and port, or a Unix socket."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -59,8 +60,19 @@ class Listen:
     certificate_key: str | None = None
 
 
+def port_or_any(port: int) -> int:
+    """The port, or 0 for any where it is taken on the loopback interface."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return 0
+    return port
+
+
 class Urls(NamedTuple):
-    """Where a server answers."""
+    """The addresses at which a server answers."""
 
     public: str
     admin: str | None
@@ -75,14 +87,14 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-Load = Callable[[], "tuple[Engine, ServedModel]"]
+LoadModel = Callable[[], "tuple[Engine, ServedModel]"]
 OnReady = Callable[[Server, Urls], None]
 
 
-def serve(server_of: Callable[[], Server], load: Load, listen: Listen, *, on_ready: OnReady) -> None:
+def serve(server_of: Callable[[], Server], load: LoadModel, listen: Listen, *, on_ready: OnReady) -> None:
     """Serve until SIGTERM or SIGINT. The listener opens first and answers 503 while `load` runs.
 
-    Raises what `load` raises, and UsageError where the address cannot be had.
+    Raises what `load` raises, and UsageError where the address is not available.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
     heap.bound_arenas()
@@ -100,8 +112,8 @@ def serve(server_of: Callable[[], Server], load: Load, listen: Listen, *, on_rea
 
 
 @contextlib.contextmanager
-def serving(server_of: Callable[[], Server], load: Load, listen: Listen) -> Iterator[tuple[Server, Urls]]:
-    """A server in a thread of its own while the context lasts; it is drained at the end. Raises as `serve` does."""
+def serving(server_of: Callable[[], Server], load: LoadModel, listen: Listen) -> Iterator[tuple[Server, Urls]]:
+    """A server in its own thread while the context lasts. It is drained at the end. Raises as `serve` does."""
     found: queue.SimpleQueue[tuple[Server, Urls] | BaseException] = queue.SimpleQueue()
     loops: list[asyncio.AbstractEventLoop] = []
 
@@ -128,7 +140,7 @@ def serving(server_of: Callable[[], Server], load: Load, listen: Listen) -> Iter
         thread.join()
 
 
-async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) -> None:
+async def _serve(server: Server, load: LoadModel, listen: Listen, on_ready: OnReady) -> None:
     sockets = [_socket(listen, server.limits)]
     routes = public_routes(with_page=server.with_page, open_readiness=server.open_readiness)
     bound = listen.host if listen.uds is None else None
@@ -158,8 +170,8 @@ async def _serve(server: Server, load: Load, listen: Listen, on_ready: OnReady) 
         server.close()
 
 
-async def _loaded(server: Server, load: Load) -> tuple[Engine, ServedModel]:
-    """What `load` gives; the process ends here when it is told to stop first."""
+async def _loaded(server: Server, load: LoadModel) -> tuple[Engine, ServedModel]:
+    """What `load` gives. The process ends here when it is told to stop before that."""
     loading = asyncio.ensure_future(asyncio.to_thread(load))
     stopping = asyncio.ensure_future(server.stop_wanted.wait())
     await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -173,13 +185,24 @@ async def _loaded(server: Server, load: Load) -> tuple[Engine, ServedModel]:
 
 
 def listener(application: Any, server: Server, listen: Listen) -> uvicorn.Server:
-    """uvicorn for one application, to be given its socket."""
+    """A uvicorn server for one application. The caller gives it its socket."""
     config = uvicorn.Config(
-        application, http=protocol_of(server), ws="none", loop="asyncio", lifespan="off", interface="asgi3",
-        log_config=None, access_log=False, server_header=False, proxy_headers=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS, backlog=_BACKLOG, timeout_graceful_shutdown=3,
-        ssl_certfile=listen.certificate, ssl_keyfile=listen.certificate_key,
-    )  # fmt: skip
+        application,
+        http=protocol_of(server),
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=3,
+        ssl_certfile=listen.certificate,
+        ssl_keyfile=listen.certificate_key,
+    )
     return _Uvicorn(config)
 
 
@@ -207,10 +230,10 @@ def _socket(listen: Listen, limits: Limits) -> socket.socket:
 
 
 def _notice_the_gone(one: socket.socket, write_seconds: float) -> None:
-    """Connections that it accepts end when their client has gone without a word, as a machine does without power.
+    """Have the system end accepted connections whose client vanished, as a machine does without power.
 
-    While nothing is sent, by questions; while something is, later than `write_seconds`, so that a client that is there
-    and reads nothing is ended by the server, which can say so.
+    An idle connection is probed. One with unread bytes ends after `write_seconds`, and later than the server's own
+    timeout: that one names the reason in the audit log.
     """
     options = {
         "TCP_KEEPIDLE": _SILENT_SECONDS,
@@ -225,7 +248,7 @@ def _notice_the_gone(one: socket.socket, write_seconds: float) -> None:
 
 
 def _url(listen: Listen, one: socket.socket) -> str:
-    """An address that a browser on this machine can open: "0.0.0.0" is no place to go to."""
+    """An address that a browser on this machine can open, which "0.0.0.0" is not."""
     if listen.uds is not None:
         return f"unix:{listen.uds}"
     host, port = one.getsockname()[:2]
@@ -260,7 +283,7 @@ def _handle_signals(server: Server) -> None:
 
 
 async def janitor(server: Server) -> None:
-    """Parks streams whose client reads nothing and later ends them, measures the loop's lag, and ends a process whose
+    """Parks and then ends streams whose client does not read. Measures the lag of the event loop. Ends a process whose
     engine hangs."""
     num_faults = 0
     while True:

@@ -1,8 +1,8 @@
-"""Conversations to token ids: which chat format a folder speaks, and speaking it.
+"""The chat format of a folder: recognising it, and writing a conversation in it as pieces of text.
 
-A folder's template is used natively when it is one of ours by hash, or when it renders a set of probing
-conversations exactly as a native format does; otherwise it runs in the limited child process of
-`qnext.text.jinja`. The native path needs no process and keeps every string of the caller untrusted.
+A folder's template is used natively when its hash is known, or when it renders a set of test conversations exactly as a
+native format does. Otherwise it runs in the limited child process of `qnext.text.jinja`. The native path needs no
+process and keeps every string of the caller untrusted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PLACES = "chat_template.jinja, or chat_template in tokenizer_config.json"
 class ChatFormat:
     """A way to write conversations. `name` is `instruct`, `thinking`, `coder` or, for a foreign template, `jinja`.
 
-    `tool_template` replaces `template` where tools are given and the folder has a template for that.
+    `tool_template` replaces `template` where tools are given and the folder has a separate template for them.
     """
 
     name: str
@@ -51,10 +51,10 @@ class ChatFormat:
         tokenizer: Tokenizer | None = None,
         limits: TemplateLimits | None = None,
     ) -> ChatFormat:
-        """The format of a model folder, from chat_template.jinja or else tokenizer_config.json.
+        """The format of a model folder, from chat_template.jinja or otherwise tokenizer_config.json.
 
-        `tokenizer` saves loading the folder's own. Raises UsageError where the folder has no template (text
-        completion does not need one), CorruptCheckpoint for a faulty one or missing turn tokens.
+        `tokenizer` saves loading the folder's own. Raises UsageError where the folder has no template (text completion
+        does not need one), CorruptCheckpoint for a faulty template or missing turn tokens.
         """
         root = Path(folder)
         found = read_templates(root)
@@ -91,7 +91,7 @@ class ChatFormat:
         add_generation_prompt: bool = True,
         arguments: Mapping[str, Any] | None = None,
     ) -> list[Piece]:
-        """The conversation as pieces for `Tokenizer.encode_pieces`, ending where the assistant is to write.
+        """The conversation as pieces, ending where the assistant is to write; `text.prompts` makes token ids of them.
 
         `arguments` are those of the template, of which `self.arguments` are the names. A conversation that the
         template refuses is tried again with one system message at the beginning, then with neighbours of one role as
@@ -118,24 +118,17 @@ class ChatFormat:
         assert refusal is not None
         raise refusal
 
+    def close(self) -> None:
+        """End the child processes of foreign templates. A later render starts them again."""
+        for template in (self.template, self.tool_template):
+            if template is not None:
+                template.close()
+
     @property
     def arguments(self) -> frozenset[str]:
-        """Names that the templates read beside conversation and tools; native formats read none."""
+        """Names that the templates read beside conversation and tools. Native formats read none."""
         found = [template.arguments for template in (self.template, self.tool_template) if template is not None]
         return frozenset().union(*found)
-
-    def encode(
-        self,
-        tokenizer: Tokenizer,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] = (),
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
-        """Token ids of the rendered conversation; no string of the caller becomes a control token."""
-        if self.template is None:
-            tokenizer.require_chat_tokens()
-        return tokenizer.encode_pieces(self.render(messages, tools=tools, add_generation_prompt=add_generation_prompt))
 
 
 def recognise(template: JinjaTemplate) -> str | None:

@@ -1,4 +1,4 @@
-"""Tokenising that somebody watches: it ends early where it may, and what cannot be cut runs in a child process."""
+"""Tokenising under a watch: it can end early, and a text that cannot be cut is tokenised in a child process."""
 
 from __future__ import annotations
 
@@ -26,28 +26,30 @@ class TooManyTokens(DoesNotFit):
 
 
 class EncodingStopped(UsageError):
-    """Nobody wants the tokens any more."""
+    """The tokens are no longer needed."""
 
 
 class NoTokenizerProcess(Exception):
-    """The child process did not start: waiting may help."""
+    """The child process did not start. Waiting may help."""
 
 
 class Watch:
-    """Ends an encoding: at more than `most` tokens, or when another thread calls `stop`."""
+    """Ends an encoding at more than `most` tokens, or when another thread calls `stop`."""
 
     def __init__(self, *, most: int | None = None) -> None:
         self._most = most
         self._is_stopped = False
         self._end: Callable[[], None] | None = None
+        self._lock = threading.Lock()
 
     def stop(self) -> None:
-        self._is_stopped = True
-        if (end := self._end) is not None:
-            end()
+        with self._lock:
+            self._is_stopped = True
+            if self._end is not None:
+                self._end()
 
     def check(self, num_tokens: int) -> None:
-        """Raises EncodingStopped, or TooManyTokens where `num_tokens` are more than allowed."""
+        """Raises EncodingStopped, or TooManyTokens where `num_tokens` exceeds the limit."""
         if self._is_stopped:
             raise EncodingStopped("nobody wants the tokens any more")
         if self._most is not None and num_tokens > self._most:
@@ -55,17 +57,20 @@ class Watch:
 
     @contextlib.contextmanager
     def ends(self, end: Callable[[], None]) -> Iterator[None]:
-        """While the context lasts, `stop` calls `end` as well."""
-        self._end = end
+        """While the context lasts, `stop` calls `end` as well; `end` is never called, nor running, after it."""
+        with self._lock:
+            self._end = end
         try:
             self.check(0)
             yield
         finally:
-            self._end = None
+            with self._lock:
+                self._end = None
 
 
 class ConfinedTokenizer:
-    """A tokenizer in a child process that starts with the first text. Any thread may ask; one text at a time.
+    """A tokenizer in a child process, which starts with the first text. Any thread may call it; one text runs at a
+    time.
 
     `description` gives the tokenizer.json.
     """

@@ -1,8 +1,8 @@
-"""Where a long text may be cut so that the tokens of its parts, one after another, are those of the whole.
+"""Where a long text may be cut so that the tokens of its parts, one after another, equal those of the whole text.
 
-A cut is safe where a word of the tokenizer's splitter ends whatever stands before and behind, and where no
-normalisation and no added token reaches across. That is proved here for the patterns that the table names. A text of
-any other tokenizer stays whole.
+A cut is safe where a word of the tokenizer's splitter ends whatever stands before and behind it, and where no
+normalisation and no added token reaches across. This is proved here for the patterns that the table names. A text of
+any other tokenizer is not cut.
 """
 
 from __future__ import annotations
@@ -47,11 +47,6 @@ class Cuts:
         found = None if safe is None else re.compile("|".join(safe))
         is_in_the_way = found is not None and any(_reaches_across(word, found, normalize) for word in words)
         self._pattern = None if is_in_the_way else found
-
-    @property
-    def are_known(self) -> bool:
-        """Whether any cut is known to be safe."""
-        return self._pattern is not None
 
     def parts(self, text: str, size: int) -> Iterator[str]:
         """The text in parts of at most `size` characters, or longer ones where there is no safe cut."""

@@ -1,4 +1,4 @@
-"""Small files of a model folder: JSON objects and texts, with or without a byte-order mark."""
+"""Text files: small files of a model folder, JSON or not, with or without a byte-order mark, and files of the user."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qnext.errors import CorruptCheckpoint
+from qnext.errors import CorruptCheckpoint, UsageError
 
 # The released tokenizer.json is 11 MB, and the largest that are known have some 40; a file far above is not parsed.
 MAX_BYTES = 64 << 20
 
 
 def read_text(path: Path) -> str:
-    """UTF-8 text without its byte-order mark. Raises CorruptCheckpoint for what is none, is too long, or unreadable."""
+    """UTF-8 text without its byte-order mark. Raises CorruptCheckpoint for a file that is no text, too long, or
+    unreadable."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -44,6 +45,22 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptCheckpoint(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_user_text(path: Path) -> str:
+    """A file that a user names, as text. Raises UsageError where it is unreadable, empty, binary or not UTF-8."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    if not data.strip():
+        raise UsageError(f"{path}: empty, there is nothing to read")
+    if b"\0" in data:
+        raise UsageError(f"{path}: holds NUL bytes, not a text file")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 (byte {error.start})") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -53,11 +53,11 @@ _MARKUP = frozenset(token.content for token in DEFAULT_SPECIAL_TOKENS if not tok
 
 
 def vocabulary_keys(folder: str | os.PathLike[str], *, num_rows: int) -> dict[str, Any]:
-    """The keys `tokenizer.*` but for the ids of end, beginning and padding, which belong to the configuration.
+    """The keys `tokenizer.*` except the ids of end, beginning and padding, which belong to the configuration.
 
-    Rows of the embedding that have no token are called [PADn] and marked unused. Added tokens written `<|...|>` are
-    marked as control tokens even where tokenizer.json does not, as llama.cpp's own converter does: text from outside
-    can then not produce them. Raises UsageError for a tokenizer of another family.
+    Rows of the embedding without a token are called [PADn] and marked unused. Added tokens written `<|...|>` are marked
+    as control tokens even where tokenizer.json does not mark them, as in llama.cpp's own converter. So text from
+    outside cannot produce them. Raises UsageError for a tokenizer of another family.
     """
     tokenizer = Tokenizer.from_folder(folder, num_rows=num_rows)
     description = json.loads(tokenizer.backend.to_str())
@@ -85,20 +85,20 @@ def vocabulary_keys(folder: str | os.PathLike[str], *, num_rows: int) -> dict[st
 
 
 def has_vocabulary(keys: Mapping[str, Any]) -> bool:
-    """Whether the keys of a GGUF file describe a tokenizer; weights are sometimes converted without one."""
+    """Whether the keys of a GGUF file describe a tokenizer. Some weights are converted without one."""
     return f"{_PREFIX}tokens" in keys and keys.get(f"{_PREFIX}model") not in ("none", "no_vocab")
 
 
 def write_vocabulary(
     keys: Mapping[str, Any], folder: str | os.PathLike[str], *, source: str, model_max_length: int
 ) -> None:
-    """Write tokenizer.json and its companions from the keys of a GGUF file, named `source` in errors.
+    """Write tokenizer.json and its companion files from the keys of a GGUF file, which errors call `source`.
 
-    generation_config.json gets the end tokens of the file, those two that llama.cpp knows by name, and its values for
-    sampling. Raises CorruptCheckpoint naming the key that is missing or contradicts another, NotSupported for a
-    tokenizer of another family.
+    generation_config.json gets the file's end tokens, the two end tokens that llama.cpp knows by name, and the file's
+    values for sampling. Raises CorruptCheckpoint naming the key that is missing or contradicts another, NotSupported
+    for a tokenizer of another family.
     """
-    reader = _Reader(keys, source)
+    reader = _VocabularyKeys(keys, source)
     backend = reader.backend()
     ids = reader.end_ids(backend)
     pad = reader.token(f"{_PREFIX}padding_token_id")
@@ -124,7 +124,7 @@ def write_vocabulary(
     write_file(Path(folder) / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
 
-class _Reader:
+class _VocabularyKeys:
     """Typed reading of the keys. Every error names the file and the key."""
 
     def __init__(self, keys: Mapping[str, Any], source: str) -> None:
@@ -212,7 +212,7 @@ class _Reader:
         if index is None or index == -1:
             return None
         if type(index) is not int or not 0 <= index < len(self.tokens):
-            self.warn(key, f"{str(index)[:60]} is no token and is passed over")
+            self.warn(key, f"{str(index)[:60]} is no token and is ignored")
             return None
         return index
 
@@ -256,12 +256,12 @@ def _sampling(keys: Mapping[str, Any], source: str) -> dict[str, Any]:
         if value is None or (key == "top_k" and value == -1):
             continue
         if type(value) not in (int, float) or not smallest <= value <= largest:
-            warn(f"{source}: key general.sampling.{key}: {str(value)[:60]} is out of range and is passed over")
+            warn(f"{source}: key general.sampling.{key}: {str(value)[:60]} is out of range and is ignored")
             continue
         values[name] = int(value) if key == "top_k" else float(f"{value:.7g}")  # fp32 has no more digits
     for key, neutral in _OTHER_SAMPLING.items():
         if keys.get(f"general.sampling.{key}", neutral) != neutral:
-            warn(f"{source}: key general.sampling.{key}: has no counterpart and is passed over")
+            warn(f"{source}: key general.sampling.{key}: has no counterpart and is ignored")
     last = keys.get("general.sampling.penalty_last_n", -1)
     if values.get("repetition_penalty", 1) != 1 and last != -1:
         if last == 0:

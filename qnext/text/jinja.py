@@ -1,13 +1,10 @@
 """A folder's own chat template: rendered in a limited child process, with untrusted text kept apart.
 
-How untrusted text survives a template. A template sees strings, not pieces, and may search them (`'</think>' in
-content`), so nothing is wrapped around them. Only where an untrusted string holds the name of an added token is that
-name replaced by one private-use character that occurs nowhere else; after rendering the character becomes an
-untrusted piece. The result must equal the rendering of the unchanged strings, else the template looks at such names.
-Then markup names (`<think>`, `<tool_response>`) are left readable, first in assistant turns, then everywhere; names
-of control tokens never are. A template that treats those specially too is refused for that conversation.
-
-Limit: a template that builds a token's name out of several harmless strings would not be noticed.
+A template sees strings and may search them, so nothing is wrapped around them. Where an untrusted string holds the
+name of an added token, one private-use character replaces the name, and becomes an untrusted piece after rendering.
+The result must equal the rendering of the unchanged strings. Else markup names (`<think>`) are left readable, first in
+assistant turns, then everywhere; control tokens never are, and a template that needs them is refused. A name that a
+template builds of several harmless strings would not be noticed.
 """
 
 from __future__ import annotations
@@ -33,12 +30,12 @@ _CONTEXT = ("messages", "tools", "add_generation_prompt")
 
 
 class TemplateRefusal(UsageError):
-    """The template itself does not accept a conversation; the message is its own."""
+    """The template itself refuses a conversation. The message is the template's."""
 
 
 @dataclass(frozen=True)
 class TemplateLimits:
-    """What one rendering may use: wall-clock seconds, address space in bytes, characters of output."""
+    """The limits of one rendering: wall-clock seconds, address space in bytes, characters of output."""
 
     seconds: float = 3.0
     memory_bytes: int = 512 << 20
@@ -49,7 +46,7 @@ class JinjaTemplate:
     """A chat template of unknown origin.
 
     `source` names the file in errors. `markup_names` and `control_names` are the added tokens of the tokenizer.
-    `variables` are what templates expect beside the conversation (`bos_token`, `eos_token`).
+    `variables` are the names that templates expect beside the conversation (`bos_token`, `eos_token`).
     """
 
     def __init__(
@@ -77,7 +74,7 @@ class JinjaTemplate:
 
     @cached_property
     def arguments(self) -> frozenset[str]:
-        """The names that the template reads beside the conversation and the tokens; none where it is faulty."""
+        """Names that the template reads beside the conversation and the tokens; none where the template is faulty."""
         answer = self._ask({"names": True})
         return frozenset(answer.get("names", ())) - {*_CONTEXT, *self._variables}
 
@@ -126,7 +123,7 @@ class JinjaTemplate:
         ]
         for assistant_names, other_names in attempts:
             marks = self._private_marks(all_names, conversation, [tools, more])
-            in_assistant, elsewhere = _Mask(marks, assistant_names), _Mask(marks, other_names)
+            in_assistant, elsewhere = _MarkNames(marks, assistant_names), _MarkNames(marks, other_names)
             masked = self._run(
                 [in_assistant.message(m) if m["role"] == "assistant" else elsewhere.message(m) for m in conversation],
                 elsewhere.value(tools),
@@ -209,7 +206,7 @@ class JinjaTemplate:
             raise CorruptCheckpoint("the process that renders chat templates did not start") from None
 
 
-class _Mask:
+class _MarkNames:
     """Replaces the given names by their marks in all strings of a JSON value, keys included."""
 
     def __init__(self, marks: Mapping[str, str], names: Collection[str]) -> None:

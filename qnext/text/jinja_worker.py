@@ -17,10 +17,10 @@ import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 
-from qnext.confined.child import Handler, serve
+from qnext.confined.child import AnswerRequest, serve
 
 
-class TemplateRefusal(Exception):
+class RaisedByTemplate(Exception):
     """The template itself called `raise_exception`: it does not accept this conversation."""
 
 
@@ -58,7 +58,7 @@ def to_json(
 
 
 def refuse(message: str) -> NoReturn:
-    raise TemplateRefusal(message)
+    raise RaisedByTemplate(message)
 
 
 def strftime_now(pattern: str) -> str:
@@ -75,7 +75,7 @@ def render(template: jinja2.Template, context: dict[str, Any], max_characters: i
             if num_characters > max_characters:
                 return {"fault": "output", "message": f"more than {max_characters} characters of output"}
             parts.append(part)
-    except TemplateRefusal as error:
+    except RaisedByTemplate as error:
         return {"fault": "refusal", "message": str(error)}
     except MemoryError:
         raise
@@ -118,7 +118,7 @@ def own_variables(tree: jinja2.nodes.Template) -> set[str]:
     return found
 
 
-def begin(setup: dict[str, Any]) -> Handler:
+def begin(setup: dict[str, Any]) -> AnswerRequest:
     source, max_characters = setup["source"], setup["output_characters"]
     environment = make_environment()
     template: jinja2.Template | None = None

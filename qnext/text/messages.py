@@ -1,4 +1,4 @@
-"""A conversation as the chat formats see it: messages, tool calls, and what makes a list of them a conversation."""
+"""A conversation as the chat formats see it: messages, tool calls, and the rules for a list of messages."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ RAW_ARGUMENT = "arguments"  # the one argument of a call whose text is no object
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the assistant made. `arguments` is an object, or its JSON text exactly as the model wrote it.
+    """A call of the assistant. `arguments` is an object, or its JSON text exactly as the model wrote it.
 
-    It may be made from whatever a client has for the arguments: null and blanks are none, and a value that is neither
-    text nor object is its JSON text.
+    Other values for the arguments are accepted too: null and blanks mean no arguments, and a value that is neither text
+    nor object is taken as its JSON text.
     """
 
     name: str
@@ -36,7 +36,7 @@ class ToolCall:
         object.__setattr__(self, "arguments", arguments)
 
     def parsed_arguments(self) -> Mapping[str, Any] | None:
-        """The arguments as an object; None for text that is none. An object that was written twice is read twice."""
+        """The arguments as an object; None for a text that holds no object. JSON inside a JSON text is read too."""
         value: Any = self.arguments
         for _ in range(2):
             if isinstance(value, str):
@@ -47,14 +47,14 @@ class ToolCall:
         return value if isinstance(value, Mapping) else None
 
     def arguments_object(self) -> Mapping[str, Any]:
-        """The arguments as an object; text that is none becomes its one argument."""
+        """The arguments as an object. A text that holds no object becomes its only argument."""
         parsed = self.parsed_arguments()
         return {RAW_ARGUMENT: self.arguments} if parsed is None else parsed
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `reasoning_content` None means unknown (it may stand inside `content`), "" means none."""
+    """One turn. `reasoning_content` None means unknown (it may be inside `content`), "" means none."""
 
     role: str
     content: str = ""
@@ -116,8 +116,8 @@ def raw_arguments(messages: Sequence[Message]) -> list[str]:
 def checked_conversation(messages: Sequence[Message]) -> list[Message]:
     """The messages under the roles that templates know: `developer` is `system`, `function` is `tool`.
 
-    History is past, so what does not belong to a role is left out: calls and thoughts of anybody but the assistant.
-    Raises UsageError for an empty conversation and for an unknown role.
+    Content that does not belong to a role is left out, such as calls and thoughts in turns that are not the
+    assistant's. Raises UsageError for an empty conversation and for an unknown role.
     """
     if not messages:
         raise UsageError("the conversation is empty")
@@ -134,14 +134,14 @@ def checked_conversation(messages: Sequence[Message]) -> list[Message]:
 
 
 def system_first(messages: Sequence[Message]) -> list[Message]:
-    """All system messages as one at the beginning, in their order, for templates that want it so."""
+    """All system messages joined at the beginning, in their order, for templates that require this."""
     systems = [message for message in messages if message.role == "system"]
     others = [message for message in messages if message.role != "system"]
     return [*([_joined(systems)] if systems else []), *others]
 
 
 def alternating(messages: Sequence[Message]) -> list[Message]:
-    """The messages with neighbours of one role as one, but for results of tools."""
+    """The messages with neighbours of one role joined, except results of tools."""
     found: list[Message] = []
     for role, group in groupby(messages, key=lambda message: message.role):
         turns = list(group)

@@ -1,12 +1,9 @@
-"""The three chat formats of the family, written out: `instruct`, `thinking` and `coder`.
+"""The three chat formats of the family, written out as functions that yield pieces: `instruct`, `thinking`, `coder`.
 
-A renderer yields pieces. Frame and markup are trusted; whatever a caller supplied (content, reasoning, tool schemas,
-names, arguments) is not, so a name of a control token in there stays text.
-
-References, character by character: `coder` the template of Qwen3-Coder. `instruct` the template of
-Qwen2.5-7B-Instruct for conversations with a system message (the later one differs only in having no default system
-prompt) and that of Qwen3-0.6B for those without. `thinking` the template of Qwen3-0.6B for the history and that of
-QwQ-32B for the generation prompt. The Qwen3-Next files themselves were not at hand when these were written.
+Frame and markup are trusted. What a caller supplied (content, reasoning, schemas, names, arguments) is not.
+References, character by character: for `coder` the template of Qwen3-Coder; for `instruct` that of Qwen2.5-7B-Instruct
+with a system message (later ones have no default system prompt) and that of Qwen3-0.6B without; for `thinking` that of
+Qwen3-0.6B, with the generation prompt of QwQ-32B. The files of Qwen3-Next were not at hand.
 """
 
 from __future__ import annotations
@@ -46,7 +43,7 @@ CODER_TOOLS_TAIL = (
 Renderer = Callable[[Sequence[Message], Sequence[Mapping[str, Any]], bool], list[Piece]]
 
 
-class _Writer:
+class _PieceWriter:
     """Collects pieces and joins neighbours of equal trust."""
 
     def __init__(self) -> None:
@@ -74,7 +71,7 @@ def render_instruct(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
 ) -> list[Piece]:
     """ChatML with JSON tool calls; reasoning is not part of the format and is left out."""
-    writer = _Writer()
+    writer = _PieceWriter()
     _system_and_json_tools(writer, messages, tools)
     for index, message in enumerate(messages):
         if message.role == "assistant":
@@ -96,7 +93,7 @@ def render_thinking(
 
     Reasoning is kept for the turns after the last question of the user (a tool loop in progress) and dropped before.
     """
-    writer = _Writer()
+    writer = _PieceWriter()
     _system_and_json_tools(writer, messages, tools)
     last_query = _last_query_index(messages)
     for index, message in enumerate(messages):
@@ -123,7 +120,7 @@ def render_coder(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
 ) -> list[Piece]:
     """ChatML with XML tool schemas and calls; values are bare text, typed by the schema. No reasoning."""
-    writer = _Writer()
+    writer = _PieceWriter()
     has_system = messages[0].role == "system"
     if has_system or tools:
         writer.trusted("<|im_start|>system\n")
@@ -161,7 +158,8 @@ NATIVE_FORMATS: dict[str, Renderer] = {
 
 
 def split_reasoning(message: Message) -> tuple[str, str]:
-    """(reasoning, content) of an assistant turn, split at `</think>` where the reasoning is not given apart."""
+    """(reasoning, content) of an assistant turn. It is split at `</think>` where the reasoning is not given
+    separately."""
     if message.reasoning_content is not None:
         return message.reasoning_content, message.content
     if "</think>" not in message.content:
@@ -181,7 +179,9 @@ def _last_query_index(messages: Sequence[Message]) -> int:
     return len(messages) - 1
 
 
-def _system_and_json_tools(writer: _Writer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+def _system_and_json_tools(
+    writer: _PieceWriter, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+) -> None:
     has_system = messages[0].role == "system"
     if not has_system and not tools:
         return
@@ -197,7 +197,7 @@ def _system_and_json_tools(writer: _Writer, messages: Sequence[Message], tools: 
     writer.trusted("<|im_end|>\n")
 
 
-def _plain_turn(writer: _Writer, messages: Sequence[Message], index: int) -> None:
+def _plain_turn(writer: _PieceWriter, messages: Sequence[Message], index: int) -> None:
     """A user, later system or tool turn; neighbouring tool results share one user turn."""
     message = messages[index]
     if message.role == "tool":
@@ -212,13 +212,13 @@ def _plain_turn(writer: _Writer, messages: Sequence[Message], index: int) -> Non
         _turn(writer, message)
 
 
-def _turn(writer: _Writer, message: Message) -> None:
+def _turn(writer: _PieceWriter, message: Message) -> None:
     writer.trusted(f"<|im_start|>{message.role}\n")
     writer.untrusted(message.content)
     writer.trusted("<|im_end|>\n")
 
 
-def _json_tool_calls(writer: _Writer, calls: Sequence[ToolCall], *, follows_content: bool) -> None:
+def _json_tool_calls(writer: _PieceWriter, calls: Sequence[ToolCall], *, follows_content: bool) -> None:
     for index, call in enumerate(calls):
         writer.trusted("\n" if follows_content or index > 0 else "")
         writer.trusted('<tool_call>\n{"name": "')
@@ -228,7 +228,7 @@ def _json_tool_calls(writer: _Writer, calls: Sequence[ToolCall], *, follows_cont
         writer.trusted("}\n</tool_call>")
 
 
-def _coder_calls(writer: _Writer, message: Message) -> None:
+def _coder_calls(writer: _PieceWriter, message: Message) -> None:
     writer.trusted("<|im_start|>assistant")
     if content := message.content.strip():
         writer.trusted("\n")
@@ -248,7 +248,7 @@ def _coder_calls(writer: _Writer, message: Message) -> None:
     writer.trusted("<|im_end|>\n")
 
 
-def _coder_tools(writer: _Writer, tools: Sequence[Mapping[str, Any]]) -> None:
+def _coder_tools(writer: _PieceWriter, tools: Sequence[Mapping[str, Any]]) -> None:
     writer.trusted(CODER_TOOLS_HEAD)
     for tool in tools:
         function: Mapping[str, Any] = tool.get("function", tool)
@@ -276,13 +276,13 @@ def _coder_tools(writer: _Writer, tools: Sequence[Mapping[str, Any]]) -> None:
     writer.trusted(CODER_TOOLS_TAIL)
 
 
-def _extra_elements(writer: _Writer, fields: Any, *, handled: tuple[str, ...]) -> None:
+def _extra_elements(writer: _PieceWriter, fields: Any, *, handled: tuple[str, ...]) -> None:
     for name, value in fields.items() if isinstance(fields, Mapping) else ():
         if name not in handled:
             _element(writer, name, _coder_value(value))
 
 
-def _element(writer: _Writer, name: str, text: str) -> None:
+def _element(writer: _PieceWriter, name: str, text: str) -> None:
     writer.trusted("\n")
     writer.untrusted(f"<{name}>{text}</{name}>")
 

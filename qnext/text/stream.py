@@ -13,16 +13,12 @@ _THINK, _THINK_END = "<think>", "</think>"
 
 
 class TextStream:
-    """Text of one answer, piece by piece.
+    """The text of one answer, piece by piece: `push` token ids, `finish` at the end.
 
-    A stop string may span tokens: what could be its beginning is held back until it is decided. The text ends before
-    the stop string that begins first (of two that begin together the one completed first); `stop_string` is then set
-    and the caller ends the request. Stop strings are not looked for in the `thought` at the answer's beginning: "open"
-    where the prompt opened it, "possible" where the answer may.
-
-    >>> stream = TextStream(tokenizer, stop=["User:"])
-    >>> stream.push(token_of("Hello Us")), stream.push(token_of("er:")), stream.stop_string
-    ('Hello ', '', 'User:')
+    A stop string may span tokens, so text that could be its beginning is held back until this is decided. The text ends
+    before the stop string that begins first (of two that begin together, the one completed first). Then `stop_string`
+    is set and the caller ends the request. Stop strings are not searched in the `thought` at the beginning of the
+    answer: "open" where the prompt opened it, "possible" where the answer may open it.
     """
 
     def __init__(
@@ -47,7 +43,7 @@ class TextStream:
         return self._read(self._decoder.push(token_id))
 
     def finish(self) -> str:
-        """What was held back, when the answer ends otherwise than by a stop string."""
+        """The text that was held back, when the answer ends without a stop string."""
         text = self._read(self._decoder.flush())
         if self._thought == "possible":
             self._thought = None

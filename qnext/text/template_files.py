@@ -19,7 +19,7 @@ TEMPLATE_FILES = {
 
 
 class TemplateTexts(NamedTuple):
-    """Templates by name, of which "default" is always one, and the file that error messages name."""
+    """Templates by name, one of them "default", and the file that error messages name."""
 
     source: str
     texts: dict[str, str]
@@ -30,7 +30,7 @@ def read_templates(folder: Path) -> TemplateTexts | None:
 
     chat_template.jinja counts first, then tokenizer_config.json, then chat_template.json. A template for tools may
     stand beside the first as additional_chat_templates/tool_use.jinja. Names other than "default" and "tool_use" are
-    passed over. Raises CorruptCheckpoint for templates that are no text, or too long.
+    ignored. Raises CorruptCheckpoint for templates that are no text, or too long.
     """
     found = _from_text_file(folder) or _from_json_files(folder)
     if found is None:

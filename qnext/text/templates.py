@@ -1,6 +1,6 @@
-"""Chat templates of our own, for folders that this project writes, and how a template is known.
+"""Chat templates for folders that this project writes, and how a template is recognised.
 
-`INSTRUCT` and `THINKING` render what `qnext.text.native` renders, so that other programs read our folders the same.
+`INSTRUCT` and `THINKING` render the same as `qnext.text.native`, so that other programs read these folders correctly.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def _assemble(turns: str, prompt: str) -> str:
 
 INSTRUCT_TEMPLATE = _assemble(_INSTRUCT_TURNS, _INSTRUCT_PROMPT)
 THINKING_TEMPLATE = _assemble(_THINKING_TURNS, _THINKING_PROMPT)
+TEMPLATES = {"instruct": INSTRUCT_TEMPLATE, "thinking": THINKING_TEMPLATE}  # that a folder may be given
 
 
 def template_hash(text: str) -> str:

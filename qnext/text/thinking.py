@@ -1,4 +1,4 @@
-"""Thoughts: what a caller wants of them, which arguments of a chat template say it, and where a prompt leaves them."""
+"""Thoughts: what a caller asks for, which arguments of a chat template express it, and the state after the prompt."""
 
 from __future__ import annotations
 
@@ -32,17 +32,16 @@ NOT_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_m
 
 if TYPE_CHECKING:
     from qnext.text.chat import ChatFormat
-    from qnext.text.messages import Message
 
 ThoughtState = Literal["open", "possible", "closed"]
 
 
 @dataclass(frozen=True)
 class TemplateRequest:
-    """What a caller says to the chat template beside the conversation.
+    """What a caller asks of the chat template beside the conversation.
 
-    `arguments` are the template's by name. `thinks`, `effort` and `budget` (tokens) are wishes that reach whatever
-    the template reads of them; an argument counts before `thinks`, and that before `effort`.
+    `arguments` are the template's arguments by name. `thinks`, `effort` and `budget` (tokens) reach the arguments that
+    the template reads. An argument counts before `thinks`, and `thinks` before `effort`.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -51,7 +50,7 @@ class TemplateRequest:
     budget: int | None = None
 
     def over(self, defaults: Mapping[str, Any]) -> TemplateRequest:
-        """The same request where the server has arguments of its own, which count only where this one is silent."""
+        """The same request with arguments of the server, which count only where this request sets nothing."""
         silent = {name: value for name, value in defaults.items() if name not in self.arguments}
         if self.thinks is not None or self.effort is not None:
             silent = {name: value for name, value in silent.items() if name not in (*SWITCHES, EFFORT)}
@@ -69,10 +68,10 @@ class TemplateRequest:
         return None if effort is None else effort not in _WITHOUT_THOUGHT
 
     def without_effect(self, read: Collection[str], state: ThoughtState) -> list[str]:
-        """What was said of thoughts and changes nothing: names of KNOWN_ARGUMENTS, whatever field said it.
+        """What the request says about thoughts without any effect: names of KNOWN_ARGUMENTS, whatever field was used.
 
-        `read` are the names that the template reads, and `state` is where the prompt left the thought. A wish for no
-        thought is met: one that the prompt opens is closed.
+        `read` are the names that the template reads. `state` is the state in which the prompt left the thought. A wish
+        for no thought always has an effect, because a thought that the prompt opens is closed.
         """
         arguments = {name: value for name, value in self.arguments.items() if value is not None}
         found: list[str] = []
@@ -105,12 +104,13 @@ class TemplateRequest:
 
 
 def may_think(tokenizer: Tokenizer) -> bool:
-    """Whether the vocabulary has the marks of thoughts: then an answer may begin with one, whatever the prompt."""
+    """Whether the vocabulary has the marks of thoughts. Then every answer may begin with a thought, whatever the
+    prompt."""
     return THINK in tokenizer.added_ids and THINK_END in tokenizer.added_ids
 
 
 def thought_state(pieces: Sequence[Piece]) -> ThoughtState:
-    """Where a prompt that ends in the head of the assistant's turn leaves the thought of the answer."""
+    """The state in which a prompt that ends with the head of the assistant's turn leaves the thought of the answer."""
     tail = "".join(piece.text for piece in pieces[-2:] if piece.is_trusted).rpartition(IM_START)[2]
     opened, closed = tail.rfind(THINK), tail.rfind(THINK_END)
     if opened == closed:
@@ -118,30 +118,8 @@ def thought_state(pieces: Sequence[Piece]) -> ThoughtState:
     return "open" if opened > closed else "closed"
 
 
-def prompt_pieces(
-    chat_format: ChatFormat,
-    messages: Sequence[Message],
-    asked: TemplateRequest,
-    *,
-    tools: Sequence[Mapping[str, Any]] = (),
-    add_generation_prompt: bool = True,
-    closes: bool = True,
-) -> tuple[list[Piece], ThoughtState]:
-    """(the pieces of a prompt, where it leaves the thought of the answer).
-
-    Where no thought is wanted, and the template opens one all the same, it is closed, if `closes`. Raises UsageError as
-    `ChatFormat.render` and `TemplateRequest.for_template` do.
-    """
-    values = asked.for_template(chat_format.arguments)
-    pieces = chat_format.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, arguments=values)
-    state = thought_state(pieces) if add_generation_prompt else "possible"
-    if state == "open" and closes and asked.wants_thought is False:
-        return [*pieces, Piece(f"\n{THINK_END}\n\n", True)], "closed"
-    return pieces, state
-
-
 def is_hybrid(chat_format: ChatFormat | None, tokenizer: Tokenizer) -> bool:
-    """Whether the template has a switch for thoughts, so that the model decides where it is not set."""
+    """Whether the template has a switch for thoughts. Where the switch is not set, the model decides."""
     return chat_format is not None and may_think(tokenizer) and not chat_format.arguments.isdisjoint(SWITCHES)
 
 

@@ -1,11 +1,9 @@
 """Strings to token ids and back, for one model folder.
 
-Text from outside must never become a control token. Two engines share one vocabulary: `plain` knows the merges and
-the added words, so `<|im_end|>` written by a user is eight or so ordinary pieces; reserved tokens are found by
-`qnext.text.added_tokens`, and only where the caller vouches for the text. Everything between two reserved tokens is
-normalised, split and merged as one string, whoever wrote it, which is what a tokenizer does with the plain
-concatenation. A long text is merged in parts, cut where `qnext.text.cuts` proves that nothing changes, and without the
-interpreter's lock.
+Text from outside must never become a control token. `plain` knows the merges and the added words alone, so
+`<|im_end|>` written by a user is ordinary pieces; reserved tokens are found by `qnext.text.added_tokens`, where the
+caller vouches for the text. Everything between two reserved tokens is normalised, split and merged as one string,
+whoever wrote it. A long text is merged in parts, cut where `qnext.text.cuts` proves that nothing changes.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ _COST_OF_TEXT = 32  # of one more text, in characters
 
 
 class Piece(NamedTuple):
-    """A run of text. In trusted text names of reserved tokens become their ids, in untrusted text they stay text."""
+    """A run of text. Names of reserved tokens become their ids in trusted text, and stay text in untrusted text."""
 
     text: str
     is_trusted: bool
@@ -98,14 +96,14 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str, *, allow_special: bool = False, watch: Watch | None = None) -> list[int]:
-        """Token ids of `text`; no BOS is added. Names of reserved tokens become ids only with `allow_special`.
+        """Token ids of `text`. No BOS is added. Names of reserved tokens become ids only with `allow_special`.
 
         `watch` as for `encode_pieces`. Raises UsageError for text that is not Unicode (lone surrogates).
         """
         return self.encode_pieces([Piece(text, allow_special)], watch=watch)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """What `encode` gives for each text, on all cores and without the interpreter's lock. No special tokens."""
+        """The result of `encode` for each text, on all cores and without the interpreter's lock. No special tokens."""
         try:
             return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
         except BaseException as error:

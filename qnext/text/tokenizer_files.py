@@ -1,4 +1,4 @@
-"""The files of a model folder that say what its tokenizer is, in the forms that people have."""
+"""The files of a model folder that define its tokenizer, in all forms that are read."""
 
 from __future__ import annotations
 

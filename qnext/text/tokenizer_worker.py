@@ -12,10 +12,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read when the library is loade
 
 from tokenizers import Tokenizer
 
-from qnext.confined.child import Handler, serve
+from qnext.confined.child import AnswerRequest, serve
 
 
-def begin(setup: dict[str, Any]) -> Handler:
+def begin(setup: dict[str, Any]) -> AnswerRequest:
     backend = Tokenizer.from_str(setup["tokenizer"])
     ids: list[int] = []
 

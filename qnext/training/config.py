@@ -11,11 +11,11 @@ from qnext.errors import UsageError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. Raises UsageError naming the field when a value is impossible.
+    """The settings of one training run. Raises UsageError naming the field when a value is impossible.
 
     A run ends after `total_steps` optimiser steps or after `time_budget` seconds; exactly one of them is set. With a
-    time budget the schedule follows the clock, so such a run cannot be repeated bit for bit and neither can its
-    continuation; with `total_steps` it can.
+    time budget the schedule follows the clock. Such a run cannot be repeated or resumed bit for bit. With `total_steps`
+    it can.
     """
 
     lr: float
@@ -67,7 +67,7 @@ class TrainConfig:
         return self.tokens_per_batch * self.accumulation
 
     def with_(self, **changes: Any) -> TrainConfig:
-        """A copy with some fields changed; the whole is checked again."""
+        """A copy with some fields changed. All fields are checked again."""
         return replace(self, **changes)
 
 
@@ -86,9 +86,17 @@ _AT_LEAST_ONE = (
 )
 _POSITIVE = ("lr", "eps", "clip_norm")
 _NOT_NEGATIVE = (
-    "min_lr", "weight_decay", "warmup_steps", "balance_coefficient", "z_loss_coefficient", "mtp_coefficient",
-    "expert_stats_every", "eval_every", "sample_every", "snapshot_every",
-)  # fmt: skip
+    "min_lr",
+    "weight_decay",
+    "warmup_steps",
+    "balance_coefficient",
+    "z_loss_coefficient",
+    "mtp_coefficient",
+    "expert_stats_every",
+    "eval_every",
+    "sample_every",
+    "snapshot_every",
+)
 _FRACTIONS = ("warmup_fraction", "decay_fraction", "mtp_start")
 _BELOW_ONE = ("beta1", "beta2", "muon_momentum")
 
@@ -136,10 +144,10 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def learning_rate(config: TrainConfig, *, progress: float, step: int) -> float:
-    """Warm-up, stable, decay (WSD) at the part `progress` (0 to 1) of the run, before step `step` (from zero).
+    """Warm-up, stable phase, decay (WSD), at the part `progress` (0 to 1) of the run, before step `step` (from zero).
 
-    Linear warm-up over `warmup_fraction` of the run and over `warmup_steps` steps; the last `decay_fraction` falls
-    to `min_lr`, as 1 - x or as 1 - sqrt(x) of its own progress x (arXiv 2405.18392).
+    The warm-up is linear over `warmup_fraction` of the run and over `warmup_steps` steps. In the last `decay_fraction`
+    the rate falls to `min_lr`: as 1 - x or as 1 - sqrt(x), where x is the progress of the decay (arXiv 2405.18392).
     """
     warm = 1.0
     if config.warmup_fraction > 0.0:

@@ -1,20 +1,17 @@
 """Documents of token ids -> packed batches of exactly T tokens, in an order that a seed fixes.
 
-Every row of a batch has a target: the last token of a document, its end token, is predicted and never an input.
-Documents longer than the sequence length are cut in pieces, and the pieces of all documents are shuffled together:
-a batch of one long document would be a poor sample of the text. A piece longer than what is left of a batch is cut
-again. Each piece starts afresh, and its last row still predicts the next token of the document.
-
-Legend: T tokens.
+Every row of a batch has a target. The last token of a document, its end token, is predicted and never an input. Long
+documents are cut at the sequence length, and the pieces of all documents are shuffled, since a batch of one document
+would be a poor sample. A piece longer than the rest of a batch is cut again. Each piece starts afresh, and its last row
+still predicts the next token of the document. T is the number of tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +22,7 @@ from qnext.model import Batch
 
 IGNORED = -100  # label of a row without a target
 
-Document = np.ndarray  # int32 token ids, the end token last
+Document = np.ndarray  # int32 token ids; one that is not to be learnt is ~id. Of a text the end token is last.
 
 
 class TrainBatch(NamedTuple):
@@ -38,6 +35,10 @@ class TrainBatch(NamedTuple):
     num_labels: int
     num_mtp_labels: int
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.labels_T)
+
     def to(self, device: torch.device) -> TrainBatch:
         batch = Batch.from_lengths(self.batch.token_ids_T.to(device), self.batch.packing.lengths)
         return self._replace(
@@ -48,66 +49,56 @@ class TrainBatch(NamedTuple):
         )
 
 
-class Piece(NamedTuple):
-    """Rows start..end of a document; `end` is at most its length - 1, for the last token is no input."""
+class DocumentRows(NamedTuple):
+    """Rows start..end of a document. `end` is at most its length - 1, because the last token is no input."""
 
     document: Document
     start: int
     end: int
 
 
-def pack(pieces: Sequence[Piece]) -> TrainBatch:
-    """One batch of `pieces`, in their order.
+def pack(pieces: Sequence[DocumentRows]) -> TrainBatch:
+    """One batch of `pieces`, in their order. A token that is not to be learnt is an input and no label.
 
-    >>> batch = pack([Piece(np.array([5, 6, 7, 9]), 0, 3)])
+    >>> batch = pack([DocumentRows(np.array([5, 6, 7, 9]), 0, 3)])
     >>> batch.labels_T.tolist(), batch.mtp_labels_T.tolist()
     ([6, 7, 9], [7, 9, -100])
     """
-    inputs, labels, mtp_labels = [], [], []
-    for document, start, end in pieces:
-        assert 0 <= start < end < len(document)
-        inputs.append(document[start:end])
-        labels.append(document[start + 1 : end + 1])
-        ahead = document[start + 2 : end + 2]
-        mtp_labels.append(ahead)
-        if len(ahead) < end - start:
-            mtp_labels.append(np.array([IGNORED]))
-    token_ids_T, next_ids_T, mtp_labels_T = (
-        torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (inputs, labels, mtp_labels)
+    inputs, following, labels, mtp_labels = [], [], [], []
+    for coded, start, end in pieces:
+        assert 0 <= start < end < len(coded)
+        coded, num_rows = coded[start : end + 2], end - start
+        document = np.where(coded < 0, ~coded, coded)
+        targets = np.append(np.where(coded < 0, IGNORED, coded), IGNORED)
+        inputs.append(document[:num_rows])
+        following.append(document[1 : num_rows + 1])
+        labels.append(targets[1 : num_rows + 1])
+        mtp_labels.append(targets[2 : num_rows + 2])
+    token_ids_T, next_ids_T, labels_T, mtp_labels_T = (
+        torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (inputs, following, labels, mtp_labels)
     )
-    num_ended = sum(end == len(document) - 1 for document, _, end in pieces)
     return TrainBatch(
         batch=Batch.from_lengths(token_ids_T, [end - start for _, start, end in pieces]),
         next_ids_T=next_ids_T,
-        labels_T=next_ids_T,
+        labels_T=labels_T,
         mtp_labels_T=mtp_labels_T,
-        num_labels=len(token_ids_T),
-        num_mtp_labels=len(token_ids_T) - num_ended,
+        num_labels=int((labels_T != IGNORED).sum()),
+        num_mtp_labels=int((mtp_labels_T != IGNORED).sum()),
     )
 
 
-@dataclass(frozen=True)
-class StreamPosition:
-    """Where a stream stands: the next token is `offset` of piece number `place` in the order of `epoch`."""
-
-    epoch: int
-    place: int
-    offset: int
-    fingerprint: int  # of documents, seed and sizes: a position means nothing elsewhere
-
-
 class PackedStream:
-    """Endless micro batches of exactly `tokens_per_batch` tokens; each epoch has its own order.
+    """Endless micro batches of exactly `tokens_per_batch` tokens. Each epoch has its own order.
 
-    The order depends on `seed`, epoch and the number of pieces, on no library's random generator. Documents of
-    fewer than two tokens have no target and are left out. Raises UsageError when none is left.
+    The order depends only on `seed`, epoch and the number of pieces, and on no library's random generator. Documents of
+    fewer than two tokens have no target and are left out. Raises UsageError when no document is left.
     """
 
     def __init__(
         self, documents: Sequence[Document], *, tokens_per_batch: int, sequence_length: int, seed: int
     ) -> None:
         self._pieces = [
-            Piece(document, start, min(start + sequence_length, len(document) - 1))
+            DocumentRows(document, start, min(start + sequence_length, len(document) - 1))
             for document in documents
             for start in range(0, len(document) - 1, sequence_length)
         ]
@@ -127,30 +118,37 @@ class PackedStream:
 
     @property
     def num_tokens(self) -> int:
-        """Targets in one epoch."""
+        """The number of targets in one epoch."""
         return sum(piece.end - piece.start for piece in self._pieces)
 
     @property
-    def position(self) -> StreamPosition:
-        return StreamPosition(self._epoch, self._place, self._offset, self._fingerprint)
+    def position(self) -> dict[str, int]:
+        """The next token is `offset` of piece number `place` in the order of `epoch`. `fingerprint` is that of
+        documents, seed and sizes: a position means nothing elsewhere."""
+        return {
+            "epoch": self._epoch,
+            "place": self._place,
+            "offset": self._offset,
+            "fingerprint": self._fingerprint,
+        }
 
-    def seek(self, position: StreamPosition) -> None:
+    def seek(self, position: Mapping[str, Any]) -> None:
         """Continue at `position`. Raises CorruptCheckpoint where it was taken on other documents or sizes."""
-        if position.fingerprint != self._fingerprint:
+        if position["fingerprint"] != self._fingerprint:
             raise CorruptCheckpoint(
                 "the snapshot was taken with other documents, batch size, sequence length or seed; it cannot go on here"
             )
-        self._epoch, self._place, self._offset = position.epoch, position.place, position.offset
+        self._epoch, self._place, self._offset = position["epoch"], position["place"], position["offset"]
         self._order = self._epoch_order(self._epoch)
 
     def next_batch(self) -> TrainBatch:
-        pieces: list[Piece] = []
+        pieces: list[DocumentRows] = []
         missing = self._tokens_per_batch
         while missing > 0:
             document, first, last = self._pieces[self._order[self._place]]
             start = first + self._offset
             end = min(start + missing, last)
-            pieces.append(Piece(document, start, end))
+            pieces.append(DocumentRows(document, start, end))
             missing -= end - start
             self._offset += end - start
             if end == last:

@@ -25,9 +25,9 @@ from qnext.checkpoint.snapshot import (
 from qnext.errors import FULL, CorruptCheckpoint, DiskFull, QnextError, UsageError, line_of, warn
 from qnext.model import CausalLM
 from qnext.training.config import TrainConfig, learning_rate
-from qnext.training.data import PackedStream, StreamPosition, TrainBatch
-from qnext.training.losses import BalanceBuffer, Losses, LossWeights, RouterTap, StepTargets, compute_losses
+from qnext.training.losses import RouterTap
 from qnext.training.metrics import MetricsFile, StepMetrics, expert_stats
+from qnext.training.objective import Losses, NextToken, Objective, TrainSource, TrainStep
 from qnext.training.optimizer import load_optimizer_tensors, make_optimizers, optimizer_tensors, parameter_rules
 from qnext.training.precision import PrecisionChoice, choose_precision
 from qnext.training.threads import BackwardThreads
@@ -40,7 +40,7 @@ class Diverged(QnextError):
 
 
 class SnapshotFailed(QnextError):
-    """A snapshot could not be written; the earlier ones are there. A full disk keeps its exit code."""
+    """A snapshot could not be written; the earlier ones still exist. A full disk keeps its own exit code."""
 
     def __init__(self, error: OSError, newest: Path | None) -> None:
         kept = "there is no earlier one" if newest is None else f"the newest is {newest.name}"
@@ -50,7 +50,7 @@ class SnapshotFailed(QnextError):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller wants to happen along the way; the loop knows neither text nor engine."""
+    """What the caller wants to do during a run. The loop knows neither text nor engine."""
 
     on_step: Callable[[StepMetrics], None] | None = None
     evaluate: Callable[[], Any] | None = None  # returns a dataclass, which goes to the metrics file
@@ -60,16 +60,24 @@ class Hooks:
 
 
 class Trainer:
-    """One run. `model` is trained in place, on its device; its parameters must be fp32 (fp64 in tests).
+    """One training run. `model` is trained in place, on its device. Its parameters must be fp32 (fp64 in tests).
 
-    With `folder` the run writes `metrics.jsonl` and `snapshots/` there.
+    `objective` None is NextToken with the coefficients of `config`. With `folder` the run writes `metrics.jsonl` and
+    `snapshots/` there.
     """
 
     def __init__(
-        self, model: CausalLM, stream: PackedStream, config: TrainConfig, *, folder: Path | None = None,
+        self,
+        model: CausalLM,
+        stream: TrainSource,
+        config: TrainConfig,
+        *,
+        objective: Objective | None = None,
+        folder: Path | None = None,
         hooks: Hooks | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.stream, self.config = model, stream, config
+        self.objective = objective or NextToken.of(config)
         self.hooks = hooks or Hooks()
         self.rules = parameter_rules(model, optimizer=config.optimizer)
         self.precision: PrecisionChoice = choose_precision(config.precision, model.device)
@@ -79,7 +87,6 @@ class Trainer:
         self.should_stop = False  # set it, from a hook or a signal, and the run ends after the step
         self._optimizers = make_optimizers(self.rules, config)
         self._parameters = [rule.parameter for rule in self.rules]
-        self._buffer = BalanceBuffer()
         self._threads = BackwardThreads(config.parallel_batches) if config.parallel_batches > 1 else None
         self._folder = folder
         self._metrics: MetricsFile | None = None
@@ -92,12 +99,12 @@ class Trainer:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of training so far, those before a resume included."""
+        """Seconds of training so far, including those before a resume."""
         return self._elapsed_before + time.perf_counter() - self._started
 
     @property
     def progress(self) -> float:
-        """The part of the run that is over, taken at the middle of the next step."""
+        """The part of the run that is over, measured at the middle of the next step."""
         if self.config.total_steps is not None:
             return min(1.0, (self.step + 0.5) / self.config.total_steps)
         assert self.config.time_budget is not None
@@ -135,12 +142,12 @@ class Trainer:
         # A slow step before a fast one would turn the clock back: its length was a bad guess for the next.
         progress = self._furthest = max(self._furthest, self.progress)
         lr = learning_rate(self.config, progress=progress, step=self.step)
-        has_mtp = self.model.mtp is not None and self.config.mtp_coefficient > 0.0
-        trains_mtp = has_mtp and progress >= self.config.mtp_start
-        parts = self._accumulate_gradients(tap, trains_mtp)
+        batches = [self.stream.next_batch() for _ in range(self.config.accumulation)]
+        parts, counts = self._accumulate_gradients(TrainStep(batches, progress, tap))
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         # The only place where a step waits for numbers.
-        loss, mtp, balance, z, grad_norm = torch.cat([parts, norm.to(parts).view(1)]).tolist()
+        *values, grad_norm = torch.stack([*parts.values(), norm.to(next(iter(parts.values())))]).tolist()
+        losses = dict(zip(parts, values, strict=True))
         is_finite = math.isfinite(grad_norm)
         if is_finite:
             self._update(norm, lr)
@@ -149,58 +156,51 @@ class Trainer:
         self._skipped_in_a_row = 0 if is_finite else self._skipped_in_a_row + 1
         self.num_skipped += not is_finite
         self.step += 1
-        self.tokens += self.config.tokens_per_step
-        counts = self._buffer.counts_LE
-        self._buffer.reset()
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        self.tokens += num_tokens
         every = self.config.expert_stats_every
         wants_stats = counts is not None and every > 0 and (self.step % every == 0 or self.step == 1)
         self._step_seconds = time.perf_counter() - start
         return StepMetrics(
-            step=self.step, progress=progress, tokens=self.tokens, loss=loss, mtp_loss=mtp if trains_mtp else None,
-            balance=None if counts is None else balance, z_loss=None if counts is None else z, lr=lr,
-            grad_norm=grad_norm, was_skipped=not is_finite, num_skipped=self.num_skipped, epoch=self.stream.epoch,
-            elapsed=self.elapsed, tokens_per_second=self.config.tokens_per_step / self._step_seconds,
+            step=self.step,
+            progress=progress,
+            tokens=self.tokens,
+            loss=losses.pop("main"),
+            mtp_loss=losses.pop("mtp", None),
+            balance=losses.pop("balance", None),
+            z_loss=losses.pop("z", None),
+            lr=lr,
+            grad_norm=grad_norm,
+            was_skipped=not is_finite,
+            num_skipped=self.num_skipped,
+            epoch=self.stream.epoch,
+            elapsed=self.elapsed,
+            tokens_per_second=num_tokens / self._step_seconds,
             experts=expert_stats(counts) if wants_stats and counts is not None else None,
-        )  # fmt: skip
-
-    def _accumulate_gradients(self, tap: RouterTap, trains_mtp: bool) -> Tensor:
-        """Backward of every micro batch of a step; returns the step's [loss, mtp, balance, z]."""
-        config = self.config
-        batches = [self.stream.next_batch() for _ in range(config.accumulation)]
-        targets = StepTargets(
-            sum(b.num_labels for b in batches), sum(b.num_mtp_labels for b in batches), config.accumulation
+            other_losses=losses,
         )
-        mtp_weight = config.mtp_coefficient if trains_mtp else 0.0
-        weights = LossWeights(
-            config.balance_coefficient,
-            config.z_loss_coefficient,
-            mtp_weight,
-            config.mtp_detach_trunk,
-            config.mtp_steps,
-        )
-        total: Tensor | None = None
-        for start in range(0, len(batches), config.parallel_batches):
-            group = batches[start : start + config.parallel_batches]
-            buffers = [self._buffer.fork() for _ in group]
-            tasks = [
-                partial(self._losses, batch, tap, buffer, targets, weights)
-                for batch, buffer in zip(group, buffers, strict=True)
-            ]
-            for losses in self._backward(tasks):
-                parts = torch.stack([losses.main, losses.mtp, losses.balance, losses.z])
-                total = parts if total is None else total + parts
-            self._buffer.join(buffers)
-        assert total is not None
-        return total
 
-    def _losses(
-        self, batch: TrainBatch, tap: RouterTap, buffer: BalanceBuffer, targets: StepTargets, weights: LossWeights
-    ) -> Losses:
+    def _accumulate_gradients(self, step: TrainStep) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Backward of every micro batch of a step; returns the step's losses, and the tokens of each expert."""
+        total: dict[str, Tensor] = {}
+        counts_LE: Tensor | None = None
+        size = self.config.parallel_batches
+        for start in range(0, len(step.batches), size):
+            at = step._replace(counts_LE=counts_LE)
+            group = self._backward([partial(self._losses, batch, at) for batch in step.batches[start : start + size]])
+            for losses in group:
+                for name, value in losses.values.items():
+                    total[name] = total[name] + value if name in total else value
+                if losses.counts_LE is not None:
+                    counts_LE = losses.counts_LE if counts_LE is None else counts_LE + losses.counts_LE
+        return total, counts_LE
+
+    def _losses(self, batch: Any, step: TrainStep) -> Losses:
         device = self.model.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision.precision == "bfloat16"):
-            return compute_losses(
-                self.model, batch.to(device), tap=tap, buffer=buffer, targets=targets, weights=weights
-            )
+            losses = self.objective(self.model, batch.to(device), step)
+        step.tap.take()  # where the objective has not looked at the routers
+        return losses
 
     def _backward(self, tasks: Sequence[Callable[[], Losses]]) -> list[Losses]:
         if self._threads is not None:
@@ -240,7 +240,8 @@ class Trainer:
                 warn(f"{error}; the run goes on and tries again at step {self.step + config.snapshot_every}")
 
     def evaluate(self) -> Any:
-        """Call the evaluation hook, record its result and return it; None without a hook, or if this step has one."""
+        """Call the evaluation hook, record its result and return it. None without a hook, or if this step was evaluated
+        already."""
         if self.hooks.evaluate is None or self._evaluated_step == self.step:
             return None
         self._evaluated_step = self.step
@@ -263,9 +264,9 @@ class Trainer:
             self.model.train(was_training)
 
     def save(self) -> Path:
-        """Write a snapshot of everything that the run needs to go on. Raises SnapshotFailed.
+        """Write a snapshot of everything that the run needs to continue. Raises SnapshotFailed.
 
-        One of those that are due on the way may fail: `run` warns and goes on, the next may succeed.
+        A snapshot that is due during the run may fail: `run` warns and continues, and the next snapshot may succeed.
         """
         assert self._folder is not None, "a run without a folder cannot be saved"
         random = {"cpu": torch.get_rng_state()}
@@ -277,10 +278,16 @@ class Trainer:
             "random": random,
         }
         state = {
-            "tokens": self.tokens, "num_skipped": self.num_skipped, "skipped_in_a_row": self._skipped_in_a_row,
-            "elapsed": self.elapsed, "step_seconds": self._step_seconds, "precision": self.precision.precision,
-            "optimizer": self.config.optimizer, "data": asdict(self.stream.position), "config": asdict(self.config),
-        }  # fmt: skip
+            "tokens": self.tokens,
+            "num_skipped": self.num_skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "elapsed": self.elapsed,
+            "step_seconds": self._step_seconds,
+            "precision": self.precision.precision,
+            "optimizer": self.config.optimizer,
+            "data": dict(self.stream.position),
+            "config": asdict(self.config),
+        }
         folder, snapshot = self._folder / "snapshots", Snapshot(self.step, tensors, state)
         try:
             path = save_snapshot(folder, snapshot, keep=self.config.keep_snapshots)
@@ -291,9 +298,10 @@ class Trainer:
         return path
 
     def resume(self, path: Path | None = None) -> Path | None:
-        """Go on from the snapshot at `path`, or from the newest whole one of this run; None where there is none.
+        """Continue from the snapshot at `path`, or from the newest complete one of this run. Returns None where there
+        is none.
 
-        With the same configuration and data the run continues bit for bit on CPU, unless it follows the clock.
+        With the same configuration and data the run continues bit for bit on the CPU, unless it follows the clock.
         Raises CorruptCheckpoint naming what is damaged or does not belong to this run.
         """
         if path is None:
@@ -310,7 +318,7 @@ class Trainer:
                 raise CorruptCheckpoint(
                     f"{path}: taken with optimizer {state['optimizer']!r}, this run has {self.config.optimizer!r}"
                 )
-            self.stream.seek(StreamPosition(**state["data"]))
+            self.stream.seek(state["data"])
             load_weights({r.name: r.parameter for r in self.rules}, snapshot.tensors["model"], source=str(path))
             load_optimizer_tensors(self._optimizers, self.rules, dict(snapshot.tensors["optimizer"]))
             self._restore_random(snapshot.tensors["random"])

@@ -1,4 +1,4 @@
-"""Losses of a training step: next token, token after next, balance of the experts, size of the router's logits.
+"""The formulas of the losses: cross entropy of the head, balance of the experts, size of the router's logits.
 
 Legend: T tokens, R rows, D hidden, Y vocabulary, L routers, E experts, A experts per token.
 """
@@ -6,27 +6,70 @@ Legend: T tokens, R rows, D hidden, Y vocabulary, L routers, E experts, A expert
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from qnext.model import CausalLM, Router, RouterOutput
-from qnext.training.data import IGNORED, TrainBatch
+from qnext.model import CausalLM, RouterOutput, SparseMoE
+from qnext.model.layers import fusable
+from qnext.training.data import IGNORED
 
 _CHUNK_ELEMENTS = 1 << 20
 
 
 def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int = 0) -> Tensor:
-    """Sum over rows of -log softmax(hidden @ weight^T)[label]; rows labelled -100 count nothing.
+    """The sum over rows of -log softmax(hidden @ weight^T)[label]. Rows with the label -100 count nothing.
 
-    Logits exist for `chunk_rows` rows at a time (0: about a million logits), in fp32 at least. The gradients of
-    both inputs are computed together with the value.
+    The logits of `chunk_rows` rows exist at a time (0: about a million logits), in fp32 at least. The gradients of both
+    inputs are computed together with the value.
     """
-    if chunk_rows <= 0:
-        chunk_rows = max(64, _CHUNK_ELEMENTS // weight_YD.shape[0])
-    return _CrossEntropySum.apply(hidden_RD, weight_YD, labels_R, chunk_rows)
+    return _CrossEntropySum.apply(hidden_RD, weight_YD, labels_R, chunk_rows or rows_of_logits(weight_YD.shape[0]))
+
+
+def rows_of_logits(vocab_size: int) -> int:
+    """How many rows have about a million logits."""
+    return max(64, _CHUNK_ELEMENTS // vocab_size)
+
+
+def head_loss_sum(model: CausalLM, hidden_RD: Tensor, labels_R: Tensor) -> Tensor:
+    """The same as cross_entropy_sum, for the logits of a model. A head that has to be called is called: see fusable."""
+    head = fusable(model.lm_head)
+    if isinstance(head, Tensor):
+        return cross_entropy_sum(hidden_RD, head, labels_R)
+    return -label_log_probs(model, hidden_RD, labels_R).sum()
+
+
+def label_log_probs(model: CausalLM, hidden_RD: Tensor, labels_R: Tensor) -> Tensor:
+    """[R] log softmax(logits)[label] in fp32 at least, 0 for rows with the label -100.
+
+    The logits of about a million numbers exist at a time; they are computed again for the gradient.
+    """
+    return by_chunks(_called_log_probs, model, hidden_RD, labels_R)
+
+
+def by_chunks(formula: Callable[..., Tensor], model: CausalLM, hidden_RD: Tensor, *targets: Tensor) -> Tensor:
+    """`formula(model, hidden, *targets)`, a value for each row, on as many rows at a time as have a million logits.
+
+    Nothing of a chunk but its values is kept for the gradient.
+    """
+    size = rows_of_logits(model.config.vocab_size)
+    chunks = zip(*(tensor.split(size) for tensor in (hidden_RD, *targets)), strict=True)
+    return torch.cat([checkpoint(formula, model, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _called_log_probs(model: CausalLM, hidden_RD: Tensor, labels_R: Tensor) -> Tensor:
+    logits_RY = wide_logits(model, hidden_RD)
+    return -F.cross_entropy(logits_RY, labels_R, ignore_index=IGNORED, reduction="none")
+
+
+def wide_logits(model: CausalLM, hidden_RD: Tensor) -> Tensor:
+    """The logits of a model in fp32 at least."""
+    logits_RY = model.logits(hidden_RD)
+    return logits_RY.to(torch.promote_types(logits_RY.dtype, torch.float32))
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -37,6 +80,7 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_RD) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_YD, dtype=wide) if needs_weight else None
         total = torch.zeros((), dtype=wide, device=hidden_RD.device)
+        head_dtype, weight_YD = weight_YD.dtype, weight_YD.to(hidden_RD.dtype)  # a frozen head may be narrower
         for start in range(0, len(labels_R), chunk_rows):
             rows = slice(start, start + chunk_rows)
             hidden, labels = hidden_RD[rows], labels_R[rows]
@@ -54,7 +98,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 grad_hidden[rows] = grad_logits @ weight_YD
             if grad_weight is not None:
                 grad_weight += grad_logits.t() @ hidden
-        ctx.grad_hidden, ctx.grad_weight, ctx.weight_dtype = grad_hidden, grad_weight, weight_YD.dtype
+        ctx.grad_hidden, ctx.grad_weight, ctx.weight_dtype = grad_hidden, grad_weight, head_dtype
         return total
 
     @staticmethod
@@ -68,20 +112,19 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 class RouterTap:
-    """Keeps what every router of a model decided in forwards with gradients, in the order of the layers."""
+    """Records what every router of a model decided in forward passes with gradients, in the order of the layers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._outputs: dict[int, list[RouterOutput]] = {}
-        self._handles = [
-            module.register_forward_hook(self._keep) for module in model.modules() if isinstance(module, Router)
-        ]
+        layers = [module for module in model.modules() if isinstance(module, SparseMoE)]
+        self._handles = [layer.gate.register_forward_hook(self._keep) for layer in layers]
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: RouterOutput) -> None:
         if torch.is_grad_enabled():
             self._outputs.setdefault(threading.get_ident(), []).append(output)
 
     def take(self) -> list[RouterOutput]:
-        """What the calling thread's forwards left since its last call."""
+        """The decisions in the calling thread's forward passes since its last call."""
         return self._outputs.pop(threading.get_ident(), [])
 
     def close(self) -> None:
@@ -97,7 +140,7 @@ def stack_logits(outputs: Sequence[RouterOutput]) -> Tensor:
 
 @torch.no_grad()
 def expert_counts(outputs: Sequence[RouterOutput], *, num_experts: int) -> Tensor:
-    """[L, E] how many tokens each expert of each router was given."""
+    """[L, E]: how many tokens each expert of each router got."""
     num_routers = len(outputs)
     chosen = torch.stack([output.routing.experts_TA.flatten() for output in outputs])
     chosen = chosen + torch.arange(num_routers, device=chosen.device)[:, None] * num_experts
@@ -105,130 +148,20 @@ def expert_counts(outputs: Sequence[RouterOutput], *, num_experts: int) -> Tenso
 
 
 def balance_loss(probs_LTE: Tensor, counts_LE: Tensor) -> Tensor:
-    """Load balance, mean over routers of E * sum_i f_i P_i: 1 when perfectly balanced (Megatron's scale).
+    """Load balance: the mean over routers of E * sum_i f_i P_i. It is 1 when perfectly balanced (Megatron's scale).
 
-    f_i is the share of the assignments in `counts_LE` that went to expert i and carries no gradient; P_i is the mean
-    probability of expert i in `probs_LTE`. Hugging Face's value of the same routing is top_k times larger; a model
-    of L layers in Megatron has the sum over layers, L times larger. Counts of the whole optimiser step make the loss
-    independent of how the step is cut into micro batches (arXiv 2501.11873): the mean over micro batches of this
-    loss, each with the same `counts_LE`, is the loss of the whole.
+    f_i is the share of the assignments in `counts_LE` that went to expert i; it has no gradient. P_i is the mean
+    probability of expert i in `probs_LTE`. Hugging Face's value of the same routing is top_k times larger. A model of L
+    layers in Megatron has the sum over layers, L times larger. With the counts of the whole optimiser step, the mean of
+    this loss over the micro batches is the loss of the whole step, however the step is cut (arXiv 2501.11873). The loop
+    counts as it goes: a micro batch sees its own counts and those of the batches that ended before it began.
     """
     share_LE = counts_LE.to(probs_LTE.dtype) / counts_LE.sum(-1, keepdim=True)
     return (share_LE * probs_LTE.mean(1)).sum(-1).mean() * counts_LE.shape[-1]
 
 
 def router_losses(logits_LTE: Tensor, counts_LE: Tensor) -> tuple[Tensor, Tensor]:
-    """(balance_loss, z-loss): the z-loss is the mean over tokens and routers of logsumexp(logits)^2."""
+    """(balance_loss, z-loss). The z-loss is the mean over tokens and routers of logsumexp(logits)^2."""
     normaliser_LT = logits_LTE.logsumexp(-1)
     probs_LTE = (logits_LTE - normaliser_LT[..., None]).exp()
     return balance_loss(probs_LTE, counts_LE), normaliser_LT.square().mean()
-
-
-class BalanceBuffer:
-    """Expert counts of the optimiser step so far: what f of balance_loss is computed from.
-
-    A micro batch sees its own counts and those of the batches that ended before it began: with one after another the
-    last sees the whole step, and with one micro batch per step this is exact. It is emptied at every step, so nothing
-    of it outlives a snapshot.
-    """
-
-    def __init__(self) -> None:
-        self.counts_LE: Tensor | None = None
-
-    def add(self, counts_LE: Tensor) -> Tensor:
-        """Counts so far, `counts_LE` included."""
-        if self.counts_LE is None:
-            self.counts_LE = counts_LE
-        else:
-            self.counts_LE = self.counts_LE + counts_LE
-        return self.counts_LE
-
-    def fork(self) -> BalanceBuffer:
-        """A buffer for one of several micro batches that run at once: it sees what was counted before them."""
-        child = BalanceBuffer()
-        child.counts_LE = self.counts_LE
-        return child
-
-    def join(self, children: Sequence[BalanceBuffer]) -> None:
-        """Take over what forks of this buffer have added."""
-        before = self.counts_LE
-        for child in children:
-            if child.counts_LE is not None:
-                self.add(child.counts_LE if before is None else child.counts_LE - before)
-
-    def reset(self) -> None:
-        self.counts_LE = None
-
-
-class StepTargets(NamedTuple):
-    """What the losses of one optimiser step are divided by."""
-
-    num_labels: int
-    num_mtp_labels: int
-    num_micro_batches: int
-
-
-class LossWeights(NamedTuple):
-    balance: float
-    z: float
-    mtp: float  # 0: the MTP module does not run
-    detach_trunk: bool
-    mtp_steps: int = 1
-
-
-class Losses(NamedTuple):
-    """This micro batch's part of the step's losses: `total` has the gradient, the others are detached scalars."""
-
-    total: Tensor
-    main: Tensor
-    mtp: Tensor
-    balance: Tensor
-    z: Tensor
-
-
-def compute_losses(
-    model: CausalLM, batch: TrainBatch, *, tap: RouterTap, buffer: BalanceBuffer, targets: StepTargets,
-    weights: LossWeights,
-) -> Losses:  # fmt: skip
-    """Forward of one micro batch. Summed over the micro batches of a step, each loss is the mean over the step.
-
-    MTP targets lie two tokens ahead and are masked where the document ends before. With several MTP steps its loss is
-    their mean, and the routers' losses see the first of them.
-    """
-    trunk = model(batch.batch)
-    head_YD = model.lm_head.weight
-    main = cross_entropy_sum(trunk.hidden_TD, head_YD, batch.labels_T) / max(1, targets.num_labels)
-    zero = torch.zeros_like(main.detach())
-    total, mtp, balance, z = main, zero, zero, zero
-    outputs: list[RouterOutput] | None = None
-    if weights.mtp > 0.0 and model.mtp is not None:
-        if weights.detach_trunk:
-            trunk = type(trunk)(*(tensor.detach() for tensor in trunk))
-        source_TD = model.draft_source(trunk)
-        for draft_TD in _drafts(model, source_TD, batch, num_steps=weights.mtp_steps):
-            outputs = tap.take() if outputs is None else outputs
-            mtp = mtp + cross_entropy_sum(draft_TD, head_YD, batch.mtp_labels_T)
-        tap.take()  # of the later steps
-        mtp = mtp / (weights.mtp_steps * max(1, targets.num_mtp_labels))
-        total = total + weights.mtp * mtp
-    outputs = tap.take() if outputs is None else outputs
-    if outputs:
-        counts_LE = expert_counts(outputs, num_experts=model.config.num_experts)
-        balance, z = router_losses(stack_logits(outputs), buffer.add(counts_LE))
-        balance, z = balance / targets.num_micro_batches, z / targets.num_micro_batches
-        total = total + weights.balance * balance + weights.z * z
-    return Losses(total, main.detach(), mtp.detach(), balance.detach(), z.detach())
-
-
-def _drafts(model: CausalLM, source_TD: Tensor, batch: TrainBatch, *, num_steps: int) -> Iterator[Tensor]:
-    """[T, D] of each step: the MTP module's result for every row.
-
-    From the second step on a row reads, for the trunk's row, what the module made one place before, as it will when it
-    drafts one token after another; the first row of a document has none before it and reads the trunk's again.
-    """
-    is_first_T1 = (batch.batch.positions_T == 0)[:, None]
-    rows_TD = source_TD
-    for _ in range(num_steps):
-        draft_TD = model.draft_step(batch.next_ids_T, rows_TD, batch.batch)
-        yield draft_TD
-        rows_TD = torch.where(is_first_T1, source_TD, draft_TD.roll(1, dims=0))

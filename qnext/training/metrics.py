@@ -1,24 +1,24 @@
-"""What a run reports: one JSON object per line, and statistics of the experts."""
+"""The report of a run: one JSON object per line, and statistics of the experts."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qnext.errors import line_of, warn
 from qnext.files import append, write_file
+from qnext.planning.expert_shape import expert_shape
 
 
 @dataclass(frozen=True)
 class ExpertStats:
-    """Use of the experts over one optimiser step, one entry per router in the order of the layers, MTP last."""
+    """The use of the experts in one optimiser step: one entry per router in the order of the layers, MTP last."""
 
     max_over_mean: list[float]  # load of the busiest expert over the mean load; 1 is balanced
     num_dead: list[int]  # experts that no token was sent to
@@ -27,20 +27,13 @@ class ExpertStats:
 
 def expert_stats(counts_LE: Tensor) -> ExpertStats:
     """Statistics of assignment counts [L routers, E experts]."""
-    counts = counts_LE.to(torch.float64)
-    mean_L = counts.mean(-1)
-    share = counts / counts.sum(-1, keepdim=True)
-    entropy = torch.special.entr(share).sum(-1) / math.log(max(2, counts.shape[-1]))
-    return ExpertStats(
-        max_over_mean=(counts.amax(-1) / mean_L).tolist(),
-        num_dead=(counts == 0).sum(-1).tolist(),
-        entropy=entropy.tolist(),
-    )
+    shape = expert_shape(counts_LE.cpu().numpy())
+    return ExpertStats((1 / shape.balance_L).tolist(), shape.num_dead_L.tolist(), shape.entropy_L.tolist())
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimiser step. Losses are in nats per target, before their coefficients."""
+    """The metrics of one optimiser step. Losses are in nats per target, before their coefficients."""
 
     step: int  # steps done, this one included
     progress: float  # part of the run that was over when the step began
@@ -57,13 +50,14 @@ class StepMetrics:
     elapsed: float  # seconds of the whole run, earlier parts included
     tokens_per_second: float
     experts: ExpertStats | None = None
+    other_losses: dict[str, float] = field(default_factory=dict)  # of objectives with losses of their own, by name
 
 
 class MetricsFile:
     """A JSONL file that a run appends to."""
 
     def __init__(self, path: Path, *, last_step: int) -> None:
-        """Lines of steps after `last_step`, left by a run that went on beyond its snapshot, are dropped."""
+        """Lines of steps after `last_step` are dropped. A run that continued beyond its snapshot left them."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if path.exists() and last_step > 0:
@@ -75,7 +69,7 @@ class MetricsFile:
         self._append(asdict(metrics))
 
     def write_evaluation(self, step: int, result: Any) -> None:
-        """`result` is a dataclass."""
+        """Write the result of an evaluation, a dataclass."""
         self._append({"step": step, "evaluation": asdict(result)})
 
     def _append(self, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Which parameter is updated how: the weight-decay table, AdamW and Muon."""
+"""How each parameter is updated: the weight-decay table, AdamW and Muon."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qnext.model import CausalLM, Experts, Router
-from qnext.model.delta_net import GatedDeltaNet
-from qnext.model.layers import GatedRMSNorm, RMSNorm
+from qnext.lora import lora_parameters
+from qnext.model import CausalLM
+from qnext.planning import Kind, list_parameters
+from qnext.planning.parameters import NORMS
 from qnext.training.config import TrainConfig
 
 Algorithm = Literal["adamw", "muon"]
@@ -22,7 +23,7 @@ _NEWTON_SCHULZ_STEPS = 5
 
 
 class ParameterRule(NamedTuple):
-    """What happens to one parameter."""
+    """How one parameter is updated."""
 
     name: str
     parameter: nn.Parameter
@@ -31,56 +32,53 @@ class ParameterRule(NamedTuple):
     algorithm: Algorithm
 
 
-class _Kind(NamedTuple):
-    kind: str
+class _UpdateRule(NamedTuple):
+    """What the parameters of a kind are called in the table, and how they are updated."""
+
+    label: str
     has_decay: bool
-    is_matrix: bool  # Muon may have it
+    is_matrix: bool = False  # Muon may have it
 
 
-def _classify(owner: nn.Module, name: str, parameter: nn.Parameter) -> _Kind:
-    """Decay pulls matrices to zero and zero-centred norms to a scale of one; a plain norm it would pull to zero."""
-    if isinstance(owner, RMSNorm):
-        if owner.zero_centered:
-            return _Kind("zero-centred norm", True, False)
-        return _Kind("plain norm", False, False)
-    if isinstance(owner, GatedRMSNorm):
-        return _Kind("DeltaNet output norm", False, False)
-    if isinstance(owner, nn.Embedding):
-        return _Kind("embedding", False, False)
-    if isinstance(owner, nn.Conv1d):
-        return _Kind("convolution", False, False)
-    if isinstance(owner, GatedDeltaNet):
-        return _Kind("A_log, dt_bias", False, False)
-    if name == "bias":
-        return _Kind("bias", False, False)
-    if isinstance(owner, Experts):
-        return _Kind("expert matrices", True, True)
-    if isinstance(owner, Router):
-        return _Kind("router", True, False)
-    if isinstance(owner, nn.Linear):
-        return _Kind("matrix", True, min(parameter.shape) > 1)
-    raise AssertionError(f"no update rule for {type(owner).__name__}.{name}")
+# Decay pulls matrices to zero and zero-centred norms to a scale of one; a plain norm it would pull to zero.
+_ZERO_CENTRED, _PLAIN = _UpdateRule("zero-centred norm", True), _UpdateRule("plain norm", False)
+_MATRIX = _UpdateRule("matrix", True, is_matrix=True)
+_SCALARS = _UpdateRule("A_log, dt_bias", False)
+_EXPERTS = _UpdateRule("expert matrices", True, is_matrix=True)
+_UPDATES = {
+    Kind.EMBEDDING: _UpdateRule("embedding", False),
+    Kind.HEAD: _UpdateRule("head", True),
+    Kind.BIAS: _UpdateRule("bias", False),
+    Kind.CONVOLUTION: _UpdateRule("convolution", False),
+    Kind.A_LOG: _SCALARS,
+    Kind.DT_BIAS: _SCALARS,
+    Kind.DELTA_NORM: _UpdateRule("DeltaNet output norm", False),
+    Kind.ROUTER: _UpdateRule("router", True),
+    Kind.EXPERTS_GATE_UP: _EXPERTS,
+    Kind.EXPERTS_DOWN: _EXPERTS,
+}
 
 
 def parameter_rules(model: CausalLM, *, optimizer: Algorithm) -> list[ParameterRule]:
-    """One rule per parameter that requires a gradient, tied ones once, in the order of the model.
+    """One rule per parameter that requires a gradient, tied parameters once, in the order of the model.
 
-    With "muon" the matrices inside layers are Muon's; embeddings, head, routers, norms, convolutions, vectors and
-    the scalars of Gated DeltaNet stay with AdamW.
+    With "muon" the matrices inside layers belong to Muon. Embeddings, head, routers, norms, convolutions, vectors and
+    the scalars of Gated DeltaNet stay with AdamW, and so do the factors of an adapter.
     """
+    infos = list_parameters(model.config)
+    norm = _ZERO_CENTRED if model.config.zero_centered_norm else _PLAIN
+    updates = _UPDATES | dict.fromkeys(NORMS, norm)
+    factors = lora_parameters(model)
     rules: list[ParameterRule] = []
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or not parameter.requires_grad:
-                continue
-            seen.add(id(parameter))
-            kind = _classify(module, name, parameter)
-            if module is model.lm_head:
-                kind = _Kind("head", True, False)
-            algorithm: Algorithm = "muon" if optimizer == "muon" and kind.is_matrix else "adamw"
-            full_name = f"{prefix}.{name}" if prefix else name
-            rules.append(ParameterRule(full_name, parameter, kind.kind, kind.has_decay, algorithm))
+    for name, parameter in model.named_parameters():
+        if name in factors:
+            rules.append(ParameterRule(name, parameter, "LoRA factors", False, "adamw"))
+        elif parameter.requires_grad:
+            assert name in infos, f"no update rule for {name}"
+            update = updates.get(infos[name].kind, _MATRIX)
+            is_matrix = update.is_matrix and min(parameter.shape) > 1
+            algorithm: Algorithm = "muon" if optimizer == "muon" and is_matrix else "adamw"
+            rules.append(ParameterRule(name, parameter, update.label, update.has_decay, algorithm))
     return rules
 
 
@@ -95,7 +93,7 @@ class DecayRow(NamedTuple):
 
 
 def decay_table(rules: Sequence[ParameterRule]) -> list[DecayRow]:
-    """The rules summed up by kind, algorithm and decay, in order of first appearance."""
+    """The rules, summed up by kind, algorithm and decay, in order of first appearance."""
     groups: dict[tuple[str, bool, Algorithm], list[ParameterRule]] = {}
     for rule in rules:
         groups.setdefault((rule.kind, rule.has_decay, rule.algorithm), []).append(rule)
@@ -106,8 +104,8 @@ def decay_table(rules: Sequence[ParameterRule]) -> list[DecayRow]:
 def orthogonalize(matrices: Tensor, *, steps: int = _NEWTON_SCHULZ_STEPS) -> Tensor:
     """[..., rows, columns] -> matrices with the same singular vectors and singular values near one (0.7 to 1.2).
 
-    Newton-Schulz maps X to (a + b G + c G^2) X with G = X X^T. The polynomials of all steps commute, so they are
-    multiplied up on the small side and X is touched twice only: half the time, and as exact in fp32.
+    Newton-Schulz maps X to (a + b G + c G^2) X with G = X X^T. The polynomials of all steps commute. So they are
+    multiplied on the small side first, and X is read only twice. This takes half the time and is as exact in fp32.
     """
     assert steps >= 1
     a, b, c = _NEWTON_SCHULZ
@@ -135,9 +133,9 @@ def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose direction is orthogonalised (Muon), for matrices and stacks of matrices.
 
-    Every matrix of the last two dims is orthogonalised on its own, those of one shape together. The step is scaled
-    by 0.2 sqrt(max(rows, columns)), which gives it the size of an AdamW step (arXiv 2502.16982), so both share a
-    learning rate. Weight decay is decoupled.
+    Every matrix of the last two dims is orthogonalised on its own; matrices of one shape are computed together. The
+    step is scaled by 0.2 sqrt(max(rows, columns)), which gives it the size of an AdamW step (arXiv 2502.16982). So both
+    optimisers share a learning rate. Weight decay is decoupled.
     """
 
     def __init__(self, params: Any, *, lr: float, momentum: float, weight_decay: float) -> None:
@@ -172,9 +170,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(rules: Sequence[ParameterRule], config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, then Muon where a rule asks for it; each with a decayed and an undecayed group.
+    """AdamW, then Muon where a rule asks for it. Each has a group with decay and a group without.
 
-    `lr_scale` of a group is its learning rate over that of the schedule.
+    `lr_scale` of a group is its learning rate divided by that of the schedule.
     """
     optimizers: list[torch.optim.Optimizer] = []
     adamw = _groups(rules, "adamw", config.weight_decay)
@@ -199,7 +197,7 @@ def _groups(rules: Sequence[ParameterRule], algorithm: Algorithm, weight_decay: 
 
 
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], rules: Sequence[ParameterRule]) -> dict[str, Tensor]:
-    """The state of all optimisers as `<parameter name>/<key>`; load_optimizer_tensors is its inverse."""
+    """The state of all optimisers as `<parameter name>/<key>`. load_optimizer_tensors is the inverse."""
     names = {id(rule.parameter): rule.name for rule in rules}
     return {
         f"{names[id(parameter)]}/{key}": value
@@ -212,7 +210,7 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], rules: Sequen
 def load_optimizer_tensors(
     optimizers: Sequence[torch.optim.Optimizer], rules: Sequence[ParameterRule], tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what optimizer_tensors gave. Parameters without an entry start anew, as before their first step."""
+    """Restore the result of optimizer_tensors. Parameters without an entry start as before their first step."""
     owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     by_name = {rule.name: rule.parameter for rule in rules}
     for full_name, value in tensors.items():

@@ -1,4 +1,4 @@
-"""Whether bf16 autocast pays on this machine. Master weights and optimiser state are fp32 either way."""
+"""Whether bf16 autocast is faster on this machine. Master weights and optimiser state are fp32 in both cases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIZE, _REPEATS = 512, 5
 
 
 class PrecisionChoice(NamedTuple):
-    """The choice and, where it was measured, the seconds of one 512 x 512 x 512 product in either precision."""
+    """The choice and, where it was measured, the seconds of one 512 x 512 x 512 product in each precision."""
 
     precision: Literal["float32", "bfloat16"]
     float32_seconds: float | None = None
@@ -19,7 +19,7 @@ class PrecisionChoice(NamedTuple):
 
 
 def choose_precision(wanted: str, device: torch.device) -> PrecisionChoice:
-    """`wanted` itself, or for "auto" bfloat16 where its matrix product takes under two thirds of fp32's time."""
+    """`wanted`, or for "auto": bfloat16 where its matrix product takes less than two thirds of the time of fp32."""
     if wanted != "auto":
         assert wanted in ("float32", "bfloat16"), wanted
         return PrecisionChoice("float32" if wanted == "float32" else "bfloat16")

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from qnext.errors import UsageError
+from qnext.text.files import read_user_text
 from qnext.text.tokenizer import Tokenizer
 from qnext.training.data import Document
 
 
 class TextFile(NamedTuple):
-    """A text and where it came from; `package` is what a split never cuts apart."""
+    """A text and its origin. A split never divides a `package`."""
 
     name: str
     package: str
@@ -25,35 +26,19 @@ class TextFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts to train on and texts that are never trained on, with one line for people on where they came from."""
+    """Texts to train on, texts that are never trained on, and one line for people on their origin."""
 
     train: list[TextFile]
     held_out: list[TextFile]
     description: str
 
 
-def read_text(path: Path) -> str:
-    """The text of one UTF-8 file. Raises UsageError naming the file: unreadable, empty, not UTF-8 or binary."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
-    if not data.strip():
-        raise UsageError(f"{path}: empty, there is nothing to read")
-    if b"\0" in data:
-        raise UsageError(f"{path}: holds NUL bytes, not a text file")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 (byte {error.start})") from None
-
-
 def collect(root: Path, *, suffixes: Sequence[str], skip_folders: Iterable[str] = ()) -> tuple[list[TextFile], int]:
     """Every distinct text under `root` with one of `suffixes`, sorted by path, and how many files were left out.
 
-    The package of a file is the first part of its path below `root`, without suffix. Files that read_text refuses
-    and repeated contents are left out; folders named in `skip_folders` are not entered. Raises UsageError when
-    `root` is no folder or nothing is found.
+    The package of a file is the first part of its path below `root`, without suffix. Files that read_user_text refuses
+    and repeated contents are left out. Folders named in `skip_folders` are not entered. Raises UsageError when `root`
+    is no folder or nothing is found.
     """
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder")
@@ -66,7 +51,7 @@ def collect(root: Path, *, suffixes: Sequence[str], skip_folders: Iterable[str] 
         if path.suffix not in suffixes or skipped_folders & set(relative.parts[:-1]) or not path.is_file():
             continue
         try:
-            text = read_text(path)
+            text = read_user_text(path)
         except UsageError:
             num_left_out += 1
             continue
@@ -84,9 +69,9 @@ def collect(root: Path, *, suffixes: Sequence[str], skip_folders: Iterable[str] 
 def split_by_package(
     files: Sequence[TextFile], *, held_out_share: float, salt: str = ""
 ) -> tuple[list[TextFile], list[TextFile]]:
-    """(train, held out): whole packages are held out when the hash of their name falls below `held_out_share`.
+    """(train, held out). A whole package is held out when the hash of its name falls below `held_out_share`.
 
-    The share is of packages, not of bytes, and adding files never moves a package to the other side.
+    The share is one of packages, not of bytes. Adding files never moves a package to the other side.
     """
     sides: tuple[list[TextFile], list[TextFile]] = ([], [])
     for file in files:
@@ -96,7 +81,7 @@ def split_by_package(
 
 
 def take_bytes(files: Sequence[TextFile], *, limit: int, salt: str = "") -> list[TextFile]:
-    """Files in an order that their names' hashes fix, as many as stay within `limit` bytes; at least one."""
+    """Files in an order that the hashes of their names fix, as many as stay within `limit` bytes; at least one."""
     order = sorted(files, key=lambda file: hashlib.blake2b(f"{salt}/{file.name}".encode(), digest_size=8).digest())
     taken: list[TextFile] = []
     total = 0

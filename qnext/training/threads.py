@@ -1,4 +1,4 @@
-"""Several backward passes at once on the CPU, a thread each."""
+"""Several backward passes at once on the CPU, each on a thread of its own."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Loss = TypeVar("Loss", bound=HasTotal)
 
 
 class BackwardThreads:
-    """Runs tasks side by side, torch's own threads shared out among them.
+    """Runs tasks side by side and divides torch's own threads among them.
 
-    A model of a few million parameters is made of operations too short to divide well among cores; whole micro
-    batches have no such cost. Two at once on two cores made a step about a tenth faster (docs/log.md). Gradients are
-    added in the order of the tasks, so results do not depend on which thread is faster.
+    The operations of a model of a few million parameters are too short to divide well among cores. Whole micro batches
+    need no division. Two at once on two cores made a step about a tenth faster (docs/log.md). Gradients are added in
+    the order of the tasks, so results do not depend on which thread is faster.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -34,7 +34,7 @@ class BackwardThreads:
         self._pool = ThreadPoolExecutor(num_threads)
 
     def backward(self, tasks: Sequence[Callable[[], Loss]], parameters: Sequence[nn.Parameter]) -> list[Loss]:
-        """Call the tasks, differentiate `total` of what they return and add the gradients to the parameters'."""
+        """Call the tasks, differentiate `total` of their results, and add the gradients to those of the parameters."""
         total_threads = torch.get_num_threads()
         share = max(1, total_threads // self.num_threads)
 

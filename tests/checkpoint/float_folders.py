@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qnext.checkpoint import save_model
 from qnext.config import ModelConfig
 from qnext.model import CausalLM, initialize
 
-from .folders import edit_config, rewrite
+from .folders import Change, SavedModel, edit_config
 from .packed_folders import PACKED_CONFIG, is_packed_weight
 
 # Inner sizes are multiples of 32, the group of MXFP4, and no whole blocks of 128.
@@ -320,29 +319,26 @@ def _with(packed: Packed, **more: Tensor) -> Packed:
 
 
 @cache
-def _model() -> CausalLM:
+def _plain() -> SavedModel:
     model = CausalLM(FLOAT_CONFIG)
     initialize(model, seed=7)
-    return model
+    return SavedModel.of(model, torch.bfloat16)
 
 
-def float_folder(
-    path: Path, form: FloatForm, *, change: Callable[[dict[str, Tensor]], object] | None = None
-) -> dict[str, Tensor]:
-    """Write a folder in bfloat16; returns what the packed weights stand for, in fp32, by name on disk."""
-    save_model(_model(), path, dtype=torch.bfloat16)
-    expected: dict[str, Tensor] = {}
-
-    def pack_all(tensors: dict[str, Tensor]) -> None:
-        for name in sorted(tensors):
-            if not is_packed_weight(name, tensors[name]):
-                continue
+@cache
+def _packed(pack: Callable[[Tensor], Packed]) -> SavedModel:
+    saved = _plain()
+    tensors, expected = dict(saved.tensors), {}
+    for name, weight in sorted(saved.tensors.items()):
+        if is_packed_weight(name, weight):
+            parts, expected[name] = pack(tensors.pop(name).float())
             module = name.removesuffix(".weight")
-            parts, expected[name] = form.pack(tensors.pop(name).float())
             tensors.update({f"{module}.{key}": tensor.contiguous() for key, tensor in parts.items()})
-        if change is not None:
-            change(tensors)
+    return SavedModel(saved.side_files, tensors, expected)
 
-    rewrite(path, pack_all)
+
+def float_folder(path: Path, form: FloatForm, *, change: Change | None = None) -> dict[str, Tensor]:
+    """Write a folder in bfloat16; returns what the packed weights stand for, in fp32, by name on disk."""
+    expected = _packed(form.pack).write(path, change)
     edit_config(path, quantization_config=form.config)
     return expected

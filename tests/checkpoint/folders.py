@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qnext.checkpoint import save_model
@@ -23,15 +26,35 @@ BLOCK = 128
 def tiny_configs() -> dict[str, ModelConfig]:
     """One config per family and ablation, no two sizes equal where the architecture allows it."""
     qnext = replace(
-        preset("nano-5m"), vocab_size=300, hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=16,
-        partial_rotary_factor=0.5, linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=8,
-        linear_value_head_dim=12, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20,
-        shared_expert_intermediate_size=28, tie_word_embeddings=False, intermediate_size=40,
-    )  # fmt: skip
+        preset("nano-5m"),
+        vocab_size=300,
+        hidden_size=48,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        partial_rotary_factor=0.5,
+        linear_num_key_heads=2,
+        linear_num_value_heads=6,
+        linear_key_head_dim=8,
+        linear_value_head_dim=12,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=20,
+        shared_expert_intermediate_size=28,
+        tie_word_embeddings=False,
+        intermediate_size=40,
+    )
     dense = replace(
-        preset("qwen3-32b").with_layers(2), vocab_size=310, hidden_size=40, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=24, intermediate_size=56, bos_token_id=None, eos_token_id=3,
-    )  # fmt: skip
+        preset("qwen3-32b").with_layers(2),
+        vocab_size=310,
+        hidden_size=40,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        intermediate_size=56,
+        bos_token_id=None,
+        eos_token_id=3,
+    )
     return {
         "next": qnext,
         "next tied": replace(qnext, tie_word_embeddings=True, eos_token_id=(5, 4)),
@@ -42,7 +65,7 @@ def tiny_configs() -> dict[str, ModelConfig]:
         ),
         "dense": dense,
         "dense tied": replace(dense, tie_word_embeddings=True),
-    }  # fmt: skip
+    }
 
 
 CONFIGS = tiny_configs()
@@ -61,8 +84,18 @@ def tiny_model(name: str = "next", *, dtype: torch.dtype = torch.float32) -> Cau
 
 def tiny_folder(path: Path, name: str = "next", *, max_shard_bytes: int = 60_000) -> Path:
     """A folder of several shards."""
-    save_model(tiny_model(name), path, max_shard_bytes=max_shard_bytes)
+    path.mkdir(parents=True, exist_ok=True)
+    for file, content in _files_of(name, max_shard_bytes).items():
+        (path / file).write_bytes(content)
     return path
+
+
+@cache
+def _files_of(name: str, max_shard_bytes: int) -> dict[str, bytes]:
+    """Made once: many tests start from the same folder."""
+    with TemporaryDirectory() as root:
+        save_model(tiny_model(name), Path(root) / "m", max_shard_bytes=max_shard_bytes)
+        return {path.name: path.read_bytes() for path in (Path(root) / "m").iterdir()}
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -83,16 +116,48 @@ def write_file(path: Path, header: str | bytes, data: bytes, *, length: int | No
     return path
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Merge all shards into one file, after `change` was let loose on the tensors."""
-    from safetensors.torch import save_file
+Change = Callable[[dict[str, Tensor]], object]
 
-    with TensorFiles(folder) as files:
-        tensors = {name: files.read(name).clone() for name in files.tensors}
+
+def rewrite(folder: Path, change: Change) -> None:
+    """Merge all shards into one file, after `change` was let loose on the tensors."""
+    tensors = read_tensors(folder)
     change(tensors)
     for path in folder.glob("model*.safetensors*"):
         path.unlink()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    with TensorFiles(folder) as files:
+        return {name: files.read(name).clone() for name in files.tensors}
+
+
+class SavedModel(NamedTuple):
+    """A folder in memory: many tests start from the same one. `expected` is what packed weights stand for, in fp32."""
+
+    side_files: dict[str, bytes]
+    tensors: dict[str, Tensor]
+    expected: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: CausalLM, dtype: torch.dtype) -> SavedModel:
+        with TemporaryDirectory() as root:
+            folder = Path(root) / "m"
+            save_model(model, folder, dtype=dtype)
+            side_files = {path.name: path.read_bytes() for path in folder.iterdir() if "safetensors" not in path.name}
+            return cls(side_files, read_tensors(folder), {})
+
+    def write(self, folder: Path, change: Change | None = None) -> dict[str, Tensor]:
+        """A folder of one file, after `change` was let loose on the tensors; returns what is expected of it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.side_files.items():
+            (folder / name).write_bytes(content)
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        if change is not None:
+            change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return dict(self.expected)
 
 
 def poke(folder: Path, name: str, value: Tensor) -> None:
@@ -136,8 +201,14 @@ def make_fp8(folder: Path, *, scale_dtype: torch.dtype = torch.float32) -> dict[
             expected[name] = tensors[name].float() * expanded[:rows, :columns]
 
     rewrite(folder, change)
-    edit_config(folder, quantization_config={
-        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": ["lm_head"],
-    })  # fmt: skip
+    edit_config(
+        folder,
+        quantization_config={
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+            "modules_to_not_convert": ["lm_head"],
+        },
+    )
     return expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,19 +11,22 @@ import torch
 from torch import Tensor
 
 from qnext import ops
-from qnext.checkpoint import save_model
 from qnext.checkpoint.names import disk_parts
 from qnext.config import ModelConfig
 from qnext.model import CausalLM, initialize
-from qnext.planning import parameter_shapes
+from qnext.planning import list_parameters
 
-from .folders import CONFIGS, edit_config, rewrite
+from .folders import CONFIGS, Change, SavedModel, edit_config
 
 # Inner sizes are multiples of 16, the smallest group, and outputs of 8, the words of AWQ and GPTQ.
 PACKED_CONFIG: ModelConfig = replace(
-    CONFIGS["next"], hidden_size=48, moe_intermediate_size=32, shared_expert_intermediate_size=16, num_experts=3,
+    CONFIGS["next"],
+    hidden_size=48,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=16,
+    num_experts=3,
     linear_value_head_dim=8,
-)  # fmt: skip
+)
 _KEPT = ("norm", "embed_tokens", "lm_head", "mlp.gate.", "shared_expert_gate", "in_proj_ba", "conv1d", "mtp.fc")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -94,9 +96,10 @@ def pack(module: str, weight: Codes, form: PackedForm) -> dict[str, Tensor]:
     (num_outputs, num_inputs), bits, half = weight.codes.shape, weight.bits, 2 ** (weight.bits - 1)
     if form.layout == "pack-quantized":
         tensors = {
-            "weight_packed": words(weight.codes, bits=bits), "weight_scale": weight.scales,
+            "weight_packed": words(weight.codes, bits=bits),
+            "weight_scale": weight.scales,
             "weight_shape": torch.tensor([num_outputs, num_inputs]),
-        }  # fmt: skip
+        }
         if not form.is_symmetric:
             tensors["weight_zero_point"] = words(weight.zeros.T, bits=bits).T
     elif form.method == "compressed-tensors":
@@ -109,15 +112,18 @@ def pack(module: str, weight: Codes, form: PackedForm) -> dict[str, Tensor]:
             return codes.unflatten(-1, (-1, 8))[..., torch.tensor(AWQ_ORDER)].flatten(-2)
 
         tensors = {
-            "qweight": words(ordered(weight.codes.T), bits=4), "qzeros": words(ordered(weight.zeros.T), bits=4),
+            "qweight": words(ordered(weight.codes.T), bits=4),
+            "qzeros": words(ordered(weight.zeros.T), bits=4),
             "scales": weight.scales.T,
-        }  # fmt: skip
+        }
     else:
         stored = weight.zeros if form.layout == "gptq_v2" else (weight.zeros - 1) % 2**bits
         tensors = {
-            "qweight": words(weight.codes, bits=bits).T, "qzeros": words(stored.T, bits=bits),
-            "scales": weight.scales.T, "g_idx": torch.arange(num_inputs) // (num_inputs // weight.scales.shape[1]),
-        }  # fmt: skip
+            "qweight": words(weight.codes, bits=bits).T,
+            "qzeros": words(stored.T, bits=bits),
+            "scales": weight.scales.T,
+            "g_idx": torch.arange(num_inputs) // (num_inputs // weight.scales.shape[1]),
+        }
         tensors["g_idx"] = tensors["g_idx"].to(torch.int32)
     return {f"{module}.{key}": tensor.contiguous() for key, tensor in tensors.items()}
 
@@ -126,26 +132,46 @@ def quantization_config(form: PackedForm) -> dict[str, Any]:
     """As the programs that make such folders write it."""
     if form.method == "awq":
         return {
-            "quant_method": "awq", "bits": 4, "group_size": form.group_size, "zero_point": True, "version": "gemm",
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": form.group_size,
+            "zero_point": True,
+            "version": "gemm",
             "modules_to_not_convert": ["mlp.gate", "shared_expert_gate", "in_proj_ba", "mtp.fc"],
-        }  # fmt: skip
+        }
     if form.method == "gptq":
         return {
-            "quant_method": "gptq", "bits": form.bits, "group_size": form.group_size, "desc_act": False,
-            "sym": form.is_symmetric, "checkpoint_format": form.layout, "lm_head": False, "damp_percent": 0.01,
+            "quant_method": "gptq",
+            "bits": form.bits,
+            "group_size": form.group_size,
+            "desc_act": False,
+            "sym": form.is_symmetric,
+            "checkpoint_format": form.layout,
+            "lm_head": False,
+            "damp_percent": 0.01,
             "dynamic": {r"-:.*mlp\.gate$": {}, "-:.*shared_expert_gate": {}, "-:.*in_proj_ba": {}, r"-:mtp\.fc": {}},
-        }  # fmt: skip
+        }
     weights = {
-        "num_bits": form.bits, "type": "int", "symmetric": form.is_symmetric, "dynamic": False, "actorder": None,
-        "strategy": "channel" if form.group_size == -1 else "group", "observer": "minmax", "block_structure": None,
+        "num_bits": form.bits,
+        "type": "int",
+        "symmetric": form.is_symmetric,
+        "dynamic": False,
+        "actorder": None,
+        "strategy": "channel" if form.group_size == -1 else "group",
+        "observer": "minmax",
+        "block_structure": None,
         "group_size": None if form.group_size == -1 else form.group_size,
-    }  # fmt: skip
+    }
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
-        "quant_method": "compressed-tensors", "format": form.layout, "quantization_status": "compressed",
-        "config_groups": {"group_0": group}, "kv_cache_scheme": None, "global_compression_ratio": None,
+        "quant_method": "compressed-tensors",
+        "format": form.layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
         "ignore": ["lm_head", "mtp.fc", r"re:.*mlp\.gate$", "re:.*shared_expert_gate", "re:.*in_proj_ba"],
-    }  # fmt: skip
+    }
 
 
 def is_packed_weight(name: str, tensor: Tensor) -> bool:
@@ -153,10 +179,22 @@ def is_packed_weight(name: str, tensor: Tensor) -> bool:
 
 
 @cache
-def _model() -> CausalLM:
+def _plain(dtype: torch.dtype) -> SavedModel:
     model = CausalLM(PACKED_CONFIG)
     initialize(model, seed=7)
-    return model
+    return SavedModel.of(model, dtype)
+
+
+@cache
+def _packed(form: PackedForm, dtype: torch.dtype, scale_dtype: torch.dtype) -> SavedModel:
+    saved = _plain(dtype)
+    tensors, expected = dict(saved.tensors), {}
+    for seed, (name, tensor) in enumerate(sorted(saved.tensors.items())):
+        if is_packed_weight(name, tensor):
+            weight = random_codes(tensors.pop(name).shape, form, scale_dtype=scale_dtype, seed=seed)
+            expected[name] = weight.dequantize()
+            tensors.update(pack(name.removesuffix(".weight"), weight, form))
+    return SavedModel(saved.side_files, tensors, expected)
 
 
 def packed_folder(
@@ -165,42 +203,29 @@ def packed_folder(
     *,
     dtype: torch.dtype = torch.bfloat16,
     scale_dtype: torch.dtype = torch.float16,
-    change: Callable[[dict[str, Tensor]], object] | None = None,
+    change: Change | None = None,
 ) -> dict[str, Tensor]:
     """Write a folder; returns what the packed weights stand for, in fp32, by name on disk."""
-    save_model(_model(), path, dtype=dtype)
-    expected: dict[str, Tensor] = {}
-
-    def pack_all(tensors: dict[str, Tensor]) -> None:
-        for seed, name in enumerate(sorted(tensors)):
-            if not is_packed_weight(name, tensors[name]):
-                continue
-            weight = random_codes(tensors.pop(name).shape, form, scale_dtype=scale_dtype, seed=seed)
-            expected[name] = weight.dequantize()
-            tensors.update(pack(name.removesuffix(".weight"), weight, form))
-        if change is not None:
-            change(tensors)
-
-    rewrite(path, pack_all)
+    expected = _packed(form, dtype, scale_dtype).write(path, change)
     edit_config(path, quantization_config=quantization_config(form))
     return expected
 
 
-def weights_of(model: CausalLM) -> dict[str, ops.Weight]:
+def weights_of(model: CausalLM) -> dict[str, Tensor | ops.Weight]:
     """Every weight under its parameter's name, whether it is a parameter or not."""
-    found: dict[str, ops.Weight] = {}
-    for name in parameter_shapes(model.config):
+    found: dict[str, Tensor | ops.Weight] = {}
+    for name in list_parameters(model.config):
         prefix, _, key = name.rpartition(".")
         found[name] = getattr(model.get_submodule(prefix), key)
     return found
 
 
 def assert_holds(model: CausalLM, expected: dict[str, Tensor]) -> None:
-    shapes = parameter_shapes(model.config)
+    infos = list_parameters(model.config)
     num_packed = 0
     for name, weight in weights_of(model).items():
         values = ops.dequantize(weight, torch.float32)
-        for part in disk_parts(name, shapes[name]):
+        for part in disk_parts(infos[name]):
             if part.name in expected:
                 assert torch.equal(values[part.place], expected[part.name]), part.name
                 num_packed += 1

@@ -12,22 +12,23 @@ from qnext.checkpoint import save_model
 from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.load import empty_model
 from qnext.checkpoint.names import disk_parts
-from qnext.config import ModelConfig, preset
+from qnext.config import ModelConfig
 from qnext.model import CausalLM, initialize
-from qnext.planning import parameter_shapes
+from qnext.planning import list_parameters
+
+from .folders import CONFIGS
 
 # value heads * value dim = 96, heads * head dim = 96: inner sizes differ from one another and from the hidden size
 NEXT = replace(
-    preset("nano-5m"), vocab_size=300, hidden_size=64, num_attention_heads=6, num_key_value_heads=2, head_dim=16,
-    partial_rotary_factor=0.5, linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=8,
-    linear_value_head_dim=16, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32,
-    shared_expert_intermediate_size=96, tie_word_embeddings=False, max_position_embeddings=128,
+    CONFIGS["next"],
+    hidden_size=64,
+    linear_value_head_dim=16,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=96,
+    max_position_embeddings=128,
     initializer_range=0.06,
-)  # fmt: skip
-DENSE = replace(
-    preset("qwen3-32b").with_layers(2), vocab_size=310, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=24, intermediate_size=160, bos_token_id=None, eos_token_id=3, initializer_range=0.06,
-)  # fmt: skip
+)
+DENSE = replace(CONFIGS["dense"], hidden_size=64, intermediate_size=160, initializer_range=0.06)
 
 
 def save_random(
@@ -73,7 +74,7 @@ def model_of(folder: Path, config: ModelConfig) -> CausalLM:
     model = empty_model(config, dtypes=torch.float32)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, shape in parameter_shapes(config).items():
-            for part in disk_parts(name, shape):
+        for name, info in list_parameters(config).items():
+            for part in disk_parts(info):
                 parameters[name][part.place] = weights[part.name].float()
     return model

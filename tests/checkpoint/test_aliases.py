@@ -256,7 +256,7 @@ def test_a_wrapper_keeps_its_towers(tmp_path: Path) -> None:
         tensors["mm_projector.0.weight"] = torch.ones(3, 3)
 
     rewrite(folder, wrap)
-    with pytest.warns(QnextWarning, match=r"outside the language model, passed over: tensor mm_projector.0.weight and"):
+    with pytest.warns(QnextWarning, match=r"outside the language model, ignored: tensor mm_projector.0.weight and"):
         assert_same_weights(load_model(folder), tiny_model("moe"))
 
 
@@ -264,7 +264,7 @@ def test_a_wrapper_keeps_its_towers(tmp_path: Path) -> None:
 def test_heads_of_other_programs_are_passed_over(tmp_path: Path, name: str) -> None:
     folder = tiny_folder(tmp_path / "m", "dense")
     rewrite(folder, lambda t: t.update({name: torch.full((3, 3), torch.nan)}))
-    with pytest.warns(QnextWarning, match=f"passed over: tensor {name}"):
+    with pytest.warns(QnextWarning, match=f"ignored: tensor {name}"):
         assert_same_weights(load_model(folder), tiny_model("dense"))
 
 
@@ -288,11 +288,11 @@ MTP: dict[str, tuple[int | None, Callable[[Tensors], object], str]] = {
         _drop(lambda name: name.startswith("mtp.")),
         r"asked for by config.json: tensor mtp.fc.weight and \d+ more are missing",
     ),
-    "declared, one missing": (1, _drop(lambda name: name == "mtp.fc.weight"), r"not whole: tensor mtp.fc.weight is"),
+    "declared, one missing": (1, _drop(lambda name: name == "mtp.fc.weight"), r"incomplete: tensor mtp.fc.weight is"),
     "silent, an expert missing": (
         None,
         _drop(lambda name: name == "mtp.layers.0.mlp.experts.4.up_proj.weight"),
-        r"not whole: tensor mtp.layers.0.mlp",
+        r"incomplete: tensor mtp.layers.0.mlp",
     ),
     "denied, all there": (0, lambda tensors: None, _UNUSED),
     "denied, one there": (0, _drop(lambda name: name.startswith("mtp.") and name != "mtp.norm.weight"), _UNUSED),
@@ -331,10 +331,25 @@ def test_a_drafter_beside_a_family_without_one(tmp_path: Path) -> None:
         assert_same_weights(load_model(folder), tiny_model("moe"))
 
 
-OPEN = ["vocab_size", "hidden_size", "num_hidden_layers", "layer_types", "num_attention_heads", "num_key_value_heads",
-        "head_dim", "intermediate_size", "num_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
-        "mlp_only_layers", "linear_num_value_heads", "linear_value_head_dim", "linear_conv_kernel_dim",
-        "attention_bias", "tie_word_embeddings"]  # fmt: skip
+OPEN = [
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "layer_types",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "num_experts",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "mlp_only_layers",
+    "linear_num_value_heads",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "attention_bias",
+    "tie_word_embeddings",
+]
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "next tied"])
@@ -345,10 +360,10 @@ def test_sizes_that_the_file_leaves_out_are_those_of_the_tensors(tmp_path: Path,
     left_out = [key for key in OPEN if is_dense or key != "intermediate_size"]
     if expected.tie_word_embeddings:
         left_out.remove("tie_word_embeddings")
-    tensors = read_index(folder).tensors
+    index = read_index(folder)
     for keys in (*([key] for key in left_out), left_out):
         edit_config(folder, **dict.fromkeys(keys))
-        assert read_layout(folder, tensors).config == expected, keys
+        assert read_layout(index).config == expected, keys
         (folder / "config.json").write_text(written)
 
 

@@ -18,7 +18,7 @@ from qnext.checkpoint.gguf.parts import read_gguf
 from qnext.checkpoint.header import TensorInfo
 from qnext.checkpoint.quantize import quantize_folder
 from qnext.checkpoint.reading import FileReader, read_tensors
-from qnext.cli.verify import examine
+from qnext.diagnostics.folder import examine
 from qnext.errors import CorruptCheckpoint
 from qnext.quant.scheme import QuantPolicy, QuantScheme
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qnext.checkpoint import create_folder, load_model
-from qnext.errors import UsageError
+from qnext.checkpoint.quantize import quantize_folder
+from qnext.config import ModelConfig
+from qnext.errors import DoesNotFit, UsageError
 from qnext.model import CausalLM, initialize
+from qnext.quant.scheme import make_policy
+from qnext.text.train import byte_level_tokenizer, save_tokenizer
 
 from .folders import CONFIGS
+from .quantized import DENSE, NEXT
 from .test_load import assert_same_weights
+
+WIDE = replace(NEXT, hidden_size=128)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -50,3 +60,52 @@ def test_existing_folder_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not empty"):
         create_folder(CONFIGS["next"], tmp_path / "m", seed=1)
     assert [path.name for path in tmp_path.rglob("*")] == ["m", "config.json"]
+
+
+VARIANTS = {
+    "next": NEXT,
+    "next tied": replace(NEXT, tie_word_embeddings=True),
+    "next without drafts": replace(NEXT, num_nextn_predict_layers=0),
+    "next without a shared expert": replace(NEXT, shared_expert_intermediate_size=0),
+    "next with a dense layer": replace(NEXT, mlp_only_layers=(1,), intermediate_size=64),
+    "wide": WIDE,
+    "dense": DENSE,
+    "dense tied": replace(DENSE, tie_word_embeddings=True),
+}
+CASES = [("wide", "int4-g128"), ("next", "int8"), ("next", "int8-g64"), *((name, "int4-g32") for name in VARIANTS)]
+
+
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_made_in_a_scheme_equals_made_and_quantised(tmp_path: Path, name: str, scheme: str) -> None:
+    config = VARIANTS[name]
+    assert_made_equals_quantised(tmp_path, config, scheme, torch.bfloat16)
+
+
+def test_from_fp32(tmp_path: Path) -> None:
+    assert_made_equals_quantised(tmp_path, NEXT, "int4-g32", torch.float32)
+
+
+def assert_made_equals_quantised(root: Path, config: ModelConfig, scheme: str, dtype: torch.dtype) -> None:
+    """Every file, byte for byte."""
+    save_tokenizer(byte_level_tokenizer(), root / "t", model_max_length=128, chat_template="x")
+    policy = make_policy(scheme, head=None, is_tied=config.tie_word_embeddings)
+    create_folder(config, root / "plain", seed=5, dtype=dtype, tokenizer_folder=root / "t")
+    quantize_folder(root / "plain", root / "quantised", policy=policy, max_shard_bytes=100_000)
+    options = {"dtype": dtype, "tokenizer_folder": root / "t", "max_shard_bytes": 100_000}
+    create_folder(config, root / "made", seed=5, policy=policy, **options)
+    names = [sorted(path.name for path in (root / folder).iterdir()) for folder in ("made", "quantised")]
+    assert names[0] == names[1] and len(names[0]) > 5
+    for each in names[0]:
+        assert (root / "made" / each).read_bytes() == (root / "quantised" / each).read_bytes(), each
+    load_model(root / "made")
+
+
+def test_a_scheme_that_nothing_fits_and_a_disk_that_is_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="whole groups of 128"):
+        create_folder(NEXT, tmp_path / "m", seed=1, policy=make_policy("int4-g128", head="keep", is_tied=False))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(DoesNotFit, match="GiB"):
+        create_folder(NEXT, tmp_path / "m", seed=1)
+    assert not list(tmp_path.iterdir())

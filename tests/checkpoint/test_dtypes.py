@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qnext.checkpoint import load_model
-from qnext.engine import Engine, SamplingParams
+from qnext.engine import Engine, EngineConfig, SamplingParams
 from qnext.model import Batch, CausalLM
 
 from .folders import CONFIGS, rewrite, tiny_folder, tiny_model
@@ -59,7 +59,7 @@ def test_each_matrix_keeps_its_dtype_and_the_model_computes(tmp_path: Path, form
         logits, expected = (each.logits(each(batch).hidden_TD).float() for each in (model, wide))
     # bf16 has 8 bits, and a token that stands between two experts may go to the other.
     assert float((logits - expected).abs().mean()) < 0.01 * float(expected.abs().max())
-    engine = Engine(model, max_num_seqs=1, max_model_len=64)
+    engine = Engine.of(model, EngineConfig(max_num_seqs=1, max_model_len=64))
     (done,) = engine.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True))
     assert len(done.output_ids) == 4
 

@@ -114,9 +114,22 @@ def test_empty_tensors_are_allowed_between_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "shard", ["../x.safetensors", "/tmp/x.safetensors", "a/b.safetensors", "..", "c:x.safetensors", ".x.safetensors",
-              "x.bin", "", 3, None, "x\n.safetensors", "a\\b.safetensors"]
-)  # fmt: skip
+    "shard",
+    [
+        "../x.safetensors",
+        "/tmp/x.safetensors",
+        "a/b.safetensors",
+        "..",
+        "c:x.safetensors",
+        ".x.safetensors",
+        "x.bin",
+        "",
+        3,
+        None,
+        "x\n.safetensors",
+        "a\\b.safetensors",
+    ],
+)
 def test_index_names_only_files_of_the_folder(tmp_path: Path, shard: object) -> None:
     (tmp_path.parent / "x.safetensors").write_bytes(b"")
     index = tmp_path / "model.safetensors.index.json"
@@ -199,9 +212,13 @@ def test_a_dtype_of_the_format_that_is_not_read_is_no_damage(tmp_path: Path) -> 
 
 def test_our_shards_are_read_by_the_formats_library(tmp_path: Path) -> None:
     tensors = {
-        "odd": torch.randn(3).to(torch.bfloat16), "wide": torch.randn(5, 3), "half": torch.randn(7).to(torch.float16),
-        "byte": torch.randn(5, 2).to(torch.float8_e4m3fn), "scalar": torch.tensor(2.5), "ids": torch.arange(5),
-    }  # fmt: skip
+        "odd": torch.randn(3).to(torch.bfloat16),
+        "wide": torch.randn(5, 3),
+        "half": torch.randn(7).to(torch.float16),
+        "byte": torch.randn(5, 2).to(torch.float8_e4m3fn),
+        "scalar": torch.tensor(2.5),
+        "ids": torch.arange(5),
+    }
     plan = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     writer = ShardWriter(tmp_path, plan)
     for name in reversed(tensors):

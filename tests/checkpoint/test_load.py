@@ -14,9 +14,9 @@ from torch import Tensor
 from qnext.checkpoint import create_folder, load_model, save_model
 from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.finite import is_finite
-from qnext.config import read_config
 from qnext.errors import ConfigError, CorruptCheckpoint, ModelNotFound, QnextWarning, UsageError
 from qnext.model import Batch, CausalLM, initialize
+from tests.config.folder import read_config
 
 from .folders import CONFIGS, edit_config, make_fp8, poke, rewrite, tiny_folder, tiny_model
 
@@ -106,7 +106,7 @@ DAMAGES = {
         lambda t: t.update({"lm_head.weight": torch.zeros(300, 48).to(torch.float8_e4m3fn)}),
         r"lm_head.weight is F8_E4M3, but its scales lm_head.weight_scale_inv are missing",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGES)

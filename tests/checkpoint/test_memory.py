@@ -19,7 +19,7 @@ from qnext.checkpoint.save import write_config
 from qnext.config import ModelConfig, preset
 from qnext.errors import CorruptCheckpoint
 from qnext.ops import dequantize
-from qnext.planning import parameter_shapes
+from qnext.planning import list_parameters
 
 from .folders import edit_config, make_fp8, tiny_folder
 from .packed_folders import FORMS, PackedForm, is_packed_weight, packed_folder, quantization_config
@@ -30,7 +30,8 @@ _MEASURE = """
 import sys
 import torch
 from qnext.checkpoint import load_model
-from qnext.ops import PanelWeight, QuantizedWeight, set_num_threads
+from qnext.model import held_bytes
+from qnext.ops import set_num_threads
 
 def high_water():
     with open("/proc/self/status") as file:
@@ -40,10 +41,7 @@ set_num_threads(2)
 before = high_water()
 model = load_model(sys.argv[1])
 growth = high_water() - before
-weights = sum(parameter.nbytes for parameter in model.parameters())
-for module in model.modules():
-    weights += sum(v.nbytes for v in vars(module).values() if isinstance(v, (PanelWeight, QuantizedWeight)))
-print(weights, growth, "torch._dynamo" in sys.modules)
+print(held_bytes(model), growth, "torch._dynamo" in sys.modules)
 """
 
 
@@ -51,8 +49,8 @@ def _int4_folder(folder: Path, config: ModelConfig) -> None:
     """Random codes in groups of 32; the embedding and what else is no packed weight in bf16."""
     folder.mkdir()
     plan: dict[str, TensorSpec] = {}
-    for name, shape in parameter_shapes(config).items():
-        for part in disk_parts(name, shape):
+    for info in list_parameters(config).values():
+        for part in disk_parts(info):
             module, size = part.name.removesuffix(".weight"), tuple(part.shape)
             if is_packed_weight(part.name, torch.empty(size, device="meta")):
                 plan[f"{module}.weight_packed"] = TensorSpec(torch.int32, (size[0], size[1] // 8))
@@ -79,9 +77,15 @@ def _int4_folder(folder: Path, config: ModelConfig) -> None:
 def test_loading_takes_the_memory_of_the_weights(tmp_path: Path) -> None:
     """Over 1,000 tensors of a few pages, whose surroundings a kernel maps too, and two of 50 MB."""
     config = dataclasses.replace(
-        preset("nano-5m").with_layers(2), vocab_size=50_000, hidden_size=512, num_experts=160, num_experts_per_tok=2,
-        moe_intermediate_size=256, shared_expert_intermediate_size=256, tie_word_embeddings=False,
-    )  # fmt: skip
+        preset("nano-5m").with_layers(2),
+        vocab_size=50_000,
+        hidden_size=512,
+        num_experts=160,
+        num_experts_per_tok=2,
+        moe_intermediate_size=256,
+        shared_expert_intermediate_size=256,
+        tie_word_embeddings=False,
+    )
     _int4_folder(tmp_path / "m", config)
     command = [sys.executable, "-c", _MEASURE, str(tmp_path / "m")]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -114,10 +118,12 @@ def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_unaligned_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files_module, "PIECE_BYTES", 8)
-    header = json.dumps({
-        "a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]},
-        "b": {"dtype": "F32", "shape": [5], "data_offsets": [1, 21]},
-    }).encode()  # fmt: skip
+    header = json.dumps(
+        {
+            "a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]},
+            "b": {"dtype": "F32", "shape": [5], "data_offsets": [1, 21]},
+        }
+    ).encode()
     numbers = torch.tensor([1.5, -2.0, 3.0, 4.0, 5.0])
     raw = len(header).to_bytes(8, "little") + header + b"\0" + numbers.numpy().tobytes()
     (tmp_path / "model.safetensors").write_bytes(raw)

@@ -9,7 +9,7 @@ import torch
 
 from qnext.checkpoint.names import disk_parts, expected_tensors, is_leftover
 from qnext.config import PRESETS, preset
-from qnext.planning import count_parameters
+from qnext.planning import Kind, ParameterInfo, count_parameters
 
 from .folders import CONFIGS
 
@@ -40,10 +40,10 @@ def test_no_element_is_lost(name: str) -> None:
 
 
 def test_parts_cover_a_stacked_parameter_once() -> None:
-    shape = (3, 8, 5)
-    for kind, rows in (("gate_up_proj", 4), ("down_proj", 8)):
-        covered = torch.zeros(shape, dtype=torch.long)
-        for part in disk_parts(f"model.layers.2.mlp.experts.{kind}", shape):
+    for kind, rows in ((Kind.EXPERTS_GATE_UP, 4), (Kind.EXPERTS_DOWN, 8)):
+        info = ParameterInfo("model.layers.2.mlp.experts.x", (3, 8, 5), kind, "experts", layer=2, expert_axis=0)
+        covered = torch.zeros(info.shape, dtype=torch.long)
+        for part in disk_parts(info):
             assert part.shape == (rows, 5)
             assert covered[part.place].shape == part.shape
             covered[part.place] += 1
@@ -51,7 +51,8 @@ def test_parts_cover_a_stacked_parameter_once() -> None:
 
 
 def test_gate_rows_come_first() -> None:
-    gate, up = disk_parts("mtp.layers.0.mlp.experts.gate_up_proj", (1, 6, 2))
+    name = "mtp.layers.0.mlp.experts.gate_up_proj"
+    gate, up = disk_parts(ParameterInfo(name, (1, 6, 2), Kind.EXPERTS_GATE_UP, "mtp", layer=4, expert_axis=0))
     assert (gate.name, gate.rows) == ("mtp.layers.0.mlp.experts.0.gate_proj.weight", (0, 3))
     assert (up.name, up.rows) == ("mtp.layers.0.mlp.experts.0.up_proj.weight", (3, 6))
 

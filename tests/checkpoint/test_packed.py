@@ -18,10 +18,9 @@ from qnext.checkpoint.check import read_layout
 from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.names import disk_parts
 from qnext.checkpoint.values import read_weight
-from qnext.engine.memory import weight_bytes
 from qnext.errors import ConfigError, CorruptCheckpoint, NotSupported, UsageError
-from qnext.model import Batch
-from qnext.planning import parameter_shapes
+from qnext.model import Batch, held_bytes
+from qnext.planning import list_parameters
 
 from .folders import edit_config, rewrite, tiny_folder
 from .packed_folders import FORMS, PackedForm, packed_folder, quantization_config, weights_of
@@ -37,13 +36,13 @@ QKVZ = "model.layers.0.linear_attn.in_proj_qkvz"
 def test_every_form_gives_the_numbers_that_were_packed(tmp_path: Path, form: PackedForm, dequantize: bool) -> None:
     expected = packed_folder(tmp_path / "m", form)
     model = load_model(tmp_path / "m", dequantize=dequantize, dtype=torch.float32)
-    shapes = parameter_shapes(model.config)
+    infos = list_parameters(model.config)
     num_packed = 0
     for name, weight in weights_of(model).items():
-        parts = [part for part in disk_parts(name, shapes[name]) if part.name in expected]
+        parts = [part for part in disk_parts(infos[name]) if part.name in expected]
         assert isinstance(weight, Tensor) == (dequantize or not parts), name
         values = ops.dequantize(weight, torch.float32)
-        assert values.shape == shapes[name]
+        assert values.shape == infos[name].shape
         for part in parts:
             assert torch.equal(values[part.place], expected[part.name]), part.name
             num_packed += 1
@@ -72,7 +71,7 @@ def test_memory_is_counted_in_codes(tmp_path: Path) -> None:
         weight.numel() for name, weight in plain.named_parameters() if not isinstance(weights_of(packed)[name], Tensor)
     )
     # 16 bits a number become 4 and a scale of 16 bits for 16 of them; the kernels' panels may be padded
-    saved = weight_bytes(plain) - weight_bytes(packed)
+    saved = held_bytes(plain) - held_bytes(packed)
     assert 0.9 * quantized * (2 - 5 / 8) <= saved <= quantized * (2 - 5 / 8)
 
 
@@ -116,7 +115,7 @@ def test_a_gate_that_was_packed_becomes_a_tensor(tmp_path: Path) -> None:
 def test_every_weight_can_be_read_alone(tmp_path: Path) -> None:
     expected = packed_folder(tmp_path / "m", GPTQ)
     with TensorFiles(tmp_path / "m") as files:
-        layout = read_layout(files.folder, files.tensors)
+        layout = read_layout(tmp_path / "m")
         for name in layout.targets:
             values = read_weight(layout, files, name, dtype=torch.float32)
             assert torch.equal(values, expected.get(name, values))
@@ -147,41 +146,57 @@ DAMAGES: dict[str, tuple[PackedForm, Any, str]] = {
     "infinite scale": (GROUPED, _set(f"{DOWN}.weight_scale", _first(float("inf"))), "weight_scale holds NaN or inf"),
     "nan scale": (AWQ, _set(f"{DOWN}.scales", _first(float("nan"))), "scales holds NaN or infinity"),
     "scale too large": (
-        GROUPED, _huge_scales, "a scale beyond what codes of 4 bits",
+        GROUPED,
+        _huge_scales,
+        "a scale beyond what codes of 4 bits",
     ),
     "scale of another dtype": (
-        GROUPED, _set(f"{DOWN}.weight_scale", torch.zeros(48, 2, dtype=torch.float64)), "has dtype F64, not BF16",
+        GROUPED,
+        _set(f"{DOWN}.weight_scale", torch.zeros(48, 2, dtype=torch.float64)),
+        "has dtype F64, not BF16",
     ),
     "scales of another group": (
-        GROUPED, _set(f"{DOWN}.weight_scale", torch.ones(48, 4)), r"shape \[48, 4\].*asks for \[48, 2\]",
+        GROUPED,
+        _set(f"{DOWN}.weight_scale", torch.ones(48, 4)),
+        r"shape \[48, 4\].*asks for \[48, 2\]",
     ),
     "codes too short": (
-        GROUPED, _set(f"{DOWN}.weight_packed", torch.zeros(48, 3, dtype=torch.int32)), r"asks for \[48, 4\]",
+        GROUPED,
+        _set(f"{DOWN}.weight_packed", torch.zeros(48, 3, dtype=torch.int32)),
+        r"asks for \[48, 4\]",
     ),
     "codes of floats": (GROUPED, _set(f"{DOWN}.weight_packed", torch.zeros(48, 4)), "has dtype F32, not I32"),
     "shape that lies": (
-        GROUPED, _set(f"{DOWN}.weight_shape", torch.tensor([48, 31])), r"says \[48, 31\], config.json asks for",
+        GROUPED,
+        _set(f"{DOWN}.weight_shape", torch.tensor([48, 31])),
+        r"says \[48, 31\], config.json asks for",
     ),
     "no scale": (GROUPED, lambda t: t.pop(f"{DOWN}.weight_scale"), r"weight_scale is missing \(pack-quantized int4"),
     "no codes": (GROUPED, lambda t: t.pop(f"{DOWN}.weight_packed"), r"down_proj.weight is missing"),
     "zeros nobody asked for": (
-        GROUPED, lambda t: t.update({f"{DOWN}.weight_zero_point": torch.zeros(6, 2, dtype=torch.int32)}),
+        GROUPED,
+        lambda t: t.update({f"{DOWN}.weight_zero_point": torch.zeros(6, 2, dtype=torch.int32)}),
         "weight_zero_point holds zeros other than 8",
     ),
     "a group that is not there": (GPTQ, _set(f"{DOWN}.g_idx", _first(2)), r"g_idx names a group beyond the 2"),
     "a group below all": (GPTQ, _set(f"{DOWN}.g_idx", _first(-1)), r"g_idx names a group beyond the 2"),
     "zeros of a symmetric gptq": (
-        GPTQ, _set(f"{DOWN}.qzeros", _first(0)), "qzeros holds zeros other than 8, but quantization_config.sym",
+        GPTQ,
+        _set(f"{DOWN}.qzeros", _first(0)),
+        "qzeros holds zeros other than 8, but quantization_config.sym",
     ),
     "both": (
-        GPTQ, lambda t: t.update({f"{QKVZ}.weight": torch.zeros(64, 48)}), r"is there beside .*qkvz.qweight",
+        GPTQ,
+        lambda t: t.update({f"{QKVZ}.weight": torch.zeros(64, 48)}),
+        r"is there beside .*qkvz.qweight",
     ),
     "codes beyond four bits": (FORMS[5], _set(f"{DOWN}.weight", _first(8)), "holds numbers beyond 4 bits"),
     "packed embedding": (
-        GROUPED, lambda t: t.update({"model.embed_tokens.weight_packed": torch.zeros(1, dtype=torch.int32)}),
+        GROUPED,
+        lambda t: t.update({"model.embed_tokens.weight_packed": torch.zeros(1, dtype=torch.int32)}),
         "embed_tokens cannot be packed",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -211,16 +226,20 @@ CONFIGS: dict[str, tuple[PackedForm, dict[str, Any], str]] = {
     "eight for four": (GROUPED, _weights(num_bits=8), r"weight_packed has shape"),
     "asymmetric without zeros": (GROUPED, _weights(symmetric=False), r"weight_zero_point is missing"),
     "a pattern that never ends": (
-        GROUPED, {**quantization_config(GROUPED), "ignore": ["re:(.*.*)*x"]}, r"could take too long",
+        GROUPED,
+        {**quantization_config(GROUPED), "ignore": ["re:(.*.*)*x"]},
+        r"could take too long",
     ),
     "no pattern": (GROUPED, {**quantization_config(GROUPED), "ignore": ["re:("]}, r"no regular expression"),
     "ignore is no list": (GROUPED, {**quantization_config(GROUPED), "ignore": "lm_head"}, r"ignore: must be a list"),
     "gptq of other bits by module": (
-        GPTQ, {**quantization_config(GPTQ), "dynamic": {r"+:.*down_proj": {"bits": 8}}}, r"down_proj.* has shape",
+        GPTQ,
+        {**quantization_config(GPTQ), "dynamic": {r"+:.*down_proj": {"bits": 8}}},
+        r"down_proj.* has shape",
     ),
     "gptq of two formats": (GPTQ, {**quantization_config(GPTQ), "format": "gptq_v2"}, r"contradicts checkpoint_format"),
     "gptq declared as awq": (GPTQ, quantization_config(AWQ), r"qweight is GPTQ's, of which"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -240,23 +259,29 @@ NOT_SUPPORTED: dict[str, tuple[PackedForm, dict[str, Any], str]] = {
     "floats as integers": (GROUPED, _weights(type="float"), r"weights.type: 'float' is not supported for pack-quant"),
     "strategy": (GROUPED, _weights(strategy="attn_head"), r"strategy: 'attn_head' is not supported"),
     "format": (
-        GROUPED, {**quantization_config(GROUPED), "format": "marlin-24"}, r"format: 'marlin-24' is not supported",
+        GROUPED,
+        {**quantization_config(GROUPED), "format": "marlin-24"},
+        r"format: 'marlin-24' is not supported",
     ),
     "rotations": (
-        GROUPED, {**quantization_config(GROUPED), "transform_config": {"config_groups": {"u": {}}}},
+        GROUPED,
+        {**quantization_config(GROUPED), "transform_config": {"config_groups": {"u": {}}}},
         r"transform_config: rotated weights are not supported",
     ),
     "sparse": (
-        GROUPED, {**quantization_config(GROUPED), "sparsity_config": {"format": "sparse-24-bitmask"}},
+        GROUPED,
+        {**quantization_config(GROUPED), "sparsity_config": {"format": "sparse-24-bitmask"}},
         r"sparsity_config.format: 'sparse-24-bitmask' is not supported",
     ),
     "awq of another layout": (AWQ, {**quantization_config(AWQ), "version": "gemv"}, r"version: 'gemv' is not"),
     "awq of eight bits": (AWQ, {**quantization_config(AWQ), "bits": 8}, r"bits: 8 is not supported, only 4"),
     "gptq for one kernel": (
-        GPTQ, {**quantization_config(GPTQ), "checkpoint_format": "marlin"}, r"checkpoint_format: 'marlin' is not",
+        GPTQ,
+        {**quantization_config(GPTQ), "checkpoint_format": "marlin"},
+        r"checkpoint_format: 'marlin' is not",
     ),
     "gptq with an adapter": (GPTQ, {**quantization_config(GPTQ), "adapter": {"rank": 8}}, r"adapter: .* is not supp"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NOT_SUPPORTED)
@@ -333,9 +358,8 @@ def test_verify_reads_packed_values(tmp_path: Path, capsys: Capture) -> None:
 
 def test_a_model_with_codes_is_not_saved(tmp_path: Path) -> None:
     model = make_model(PEER_CONFIGS["next"])
-    del model.lm_head._parameters["weight"]
     codes, scales = torch.zeros(101, 48, dtype=torch.uint8), torch.ones(101, 3)
-    model.lm_head.weight = ops.QuantizedWeight(codes, scales, bits=8, group_size=16)
+    model.lm_head.set_weight("weight", ops.QuantizedWeight(codes, scales, bits=8, group_size=16))
     with pytest.raises(UsageError, match="quantised weights is not saved; load it with dequantize=True"):
         save_model(model, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

@@ -44,43 +44,68 @@ def _gptq(**changes: Any) -> dict[str, Any]:
 # What config.json says differs from the tensors, or says too much; and what the warning tells, None for no warning.
 READ_ALL_THE_SAME: dict[str, tuple[PackedForm, dict[str, Any] | None, str | None]] = {
     "everything ignored": (
-        GROUPED, {**quantization_config(GROUPED), "ignore": ["re:.*"]},
+        GROUPED,
+        {**quantization_config(GROUPED), "ignore": ["re:.*"]},
         r"leaves \d+ weights \(the first is .*\) plain, stored as pack-quantized int4-g16",
     ),
     "split names where the folder has fused ones": (
-        GROUPED, {**quantization_config(GROUPED), "ignore": ["lm_head", "mtp.fc", "re:.*gate$", "re:.*in_proj_(a|b)$"]},
+        GROUPED,
+        {**quantization_config(GROUPED), "ignore": ["lm_head", "mtp.fc", "re:.*gate$", "re:.*in_proj_(a|b)$"]},
         r"int4-g16 is asked for 3 weights \(the first is .*in_proj_ba\), stored plain",
     ),
     "awq declared as compressed-tensors": (AWQ, quantization_config(GROUPED), r"stored as awq int4-g16"),
     "words and no declaration": (GROUPED, None, r"config.json: leaves \d+ weights .*, stored as pack-quantized"),
     "unknown keys in one line": (
-        GROUPED, {**_weights(flavour=1), "colour": 2}, r"quantization_config: colour, .*flavour: not known here",
+        GROUPED,
+        {**_weights(flavour=1), "colour": 2},
+        r"quantization_config: colour, .*flavour: not known here",
     ),
     "activation order within groups": (GROUPED, _weights(actorder="weight"), None),
     "no group size": (GPTQ, _gptq(group_size=None, bits=None), None),
     "dynamic that changes nothing": (
-        GPTQ, _gptq(dynamic={"lm_head": {}, "+:.*experts.*": {"bits": 4, "group_size": 16},
-                             **quantization_config(GPTQ)["dynamic"]}), None,
+        GPTQ,
+        _gptq(
+            dynamic={
+                "lm_head": {},
+                "+:.*experts.*": {"bits": 4, "group_size": 16},
+                **quantization_config(GPTQ)["dynamic"],
+            }
+        ),
+        None,
     ),
     "modules of a block": (
-        GPTQ, _gptq(modules_in_block_to_quantize=[["mlp.experts.0.gate_proj"]]), r"leaves \d+ weights .*plain",
+        GPTQ,
+        _gptq(modules_in_block_to_quantize=[["mlp.experts.0.gate_proj"]]),
+        r"leaves \d+ weights .*plain",
     ),
     "blocks": (GPTQ, _gptq(block_name_to_quantize="model.layers"), None),
     "kv cache": (
-        GROUPED, {**quantization_config(GROUPED), "kv_cache_scheme": {"num_bits": 8}}, r"the cache is kept finer",
+        GROUPED,
+        {**quantization_config(GROUPED), "kv_cache_scheme": {"num_bits": 8}},
+        r"the cache is kept finer",
     ),
     "activations": (
-        GROUPED, {**quantization_config(GROUPED), "config_groups": {"group_0": {
-            **quantization_config(GROUPED)["config_groups"]["group_0"],
-            "input_activations": {"num_bits": 8, "dynamic": False}, "output_activations": {"num_bits": 8}}}}, None,
+        GROUPED,
+        {
+            **quantization_config(GROUPED),
+            "config_groups": {
+                "group_0": {
+                    **quantization_config(GROUPED)["config_groups"]["group_0"],
+                    "input_activations": {"num_bits": 8, "dynamic": False},
+                    "output_activations": {"num_bits": 8},
+                }
+            },
+        },
+        None,
     ),
     "dense beside packed": (
-        GROUPED, {**quantization_config(GROUPED), "format": "dense", "sparsity_config": {"format": "dense"}},
+        GROUPED,
+        {**quantization_config(GROUPED), "format": "dense", "sparsity_config": {"format": "dense"}},
         r"leaves \d+ weights",
     ),
     "mixed": (GROUPED, {**quantization_config(GROUPED), "format": "mixed-precision"}, None),
     "a method of another spelling": (GPTQ, _gptq(quant_method="GPTQModel"), None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", READ_ALL_THE_SAME)
@@ -127,10 +152,11 @@ MIXED: dict[str, tuple[PackedForm, Any]] = {
     "an expert that is plain": (AWQ, lambda t, w: _replace(t, {f"{DOWN}.weight": w.bfloat16()})),
     "an expert of other bits": (GROUPED, lambda t, w: _replace(t, _pack_again(w, FORMS[2]))),
     "an expert of other scales": (
-        GROUPED, lambda t, w: t.update({f"{DOWN}.weight_scale": t[f"{DOWN}.weight_scale"].float()}),
+        GROUPED,
+        lambda t, w: t.update({f"{DOWN}.weight_scale": t[f"{DOWN}.weight_scale"].float()}),
     ),
     "an expert of bytes": (GROUPED, lambda t, w: _replace(t, _pack_again(w, FORMS[4]))),
-}  # fmt: skip
+}
 
 
 def _replace(tensors: dict[str, Tensor], new: dict[str, Tensor]) -> None:

@@ -25,14 +25,32 @@ from .packed_folders import FORMS, packed_folder, quantization_config
 FLOATS = float_forms()
 # Every layout of integers by its place in FORMS, and of floats by its name.
 FORM_INDICES: list[int | str] = [
-    0, 3, 5, 6, 7, 9, "official", "FP8-block", "NVFP4", "ModelOpt NVFP4", "MXFP4", "nf4, nested", "int8",
-]  # fmt: skip
+    0,
+    3,
+    5,
+    6,
+    7,
+    9,
+    "official",
+    "FP8-block",
+    "NVFP4",
+    "ModelOpt NVFP4",
+    "MXFP4",
+    "nf4, nested",
+    "int8",
+]
 ODD_VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.sampled_from([0, -1, 1, 3, 4, 8, 16, 2**31, 2**63]),
-    st.floats(), st.text(max_size=8), st.just([]), st.just({}),
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.sampled_from([0, -1, 1, 3, 4, 8, 16, 2**31, 2**63]),
+    st.floats(),
+    st.text(max_size=8),
+    st.just([]),
+    st.just({}),
     st.sampled_from(["Linear", "re:.*", "channel", "group"]),
     st.lists(st.sampled_from(["lm_head", "re:.*", "re:(", "mtp", "Linear"]), max_size=3),
-)  # fmt: skip
+)
 FUZZ = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -117,8 +135,17 @@ def test_any_header(data: st.DataObject, folders: dict[int | str, Path], tmp_pat
     entry = header[name]
     action = data.draw(st.sampled_from(["shape", "dtype", "rename", "drop", "swap"]))
     if action == "shape":
-        entry["shape"] = data.draw(st.sampled_from([entry["shape"][::-1], [*entry["shape"], 1], [1, *entry["shape"]],
-                                                    [2 * s for s in entry["shape"]], [2**62, 0]]))  # fmt: skip
+        entry["shape"] = data.draw(
+            st.sampled_from(
+                [
+                    entry["shape"][::-1],
+                    [*entry["shape"], 1],
+                    [1, *entry["shape"]],
+                    [2 * s for s in entry["shape"]],
+                    [2**62, 0],
+                ]
+            )
+        )
     elif action == "dtype":
         same_size = [
             ["I32", "F32"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from cli.command import Capture, run
 
 from qnext.checkpoint import load_model
 from qnext.checkpoint.formats.forms import ALIASES, LAYOUTS, METHODS, NOT_READ, Form, Quantization
+from qnext.checkpoint.names import disk_parts
 from qnext.checkpoint.quantization import read_quantization
+from qnext.config import preset
 from qnext.errors import NotSupported, QnextWarning
+from qnext.planning import list_parameters
 
 from .folders import edit_config, tiny_folder
 from .packed_folders import FORMS, assert_holds, packed_folder, quantization_config
@@ -22,6 +26,8 @@ from .written_configs import WRITTEN
 
 AWQ, GPTQ, GPTQ_V2 = FORMS[6], FORMS[7], FORMS[9]
 EXPERT = "model.layers.2.mlp.experts.3.up_proj"
+CONFIG = replace(preset("80b-a3b"), layer_types=("full_attention",) * 3, num_experts=4, num_experts_per_tok=2)
+PARAMETERS = {part.module: info for info in list_parameters(CONFIG).values() for part in disk_parts(info)}
 
 
 def read(folder: Path, block: Any, **keys: Any) -> Quantization:
@@ -34,8 +40,12 @@ def read(folder: Path, block: Any, **keys: Any) -> Quantization:
     return found
 
 
+def form_of(quantization: Quantization, module: str) -> Form | None:
+    return quantization.claim(module, PARAMETERS[module]).form
+
+
 def forms_of(quantization: Quantization, *modules: str) -> list[str | None]:
-    forms = [quantization.claim(module).form for module in modules]
+    forms = [form_of(quantization, module) for module in modules]
     return [None if form is None else form.describe() for form in forms]
 
 
@@ -54,11 +64,8 @@ def test_gptq_by_module(tmp_path: Path) -> None:
     found = read(tmp_path, {**GPTQ_BLOCK, "dynamic": dynamic})
     modules = ("model.layers.0.mlp.gate", EXPERT, EXPERT.replace("2", "1"), EXPERT.replace("up", "down"), "lm_head")
     assert forms_of(found, *modules) == [None, "gptq int8-g32", "gptq int4-g128", "gptq int3-g128", None]
-    assert [found.claim(m).form is None or found.claim(m).form.is_symmetric for m in modules[1:4]] == [
-        True,
-        False,
-        True,
-    ]
+    forms = [form_of(found, module) for module in modules[1:4]]
+    assert [form is None or form.is_symmetric for form in forms] == [True, False, True]
     assert forms_of(found, "model.layers.0.self_attn.q_proj", "model.embed_tokens") == ["gptq int4-g128", None]
 
 
@@ -127,7 +134,7 @@ def test_auto_round_by_module(tmp_path: Path) -> None:
 )
 def test_auto_round_is_what_it_packs(tmp_path: Path, packing: str | None, layout: str | None, method: str) -> None:
     found = read(tmp_path, {**AUTO_ROUND, "packing_format": packing, "quant_method": method})
-    form = found.claim(EXPERT).form
+    form = form_of(found, EXPERT)
     assert (form and form.layout) == layout
     if layout == "awq":
         assert form == Form("awq", 4, 128, False)

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from qnext.checkpoint.calibrate import TextSample
 from qnext.checkpoint.names import expected_tensors
-from qnext.checkpoint.quantize import TextSample, quantize_folder
+from qnext.checkpoint.quantize import quantize_folder
 from qnext.config import ModelConfig
 from qnext.errors import CorruptCheckpoint, DoesNotFit, UsageError
 from qnext.eval import EvalDocument, evaluate_perplexity

@@ -83,9 +83,13 @@ def test_side_files(tmp_path: Path) -> None:
     save_model(model, tmp_path / "a", tokenizer_folder=source)
     kept = {path.name for path in (tmp_path / "a").iterdir()}
     assert kept == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "merges.txt",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "merges.txt",
         "chat_template.jinja",
-    }  # fmt: skip
+    }
     assert json.loads((tmp_path / "a/generation_config.json").read_text()) == {"eos_token_id": [5, 4]}
     (source / "generation_config.json").write_text('{"top_k": 20}')
     save_model(model, tmp_path / "b", tokenizer_folder=source)

@@ -37,10 +37,10 @@ def test_the_same_bytes_as_without(tmp_path: Path) -> None:
 
 
 class FullDisk(ShardWriter):
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor, *, row: int | None = None) -> None:
         if name == "t3":
             raise OSError(28, "No space left on device")
-        super().write(name, tensor)
+        super().write(name, tensor, row=row)
 
 
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
@@ -56,10 +56,10 @@ def test_no_more_than_the_bound_waits(tmp_path: Path) -> None:
     may_go_on, begun = threading.Event(), []
 
     class SlowDisk(ShardWriter):
-        def write(self, name: str, tensor: Tensor) -> None:
+        def write(self, name: str, tensor: Tensor, *, row: int | None = None) -> None:
             begun.append(name)
             assert may_go_on.wait(60)
-            super().write(name, tensor)
+            super().write(name, tensor, row=row)
 
     big = {f"t{i}": torch.zeros(5 << 20) for i in range(5)}  # 20 MiB each: three wait, the fourth must not
     writer = WriteBehind(SlowDisk(tmp_path, {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in big.items()}))

@@ -17,9 +17,32 @@ from qnext.text.templates import INSTRUCT_TEMPLATE
 from qnext.text.train import byte_level_tokenizer, save_tokenizer
 
 CONFIG: ModelConfig = replace(
-    preset("nano-5m"), vocab_size=300, hidden_size=48, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20,
-    max_position_embeddings=128, bos_token_id=256, eos_token_id=(258, 256), pad_token_id=256,
-)  # fmt: skip
+    preset("nano-5m"),
+    vocab_size=300,
+    hidden_size=48,
+    num_experts=5,
+    num_experts_per_tok=2,
+    moe_intermediate_size=20,
+    max_position_embeddings=128,
+    bos_token_id=256,
+    eos_token_id=(258, 256),
+    pad_token_id=256,
+)
+
+# Every row is whole groups of the integer schemes.
+QUANTIZABLE: ModelConfig = replace(
+    preset("nano-5m").with_layers(2),
+    vocab_size=300,
+    hidden_size=64,
+    num_experts=3,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=32,
+    max_position_embeddings=128,
+    bos_token_id=256,
+    eos_token_id=(258, 256),
+    pad_token_id=256,
+)
 
 Capture = pytest.CaptureFixture[str]
 

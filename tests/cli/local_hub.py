@@ -21,6 +21,9 @@ class LocalHub:
         self.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
         self.broken = broken
         self.ranges: list[tuple[str, int]] = []  # file and first byte of every download, in order
+        self.announced: dict[str, str] = {}  # other checksums than those of the files
+        self.holds: str | None = None  # the file whose bytes never come
+        self.is_held = threading.Event()
         self.url = ""
 
     @contextmanager
@@ -75,19 +78,29 @@ class LocalHub:
 
     def _send_file(self, handler: BaseHTTPRequestHandler, name: str, *, with_body: bool) -> None:
         data = self.files[name]
-        found = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range") or "")
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range") or "")
         start = int(found[1]) if found else 0
+        end = int(found[2]) + 1 if found and found[2] else len(data)
         handler.send_response(206 if found else 200)
-        handler.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        handler.send_header("ETag", f'"{self.announced.get(name) or hashlib.sha256(data).hexdigest()}"')
         handler.send_header("X-Repo-Commit", COMMIT)
-        handler.send_header("Content-Length", str(len(data) - start))
+        handler.send_header("Content-Length", str(end - start))
         if found:
-            handler.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            handler.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
         handler.end_headers()
         if not with_body:
             return
+        if found and found[2]:  # a look at a header
+            handler.wfile.write(data[start:end])
+            return
         self.ranges.append((name, start))
-        if name == self.broken:
+        if name == self.holds:
+            handler.wfile.write(data[: len(data) // 2])
+            handler.wfile.flush()
+            self.is_held.set()
+            handler.connection.recv(1)  # nothing, when the other side is gone
+            handler.close_connection = True
+        elif name == self.broken:
             self.broken = None
             handler.wfile.write(data[: len(data) // 2])
             handler.close_connection = True

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qnext.cli import VERBS
-from qnext.cli._complete import FILES, FOLDERS, candidates
+from qnext.cli.parsing.complete import FILES, FOLDERS, candidates
 
 from .command import Capture, run
 
@@ -66,7 +66,7 @@ def test_values_of_flags() -> None:
 
 def test_no_torch() -> None:
     code = (
-        "import sys; from qnext.cli import VERBS; from qnext.cli._complete import candidates\n"
+        "import sys; from qnext.cli import VERBS; from qnext.cli.parsing.complete import candidates\n"
         "for verb in VERBS: assert candidates([verb, '--'])\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
@@ -84,9 +84,13 @@ def reply_of_bash(tmp_path: Path, script: str, *words: str) -> set[str]:
     line = " ".join(map(shlex.quote, ("qnext", *words)))
     text = f'{script}\nCOMP_WORDS=({line}) COMP_CWORD={len(words)}\n_qnext qnext\nprintf "%s\\n" "${{COMPREPLY[@]}}"'
     done = subprocess.run(
-        ["bash", "--norc", "-c", text], cwd=tmp_path, capture_output=True, text=True, check=True,
+        ["bash", "--norc", "-c", text],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
         env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"},
-    )  # fmt: skip
+    )
     assert done.stderr == ""
     return set(done.stdout.splitlines())
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from qnext.cli import VERBS, click_command
-from qnext.cli._config_file import MAX_FILE_BYTES, read_flags, take_config
-from qnext.cli._types import human_int
+from qnext.cli.flags.values import human_int
+from qnext.cli.parsing.config_file import read_flags, take_config
 from qnext.errors import UsageError
+from qnext.text.mappings import MAX_FILE_BYTES
 
 from .command import Capture, run
 
@@ -105,9 +106,7 @@ def test_json_has_no_key_twice(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"stop: \xe9")
-    for name, message in (
-        ("none.yaml", "No such file"), (".", "Is a directory"), ("latin.yaml", "is not UTF-8 text")
-    ):  # fmt: skip
+    for name, message in (("none.yaml", "No such file"), (".", "Is a directory"), ("latin.yaml", "is not UTF-8 text")):
         result = run(capsys, "generate", "model", "prompt", "--config", tmp_path / name)
         assert (result.code, message in result.error_line) == (2, True), result.err
 
@@ -126,8 +125,10 @@ def test_what_belongs_to_the_flag() -> None:
     assert take_config("chat", ["m", "--config", "f", "--seed", "1"]) == (["m", "--seed", "1"], Path("f"))
     assert take_config("chat", ["m", "--", "--config", "f"]) == (["m", "--", "--config", "f"], None)
     for arguments, message in (
-        (["--config"], "needs a file"), (["--config="], "needs a file"), (["--config", "a", "--config=b"], "only one")
-    ):  # fmt: skip
+        (["--config"], "needs a file"),
+        (["--config="], "needs a file"),
+        (["--config", "a", "--config=b"], "only one"),
+    ):
         with pytest.raises(UsageError, match=message):
             take_config("chat", arguments)
 
@@ -150,11 +151,25 @@ def test_help_finds_a_word(capsys: Capture) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("0", 0), ("4_096", 4096), ("32k", 32_000), ("32K", 32_768), ("25.6k", 25_600), ("1.5M", 1_572_864),
-     ("2g", 2 * 10**9),
-     ("1.1T", None), ("9007199254740993", 9007199254740993), ("1.5", None), ("-1", None), ("k", None), ("1kk", None),
-     ("1e3", None), ("\u0663", None), ("9" * 50, None)],
-)  # fmt: skip
+    [
+        ("0", 0),
+        ("4_096", 4096),
+        ("32k", 32_000),
+        ("32K", 32_768),
+        ("25.6k", 25_600),
+        ("1.5M", 1_572_864),
+        ("2g", 2 * 10**9),
+        ("1.1T", None),
+        ("9007199254740993", 9007199254740993),
+        ("1.5", None),
+        ("-1", None),
+        ("k", None),
+        ("1kk", None),
+        ("1e3", None),
+        ("\u0663", None),
+        ("9" * 50, None),
+    ],
+)
 def test_human_integers(text: str, value: int | None) -> None:
     if value is None:
         with pytest.raises(ValueError, match="no whole number"):

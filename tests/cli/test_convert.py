@@ -11,8 +11,8 @@ from qnext.checkpoint import create_folder
 from qnext.checkpoint.gguf import export_gguf, read_gguf
 from qnext.checkpoint.gguf.container import GgufSpec
 from qnext.checkpoint.gguf.writer import GgufWriter, new_file
-from qnext.config import read_config
 from qnext.text.gguf import vocabulary_keys
+from tests.config.folder import read_config
 
 from .command import CONFIG, Capture, make_model, run
 
@@ -127,7 +127,7 @@ def test_warnings_are_one_line_each(tmp_path: Path, capsys: Capture) -> None:
     (line,) = result.err.splitlines()
     assert line == (
         f"qnext convert: warning: {tmp_path / 'm.gguf'}: key tokenizer.ggml.padding_token_id: 1000000 is no token "
-        "and is passed over"
+        "and is ignored"
     )
 
 
@@ -163,10 +163,13 @@ def test_a_verb_that_is_given_gguf_says_what_helps(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("model", "out"), 2, "must be a GGUF file that ends in .gguf"),
-        (("m.gguf", "n.gguf"), 2, "must be a GGUF file that ends in .gguf"),
+        (("model", "out", "--type", "f32"), 2, "--type and --dtype are for GGUF files; a folder keeps its numbers"),
+        (("model", "out", "--dtype", "float32"), 2, "--type and --dtype are for GGUF files"),
+        (("m.gguf", "n.gguf"), 2, "one of the two must be a folder"),
+        (("model", "n.gguf", "--records"), 2, "--dtype, --dequantize and --records are for a folder"),
+        (("model", "model"), 2, "model: exists and is not empty"),
         (("model", "n.gguf", "--type", "q2"), 2, "--type q2: must be one of f32"),
-        (("model", "n.gguf", "--dtype", "float32"), 2, "--dtype and --dequantize are for a folder"),
+        (("model", "n.gguf", "--dtype", "float32"), 2, "--dtype, --dequantize and --records are for a folder"),
         (("m.gguf", "out", "--type", "f32"), 2, "--type is for OUT.gguf"),
         (("m.gguf", "out", "--dtype", "int8"), 2, "--dtype int8: must be one of"),
         (("model", "m.gguf"), 2, "m.gguf: exists"),

@@ -13,12 +13,13 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from qnext.cli import _chat_loop
-from qnext.cli._sampling import resolve_sampling
-from qnext.cli._served import name_of
-from qnext.cli.demo import _free, _talk
+from qnext.cli.demo import talk_with
+from qnext.cli.terminal import chat_loop
 from qnext.recipes import RECIPES, demo
 from qnext.recipes.recipe import prepare
+from qnext.server.run import port_or_any
+from qnext.session.sampling import resolve_sampling
+from qnext.session.served import name_of
 from tests.cli.test_train import tiny_recipe
 
 
@@ -37,7 +38,7 @@ def test_the_page_is_open_while_the_terminal_talks(
 ) -> None:
     display = Display()
     pages: list[str] = []
-    converse = _chat_loop.converse
+    converse = chat_loop.converse
 
     def look_and_converse(talk: object) -> None:
         found = re.search(r"http\S+", display.lines[-1])
@@ -46,11 +47,11 @@ def test_the_page_is_open_while_the_terminal_talks(
         assert httpx2.get(f"{found[0]}live/model").json()["has_chat"] is False
         converse(talk)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_chat_loop, "converse", look_and_converse)
+    monkeypatch.setattr(chat_loop, "converse", look_and_converse)
     monkeypatch.setattr(sys, "stdin", io.StringIO("def main(\n"))
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
-    _talk(plain_folder, display, 0, 0)  # type: ignore[arg-type]
+    talk_with(plain_folder, display, 0, 0)  # type: ignore[arg-type]
     assert "<title>" in pages[0] and "answers no questions" in " ".join(display.lines)
     assert capsys.readouterr().out.strip(), "the model went on"
 
@@ -58,8 +59,8 @@ def test_the_page_is_open_while_the_terminal_talks(
 def test_a_port_that_is_taken_gives_way() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert _free(port) == 0
-    assert _free(port) == port
+        assert port_or_any(port) == 0
+    assert port_or_any(port) == port
 
 
 def test_the_folder_recommends_its_sampling_and_says_what_it_is(tmp_path: Path) -> None:

@@ -5,42 +5,35 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-import resource
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from qnext.cli import _doctor, _doctor_kernels
-from qnext.cli._doctor import Finding
-from qnext.engine import memory
-from qnext.ops import backend
-from qnext.ops.backend import native_module
+from qnext.checkpoint.check import read_layout
+from qnext.diagnostics import machine
+from qnext.diagnostics.finding import Finding
+from qnext.ops.backends import cpu_kernels, instruction_set
+from qnext.ops.expert_rates import KernelRates
+from qnext.planning import machine as facts
+from qnext.planning.expert_memory import engine_reserve
+from qnext.session import planned
+from qnext.text.train import byte_level_tokenizer, save_tokenizer
+from tests.checkpoint.record_folders import RecordForm, record_folder
 
 from .command import Capture, edit_json, make_model, poke, run
-
-needs_native = pytest.mark.skipif(native_module() is None, reason="needs the native kernels")
 
 
 @pytest.fixture
 def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine is somebody else's test."""
-    monkeypatch.setattr(_doctor, "machine_findings", lambda: iter([Finding("python", "ok", "some")]))
+    monkeypatch.setattr(machine, "machine_findings", lambda: iter([Finding("python", "ok", "some")]))
 
 
 def by_name(findings: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {finding["name"]: finding for finding in findings}
-
-
-def one(findings: Any, name: str) -> Finding:
-    (found,) = [finding for finding in findings if finding.name == name]
-    assert isinstance(found, Finding)
-    assert found.advice or found.status == "ok"
-    return found
 
 
 def test_machine(capsys: Capture) -> None:
@@ -53,8 +46,8 @@ def test_machine(capsys: Capture) -> None:
     assert 1 <= found["processor"]["data"]["allowed"] <= found["processor"]["data"]["cores"]
     assert found["packages"]["data"]["torch"] == importlib.metadata.version("torch")
     assert all(finding["advice"] for finding in document["machine"] if finding["status"] != "ok")
-    if native_module() is not None:
-        assert found["backend"]["data"]["instruction_set"] == native_module().isa()
+    if cpu_kernels() is not None:
+        assert found["backend"]["data"]["instruction_set"] == cpu_kernels().isa()
         assert found["kernel test"]["status"] == "ok"
 
 
@@ -125,108 +118,35 @@ def test_no_such_model(tmp_path: Path, capsys: Capture) -> None:
 def test_a_model_that_does_not_fit(
     capsys: Capture, plain_folder: Path, quiet_machine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(facts, "available_bytes", lambda: 1000)
     result = run(capsys, "doctor", plain_folder, "--json")
     finding = by_name(json.loads(result.out)["model"])["memory plan"]
     assert (result.code, finding["status"]) == (1, "problem")
     assert "qnext quantize" in finding["advice"]
 
 
-@needs_native
-@pytest.mark.parametrize(
-    ("module", "function", "name"),
-    [
-        ("qnext.ops.cpu.linear", "linear", "linear int4"), ("qnext.ops.cpu.linear", "experts", "experts"),
-        ("qnext.ops.cpu.rows", "rms_norm", "norm"), ("qnext.ops.delta_mixer", "native_mixer", "delta rule"),
-        ("qnext.ops.cpu.attention", "attention_mixer", "attention"),
-    ],
-)  # fmt: skip
-def test_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch, module: str, function: str, name: str) -> None:
-    """Each op does go through the native module, and an error of some per cent is seen in it alone."""
-    place = importlib.import_module(module)
-    right = getattr(place, function)
-    monkeypatch.setattr(place, function, lambda *values, **named: right(*values, **named) * 1.05)
-    finding = _doctor_kernels.self_test()
-    assert finding.status == "problem"
-    wrong = {key for key, value in finding.data.items() if value["error"] > value["tolerance"]}
-    assert wrong == ({"linear fp32", "linear bf16", "linear int4"} if function == "linear" else {name})
-    assert name in finding.advice
-
-
-def test_the_test_leaves_random_numbers_alone() -> None:
-    state = torch.random.get_rng_state()
-    if native_module() is not None:
-        _doctor_kernels.kernel_errors()
-    assert torch.equal(state, torch.random.get_rng_state())
-
-
-@pytest.mark.parametrize(
-    ("value", "status", "text"),
-    [("reference", "warning", "reference, as QNEXT_BACKEND says"), ("gpu", "problem", "must be 'cpu' or 'reference'")],
-)
-def test_backends(monkeypatch: pytest.MonkeyPatch, value: str, status: str, text: str) -> None:
-    monkeypatch.setenv("QNEXT_BACKEND", value)
-    monkeypatch.setattr(backend, "native_module", backend.native_module.__wrapped__)
-    finding = one(_doctor._kernels(), "backend")
-    assert (finding.status, text in finding.text) == (status, True)
-
-
-def test_kernels_that_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise ImportError("no module _native")
-
-    monkeypatch.delenv("QNEXT_BACKEND", raising=False)
-    monkeypatch.setattr(backend, "native_module", backend.native_module.__wrapped__)
-    monkeypatch.setattr(backend.importlib, "import_module", missing)
-    finding = one(_doctor._kernels(), "backend")
-    assert (finding.status, "no module _native" in finding.text) == ("warning", True)
-
-
-def test_packages_out_of_range() -> None:
-    finding = _doctor._packages(["torch<2", "no-such-package>=1", "rich>=1", "absent; extra == 'dev'"])
-    assert finding.status == "problem"
-    assert "torch" in finding.text
-    assert "no-such-package is missing" in finding.text
-    assert "rich" not in finding.text
-    assert finding.advice == "pip install 'torch<2' 'no-such-package>=1'"
-    assert _doctor._packages(["rich>=1"]).status == "ok"
-
-
-def test_limits_of_control_groups(tmp_path: Path) -> None:
-    """Version 2 by the nearest group with a limit; version 1 below the folder of its controller."""
-    own = tmp_path / "own"
-    root = tmp_path / "cgroup"
-    (root / "a" / "b").mkdir(parents=True)
-    (root / "a" / "b" / "cpu.max").write_text("max 100000\n")
-    (root / "a" / "cpu.max").write_text("150000 100000\n")
-    own.write_text("0::/a/b\n")
-    assert _doctor.group_limit("cpu.max", "cpu.cfs_quota_us", root=root, own=own) == "150000 100000"
-    assert _doctor.group_limit("memory.max", "memory.limit_in_bytes", root=root, own=own) is None
-    (root / "memory" / "job").mkdir(parents=True)
-    (root / "memory" / "job" / "memory.limit_in_bytes").write_text("1024\n")
-    own.write_text("4:memory:/job\n2:cpu,cpuacct:/\n0::/\n")
-    assert _doctor.group_limit("memory.max", "memory.limit_in_bytes", root=root, own=own) == "1024"
-    assert _doctor.group_limit("cpu.max", "cpu.cfs_quota_us", root=root, own=tmp_path / "none") is None
-
-
-def test_a_share_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_doctor, "group_limit", lambda name, v1_name: "50000 100000")
-    finding = _doctor._processor()
-    assert (finding.status, finding.data["quota"]) == ("warning", 0.5)
-    assert "OMP_NUM_THREADS=1" in finding.advice
-    monkeypatch.setattr(_doctor, "group_limit", lambda name, v1_name: None)
-    assert _doctor._processor().status == "ok"
-
-
-def test_low_resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 1 << 30)
-    assert _doctor._memory().status == "warning"
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 30))
-    assert [finding.status for finding in _doctor._disks()] == ["warning", "warning"]
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 4096))
-    assert "ulimit" in _doctor._open_files().advice
-    (tmp_path / "enabled").write_text("always madvise [never]\n")
-    assert _doctor._huge_pages(tmp_path).status == "warning"
-    (tmp_path / "enabled").write_text("always [madvise] never\n")
-    assert _doctor._huge_pages(tmp_path).data == {"mode": "madvise"}
-    assert _doctor._huge_pages(tmp_path / "none").status == "ok"
+@pytest.mark.skipif(instruction_set() is None, reason="records are read by the native kernels")
+def test_experts_on_disk_are_planned(
+    tmp_path: Path, capsys: Capture, quiet_machine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `qnext plan` says: all of the model fits, half of its experts do, or nothing does."""
+    folder = tmp_path / "m"
+    record_folder(folder, RecordForm("float16", 4, 32))
+    save_tokenizer(byte_level_tokenizer(), folder, model_max_length=64)
+    monkeypatch.setattr(planned, "kernel_rates", lambda config, is_quantized: KernelRates(30e9, 2e12))
+    experts = planned.planned_folder("m", layout := read_layout(folder)).sizes.experts
+    reserve = engine_reserve(layout.config, num_threads=torch.get_num_threads())
+    found = {}
+    for share in (2.0, 0.5, -1.0):
+        free = reserve + experts.other_bytes + int(share * experts.all_bytes)
+        monkeypatch.setattr(facts, "available_bytes", lambda free=free: free)
+        result = run(capsys, "doctor", folder, "--json", "--quick")
+        found[share] = by_name(json.loads(result.out)["model"])
+        assert result.code == (0 if share > 0 else 1)
+    assert "sequences of" in found[2.0]["memory plan"]["text"]
+    assert found[2.0]["speed"]["data"]["placement"] == "resident"
+    half, none = found[0.5], found[-1.0]
+    assert "of them stay in memory" in half["memory plan"]["text"]
+    assert 0.2 < half["speed"]["data"]["share"] < 0.6 and "service" in half["speed"]["text"]
+    assert none["memory plan"]["status"] == "problem" and "speed" not in none
+    assert "experts on disk need" in none["memory plan"]["text"]

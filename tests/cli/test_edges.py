@@ -15,8 +15,6 @@ from qnext.errors import CorruptCheckpoint, QnextWarning, one_line
 
 from .command import Capture, make_model, run
 
-pytestmark = pytest.mark.usefixtures("logs_of_others_stay")
-
 BATCH = '{"custom_id":"a","method":"POST","url":"/v1/completions","body":{"model":"m","prompt":"a"}}\n'
 # verb and parameter -> a command whose X is what is tried
 INPUTS = {
@@ -37,6 +35,7 @@ INPUTS = {
     "quantize text": "quantize MODEL NEW --scheme int4-g32 --text X",
     "bench model": "bench X",
     "convert model": "convert X NEW",
+    "merge adapter": "merge X NEW",
     "experts model": "experts X text",
     "experts file": "experts MODEL --text X",
     "experts other": "experts MODEL text --compare X",
@@ -45,7 +44,13 @@ INPUTS = {
     "keys show file": "keys show a --file X",
     "keys rotate file": "keys rotate a --file X",
     "keys revoke file": "keys revoke a --file X",
+    "audit log": "audit X",
     "doctor model": "doctor X",
+    "plan models": "plan X",
+    "train-sft base": "train-sft --from X --data BATCH --out NEW",
+    "train-sft data": "train-sft --from MODEL --data X --out NEW --template instruct",
+    "train-dpo base": "train-dpo --from X --data BATCH --out NEW",
+    "train-dpo data": "train-dpo --from MODEL --data X --out NEW --template instruct",
 }
 OUTPUTS = {
     "init out": "init nano-5m X --layers 4 --experts 2 --experts-per-token 1 --vocab-size 300",
@@ -57,9 +62,23 @@ OUTPUTS = {
 }
 # what is no file of this machine, needs a server or another program, or trains for minutes; tested in the verb's tests
 ELSEWHERE = {
-    "demo out", "train out", "pull out", "bench llama_cpp", "bench gguf", "bench cache", "bench-serve model",
-    "bench-serve dataset_path", "bench-serve save_result", "keys create model", "experts text", "quantize report",
-}  # fmt: skip
+    "demo out",
+    "train out",
+    "train-sft out",
+    "train-dpo out",
+    "pull out",
+    "bench llama_cpp",
+    "bench gguf",
+    "bench cache",
+    "bench-serve model",
+    "bench-serve dataset_path",
+    "bench-serve save_result",
+    "keys create model",
+    "experts text",
+    "merge base",
+    "merge out",
+    "quantize report",
+}
 SERVE = {"serve model", "serve audit_log"}
 
 

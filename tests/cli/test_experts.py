@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import re
-import struct
 import sys
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +13,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from qnext.checkpoint import create_folder, load_model, save_model
-from qnext.cli._experts import LayerReport, compare
-from qnext.cli._heatmap import NUM_LEVELS, levels_of, palette, png, svg
-from qnext.errors import UsageError
 from qnext.model import Batch
 from qnext.model.moe import Router
 from qnext.text.tokenizer import Tokenizer
+from tests.diagnostics.pictures import read_png
 
 from .command import CONFIG, Capture, make_model, run
 
@@ -144,20 +138,6 @@ def test_a_table_for_people(plain_folder: Path, tmp_path: Path, capsys: Capture)
     assert [row.split()[:2] for row in rows] == [["0", str(len(TEXT))], ["1", str(len(TEXT))]]
 
 
-def report(share: list[int], label: str = "0") -> LayerReport:
-    order = sorted(range(len(share)), key=lambda e: -share[e])
-    return LayerReport(label, tuple(share), sum(share), 1.0, 1.0, 1.0, tuple((e, 0.0) for e in order[:2]), ())
-
-
-def test_distance_and_overlap() -> None:
-    (each,) = compare([report([6, 4, 0, 0])], [report([0, 4, 3, 3])])
-    assert (each.distance, each.overlap) == (pytest.approx(0.6), 0.5)
-    assert "60.0% of the choices have moved" in str(each.alert)
-    assert compare([report([50, 50])], [report([54, 46])])[0].alert is None
-    with pytest.raises(UsageError, match="different layers"):
-        compare([report([1, 1])], [report([1, 1, 1])])
-
-
 def test_usage(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "latin").write_bytes(b"\xe9")
     other = tmp_path / "other"
@@ -170,7 +150,7 @@ def test_usage(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
         ([plain_folder], "give one text"),
         ([plain_folder, "a", "--text", tmp_path / "latin"], "give one text"),
         ([plain_folder, ""], "the text is empty"),
-        ([plain_folder, "--text", tmp_path / "latin"], "is not UTF-8 text"),
+        ([plain_folder, "--text", tmp_path / "latin"], "not UTF-8 (byte 0)"),
         ([plain_folder, "a", "--picture", "x.gif"], "pictures are .png or .svg"),
         ([plain_folder, "a", "--picture", tmp_path / "none" / "x.png"], "no such folder"),
         ([plain_folder, "a", "--compare", other], "layers, experts, chosen ones"),
@@ -181,68 +161,6 @@ def test_usage(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
         assert (result.code, message in result.error_line) == (2, True), result.err
     result = run(capsys, "experts", plain_folder, "a", "--max-tokens", "300")
     assert result.code == 4, result.err
-
-
-def loads(num_layers: int, num_experts: int) -> NDArray[np.float64]:
-    found = np.random.default_rng(0).lognormal(size=(num_layers, num_experts))
-    found[0, :2] = 0
-    return found / found.mean(axis=1, keepdims=True)
-
-
-def read_png(data: bytes) -> tuple[NDArray[np.uint8], bytes]:
-    """Pixels as numbers of the palette, and the palette; every checksum is looked at."""
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    chunks: dict[bytes, bytes] = {}
-    at = 8
-    while at < len(data):
-        (size,) = struct.unpack(">I", data[at : at + 4])
-        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
-        assert struct.unpack(">I", data[at + 8 + size : at + 12 + size]) == (zlib.crc32(kind + body),)
-        chunks[kind] = body
-        at += 12 + size
-    assert list(chunks) == [b"IHDR", b"PLTE", b"IDAT", b"IEND"]
-    width, height, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
-    assert rest == [8, 3, 0, 0, 0]
-    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), dtype=np.uint8).reshape(height, width + 1)
-    assert not rows[:, 0].any()
-    return rows[:, 1:], chunks[b"PLTE"]
-
-
-@pytest.mark.parametrize(("num_layers", "num_experts"), [(48, 512), (2, 4), (1, 1)])
-def test_png(num_layers: int, num_experts: int) -> None:
-    loads_LE = loads(num_layers, num_experts) if num_experts > 1 else np.ones((1, 1))
-    pixels, colors = read_png(png(loads_LE))
-    height, width = pixels.shape[0] // num_layers, pixels.shape[1] // num_experts
-    assert height >= width >= 4
-    assert np.array_equal(pixels, levels_of(loads_LE).repeat(height, axis=0).repeat(width, axis=1))
-    assert len(colors) == 3 * (NUM_LEVELS + 1)
-    assert pixels.max() < len(palette())
-
-
-def test_levels() -> None:
-    assert levels_of(np.array([[0.0, 1e-9, 1.0, 4.0]])).tolist() == [[0, 1, 28, NUM_LEVELS]]
-    assert levels_of(np.array([[0.0, 32.0, 16.0]])).tolist()[0][:2] == [0, NUM_LEVELS]
-    lightness = [0.3 * red + 0.6 * green + 0.1 * blue for red, green, blue in palette()[1:]]
-    assert lightness == sorted(lightness)
-
-
-def test_svg() -> None:
-    """Every cell is painted once, in the colour of its level."""
-    loads_LE = loads(48, 512)
-    labels = [*map(str, range(47)), "MTP"]
-    root = ElementTree.fromstring(svg(loads_LE, labels=labels, title="a <model> & more"))
-    painted = np.full(loads_LE.shape, -1)
-    colors = ["#{:02x}{:02x}{:02x}".format(*color) for color in palette()]
-    for path in root.iter("{http://www.w3.org/2000/svg}path"):
-        for x, y, size, back in re.findall(r"M(\d+) (\d+)h(\d+)v1h-(\d+)z", path.attrib["d"]):
-            cells = painted[int(y), int(x) : int(x) + int(size)]
-            assert size == back and (cells == -1).all()
-            cells[:] = colors.index(path.attrib["fill"])
-    assert np.array_equal(painted, levels_of(loads_LE))
-    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts[0] == "a <model> & more"
-    assert set(labels) < set(texts)
-    assert {"expert", "layer", "1 × fair share", "no token", "496"} < set(texts)
 
 
 @pytest.mark.parametrize("name", ["a.svg", "a.PNG"])

@@ -13,9 +13,10 @@ import pytest
 
 from qnext.checkpoint import load_model
 from qnext.cli import main
-from qnext.engine import Engine, SamplingParams
+from qnext.engine import Engine, EngineConfig, SamplingParams
 from qnext.text.chat import ChatFormat
 from qnext.text.messages import Message
+from qnext.text.prompts import ChatPrompt
 from qnext.text.tokenizer import Tokenizer
 
 Captured = pytest.CaptureFixture[str]
@@ -34,7 +35,9 @@ def document(capsys: Captured, *arguments: str | Path) -> dict[str, Any]:
 
 
 def greedy(folder: Path, prompt_ids: list[int], max_tokens: int) -> list[int]:
-    (done,) = Engine(load_model(folder), max_num_seqs=1).generate([prompt_ids], SamplingParams(max_tokens=max_tokens))
+    (done,) = Engine.of(load_model(folder), EngineConfig(max_num_seqs=1)).generate(
+        [prompt_ids], SamplingParams(max_tokens=max_tokens)
+    )
     return list(done.output_ids)
 
 
@@ -112,7 +115,8 @@ def test_a_stop_text_ends_the_answer_before_it(plain_folder: Path, capsys: Captu
 
 def test_chat_renders_the_folders_format(chat_folder: Path, capsys: Captured) -> None:
     tokenizer = Tokenizer.from_folder(chat_folder)
-    prompt_ids = ChatFormat.for_folder(chat_folder).encode(tokenizer, [Message("user", "Hi")])
+    chat_format = ChatFormat.for_folder(chat_folder)
+    prompt_ids = ChatPrompt([Message("user", "Hi")]).encode(chat_format, tokenizer).token_ids
     result = document(capsys, chat_folder, "Hi", "--chat", "--temperature", "0", "--max-tokens", "5")
     assert result["usage"]["prompt_tokens"] == len(prompt_ids)
     assert result["token_ids"] == greedy(chat_folder, prompt_ids, 5)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qnext.cli import VERBS, click_command
-from qnext.cli._complete import candidates
+from qnext.cli.parsing.complete import candidates
 
 from .command import Capture, run
 
@@ -132,9 +132,13 @@ def test_a_mistake_is_one_line_that_helps(capsys: Capture, tmp_path: Path, argum
 def test_the_model_by_a_flag(verb: str, flag: str) -> None:
     command = click_command(verb)
     rest = {
-        "logits": ["--tokens", "1", "--out", "o"], "generate": ["a -m b"], "eval": ["f"], "convert": ["o.gguf"],
-        "quantize": ["o", "--scheme", "int8"], "experts": ["text"],
-    }.get(verb, [])  # fmt: skip
+        "logits": ["--tokens", "1", "--out", "o"],
+        "generate": ["a -m b"],
+        "eval": ["f"],
+        "convert": ["o.gguf"],
+        "quantize": ["o", "--scheme", "int8"],
+        "experts": ["text"],
+    }.get(verb, [])
     by_place = command.make_context("x", ["MODEL", *rest]).params
     for words in ([flag, "MODEL", *rest], [*rest, flag, "MODEL"], [*rest, f"{flag}=MODEL"]):
         assert click_command(verb).make_context("x", words).params == by_place

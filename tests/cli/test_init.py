@@ -9,9 +9,10 @@ import pytest
 
 from qnext.checkpoint import create_folder, load_model
 from qnext.checkpoint.header import read_index
-from qnext.config import preset, read_config
+from qnext.config import preset
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import save_tokenizer, train_bpe
+from tests.config.folder import read_config
 
 from .command import CONFIG, Capture, run
 
@@ -97,6 +98,19 @@ def test_existing_folder(tmp_path: Path, capsys: Capture) -> None:
     result = run(capsys, "init", *SMALL, tmp_path / "m")
     assert (result.code, result.error_line) == (2, f"qnext init: {tmp_path / 'm'}: exists and is not empty")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_scheme(tmp_path: Path, capsys: Capture) -> None:
+    """The folder that quantize makes of one without."""
+    assert run(capsys, "init", *SMALL, tmp_path / "plain", "--seed", 4).code == 0
+    assert run(capsys, "quantize", tmp_path / "plain", tmp_path / "q", "--scheme", "int4-g32").code == 0
+    result = run(capsys, "init", *SMALL, tmp_path / "made", "--seed", 4, "--scheme", "int4-g32")
+    assert (result.code, result.out) == (0, f"{tmp_path / 'made'}\n")
+    assert "int4-g32, bfloat16, seed 4" in result.err
+    contents = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("q", "made")]
+    assert contents[0] == contents[1]
+    wrong = run(capsys, "init", *SMALL, tmp_path / "x", "--scheme", "int5")
+    assert (wrong.code, "int4-g32" in wrong.error_line, (tmp_path / "x").exists()) == (2, True, False)
 
 
 def test_vocabulary_of_the_weights_and_config_agree(tmp_path: Path) -> None:

@@ -65,9 +65,15 @@ def test_dtypes_by_part(tmp_path: Path, capsys: Capture) -> None:
     document = json.loads(run(capsys, "inspect", folder, "--json").out)
     stored, parameters = document["dtypes_by_part"], document["parameters"]
     assert {part: set(dtypes) for part, dtypes in stored.items()} == {
-        "embedding": {"BF16"}, "attention": {"BF16", "F16"}, "delta_net": {"BF16"}, "norms": {"BF16"},
-        "router": {"F32"}, "experts": {"BF16", "F32"}, "shared_experts": {"BF16"}, "mtp": {"BF16", "F16", "F32"},
-    }  # fmt: skip
+        "embedding": {"BF16"},
+        "attention": {"BF16", "F16"},
+        "delta_net": {"BF16"},
+        "norms": {"BF16"},
+        "router": {"F32"},
+        "experts": {"BF16", "F32"},
+        "shared_experts": {"BF16"},
+        "mtp": {"BF16", "F16", "F32"},
+    }
     for part, dtypes in stored.items():
         assert sum(dtypes.values()) == parameters[part]
     assert document["dtypes"]["F16"] == stored["attention"]["F16"] + stored["mtp"]["F16"]
@@ -78,7 +84,7 @@ def test_dtypes_by_part(tmp_path: Path, capsys: Capture) -> None:
 def test_the_state_of_a_sequence_is_one_figure(tmp_path: Path, capsys: Capture) -> None:
     folder = make_model(tmp_path)
     document = json.loads(run(capsys, "inspect", folder, "--json").out)
-    from qnext.engine.memory import format_bytes
+    from qnext.planning.machine import format_bytes
 
     figure = format_bytes(document["state_bytes_per_sequence"]["total"])
     assert f"state per sequence {figure}\n" in run(capsys, "inspect", folder).out
@@ -128,7 +134,7 @@ ERRORS = {
     "not implemented": (lambda f: _config(f, hidden_act="gelu"), None, 6, "hidden_act: 'gelu' is not supported"),
     "experts": (lambda f: _config(f, num_experts=6), None, 5, "experts.5.gate_proj.weight is missing"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), None, 5, "not readable as JSON"),
-}  # fmt: skip
+}
 
 
 def _config(folder: Path, **changes: object) -> None:

@@ -17,12 +17,11 @@ import pytest
 
 from qnext import interrupts
 from qnext.checkpoint import create_folder
-from qnext.cli.verify import examine
-from qnext.config import preset
+from qnext.diagnostics.folder import examine
 from qnext.interrupts import Ending, Terminated, held
 from qnext.text.train import byte_level_tokenizer, save_tokenizer
 
-from .command import Capture, run
+from .command import QUANTIZABLE, Capture, run
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _EVENTS = ("os.mkdir", "os.rename", "os.chmod", "os.remove", "os.rmdir")
@@ -66,11 +65,7 @@ def _disarmed(steps: Steps) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = replace(
-        preset("nano-5m").with_layers(4), vocab_size=300, hidden_size=64, num_experts=3, num_experts_per_tok=2,
-        moe_intermediate_size=32, shared_expert_intermediate_size=32, max_position_embeddings=128,
-        linear_value_head_dim=preset("nano-5m").linear_key_head_dim, eos_token_id=(256,),
-    )  # fmt: skip
+    config = replace(QUANTIZABLE.with_layers(4), linear_value_head_dim=QUANTIZABLE.linear_key_head_dim)
     folder = tmp_path_factory.mktemp("models")
     save_tokenizer(byte_level_tokenizer(), folder / "tokenizer", model_max_length=128)
     create_folder(config, folder / "m", seed=1, tokenizer_folder=folder / "tokenizer")

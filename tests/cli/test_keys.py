@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qnext.server.keys import KeyRing
+from qnext.server.access.keys import KeyRing
 from tests.cli.command import Capture, Result, run
 
 
@@ -37,10 +37,33 @@ def test_create_prints_the_secret_alone(capsys: Capture, file: Path) -> None:
 def test_every_option_reaches_the_key(capsys: Capture, file: Path) -> None:
     before = int(time.time())
     result = run(
-        capsys, "keys", "create", "--name", "all", "--file", file, "--json", "--scope", "metrics", "--scope", "admin",
-        "--expires", "30d", "--rpm", 1, "--tpm", 2, "--max-parallel", 3, "--max-context", 4, "--model", "a",
-        "--model", "b",
-    )  # fmt: skip
+        capsys,
+        "keys",
+        "create",
+        "--name",
+        "all",
+        "--file",
+        file,
+        "--json",
+        "--scope",
+        "metrics",
+        "--scope",
+        "admin",
+        "--expires",
+        "30d",
+        "--rpm",
+        1,
+        "--tpm",
+        2,
+        "--max-parallel",
+        3,
+        "--max-context",
+        4,
+        "--model",
+        "a",
+        "--model",
+        "b",
+    )
     values = json.loads(result.out)
     key = KeyRing(file).find(values["secret"])
     assert key is not None and key.scopes == {"admin", "metrics"} and key.models == ("a", "b")
@@ -64,12 +87,18 @@ def test_when_a_key_expires(capsys: Capture, file: Path, text: str, seconds: int
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--expires", "soon"], "--expires 'soon'"), (["--expires", "2020-01-31"], "not in the future"),
-        (["--expires", "0d"], "not in the future"), (["--expires", "2027-02-30"], "2027-02-30"),
-        (["--expires", "-1d"], "--expires"), (["--scope", "root"], "--scope 'root'"), (["--rpm", 0], "--rpm"),
-        (["--max-context", -1], "--max-context"), (["--tpm", 2**60], "tokens_per_minute"), (["--model", ""], "models"),
+        (["--expires", "soon"], "--expires 'soon'"),
+        (["--expires", "2020-01-31"], "not in the future"),
+        (["--expires", "0d"], "not in the future"),
+        (["--expires", "2027-02-30"], "2027-02-30"),
+        (["--expires", "-1d"], "--expires"),
+        (["--scope", "root"], "--scope 'root'"),
+        (["--rpm", 0], "--rpm"),
+        (["--max-context", -1], "--max-context"),
+        (["--tpm", 2**60], "tokens_per_minute"),
+        (["--model", ""], "models"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_option_is_one_line(capsys: Capture, file: Path, options: list[object], words: str) -> None:
     result = run(capsys, "keys", "create", "--name", "made", "--file", file, *options)
     assert result.code == 2 and words in result.error_line and not file.exists()

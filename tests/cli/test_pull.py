@@ -17,7 +17,8 @@ import pytest
 from huggingface_hub import errors
 
 from qnext.checkpoint import resolve_model
-from qnext.cli._download import download_files, file_bars, file_lines
+from qnext.checkpoint.hub import download_files
+from qnext.cli.pull import file_bars, file_lines
 from qnext.errors import ModelNotFound
 
 from .command import Capture, make_model, run
@@ -61,9 +62,14 @@ def test_only_safe_files_are_asked_for(tmp_path: Path, capsys: Capture, install:
     hub = install(Hub(make_model(tmp_path)))
     run(capsys, "pull", "org/model")
     wanted = [
-        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "merges.txt", "LICENSE",
-        "README.md", "chat_template.jinja",
-    ]  # fmt: skip
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "merges.txt",
+        "LICENSE",
+        "README.md",
+        "chat_template.jinja",
+    ]
     unwanted = ["pytorch_model.bin", "modeling.py", "training_args.bin", "model.gguf", "x.pkl", "run.sh"]
     patterns = hub.calls[0][1]["allow_patterns"]
     assert list(filter_repo_objects(wanted + unwanted, allow_patterns=patterns)) == wanted
@@ -175,9 +181,13 @@ def pull(hub: LocalHub, home: Path, *arguments: object) -> subprocess.CompletedP
     """In a process of its own: the address of the hub is read once."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return subprocess.run(
-        [sys.executable, "-m", "qnext", "pull", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-        env={**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "qnext", "pull", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
+        check=False,
+    )
 
 
 def test_lines_for_programs(tmp_path: Path) -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qnext.checkpoint import create_folder
-from qnext.config import preset
 from qnext.text.train import byte_level_tokenizer, save_tokenizer
-from tests.cli.command import Capture, edit_json, run
+from tests.cli.command import QUANTIZABLE, Capture, edit_json, run
+from tests.cli.local_hub import LocalHub
 
-CONFIG = replace(
-    preset("nano-5m").with_layers(2), vocab_size=300, hidden_size=64, num_experts=3, num_experts_per_tok=2,
-    moe_intermediate_size=32, shared_expert_intermediate_size=32, max_position_embeddings=128,
-    bos_token_id=256, eos_token_id=(258, 256), pad_token_id=256,
-)  # fmt: skip
 TEXT = "The scale of a group is chosen before its codes. " * 40
 
 
@@ -31,7 +29,7 @@ def one_thread() -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = tmp_path_factory.mktemp("quantize")
     save_tokenizer(byte_level_tokenizer(), parent / "tokenizer", model_max_length=128)
-    create_folder(CONFIG, parent / "model", seed=1, tokenizer_folder=parent / "tokenizer")
+    create_folder(QUANTIZABLE, parent / "model", seed=1, tokenizer_folder=parent / "tokenizer")
     return parent / "model"
 
 
@@ -73,6 +71,7 @@ def test_wrong_words_are_usage_errors(model: Path, text: Path, tmp_path: Path, c
         (["--scheme", "int8", "--head", "int8"], "no head of its own"),
         (["--scheme", "int8", "--text", str(text), "--method", "awq"], "awq"),
         (["--scheme", "int8", "--report", str(text)], "exists"),
+        (["--scheme", "int8", "--revision", "main"], "--from-hub"),
     ):
         result = run(capsys, "quantize", model, out, *arguments)
         assert result.code == 2
@@ -89,6 +88,74 @@ def test_texts_that_cannot_calibrate(model: Path, tmp_path: Path, capsys: Captur
         assert result.code == 2
         assert wrong in result.error_line and name in result.error_line
     assert not (tmp_path / "out").exists()
+
+
+def test_shard_by_shard(tmp_path: Path, capsys: Capture) -> None:
+    """The same folder as of a source that stays."""
+    create_folder(QUANTIZABLE, tmp_path / "source", seed=1, max_shard_bytes=100_000)
+    arguments = ("quantize", tmp_path / "source", tmp_path / "out", "--scheme", "int8")
+    assert run(capsys, *arguments[:2], tmp_path / "expected", *arguments[3:]).code == 0
+    with_text = run(capsys, *arguments, "--delete-source-shards", "--text", tmp_path / "t")
+    assert with_text.code == 2 and "--text needs the whole model" in with_text.error_line
+    result = run(capsys, *arguments, "--delete-source-shards")
+    assert (result.code, result.out) == (0, f"{tmp_path / 'out'}\n")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert list((tmp_path / "source").glob("*.safetensors")) == []
+    again = run(capsys, *arguments, "--delete-source-shards")
+    assert again.code == 2 and "exists and is not empty" in again.error_line
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def from_hub(hub: LocalHub, home: Path, out: Path, **options: Any) -> subprocess.Popen[str]:
+    """In a process of its own: the address of the hub is read once."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "qnext", "quantize", "org/model", str(out), "--scheme", "int8", "--from-hub"],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
+        **options,
+    )
+
+
+def test_from_the_hub(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    """One shard at a time; killed in the midst of a download, and a download that differs from what was announced."""
+    create_folder(QUANTIZABLE, tmp_path / "hub", seed=1, tokenizer_folder=model, max_shard_bytes=100_000)
+    assert run(capsys, "quantize", tmp_path / "hub", tmp_path / "expected", "--scheme", "int8").code == 0
+    shards = sorted(path.name for path in (tmp_path / "hub").glob("*.safetensors"))
+    source, made = (tmp_path / "out.unfinished" / name for name in ("source", "made"))
+    with LocalHub(tmp_path / "hub").running() as hub:
+        hub.holds = shards[3]
+        child = from_hub(hub, tmp_path / "home", tmp_path / "out")
+        assert hub.is_held.wait(60), child.communicate(timeout=10)
+        assert not list(source.glob("*.safetensors")) and list(made.glob("*.safetensors"))
+        child.kill()
+        child.communicate()
+        hub.holds, hub.announced = None, {shards[4]: "0" * 64}
+        _, err = (child := from_hub(hub, tmp_path / "home", tmp_path / "out")).communicate()
+        assert child.returncode == 5 and f"{shards[4]}: the hub announced other bytes" in err.splitlines()[-1]
+        assert not (tmp_path / "out").exists() and not (made / "config.json").exists()
+        hub.announced = {}
+        out, err = (child := from_hub(hub, tmp_path / "home", tmp_path / "out")).communicate()
+    assert (child.returncode, out) == (0, f"{tmp_path / 'out'}\n"), err
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    times = {name: sum(each == name for each, _ in hub.ranges) for name in shards}
+    assert times == {name: 1 + (name in shards[3:5]) for name in shards}
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_a_hub_that_has_no_such_model(tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/README.md").write_text("a data set")
+    with LocalHub(tmp_path / "hub").running() as hub:
+        _, err = (child := from_hub(hub, tmp_path / "home", tmp_path / "out")).communicate()
+    assert child.returncode == 3 and "holds no safetensors files" in err.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} == {"hub", "home"}
 
 
 def test_folders(model: Path, tmp_path: Path, capsys: Capture) -> None:

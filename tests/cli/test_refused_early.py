@@ -11,17 +11,15 @@ import httpx2
 import pytest
 
 import qnext.checkpoint
-from qnext.cli._served import load_served, name_of, speculation_of
-from qnext.cli._serving import print_ready
-from qnext.cli._text_model import open_folder
+from qnext.cli.serve import print_ready
 from qnext.errors import UsageError
-from qnext.server.app import Server
-from qnext.server.keys import KeyRing
+from qnext.server.access.keys import KeyRing
 from qnext.server.run import Listen, serving
+from qnext.server.server import Server
+from qnext.session.folder import open_folder
+from qnext.session.served import ServeConfig, load_served, name_of, speculation_of
 
 from .command import Capture, run
-
-pytestmark = pytest.mark.usefixtures("logs_of_others_stay")
 
 
 @pytest.fixture
@@ -70,11 +68,16 @@ def taken() -> Iterator[int]:
         ("experts MODEL text --compare no-such-model", "no-such-model: no such folder or preset"),
         ("init nano-5m TMP", "TMP: exists and is not empty"),
     ],
-)  # fmt: skip
+)
 def test_no_weights_are_read_for_nothing(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch, plain_folder: Path, tmp_path: Path, taken: int, words: str,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    plain_folder: Path,
+    tmp_path: Path,
+    taken: int,
+    words: str,
     message: str,
-) -> None:  # fmt: skip
+) -> None:
     (tmp_path / "file").write_text("text")
 
     def load_model(*arguments: object, **options: object) -> None:
@@ -94,7 +97,7 @@ def test_no_weights_are_read_for_nothing(
 def test_a_model_that_memory_cannot_hold(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, plain_folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("qnext.engine.memory.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("qnext.planning.machine.available_bytes", lambda: 1000)
     for words in (
         ["generate", plain_folder, "x"],
         ["logits", plain_folder, "--tokens", 1, "--out", tmp_path / "o.npy"],
@@ -114,7 +117,7 @@ def test_speculation_of_others() -> None:
 @pytest.mark.parametrize(("host", "shown"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::", "[::1]")])
 def test_the_address_that_is_shown_opens(capsys: Capture, plain_folder: Path, host: str, shown: str) -> None:
     def load() -> Any:
-        return load_served(open_folder(str(plain_folder)), names=["m"], engine_options={"max_num_seqs": 1})
+        return load_served(open_folder(str(plain_folder)), ServeConfig(["m"], {"max_num_seqs": 1}))
 
     with serving(lambda: Server(keys=KeyRing(None)), load, Listen(host, 0)) as (server, urls):
         assert urls.public.startswith(f"http://{shown}:")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from qnext.cli import _doctor
-from qnext.cli._requirements import OLDEST_TORCH, missing
+from qnext.cli.parsing.requirements import OLDEST_TORCH, missing
+from qnext.diagnostics import machine
+from qnext.planning import machine as facts
 
 from .command import Capture, run
 
@@ -27,9 +29,16 @@ def test_the_oldest_torch_is_that_of_the_package() -> None:
 
 @pytest.mark.parametrize(
     ("version", "is_refused"),
-    [("2.10.1", True), ("1.13.1+cu117", True), ("2.9.0a0+git123", True), ("2.11.0", False), ("3.0.0", False),
-     ("2.13.0+cpu", False), ("nightly", False)],
-)  # fmt: skip
+    [
+        ("2.10.1", True),
+        ("1.13.1+cu117", True),
+        ("2.9.0a0+git123", True),
+        ("2.11.0", False),
+        ("3.0.0", False),
+        ("2.13.0+cpu", False),
+        ("nightly", False),
+    ],
+)
 def test_an_old_torch(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, is_refused: bool
 ) -> None:
@@ -77,7 +86,7 @@ def test_a_gpu_that_torch_sees_is_said_to_be_unused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     properties = SimpleNamespace(name="NVIDIA H200", total_memory=141 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    finding = _doctor._gpu()
+    finding = machine._gpu()
     assert finding.status == "ok" and finding.data["is_used"] is False
     assert finding.text == "NVIDIA H200 (141 GiB), NVIDIA H200 (141 GiB): not used yet, qnext computes on the CPU"
 
@@ -98,7 +107,8 @@ def test_a_gpu_that_only_its_driver_sees(monkeypatch: pytest.MonkeyPatch, tmp_pa
         file, text = files[kind]
         file.parent.mkdir(parents=True)
         file.write_text(text)
-    finding = _doctor._gpu(drivers, kfd)
+    monkeypatch.setattr(facts, "gpus_of_drivers", partial(facts.gpus_of_drivers, drivers, kfd))
+    finding = machine._gpu()
     names = {"nvidia": "NVIDIA GeForce RTX 4090", "amd": "AMD GPU"}
     expected = f"{names[kind]}: not used yet" if kind in names else "none found; qnext computes on the CPU"
     assert finding.text.startswith(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import io
 import json
@@ -16,10 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import httpx2
 import pytest
 
-from qnext.cli._batch_files import BadLine, BatchOutput, BatchRequest, read_requests
-from qnext.errors import UsageError
+from qnext.errors import QnextError
+from qnext.server.server import Server
+from qnext.session.folder import open_folder
+from qnext.session.in_process import ask_in_process
+from qnext.session.served import ServeConfig, load_served
 from tests.server.serving import running_server
 
 from .command import Capture, run
@@ -39,29 +44,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     text = path.read_text()
     assert not text or text.endswith("\n")
     return [json.loads(each) for each in text.splitlines()]
-
-
-def encoded(*lines: Any) -> list[bytes]:
-    return [json.dumps(each).encode() for each in lines]
-
-
-def test_lines_are_requests_or_say_what_is_wrong() -> None:
-    good, streamed, other = line("a"), line("b", stream=True), line("c", url="/v1/embeddings")
-    found = list(
-        read_requests([
-            *encoded(good), b"\n", b"{",
-            *encoded([1], streamed, other, good, line(7), line(""), {**good, "method": "GET"}),
-            b'{"custom_id": "x", "method": "POST", "url": "/v1/messages", "body": [NaN]}',
-        ])
-    )  # fmt: skip
-    assert found[0] == BatchRequest("a", "/v1/completions", good["body"])
-    faults = [entry for entry in found[1:] if isinstance(entry, BadLine)]
-    assert len(faults) == len(found) - 1
-    assert [fault.code for fault in faults] == [
-        "invalid_json", "invalid_request", "invalid_request", "invalid_url", "duplicate_custom_id",
-        "invalid_custom_id", "invalid_custom_id", "invalid_method", "invalid_json",
-    ]  # fmt: skip
-    assert faults[0].message.startswith("line 3:") and faults[4].custom_id == "a"
 
 
 def test_answers_here_are_those_over_http(chat_folder: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -128,13 +110,49 @@ def test_a_broken_engine_ends_the_run(
     def run_step(self: object, plan: object) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("qnext.engine.engine.Runner.run", run_step)
+    monkeypatch.setattr("qnext.engine.execution.local.LocalExecutor.execute", run_step)
     source = write(tmp_path / "in.jsonl", [line(f"r{i}") for i in range(300)])
     arguments = ["-i", source, "-o", tmp_path / "out.jsonl", "--max-num-seqs", 2]
     result = run(capsys, "run-batch", chat_folder, *arguments)
     assert result.code == 2 and "the engine has failed" in result.err.splitlines()[-1]
+    # What had been asked by then got its answer; nothing was asked after it.
     found = read(tmp_path / "out.jsonl")
-    assert len(found) < 300 and {answer["response"]["status_code"] for answer in found} <= {500, 503}
+    assert 0 < len(found) < 300 and {answer["response"]["status_code"] for answer in found} <= {500, 503}
+
+
+def test_an_answer_that_came_outlives_the_engine(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine fails while the answer is on its way: it counts, and the next request is not asked."""
+    post = httpx2.AsyncClient.post
+    num_posts = 0
+
+    async def post_and_fail(self: httpx2.AsyncClient, *arguments: Any, **options: Any) -> httpx2.Response:
+        nonlocal num_posts
+        response = await post(self, *arguments, **options)
+        num_posts += 1
+        monkeypatch.setattr(Server, "fault", "the engine has failed")
+        return response
+
+    async def ask_twice() -> int:
+        loaded = load_served(open_folder(str(chat_folder)), ServeConfig(["m"], {"max_num_seqs": 1}))
+        async with ask_in_process(*loaded, request_seconds=60.0, max_body_bytes=1 << 20) as ask:
+            body = json.dumps(line("a")["body"]).encode()
+            answered = await ask("/v1/completions", body)
+            with pytest.raises(QnextError, match="the engine has failed"):
+                await ask("/v1/completions", body)
+        return answered.status_code
+
+    monkeypatch.setattr(httpx2.AsyncClient, "post", post_and_fail)
+    assert (asyncio.run(ask_twice()), num_posts) == (200, 1)
+
+
+def test_a_run_that_cannot_begin_leaves_no_file(chat_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    source = write(tmp_path / "in.jsonl", [line("a")])
+    arguments = ["-i", source, "-o", tmp_path / "out.jsonl", "--max-model-len", 1]
+    assert run(capsys, "run-batch", chat_folder, *arguments).code == 2
+    assert not (tmp_path / "out.jsonl").exists()
+    (tmp_path / "out.jsonl").touch()
+    assert run(capsys, "run-batch", chat_folder, *arguments).code == 2
+    assert (tmp_path / "out.jsonl").exists(), "it was there before"
 
 
 def test_standard_streams(
@@ -148,24 +166,6 @@ def test_standard_streams(
     out = capfdbinary.readouterr().out
     assert exit_.value.code == 0
     assert json.loads(out)["custom_id"] == "a" and out.count(b"\n") == 1
-
-
-def test_a_file_that_is_no_output_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "notes.txt"
-    for text in ("dear diary\n", '{"a": 1}\n', '[]\n{"x', "no end of line"):
-        path.write_text(text)
-        with pytest.raises(UsageError, match=r"notes\.txt: line 1 is no line"):
-            BatchOutput(str(path))
-        assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
-
-
-def test_two_runs_do_not_share_an_output(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    path.write_text('{"custom_id": "a", "response": null, "error": {}}\n')
-    with BatchOutput(str(path)) as first, pytest.raises(UsageError, match="another run"):
-        first.write({"custom_id": "b"})
-        BatchOutput(str(path))
-    assert read(path) == [{"custom_id": "b"}]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -252,8 +252,10 @@ def test_ctrl_c_leaves_whole_lines(chat_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "qnext", "run-batch", str(chat_folder), "-i", str(source), "-o", str(output)],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     try:
         end = time.monotonic() + 100
         while (not output.exists() or output.stat().st_size < 2_000) and time.monotonic() < end:

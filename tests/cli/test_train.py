@@ -24,7 +24,12 @@ def tiny_recipe() -> Recipe:
         name="tiny",
         model=tiny_config(vocab_size=300),
         train=TrainConfig(
-            lr=1e-2, tokens_per_batch=32, sequence_length=16, total_steps=4, precision="float32", snapshot_every=2,
+            lr=1e-2,
+            tokens_per_batch=32,
+            sequence_length=16,
+            total_steps=4,
+            precision="float32",
+            snapshot_every=2,
             eval_every=2,
         ),
         corpus=lambda: Corpus(
@@ -33,7 +38,7 @@ def tiny_recipe() -> Recipe:
             "thirty functions",
         ),
         eval_bytes=400,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -163,9 +168,13 @@ def test_interrupt_saves_a_snapshot_and_resume_goes_on(tmp_path: Path, capsys: p
     ],
 )
 def test_faults_of_the_user_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    arguments: tuple[str, ...], code: int, message: str,
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(*arguments) == code
     errors = capsys.readouterr().err.strip().splitlines()
@@ -177,10 +186,13 @@ def test_override() -> None:
     changed = override(
         tiny_recipe(),
         [
-            "time_budget=7.5", "accumulation=3", "mtp_detach_trunk=true", "model.num_hidden_layers=4",
+            "time_budget=7.5",
+            "accumulation=3",
+            "mtp_detach_trunk=true",
+            "model.num_hidden_layers=4",
             "model.num_experts=8",
         ],
-    )  # fmt: skip
+    )
     assert (changed.train.time_budget, changed.train.total_steps) == (7.5, None)
     assert (changed.train.accumulation, changed.train.mtp_detach_trunk) == (3, True)
     assert (changed.model.num_hidden_layers, changed.model.num_experts) == (4, 8)

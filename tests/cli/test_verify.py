@@ -46,18 +46,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "outside": (_point_outside, "'../x.safetensors' is not the name of a file in the folder"),
     "duplicate": (_duplicate, "key 'model.norm.weight' appears twice"),
     "zero experts": (
-        lambda f: edit_json(f / "config.json", lambda v: v.update(num_experts=0)), "num_experts: must be at least 1"
+        lambda f: edit_json(f / "config.json", lambda v: v.update(num_experts=0)),
+        "num_experts: must be at least 1",
     ),
-    "top-k": (
-        lambda f: edit_json(f / "config.json", lambda v: v.update(num_experts_per_tok=6)), "exceeds num_experts"
-    ),
+    "top-k": (lambda f: edit_json(f / "config.json", lambda v: v.update(num_experts_per_tok=6)), "exceeds num_experts"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
     "damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json"),
     "end token": (
         lambda f: edit_json(f / "generation_config.json", lambda v: v.update(eos_token_id=[300])),
         "end token 300 is outside the vocabulary of 300",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -150,7 +149,7 @@ def test_strict_makes_warnings_errors_of_every_verb(tmp_path: Path, capsys: Capt
     arguments = {"inspect": [], "logits": ["--tokens", "1,2", "--out", tmp_path / "l.npy"], "generate": ["hello"]}[verb]
     result = run(capsys, verb, folder, *arguments, "--strict")
     assert result.code == 5
-    assert result.error_line.endswith("config.json: unknown key soft_cap, passed over")
+    assert result.error_line.endswith("config.json: unknown key soft_cap, ignored")
     relaxed = run(capsys, verb, folder, *arguments)
     assert relaxed.code == 0
     assert relaxed.err.count("warning: ") == 1
@@ -182,10 +181,17 @@ def test_a_form_that_is_not_supported_is_no_damage(tmp_path: Path, capsys: Captu
 
 
 def test_damage_beside_what_is_not_supported_is_damage() -> None:
-    from qnext.cli.verify import Findings
+    from qnext.diagnostics.folder import FolderExamination
     from qnext.errors import ConfigError, CorruptCheckpoint, NotSupported
 
-    codes = [Findings([kind("x") for kind in kinds], []).exit_code for kinds in (
-        [], [NotSupported], [NotSupported, NotSupported], [CorruptCheckpoint, NotSupported], [ConfigError],
-    )]  # fmt: skip
+    codes = [
+        FolderExamination([kind("x") for kind in kinds], []).exit_code
+        for kinds in (
+            [],
+            [NotSupported],
+            [NotSupported, NotSupported],
+            [CorruptCheckpoint, NotSupported],
+            [ConfigError],
+        )
+    ]
     assert codes == [0, 6, 6, 5, 5]

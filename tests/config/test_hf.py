@@ -20,63 +20,12 @@ from qnext.config import (
     YarnScaling,
     from_hf,
     preset,
-    read_config,
     to_hf,
 )
 from qnext.config.hf import hf_model_type
 from qnext.errors import ConfigError, ModelNotFound, NotSupported, QnextWarning
-
-
-def released_80b() -> dict[str, Any]:
-    """The config.json of the released 80B-A3B Instruct: its keys and values, no more and no fewer."""
-    return {
-        "architectures": ["Qwen3NextForCausalLM"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "decoder_sparse_step": 1,
-        "eos_token_id": 151645,
-        "full_attention_interval": 4,
-        "head_dim": 256,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "initializer_range": 0.02,
-        "intermediate_size": 5120,
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 128,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_value_head_dim": 128,
-        "max_position_embeddings": 262144,
-        "mlp_only_layers": [],
-        "model_type": "qwen3_next",
-        "moe_intermediate_size": 512,
-        "norm_topk_prob": True,
-        "num_attention_heads": 16,
-        "num_experts": 512,
-        "num_experts_per_tok": 10,
-        "num_hidden_layers": 48,
-        "num_key_value_heads": 2,
-        "output_router_logits": False,
-        "partial_rotary_factor": 0.25,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 10000000,
-        "router_aux_loss_coef": 0.001,
-        "shared_expert_intermediate_size": 512,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.57.0.dev0",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": 151936,
-    }
-
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
-
-
-def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in keys}
+from tests.config.folder import read_config
+from tests.config.references import YARN, released_80b, without
 
 
 def test_the_released_file_is_the_preset() -> None:
@@ -114,12 +63,26 @@ def test_a_declared_mtp_count_wins_over_what_the_checkpoint_holds() -> None:
 
 def moe_values() -> dict[str, Any]:
     return {
-        "model_type": "qwen3_moe", "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
-        "attention_bias": False, "tie_word_embeddings": False, "rope_theta": 1e6, "num_experts": 8,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True, "decoder_sparse_step": 1,
-        "mlp_only_layers": [], "intermediate_size": 48,
-    }  # fmt: skip
+        "model_type": "qwen3_moe",
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "rope_theta": 1e6,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "intermediate_size": 48,
+    }
 
 
 def test_num_local_experts_is_another_name() -> None:
@@ -278,24 +241,31 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     if LINEAR_ATTENTION in layer_types:
         key_heads = draw(st.integers(1, 3))
         fields.update(
-            linear_num_key_heads=key_heads, linear_num_value_heads=key_heads * draw(st.integers(1, 3)),
-            linear_key_head_dim=draw(st.integers(1, 9)), linear_value_head_dim=draw(st.integers(1, 9)),
+            linear_num_key_heads=key_heads,
+            linear_num_value_heads=key_heads * draw(st.integers(1, 3)),
+            linear_key_head_dim=draw(st.integers(1, 9)),
+            linear_value_head_dim=draw(st.integers(1, 9)),
             linear_conv_kernel_dim=draw(st.integers(1, 5)),
-        )  # fmt: skip
+        )
     if draw(st.booleans()):
         num_experts = draw(st.integers(1, 9))
         fields.update(
-            num_experts=num_experts, num_experts_per_tok=draw(st.integers(1, num_experts)),
-            moe_intermediate_size=draw(st.integers(1, 9)), shared_expert_intermediate_size=draw(st.integers(0, 9)),
-            norm_topk_prob=draw(st.booleans()), decoder_sparse_step=draw(st.integers(1, 3)),
+            num_experts=num_experts,
+            num_experts_per_tok=draw(st.integers(1, num_experts)),
+            moe_intermediate_size=draw(st.integers(1, 9)),
+            shared_expert_intermediate_size=draw(st.integers(0, 9)),
+            norm_topk_prob=draw(st.booleans()),
+            decoder_sparse_step=draw(st.integers(1, 3)),
             mlp_only_layers=tuple(draw(st.sets(st.integers(0, len(layer_types) - 1)))),
-        )  # fmt: skip
+        )
     if draw(st.booleans()):
         fields["rope_scaling"] = YarnScaling(
-            factor=draw(st.floats(1.0, 64.0)), original_max_position_embeddings=draw(st.integers(1, 10**6)),
-            beta_fast=draw(st.floats(16.0, 64.0)), truncate=draw(st.booleans()),
+            factor=draw(st.floats(1.0, 64.0)),
+            original_max_position_embeddings=draw(st.integers(1, 10**6)),
+            beta_fast=draw(st.floats(16.0, 64.0)),
+            truncate=draw(st.booleans()),
             attention_factor=draw(st.one_of(st.none(), st.floats(0.5, 2.0))),
-        )  # fmt: skip
+        )
     return ModelConfig(layer_types=layer_types, **fields)
 
 
@@ -313,19 +283,48 @@ def test_sizes_of_an_absent_part_survive_an_ablation() -> None:
 
 
 JUNK = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 300), st.just(10**400), st.floats(), st.text(max_size=6),
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300),
+    st.just(10**400),
+    st.floats(),
+    st.text(max_size=6),
     st.sampled_from(["yarn", "default", "full_attention", "qwen3", "qwen3_moe", "qnext"]),
     st.lists(st.one_of(st.integers(-2, 5), st.text(max_size=3), st.none()), max_size=4),
     st.dictionaries(
-        st.sampled_from(["rope_type", "type", "factor", "rope_theta", "partial_rotary_factor", "beta_fast",
-                         "truncate", "original_max_position_embeddings", "attention_factor"]),
+        st.sampled_from(
+            [
+                "rope_type",
+                "type",
+                "factor",
+                "rope_theta",
+                "partial_rotary_factor",
+                "beta_fast",
+                "truncate",
+                "original_max_position_embeddings",
+                "attention_factor",
+            ]
+        ),
         st.one_of(st.none(), st.booleans(), st.integers(-2, 40), st.floats(), st.just("yarn"), st.just([])),
         max_size=5,
     ),
-)  # fmt: skip
-KEYS = [*released_80b(), "rope_parameters", "layer_types", "num_nextn_predict_layers", "num_local_experts",
-        "attention_output_gate", "zero_centered_norm", "mtp_uses_final_norm", "sliding_window",
-        "attention_bias", "max_window_layers", "original_max_position_embeddings", "text_config", "top_p"]  # fmt: skip
+)
+KEYS = [
+    *released_80b(),
+    "rope_parameters",
+    "layer_types",
+    "num_nextn_predict_layers",
+    "num_local_experts",
+    "attention_output_gate",
+    "zero_centered_norm",
+    "mtp_uses_final_norm",
+    "sliding_window",
+    "attention_bias",
+    "max_window_layers",
+    "original_max_position_embeddings",
+    "text_config",
+    "top_p",
+]
 
 
 @settings(max_examples=400, deadline=None)
@@ -347,8 +346,14 @@ def test_junk_is_read_or_refused_and_never_crashes(changes: dict[str, Any], base
 @pytest.mark.parametrize("name", ["Qwen3NextConfig", "Qwen3Config"])
 def test_what_transformers_writes_is_read(name: str) -> None:
     transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 96, "hidden_size": 40, "num_hidden_layers": 6, "num_attention_heads": 6,
-             "num_key_value_heads": 3, "head_dim": 16}  # fmt: skip
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 40,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 16,
+    }
     written = json.loads(json.dumps(getattr(transformers, name)(**sizes).to_dict()))
     config = from_hf(written)
     assert {key: getattr(config, key) for key in sizes} == sizes

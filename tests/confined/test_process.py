@@ -82,8 +82,16 @@ def test_what_uses_too_much_is_gone(program: Path, kind: str, cause: str, change
     with pytest.raises(ConfinedFailure) as caught:
         process.ask({"kind": kind})
     assert caught.value.cause == cause
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60, "far less than what it wanted"
     assert not process.is_alive()
+
+
+def test_an_interrupted_process_is_not_asked_again(program: Path) -> None:
+    process = ConfinedProcess(program, LIMITS)
+    assert process.is_alive()
+    process.interrupt()
+    assert not process.is_alive()
+    process.kill()
 
 
 def test_nothing_is_written(program: Path, tmp_path: Path) -> None:
@@ -114,7 +122,7 @@ def test_it_ends_with_a_parent_that_was_killed(program: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     child = Path(f"/proc/{int(found.stdout)}")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while child.exists() and "Z" not in (child / "stat").read_text().split()[2:3]:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -17,8 +17,8 @@ import yaml
 
 from qnext import __version__
 from qnext.cli import VERBS, click_command
-from qnext.cli._config_file import read_flags
-from qnext.server.hosts import AllowedHosts, parse_host
+from qnext.cli.parsing.config_file import read_flags
+from qnext.server.access.hosts import AllowedHosts, parse_host
 from qnext.server.limits import Limits
 from qnext.server.table import public_routes
 from tests.docs.snippets import ROOT
@@ -40,29 +40,46 @@ GOOD: dict[str, dict[str, Any]] = {
         "imagePullSecrets": [{"name": "registry"}],
         "model": {**_MODEL, "subPath": "80b-int4", "name": "q"},
         "keys": _KEYS,
-        "serve": {"log-format": "text", "max-num-seqs": 4, "max-body-bytes": 12345678, "ui": False,
-                  "allowed-origins": ["https://a", "https://b"], "speculative-config": {"num_speculative_tokens": 2}},
+        "serve": {
+            "log-format": "text",
+            "max-num-seqs": 4,
+            "max-body-bytes": 12345678,
+            "ui": False,
+            "allowed-origins": ["https://a", "https://b"],
+            "speculative-config": {"num_speculative_tokens": 2},
+        },
         "allowedHosts": ["llm.example.org", "*.team.example"],
         "diskCache": {"enabled": True, "gibibytes": 64},
         "audit": {"enabled": True, "chain": True},
         "serviceMonitor": {"enabled": True, "labels": {"release": "p"}, "keySecret": {"name": "metrics-key"}},
         "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
-        "podAnnotations": {"c": "d"}, "podLabels": {"e": "f"}, "nodeSelector": {"disk": "fast"},
-        "tolerations": [{"key": "big", "operator": "Exists"}], "priorityClassName": "high",
+        "podAnnotations": {"c": "d"},
+        "podLabels": {"e": "f"},
+        "nodeSelector": {"disk": "fast"},
+        "tolerations": [{"key": "big", "operator": "Exists"}],
+        "priorityClassName": "high",
         "affinity": {"nodeAffinity": {}},
         "topologySpreadConstraints": [
             {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
         ],
     },
     "kept-cache": {
-        "model": _MODEL, "keys": _KEYS, "diskCache": {"enabled": True, "existingClaim": "prefixes"},
-        "audit": {"enabled": True, "existingClaim": "audit"}, "preStopSeconds": 0, "shutdownTimeoutSeconds": 120,
+        "model": _MODEL,
+        "keys": _KEYS,
+        "diskCache": {"enabled": True, "existingClaim": "prefixes"},
+        "audit": {"enabled": True, "existingClaim": "audit"},
+        "preStopSeconds": 0,
+        "shutdownTimeoutSeconds": 120,
     },
     "host-cache": {"model": _MODEL, "keys": _KEYS, "diskCache": {"enabled": True, "hostPath": "/var/prefixes"}},
-    "keda": {"model": _MODEL, "keys": _KEYS, "autoscaling": {"kind": "keda", "prometheusUrl": "http://prometheus:9090"}},
+    "keda": {
+        "model": _MODEL,
+        "keys": _KEYS,
+        "autoscaling": {"kind": "keda", "prometheusUrl": "http://prometheus:9090"},
+    },
     "kept-log": {"model": _MODEL, "keys": _KEYS, "audit": {"enabled": True, "existingClaim": "audit"}},
     "hpa": {"model": _MODEL, "keys": _KEYS, "autoscaling": {"kind": "hpa", "waiting": 5}},
-}  # fmt: skip
+}
 
 # What it must refuse, and a word of why.
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -91,7 +108,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "another port": ({"model": _MODEL, "keys": _KEYS, "serve": {"port": 1}}, "'port'"),
     "latest": ({"model": _MODEL, "keys": _KEYS, "image": {"tag": "latest"}}, "tag"),
     "a word that is no value": ({"model": _MODEL, "keys": _KEYS, "replicaCount": 2}, "replicaCount"),
-}  # fmt: skip
+}
 
 
 @cache
@@ -189,8 +206,10 @@ def test_rights_of_the_pod(case: str) -> None:
     assert security["runAsNonRoot"] is True and security["runAsUser"] == security["fsGroup"] == 10001
     assert security["seccompProfile"] == {"type": "RuntimeDefault"}
     assert one["securityContext"] == {
-        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
-    }  # fmt: skip
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
     assert spec["automountServiceAccountToken"] is False and spec["enableServiceLinks"] is False
     assert manifests(case)["ServiceAccount"]["automountServiceAccountToken"] is False
     assert not any(spec.get(name) for name in ("hostNetwork", "hostPID", "hostIPC"))
@@ -262,10 +281,11 @@ def test_labels_lead_from_service_and_policies_to_the_pods() -> None:
         found = manifests(case)
         labels = found["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
         selectors = [
-            found["Deployment"]["spec"]["selector"]["matchLabels"], found["Service"]["spec"]["selector"],
+            found["Deployment"]["spec"]["selector"]["matchLabels"],
+            found["Service"]["spec"]["selector"],
             found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
             found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
-        ]  # fmt: skip
+        ]
         assert all(selector and selector.items() <= labels for selector in selectors)
 
 

@@ -86,10 +86,17 @@ def test_it_waits_longer_than_the_server_drains() -> None:
 
 def test_rights() -> None:
     for name, wanted in {
-        "DynamicUser": "yes", "NoNewPrivileges": "yes", "CapabilityBoundingSet": "", "AmbientCapabilities": "",
-        "ProtectSystem": "strict", "ProtectHome": "yes", "PrivateTmp": "yes", "IPAddressDeny": "any",
-        "IPAddressAllow": "localhost", "SystemCallFilter": "@system-service",
-    }.items():  # fmt: skip
+        "DynamicUser": "yes",
+        "NoNewPrivileges": "yes",
+        "CapabilityBoundingSet": "",
+        "AmbientCapabilities": "",
+        "ProtectSystem": "strict",
+        "ProtectHome": "yes",
+        "PrivateTmp": "yes",
+        "IPAddressDeny": "any",
+        "IPAddressAllow": "localhost",
+        "SystemCallFilter": "@system-service",
+    }.items():
         assert value(name) == wanted, name
     # torch's kernels that are compiled at run time, and the memory plan, need these.
     assert "MemoryDenyWriteExecute" not in UNIT and "ProcSubset" not in UNIT

@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from qnext.cli import VERBS, click_command
-from qnext.cli._config_file import read_flags, take_config
+from qnext.cli.parsing.config_file import read_flags, take_config
 
 ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^(?P<mark><!-- run -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from qnext.checkpoint.adapters import NEUTRAL
 from qnext.checkpoint.aliases import EXPERT_FORMS
 from qnext.checkpoint.foreign import FOREIGN_FILES
 from qnext.checkpoint.formats.forms import LAYOUTS, METHODS, NOT_READ
@@ -17,6 +18,7 @@ from qnext.checkpoint.nearby import published_models
 from qnext.config import keys
 from qnext.config.families import FAMILIES
 from qnext.config.rope import OTHER_KINDS, PLAIN_KINDS
+from qnext.lora.config import ADAPTABLE
 from qnext.quant.scheme import SCHEMES
 from qnext.server.table import public_routes
 from qnext.text.template_files import TEMPLATE_FILES
@@ -27,7 +29,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "guide" / "supported.md"
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([*_models(), *_config(), *_folders(), *_quantised(), *_text(), *_gguf(), *_written(), *_served()])
+    parts = (_models, _config, _folders, _quantised, _text, _gguf, _adapters, _written, _served)
+    return "\n".join(line for part in parts for line in part())
 
 
 def _models() -> list[str]:
@@ -36,11 +39,12 @@ def _models() -> list[str]:
     return [
         "# What is read, written and served",
         "",
-        "Everything is computed on the CPU, by native kernels for x86-64 or by PyTorch; a GPU is not used yet.",
-        "What is not on this page ends with one line that names it: exit code 6 where a file is sound and of a",
-        "form that is not supported, 5 where it is damaged or contradicts itself. `qnext verify FOLDER` reports",
-        "everything at once, and `--strict` makes an error of each warning. This page is made from the program's",
-        "tables by `python -m tests.docs.supported_page`.",
+        "qnext computes on the CPU, with native kernels for x86-64 or with PyTorch. A GPU is not used yet.",
+        "",
+        "A command that meets something that is not on this page ends with one line that names it. The exit code is 6",
+        "for an undamaged file in a form that is not supported, and 5 for a file that is damaged or contradicts",
+        "itself. `qnext verify FOLDER` reports all problems at once. `--strict` turns each warning into an error.",
+        "`python -m tests.docs.supported_page` makes this page from the program's tables.",
         "",
         "## Models",
         "",
@@ -48,10 +52,12 @@ def _models() -> list[str]:
         "|---|---|---|",
         *families,
         "",
-        f"Among the published models these are: {_list(published)}; most of them also with `-FP8` behind the name.",
-        "Repackagings are read as far as this page goes. Text towers of wrappers (`text_config`, prefixes such as",
-        "`model.language_model.`) are read where their `model_type` is one of these; towers for pictures and sound",
-        "are passed over with a warning.",
+        f"These published models belong to the families: {_list(published)}. Most of them also exist with `-FP8`",
+        "behind the name.",
+        "",
+        "Repackaged models are read where their forms are on this page. The text model inside a multimodal model",
+        "(`text_config`, prefixes such as `model.language_model.`) is read where its `model_type` is one of these. The",
+        "parts for pictures and sound are ignored with a warning.",
         "",
     ]
 
@@ -60,15 +66,16 @@ def _config() -> list[str]:
     return [
         "## config.json",
         "",
-        "- A key that is absent or null means what transformers takes for the family.",
-        "- Tensors decide what the file leaves open, and the size of the vocabulary.",
+        "- An absent key, or one that is null, means what transformers takes for the family.",
+        "- The tensors decide what the file leaves open, and the size of the vocabulary.",
         "- Keys that change no logit are accepted: "
         f"{len(keys.WITHOUT_EFFECT | frozenset(keys.UNUSED))} are known. All others are named once in a warning.",
-        "- Keys of other architectures are accepted where their value says that nothing of it is there, and refused",
-        f"  with key and value elsewhere: {_list(sorted(_neutral()))}.",
-        f"- Positions: {_list(PLAIN_KINDS)} and `yarn`. Not {_list(OTHER_KINDS)}.",
-        "- Attention over a window is refused where it is narrower than the context.",
-        "- Multi-token prediction that is declared and not there, or there in part, is left out with a warning.",
+        "- Keys of other architectures are accepted where their value switches the feature off. Other values are",
+        f"  refused, with key and value: {_list(sorted(_neutral()))}.",
+        f"- Rotary positions of type {_list(PLAIN_KINDS)} and `yarn` are supported. Not",
+        f"  supported: {_list(OTHER_KINDS)}.",
+        "- Attention over a window is refused where the window is narrower than the context.",
+        "- Multi-token prediction that is declared but absent or incomplete is left out with a warning.",
         "",
     ]
 
@@ -82,14 +89,15 @@ def _folders() -> list[str]:
     return [
         "## Folders",
         "",
-        "`config.json` and `*.safetensors`, one file or shards, with an index or without, linked or not; BF16, F16",
-        f"and F32, also mixed. Other dtypes of safetensors are not weights here: {_list(OTHER_DTYPES)}.",
+        "A folder holds `config.json` and `*.safetensors`: one file or shards, with or without an index, as files or",
+        "links. The dtypes are BF16, F16 and F32, also mixed. Other dtypes of safetensors are not read as weights:",
+        f"{_list(OTHER_DTYPES)}.",
         "",
-        "| experts as | |",
+        "| layout of the experts | meaning |",
         "|---|---|",
         *(f"| `{form}` | {text} |" for form, text in EXPERT_FORMS.items()),
         "",
-        "A folder that holds something else is told what it is:",
+        "For a folder that holds something else, the error says what it holds and what helps:",
         "",
         "| files | what they are | what helps |",
         "|---|---|---|",
@@ -100,7 +108,7 @@ def _folders() -> list[str]:
 
 def _quantised() -> list[str]:
     layouts = [
-        f"| {layout.text} | {'codes stay codes' if layout.kind == 'int' else 'numbers, bfloat16'} |"
+        f"| {layout.text} | {'codes stay codes' if layout.kind == 'int' else 'bfloat16 numbers'} |"
         for layout in LAYOUTS.values()
     ]
     return [
@@ -114,7 +122,9 @@ def _quantised() -> list[str]:
         "|---|---|",
         *layouts,
         "",
-        "Not read, by `quant_method`: " + "; ".join(f"`{method}` ({why})" for method, why in NOT_READ.items()) + ".",
+        "These values of `quant_method` are not read: "
+        + "; ".join(f"`{method}` ({why})" for method, why in NOT_READ.items())
+        + ".",
         "",
     ]
 
@@ -123,16 +133,16 @@ def _text() -> list[str]:
     return [
         "## Tokenizers and chat templates",
         "",
-        "| tokenizer | |",
+        "| tokenizer | content |",
         "|---|---|",
         *(f"| `{name}` | {text} |" for name, text in READ_FORMS.items()),
         *(f"| `{name}` | {text}: not read |" for name, text in UNREAD_FORMS.items()),
         "",
-        "| chat template | |",
+        "| chat template | content |",
         "|---|---|",
         *(f"| `{name}` | {text} |" for name, text in TEMPLATE_FILES.items()),
         "",
-        "Templates run in a limited process of their own; which arguments one reads is told by `GET /v1/models`",
+        "Templates run in a limited child process. `GET /v1/models` lists the arguments that a template reads",
         "([prompts.md](prompts.md)).",
         "",
     ]
@@ -143,13 +153,31 @@ def _gguf() -> list[str]:
     return [
         "## GGUF",
         "",
-        "`qnext convert FILE.gguf OUT` makes a folder; a GGUF file is not run as it is.",
+        "`qnext convert FILE.gguf OUT` makes a folder from a GGUF file. qnext does not run GGUF files directly.",
         "",
         f"- Architectures: {_pairs(GGUF_ARCHITECTURES)}.",
-        f"- Versions {' and '.join(map(str, READ_VERSIONS))}, little-endian, one file or parts.",
-        f"- Types: {_list(BLOCK_TYPES)}. Codes of {kept} are kept as they are, all others become numbers.",
+        f"- Versions {' and '.join(map(str, READ_VERSIONS))}, little-endian, as one file or split into parts.",
+        f"- Types: {_list(BLOCK_TYPES)}. Codes of {kept} are kept. The other types become numbers.",
         f"- Types that are not read: {'; '.join(REFUSED_TYPES.values())}.",
         f"- Files that hold no model: {_pairs(OTHER_FILES)}.",
+        "",
+    ]
+
+
+def _adapters() -> list[str]:
+    return [
+        "## Adapters",
+        "",
+        "Training writes LoRA adapters in PEFT's form, `adapter_config.json` beside `adapter_model.safetensors`. "
+        "`qnext merge` merges them, and `qnext serve --lora NAME=FOLDER` serves them as they are.",
+        "",
+        f"- Matrices: {'; '.join(sorted(kind.value for kind in ADAPTABLE))}.",
+        "- Experts: all of a layer in one pair of factors (`target_parameters`, as with transformers 5), or a pair for "
+        "each projection of each expert, as with transformers 4.",
+        f"- Refused where they are set: {_list(NEUTRAL)}.",
+        "- The layer of multi-token prediction: in the same file, under `mtp.`. transformers has no such layer.",
+        "- Merging keeps the form of every weight: bf16, fp16, fp32, FP8 with any scales, and integers of 4 or 8 bits, "
+        "symmetric, as compressed-tensors. A changed weight that was quantised is rounded again.",
         "",
     ]
 
@@ -172,9 +200,9 @@ def _served() -> list[str]:
         "",
         f"{', '.join(routes)}.",
         "",
-        "[fields.md](fields.md) lists the fields, tools and schemas that are passed over or refused,",
-        "[connect-an-editor.md](connect-an-editor.md) the clients, [limits.md](limits.md) what is bounded.",
-        "Pictures, sound and files are not read: the models are text models.",
+        "[fields.md](fields.md) lists the fields, tools and schemas that are ignored or refused.",
+        "[connect-an-editor.md](connect-an-editor.md) lists the clients, and [limits.md](limits.md) the limits.",
+        "Pictures, sound and files are not read, because the models are text models.",
         "",
     ]
 

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,28 +16,35 @@ from typing import Any
 import pytest
 import yaml
 
-from qnext.checkpoint.names import expected_tensors
-from qnext.cli import click_command
+from qnext.cli import click_command, main
 from qnext.config import preset
-from qnext.planning import kv_bytes_per_token, state_bytes_per_sequence
+from qnext.planning import kv_bytes_per_token, list_parameters, state_bytes_per_sequence
+from qnext.planning.expert_speed import MachineRates, missed_bytes
+from qnext.planning.forecast import Circumstances, forecast, step_work
 from qnext.quant.scheme import make_policy
+from qnext.server.access.keys import KeyRing
 from qnext.server.admin import ADMIN_ROUTES
-from qnext.server.keys import KeyRing
+from qnext.server.metrics import ServerCounters, ServerMetrics
+from qnext.server.requests import NO_ANSWER
 from qnext.server.table import public_routes
-from qnext.server.visit import NO_ANSWER
+from qnext.session.planned import planned_model
 from qnext.text.messages import RAW_ARGUMENT
 from qnext.text.template_files import TEMPLATE_FILES
 from qnext.text.thinking import EFFORTS, KNOWN_ARGUMENTS
 from qnext.text.tokenizer_files import READ_FORMS
+from qnext.text.train import byte_level_tokenizer, save_tokenizer
+from tests.checkpoint.record_folders import RECORD_CONFIG, RecordForm, record_folder
 from tests.docs import fields_table, limits_table, supported_page
 from tests.docs.snippets import ROOT, USAGE_ERROR, Block, blocks, check_arguments, commands, qnext_arguments
 from tests.server.serving import Running, running_server, save_served
+from tests.server.test_metrics import Source, made_up
 
 GUIDE = ROOT / "docs" / "guide"
 PAGES = [*sorted(GUIDE.glob("*.md")), ROOT / "deploy" / "README.md"]
 BLOCKS = [block for path in PAGES for block in blocks(path)]
 KEY = "secret-of-the-guide"
 ADDRESS = "http://127.0.0.1:8000"
+MODEL = "models/qwen3-0.6b"
 
 every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 
@@ -46,9 +54,13 @@ def run_blocks(language: str) -> list[Block]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = save_served(tmp_path_factory.mktemp("guide") / "qwen3-next")
-    with running_server(folder, keys=KeyRing.from_plain([KEY])) as running:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_served(tmp_path_factory.mktemp("guide") / "qwen3-next")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Running]:
+    with running_server(folder, keys=KeyRing(plain=[KEY])) as running:
         yield running
 
 
@@ -99,6 +111,8 @@ def test_flags_named_in_the_text_exist() -> None:
         "generate",
         "convert",
         "train",
+        "train-sft",
+        "plan",
     ):
         name, _, sub = verb.partition(" ")
         command = click_command(name)
@@ -128,9 +142,23 @@ def test_files_parse(block: Block) -> None:
     assert json.loads(block.text) if block.language == "json" else yaml.safe_load(block.text)
 
 
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of four experts a layer that stands for the one of 80 billion parameters."""
+    path = tmp_path_factory.mktemp("records") / "m"
+    record_folder(path, RecordForm("float16", 4, 32), config=replace(RECORD_CONFIG, max_position_embeddings=32_768))
+    save_tokenizer(byte_level_tokenizer(), path, model_max_length=32_768)
+    return path
+
+
 @pytest.mark.parametrize("block", run_blocks("sh"), ids=str)
-def test_shell_examples_run(block: Block, server: Running) -> None:
+def test_shell_examples_run(block: Block, server: Running, records: Path) -> None:
     for words in commands(block):
+        if words[0] == "qnext":
+            with pytest.raises(SystemExit) as stop:
+                main([word.replace("models/80b-records", str(records)) for word in words[1:]])
+            assert stop.value.code == 0, words
+            continue
         assert words[0] == "curl", words
         words = [word.replace(ADDRESS, server.url).replace("$QNEXT_KEY", KEY) for word in words]
         if "Authorization" not in " ".join(words):  # a page that knows no keys yet
@@ -171,11 +199,12 @@ def check_answer(words: list[str], answer: str) -> None:
 
 
 @pytest.mark.parametrize("block", run_blocks("python"), ids=str)
-def test_python_examples_run(block: Block, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_examples_run(block: Block, folder: Path, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QNEXT_KEY", KEY)
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
-    code = compile(block.text.replace(ADDRESS, server.url), block.path.name, "exec", dont_inherit=True)
+    text = block.text.replace(ADDRESS, server.url).replace(MODEL, str(folder))
+    code = compile(text, block.path.name, "exec", dont_inherit=True)
     exec(code, {"__name__": __name__})
 
 
@@ -184,6 +213,8 @@ def test_metrics_named_exist(server: Running) -> None:
         sample = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
         assert sample.status_code == 200
         served = client.get("/metrics").text
+    streams = ServerMetrics(ServerCounters(), model_name="a", block_size=16, source=Source(made_up(streams=True)))
+    served += streams.render().decode()
     for path in PAGES:
         for name in re.findall(r"\bqnext_[a-z_]+", path.read_text(encoding="utf-8")):
             assert f"# TYPE {name} " in served, f"{path.name}: {name}"
@@ -277,9 +308,9 @@ def folder_gibibytes(scheme: str | None) -> float:
     """GiB of the 80B model's tensors, in bf16 or quantised with bf16 scales."""
     policy = None if scheme is None else make_policy(scheme, head=None, is_tied=False)
     total = 0.0
-    for name, shape in expected_tensors(preset("80b-a3b")).items():
-        found = None if policy is None else policy.scheme_of(name, shape)
-        total += prod(shape) * (2 if found is None else found.bits / 8 + 2 / found.group_size)
+    for info in list_parameters(preset("80b-a3b")).values():
+        found = None if policy is None else policy.scheme_of(info)
+        total += prod(info.shape) * (2 if found is None else found.bits / 8 + 2 / found.group_size)
     return total / 2**30
 
 
@@ -296,6 +327,20 @@ def test_figures_of_memory_are_those_of_the_shapes() -> None:
     assert f"{per_1000['bfloat16'] * 262.144 / 1024:.1f} GiB for all 262,144 tokens" in whole
     state = f"{state_bytes_per_sequence(config).total / 2**20:.1f}"
     assert len(re.findall(rf"{re.escape(state)} MiB", whole)) == 2
+
+
+def test_hit_rates_are_those_of_the_plan() -> None:
+    text = (GUIDE / "run-the-80b.md").read_text(encoding="utf-8")
+    model = planned_model("80b-a3b", "int4-g32")
+    rows = re.findall(r"^\| (\d+) GiB \|", text, re.MULTILINE)
+    assert len(rows) >= 4
+    for memory in rows:
+        rates = MachineRates(memory=1e10, disk=1e9, arithmetic=1e12)
+        found = forecast(model.config, model.sizes, Circumstances(int(memory) << 30, 2, rates, 4096, 1))
+        hits = " | ".join(f"{speed.hit_rate:.0%}" for speed in found.traffic.values())
+        assert f"| {memory} GiB | {found.share:.0%} | {hits} |" in text
+    missed = missed_bytes(step_work(model.config, model.sizes, 4096), 0.5)
+    assert f"reads {missed / 1e6:.0f} MB, and a disk of 1.5 GB/s allows {1.5e9 / missed:.1f} such tokens" in text
 
 
 def test_the_page_on_prompts_names_what_is_read() -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from tests.durability.faults import Fault, Outcome, lost_by_power, run_child
-from tests.durability.scenarios import SCENARIOS, Scenario, left, listing, scratch_of
+from tests.durability.scenario import Scenario, left, listing, scratch_of
+from tests.durability.scenarios import SCENARIOS
 
 _KINDS = {"kill": None, "full": errno.ENOSPC, "broken": errno.EIO}
 _EXIT_CODES = {errno.ENOSPC: 4, errno.EIO: 2}

@@ -67,9 +67,10 @@ class Outcome:
     def done(self) -> list[Step]:
         """The steps that came about."""
         return [
-            step for number, step in enumerate(self.steps)
+            step
+            for number, step in enumerate(self.steps)
             if self.fault is None or not self.fault.strikes(number, step.call)
-        ]  # fmt: skip
+        ]
 
 
 class Recorder:
@@ -88,9 +89,11 @@ class Recorder:
             self._wrap(os, name, lambda path, *rest, dir_fd=None, **more: self._at(path, dir_fd))
         for name in _PAIR_CALLS:
             self._wrap(
-                os, name, lambda a, b, *rest, dst_dir_fd=None, **more: self._at(b, dst_dir_fd),
+                os,
+                name,
+                lambda a, b, *rest, dst_dir_fd=None, **more: self._at(b, dst_dir_fd),
                 before=lambda a, b, *rest, src_dir_fd=None, **more: self._at(a, src_dir_fd),
-            )  # fmt: skip
+            )
         for name in _FILE_CALLS:
             self._wrap(os, name, lambda file, *rest, **more: self._of(file))
         self._wrap(os, "open", self._opened)
@@ -99,9 +102,12 @@ class Recorder:
         self._wrap(folders, "exchange", lambda a, b: str(b), before=lambda a, b: str(a))
 
     def _wrap(
-        self, module: Any, name: str, where: Callable[..., str | None],
+        self,
+        module: Any,
+        name: str,
+        where: Callable[..., str | None],
         before: Callable[..., str | None] = lambda *rest, **more: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         call = getattr(module, name)
 
         def stepping(*args: Any, **options: Any) -> Any:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from qnext.engine.storage import disk
-from qnext.engine.storage.disk import PARTIAL_SUFFIX, DiskStore
+from qnext.engine.storage.disk import DiskStore
+from qnext.engine.storage.disk_files import PARTIAL_SUFFIX
 
 MAX_BYTES = 2_000_000
 
@@ -87,7 +87,7 @@ def kill_before_call(number: int) -> None:
         return counting
 
     for name in ("open", "write", "fsync", "replace", "unlink", "utime", "close", "listdir", "fchmod"):
-        setattr(disk.os, name, counted(getattr(os, name)))
+        setattr(os, name, counted(getattr(os, name)))
 
 
 def kill_at_calls(folder: Path) -> Counter[str]:

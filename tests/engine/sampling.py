@@ -6,16 +6,20 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from qnext.engine.request import Request, SampledToken, SamplingParams
+from qnext.engine.policy.request import Request, SampledToken, SamplingParams
 from qnext.engine.sampling.sampler import Window, verify
 
 VOCAB_SIZE = 41
 
 
 def request(
-    params: SamplingParams, *, prompt: tuple[int, ...] = (1,), output: Sequence[int] = (), stop: Collection[int] = (),
+    params: SamplingParams,
+    *,
+    prompt: tuple[int, ...] = (1,),
+    output: Sequence[int] = (),
+    stop: Collection[int] = (),
     max_tokens: int = 10**6,
-) -> Request:  # fmt: skip
+) -> Request:
     made = Request("r", prompt, params, seed=params.seed or 0, max_tokens=max_tokens, stop_ids=frozenset(stop))
     for token in output:
         made.append(SampledToken(token))

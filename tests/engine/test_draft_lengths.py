@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from qnext.engine.speculation.draft_lengths import Acceptance, CostEstimate, DraftLengths, step_shapes
+from qnext.engine.policy.draft_lengths import Acceptance, CostEstimate, DraftCosts, DraftLengths, step_shapes
 
 DEPTH = 3
 
@@ -18,9 +18,8 @@ class Machine:
         self.rng = random.Random(seed)
         self.rates = rates
         self.cost_of_token, self.cost_of_pass = cost_of_token, cost_of_pass
-        step, draft_pass = step_shapes(
-            other_bytes=600, expert_bytes=3000, num_experts=64, top_k=8, mtp_bytes=100
-        )  # fmt: skip
+        costs = DraftCosts(other_bytes=600, expert_bytes=3000, num_experts=64, top_k=8, mtp_bytes=100)
+        step, draft_pass = step_shapes(costs)
         self.lengths = DraftLengths(DEPTH, step, draft_pass)
         self.draftings = [self.lengths.new_request() for _ in rates]
         self.seconds = 0.0

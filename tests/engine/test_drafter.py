@@ -3,84 +3,49 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
-import torch
 
 from qnext.engine import Engine, Request, SamplingParams
-from qnext.engine.speculation.draft_lengths import Drafting
+from qnext.engine.drafter import Drafter
 from qnext.errors import UsageError
-from qnext.model import Batch, CausalLM, TrunkOutput
-from qnext.ops import backend
+from qnext.model import CausalLM
+from tests.engine.drafting import (
+    GREEDY,
+    draft,
+    draft_always,
+    drafting_of,
+    drafts_like_those_of,
+    drafts_of_the_bare_model,
+    make_engine,
+    prompts_of,
+)
+from tests.engine.models import NATIVE, needs_native
 from tests.model.models import make_in_form
 
-NATIVE, OTHER = "next, sizes of the native kernels", "next"
-GREEDY = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.0)
-needs_native = pytest.mark.skipif(
-    backend.native_module() is None, reason="the native kernels are not built or not wanted"
+OTHER = "next"
+
+
+@pytest.mark.parametrize(
+    ("name", "uses_final_norm"),
+    [
+        (NATIVE, True),
+        (OTHER, False),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in ((NATIVE, False), (OTHER, True))),
+    ],
 )
-
-
-def make_engine(model: CausalLM, **options: Any) -> Engine:
-    return Engine(model, **{"max_num_seqs": 4, "max_model_len": 384, "poison": True, **options})
-
-
-def draft_always(engine: Engine, seed: int | None = None) -> None:
-    """As many drafts as may be, or with a seed some number of them, whatever they are worth."""
-    assert engine.drafter is not None
-    rng = None if seed is None else random.Random(seed)
-
-    def choose(requests: Sequence[Drafting], most: Sequence[int]) -> list[int]:
-        limits = [max(0, min(3, limit)) for limit in most]
-        return limits if rng is None else [rng.randint(0, limit) for limit in limits]
-
-    engine.drafter.lengths.choose = choose  # type: ignore[method-assign]
-
-
-def prompts_of(model: CausalLM, lengths: Sequence[int]) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(len(lengths))
-    return [torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-
-
-@torch.inference_mode()
-def drafts_of_the_bare_model(model: CausalLM, tokens: Sequence[int], count: int, *, first: int = 0) -> list[int]:
-    """Greedy drafts after all tokens of a sequence, everything computed anew; the layer sees rows from `first` on."""
-    tokens_T = torch.tensor(tokens)
-    source_TD = model.draft_source(model(Batch.from_lengths(tokens_T, [len(tokens)])))[first:-1]
-    drafts: list[int] = []
-    for _ in range(count):
-        next_ids_T = torch.tensor([*tokens[first + 1 :], *drafts])
-        batch = Batch.from_lengths(next_ids_T, [len(next_ids_T)])
-        batch = Batch(next_ids_T, batch.positions_T + first, batch.packing)
-        hidden_TD = model.draft_hidden(next_ids_T, TrunkOutput(source_TD, source_TD), batch)
-        drafts.append(int(model.logits(hidden_TD[-1:]).argmax()))
-        source_TD = torch.cat([source_TD, hidden_TD[-1:]])
-    return drafts
-
-
-def drafts_like_those_of(model: CausalLM, request: Request) -> list[int]:
-    assert request.drafting is not None
-    tokens, count = request.token_range(0, request.num_tokens), len(request.drafts)
-    return drafts_of_the_bare_model(model, tokens, count, first=request.drafting.first_row)
-
-
-@pytest.mark.parametrize("uses_final_norm", [True, False])
-@pytest.mark.parametrize("name", [NATIVE, OTHER])
 def test_drafts_are_those_of_the_bare_model(name: str, uses_final_norm: bool) -> None:
     model = make_in_form(name, "float32", num_nextn_predict_layers=1, mtp_uses_final_norm=uses_final_norm)
     engine = make_engine(model)
     draft_always(engine)
     requests = [engine.add_request(prompt, GREEDY) for prompt in prompts_of(model, [5, 17, 40])]
-    assert engine.drafter is not None
     num_compared = 0
     while engine.has_unfinished:
-        engine.drafter.draft(engine.scheduler.decoding)
+        found = draft(engine)
         for request in requests:
-            if request.drafts:
-                assert list(request.drafts) == drafts_like_those_of(model, request)
-                num_compared += len(request.drafts)
+            if drafts := found.get(request.id):
+                assert list(drafts) == drafts_like_those_of(model, engine, request, drafts)
+                num_compared += len(drafts)
         engine.step()
     assert num_compared > 100
 
@@ -91,35 +56,31 @@ def test_the_first_rows_after_a_long_prompt() -> None:
     draft_always(engine)
     (prompt,) = prompts_of(model, [300])
     request = engine.add_request(prompt, GREEDY)
-    assert engine.drafter is not None
     while engine.has_unfinished:
-        engine.drafter.draft(engine.scheduler.decoding)
-        if request.drafts:
-            assert request.drafting is not None and request.drafting.first_row == 300 - 32, "it stays where it began"
-            assert list(request.drafts) == drafts_like_those_of(model, request)
+        if drafts := draft(engine).get(request.id):
+            assert drafting_of(engine, request).first_row == 300 - 32, "it stays where it began"
+            assert list(drafts) == drafts_like_those_of(model, engine, request, drafts)
         engine.step()
 
 
 def test_the_layer_sees_as_much_as_its_pages_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages go round: what lies more than so many pages back is forgotten."""
-    for module in ("cache", "recorded"):
-        monkeypatch.setattr(f"qnext.engine.{module}.NUM_DRAFT_PAGES", 3)
+    for module in ("cache", "inputs"):
+        monkeypatch.setattr(f"qnext.engine.execution.{module}.NUM_DRAFT_PAGES", 3)
     model = make_in_form(NATIVE, "float32", num_nextn_predict_layers=1)
     engine = make_engine(model)
     draft_always(engine)
     (prompt,) = prompts_of(model, [20])
     request = engine.add_request(prompt, SamplingParams(max_tokens=150, ignore_eos=True, temperature=0.0))
-    assert engine.drafter is not None
     has_forgotten = False
     while engine.has_unfinished:
-        engine.drafter.draft(engine.scheduler.decoding)
-        if request.drafts:
-            assert request.drafting is not None
-            begin, end = request.drafting.first_row, request.num_computed_tokens
+        if drafts := draft(engine).get(request.id):
+            begin = drafting_of(engine, request).first_row
+            end = engine.scheduler.sequences[request.id].num_computed_tokens
             first = begin + 16 * max(0, (end - begin - 1) // 16 - 2)
             has_forgotten |= first > begin
             tokens = request.token_range(0, request.num_tokens)
-            assert request.drafts[0] == drafts_of_the_bare_model(model, tokens, 1, first=first)[0]
+            assert drafts[0] == drafts_of_the_bare_model(model, tokens, 1, first=first)[0]
         engine.step()
     assert has_forgotten
 
@@ -139,17 +100,16 @@ def test_rows_that_were_not_drafted_for_are_made_up_for() -> None:
         while len(request.output_ids) < 10 + pause:
             engine.step()
         engine.drafter = drafter
-        assert drafter is not None
-        drafter.draft(engine.scheduler.decoding)
-        assert request.drafting is not None and (request.drafting.first_row > 0) == begins_anew
-        assert len(request.drafts) == 3 and list(request.drafts) == drafts_like_those_of(model, request)
+        drafts = draft(engine)[request.id]
+        assert (drafting_of(engine, request).first_row > 0) == begins_anew
+        assert len(drafts) == 3 and list(drafts) == drafts_like_those_of(model, engine, request, drafts)
 
 
 def test_acceptance_is_known_before_anything_is_drafted() -> None:
     """The layer is asked about the prompt's last tokens: 16 of them, of which it gets right what it would."""
     model = make_in_form(NATIVE, "float32", num_nextn_predict_layers=1)
     engine = make_engine(model)
-    assert engine.drafter is not None
+    assert isinstance(engine.drafter, Drafter)
     (prompt,) = prompts_of(model, [60])
     request = engine.add_request(prompt, GREEDY)
     while not request.output_ids:
@@ -177,9 +137,12 @@ def run_traffic(model: CausalLM, *, seed: int, speculation: bool) -> tuple[list[
                 rng.randrange(model.config.vocab_size) for _ in range(rng.choice([1, 20, 50]))
             ]
             params = SamplingParams(
-                max_tokens=rng.choice([1, 7, 40, 90]), ignore_eos=True, seed=rng.randrange(99),
-                temperature=rng.choice([0.0, 0.8]), frequency_penalty=rng.choice([0.0, 0.4]),
-            )  # fmt: skip
+                max_tokens=rng.choice([1, 7, 40, 90]),
+                ignore_eos=True,
+                seed=rng.randrange(99),
+                temperature=rng.choice([0.0, 0.8]),
+                frequency_penalty=rng.choice([0.0, 0.4]),
+            )
             requests.append(engine.add_request(prompt, params))
         engine.step()
         engine.check_integrity()
@@ -196,7 +159,7 @@ def test_answers_are_those_without(form: str) -> None:
         drafted, engine = run_traffic(model, seed=seed, speculation=True)
         assert drafted == plain
         num_preemptions += engine.scheduler.num_preemptions
-        assert engine.drafter is not None and engine.drafter.lengths.overall.num_trials > 50
+        assert isinstance(engine.drafter, Drafter) and engine.drafter.lengths.overall.num_trials > 50
     assert num_preemptions
 
 
@@ -209,10 +172,10 @@ def test_the_first_drafts_of_a_cached_prefix() -> None:
     (first,) = engine.generate([prompt], GREEDY)
     request = engine.add_request([*prompt, *first.output_ids, 1, 2, 3], GREEDY)
     while engine.has_unfinished:
+        if draft(engine).get(request.id):
+            num_reused = engine.scheduler.sequences[request.id].num_reused_tokens
+            assert drafting_of(engine, request).first_row >= num_reused >= 70
         engine.step()
-        if request.drafts:
-            drafting = request.drafting
-            assert drafting is not None and drafting.first_row >= request.num_reused_tokens >= 70
     alone, _ = [make_engine(model, speculation=False) for _ in range(2)]
     assert tuple(request.output_ids) == alone.generate([request.prompt_ids], GREEDY)[0].output_ids
 

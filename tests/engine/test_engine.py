@@ -8,17 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qnext.engine import Engine, Request, SampledToken, SamplingParams
-from qnext.engine.runner import Runner
+from qnext.engine import Engine, EngineConfig, Request, SampledToken, SamplingParams
+from qnext.engine.policy.prefix import Hit
+from qnext.engine.policy.step import StepPlan
 from qnext.engine.sampling.seeds import child_seed
-from qnext.engine.scheduling.prefix import Hit
-from qnext.engine.step import StepPlan
 from qnext.errors import DoesNotFit, NotFinite, UsageError
 from qnext.ops import DELTA_CHUNK_SIZE
-from qnext.planning import kv_bytes_per_token, state_bytes_per_sequence
+from tests.engine.executors import KeepingExecutor
 from tests.engine.models import KINDS, VOCAB_SIZE, random_prompt, reference_greedy, reference_logits, tiny_model
 
 LENGTHS = (1, 5, 63, 64, 65, 130, 17, 200)
+
+
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
 
 
@@ -27,27 +28,13 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-class RecordingRunner(Runner):
-    """Keeps the logits of every chosen token."""
-
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine.model, engine.cache)
-        self.rows: dict[str, list[torch.Tensor]] = {}
-
-    def run(self, plan: StepPlan):  # type: ignore[no-untyped-def]
-        output = super().run(plan)
-        for row, (request, *_) in zip(output.logits_RY, output.sequences, strict=True):
-            self.rows.setdefault(request.id, []).append(row.clone())
-        return output
-
-
 def recorded(kind: str, prompts: list[list[int]], **sizes: int) -> tuple[list[tuple[int, ...]], list[torch.Tensor]]:
     """Greedy outputs and the logits [num outputs, Y] behind them."""
-    engine = Engine(tiny_model(kind), poison=True, **sizes)
-    engine.runner = runner = RecordingRunner(engine)
+    engine = Engine.of(tiny_model(kind), EngineConfig(poison=True, **sizes))
+    executor = KeepingExecutor(engine)
     completions = engine.generate(prompts, GREEDY)
     engine.check_integrity()
-    return [c.output_ids for c in completions], [torch.stack(runner.rows[c.request_id]) for c in completions]
+    return [c.output_ids for c in completions], [torch.stack(executor.rows[c.request_id]) for c in completions]
 
 
 def test_cached_decode_equals_full_recomputation(kind: str) -> None:
@@ -81,17 +68,16 @@ def test_chunked_prefill_equals_whole(kind: str, chunk: int) -> None:
 
 def test_prefill_token_by_token_equals_whole(kind: str) -> None:
     prompt = random_prompt(70, seed=0)
-    engine = Engine(tiny_model(kind), max_num_seqs=1, max_num_batched_tokens=64, poison=True)
+    engine = Engine.of(tiny_model(kind), EngineConfig(max_num_seqs=1, max_num_batched_tokens=64, poison=True))
     # A prompt of one token and the rest forced in as if it had been chosen: every step has one token.
-    runner = RecordingRunner(engine)
-    engine.runner = runner
+    executor = KeepingExecutor(engine)
     request = engine.add_request(prompt[:1], SamplingParams(max_tokens=100, ignore_eos=True))
     for token in prompt[1:]:
         engine.step()
         request.output_ids[-1] = token
     engine.step()
     expected = reference_logits(tiny_model(kind), prompt)
-    torch.testing.assert_close(torch.stack(runner.rows[request.id]), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(executor.rows[request.id]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "dense"])
@@ -100,7 +86,9 @@ def test_freed_memory_never_changes_an_answer(kind: str) -> None:
     prompts = [random_prompt(length, seed=100 + length) for length in (33, 90, 20, 65, 7)]
     fresh = [recorded(kind, [prompt], max_num_seqs=1, max_num_batched_tokens=512)[0][0] for prompt in prompts]
     for poison in (False, True):
-        engine = Engine(tiny_model(kind), max_num_seqs=2, max_num_batched_tokens=128, num_blocks=14, poison=poison)
+        engine = Engine.of(
+            tiny_model(kind), EngineConfig(max_num_seqs=2, max_num_batched_tokens=128, num_blocks=14, poison=poison)
+        )
         for _ in range(2):
             assert [c.output_ids for c in engine.generate(prompts, GREEDY)] == fresh
     engine.check_integrity()
@@ -108,7 +96,7 @@ def test_freed_memory_never_changes_an_answer(kind: str) -> None:
 
 def test_poison_would_be_seen(kind: str) -> None:
     """The poison of the tests above is real: whoever reads memory that was not written gets NaN."""
-    engine = Engine(tiny_model(kind), max_num_seqs=1, max_num_batched_tokens=64, poison=True)
+    engine = Engine.of(tiny_model(kind), EngineConfig(max_num_seqs=1, max_num_batched_tokens=64, poison=True))
     assert engine.scheduler.prefixes is not None
     engine.scheduler.prefixes.acquire = lambda *_, **__: Hit(5, (), None, None)  # claims that five tokens are cached
     with pytest.raises(NotFinite, match="not finite"):
@@ -127,10 +115,10 @@ def assert_nothing_is_held(engine: Engine) -> None:
 def test_seed_decides_whatever_the_company(kind: str) -> None:
     prompt = random_prompt(40, seed=2)
     params = SamplingParams(temperature=1.3, top_k=50, top_p=0.9, seed=1234, max_tokens=20, ignore_eos=True)
-    (alone,) = Engine(tiny_model(kind), max_num_seqs=1).generate([prompt], params)
+    (alone,) = Engine.of(tiny_model(kind), EngineConfig(max_num_seqs=1)).generate([prompt], params)
     others = [SamplingParams(temperature=0.7 + 0.1 * n, seed=n, max_tokens=9 + n, top_k=3 * n) for n in range(5)]
     prompts = [random_prompt(11 + n, seed=n) for n in range(5)]
-    engine = Engine(tiny_model(kind), max_num_seqs=6, max_num_batched_tokens=70)
+    engine = Engine.of(tiny_model(kind), EngineConfig(max_num_seqs=6, max_num_batched_tokens=70))
     company = engine.generate([*prompts, prompt], [*others, params])
     assert company[-1].output_ids == alone.output_ids
     (other,) = engine.generate([prompt], SamplingParams(temperature=1.3, seed=1235, max_tokens=20, ignore_eos=True))
@@ -138,7 +126,7 @@ def test_seed_decides_whatever_the_company(kind: str) -> None:
 
 
 def test_a_seed_that_was_drawn_reproduces_its_tokens() -> None:
-    engine = Engine(tiny_model("hybrid"), max_num_seqs=2)
+    engine = Engine.of(tiny_model("hybrid"), EngineConfig(max_num_seqs=2))
     first, second = engine.generate([[5, 6, 7]] * 2, SamplingParams(temperature=1.5, max_tokens=20, ignore_eos=True))
     assert first.seed != second.seed and first.output_ids != second.output_ids
     params = SamplingParams(temperature=1.5, max_tokens=20, ignore_eos=True, seed=first.seed)
@@ -146,7 +134,7 @@ def test_a_seed_that_was_drawn_reproduces_its_tokens() -> None:
 
 
 def test_stop_tokens_end_a_request() -> None:
-    engine = Engine(tiny_model("hybrid"), max_num_seqs=1)
+    engine = Engine.of(tiny_model("hybrid"), EngineConfig(max_num_seqs=1))
     prompt = random_prompt(30, seed=4)
     (full,) = engine.generate([prompt], GREEDY)
     assert full.finish_reason == "length" and len(full.output_ids) == 8
@@ -154,20 +142,23 @@ def test_stop_tokens_end_a_request() -> None:
     expected = full.output_ids[: full.output_ids.index(token) + 1]
     (stopped,) = engine.generate([prompt], SamplingParams(max_tokens=8, stop_token_ids=(token,), ignore_eos=True))
     assert (stopped.output_ids, stopped.finish_reason) == (expected, "stop")
-    with_eos = Engine(tiny_model("hybrid"), max_num_seqs=1, eos_token_ids=[token])
+    with_eos = Engine.of(tiny_model("hybrid"), EngineConfig(max_num_seqs=1, eos_token_ids=[token]))
     (stopped,) = with_eos.generate([prompt], SamplingParams(max_tokens=8))
     assert (stopped.output_ids, stopped.finish_reason) == (expected, "stop")
     assert with_eos.generate([prompt], GREEDY)[0].finish_reason == "length"
 
 
 def test_abort_in_every_phase_leaks_nothing(kind: str) -> None:
-    engine = Engine(tiny_model(kind), max_num_seqs=2, max_num_batched_tokens=65, num_blocks=30, poison=True)
+    engine = Engine.of(
+        tiny_model(kind), EngineConfig(max_num_seqs=2, max_num_batched_tokens=65, num_blocks=30, poison=True)
+    )
     survivor = engine.add_request(random_prompt(20, seed=1), GREEDY, request_id="survivor")
     reading = engine.add_request(random_prompt(200, seed=2), GREEDY, request_id="reading")
     waiting = engine.add_request(random_prompt(9, seed=3), GREEDY, request_id="waiting")
     engine.step()
     engine.step()
-    assert 0 < reading.num_computed_tokens < 200 and waiting.num_computed_tokens == 0
+    computed = {name: each.num_computed_tokens for name, each in engine.scheduler.sequences.items()}
+    assert 0 < computed["reading"] < 200 and computed["waiting"] == 0
     for request_id in ("reading", "waiting", "reading", "unknown"):
         engine.abort(request_id)
         engine.check_integrity()
@@ -188,15 +179,20 @@ def test_abort_in_every_phase_leaks_nothing(kind: str) -> None:
 def test_random_traffic_leaks_nothing_and_answers_alike() -> None:
     """Five hundred requests through a small poisoned cache, a part of them aborted somewhere on the way."""
     rng = random.Random(0)
-    engine = Engine(tiny_model("dense"), max_num_seqs=16, max_num_batched_tokens=160, num_blocks=32, poison=True)
+    engine = Engine.of(
+        tiny_model("dense"), EngineConfig(max_num_seqs=16, max_num_batched_tokens=160, num_blocks=32, poison=True)
+    )
     requests: list[Request] = []
     while len(requests) < 500 or engine.has_unfinished:
         if len(requests) < 500:
             for _ in range(rng.randint(1, 12)):
                 params = SamplingParams(
-                    temperature=rng.choice([0.0, 1.2]), top_k=rng.choice([0, 7]), seed=len(requests),
-                    max_tokens=rng.randint(1, 5), repetition_penalty=rng.choice([1.0, 1.3]),
-                )  # fmt: skip
+                    temperature=rng.choice([0.0, 1.2]),
+                    top_k=rng.choice([0, 7]),
+                    seed=len(requests),
+                    max_tokens=rng.randint(1, 5),
+                    repetition_penalty=rng.choice([1.0, 1.3]),
+                )
                 prompt = random_prompt(rng.choice([1, 3, 15, 16, 40, 70]), seed=len(requests))
                 requests.append(engine.add_request(prompt, params))
         if rng.random() < 0.2:
@@ -205,14 +201,14 @@ def test_random_traffic_leaks_nothing_and_answers_alike() -> None:
         engine.check_integrity()
     assert_nothing_is_held(engine)
     assert {r.finish_reason for r in requests} >= {"length", "abort"}
-    alone = Engine(tiny_model("dense"), max_num_seqs=1)
+    alone = Engine.of(tiny_model("dense"), EngineConfig(max_num_seqs=1))
     for request in [r for r in requests if r.finish_reason != "abort"][::25]:
         (expected,) = alone.generate([request.prompt_ids], request.params)
         assert expected.output_ids == tuple(request.output_ids)
 
 
 def test_stream_gives_the_tokens_and_closing_it_aborts() -> None:
-    engine = Engine(tiny_model("hybrid"), max_num_seqs=2)
+    engine = Engine.of(tiny_model("hybrid"), EngineConfig(max_num_seqs=2))
     prompt = random_prompt(30, seed=4)
     (expected,) = engine.generate([prompt], GREEDY)
     events = list(engine.stream(prompt, GREEDY))
@@ -227,7 +223,7 @@ def test_stream_gives_the_tokens_and_closing_it_aborts() -> None:
 
 
 def test_a_refused_request_leaves_the_others_alone() -> None:
-    engine = Engine(tiny_model("hybrid"), max_num_seqs=2, max_model_len=100, num_blocks=7)
+    engine = Engine.of(tiny_model("hybrid"), EngineConfig(max_num_seqs=2, max_model_len=100, num_blocks=7))
     good = engine.add_request(random_prompt(20, seed=1), GREEDY)
     engine.step()
     with pytest.raises(UsageError, match="empty"):
@@ -249,7 +245,7 @@ def test_a_refused_request_leaves_the_others_alone() -> None:
 
 
 def test_a_request_may_fill_the_context_to_the_last_token() -> None:
-    engine = Engine(tiny_model("hybrid"), max_num_seqs=1, max_model_len=80, num_blocks=5, poison=True)
+    engine = Engine.of(tiny_model("hybrid"), EngineConfig(max_num_seqs=1, max_model_len=80, num_blocks=5, poison=True))
     (done,) = engine.generate([random_prompt(70, seed=1)], SamplingParams(ignore_eos=True))
     assert len(done.output_ids) == 10 and done.finish_reason == "length"
     (done,) = engine.generate([random_prompt(79, seed=1)], SamplingParams(ignore_eos=True))
@@ -257,13 +253,13 @@ def test_a_request_may_fill_the_context_to_the_last_token() -> None:
 
 
 def test_a_failing_step_ends_its_only_request_and_no_other() -> None:
-    engine = Engine(tiny_model("hybrid"), max_num_seqs=1, poison=True)
+    engine = Engine.of(tiny_model("hybrid"), EngineConfig(max_num_seqs=1, poison=True))
     failing = engine.add_request([1, 2, 3], GREEDY)
     waiting = engine.add_request([4, 5, 6], GREEDY)
-    runner, engine.runner = engine.runner, None  # type: ignore[assignment]
+    executor, engine.executor = engine.executor, None  # type: ignore[assignment]
     (event,) = engine.step()
     assert (event.request_id, event.finish_reason) == (failing.id, "error")
-    engine.runner = runner
+    engine.executor = executor
     engine.check_integrity()
     assert isinstance(failing.fault, AttributeError) and waiting.finish_reason is None
     while engine.has_unfinished:
@@ -277,7 +273,7 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     params = SamplingParams(
         temperature=2.0, top_k=20, repetition_penalty=1.5, seed=3, max_tokens=6, logprobs=4, ignore_eos=True
     )
-    (done,) = Engine(model, max_num_seqs=1).generate([prompt], params)
+    (done,) = Engine.of(model, EngineConfig(max_num_seqs=1)).generate([prompt], params)
     expected = reference_logits(model, [*prompt, *done.output_ids])[9:-1].log_softmax(-1)
     assert [token.token_id for token in done.sampled] == list(done.output_ids)
     for token, row in zip(done.sampled, expected, strict=True):
@@ -287,70 +283,8 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
         assert [value for _, value in token.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_memory_plan_counts_what_is_allocated(kind: str) -> None:
-    model = tiny_model(kind)
-    config = model.config
-    assert Engine(model, max_num_seqs=3, num_blocks=15, num_checkpoints=4).memory_plan.num_slots == (
-        7 if config.num_linear_layers else 3
-    )
-    engine = Engine(model, max_num_seqs=3, max_model_len=100, num_blocks=15, prefix_cache=False)
-    plan = engine.memory_plan
-    kv_per_token = config.num_full_layers * 2 * 2 * 10 * 4
-    state = config.num_linear_layers * (3 * (2 * 14 + 30) + 6 * 7 * 5) * 4
-    assert kv_per_token == kv_bytes_per_token(config, dtype="float32")
-    assert state == state_bytes_per_sequence(config).total
-    assert plan.kv_bytes == 15 * 16 * kv_per_token
-    assert plan.kv_bytes_per_1000_tokens == 1000 * kv_per_token
-    assert (plan.state_bytes_per_sequence, plan.state_bytes) == (state, 3 * state)
-    assert plan.num_full_sequences == (2 if config.num_full_layers else 3)
-    assert plan.weight_bytes >= 4 * sum(p.numel() for p in model.parameters())
-    assert len(plan.describe().splitlines()) == 2
-
-
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
-def test_keys_and_values_have_a_dtype_of_their_own(kv_dtype: torch.dtype) -> None:
-    model, prompt = tiny_model("full"), random_prompt(40, seed=0)
-    engine = Engine(model, max_num_seqs=2, num_blocks=8, kv_dtype=kv_dtype, poison=True)
-    runner = RecordingRunner(engine)
-    engine.runner = runner
-    (done,) = engine.generate([prompt], GREEDY)
-    expected = reference_logits(model, [*prompt, *done.output_ids[:-1]])[len(prompt) - 1 :]
-    # Keys and values are rounded to 8 bits or 7.
-    assert (torch.stack(runner.rows[done.request_id]) - expected).norm() < 0.05 * expected.norm()
-    name = str(kv_dtype).removeprefix("torch.")
-    assert engine.memory_plan.kv_bytes == 8 * 16 * kv_bytes_per_token(model.config, dtype=name)
-
-
-def test_a_cache_smaller_than_the_context_bounds_it() -> None:
-    engine = Engine(tiny_model("hybrid"), max_num_seqs=1, num_blocks=4)
-    assert engine.max_model_len == engine.memory_plan.max_model_len == 64
-    (done,) = engine.generate([[1] * 60], SamplingParams(ignore_eos=True))
-    assert len(done.output_ids) == 4
-
-
-def test_kv_budget_is_kept() -> None:
-    engine = Engine(tiny_model("full"), max_num_seqs=4, kv_budget_bytes=50_000)
-    assert 50_000 - 16 * 320 < engine.memory_plan.kv_bytes <= 50_000
-    with pytest.raises(UsageError, match="at least one block"):
-        Engine(tiny_model("full"), kv_budget_bytes=10)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"max_num_seqs": 0}, "max_num_seqs"),
-        ({"max_num_seqs": 8, "max_num_batched_tokens": 7}, "starve"),
-        ({"max_model_len": 513}, "512"),
-        ({"num_blocks": 3, "kv_budget_bytes": 3}, "not both"),
-    ],
-)
-def test_impossible_sizes_are_refused(sizes: dict[str, int], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        Engine(tiny_model("hybrid"), **sizes)
-
-
 def test_n_completions_are_n_requests_with_their_seeds() -> None:
-    engine = Engine(tiny_model("hybrid"), max_num_seqs=4)
+    engine = Engine.of(tiny_model("hybrid"), EngineConfig(max_num_seqs=4))
     prompts = [random_prompt(20, seed=1), random_prompt(33, seed=2)]
     params = SamplingParams(temperature=1.4, seed=77, max_tokens=12, ignore_eos=True, n=3, prompt_logprobs=1)
     found = engine.generate(prompts, params)
@@ -367,7 +301,7 @@ def test_n_completions_are_n_requests_with_their_seeds() -> None:
 
 
 def test_several_completions_are_queued_all_or_none() -> None:
-    engine = Engine(tiny_model("hybrid"), max_num_seqs=2)
+    engine = Engine.of(tiny_model("hybrid"), EngineConfig(max_num_seqs=2))
     requests = engine.add_requests([1, 2], SamplingParams(n=2, max_tokens=2), request_id="a")
     assert [request.id for request in requests] == ["a-0", "a-1"]
     engine.add_request([1], SamplingParams(max_tokens=1), request_id="b-1")
@@ -389,7 +323,9 @@ def test_prompt_logprobs_are_those_of_the_bare_model(kind: str) -> None:
     model = tiny_model(kind)
     prompts = [random_prompt(length, seed=length) for length in (1, 64, 200, 65, 300)]
     each = [SamplingParams(max_tokens=3, ignore_eos=True, prompt_logprobs=None if n == 1 else n) for n in range(5)]
-    completions = Engine(model, max_num_seqs=5, max_num_batched_tokens=140, poison=True).generate(prompts, each)
+    completions = Engine.of(model, EngineConfig(max_num_seqs=5, max_num_batched_tokens=140, poison=True)).generate(
+        prompts, each
+    )
     assert completions[1].prompt_sampled == ()
     for prompt, params, done in zip(prompts, each, completions, strict=True):
         if params.prompt_logprobs is None:
@@ -408,7 +344,7 @@ def test_prompt_logprobs_are_those_of_the_bare_model(kind: str) -> None:
 
 
 def test_parameters_are_checked_against_vocabulary_and_stop_tokens() -> None:
-    engine = Engine(tiny_model("hybrid"), max_num_seqs=1)
+    engine = Engine.of(tiny_model("hybrid"), EngineConfig(max_num_seqs=1))
     with pytest.raises(UsageError, match=f"logit_bias: token {VOCAB_SIZE}"):
         engine.add_request([1], SamplingParams(logit_bias={VOCAB_SIZE: 1.0}))
     with pytest.raises(UsageError, match="min_tokens 1"):
@@ -421,8 +357,8 @@ def test_parameters_are_checked_against_vocabulary_and_stop_tokens() -> None:
 
 
 def test_a_request_without_any_choice_is_aborted_alone() -> None:
-    engine = Engine(tiny_model("hybrid"), max_num_seqs=2)
-    run = engine.runner.run
+    engine = Engine.of(tiny_model("hybrid"), EngineConfig(max_num_seqs=2))
+    run = engine.executor.execute
 
     def spoiled(plan: StepPlan):  # type: ignore[no-untyped-def]
         output = run(plan)
@@ -430,7 +366,7 @@ def test_a_request_without_any_choice_is_aborted_alone() -> None:
         logits[:, 5] = -torch.inf
         return output._replace(logits_RY=logits)
 
-    engine.runner.run = spoiled  # type: ignore[method-assign]
+    engine.executor.execute = spoiled  # type: ignore[method-assign]
     only_five = SamplingParams(allowed_token_ids=(5,), max_tokens=4)
     lost, good = engine.generate([[1, 2], [1, 2]], [only_five, GREEDY])
     assert (lost.finish_reason, lost.output_ids) == ("error", ())

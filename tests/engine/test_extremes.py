@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qnext.engine.params import (
+from qnext.engine.policy.params import (
     GREEDY_BELOW,
     MAX_BIAS,
     MAX_PENALTY,
@@ -22,7 +22,7 @@ from qnext.engine.params import (
     MAX_TOP_K,
     MIN_REPETITION_PENALTY,
 )
-from qnext.engine.request import Request, SamplingParams
+from qnext.engine.policy.request import Request, SamplingParams
 from qnext.engine.sampling.filters import draw
 from qnext.engine.sampling.sampler import Window, draft, verify
 from tests.engine.sampling import request
@@ -38,13 +38,17 @@ CORNERS: dict[str, list[Any]] = {
     "presence_penalty": [-MAX_PENALTY, 5e-324, 0.0, MAX_PENALTY],
     "frequency_penalty": [-MAX_PENALTY, 0.0, 1e-40, MAX_PENALTY],
     "logit_bias": [
-        {}, {0: 5e-324}, dict.fromkeys(range(7), -MAX_BIAS), dict.fromkeys(range(7), MAX_BIAS), {1: 100, 2: -100},
+        {},
+        {0: 5e-324},
+        dict.fromkeys(range(7), -MAX_BIAS),
+        dict.fromkeys(range(7), MAX_BIAS),
+        {1: 100, 2: -100},
     ],
     "allowed_token_ids": [None, (3,), (0, 5, 6)],
     "banned_token_ids": [(), (0, 1, 2)],
     "min_tokens": [0, 2**31],
     "logprobs": [None, 0, 5],
-}  # fmt: skip
+}
 SCALES = (0.0, 1e-42, 1.0, 1e4, 1e30, LARGEST)
 
 
@@ -112,9 +116,12 @@ def test_corners_in_pairs(scale: float) -> None:
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(
     changes=st.fixed_dictionaries({name: st.sampled_from(values) for name, values in CORNERS.items()}),
-    scale=st.sampled_from(SCALES), size=st.sampled_from(SIZES), seed=st.integers(0, 10**6),
-    is_guided=st.booleans(), num_drafts=st.integers(0, 3),
-)  # fmt: skip
+    scale=st.sampled_from(SCALES),
+    size=st.sampled_from(SIZES),
+    seed=st.integers(0, 10**6),
+    is_guided=st.booleans(),
+    num_drafts=st.integers(0, 3),
+)
 def test_corners_all_together(
     changes: dict[str, Any], scale: float, size: int, seed: int, is_guided: bool, num_drafts: int
 ) -> None:
@@ -123,10 +130,13 @@ def test_corners_all_together(
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(
-    temperature=st.floats(GREEDY_BELOW, MAX_TEMPERATURE), top_p=st.floats(5e-324, 1.0), min_p=st.floats(0.0, 1.0),
-    top_k=st.integers(-1, 50), number=st.sampled_from([0.0, 0.5, 1 - 2.0**-48]),
+    temperature=st.floats(GREEDY_BELOW, MAX_TEMPERATURE),
+    top_p=st.floats(5e-324, 1.0),
+    min_p=st.floats(0.0, 1.0),
+    top_k=st.integers(-1, 50),
+    number=st.sampled_from([0.0, 0.5, 1 - 2.0**-48]),
     row=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50),
-)  # fmt: skip
+)
 def test_any_finite_row_gives_a_token_of_some_weight(
     temperature: float, top_p: float, min_p: float, top_k: int, number: float, row: list[float]
 ) -> None:

@@ -7,7 +7,8 @@ import pytest
 from qnext.engine.sampling.constraint import Constraint
 from qnext.engine.sampling.gbnf import is_gbnf
 from qnext.errors import UsageError
-from tests.engine.test_grammar import compiler, encoded, state_of, tokenizer
+from tests.engine.grammar_ends import can_end, must_end
+from tests.engine.grammars import compiler, encoded, state_of, tokenizer
 
 JSON = r"""
 root ::= object   # as many grammars begin
@@ -29,7 +30,7 @@ def fits(grammar: str, text: str) -> bool:
         if not state.allows(token):
             return False
         state.accept(token)
-    return state.can_end
+    return can_end(state)
 
 
 @pytest.mark.parametrize(
@@ -63,11 +64,23 @@ def test_texts_of_a_grammar(grammar: str, good: list[str], bad: list[str]) -> No
 @pytest.mark.parametrize(
     "grammar",
     [
-        'rule ::= "a"', "root ::= other", "root ::= (", 'root ::= "a', "root ::= [", "root ::= *", "root ::= {2}",
-        "root ::= " + "(" * 60 + ")" * 60, "root ::= root", "root ::= \\", "root ::= []", 'root ::= "\\ud800"',
-        "root ::= !<think>", 'root ::= "a"\n"b" ::= "c"', 'root ::= "\\U00110000"',
+        'rule ::= "a"',
+        "root ::= other",
+        "root ::= (",
+        'root ::= "a',
+        "root ::= [",
+        "root ::= *",
+        "root ::= {2}",
+        "root ::= " + "(" * 60 + ")" * 60,
+        "root ::= root",
+        "root ::= \\",
+        "root ::= []",
+        'root ::= "\\ud800"',
+        "root ::= !<think>",
+        'root ::= "a"\n"b" ::= "c"',
+        'root ::= "\\U00110000"',
     ],
-)  # fmt: skip
+)
 def test_faulty_grammars_are_refused_in_a_line(grammar: str) -> None:
     with pytest.raises(UsageError) as raised:
         compiler().compile(Constraint("lark", grammar))
@@ -78,7 +91,7 @@ def test_special_tokens_can_be_named() -> None:
     state = state_of(Constraint("lark", 'root ::= "a" <tool_call> tail\ntail ::= "b"'))
     for token in (*encoded("a"), tokenizer("bpe").token_id("<tool_call>"), *encoded("b")):
         state.accept(token)
-    assert state.must_end
+    assert must_end(state)
 
 
 @pytest.mark.parametrize("grammar", ['start: "a"', "start: <think> x\nx: /a/", '?start: "::="', "start: A\nA: /::=/"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qnext.engine import EndEvent, Engine, SamplingParams
+from qnext.engine import EndEvent, Engine, EngineConfig, SamplingParams
 from qnext.engine.sampling.constraint import Constraint
 from qnext.engine.sampling.grammar import GrammarCompiler, Vocabulary
 from qnext.errors import QnextError, UsageError
@@ -31,7 +31,7 @@ def text_of(vocab_ids: tuple[int, ...]) -> str:
 def test_a_constrained_request_beside_free_ones(temperature: float) -> None:
     compiler = GrammarCompiler(vocabulary())
     grammar = compiler.compile(Constraint("regex", "[a-f]{3}[0-9]{2}"))
-    engine = Engine(MODEL, max_num_seqs=3, max_model_len=64)
+    engine = Engine.of(MODEL, EngineConfig(max_num_seqs=3, max_model_len=64))
     free = SamplingParams(max_tokens=12, ignore_eos=True)
     prompts = [random_prompt(9, seed=n) for n in range(2)]
     others = [engine.add_request(prompt, free) for prompt in prompts]
@@ -66,7 +66,7 @@ class Refusing:
 
 
 def test_a_failing_guide_ends_its_request_alone() -> None:
-    engine = Engine(MODEL, max_num_seqs=2, max_model_len=64)
+    engine = Engine.of(MODEL, EngineConfig(max_num_seqs=2, max_model_len=64))
     params = SamplingParams(max_tokens=9)
     bad = engine.add_request([5, 6], params, guide=Refusing(2))
     prompt = random_prompt(9, seed=1)
@@ -85,7 +85,7 @@ def test_a_failing_guide_ends_its_request_alone() -> None:
 def test_a_deadline_ends_a_request_in_any_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    engine = Engine(MODEL, max_num_seqs=1, max_model_len=64)
+    engine = Engine.of(MODEL, EngineConfig(max_num_seqs=1, max_model_len=64))
     params = SamplingParams(max_tokens=30, ignore_eos=True)
     running = engine.add_request([5, 6], params, timeout=10)
     waiting = engine.add_request([5, 7], params, timeout=5)
@@ -104,7 +104,7 @@ def test_a_deadline_ends_a_request_in_any_phase(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_contradictions_are_refused() -> None:
-    engine = Engine(MODEL, max_num_seqs=1, max_model_len=64)
+    engine = Engine.of(MODEL, EngineConfig(max_num_seqs=1, max_model_len=64))
     with pytest.raises(UsageError, match="ignore_eos"):
         engine.add_request([1], SamplingParams(ignore_eos=True), guide=Refusing(1))
     for timeout in (0, -1.0, float("nan")):

@@ -6,48 +6,43 @@ import pytest
 import torch
 from torch import Tensor
 
-from qnext.engine import Engine, SamplingParams
-from qnext.engine.runner import Runner
-from qnext.engine.step import StepPlan
+from qnext.engine import Engine, EngineConfig, SamplingParams
+from qnext.engine.execution.executor import StepOutput
+from qnext.engine.policy.step import StepPlan
 from qnext.model import CausalLM
-from qnext.ops import backend
+from qnext.ops import backends
+from tests.engine.executors import KeepingExecutor
 from tests.model.models import make_in_form
 
-pytestmark = pytest.mark.skipif(
-    backend.native_module() is None, reason="the native kernels are not built or not wanted"
-)
+pytestmark = pytest.mark.skipif(backends.cpu_kernels() is None, reason="the native kernels are not built or not wanted")
 
 NAMES = ["next, sizes of the native kernels", "qwen3_moe, sizes of the native kernels"]
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.0)
 
 
-class KeepingRunner(Runner):
-    """Keeps the logits of every chosen token, and how many steps were recorded ones."""
+class RecordedSteps(KeepingExecutor):
+    """Counts the steps that were recorded ones, and forbids them where they may not be."""
 
     def __init__(self, engine: Engine, *, may_record: bool) -> None:
-        super().__init__(engine.model, engine.cache)
-        self.rows: dict[str, list[Tensor]] = {}
+        super().__init__(engine)
         self.num_recorded = 0
         self.may_record = may_record
 
-    def run(self, plan: StepPlan):  # type: ignore[no-untyped-def]
+    def execute(self, plan: StepPlan) -> StepOutput:
         if not self.may_record:
             self._decoding._num_failures = 10**9
         num_tokens = sum(len(s.token_ids) for s in plan.sequences)
         self.num_recorded += plan.only_decodes and self._decoding.serves(num_tokens)
-        output = super().run(plan)
-        for row, (request, *_) in zip(output.logits_RY, output.sequences, strict=True):
-            self.rows.setdefault(request.id, []).append(row.clone())
-        return output
+        return super().execute(plan)
 
 
-def generate(model: CausalLM, lengths: list[int], *, may_record: bool) -> tuple[list[Tensor], KeepingRunner]:
-    engine = Engine(model, max_num_seqs=3, max_model_len=256, poison=True)
-    engine.runner = runner = KeepingRunner(engine, may_record=may_record)
+def generate(model: CausalLM, lengths: list[int], *, may_record: bool) -> tuple[list[Tensor], RecordedSteps]:
+    engine = Engine.of(model, EngineConfig(max_num_seqs=3, max_model_len=256, poison=True))
+    executor = RecordedSteps(engine, may_record=may_record)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     completions = engine.generate(prompts, GREEDY)
-    return [torch.stack(runner.rows[c.request_id]) for c in completions], runner
+    return [torch.stack(executor.rows[c.request_id]) for c in completions], executor
 
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "int4-g32"])
@@ -56,19 +51,19 @@ def test_the_same_bits(name: str, form: str) -> None:
     """Five requests through three places: 1, 2 and 3 sequences, slots and pages change owners, pages fill up."""
     model = make_in_form(name, form)
     lengths = [5, 17, 64, 1, 30]
-    recorded, runner = generate(model, lengths, may_record=True)
+    recorded, executor = generate(model, lengths, may_record=True)
     plain, other = generate(model, lengths, may_record=False)
-    assert runner.num_recorded > 40 and other.num_recorded == 0
-    assert set(runner._decoding._batches) >= {(2, 2, 1), (3, 3, 1)}
+    assert executor.num_recorded > 40 and other.num_recorded == 0
+    assert set(executor._decoding._batches) >= {(2, 2, 1), (3, 3, 1)}
     for ours, theirs in zip(recorded, plain, strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_recordings_that_were_used_longest_ago_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qnext.engine.recorded._MAX_RECORDINGS", 2)
+    monkeypatch.setattr("qnext.engine.execution.recorded._MAX_RECORDINGS", 2)
     model = make_in_form(NAMES[0], "float32")
-    rows, runner = generate(model, [5, 17, 64, 1, 30], may_record=True)
-    assert len(runner._decoding._batches) == 2
+    rows, executor = generate(model, [5, 17, 64, 1, 30], may_record=True)
+    assert len(executor._decoding._batches) == 2
     plain, _ = generate(model, [5, 17, 64, 1, 30], may_record=False)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(rows, plain, strict=True))
 
@@ -88,7 +83,7 @@ def test_a_model_with_hooks_runs_in_python() -> None:
 def test_changed_weights_are_seen(form: str) -> None:
     """An engine outlives an update of its model's weights, of those that calls read as copies too."""
     model = make_in_form(NAMES[0], form)
-    engine = Engine(model, max_num_seqs=1, max_model_len=64)
+    engine = Engine.of(model, EngineConfig(max_num_seqs=1, max_model_len=64))
     params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.0, logprobs=0)
 
     def logprobs() -> list[float | None]:
@@ -100,5 +95,5 @@ def test_changed_weights_are_seen(form: str) -> None:
         model.lm_head.weight.mul_(1.5)
     after = logprobs()
     assert before != after
-    fresh = Engine(model, max_num_seqs=1, max_model_len=64)
+    fresh = Engine.of(model, EngineConfig(max_num_seqs=1, max_model_len=64))
     assert after == [token.logprob for token in fresh.generate([[1, 2, 3]], params)[0].sampled]

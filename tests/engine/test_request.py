@@ -8,34 +8,43 @@ from typing import Any
 
 import pytest
 
-from qnext.engine.request import SamplingParams, checked_prompt, output_allowance
+from qnext.engine.policy.request import SamplingParams, checked_prompt, output_allowance
 from qnext.errors import DoesNotFit, UsageError
 
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
-        ("temperature", True), ("temperature", None), ("top_k", -2), ("top_k", 1.5), ("top_k", True),
-        ("top_p", 0.0), ("top_p", 1.01), ("top_p", math.nan), ("min_p", -0.1), ("min_p", 1.1),
-        ("repetition_penalty", 0.0), ("repetition_penalty", math.inf), ("repetition_penalty", 1e-40),
-        ("repetition_penalty", 0.0099), ("repetition_penalty", 10.01), ("repetition_penalty", 1e308),
-        ("temperature", 100.5), ("temperature", 1e308), ("temperature", 10**400),
-        ("top_k", 10**9 + 1), ("max_tokens", 2**31 + 1), ("min_tokens", 2**31 + 1),
-        ("logit_bias", {1: 10**400}),
-        ("temperature", "x" * 100_000), ("presence_penalty", 2.5),
-        ("frequency_penalty", -2.5), ("seed", 1.0), ("seed", 2**64), ("max_tokens", 0), ("max_tokens", 1.0),
-        ("logprobs", -1), ("logprobs", True), ("stop_token_ids", (1, -1)), ("stop_token_ids", ("a",)),
-        ("stop_token_ids", 5), ("stop_token_ids", "12"), ("stop_token_ids", range(1025)), ("ignore_eos", 1),
-        ("logprobs", 1025), ("prompt_logprobs", -1), ("prompt_logprobs", 21), ("prompt_logprobs", 1.0),
-        ("min_tokens", -1), ("min_tokens", None), ("min_tokens", 2.0), ("n", 0), ("n", 129), ("n", None), ("n", True),
-        ("logit_bias", [1]), ("logit_bias", None), ("logit_bias", {"1": 1.0}), ("logit_bias", {-1: 1.0}),
-        ("logit_bias", {1: 100.5}), ("logit_bias", {1: math.nan}), ("logit_bias", {1: "2"}), ("logit_bias", {1: True}),
-        ("logit_bias", dict.fromkeys(range(1025), 1.0)), ("allowed_token_ids", ()), ("allowed_token_ids", (-1,)),
-        ("allowed_token_ids", (1.0,)), ("allowed_token_ids", range(1025)), ("banned_token_ids", None),
-        ("banned_token_ids", {1: 2}), ("banned_token_ids", (True,)), ("banned_token_ids", range(1025)),
+IMPOSSIBLE: dict[str, list[Any]] = {
+    "temperature": [-0.1, math.nan, math.inf, "1", True, None, 100.5, 1e308, 10**400, "x" * 100_000],
+    "top_k": [-2, 1.5, True, 10**9 + 1],
+    "top_p": [0.0, 1.01, math.nan],
+    "min_p": [-0.1, 1.1],
+    "repetition_penalty": [0.0, math.inf, 1e-40, 0.0099, 10.01, 1e308],
+    "max_tokens": [2**31 + 1, 0, 1.0],
+    "min_tokens": [2**31 + 1, -1, None, 2.0],
+    "logit_bias": [
+        {1: 10**400},
+        [1],
+        None,
+        {"1": 1.0},
+        {-1: 1.0},
+        {1: 100.5},
+        {1: math.nan},
+        {1: "2"},
+        {1: True},
+        dict.fromkeys(range(1025), 1.0),
     ],
-)  # fmt: skip
+    "presence_penalty": [2.5],
+    "frequency_penalty": [-2.5],
+    "seed": [1.0, 2**64],
+    "logprobs": [-1, True, 1025],
+    "stop_token_ids": [(1, -1), ("a",), 5, "12", range(1025)],
+    "ignore_eos": [1],
+    "prompt_logprobs": [-1, 21, 1.0],
+    "n": [0, 129, None, True],
+    "allowed_token_ids": [(), (-1,), (1.0,), range(1025)],
+    "banned_token_ids": [None, {1: 2}, (True,), range(1025)],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in IMPOSSIBLE.items() for value in values])
 def test_impossible_values_are_named(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=name) as caught:
         SamplingParams(**{name: value})
@@ -44,8 +53,16 @@ def test_impossible_values_are_named(name: str, value: Any) -> None:
 
 def test_numbers_of_thousands_of_digits_are_named_and_not_repeated() -> None:
     huge = 10**5000  # too long for a test's name, and for Python to write in decimal
-    for changes in ({"temperature": huge}, {"top_k": huge}, {"seed": -huge}, {"n": huge}, {"logit_bias": {-huge: 1}},
-                    {"logit_bias": {huge: 101}}, {"logit_bias": {1: huge}}, {"stop_token_ids": (-huge,)}):  # fmt: skip
+    for changes in (
+        {"temperature": huge},
+        {"top_k": huge},
+        {"seed": -huge},
+        {"n": huge},
+        {"logit_bias": {-huge: 1}},
+        {"logit_bias": {huge: 101}},
+        {"logit_bias": {1: huge}},
+        {"stop_token_ids": (-huge,)},
+    ):
         with pytest.raises(UsageError, match=next(iter(changes))) as caught:
             SamplingParams(**changes)
         assert len(str(caught.value)) < 200
@@ -84,8 +101,11 @@ def test_contradictions_are_named() -> None:
             check(SamplingParams(**{name: value}))
     with pytest.raises(UsageError, match="banned_token_ids leaves no token"):
         check(SamplingParams(banned_token_ids=(0, 1, 2, 3)))
-    for lists in ({"banned_token_ids": (0, 1)}, {"allowed_token_ids": (2, 3)},
-                  {"allowed_token_ids": (1, 2, 3), "banned_token_ids": (1,)}):  # fmt: skip
+    for lists in (
+        {"banned_token_ids": (0, 1)},
+        {"allowed_token_ids": (2, 3)},
+        {"allowed_token_ids": (1, 2, 3), "banned_token_ids": (1,)},
+    ):
         check(SamplingParams(min_tokens=1, **lists), 2, 99)
         check(SamplingParams(**lists), 2, 3)
         with pytest.raises(UsageError, match="min_tokens 1"):

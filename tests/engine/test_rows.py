@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,15 @@ import pytest
 import torch
 
 from qnext.engine import EndEvent, Engine, Request, SamplingParams
-from qnext.engine.runner import Runner, RunnerOutput
-from qnext.engine.step import StepPlan
+from qnext.engine.drafter import Drafter
+from qnext.engine.execution.executor import StepOutput
+from qnext.engine.policy import sequence as planned
+from qnext.engine.policy.step import SequencePlan, StepPlan
 from qnext.errors import NotFinite, RequestBroke
 from qnext.model import CausalLM
-from tests.engine.test_drafter import NATIVE, draft_always, make_engine, needs_native
+from tests.engine.drafting import draft_always, make_engine
+from tests.engine.executors import Wrapped, sampled
+from tests.engine.models import NATIVE, needs_native
 from tests.model.models import make_in_form
 
 CULPRIT = "culprit"
@@ -73,18 +78,24 @@ def answers(requests: Sequence[Request]) -> list[tuple[Any, ...]]:
     return [(tuple(r.output_ids), tuple(r.sampled), tuple(r.prompt_sampled), r.finish_reason) for r in requests]
 
 
+@lru_cache(maxsize=4)
+def answers_without_a_culprit(model: CausalLM, drafts: bool) -> list[list[tuple[Any, ...]]]:
+    """Of the victims: once from the beginning and once where all prefixes are cached."""
+    engine = engine_of(model, drafts=drafts)
+    wanted = []
+    for _ in range(2):
+        requests = victims(engine)
+        run(engine)
+        wanted.append(answers(requests))
+    return wanted
+
+
 def check(
     model: CausalLM, spoil: Callable[[Engine], Request], *, drafts: bool, is_exact: bool = True
 ) -> tuple[Engine, Request]:
     """`spoil` adds the culprit to an engine, once alone and once where all prefixes are cached."""
-    reference = engine_of(model, drafts=drafts)
-    wanted = []
-    for _ in range(2):
-        requests = victims(reference)
-        run(reference)
-        wanted.append(answers(requests))
     engine = engine_of(model, drafts=drafts)
-    for expected in wanted:
+    for expected in answers_without_a_culprit(model, drafts):
         requests = victims(engine)
         culprit = spoil(engine)
         ended = run(engine)
@@ -99,17 +110,17 @@ def check(
     return engine, culprit
 
 
-class Spoiled(Runner):
+class Spoiled(Wrapped):
     """Calls `spoil` with the plan and the result of each step that the culprit is in."""
 
-    def __init__(self, engine: Engine, spoil: Callable[[StepPlan, RunnerOutput], RunnerOutput]) -> None:
-        super().__init__(engine.model, engine.cache)
+    def __init__(self, engine: Engine, spoil: Callable[[StepPlan, StepOutput], StepOutput]) -> None:
+        super().__init__(engine)
         self.spoil = spoil
         self.num_spoiled = 0
 
-    def run(self, plan: StepPlan) -> RunnerOutput:
-        output = super().run(plan)
-        if all(sequence.request.id != CULPRIT for sequence in plan.sequences):
+    def execute(self, plan: StepPlan) -> StepOutput:
+        output = super().execute(plan)
+        if all(sequence.request_id != CULPRIT for sequence in plan.sequences):
             return output
         self.num_spoiled += 1
         return self.spoil(plan, output)
@@ -147,13 +158,18 @@ def test_a_guide_that_breaks(model: CausalLM, drafts: bool, error: BaseException
     assert len(culprit.output_ids) <= 4
 
 
-def nan_rows(plan: StepPlan, output: RunnerOutput) -> RunnerOutput:
+def num_chosen(sequence: SequencePlan) -> int:
+    """Tokens of the answer before the step; only once the prompt is read."""
+    return sequence.start + len(sequence.token_ids) - sequence.num_drafts - sequence.num_prompt
+
+
+def nan_rows(plan: StepPlan, output: StepOutput) -> StepOutput:
     """The culprit's logits, once it has three tokens."""
     logits_RY = output.logits_RY.clone()
     first = 0
-    for sequence in output.sequences:
-        end = first + 1 + len(sequence.drafts)
-        if sequence.request.id == CULPRIT and len(sequence.request.output_ids) >= 3:
+    for sequence in sampled(plan, output):
+        end = first + 1 + sequence.num_drafts
+        if sequence.request_id == CULPRIT and num_chosen(sequence) >= 3:
             logits_RY[first:end, 7] = torch.nan
         first = end
     return output._replace(logits_RY=logits_RY)
@@ -163,7 +179,7 @@ def nan_rows(plan: StepPlan, output: RunnerOutput) -> RunnerOutput:
 @pytest.mark.parametrize("drafts", [False, True], ids=["plain", "drafts"])
 def test_logits_that_are_not_finite(model: CausalLM, drafts: bool) -> None:
     def spoil(engine: Engine) -> Request:
-        engine.runner = Spoiled(engine, nan_rows)
+        Spoiled(engine, nan_rows)
         return add_culprit(engine)
 
     _, culprit = check(model, spoil, drafts=drafts)
@@ -191,19 +207,19 @@ def test_weights_that_overflow_for_one_prompt(model: CausalLM, drafts: bool, ask
 @pytest.mark.parametrize("drafts", [False, True], ids=["plain", "drafts"])
 @pytest.mark.parametrize("num_tokens", [0, 6], ids=["prompt", "answer"])
 def test_a_model_that_raises_at_one_request(model: CausalLM, drafts: bool, num_tokens: int) -> None:
-    def fail(plan: StepPlan, output: RunnerOutput) -> RunnerOutput:
-        (culprit,) = (s.request for s in plan.sequences if s.request.id == CULPRIT)
-        if len(culprit.output_ids) >= num_tokens:
+    def fail(plan: StepPlan, output: StepOutput) -> StepOutput:
+        (culprit,) = (s for s in plan.sequences if s.request_id == CULPRIT)
+        if num_tokens == 0 or num_chosen(culprit) >= num_tokens:
             raise RuntimeError("the caches are written, and nobody knows what of them")
         return output
 
     def spoil(engine: Engine) -> Request:
-        engine.runner = Spoiled(engine, fail)
+        Spoiled(engine, fail)
         return add_culprit(engine)
 
     engine, culprit = check(model, spoil, drafts=drafts, is_exact=False)
     assert isinstance(culprit.fault, RuntimeError)
-    assert all(request.num_suspected == 0 for request in engine._requests.values())
+    assert not engine.scheduler.recovery._num_suspected
 
 
 @needs_native
@@ -213,14 +229,14 @@ def test_steps_that_fail_for_their_company_end_nobody(model: CausalLM) -> None:
     wanted = victims(reference)
     run(reference)
 
-    def run_step(plan: StepPlan) -> RunnerOutput:
+    def run_step(plan: StepPlan) -> StepOutput:
         output = usual(plan)
         if len(plan.sequences) > 1:
             raise MemoryError
         return output
 
     engine = engine_of(model, drafts=False)
-    usual, engine.runner.run = engine.runner.run, run_step  # type: ignore[method-assign]
+    usual, engine.executor.execute = engine.executor.execute, run_step  # type: ignore[method-assign]
     requests = victims(engine)
     assert run(engine) == []
     assert [r.output_ids for r in requests] == [r.output_ids for r in wanted]
@@ -232,21 +248,23 @@ def test_a_drafter_that_raises_ends_nobody(model: CausalLM) -> None:
     wanted = victims(reference)
     run(reference)
     engine = engine_of(model, drafts=True)
-    assert engine.drafter is not None
-    usual = engine.drafter.draft
+    assert isinstance(engine.drafter, Drafter)
+    usual = engine.drafter.propose
 
-    def draft(requests: Sequence[Request]) -> None:
-        usual(requests)
-        if any(request.id == CULPRIT and len(request.output_ids) > 4 for request in requests):
+    def propose(sequences: list[planned.Sequence]) -> dict[str, tuple[int, ...]]:
+        drafts = usual(sequences)
+        if any(each.id == CULPRIT and len(each.request.output_ids) > 4 for each in sequences):
             raise RuntimeError("no drafts")
+        return drafts
 
-    engine.drafter.draft = draft  # type: ignore[method-assign]
+    engine.drafter.propose = propose  # type: ignore[method-assign]
     requests = victims(engine)
     culprit = add_culprit(engine)
     assert run(engine) == []
     assert answers(requests) == answers(wanted)
-    assert culprit.finish_reason == "length" and not culprit.may_draft
-    assert all(request.may_draft and request.num_drafted for request in requests)
+    assert culprit.finish_reason == "length"
+    assert set(engine.drafter._barred) == {culprit}
+    assert all(request.num_drafted for request in requests)
 
 
 @needs_native
@@ -255,10 +273,10 @@ def test_a_step_of_nobody_that_fails_is_the_callers(model: CausalLM) -> None:
     victims(engine)
     engine.step()
 
-    def interrupt(plan: StepPlan) -> RunnerOutput:
+    def interrupt(plan: StepPlan) -> StepOutput:
         raise KeyboardInterrupt
 
-    engine.runner.run = interrupt  # type: ignore[method-assign]
+    engine.executor.execute = interrupt  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     assert not engine.has_unfinished
@@ -269,10 +287,10 @@ def test_a_step_of_nobody_that_fails_is_the_callers(model: CausalLM) -> None:
 def test_what_generates_for_a_library_raises_the_fault_itself(model: CausalLM) -> None:
     engine = engine_of(model, drafts=False)
 
-    def fail(plan: StepPlan) -> RunnerOutput:
+    def fail(plan: StepPlan) -> StepOutput:
         raise RuntimeError("no memory")
 
-    engine.runner.run = fail  # type: ignore[method-assign]
+    engine.executor.execute = fail  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="no memory"):
         engine.generate([[1, 2, 3]])
     with pytest.raises(RuntimeError, match="no memory"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qnext.engine.request import SamplingParams
+from qnext.engine.policy.request import SamplingParams
 from qnext.engine.sampling.filters import candidates, scaled
 from qnext.engine.sampling.seeds import uniform
 from tests.engine.sampling import VOCAB_SIZE, logits, request, sample

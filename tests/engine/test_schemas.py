@@ -10,9 +10,11 @@ import pytest
 
 from qnext.engine.sampling.constraint import Constraint
 from qnext.engine.sampling.patterns import held_pattern
-from qnext.engine.sampling.schemas import RELAXED, enforceable, without_nulls
+from qnext.engine.sampling.schema_keywords import RELAXED
+from qnext.engine.sampling.schemas import enforceable, without_nulls
 from qnext.errors import UsageError
-from tests.engine.test_grammar import compiler, encoded, sampled, state_of, text_of
+from tests.engine.grammar_ends import can_end
+from tests.engine.grammars import compiler, encoded, sampled, state_of, text_of
 
 
 def of(value: Any, name: str = "v") -> dict[str, Any]:
@@ -21,32 +23,47 @@ def of(value: Any, name: str = "v") -> dict[str, Any]:
 
 # Schema, and the part of it that holds where that is not the whole.
 RELAXABLE: dict[str, tuple[Any, Any]] = {
-    "uniqueItems": ({"type": "array", "items": {"type": "boolean"}, "uniqueItems": True, "maxItems": 3},
-                    {"type": "array", "items": {"type": "boolean"}, "maxItems": 3}),
+    "uniqueItems": (
+        {"type": "array", "items": {"type": "boolean"}, "uniqueItems": True, "maxItems": 3},
+        {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+    ),
     "not": ({"type": "integer", "not": {"const": 0}}, {"type": "integer"}),
-    "propertyNames": ({"type": "object", "propertyNames": {"enum": ["a"]}, "additionalProperties": {"type": "null"}},
-                      {"type": "object", "additionalProperties": {"type": "null"}}),
-    "contains": ({"type": "array", "contains": {"const": 1}, "items": {"enum": [1, 2]}, "maxItems": 3},
-                 {"type": "array", "items": {"enum": [1, 2]}, "maxItems": 3}),
-    "dependentRequired": ({"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 2}},
-                           "dependentRequired": {"a": ["b"]}, "additionalProperties": False},
-                          {"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 2}},
-                           "additionalProperties": False}),
+    "propertyNames": (
+        {"type": "object", "propertyNames": {"enum": ["a"]}, "additionalProperties": {"type": "null"}},
+        {"type": "object", "additionalProperties": {"type": "null"}},
+    ),
+    "contains": (
+        {"type": "array", "contains": {"const": 1}, "items": {"enum": [1, 2]}, "maxItems": 3},
+        {"type": "array", "items": {"enum": [1, 2]}, "maxItems": 3},
+    ),
+    "dependentRequired": (
+        {
+            "type": "object",
+            "properties": {"a": {"const": 1}, "b": {"const": 2}},
+            "dependentRequired": {"a": ["b"]},
+            "additionalProperties": False,
+        },
+        {"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 2}}, "additionalProperties": False},
+    ),
     "if": ({"enum": [1, 2], "if": {"const": 1}, "then": False}, {"enum": [1, 2]}),
     "unevaluatedProperties": (of({"const": 1}) | {"unevaluatedProperties": False}, of({"const": 1})),
     "pattern": ({"type": "string", "maxLength": 4, "pattern": "^(?!a)b"}, {"type": "string", "maxLength": 4}),
     "oneOf": ({"oneOf": [{"enum": [1, 2]}, {"enum": [2, 3]}]}, {"enum": [1, 2, 3]}),
-    "minProperties": ({"type": "object", "properties": {"a": {"const": 1}}, "minProperties": 1,
-                       "additionalProperties": False},
-                      {"type": "object", "properties": {"a": {"const": 1}}, "additionalProperties": False}),
+    "minProperties": (
+        {"type": "object", "properties": {"a": {"const": 1}}, "minProperties": 1, "additionalProperties": False},
+        {"type": "object", "properties": {"a": {"const": 1}}, "additionalProperties": False},
+    ),
     "$ref": ({"$ref": "https://json-schema.org/draft/2020-12/schema"}, True),
-    "required": ({"type": "object", "properties": {"a": {"const": 1, "required": True}},
-                  "additionalProperties": False},
-                 {"type": "object", "properties": {"a": {"const": 1}}, "additionalProperties": False}),
-    "multipleOf": ({"type": "number", "multipleOf": 1e-9, "minimum": 0, "maximum": 1},
-                   {"type": "number", "minimum": 0, "maximum": 1}),
+    "required": (
+        {"type": "object", "properties": {"a": {"const": 1, "required": True}}, "additionalProperties": False},
+        {"type": "object", "properties": {"a": {"const": 1}}, "additionalProperties": False},
+    ),
+    "multipleOf": (
+        {"type": "number", "multipleOf": 1e-9, "minimum": 0, "maximum": 1},
+        {"type": "number", "minimum": 0, "maximum": 1},
+    ),
     "minimum": ({"type": "integer", "minimum": -(2**70), "maximum": 3}, {"type": "integer", "maximum": 3}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("keyword", RELAXABLE)
@@ -69,14 +86,21 @@ def test_a_strict_schema_is_refused_by_keyword_and_place(keyword: str) -> None:
 
 
 ANNOTATED: list[Any] = [
-    {"type": "string", "format": "password"}, {"type": "string", "format": "file-path", "title": "Path"},
+    {"type": "string", "format": "password"},
+    {"type": "string", "format": "file-path", "title": "Path"},
     {"type": "string", "contentMediaType": "image/png", "examples": [None], "default": None},
     {"type": "boolean", "deprecated": True, "readOnly": True, "$comment": "x", "x-order": 3},
     {"type": "integer", "format": "int64", "description": "a number", "nullable": False},
-    {"type": "object", "$schema": "http://json-schema.org/draft-07/schema#", "$id": "https://x.example/s.json",
-     "discriminator": {"propertyName": "k"}, "unevaluatedProperties": True, "propertyNames": {"type": "string"},
-     "maxProperties": 1},
-]  # fmt: skip
+    {
+        "type": "object",
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "$id": "https://x.example/s.json",
+        "discriminator": {"propertyName": "k"},
+        "unevaluatedProperties": True,
+        "propertyNames": {"type": "string"},
+        "maxProperties": 1,
+    },
+]
 
 
 @pytest.mark.parametrize("schema", ANNOTATED, ids=str)
@@ -96,15 +120,19 @@ SAME: list[tuple[Any, Any]] = [
     ({"nullable": True, "anyOf": [{"const": 1}]}, {"anyOf": [{"const": 1}, {"type": "null"}]}),
     ({"type": "number", "minimum": 1, "exclusiveMinimum": True}, {"type": "number", "exclusiveMinimum": 1}),
     ({"type": "number", "minimum": 1, "exclusiveMinimum": False}, {"type": "number", "minimum": 1}),
-    ({"type": "array", "items": [{"const": 1}], "additionalItems": False},
-     {"type": "array", "prefixItems": [{"const": 1}], "items": False}),
-    ({"type": "OBJECT", "properties": {"a": {"type": "STRING"}}},
-     {"type": "object", "properties": {"a": {"type": "string"}}}),
+    (
+        {"type": "array", "items": [{"const": 1}], "additionalItems": False},
+        {"type": "array", "prefixItems": [{"const": 1}], "items": False},
+    ),
+    (
+        {"type": "OBJECT", "properties": {"a": {"type": "STRING"}}},
+        {"type": "object", "properties": {"a": {"type": "string"}}},
+    ),
     ({"type": "object", "properties": [], "required": ["a", "a"]}, {"type": "object", "required": ["a"]}),
     ({"type": ["string", None]}, {"type": ["string", "null"]}),
     ({"type": "any"}, {}),
     ({"anyOf": [], "type": "null"}, {"type": "null"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("written", "meant"), SAME, ids=str)
@@ -124,7 +152,7 @@ def fits(schema: Any, text: str) -> bool:
         if not state.allows(token):
             return False
         state.accept(token)
-    return state.can_end
+    return can_end(state)
 
 
 def test_references_are_followed_wherever_they_point() -> None:
@@ -132,13 +160,15 @@ def test_references_are_followed_wherever_they_point() -> None:
         "$id": "https://x.example/s",
         "type": "object",
         "properties": {
-            "a": {"$ref": "#/components/schemas/Leaf"}, "b": {"$ref": "#/properties/a"},
-            "c": {"$ref": "https://x.example/s#/definitions/d~1e"}, "d": {"$ref": "#"},
+            "a": {"$ref": "#/components/schemas/Leaf"},
+            "b": {"$ref": "#/properties/a"},
+            "c": {"$ref": "https://x.example/s#/definitions/d~1e"},
+            "d": {"$ref": "#"},
         },
         "additionalProperties": False,
         "definitions": {"d/e": {"type": "array", "items": {"$ref": "#/definitions/d~1e"}}},
         "components": {"schemas": {"Leaf": {"type": "integer"}}},
-    }  # fmt: skip
+    }
     assert fits(schema, '{"a": 1, "b": 2, "c": [[], [[]]], "d": {"a": 3}}')
     assert not any(fits(schema, text) for text in ('{"a": "1"}', '{"b": "1"}', '{"c": [1]}', '{"d": {"a": []}}'))
 
@@ -188,13 +218,17 @@ def test_patterns_that_no_grammar_holds(pattern: str) -> None:
 
 def test_a_prompt_keeps_the_schema_but_for_nulls() -> None:
     schema = {
-        "type": "object", "description": None, "required": None, "x-odd": [1],
+        "type": "object",
+        "description": None,
+        "required": None,
+        "x-odd": [1],
         "properties": {"a": {"enum": [None, 1], "default": None, "const": None}, "required": None, "b": {"enum": None}},
-    }  # fmt: skip
+    }
     assert without_nulls(schema) == {
-        "type": "object", "x-odd": [1],
+        "type": "object",
+        "x-odd": [1],
         "properties": {"a": {"enum": [None, 1], "default": None, "const": None}, "required": {}, "b": {}},
-    }  # fmt: skip
+    }
 
 
 def test_a_grammar_may_have_an_alternative() -> None:
@@ -209,5 +243,5 @@ def test_a_grammar_may_have_an_alternative() -> None:
             state = state_of(constraint)
             for token in encoded(text):
                 state.accept(token)
-            assert state.can_end, (constraint, text)
+            assert can_end(state), (constraint, text)
         assert not state_of(constraint).allows(encoded("a")[0])

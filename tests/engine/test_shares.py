@@ -9,12 +9,12 @@ from itertools import count
 
 import pytest
 
-from qnext.engine.request import Request, SamplingParams
-from qnext.engine.scheduling.archive import Load
-from qnext.engine.scheduling.prefix_node import Tokens
-from qnext.engine.scheduling.scheduler import Scheduler
-from qnext.engine.scheduling.shares import IDLE_SECONDS, QUANTUM
-from tests.engine.test_scheduler import answer, limits, step
+from qnext.engine.policy.prefix_node import Tokens
+from qnext.engine.policy.request import Request, SamplingParams
+from qnext.engine.policy.scheduler import Scheduler
+from qnext.engine.policy.sequence import Sequence
+from qnext.engine.policy.shares import IDLE_SECONDS, QUANTUM
+from tests.engine.schedules import answer, limits, step
 
 _numbers = count(1)
 
@@ -24,11 +24,21 @@ def ask(scheduler: Scheduler, owner: str, num_prompt: int, max_tokens: int) -> R
     number = next(_numbers)
     prompt = tuple(range(100_000 * number, 100_000 * number + num_prompt))
     request = Request(
-        f"{owner}{number}", prompt, SamplingParams(), seed=0, max_tokens=max_tokens, stop_ids=frozenset({-1}),
-        salt=f"{owner}-{number}", owner=owner,
-    )  # fmt: skip
+        f"{owner}{number}",
+        prompt,
+        SamplingParams(),
+        seed=0,
+        max_tokens=max_tokens,
+        stop_ids=frozenset({-1}),
+        salt=f"{owner}-{number}",
+        owner=owner,
+    )
     scheduler.add(request)
     return request
+
+
+def held(scheduler: Scheduler, request: Request) -> Sequence:
+    return scheduler.sequences[request.id]
 
 
 def running(scheduler: Scheduler) -> dict[str, int]:
@@ -45,9 +55,14 @@ def steps_until(scheduler: Scheduler, is_done: Callable[[], bool], most: int = 1
 
 def make(**changes: float | None) -> Scheduler:
     values = {
-        "max_num_seqs": 8, "num_slots": 20, "num_blocks": 2_000, "chunk_size": 1, "has_prefix_cache": True,
-        "max_num_batched_tokens": 256, "max_draft_tokens": 0,
-    }  # fmt: skip
+        "max_num_seqs": 8,
+        "num_slots": 20,
+        "num_blocks": 2_000,
+        "chunk_size": 1,
+        "has_prefix_cache": True,
+        "max_num_batched_tokens": 256,
+        "max_draft_tokens": 0,
+    }
     return Scheduler(limits(**{**values, **changes}))
 
 
@@ -134,7 +149,7 @@ def test_a_budget_of_one_chunk_goes_to_all_owners_in_turn() -> None:
     prompts = [ask(scheduler, owner, 640, 1) for owner in "aabbc"]
     seen: Counter[str] = Counter()
     for _ in range(15):
-        seen.update(s.request.owner for s in step(scheduler).sequences)
+        seen.update(s.request_id[0] for s in step(scheduler).sequences)
     assert min(seen.values()) >= 4 and set(seen) == set("abc")
     while scheduler.has_unfinished:
         step(scheduler)
@@ -159,9 +174,10 @@ def test_whoever_holds_most_blocks_makes_room_for_what_grows() -> None:
     for _ in range(30):
         step(scheduler)
     small = ask(scheduler, "b", 50, 400)
+    sequence = held(scheduler, small)
     steps_until(scheduler, lambda: bool(small.output_ids), 40)
     assert steps_until(scheduler, lambda: small.finish_reason is not None) <= 400
-    assert small.num_admissions == 1 and scheduler.num_preemptions > 0
+    assert sequence.num_admissions == 1 and scheduler.num_preemptions > 0
     while scheduler.has_unfinished:
         step(scheduler)
 
@@ -236,23 +252,24 @@ def test_parked_requests_hold_nothing_and_go_on_where_they_were() -> None:
     first, second, third = (ask(scheduler, "a", 100, 30) for _ in range(3))
     for _ in range(10):
         step(scheduler)
-    scheduler.park(first)
-    scheduler.park(first)
-    assert first.slot is None and not first.blocks and scheduler.num_parked == 1
+    sequence = held(scheduler, first)
+    scheduler.park(first.id)
+    scheduler.park(first.id)
+    assert sequence.slot is None and not sequence.blocks and scheduler.num_parked == 1
     for _ in range(10):
         step(scheduler)
     assert third.output_ids and len(first.output_ids) < 12
     for r in (second, third):
-        scheduler.park(r)
+        scheduler.park(r.id)
     assert scheduler.plan() is None and not scheduler.has_unfinished
     scheduler.check_integrity()
-    scheduler.abort(third)
+    scheduler.abort(third.id)
     for r in (second, first):
-        scheduler.resume(r)
+        scheduler.resume(r.id)
     while scheduler.has_unfinished:
         step(scheduler)
     assert len(first.output_ids) == len(second.output_ids) == 30
-    assert scheduler.num_parked == 0 and first.num_reused_tokens >= 100, "it went on from what was cached"
+    assert scheduler.num_parked == 0 and sequence.num_reused_tokens >= 100, "it went on from what was cached"
 
 
 def test_the_oldest_of_an_owner_is_first() -> None:
@@ -271,6 +288,7 @@ class Stored:
     """A prefix that is read in two looks, and what was asked of it."""
 
     num_tokens: int
+    id: int = 0
     num_starts: int = 0
     looks_left: int = 2
     is_good: bool = True
@@ -286,8 +304,6 @@ class Stored:
 
     def wait(self, seconds: float) -> None: ...
 
-    def write(self, load: Load) -> None: ...
-
 
 class Shelf:
     """An archive that has all of every prompt but its last token."""
@@ -297,6 +313,9 @@ class Shelf:
 
     def find(self, tokens: Tokens, *, salt: str, above: int, limit: int) -> Stored | None:
         return Stored(limit) if limit > above else None
+
+    def held_bytes(self, owner: str) -> tuple[int, int]:
+        return 0, 0
 
 
 def test_a_prefix_that_came_for_one_owner_keeps_no_other_owner_waiting() -> None:
@@ -309,11 +328,13 @@ def test_a_prefix_that_came_for_one_owner_keeps_no_other_owner_waiting() -> None
     for _ in range(12):
         if (plan := scheduler.plan()) is not None:
             scheduler.commit(answer(plan))
-    assert first[1].output_ids and first[2].fetch is not None and first[2].fetch.is_good
+    fetch = held(scheduler, first[2]).fetch
+    assert first[1].output_ids and fetch is not None and fetch.is_good
     other = ask(scheduler, "b", 200, 2)
+    sequence = held(scheduler, other)
     for _ in range(8):
         if (plan := scheduler.plan()) is not None:
             scheduler.commit(answer(plan))
         scheduler.check_integrity()
-    assert other.finish_reason is not None and other.num_reused_tokens == 199
+    assert other.finish_reason is not None and sequence.num_reused_tokens == 199
     assert first[0].finish_reason is None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qnext.engine.request import Request, SampledToken, SamplingParams
+from qnext.engine.policy.request import Request, SampledToken, SamplingParams
 from qnext.engine.sampling.sampler import Verdict, Window, draft, verify
 from qnext.errors import NotFinite, QnextError, RequestBroke, UsageError
 from tests.engine.sampling import VOCAB_SIZE, logits, request, sample
@@ -19,15 +19,27 @@ SMALL = 50  # beside it a vocabulary that is read in groups
 LARGE = 4500
 
 EVERY: list[dict[str, Any]] = [
-    {}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 20, "top_p": 0.8}, {"temperature": 1.3, "top_p": 0.9},
-    {"temperature": 1.0, "min_p": 0.05}, {"temperature": 1.0, "min_p": 0.01, "top_k": 9, "top_p": 0.7},
-    {"temperature": 1.0, "repetition_penalty": 1.7}, {"repetition_penalty": 0.6}, {"presence_penalty": 1.5},
-    {"temperature": 0.8, "frequency_penalty": 1.9}, {"frequency_penalty": -2.0, "temperature": 1.5},
-    {"logit_bias": {3: 9.0, 8: -100}}, {"temperature": 1.0, "logit_bias": {4: 6.5}, "presence_penalty": 2.0},
-    {"allowed_token_ids": (2, 9, 11, 30)}, {"temperature": 2.0, "allowed_token_ids": (2, 9, 11, 30)},
-    {"temperature": 1.0, "banned_token_ids": (0, 1, 2)}, {"temperature": 1.5, "min_tokens": 9, "top_k": 8},
-    {"temperature": 1.2, "logprobs": 4}, {"logprobs": 0}, {"temperature": 1.0, "min_tokens": 3, "logprobs": 2},
-]  # fmt: skip
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.8},
+    {"temperature": 1.3, "top_p": 0.9},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 1.0, "min_p": 0.01, "top_k": 9, "top_p": 0.7},
+    {"temperature": 1.0, "repetition_penalty": 1.7},
+    {"repetition_penalty": 0.6},
+    {"presence_penalty": 1.5},
+    {"temperature": 0.8, "frequency_penalty": 1.9},
+    {"frequency_penalty": -2.0, "temperature": 1.5},
+    {"logit_bias": {3: 9.0, 8: -100}},
+    {"temperature": 1.0, "logit_bias": {4: 6.5}, "presence_penalty": 2.0},
+    {"allowed_token_ids": (2, 9, 11, 30)},
+    {"temperature": 2.0, "allowed_token_ids": (2, 9, 11, 30)},
+    {"temperature": 1.0, "banned_token_ids": (0, 1, 2)},
+    {"temperature": 1.5, "min_tokens": 9, "top_k": 8},
+    {"temperature": 1.2, "logprobs": 4},
+    {"logprobs": 0},
+    {"temperature": 1.0, "min_tokens": 3, "logprobs": 2},
+]
 
 
 def all_params() -> list[SamplingParams]:
@@ -175,12 +187,15 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 1500])
 def test_draws_follow_the_distribution(vocab_size: int) -> None:
     """Chi square over whole vocabularies, so over several blocks of the cumulative sum."""
-    row, num_draws = logits(1, seed=8, vocab_size=vocab_size) / 3, 30_000
-    made = request(SamplingParams(temperature=1.0, seed=4, logit_bias={2: 3.0}, banned_token_ids=(5,)))
+    row, num_draws, at_once = logits(1, seed=8, vocab_size=vocab_size) / 3, 30_000, 100
+    params = SamplingParams(temperature=1.0, seed=4, logit_bias={2: 3.0}, banned_token_ids=(5,))
+    made, rows = [request(params) for _ in range(at_once)], row.repeat(at_once, 1)
     counts = np.zeros(vocab_size)
-    for index in range(num_draws):
-        made.output_ids = range(index)  # type: ignore[assignment]
-        counts[sample(row, [made])[0].token_id] += 1
+    for begin in range(0, num_draws, at_once):
+        for n, each in enumerate(made):
+            each.output_ids = range(begin + n)  # type: ignore[assignment]
+        for token in sample(rows, made):
+            counts[token.token_id] += 1
     biased = row[0].double()
     biased[2] += 3.0
     biased[5] = -math.inf

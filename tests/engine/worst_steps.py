@@ -12,21 +12,34 @@ from pathlib import Path
 import torch
 
 from qnext.config import ModelConfig, hybrid_pattern
-from qnext.engine import Engine, SamplingParams
+from qnext.engine import Engine, EngineConfig, SamplingParams
 from qnext.model import CausalLM, initialize
 
 
 def config(*, hidden: int, experts: int, vocab: int, context: int) -> ModelConfig:
     """A hybrid whose activations outweigh what a process takes anyway."""
     return ModelConfig(
-        vocab_size=vocab, hidden_size=hidden, layer_types=hybrid_pattern(4, interval=4),
-        num_attention_heads=8, num_key_value_heads=2, head_dim=hidden // 4, partial_rotary_factor=0.25,
-        rope_theta=1e7, max_position_embeddings=context,
-        linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=hidden // 8,
-        linear_value_head_dim=hidden // 8, linear_conv_kernel_dim=4, intermediate_size=2 * hidden,
-        num_experts=experts, num_experts_per_tok=4 if experts else 0, moe_intermediate_size=hidden // 2,
-        shared_expert_intermediate_size=hidden // 2 if experts else 0, initializer_range=0.05,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        layer_types=hybrid_pattern(4, interval=4),
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=hidden // 4,
+        partial_rotary_factor=0.25,
+        rope_theta=1e7,
+        max_position_embeddings=context,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=hidden // 8,
+        linear_value_head_dim=hidden // 8,
+        linear_conv_kernel_dim=4,
+        intermediate_size=2 * hidden,
+        num_experts=experts,
+        num_experts_per_tok=4 if experts else 0,
+        moe_intermediate_size=hidden // 2,
+        shared_expert_intermediate_size=hidden // 2 if experts else 0,
+        initializer_range=0.05,
+    )
 
 
 def resident() -> int:
@@ -36,12 +49,8 @@ def resident() -> int:
 
 
 class _MallocInfo(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-        )
-    ]  # fmt: skip
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
 
 
 class Watch:
@@ -79,7 +88,7 @@ def main(options: dict[str, object]) -> None:
     initialize(model, seed=0)
     ctypes.CDLL(None).malloc_trim(0)  # what making the model has freed would hide as much of the caches
     before = resident()
-    engine = Engine(model, **options["engine"])  # type: ignore[arg-type]
+    engine = Engine.of(model, EngineConfig(**options["engine"]))  # type: ignore[arg-type]
     after = resident()
     watch = Watch()
     length = engine.max_model_len
@@ -93,11 +102,15 @@ def main(options: dict[str, object]) -> None:
         engine.generate(prompts, sampled)
     plan = engine.memory_plan
     print(
-        json.dumps({
-            "caches": plan.kv_bytes + plan.state_bytes, "workspace": plan.workspace_bytes, "made": after - before,
-            "steps": watch.stop(),
-        })
-    )  # fmt: skip
+        json.dumps(
+            {
+                "caches": plan.kv_bytes + plan.state_bytes,
+                "workspace": plan.workspace_bytes,
+                "made": after - before,
+                "steps": watch.stop(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

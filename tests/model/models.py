@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qnext import ops
 from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig, YarnScaling, hybrid_pattern, to_hf
-from qnext.model import Batch, CacheView, CausalLM, DeltaSlots, KVPages, initialize
+from qnext.model import Batch, CacheView, CausalLM, DeltaSlots, HoldsWeights, KVPages, initialize, named_weights
 from qnext.ops import Packing
 from qnext.ops.cpu.panels import PanelWeight
 from qnext.quant.rounding import round_nearest
@@ -22,25 +22,46 @@ PAGE = 16
 def next_config(**changes: Any) -> ModelConfig:
     """A Qwen3-Next whose sizes all differ, so that no swapped axis goes unnoticed."""
     fields: dict[str, Any] = {
-        "vocab_size": 101, "hidden_size": 48, "layer_types": hybrid_pattern(4, interval=4),
-        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "partial_rotary_factor": 0.25,
-        "rope_theta": 10_000.0, "max_position_embeddings": 512,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 8,
-        "linear_value_head_dim": 12, "linear_conv_kernel_dim": 4,
-        "intermediate_size": 52, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
-        "shared_expert_intermediate_size": 28, "initializer_range": 0.15,
-    }  # fmt: skip
+        "vocab_size": 101,
+        "hidden_size": 48,
+        "layer_types": hybrid_pattern(4, interval=4),
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": 512,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_conv_kernel_dim": 4,
+        "intermediate_size": 52,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 28,
+        "initializer_range": 0.15,
+    }
     return ModelConfig(**{**fields, **changes})
 
 
 def plain_config(**changes: Any) -> ModelConfig:
     """A Qwen3: full attention only, plain norms, no output gate, dense."""
     fields: dict[str, Any] = {
-        "vocab_size": 89, "hidden_size": 40, "layer_types": (FULL_ATTENTION,) * 3, "num_attention_heads": 6,
-        "num_key_value_heads": 3, "head_dim": 12, "rope_theta": 1_000_000.0, "max_position_embeddings": 512,
-        "attention_output_gate": False, "zero_centered_norm": False, "intermediate_size": 56,
+        "vocab_size": 89,
+        "hidden_size": 40,
+        "layer_types": (FULL_ATTENTION,) * 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 12,
+        "rope_theta": 1_000_000.0,
+        "max_position_embeddings": 512,
+        "attention_output_gate": False,
+        "zero_centered_norm": False,
+        "intermediate_size": 56,
         "initializer_range": 0.15,
-    }  # fmt: skip
+    }
     return ModelConfig(**{**fields, **changes})
 
 
@@ -54,8 +75,13 @@ PEER_CONFIGS: dict[str, ModelConfig] = {
         tie_word_embeddings=True, attention_bias=True, norm_topk_prob=False
     ),
     "next, equal linear heads, conv 2, half rotary": next_config(
-        linear_num_key_heads=3, linear_num_value_heads=3, linear_key_head_dim=20, linear_value_head_dim=4,
-        linear_conv_kernel_dim=2, partial_rotary_factor=0.5, num_key_value_heads=6,
+        linear_num_key_heads=3,
+        linear_num_value_heads=3,
+        linear_key_head_dim=20,
+        linear_value_head_dim=4,
+        linear_conv_kernel_dim=2,
+        partial_rotary_factor=0.5,
+        num_key_value_heads=6,
     ),
     "next, all linear": next_config(layer_types=(L,) * 3),
     "next, all full, one KV head, whole rotary": next_config(
@@ -69,8 +95,15 @@ PEER_CONFIGS: dict[str, ModelConfig] = {
         num_experts=64, num_experts_per_tok=10, moe_intermediate_size=12
     ),
     "next, sizes of the native kernels": next_config(
-        hidden_size=64, head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
-        linear_value_head_dim=32, intermediate_size=96, moe_intermediate_size=32, shared_expert_intermediate_size=64,
+        hidden_size=64,
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=32,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
     ),
     "qwen3": plain_config(),
     "qwen3_moe, sizes of the native kernels": plain_config(
@@ -81,7 +114,7 @@ PEER_CONFIGS: dict[str, ModelConfig] = {
     "qwen3_moe, raw top-k weights, dense layers": plain_config(
         **MOE, norm_topk_prob=False, mlp_only_layers=(0,), layer_types=(F,) * 4, decoder_sparse_step=2
     ),
-}  # fmt: skip
+}
 
 
 @torch.no_grad()
@@ -174,11 +207,9 @@ def make_in_form(name: str, form: str, **changes: Any) -> CausalLM:
         return make_model(config, dtype=getattr(torch, form))
     model = make_model(config)
     scheme = find_scheme(form)
-    for module in model.modules():
-        for key, parameter in list(module._parameters.items()):
-            if parameter is None or parameter.dim() < 2 or isinstance(module, torch.nn.Embedding | torch.nn.Conv1d):
-                continue
-            if parameter.shape[-1] % 32 or parameter.shape[-2] < 32:
+    for module in [module for module in model.modules() if isinstance(module, HoldsWeights)]:
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dim() < 2 or parameter.shape[-1] % 32 or parameter.shape[-2] < 32:
                 continue
             stack = parameter.detach() if parameter.dim() == 3 else parameter.detach()[None]
             weight = ops.empty_quantized(
@@ -187,7 +218,6 @@ def make_in_form(name: str, form: str, **changes: Any) -> CausalLM:
             for expert, matrix in enumerate(stack):
                 rounded = round_nearest(matrix, scheme, scale_dtype=torch.float32)
                 ops.write_quantized(weight, rounded, expert=expert if parameter.dim() == 3 else None)
-            del module._parameters[key]
-            setattr(module, key, weight)
-    assert any(isinstance(v, PanelWeight) for m in model.modules() for v in vars(m).values())
+            module.set_weight(key, weight)
+    assert any(isinstance(weight, PanelWeight) for _, weight in named_weights(model))
     return model

@@ -10,7 +10,8 @@ from torch.nn.functional import softplus
 
 from qnext.config import preset
 from qnext.model import CausalLM, initialize
-from qnext.model.init import initial_values
+from qnext.model.init import fill_normal, initial_values
+from qnext.planning import list_parameters
 
 CONFIG = replace(preset("nano-5m"), vocab_size=500, num_experts=6, attention_bias=True, initializer_range=0.03)
 
@@ -47,7 +48,7 @@ def test_every_parameter_follows_its_rule() -> None:
 def test_plain_norms_start_at_one() -> None:
     config = replace(CONFIG, zero_centered_norm=False)
     for name in ("model.norm.weight", "model.layers.3.self_attn.q_norm.weight", "mtp.pre_fc_norm_hidden.weight"):
-        assert (initial_values(config, name, (16,), seed=0) == 1).all()
+        assert (initial_values(config, list_parameters(config)[name], seed=0) == 1).all()
 
 
 def test_seed_decides_and_the_global_generator_is_left_alone() -> None:
@@ -66,4 +67,19 @@ def test_seed_decides_and_the_global_generator_is_left_alone() -> None:
 def test_an_expert_needs_no_neighbours(expert: int) -> None:
     name = "model.layers.1.mlp.experts.gate_up_proj"
     stacked = _initialised(seed=9)[name]
-    assert torch.equal(initial_values(CONFIG, name, tuple(stacked.shape[1:]), seed=9, expert=expert), stacked[expert])
+    alone = initial_values(CONFIG, list_parameters(CONFIG)[name], seed=9, expert=expert)
+    assert torch.equal(alone, stacked[expert])
+
+
+@pytest.mark.parametrize(
+    "size", [1, 15, 17, 1 << 16, (1 << 16) + 5, (1 << 16) + 16, (3 << 16) + 39, (1 << 22) + 70_007]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_do_not_depend_on_the_pieces_in_which_they_are_drawn(size: int, dtype: torch.dtype) -> None:
+    """Every seed means what it meant when chunks of 4M were drawn at once."""
+    expected, drawn = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
+    generator = torch.Generator().manual_seed(size)
+    for chunk in expected.split(1 << 22):
+        chunk.copy_(torch.empty(chunk.shape).normal_(std=0.02, generator=generator))
+    fill_normal(drawn, std=0.02, generator=torch.Generator().manual_seed(size))
+    assert torch.equal(drawn, expected)

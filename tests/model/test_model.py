@@ -62,11 +62,16 @@ ABLATIONS = {
     "MTP before the final norm": next_config(num_nextn_predict_layers=1, mtp_uses_final_norm=False),
     "full attention first": next_config(layer_types=(F, L, L)),
     "Qwen3 with linear layers": plain_config(
-        **MOE, layer_types=(L, F), linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=4,
-        linear_value_head_dim=6, linear_conv_kernel_dim=3,
+        **MOE,
+        layer_types=(L, F),
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=4,
+        linear_value_head_dim=6,
+        linear_conv_kernel_dim=3,
     ),
     "conv of width one": next_config(linear_conv_kernel_dim=1),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", list(ABLATIONS))
@@ -103,8 +108,13 @@ def test_a_switch_changes_the_result() -> None:
 @pytest.mark.parametrize("rule", ["log_uniform", "ones"])
 def test_time_constants(rule: str) -> None:
     """dt lies in [1e-3, 0.1] for the rule that trains from scratch; A never is zero, so its log is finite."""
-    config = next_config(linear_num_key_heads=64, linear_num_value_heads=512, linear_key_head_dim=2, hidden_size=4,
-                         linear_value_head_dim=2)  # fmt: skip
+    config = next_config(
+        linear_num_key_heads=64,
+        linear_num_value_heads=512,
+        linear_key_head_dim=2,
+        hidden_size=4,
+        linear_value_head_dim=2,
+    )
     model = CausalLM(config)
     initialize(model, seed=0, time_constants=rule)  # type: ignore[arg-type]
     mixers = [module for module in model.modules() if isinstance(module, GatedDeltaNet)]

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from model.models import PEER_CONFIGS, OneRequest, logits_of, make_in_form, random_tokens
 from qnext.model import Batch, CausalLM
-from qnext.ops import backend
+from qnext.ops import backends
+from qnext.ops.cpu.kernels import take
 
-pytestmark = pytest.mark.skipif(
-    backend.native_module() is None, reason="the native kernels are not built or not wanted"
-)
+pytestmark = pytest.mark.skipif(backends.cpu_kernels() is None, reason="the native kernels are not built or not wanted")
 
 NAMES = ["next, sizes of the native kernels", "qwen3_moe, sizes of the native kernels"]
 FORMS = ["float32", "bfloat16", "int4-g32", "int8-g32"]
@@ -27,9 +26,9 @@ def test_native_equals_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     model = make_in_form(name, "float32")
     tokens = random_tokens(model.config, NUM_TOKENS)
     native = logits_of(model, tokens)
-    assert backend.runs_native(torch.ones(1))
-    monkeypatch.setattr(backend, "native_module", lambda: None)
-    assert not backend.runs_native(torch.ones(1))
+    assert take(torch.ones(1))
+    monkeypatch.setattr(backends, "cpu_kernels", lambda: None)
+    assert not take(torch.ones(1))
     reference = logits_of(model, tokens)
     assert 0.0 < (native - reference).abs().max() < 1e-4
 

@@ -1,4 +1,4 @@
-"""Attention against a softmax over rows, and paged attention against plain attention."""
+"""Attention against its formula, and paged attention against plain attention."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from qnext import ops
 from qnext.ops import Packing
+from qnext.ops.reference.attention import attention as formula
+from qnext.ops.torch.attention import paged_attention, write_kv
 
 from .compare import LENGTHS, RAGGED, TOLERANCES, assert_close, assert_same_function, randn
 
@@ -16,16 +18,7 @@ SCALE = 0.37
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> tuple[Tensor]:
-    outputs = []
-    for q_n, k_n, v_n in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
-        repeats = q.shape[1] // k.shape[1]
-        future = torch.ones(len(q_n), len(q_n), dtype=torch.bool).triu(1)
-        heads = []
-        for h in range(q.shape[1]):
-            scores = (q_n[:, h] @ k_n[:, h // repeats].T * SCALE).masked_fill(future, float("-inf"))
-            heads.append(scores.softmax(-1) @ v_n[:, h // repeats])
-        outputs.append(torch.stack(heads, dim=1))
-    return (torch.cat(outputs),)
+    return (formula(q, k, v, packing=Packing(lengths), scale=SCALE),)
 
 
 def make_inputs(num_tokens: int, dtype: torch.dtype = torch.float64, kv_heads: int = KV_HEADS) -> dict[str, Tensor]:
@@ -75,7 +68,7 @@ class Pages:
     def write(self, n: int, start: int, k: Tensor, v: Tensor) -> None:
         places = torch.arange(start, start + len(k))
         index = self.tables[n][places // PAGE] * PAGE + places % PAGE
-        ops.write_kv(k, v, self.k, self.v, write_index_T=index)
+        write_kv(k, v, self.k, self.v, write_index_T=index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -97,10 +90,15 @@ def test_paged_attention_is_attention(dtype: torch.dtype, contexts: list[int], l
         pages.write(n, cut, k[cut:], v[cut:])
     pieces = zip(inputs["q"].split(contexts), lengths, strict=True)
     q = torch.cat([piece[len(piece) - length :] for piece, length in pieces])
-    actual = ops.paged_attention(
-        q, pages.k, pages.v, packing=Packing(lengths), block_tables_NM=pages.tables,
-        context_lengths=tuple(contexts), scale=SCALE,
-    )  # fmt: skip
+    actual = paged_attention(
+        q,
+        pages.k,
+        pages.v,
+        packing=Packing(lengths),
+        block_tables_NM=pages.tables,
+        context_lengths=tuple(contexts),
+        scale=SCALE,
+    )
     whole = definition(*(inputs[name].double() for name in "qkv"), contexts)[0].split(contexts)
     expected = torch.cat([rows[len(rows) - length :] for rows, length in zip(whole, lengths, strict=True)])
     assert actual.dtype == dtype
@@ -116,7 +114,7 @@ def test_keys_are_kept_in_the_dtype_of_the_pages() -> None:
     assert torch.equal(pages.v[page, :, :3], v.transpose(0, 1).to(torch.bfloat16))
     assert pages.k[page, :, 3:].isnan().all()
     q = randn(1, QUERY_HEADS, HEAD_DIM, seed=2, dtype=torch.float32)
-    out = ops.paged_attention(
+    out = paged_attention(
         q, pages.k, pages.v, packing=Packing([1]), block_tables_NM=pages.tables, context_lengths=(3,), scale=SCALE
     )
     assert out.dtype == torch.float32

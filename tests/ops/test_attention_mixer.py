@@ -1,4 +1,4 @@
-"""The native attention mixer against the reference, and the identities that hold bit for bit.
+"""The attention mixer of every backend against the formula, and the identities that hold bit for bit.
 
 Legend: T tokens, N sequences, M pages of a sequence, H query heads, G KV heads, K head dim, P tokens in a page.
 """
@@ -6,6 +6,7 @@ Legend: T tokens, N sequences, M pages of a sequence, H query heads, G KV heads,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from qnext import ops
-from qnext.ops import AttentionCache, Packing
-from qnext.ops.backend import native_module
-from qnext.ops.reference.attention_mixer import attention_mixer as reference
-from tests.ops.compare import LENGTHS, assert_close, randn
+from qnext.ops import AttentionCache, AttentionWeights, Packing, Rope
+from qnext.ops.backends import cpu_kernels
+from qnext.ops.reference import attention_mixer as reference
+from qnext.ops.torch import attention_mixer as torch_mixer
+from tests.ops.compare import LENGTHS, RAGGED, assert_close, assert_same_function, randn
 
 PAGE = 16
-NUM_ISAS = 1 + native.best_isa() if (native := native_module()) is not None else 0
+NUM_ISAS = 1 + native.best_isa() if (native := cpu_kernels()) is not None else 0
 needs_native = pytest.mark.skipif(native is None, reason="needs the native kernels")
 # Relative RMS for fp32 pages: sums over up to thousands of keys in another order. For narrow pages the CPU may round
 # queries and weights to bf16: two roundings of 2^-9 each, halved on average; codes of int8 may differ where a number
@@ -38,6 +40,7 @@ class Sizes(NamedTuple):
 
 
 SIZES = Sizes()
+Pages = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # keys, values, and scales of codes
 
 
 @pytest.fixture(params=range(NUM_ISAS))
@@ -58,7 +61,7 @@ class Sequences:
         self.k = randn(num_tokens, kv_heads * dim, seed=1, dtype=torch.float32)
         self.v = randn(num_tokens, kv_heads * dim, seed=2, dtype=torch.float32)
         positions = torch.cat([torch.arange(context) for context in contexts])
-        self.cos, self.sin = ops.rope_cos_sin(positions, ops.rope_frequencies(rotary_dim, theta=1e4))
+        self.rope = ops.rope_cos_sin(positions, ops.rope_frequencies(rotary_dim, theta=1e4))
         self.norms = [randn(dim, seed=seed, dtype=torch.float32, scale=0.2) for seed in (3, 4)]
         counts = [-(-context // PAGE) for context in contexts]
         order = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(5))
@@ -66,7 +69,7 @@ class Sequences:
         padded = [torch.cat([t, order[-1:].expand(max(counts) + 1 - len(t))]) for t in order[:-3].split(counts)]
         self.tables_NM = torch.stack(padded)
         shape = (len(order), kv_heads, PAGE, dim)
-        self.pages: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+        self.pages: Pages
         if dtype == torch.int8:
             codes, scales = torch.full(shape, 111, dtype=dtype), torch.full(shape[:-1], float("nan"))
             self.pages = codes, codes.clone(), scales, scales.clone()
@@ -89,34 +92,59 @@ class Sequences:
             positions = torch.arange(start, end)
             places.append(self.tables_NM[n][positions // PAGE] * PAGE + positions % PAGE)
         cache = AttentionCache(
-            *self.pages, self.tables_NM[[n for n, _, _ in spans]], torch.tensor([end for _, _, end in spans]),
+            *self.pages,
+            self.tables_NM[[n for n, _, _ in spans]],
+            torch.tensor([end for _, _, end in spans]),
             torch.cat(places),
-        )  # fmt: skip
+        )
         return self.call(mixer, rows_T, [end - start for _, start, end in spans], cache)
 
     def call(self, mixer: Any, rows_T: Tensor, lengths: list[int], cache: AttentionCache | None) -> Tensor:
-        return mixer(
-            self.q[rows_T], self.k[rows_T], self.v[rows_T], q_norm_weight_K=self.norms[0],
-            k_norm_weight_K=self.norms[1], eps=1e-6, zero_centered=True, has_gate=self.sizes.has_gate,
-            cos=self.cos[rows_T], sin=self.sin[rows_T], packing=Packing(lengths), scale=self.sizes.head_dim**-0.5,
-            cache=cache,
-        )  # fmt: skip
+        scale, has_gate = self.sizes.head_dim**-0.5, self.sizes.has_gate
+        weights = AttentionWeights(*self.norms, eps=1e-6, zero_centered=True, has_gate=has_gate, scale=scale)
+        rope = Rope(*(x[rows_T] for x in self.rope))
+        rows = (x[rows_T] for x in (self.q, self.k, self.v))
+        return mixer(*rows, weights, rope=rope, packing=Packing(lengths), cache=cache)
 
     def whole(self, mixer: Any) -> Tensor:
         return self.run(mixer, [(n, 0, context) for n, context in enumerate(self.contexts)])
 
 
-def assert_agrees(contexts: list[int], cuts: list[int], dtype: torch.dtype, sizes: Sizes = SIZES) -> None:
-    """Tokens before the cuts are written first, the rest is compared with the reference over the same pages."""
-    expected, actual = (Sequences(contexts, dtype, sizes) for _ in range(2))
+def copy_of(pages: Pages) -> Pages:
+    k, v, *scales = (None if x is None else x.clone() for x in pages)
+    assert k is not None and v is not None
+    return k, v, scales[0], scales[1]
+
+
+class Expected(NamedTuple):
+    """What the reference makes of tokens behind some cuts: pages before and after, and rows."""
+
+    before: Pages
+    rows: Tensor
+    after: Pages
+
+
+@cache
+def expected_behind(contexts: tuple[int, ...], cuts: tuple[int, ...], dtype: torch.dtype, sizes: Sizes) -> Expected:
+    """Computed once for all backends and instruction sets. Nobody writes into it."""
+    sequences = Sequences(list(contexts), dtype, sizes)
     before = [(n, 0, cut) for n, cut in enumerate(cuts) if cut]
-    spans = [(n, cut, context) for n, (cut, context) in enumerate(zip(cuts, contexts, strict=True))]
     if before:
-        expected.run(reference, before)
-        actual.pages = tuple(None if x is None else x.clone() for x in expected.pages)
-    wanted = expected.run(reference, spans)
-    assert_close(actual.run(ops.attention_mixer, spans), wanted, tolerance=TOLERANCES[dtype])
-    for ours, theirs in zip(actual.pages, expected.pages, strict=True):
+        sequences.run(reference, before)
+    pages = copy_of(sequences.pages)
+    rows = sequences.run(reference, [(n, cut, contexts[n]) for n, cut in enumerate(cuts)])
+    return Expected(pages, rows, sequences.pages)
+
+
+def assert_agrees(
+    contexts: list[int], cuts: list[int], dtype: torch.dtype, sizes: Sizes = SIZES, *, mixer: Any = ops.attention_mixer
+) -> None:
+    """Tokens before the cuts are written first, the rest is compared with the reference over the same pages."""
+    expected, actual = expected_behind(tuple(contexts), tuple(cuts), dtype, sizes), Sequences(contexts, dtype, sizes)
+    actual.pages = copy_of(expected.before)
+    rows = actual.run(mixer, [(n, cut, contexts[n]) for n, cut in enumerate(cuts)])
+    assert_close(rows, expected.rows, tolerance=TOLERANCES[dtype])
+    for ours, theirs in zip(actual.pages, expected.after, strict=True):
         if ours is not None and theirs is not None:
             assert torch.equal(ours.isnan(), theirs.isnan())
             # the last bit of a rounded key, a code at a tie
@@ -124,11 +152,48 @@ def assert_agrees(contexts: list[int], cuts: list[int], dtype: torch.dtype, size
             assert (ours.float() - theirs.float()).nan_to_num().abs().max() <= step
 
 
-@needs_native
+MIXERS = {"torch": torch_mixer} | ({} if native is None else {"cpu": ops.attention_mixer})
+
+
+@pytest.mark.parametrize("backend", MIXERS)
 @pytest.mark.parametrize("dtype", PAGE_DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_lengths(length: int, dtype: torch.dtype) -> None:
-    assert_agrees([length], [0], dtype)
+def test_lengths(length: int, dtype: torch.dtype, backend: str) -> None:
+    assert_agrees([length], [0], dtype, mixer=MIXERS[backend])
+
+
+@pytest.mark.parametrize("dtype", PAGE_DTYPES)
+@pytest.mark.parametrize(
+    ("contexts", "cuts"), [([64, 1, 17, 200], [63, 0, 16, 199]), ([40, 133, 64, 17], [33, 101, 63, 0]), ([15], [13])]
+)
+@pytest.mark.parametrize("sizes", [SIZES, Sizes(3, 3, 10, 6, has_gate=False)])
+def test_contexts_on_torch(contexts: list[int], cuts: list[int], dtype: torch.dtype, sizes: Sizes) -> None:
+    assert_agrees(contexts, cuts, dtype, sizes, mixer=torch_mixer)
+
+
+@pytest.mark.parametrize("has_gate", [False, True])
+@pytest.mark.parametrize("lengths", [[1], [65], RAGGED], ids=str)
+def test_torch_has_the_gradients_of_the_reference(lengths: list[int], has_gate: bool) -> None:
+    sequences = Sequences(lengths, sizes=Sizes(6, 2, 10, 4, has_gate))
+    rows_T = torch.arange(sum(lengths))
+
+    def run(mixer: Any, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor) -> tuple[Tensor]:
+        weights = AttentionWeights(q_norm, k_norm, eps=1e-6, zero_centered=True, has_gate=has_gate, scale=0.3)
+        rope = Rope(*(x.to(q.dtype) for x in sequences.rope))
+        return (mixer(q, k, v, weights, rope=rope, packing=Packing(lengths)),)
+
+    assert_same_function(
+        lambda **x: run(torch_mixer, **x),
+        lambda **x: run(reference, **x),
+        {
+            "q": sequences.q[rows_T].double(),
+            "k": sequences.k[rows_T].double(),
+            "v": sequences.v[rows_T].double(),
+            "q_norm": sequences.norms[0].double(),
+            "k_norm": sequences.norms[1].double(),
+        },
+        tolerance=1e-12,
+    )
 
 
 @needs_native
@@ -262,11 +327,11 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], error: type[Except
         sequences.call(ops.attention_mixer, torch.arange(20), [20], cache._replace(**change))
 
 
-def test_gradients_come_from_the_reference() -> None:
+def test_gradients_come_from_torch() -> None:
     sequences = Sequences([5, 3])
     sequences.q.requires_grad_()
     out = sequences.call(ops.attention_mixer, torch.arange(8), [5, 3], None)
-    assert torch.equal(out, sequences.call(reference, torch.arange(8), [5, 3], None))
+    assert torch.equal(out, sequences.call(torch_mixer, torch.arange(8), [5, 3], None))
     out.sum().backward()
     assert sequences.q.grad is not None
 

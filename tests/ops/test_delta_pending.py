@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache as once
 from itertools import cycle
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,15 +14,14 @@ import torch
 from torch import Tensor
 
 from qnext import ops
-from qnext.ops import DeltaCache, Packing, PendingTokens
-from qnext.ops.backend import native_module
-from qnext.ops.reference.delta_mixer import gated_delta_mixer as reference_mixer
-from qnext.ops.reference.delta_pending import apply_pending as reference_apply
+from qnext.ops import DeltaCache, DeltaWeights, Packing, PendingTokens, reference
+from qnext.ops import torch as pytorch
+from qnext.ops.backends import cpu_kernels
 
 from .compare import assert_close
 from .test_delta_mixer import SIZES, TOLERANCE, Sizes, isa, make_inputs, rows, run
 
-native = native_module()
+native = cpu_kernels()
 needs_native = pytest.mark.skipif(native is None, reason="the native kernels are not built or not wanted")
 __all__ = ["isa"]  # a fixture
 
@@ -33,9 +34,13 @@ def make_cache(sizes: Sizes, num_drafts: int, dtype: torch.dtype = torch.float32
     """Nothing but NaN, and counts that no call may believe."""
     state_shape = (sizes.heads, sizes.key_dim, sizes.value_dim)
     pending = PendingTokens.empty(
-        NUM_SLOTS, num_drafts, num_channels=sizes.channels, num_key_heads=sizes.key_heads, state_shape=state_shape,
+        NUM_SLOTS,
+        num_drafts,
+        num_channels=sizes.channels,
+        num_key_heads=sizes.key_heads,
+        state_shape=state_shape,
         device="cpu",
-    )  # fmt: skip
+    )
     pending = PendingTokens(*(torch.full_like(x, NAN, dtype=dtype) for x in pending[:-1]), pending.num_accepted)
     pending.num_accepted.fill_(-77)
     return DeltaCache(
@@ -137,6 +142,16 @@ def computed_alone(
     return run(stream, [len(stream["qkvz_TX"])], cache, op), cache
 
 
+@once
+def exact_streams(sizes: Sizes, lengths: tuple[int, ...], slots: tuple[int, ...]) -> list[tuple[Tensor, DeltaCache]]:
+    """The formula in fp64 on each sequence alone, once for all schedules and backends."""
+    streams = make_streams(sizes, list(lengths), torch.float64)
+    return [
+        computed_alone(stream, sizes, slot, reference.gated_delta_mixer, torch.float64)
+        for stream, slot in zip(streams, slots, strict=True)
+    ]
+
+
 def assert_schedules_change_no_bit(sizes: Sizes, num_drafts: int, lengths: list[int], seeds: range) -> None:
     slots = [5, 0, 7, 2, 4][: len(lengths)]
     streams = make_streams(sizes, lengths)
@@ -158,26 +173,38 @@ def assert_schedules_change_no_bit(sizes: Sizes, num_drafts: int, lengths: list[
         assert (cache.pending.num_accepted[others] == -77).all()
 
 
+NUMS_DRAFTS = (1, 2, 5)
+
+
 @needs_native
-@pytest.mark.parametrize("num_drafts", [1, 2, 5])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_drafts_change_no_bit(sizes: Sizes, num_drafts: int, isa: None) -> None:
+def test_drafts_change_no_bit(sizes: Sizes, isa: int) -> None:
+    """Every two of sizes, instruction set and number of drafts."""
+    num_drafts = NUMS_DRAFTS[(SIZES.index(sizes) + isa) % len(NUMS_DRAFTS)]
+    assert_schedules_change_no_bit(sizes, num_drafts, [23, 90, 1, 14], range(6))
+
+
+@pytest.mark.slow
+@needs_native
+@pytest.mark.parametrize("num_drafts", NUMS_DRAFTS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_any_drafts_change_no_bit(sizes: Sizes, num_drafts: int, isa: int) -> None:
     assert_schedules_change_no_bit(sizes, num_drafts, [23, 90, 1, 14], range(6))
 
 
 @needs_native
-def test_drafts_of_released_sizes(isa: None) -> None:
+def test_drafts_of_released_sizes(isa: int) -> None:
     assert_schedules_change_no_bit(Sizes(16, 2, 128, 128, 4), 4, [13, 9], range(2))
 
 
 @needs_native
-def test_the_longest_drafts(isa: None) -> None:
+def test_the_longest_drafts(isa: int) -> None:
     assert native is not None
     assert_schedules_change_no_bit(SIZES[0], native.MAX_DRAFT_TOKENS, [300, 150], range(2))
 
 
 @needs_native
-def test_drafts_on_any_number_of_threads(isa: None) -> None:
+def test_drafts_on_any_number_of_threads(isa: int) -> None:
     assert native is not None
     try:
         for count in (2, 5):
@@ -189,7 +216,7 @@ def test_drafts_on_any_number_of_threads(isa: None) -> None:
 
 @needs_native
 @pytest.mark.parametrize("num_drafts", [1, 2, 3, 6])
-def test_every_number_of_accepted_tokens(num_drafts: int, isa: None) -> None:
+def test_every_number_of_accepted_tokens(num_drafts: int, isa: int) -> None:
     """Two successive drafts for each pair of counts, then one token as usual: bits of outputs and states."""
     sizes = SIZES[3]
     (stream,) = make_streams(sizes, [2 * num_drafts + 1])
@@ -209,7 +236,7 @@ def test_every_number_of_accepted_tokens(num_drafts: int, isa: None) -> None:
 
 
 @needs_native
-def test_a_draft_leaves_the_state_alone(isa: None) -> None:
+def test_a_draft_leaves_the_state_alone(isa: int) -> None:
     """Until something is accepted, not one number of the carried states changes."""
     sizes = SIZES[0]
     (stream,) = make_streams(sizes, [9])
@@ -223,7 +250,7 @@ def test_a_draft_leaves_the_state_alone(isa: None) -> None:
 
 
 @needs_native
-def test_a_recorded_draft_reads_its_numbers_again(isa: None) -> None:
+def test_a_recorded_draft_reads_its_numbers_again(isa: int) -> None:
     """Slots, counts, which sequences draft: all of it may change between replays."""
     sizes, num_drafts, slots = SIZES[3], 3, [5, 0, 7, 2]
     lengths = [40] * len(slots)
@@ -240,6 +267,7 @@ def test_a_recorded_draft_reads_its_numbers_again(isa: None) -> None:
     assert fixed.is_draft_N is not None
     packing = Packing([3, 3])
     assert packing.cu_seqlens.shape == (3,)
+    *rows_TX, weights = *list(place.values())[:2], DeltaWeights(*list(place.values())[2:])
     out_TZ, recording = torch.empty(0), None
     for _ in range(12):
         call = []
@@ -252,7 +280,9 @@ def test_a_recorded_draft_reads_its_numbers_again(isa: None) -> None:
         fixed.slots_N.copy_(now.slots_N)
         fixed.is_draft_N.copy_(torch.tensor([piece.is_draft for piece in call]))
         if recording is None:
-            out_TZ, recording = ops.record(lambda: ops.gated_delta_mixer(**place, packing=packing, cache=fixed))
+            out_TZ, recording = ops.record(
+                lambda: ops.gated_delta_mixer(*rows_TX, weights, packing=packing, cache=fixed)
+            )
             assert recording is not None
         else:
             recording.replay()
@@ -269,37 +299,41 @@ def test_a_recorded_draft_reads_its_numbers_again(isa: None) -> None:
     assert torch.equal(cache.conv[slots], other.conv[slots])
 
 
+@pytest.mark.parametrize("backend", [pytorch, reference])
 @pytest.mark.parametrize("sizes", [*SIZES[:3], SIZES[4], Sizes(2, 3, 8, 12, 4)], ids=str)
-def test_the_reference_keeps_drafts_apart(sizes: Sizes) -> None:
-    """In fp64 by schedules of drafts as by one call. Its chunks mix tokens with zero weight, so nothing is NaN here."""
+def test_torch_and_the_reference_keep_drafts_apart(sizes: Sizes, backend: ModuleType) -> None:
+    """In fp64 by schedules of drafts as by one call. Chunks mix tokens with zero weight, so nothing is NaN here."""
     lengths, slots, num_drafts = [23, 90, 1, 14], [5, 0, 7, 2], 3
     streams = make_streams(sizes, lengths, torch.float64)
+    wanted = exact_streams(sizes, tuple(lengths), tuple(slots))
     for seed in range(4):
         cache = make_cache(sizes, num_drafts, torch.float64)
         calls = make_schedule(seed, lengths, num_drafts)
-        outputs = run_schedule(streams, calls, cache, slots, reference_mixer, rejected=3.0)
+        outputs = run_schedule(streams, calls, cache, slots, backend.gated_delta_mixer, rejected=3.0)
         assert cache.pending is not None
-        reference_apply(cache.conv, cache.state, cache.pending, torch.tensor(slots))
+        backend.apply_pending(cache.conv, cache.state, cache.pending, torch.tensor(slots))
         assert not cache.pending.num_accepted[slots].any()
         for n, slot in enumerate(slots):
-            wanted, alone = computed_alone(streams[n], sizes, slot, reference_mixer, torch.float64)
-            assert_close(outputs[n], wanted, tolerance=1e-10)
+            out, alone = wanted[n]
+            assert_close(outputs[n], out, tolerance=1e-10)
             assert_close(cache.state[slot], alone.state[slot], tolerance=1e-10, name="state")
             assert torch.equal(cache.conv[slot], alone.conv[slot])
 
 
 @needs_native
 @pytest.mark.parametrize("order", [1, -1])
-def test_native_drafts_are_the_reference(order: int, isa: None) -> None:
+def test_drafts_mean_the_same_in_every_backend(order: int, isa: int) -> None:
     """What a draft keeps has one meaning: one implementation may compute and the other apply it."""
     sizes, lengths, slots, num_drafts = SIZES[0], [30, 12], [4, 1], 3
     streams = make_streams(sizes, lengths)
-    ops_in_turn = cycle([ops.gated_delta_mixer, reference_mixer][::order])
+    ops_in_turn = cycle([x.gated_delta_mixer for x in (ops, reference, pytorch)][::order])
     cache = make_cache(sizes, num_drafts)
     calls = make_schedule(order, lengths, num_drafts)
-    outputs = run_schedule(streams, calls, cache, slots, lambda **call: next(ops_in_turn)(**call), rejected=3.0)
+    outputs = run_schedule(
+        streams, calls, cache, slots, lambda *rows, **call: next(ops_in_turn)(*rows, **call), rejected=3.0
+    )
     for n, slot in enumerate(slots):
-        wanted, _ = computed_alone(streams[n], sizes, slot, reference_mixer)
+        wanted, _ = computed_alone(streams[n], sizes, slot, reference.gated_delta_mixer)
         assert_close(outputs[n], wanted, tolerance=2 * TOLERANCE)
 
 
@@ -309,9 +343,10 @@ def accepting(cache: DeltaCache, slot: int, count: int) -> DeltaCache:
     return cache
 
 
-@pytest.mark.parametrize("op", [ops.gated_delta_mixer, reference_mixer], ids=["native", "reference"])
+@pytest.mark.parametrize("backend", [ops, pytorch, reference])
 @torch.inference_mode()
-def test_a_draft_that_does_not_fit_is_refused(op: Mixer) -> None:
+def test_a_draft_that_does_not_fit_is_refused(backend: ModuleType) -> None:
+    op = backend.gated_delta_mixer
     sizes = SIZES[0]
     (stream,) = make_streams(sizes, [9])
     cache = make_cache(sizes, 3)
@@ -323,7 +358,7 @@ def test_a_draft_that_does_not_fit_is_refused(op: Mixer) -> None:
 
 
 @needs_native
-def test_counts_out_of_range_are_refused(isa: None) -> None:
+def test_counts_out_of_range_are_refused(isa: int) -> None:
     sizes = SIZES[0]
     (stream,) = make_streams(sizes, [9])
     cache = make_cache(sizes, 3)
@@ -341,11 +376,13 @@ def test_counts_out_of_range_are_refused(isa: None) -> None:
     assert torch.equal(cache.state[1], before)
 
 
-def test_pending_tokens_of_other_sizes_are_refused() -> None:
+@pytest.mark.parametrize("backend", [ops, pytorch])
+def test_pending_tokens_of_other_sizes_are_refused(backend: ModuleType) -> None:
+    op = backend.gated_delta_mixer
     (stream,) = make_streams(SIZES[0], [2])
     cache = make_cache(SIZES[0], 3)._replace(pending=make_cache(SIZES[3], 3).pending)
     with torch.inference_mode(), pytest.raises(ValueError, match="pending"):
-        run(stream, [2], view(cache, [Piece(0, 0, 2, True, 2)], [1], set()))
+        run(stream, [2], view(cache, [Piece(0, 0, 2, True, 2)], [1], set()), op)
     cache = make_cache(SIZES[0], 3)._replace(pending=None)
     with torch.inference_mode(), pytest.raises(ValueError, match="pending"):
-        run(stream, [2], view(cache, [Piece(0, 0, 2, True, 2)], [1], set()))
+        run(stream, [2], view(cache, [Piece(0, 0, 2, True, 2)], [1], set()), op)

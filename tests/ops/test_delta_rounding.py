@@ -11,15 +11,26 @@ from torch import Tensor
 
 from qnext import ops
 from qnext.ops import DeltaCache
-from qnext.ops.backend import native_module
-from qnext.ops.reference.delta_mixer import gated_delta_mixer as reference_mixer
+from qnext.ops.backends import cpu_kernels
+from qnext.ops.reference import gated_delta_mixer as reference_mixer
+from qnext.ops.torch import gated_delta_mixer as torch_mixer
 
 from .compare import assert_close, relative_rms
 from .test_delta_mixer import SIZES, Sizes, isa, make_inputs, rows, run
 from .test_delta_mixer import make_cache as make_plain_cache
-from .test_delta_pending import NAN, Mixer, Piece, make_cache, make_schedule, make_streams, piece_inputs, view
+from .test_delta_pending import (
+    NAN,
+    NUMS_DRAFTS,
+    Mixer,
+    Piece,
+    make_cache,
+    make_schedule,
+    make_streams,
+    piece_inputs,
+    view,
+)
 
-needs_native = pytest.mark.skipif(native_module() is None, reason="the native kernels are not built or not wanted")
+needs_native = pytest.mark.skipif(cpu_kernels() is None, reason="the native kernels are not built or not wanted")
 __all__ = ["isa"]  # a fixture
 
 GRID = ops.DELTA_CHUNK_SIZE
@@ -58,7 +69,7 @@ def run_by_hand(inputs: dict[str, Any], cache: DeltaCache, start: int, prompt: i
     ("start", "num_tokens", "prompt"),
     [(0, 1, 0), (0, 150, 150), (0, 128, 300), (37, 100, 137), (64, 9, 64), (3, 90, 80), (50, 5, 20), (200, 3, 203)],
 )
-def test_rounded_where_it_is_promised(sizes: Sizes, start: int, num_tokens: int, prompt: int, isa: None) -> None:
+def test_rounded_where_it_is_promised(sizes: Sizes, start: int, num_tokens: int, prompt: int, isa: int) -> None:
     inputs = make_inputs(num_tokens, sizes)
 
     def make() -> DeltaCache:
@@ -76,21 +87,22 @@ def test_rounded_where_it_is_promised(sizes: Sizes, start: int, num_tokens: int,
 
 
 @pytest.mark.parametrize(("start", "num_tokens", "prompt"), [(0, 150, 150), (37, 100, 300), (3, 90, 80), (0, 1, 1)])
+@pytest.mark.parametrize("mixer", [torch_mixer, reference_mixer], ids=["torch", "reference"])
 @torch.inference_mode()
-def test_the_reference_rounds_there_too(start: int, num_tokens: int, prompt: int) -> None:
+def test_torch_and_the_reference_round_there_too(start: int, num_tokens: int, prompt: int, mixer: Mixer) -> None:
     sizes = Sizes(2, 3, 8, 12, 4)
     inputs = make_inputs(num_tokens, sizes)
     cache, by_hand = (make_plain_cache(sizes, [2], fresh=(0,) if start == 0 else ()) for _ in range(2))
     cache, by_hand = (x._replace(state=x.state.bfloat16()) for x in (cache, by_hand))
-    wanted, wanted_state = run_by_hand(inputs, by_hand, start, prompt, reference_mixer)
-    out = run(inputs, [num_tokens], with_lengths(cache, [start + num_tokens], [prompt]), reference_mixer)
+    wanted, wanted_state = run_by_hand(inputs, by_hand, start, prompt, mixer)
+    out = run(inputs, [num_tokens], with_lengths(cache, [start + num_tokens], [prompt]), mixer)
     assert_close(out, wanted, tolerance=1e-5)
     assert_close(cache.state[2], wanted_state[2], tolerance=1e-5, name="state")
 
 
 @needs_native
 @pytest.mark.parametrize("sizes", SIZES[:4], ids=str)
-def test_cuts_on_the_grid_and_company_change_no_bit(sizes: Sizes, isa: None) -> None:
+def test_cuts_on_the_grid_and_company_change_no_bit(sizes: Sizes, isa: int) -> None:
     """Prompts of 150 and 70 tokens with 13 and 20 answered ones behind them: cut, alone, together."""
     lengths, prompts, slots = [163, 90], [150, 70], [4, 1]
     streams = make_streams(sizes, lengths)
@@ -125,9 +137,7 @@ def run_schedule(
     outputs: list[list[Tensor]] = [[] for _ in streams]
     for call in calls:
         lengths = [piece.num_tokens for piece in call]
-        now = with_lengths(
-            view(cache, call, slots, started), [p.start + p.num_tokens for p in call], [0 for _ in call]
-        )  # fmt: skip
+        now = with_lengths(view(cache, call, slots, started), [p.start + p.num_tokens for p in call], [0 for _ in call])
         out = run(piece_inputs(streams, call, wrong), lengths, now, op)
         for piece, part in zip(call, out.split(lengths), strict=True):
             outputs[piece.sequence].append(part[: piece.num_accepted])
@@ -144,10 +154,7 @@ def token_by_token(stream: dict[str, Any], sizes: Sizes, slot: int, op: Mixer) -
     return run_schedule([stream], calls, cache, [slot], op, NAN)[0], cache
 
 
-@needs_native
-@pytest.mark.parametrize("num_drafts", [1, 2, 5])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_windows_give_the_bits_of_token_by_token(sizes: Sizes, num_drafts: int, isa: None) -> None:
+def assert_windows_give_the_bits_of_token_by_token(sizes: Sizes, num_drafts: int) -> None:
     lengths, slots = [23, 75, 1, 14], [5, 0, 7, 2]
     streams = make_streams(sizes, lengths)
     wanted = [token_by_token(s, sizes, slot, ops.gated_delta_mixer) for s, slot in zip(streams, slots, strict=True)]
@@ -164,23 +171,40 @@ def test_windows_give_the_bits_of_token_by_token(sizes: Sizes, num_drafts: int, 
             assert torch.equal(cache.conv[slot], wanted[n][1].conv[slot])
 
 
+@needs_native
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_windows_give_the_bits_of_token_by_token(sizes: Sizes, isa: int) -> None:
+    """Every two of sizes, instruction set and number of drafts."""
+    num_drafts = NUMS_DRAFTS[(SIZES.index(sizes) + isa) % len(NUMS_DRAFTS)]
+    assert_windows_give_the_bits_of_token_by_token(sizes, num_drafts)
+
+
+@pytest.mark.slow
+@needs_native
+@pytest.mark.parametrize("num_drafts", NUMS_DRAFTS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_any_windows_give_the_bits_of_token_by_token(sizes: Sizes, num_drafts: int, isa: int) -> None:
+    assert_windows_give_the_bits_of_token_by_token(sizes, num_drafts)
+
+
+@pytest.mark.parametrize("mixer", [torch_mixer, reference_mixer], ids=["torch", "reference"])
 @pytest.mark.parametrize("sizes", [SIZES[0], Sizes(2, 3, 8, 12, 4)], ids=str)
-def test_windows_on_the_reference(sizes: Sizes) -> None:
+def test_windows_on_torch_and_the_reference(sizes: Sizes, mixer: Mixer) -> None:
     lengths, slots = [23, 40, 14], [5, 0, 7]
     streams = make_streams(sizes, lengths)
+    wanted = [token_by_token(s, sizes, slot, reference_mixer)[0] for s, slot in zip(streams, slots, strict=True)]
     for seed in range(3):
         cache = make_cache(sizes, 3)
         cache = cache._replace(state=cache.state.bfloat16())
         calls = make_schedule(seed, lengths, 3)
-        outputs = run_schedule(streams, calls, cache, slots, reference_mixer, 3.0)
-        for n, slot in enumerate(slots):
-            wanted, _ = token_by_token(streams[n], sizes, slot, reference_mixer)
-            assert_close(outputs[n], wanted, tolerance=TOLERANCE)
+        outputs = run_schedule(streams, calls, cache, slots, mixer, 3.0)
+        for out, alone in zip(outputs, wanted, strict=True):
+            assert_close(out, alone, tolerance=TOLERANCE)
 
 
 @needs_native
 @pytest.mark.parametrize(("start", "prompt"), [(0, 150), (0, 20), (37, 300), (37, 100)])
-def test_native_is_the_reference(start: int, prompt: int, isa: None) -> None:
+def test_native_is_the_reference(start: int, prompt: int, isa: int) -> None:
     """Both round at the same places: another one would be seen."""
     sizes, num_tokens = SIZES[0], 120
     inputs = make_inputs(num_tokens, sizes)

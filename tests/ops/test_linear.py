@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from qnext import ops
-from qnext.ops.reference import linear as linear_module
-from qnext.ops.reference import moe
+from qnext.ops.torch import matrices, moe
 
 
 def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -18,7 +17,7 @@ def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.fixture(params=[False, True], ids=["widened", "native"])
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(linear_module, "has_native_bf16", lambda: request.param)
+    monkeypatch.setattr(matrices, "has_native_bf16", lambda: request.param)
     monkeypatch.setattr(moe, "has_native_bf16", lambda: request.param)
     return request.param
 

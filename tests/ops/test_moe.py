@@ -1,4 +1,4 @@
-"""Routing and grouped experts against a loop over tokens."""
+"""Routing and grouped experts against the formula, a loop over tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qnext import ops
-from qnext.ops import Routing
+from qnext.ops import Routing, reference
 
 from .compare import TOLERANCES, assert_close, assert_same_function, randn
 
@@ -22,9 +22,8 @@ def test_route(norm_topk_prob: bool, dtype: torch.dtype) -> None:
     exact = logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)
     expected, _ = exact.sort(-1, descending=True)
     expected = expected[:, :4]
-    assert_close(routing.weights_TA.double(), (
-        expected / expected.sum(-1, keepdim=True) if norm_topk_prob else expected
-    ), tolerance=1e-6)  # fmt: skip
+    wanted = expected / expected.sum(-1, keepdim=True) if norm_topk_prob else expected
+    assert_close(routing.weights_TA.double(), wanted, tolerance=1e-6)
     chosen = exact.gather(1, routing.experts_TA)
     assert_close(chosen, expected, tolerance=1e-12)
     assert all(len(set(row)) == 4 for row in routing.experts_TA.tolist())
@@ -62,18 +61,6 @@ def test_huge_scores_stay_finite() -> None:
     assert_close(weights, torch.tensor([[0.5, 0.5]]), tolerance=1e-6)
 
 
-def definition(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor]:
-    width = gate_up.shape[1] // 2
-    rows = []
-    for t in range(len(x)):
-        row = torch.zeros_like(x[t])
-        for weight, e in zip(weights[t], experts[t].tolist(), strict=True):
-            gate, up = gate_up[e, :width] @ x[t], gate_up[e, width:] @ x[t]
-            row = row + weight * (down[e] @ (gate * torch.sigmoid(gate) * up))
-        rows.append(row)
-    return (torch.stack(rows),)
-
-
 def choose(num_tokens: int, num_experts: int, top_k: int, only: list[int] | None) -> Tensor:
     pool = torch.tensor(only if only is not None else range(num_experts))
     generator = torch.Generator().manual_seed(9)
@@ -92,7 +79,7 @@ CASES = {
     "every token at the same experts": (63, 16, 8, 8, 2, [0, 7]),
     "one expert": (10, 16, 8, 1, 1, None),
     "top one": (20, 12, 4, 5, 1, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -109,7 +96,9 @@ def test_experts(case: str, dtype: torch.dtype) -> None:
     }
     assert_same_function(
         lambda x, gate_up, down, weights: (ops.experts_swiglu(x, gate_up, down, routing=Routing(weights, experts)),),
-        lambda x, gate_up, down, weights: definition(x, gate_up, down, weights, experts),
+        lambda x, gate_up, down, weights: (
+            reference.experts_swiglu(x, gate_up, down, routing=Routing(weights, experts)),
+        ),
         inputs,
         tolerance=TOLERANCES[dtype],
         gradient_tolerance=3e-2 if dtype == torch.bfloat16 else 0.0,
@@ -121,9 +110,11 @@ def test_gradients_by_finite_differences(sizes: tuple[int, int]) -> None:
     hidden, width = sizes
     experts = choose(4, 5, 2, [0, 2, 3])
     inputs = (
-        randn(4, hidden, seed=0), randn(5, 2 * width, hidden, seed=1), randn(5, hidden, width, seed=2),
+        randn(4, hidden, seed=0),
+        randn(5, 2 * width, hidden, seed=1),
+        randn(5, hidden, width, seed=2),
         randn(4, 2, seed=3).sigmoid(),
-    )  # fmt: skip
+    )
     assert torch.autograd.gradcheck(
         lambda x, g, d, w: ops.experts_swiglu(x, g, d, routing=Routing(w, experts)),
         tuple(x.requires_grad_() for x in inputs),

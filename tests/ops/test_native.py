@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from qnext import ops
-from qnext.ops.backend import native_module
+from qnext.ops import reference
+from qnext.ops.backends import cpu_kernels
 from qnext.ops.cpu.panels import PanelWeight
 from qnext.ops.quantized import pack_codes
-from qnext.ops.reference import moe as reference_moe
-from qnext.ops.reference import norm as reference_norm
 
-native = native_module()
+native = cpu_kernels()
 pytestmark = pytest.mark.skipif(native is None, reason="the native kernels are not built or not wanted")
 
 ROWS = [1, 2, 5, 6, 7, 13, 40]
@@ -44,9 +47,12 @@ def random_quantized(
 
 def as_panels(weight: ops.QuantizedWeight) -> PanelWeight:
     panels = ops.empty_quantized(
-        tuple(weight.shape), bits=weight.bits, group_size=weight.group_size, scale_dtype=weight.scales.dtype,
+        tuple(weight.shape),
+        bits=weight.bits,
+        group_size=weight.group_size,
+        scale_dtype=weight.scales.dtype,
         has_zeros=weight.zeros is not None,
-    )  # fmt: skip
+    )
     assert isinstance(panels, PanelWeight)
     if len(weight.shape) == 2:
         ops.write_quantized(panels, weight)
@@ -96,9 +102,10 @@ def test_stacked_panels_hold_what_was_written(zeros: bool) -> None:
 
 @pytest.mark.parametrize("num_rows", ROWS)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_integer_products_are_exact(num_rows: int, bits: int) -> None:
+@pytest.mark.parametrize("group", [32, 128])
+def test_integer_products_are_exact(num_rows: int, bits: int, group: int) -> None:
     """Rows of small integers with 127 in every group survive the rounding to int8: nothing else may be lost."""
-    weight = random_quantized(72, 128, bits=bits, group=32, scale=torch.float32)
+    weight = random_quantized(72, 128, bits=bits, group=group, scale=torch.float32)
     weight.scales.fill_(0.25)
     x_TD = torch.randint(-127, 128, (num_rows, 128), generator=torch.Generator().manual_seed(2)).float()
     x_TD[:, ::32] = 127.0
@@ -132,7 +139,7 @@ def test_float_weights(dtype: torch.dtype, num_outputs: int, num_rows: int) -> N
     assert relative_rms(y_TF, x_TD @ weight_FD.float().t()) < tolerance
 
 
-def weights_of(form: str, *shape: int, seed: int = 0) -> tuple[ops.Weight, Tensor]:
+def weights_of(form: str, *shape: int, seed: int = 0) -> tuple[Tensor | ops.Weight, Tensor]:
     """A weight in one of the forms, and what it stands for."""
     if form in ("fp32", "bf16"):
         weight = random_rows(*shape, seed=seed).mul_(0.1).to(torch.float32 if form == "fp32" else torch.bfloat16)
@@ -150,23 +157,49 @@ def test_a_row_does_not_depend_on_its_company(form: str) -> None:
         assert torch.equal(torch.cat([ops.linear(part, weight) for part in x_TD.split(size)]), whole)
 
 
+class Experts(NamedTuple):
+    gate_up: Tensor | ops.Weight
+    down: Tensor | ops.Weight
+    shared: ops.SharedExpert | None
+
+
+NUM_EXPERTS, WIDTH, HIDDEN = 8, 64, 128
+
+
+def make_experts(form: str, has_shared: bool) -> tuple[Experts, Experts]:
+    """In one of the forms, and what they stand for."""
+    parts = [
+        weights_of(form, NUM_EXPERTS, 2 * WIDTH, HIDDEN, seed=1),
+        weights_of(form, NUM_EXPERTS, HIDDEN, WIDTH, seed=2),
+    ]
+    if not has_shared:
+        return tuple(Experts(gate_up, down, None) for gate_up, down in zip(*parts, strict=True))
+    # in another form than the routed ones, and of another width
+    other = "int8" if form == "int4" else form
+    parts += [weights_of(other, *s, seed=i) for i, s in enumerate([(96, HIDDEN), (96, HIDDEN), (HIDDEN, 96)])]
+    gate = random_rows(1, HIDDEN, seed=9).to(torch.bfloat16)
+    stored, values = ([part[place] for part in parts] for place in (0, 1))
+    return (
+        Experts(*stored[:2], ops.SharedExpert(*stored[2:], gate)),
+        Experts(*values[:2], ops.SharedExpert(*values[2:], gate.float())),
+    )
+
+
+@cache
+def rows_of_experts(form: str, has_shared: bool) -> tuple[Tensor, ops.Routing, Tensor]:
+    """Inputs, their experts and what the reference makes of them, once for all instruction sets."""
+    gate_up, down, shared = make_experts(form, has_shared)[1]
+    x_TD = random_rows(1100, HIDDEN)
+    routing = reference.route(random_rows(1100, NUM_EXPERTS, seed=4), top_k=3, norm_topk_prob=True)
+    return x_TD, routing, reference.experts_swiglu(x_TD, gate_up, down, routing=routing, shared=shared)
+
+
 @pytest.mark.parametrize("form", ["fp32", "bf16", "int4", "int8"])
 @pytest.mark.parametrize("has_shared", [False, True])
 def test_experts(form: str, has_shared: bool) -> None:
-    num_experts, width, hidden, top_k = 8, 64, 128, 3
-    gate_up, gate_up_value = weights_of(form, num_experts, 2 * width, hidden, seed=1)
-    down, down_value = weights_of(form, num_experts, hidden, width, seed=2)
-    shared = shared_value = None
-    if has_shared:  # in another form than the routed ones, and of another width
-        other = "int8" if form == "int4" else form
-        parts = [weights_of(other, *s, seed=i) for i, s in enumerate([(96, hidden), (96, hidden), (hidden, 96)])]
-        gate = random_rows(1, hidden, seed=9).to(torch.bfloat16)
-        shared = ops.SharedExpert(*(part[0] for part in parts), gate)
-        shared_value = ops.SharedExpert(*(part[1] for part in parts), gate.float())
-    x_TD = random_rows(1100, hidden)
-    routing = ops.route(random_rows(1100, num_experts, seed=4), top_k=top_k, norm_topk_prob=True)
+    gate_up, down, shared = make_experts(form, has_shared)[0]
+    x_TD, routing, expected = rows_of_experts(form, has_shared)
     y_TD = ops.experts_swiglu(x_TD, gate_up, down, routing=routing, shared=shared)
-    expected = reference_moe.experts_swiglu(x_TD, gate_up_value, down_value, routing=routing, shared=shared_value)
     tolerance = {"fp32": 2e-6, "bf16": 3 * TOLERANCE_BF16}.get(form, 3 * TOLERANCE_INT8)  # three roundings
     assert relative_rms(y_TD, expected) < tolerance
     for rows in (slice(0, 1), slice(3, 5), slice(20, 61), slice(1000, 1100)):
@@ -221,7 +254,7 @@ def test_concat() -> None:
 def test_route(num_experts: int, top_k: int, renormalize: bool) -> None:
     logits_TE = random_rows(50, num_experts)
     weights_TA, experts_TA = ops.route(logits_TE, top_k=top_k, norm_topk_prob=renormalize)
-    expected = reference_moe.route(logits_TE, top_k=top_k, norm_topk_prob=renormalize)
+    expected = reference.route(logits_TE, top_k=top_k, norm_topk_prob=renormalize)
     assert torch.equal(experts_TA, expected.experts_TA)
     torch.testing.assert_close(weights_TA, expected.weights_TA, rtol=1e-5, atol=0.0)
 
@@ -248,7 +281,7 @@ def test_a_row_that_is_not_finite_shows(form: str, bad: float) -> None:
 def test_rms_norm(zero_centered: bool) -> None:
     x, weight = random_rows(3, 37, 64), random_rows(64, seed=2).to(torch.bfloat16)
     y = ops.rms_norm(x, weight, eps=1e-6, zero_centered=zero_centered)
-    expected = reference_norm.rms_norm(x, weight, eps=1e-6, zero_centered=zero_centered)
+    expected = reference.rms_norm(x, weight, eps=1e-6, zero_centered=zero_centered)
     torch.testing.assert_close(y, expected, rtol=2e-6, atol=1e-6)
     assert torch.equal(ops.rms_norm(x[1, 3:4], weight, eps=1e-6, zero_centered=zero_centered), y[1, 3:4])
 
@@ -279,3 +312,28 @@ def test_every_number_is_looked_at(dtype: torch.dtype, count: int) -> None:
             spoilt[place] = bad
             assert not ops.are_finite(spoilt)
     assert ops.are_finite(torch.arange(count)) and ops.are_finite(numbers.repeat(2).view(2, count).t())
+
+
+def test_a_thread_that_computes_alone_does_all_of_its_work() -> None:
+    """Of the time that the process spends: with the pool it is a part."""
+    weight = torch.randn(2048, 1024)
+    form = {"divisors": [-8.0, 7.0], "bits": 4, "group_size": 32, "scale_dtype": torch.bfloat16}
+    shares = []
+
+    def alone() -> None:
+        ops.compute_alone()
+        own, all_of_them = time.thread_time(), time.process_time()
+        for _ in range(10):
+            ops.round_to_groups(weight, **form)
+        shares.append((time.thread_time() - own) / (time.process_time() - all_of_them))
+
+    before, torch_before = native.num_threads(), torch.get_num_threads()
+    native.set_num_threads(3)
+    try:
+        thread = threading.Thread(target=alone)
+        thread.start()
+        thread.join()
+    finally:
+        native.set_num_threads(before)
+        torch.set_num_threads(torch_before)
+    assert shares[0] > 0.9

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from qnext import ops
+from qnext.ops.reference import norm as reference
 
 from .compare import TOLERANCES, assert_close, assert_same_function, randn
 
@@ -14,19 +18,14 @@ EPS = 1e-6
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-def plain_rms(x: Tensor) -> Tensor:
-    return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("zero_centered", [True, False])
 @pytest.mark.parametrize("shape", [(1, 7), (130, 48), (65, 3, 20)])
 def test_rms_norm(dtype: torch.dtype, zero_centered: bool, shape: tuple[int, ...]) -> None:
     inputs = {"x": randn(*shape, seed=0, dtype=dtype, scale=3.0), "weight": randn(shape[-1], seed=1, dtype=dtype)}
-    offset = 1.0 if zero_centered else 0.0
     assert_same_function(
         lambda x, weight: (ops.rms_norm(x, weight, eps=EPS, zero_centered=zero_centered),),
-        lambda x, weight: (plain_rms(x) * (offset + weight),),
+        lambda x, weight: (reference.rms_norm(x, weight, eps=EPS, zero_centered=zero_centered),),
         inputs,
         tolerance=TOLERANCES[dtype],
     )
@@ -43,7 +42,7 @@ def test_gated_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     }
     assert_same_function(
         lambda x, gate, weight: (ops.gated_rms_norm(x, gate, weight, eps=EPS),),
-        lambda x, gate, weight: (weight * plain_rms(x) * (gate * torch.sigmoid(gate)),),
+        lambda x, gate, weight: (reference.gated_rms_norm(x, gate, weight, eps=EPS),),
         inputs,
         tolerance=TOLERANCES[dtype],
     )
@@ -56,7 +55,7 @@ def test_l2_norm(dtype: torch.dtype) -> None:
         x = randn(65, 3, 20, seed=0, dtype=dtype, scale=scale)
         assert_same_function(
             lambda x: (ops.l2_norm(x),),
-            lambda x: (x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt(),),
+            lambda x: (reference.l2_norm(x),),
             {"x": x},
             tolerance=TOLERANCES[dtype],
         )
@@ -65,16 +64,32 @@ def test_l2_norm(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_l2_norm_of_a_zero_row_has_no_gradient(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("l2_norm", [ops.l2_norm, reference.l2_norm])
+def test_l2_norm_of_a_zero_row_has_no_gradient(dtype: torch.dtype, l2_norm: Callable[[Tensor], Tensor]) -> None:
     x = randn(4, 6, seed=0, dtype=dtype)
     x[1] = 0.0
     x.requires_grad_()
-    y = ops.l2_norm(x)
+    y = l2_norm(x)
     y.backward(torch.ones_like(y))
     assert (y[1] == 0).all()
     assert x.grad is not None
     assert (x.grad[1] == 0).all()
     assert (x.grad[[0, 2, 3]] != 0).any(-1).all()
+
+
+def test_the_formulas() -> None:
+    """Number by number: eps in a mean, eps in a sum, the scale as it is or one more, the gate after the norm."""
+    x, gate, weight = [3.0, -4.0], [0.5, -2.0], [2.0, 0.25]
+    tensors = (torch.tensor([numbers], dtype=torch.float64) for numbers in (x, gate, weight))
+    x_1D, gate_1D, weight_1D = tensors
+    rms, length = math.sqrt(12.5 + 0.1), math.sqrt(25 + 0.1)
+    for zero_centered in (False, True):
+        expected = [a / rms * (b + zero_centered) for a, b in zip(x, weight, strict=True)]
+        actual = reference.rms_norm(x_1D, weight_1D[0], eps=0.1, zero_centered=zero_centered)
+        assert actual[0].tolist() == pytest.approx(expected, rel=1e-14)
+    gated = [b * a / rms * c / (1 + math.exp(-c)) for a, b, c in zip(x, weight, gate, strict=True)]
+    assert reference.gated_rms_norm(x_1D, gate_1D, weight_1D[0], eps=0.1)[0].tolist() == pytest.approx(gated, rel=1e-14)
+    assert reference.l2_norm(x_1D, eps=0.1)[0].tolist() == pytest.approx([a / length for a in x], rel=1e-14)
 
 
 def test_gradients_by_finite_differences() -> None:
@@ -110,7 +125,7 @@ def test_a_frozen_input_leaves_the_other_gradients_alone(frozen: str) -> None:
 def test_bf16_is_rounded_once_at_the_end() -> None:
     """A product of large norm and large weight keeps all its bits until the cast."""
     x, weight = (randn(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate([(50, 64), (64,)]))
-    expected = (plain_rms(x.double()) * (1 + weight.double())).to(torch.bfloat16)
+    expected = reference.rms_norm(x.double(), weight.double(), eps=EPS, zero_centered=True).to(torch.bfloat16)
     actual = ops.rms_norm(x, weight, eps=EPS, zero_centered=True)
     assert (actual != expected).float().mean() < 0.002  # fp32 may fall on the other side of a tie
 
@@ -124,6 +139,7 @@ def test_extremes_stay_finite() -> None:
             assert x.grad is not None
             assert x.grad.isfinite().all(), value
     assert_close(
-        ops.rms_norm(torch.full((1, 8), 1e4), torch.zeros(8), eps=EPS, zero_centered=True), torch.ones(1, 8),
+        ops.rms_norm(torch.full((1, 8), 1e4), torch.zeros(8), eps=EPS, zero_centered=True),
+        torch.ones(1, 8),
         tolerance=1e-6,
-    )  # fmt: skip
+    )

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qnext import ops
-from qnext.ops import backend
+from qnext.ops import backends
 
-pytestmark = pytest.mark.skipif(
-    backend.native_module() is None, reason="the native kernels are not built or not wanted"
-)
+pytestmark = pytest.mark.skipif(backends.cpu_kernels() is None, reason="the native kernels are not built or not wanted")
 
 SIZE = 64
 

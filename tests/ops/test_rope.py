@@ -16,8 +16,8 @@ def test_rotation_is_a_complex_product_on_the_first_dims() -> None:
     x = randn(9, 3, 20, seed=0)
     positions = torch.arange(9) * 11
     frequencies = ops.rope_frequencies(12, theta=100.0)
-    cos, sin = ops.rope_cos_sin(positions, frequencies)
-    rotated = ops.apply_rope(x, cos.double(), sin.double())
+    rope = ops.rope_cos_sin(positions, frequencies)
+    rotated = ops.apply_rope(x, ops.Rope(*(turn.double() for turn in rope)))
     turns = torch.exp(1j * (positions[:, None] * frequencies).double())[:, None]
     expected = torch.complex(x[..., :6], x[..., 6:12]) * turns
     assert_close(rotated[..., :6], expected.real, tolerance=1e-5)
@@ -38,7 +38,7 @@ def test_scores_depend_on_the_distance_only() -> None:
 
     def score(at: int, from_: int) -> float:
         q_at, k_at = (
-            ops.apply_rope(x, *ops.rope_cos_sin(torch.tensor([p]), ops.rope_frequencies(16, theta=1e4)))
+            ops.apply_rope(x, ops.rope_cos_sin(torch.tensor([p]), ops.rope_frequencies(16, theta=1e4)))
             for x, p in ((q, at), (k, from_))
         )
         return (q_at * k_at).sum().item()
@@ -49,9 +49,9 @@ def test_scores_depend_on_the_distance_only() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dtype_stays(dtype: torch.dtype) -> None:
-    cos, sin = ops.rope_cos_sin(torch.arange(4), ops.rope_frequencies(8, theta=1e4))
-    assert cos.dtype == sin.dtype == torch.float32
-    assert ops.apply_rope(randn(4, 2, 8, seed=0, dtype=dtype), cos, sin).dtype == dtype
+    rope = ops.rope_cos_sin(torch.arange(4), ops.rope_frequencies(8, theta=1e4))
+    assert rope.cos.dtype == rope.sin.dtype == torch.float32
+    assert ops.apply_rope(randn(4, 2, 8, seed=0, dtype=dtype), rope).dtype == dtype
 
 
 def test_the_released_yarn_ramp() -> None:
@@ -69,15 +69,26 @@ def test_the_released_yarn_ramp() -> None:
 @pytest.mark.parametrize("attention_factor", [None, 1.25])
 @pytest.mark.parametrize(("head_dim", "partial", "theta", "original"), [(256, 0.25, 1e7, 262144), (24, 1.0, 1e4, 64)])
 def test_yarn_equals_transformers(
-    factor: float, truncate: bool, attention_factor: float | None, head_dim: int, partial: float, theta: float,
+    factor: float,
+    truncate: bool,
+    attention_factor: float | None,
+    head_dim: int,
+    partial: float,
+    theta: float,
     original: int,
-) -> None:  # fmt: skip
+) -> None:
     pytest.importorskip("transformers")
     from transformers import Qwen3NextConfig
     from transformers.modeling_rope_utils import _compute_yarn_parameters
 
-    parameters = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
-                  "rope_theta": theta, "partial_rotary_factor": partial, "truncate": truncate}  # fmt: skip
+    parameters = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "rope_theta": theta,
+        "partial_rotary_factor": partial,
+        "truncate": truncate,
+    }
     if attention_factor is not None:
         parameters["attention_factor"] = attention_factor
     config = Qwen3NextConfig(
@@ -85,16 +96,22 @@ def test_yarn_equals_transformers(
     )
     expected, expected_factor = _compute_yarn_parameters(config, torch.device("cpu"))
     frequencies, our_factor = ops.yarn_frequencies(
-        int(head_dim * partial), theta=theta, factor=factor, original_length=original, beta_fast=32.0, beta_slow=1.0,
-        attention_factor=attention_factor, truncate=truncate,
-    )  # fmt: skip
+        int(head_dim * partial),
+        theta=theta,
+        factor=factor,
+        original_length=original,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        attention_factor=attention_factor,
+        truncate=truncate,
+    )
     assert our_factor == pytest.approx(expected_factor)
     assert torch.allclose(frequencies, expected, rtol=1e-6)
 
 
 def test_the_attention_factor_reaches_the_rotated_dims_only() -> None:
     x = randn(3, 2, 16, seed=0)
-    cos, sin = ops.rope_cos_sin(torch.arange(3), ops.rope_frequencies(8, theta=1e4), attention_factor=1.5)
-    rotated = ops.apply_rope(x, cos, sin)
+    rope = ops.rope_cos_sin(torch.arange(3), ops.rope_frequencies(8, theta=1e4), attention_factor=1.5)
+    rotated = ops.apply_rope(x, rope)
     assert_close(rotated[..., :8].norm(dim=-1), 1.5 * x[..., :8].norm(dim=-1), tolerance=1e-6)
     assert torch.equal(rotated[..., 8:], x[..., 8:])

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from qnext import ops
-from qnext.ops import QuantizedWeight
-from qnext.ops.backend import native_module
-from qnext.ops.cpu import rounding as cpu
+from qnext.ops import QuantizedWeight, cpu, reference
+from qnext.ops import torch as pytorch
+from qnext.ops.backends import cpu_kernels
 from qnext.ops.quantized import pack_codes
-from qnext.ops.reference import rounding as reference
 
-native = native_module()
+native = cpu_kernels()
 needs_native = pytest.mark.skipif(native is None, reason="the native kernels are not built or not wanted")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DIVISORS = {4: [-9.6, -8.0, -7.25, 7.4, 7.0, 5.5, 0.0, 1e9, 1e-3], 8: [-128.0, 127.0]}
@@ -114,6 +113,16 @@ def test_definition_is_the_loop(bits: int, group_size: int) -> None:
             assert torch.equal(rounded.codes[row].view(2, -1)[group], packed)
 
 
+@pytest.mark.parametrize("num_rows", [1, 255, 600])
+def test_torch_gives_the_bits_of_the_definition_some_rows_at_a_time(num_rows: int) -> None:
+    weight = torch.randn(num_rows, 1024, generator=torch.Generator().manual_seed(3)).bfloat16()
+    form = {"divisors": DIVISORS[4], "bits": 4, "group_size": 32, "scale_dtype": torch.bfloat16}
+    expected, actual = (backend.round_to_groups(weight, **form) for backend in (reference, pytorch))
+    assert torch.equal(actual.codes, expected.codes) and torch.equal(actual.scales, expected.scales)
+    squares = [backend.rounding_errors(weight, expected) for backend in (reference, pytorch)]
+    torch.testing.assert_close(*squares, rtol=1e-12, atol=0.0)
+
+
 @needs_native
 @pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("scale_dtype", FLOATS)
@@ -127,14 +136,14 @@ def test_kernels_give_the_bits_of_the_definition(
     importance[::7] = 0.0
     weights = importance if is_weighted else None
     form = {"divisors": DIVISORS[bits], "bits": bits, "group_size": group_size, "scale_dtype": scale_dtype}
-    assert cpu.fits_rounding(weight, group_size=group_size)
+    assert cpu.serves_round_to_groups(weight, weights, **form)
     expected = reference.round_to_groups(weight, weights, **form)
-    actual = cpu.round_to_groups(native, weight, weights, **form)
+    actual = cpu.round_to_groups(weight, weights, **form)
     assert torch.equal(actual.codes, expected.codes)
     assert torch.equal(actual.scales, expected.scales)
     assert expected.scales.isfinite().all() and (expected.scales != 0).all()
     # Sums of squares of numbers of one sign, in another order: each addition in fp32 is off by 2^-24 at most.
-    ours = cpu.rounding_errors(native, weight, actual)
+    ours = cpu.rounding_errors(weight, actual)
     torch.testing.assert_close(ours, reference.rounding_errors(weight, expected), rtol=2e-5, atol=0.0)
 
 
@@ -147,7 +156,7 @@ def test_rows_of_any_number_of_groups_on_any_number_of_threads(isa: None, num_in
     was = native.num_threads()
     for threads in (1, 3):
         native.set_num_threads(threads)
-        actual = cpu.round_to_groups(native, weight, None, **form)
+        actual = cpu.round_to_groups(weight, None, **form)
         assert torch.equal(actual.codes, expected.codes)
         assert torch.equal(actual.scales, expected.scales)
     native.set_num_threads(was)
@@ -156,9 +165,10 @@ def test_rows_of_any_number_of_groups_on_any_number_of_threads(isa: None, num_in
 @needs_native
 @pytest.mark.parametrize(("shape", "group_size"), [((4, 80), 16), ((4, 96), 64), ((2, 4, 64), 32)])
 def test_what_the_kernels_do_not_take(shape: tuple[int, ...], group_size: int) -> None:
-    assert not cpu.fits_rounding(torch.randn(shape), group_size=group_size)
-    assert not cpu.fits_rounding(torch.randn(shape).double(), group_size=32)
-    assert not cpu.fits_rounding(torch.randn(64, 4).t(), group_size=32)
+    form = {"divisors": DIVISORS[4], "bits": 4, "scale_dtype": torch.float32}
+    assert not cpu.serves_round_to_groups(torch.randn(shape), group_size=group_size, **form)
+    assert not cpu.serves_round_to_groups(torch.randn(shape).double(), group_size=32, **form)
+    assert not cpu.serves_round_to_groups(torch.randn(64, 4).t(), group_size=32, **form)
 
 
 def test_columns_and_other_groups_are_rounded_too() -> None:

@@ -18,7 +18,7 @@ from qnext.planning import (
     count_parameters,
     forward_flops_per_token,
     kv_bytes_per_token,
-    parameter_shapes,
+    list_parameters,
     state_bytes_per_sequence,
     weight_bytes,
 )
@@ -76,7 +76,8 @@ def _counts_of_module(model: CausalLM) -> ParameterCounts:
 def test_shapes_and_counts_equal_the_module(name: str) -> None:
     config = CONFIGS[name]
     model = _meta_model(config)
-    assert parameter_shapes(config) == {key: tuple(p.shape) for key, p in model.named_parameters()}
+    shapes = {name: info.shape for name, info in list_parameters(config).items()}
+    assert shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
     counts = count_parameters(config)
     assert counts == _counts_of_module(model)
     assert counts.total == sum(p.numel() for p in model.parameters())

@@ -11,18 +11,17 @@ from torch import Tensor
 from qnext.quant.float_formats import from_bitsandbytes, from_fp4, from_fp8, scale_values
 from qnext.quant.formats import dequantize_ordered, from_gptq, from_int_quantized, from_pack_quantized, unpack_codes
 
-pytest.importorskip("compressed_tensors.compressors.nvfp4")
-from compressed_tensors.compressors.base import BaseCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from .theirs import module_of_theirs, pack_to_int32, unpack_from_int32
 
 WEIGHT = torch.randn(24, 96, generator=torch.Generator().manual_seed(5)) * 0.05
 
 
 def compress(form: str, arguments: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """What their compressor writes of WEIGHT, and what their decompressor makes of it."""
-    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**arguments))
-    compressor = BaseCompressor.get_value_from_registry(form)
+    module_of_theirs("compressors.nvfp4")  # older ones know fewer forms
+    registry, quantization = module_of_theirs("compressors.base"), module_of_theirs("quantization")
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=quantization.QuantizationArgs(**arguments))
+    compressor = registry.BaseCompressor.get_value_from_registry(form)
     tensors = compressor.compress({"weight": WEIGHT, **state}, scheme)
     return tensors, compressor.decompress(dict(tensors), scheme)["weight"]
 

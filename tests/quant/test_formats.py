@@ -18,9 +18,7 @@ from qnext.quant.formats import (
     unpack_words,
 )
 
-# Another place in the releases for Python 3.10.
-_helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-pack_to_int32, unpack_from_int32 = _helpers.pack_to_int32, _helpers.unpack_from_int32
+from .theirs import pack_to_int32, unpack_from_int32
 
 # outputs, inputs, group; no two equal; the last is a group as long as the row (strategy channel)
 SIZES = [(24, 64, 16), (8, 96, 32), (40, 48, 48)]
@@ -67,9 +65,13 @@ def test_written_is_read_back_and_read_by_the_reference(
     num_outputs, num_inputs, group_size = sizes
     tensors = compressed_tensors_of("m", weight)
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == compressed_tensors_specs(
-        "m", (num_outputs, num_inputs), bits=bits, group_size=group_size, scale_dtype=torch.bfloat16,
+        "m",
+        (num_outputs, num_inputs),
+        bits=bits,
+        group_size=group_size,
+        scale_dtype=torch.bfloat16,
         has_zeros=has_zeros,
-    )  # fmt: skip
+    )
     assert tensors["m.weight_shape"].tolist() == [num_outputs, num_inputs]
     unpacked = unpack_from_int32(tensors["m.weight_packed"], bits, torch.Size((num_outputs, num_inputs)))
     assert torch.equal(unpacked.to(torch.int16) + 2 ** (bits - 1), codes.to(torch.int16))

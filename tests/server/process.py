@@ -30,7 +30,7 @@ class Process:
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        assert self._ready.wait(60.0) and self.popen.poll() is None, "".join(self.lines)
+        assert self._ready.wait(180.0) and self.popen.poll() is None, "".join(self.lines)
         self.seconds_to_ready = time.perf_counter() - self.started
         found = re.search(r"ready: (\S+)", "".join(self.lines))
         assert found is not None
@@ -46,12 +46,12 @@ class Process:
 
     def client(self, key: str | None = None) -> httpx2.Client:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx2.Client(base_url=self.url, headers=headers, timeout=30.0)
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=120.0)
 
     def signal(self, number: signal.Signals) -> None:
         self.popen.send_signal(number)
 
-    def wait(self, seconds: float = 30.0) -> int:
+    def wait(self, seconds: float = 120.0) -> int:
         code = self.popen.wait(seconds)
         self._reader.join(5.0)
         return code

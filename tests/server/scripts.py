@@ -14,7 +14,7 @@ import pytest
 
 from qnext.engine.sampling.constraint import Constraint
 from qnext.server.errors import ApiError
-from qnext.server.generation import Generation, Update
+from qnext.server.inference.generation import Generation, Update
 from tests.server.serving import Running
 
 

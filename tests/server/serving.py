@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import ssl
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
 from qnext.checkpoint import save_model
-from qnext.cli._served import load_served
-from qnext.cli._text_model import open_folder
-from qnext.config import ModelConfig, hybrid_pattern
 from qnext.engine import Engine
 from qnext.model import CausalLM, initialize
-from qnext.server.app import Server
+from qnext.server.inference.served import ServedModel
 from qnext.server.limits import Limits
 from qnext.server.run import Listen, serving
-from qnext.server.served import ServedModel
+from qnext.server.server import Server
+from qnext.session.folder import open_folder
+from qnext.session.served import ServeConfig, load_served
 from qnext.text.templates import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
 from qnext.text.train import byte_level_tokenizer, save_tokenizer
+from tests.text_folders import tiny_config
 
 CONTEXT = 2_048
+# A client reads all certificates of the machine where it is given no context: 20 ms each time, for servers without TLS.
+NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def save_served(folder: Path, *, thinks: bool = False, context: int = CONTEXT) -> Path:
-    """A tiny random model of both kinds of layers, with experts and an MTP layer, one token per byte."""
+    """A tiny random model of both kinds of layers, with experts and an MTP layer, one token per byte.
+
+    Kernels take its sizes, so that an answer has the same bits whoever else is served.
+    """
     tokenizer = byte_level_tokenizer()
-    config = ModelConfig(
-        vocab_size=tokenizer.get_vocab_size() + 5, hidden_size=24, layer_types=hybrid_pattern(2, interval=2),
-        num_attention_heads=4, num_key_value_heads=2, head_dim=10, partial_rotary_factor=0.4,
-        rope_theta=10_000.0, max_position_embeddings=context,
-        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=5,
-        linear_conv_kernel_dim=4, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=8,
-        shared_expert_intermediate_size=8, num_nextn_predict_layers=1, initializer_range=0.25, eos_token_id=258,
-    )  # fmt: skip
+    config = replace(
+        tiny_config(tokenizer.get_vocab_size() + 5, eos_token_id=258),
+        max_position_embeddings=context,
+        hidden_size=32,
+        head_dim=32,
+        partial_rotary_factor=0.25,
+        linear_key_head_dim=16,
+        linear_value_head_dim=32,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        num_experts=8,
+        num_nextn_predict_layers=1,
+    )
     model = CausalLM(config)
     initialize(model, seed=3)
     side = folder.with_name(folder.name + "-tokenizer")
@@ -58,7 +69,7 @@ class Running:
 
     def client(self, key: str | None = None, **more: Any) -> httpx2.Client:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx2.Client(base_url=self.url, headers=headers, timeout=30.0, **more)
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=120.0, verify=NO_CERTIFICATES, **more)
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Run `function` in the server's event loop."""
@@ -66,24 +77,30 @@ class Running:
         async def run() -> Any:
             return function()
 
-        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(30.0)
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(120.0)
 
     def gauges(self) -> Any:
         return self.server.worker.engine.metrics.gauges
 
 
 def load_engine(
-    folder: Path, *, disk_cache: Path | None = None, disk_cache_bytes: int = 64 << 20, **engine_options: Any
+    folder: Path,
+    *,
+    disk_cache: Path | None = None,
+    disk_cache_bytes: int = 64 << 20,
+    adapters: Mapping[str, Path] | None = None,
+    expert_memory: int | None = None,
+    **engine_options: Any,
 ) -> tuple[Engine, ServedModel]:
     """As `qnext serve` does, under two names."""
-    options = {"max_num_seqs": 8, **engine_options}
-    return load_served(
-        open_folder(str(folder)),
-        names=[folder.name, "alias"],
-        engine_options=options,
+    config = ServeConfig(
+        [folder.name, "alias"],
+        {"max_num_seqs": 8, **engine_options},
+        adapters=adapters or {},
         disk_cache=disk_cache,
         disk_cache_bytes=disk_cache_bytes,
     )
+    return load_served(open_folder(str(folder), expert_memory=expert_memory), config)
 
 
 @contextmanager

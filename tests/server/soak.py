@@ -30,7 +30,8 @@ import httpx2
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server.hostile.wire import CLOSED, KEY, REQUESTS, statuses, talk
+from tests.server.hostile.wire import CLOSED, KEY, statuses, talk
+from tests.server.hostile.wire_cases import REQUESTS
 from tests.server.process import ROOT, Process, process
 from tests.server.serving import save_served
 from tests.server.soak_attacks import ATTACKS, CHAT, COMPLETIONS, CONTEXT, GROUPS, LATER

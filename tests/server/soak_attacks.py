@@ -138,8 +138,13 @@ def _large() -> list[Attack]:
         for name, text in (("words", words), ("one word", solid), ("odd text", odd))
     ]
     attacks += [
-        Attack("count 2 MB", "large", "/v1/messages/count_tokens", _json(
-            {"model": "x", "messages": [{"role": "user", "content": words}]}), (200, 404, *refused)),
+        Attack(
+            "count 2 MB",
+            "large",
+            "/v1/messages/count_tokens",
+            _json({"model": "claude-x", "messages": [{"role": "user", "content": words}]}),
+            (200, *refused),
+        ),
         Attack("detokenize many", "large", "/detokenize", _json({"tokens": [65] * 200_000}), (200, *refused)),
         Attack("8 MB prompt", "large", COMPLETIONS, _json({"prompt": "a" * 8_380_000}), refused),
         Attack("8 MB of ids", "large", COMPLETIONS, _json({"prompt": [65] * 2_000_000}), refused),
@@ -148,9 +153,15 @@ def _large() -> list[Attack]:
         Attack("8 MB that is no JSON", "large", MESSAGES, _json(b"{" * 8_380_000), refused),
         Attack("above the limit", "large", COMPLETIONS, _json(b" " * 8_388_609), (413,)),
         Attack("prompt_logprobs", "large", COMPLETIONS, _json(scored), (200, 400, *LATER), weight=4.0),
-        Attack("echo and logprobs", "large", COMPLETIONS, _json(
-            {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 5}), (200, 400, *LATER), weight=4.0),
-    ]  # fmt: skip
+        Attack(
+            "echo and logprobs",
+            "large",
+            COMPLETIONS,
+            _json({"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 5}),
+            (200, 400, *LATER),
+            weight=4.0,
+        ),
+    ]
     return attacks
 
 
@@ -175,10 +186,17 @@ def _broken() -> list[Attack]:
     """Bodies without a meaning."""
     image = {"role": "user", "content": [{"type": "image_url"}]}
     bodies: list[tuple[str, Any]] = [
-        (COMPLETIONS, b"[" * 100_000), (COMPLETIONS, {"prompt": [99_999_999]}), (CHAT, {"messages": []}),
-        (CHAT, {"messages": [image]}), (CHAT, _user("a", n=1_000_000)), (COMPLETIONS, {"prompt": "a" * 1_000_000}),
-        (MESSAGES, {"model": "x"}), ("/tokenize", {"prompt": 5}), (COMPLETIONS, b"\xff\xfe"), (CHAT, b""),
-    ]  # fmt: skip
+        (COMPLETIONS, b"[" * 100_000),
+        (COMPLETIONS, {"prompt": [99_999_999]}),
+        (CHAT, {"messages": []}),
+        (CHAT, {"messages": [image]}),
+        (CHAT, _user("a", n=1_000_000)),
+        (COMPLETIONS, {"prompt": "a" * 1_000_000}),
+        (MESSAGES, {"model": "x"}),
+        ("/tokenize", {"prompt": 5}),
+        (COMPLETIONS, b"\xff\xfe"),
+        (CHAT, b""),
+    ]
     return [
         Attack(f"broken {number}", "broken", path, _json(body), (400, 413))
         for number, (path, body) in enumerate(bodies)

@@ -67,9 +67,12 @@ def test_echo_has_log_probabilities_of_the_prompt(server: Running) -> None:
         assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
         last = logprobs["token_logprobs"][-1]
         assert last == max(logprobs["top_logprobs"][-1].values()), "greedy takes the most likely"
-        assert all(value >= entry for value, entry in zip(
-            (max(top.values()) for top in logprobs["top_logprobs"][1:]), logprobs["token_logprobs"][1:], strict=True
-        ))  # fmt: skip
+        assert all(
+            value >= entry
+            for value, entry in zip(
+                (max(top.values()) for top in logprobs["top_logprobs"][1:]), logprobs["token_logprobs"][1:], strict=True
+            )
+        )
 
 
 @pytest.mark.parametrize("stream", [False, True])

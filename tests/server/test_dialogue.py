@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qnext.server.dialogue import in_order_of_calls
-from qnext.server.generation import Generation, Update
+from qnext.server.inference.generation import Generation, Update
+from qnext.server.surfaces.dialogue import in_order_of_calls
 from qnext.text.messages import Message, ToolCall
 from tests.server.scripts import recorded_prompts, scripted
 from tests.server.serving import Running

@@ -14,17 +14,22 @@ from typing import Any
 import httpx2
 import pytest
 
-from qnext.server.audit import AuditLog
-from qnext.server.keys import KeyRing, KeyStore
+from qnext.server.access.audit import AuditLog
+from qnext.server.access.keys import KeyRing, KeyStore
 from qnext.server.limits import Limits
 from tests.server.serving import Running, running_server
 
 USER, ADMIN = "user-secret", "admin-secret"
 AUTH = f"Authorization: Bearer {USER}\r\n"
 LIMITS = Limits(
-    header_seconds=0.4, body_seconds=0.4, write_seconds=0.3, max_connections=6, max_header_bytes=4_096,
-    max_body_bytes=10_000, drain_seconds=0.5,
-)  # fmt: skip
+    header_seconds=0.4,
+    body_seconds=0.4,
+    write_seconds=0.3,
+    max_connections=6,
+    max_header_bytes=4_096,
+    max_body_bytes=10_000,
+    drain_seconds=0.5,
+)
 
 
 class Watched:
@@ -82,7 +87,7 @@ class Watched:
 @pytest.fixture(scope="module")
 def kept(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     path = tmp_path_factory.mktemp("every") / "audit.jsonl"
-    keys = KeyRing.from_plain([USER], [ADMIN])
+    keys = KeyRing(plain=[USER], admin=[ADMIN])
     origins = ["https://friend.example"]
     with running_server(chat_model, keys=keys, audit=AuditLog(path), limits=LIMITS, origins=origins) as running:
         yield Watched(running, path)
@@ -102,35 +107,95 @@ ANSWERED: list[tuple[str, bytes, int, str | None, str | None, str | None]] = [
     ("no route", request("GET /nothing", AUTH), 404, "not_found", None, "GET"),
     ("no file", request("GET /page/nothing.js"), 404, "not_found", "/page/{name:path}", "GET"),
     ("a long target", request("GET /" + "a" * 3_000, AUTH), 404, "not_found", None, "GET"),
-    ("another method", request("DELETE /v1/models/alias", AUTH), 405, "method_not_allowed",
-     "/v1/models/{model:path}", "DELETE"),
+    (
+        "another method",
+        request("DELETE /v1/models/alias", AUTH),
+        405,
+        "method_not_allowed",
+        "/v1/models/{model:path}",
+        "DELETE",
+    ),
     ("a method of nobody", request("SECRETWORD /version", AUTH), 405, "method_not_allowed", "/version", None),
-    ("no JSON", request("POST /tokenize", AUTH + "Content-Length: 2\r\nContent-Type: text/plain\r\n", b"{}"), 415,
-     "unsupported_media_type", "/tokenize", "POST"),
-    ("compressed", request("POST /tokenize", AUTH + JSON + "Content-Length: 2\r\nContent-Encoding: gzip\r\n", b"{}"),
-     415, "unsupported_media_type", None, "POST"),
-    ("too large", request("POST /tokenize", AUTH + JSON + "Content-Length: 20000\r\n"), 413, "body_too_large",
-     "/tokenize", "POST"),
-    ("too slow a body", request("POST /tokenize", AUTH + JSON + "Content-Length: 20\r\n", b"{"), 408, None,
-     "/tokenize", "POST"),
+    (
+        "no JSON",
+        request("POST /tokenize", AUTH + "Content-Length: 2\r\nContent-Type: text/plain\r\n", b"{}"),
+        415,
+        "unsupported_media_type",
+        "/tokenize",
+        "POST",
+    ),
+    (
+        "compressed",
+        request("POST /tokenize", AUTH + JSON + "Content-Length: 2\r\nContent-Encoding: gzip\r\n", b"{}"),
+        415,
+        "unsupported_media_type",
+        None,
+        "POST",
+    ),
+    (
+        "too large",
+        request("POST /tokenize", AUTH + JSON + "Content-Length: 20000\r\n"),
+        413,
+        "body_too_large",
+        "/tokenize",
+        "POST",
+    ),
+    (
+        "too slow a body",
+        request("POST /tokenize", AUTH + JSON + "Content-Length: 20\r\n", b"{"),
+        408,
+        None,
+        "/tokenize",
+        "POST",
+    ),
     ("too many headers", request("GET /version", AUTH + "A: b\r\n" * 120), 431, "headers_too_large", None, "GET"),
     ("a head without an end", b"GET / HTTP/1.1\r\nA: " + b"a" * 10_000, 431, "headers_too_large", None, None),
-    ("two lengths", request("POST /tokenize", AUTH + JSON + "Content-Length: 2\r\nContent-Length: 3\r\n", b"{}x"), 400,
-     "invalid_request", None, None),
-    ("length and chunks", request("POST /tokenize", AUTH + JSON + "Content-Length: 2\r\nTransfer-Encoding: chunked\r\n",
-     b"0\r\n\r\n"), 400, "invalid_request", None, "POST"),
+    (
+        "two lengths",
+        request("POST /tokenize", AUTH + JSON + "Content-Length: 2\r\nContent-Length: 3\r\n", b"{}x"),
+        400,
+        "invalid_request",
+        None,
+        None,
+    ),
+    (
+        "length and chunks",
+        request("POST /tokenize", AUTH + JSON + "Content-Length: 2\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n"),
+        400,
+        "invalid_request",
+        None,
+        "POST",
+    ),
     ("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, "invalid_request", None, None),
     ("no host", b"GET /version HTTP/1.1\r\n\r\n", 400, "invalid_request", None, None),
-    ("a body in crumbs", request("POST /tokenize", AUTH + JSON + "Transfer-Encoding: chunked\r\n",
-     b"1\r\n \r\n" * 1_100), 400, "invalid_request", "/tokenize", "POST"),
-    ("a bad chunk", request("POST /tokenize", AUTH + JSON + "Transfer-Encoding: chunked\r\n", b"zz\r\n"), 400,
-     "invalid_request", "/tokenize", "POST"),
+    (
+        "a body in crumbs",
+        request("POST /tokenize", AUTH + JSON + "Transfer-Encoding: chunked\r\n", b"1\r\n \r\n" * 1_100),
+        400,
+        "invalid_request",
+        "/tokenize",
+        "POST",
+    ),
+    (
+        "a bad chunk",
+        request("POST /tokenize", AUTH + JSON + "Transfer-Encoding: chunked\r\n", b"zz\r\n"),
+        400,
+        "invalid_request",
+        "/tokenize",
+        "POST",
+    ),
     ("another version", b"GET /version HTTP/3.0\r\nHost: localhost\r\n\r\n", 505, "invalid_request", None, "GET"),
     ("another host", b"GET /health/live HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421, "host_not_allowed", None, "GET"),
-    ("another origin", request("POST /tokenize", AUTH + JSON + "Origin: https://evil.example\r\nContent-Length: 2\r\n",
-     b"{}"), 403, "origin_not_allowed", None, "POST"),
+    (
+        "another origin",
+        request("POST /tokenize", AUTH + JSON + "Origin: https://evil.example\r\nContent-Length: 2\r\n", b"{}"),
+        403,
+        "origin_not_allowed",
+        None,
+        "POST",
+    ),
     ("a preflight", request("OPTIONS /tokenize", "Origin: https://friend.example\r\n"), 204, None, None, "OPTIONS"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", ANSWERED, ids=[case[0] for case in ANSWERED])
@@ -195,7 +260,7 @@ def test_connections_above_the_limit_have_lines(kept: Watched) -> None:
 
 def test_what_breaks_inside_has_its_line(kept: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it breaks before a route has the request."""
-    monkeypatch.setattr("qnext.server.endpoint._exchange", lambda *_: 1 / 0)
+    monkeypatch.setattr("qnext.server.http.endpoint._exchange", lambda *_: 1 / 0)
     kept.mark()
     received = kept.talk(request("GET /version", AUTH))
     assert received.startswith(b"HTTP/1.1 500 ") and b'"internal_error"' in received and b"ZeroDivision" not in received

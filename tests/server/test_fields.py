@@ -17,18 +17,22 @@ import pytest
 from pydantic import BaseModel
 
 import qnext.server
-from qnext.server.anthropic.bodies import CountBody, MessagesBody
-from qnext.server.fields import REFUSED, WITHOUT_EFFECT
-from qnext.server.openai.chat_bodies import ChatBody
-from qnext.server.openai.completions import CompletionBody
-from qnext.server.openai.responses_bodies import ResponseBody
+from qnext.server.body.foreign_fields import REFUSED, WITHOUT_EFFECT
+from qnext.server.surfaces.anthropic.bodies import CountBody, MessagesBody
+from qnext.server.surfaces.openai.chat_bodies import ChatBody
+from qnext.server.surfaces.openai.completions import CompletionBody
+from qnext.server.surfaces.openai.responses_bodies import ResponseBody
+from tests.server.agents import CHAT, MESSAGES, RESPONSES, ignored, post
 from tests.server.serving import Running
-from tests.server.test_agents import CHAT, MESSAGES, RESPONSES, ignored, post
 
 COMPLETIONS, COUNT = "/v1/completions", "/v1/messages/count_tokens"
 BODIES: dict[str, type[BaseModel]] = {
-    CHAT: ChatBody, COMPLETIONS: CompletionBody, RESPONSES: ResponseBody, MESSAGES: MessagesBody, COUNT: CountBody,
-}  # fmt: skip
+    CHAT: ChatBody,
+    COMPLETIONS: CompletionBody,
+    RESPONSES: ResponseBody,
+    MESSAGES: MessagesBody,
+    COUNT: CountBody,
+}
 OFFICIAL: dict[str, tuple[type, ...]] = {
     CHAT: (openai_chat.CompletionCreateParamsBase,),
     COMPLETIONS: (openai_completions.CompletionCreateParamsBase,),
@@ -45,10 +49,12 @@ format think provider transforms route plugins thinking_budget do_sample num_bea
 """
 SAMPLES: tuple[Any, ...] = ("zq-sample", True, {"zq": 1})
 ASKED: dict[str, dict[str, Any]] = {
-    CHAT: {"messages": [{"role": "user", "content": "hi"}]}, COMPLETIONS: {"prompt": "hi", "max_tokens": 2},
-    RESPONSES: {"input": "hi"}, MESSAGES: {"messages": [{"role": "user", "content": "hi"}]},
+    CHAT: {"messages": [{"role": "user", "content": "hi"}]},
+    COMPLETIONS: {"prompt": "hi", "max_tokens": 2},
+    RESPONSES: {"input": "hi"},
+    MESSAGES: {"messages": [{"role": "user", "content": "hi"}]},
     COUNT: {"messages": [{"role": "user", "content": "hi"}], "model": "alias"},
-}  # fmt: skip
+}
 
 
 def official(path: str) -> set[str]:

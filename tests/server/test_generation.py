@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from qnext.engine import SamplingParams
-from qnext.engine.request import SampledToken
-from qnext.server.generation import Generation, Update
+from qnext.engine.policy.request import SampledToken
+from qnext.server.inference.generation import Generation, TokenPrompt, Update
 from qnext.server.limits import Limits
 
 
@@ -17,8 +17,8 @@ def generation(*, n: int) -> tuple[Generation, list[int | None]]:
     worker: Any = SimpleNamespace(
         limits=Limits(), enqueue=lambda one: None, abort=lambda one, index=None: aborted.append(index)
     )
-    params = SamplingParams(n=n, max_tokens=8)
-    made = Generation(worker, [1], params, owner="", salt="", guide=None, request_id="r")
+    prompt = TokenPrompt([1], SamplingParams(n=n, max_tokens=8))
+    made = Generation(worker, prompt, owner="", salt="", request_id="r")
     return made, aborted
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qnext.server import heap
+from tests.pace import run_quickly
 from tests.server.hostile.harness import rss
 from tests.server.serving import running_server
 
@@ -76,18 +77,15 @@ def test_it_is_trimmed_after_the_last_request_and_now_and_then_between(monkeypat
 
     async def run() -> None:
         nonlocal busy
-        keeping = asyncio.ensure_future(
-            heap.keep_trimmed(lambda: busy, look_seconds=0.005, idle_seconds=0.05, busy_seconds=0.5)
-        )
-        assert await seconds(0.3) == 1  # what the start left, once
+        keeping = asyncio.ensure_future(heap.keep_trimmed(lambda: busy))
+        assert [await seconds(4.5), await seconds(60.0)] == [0, 1]  # what the start left, once
         busy = True
-        assert 1 <= await seconds(0.7) <= 2
+        assert await seconds(175.0) == 3
         busy = False
-        assert await seconds(0.2) == 1
-        assert await seconds(0.2) == 0
-        keeping.cancel()
+        assert [await seconds(number) for number in (3.0, 5.0, 600.0)] == [0, 1, 0]
+        assert not keeping.done()
 
-    asyncio.run(run())
+    run_quickly(run)
     assert threading.main_thread() not in trims  # the event loop goes on meanwhile
 
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qnext.errors import UsageError
-from qnext.server.hosts import AllowedHosts, parse_host, same_origin
-from qnext.server.keys import KeyRing
+from qnext.server.access.hosts import AllowedHosts, parse_host, same_origin
+from qnext.server.access.keys import KeyRing
 from tests.server.serving import Running, running_server
 
 FRIEND = "https://friend.example"
@@ -30,11 +30,15 @@ def allows(hosts: AllowedHosts, text: str, *, needs_key: bool = False) -> bool:
 @pytest.mark.parametrize(
     ("text", "name", "port"),
     [
-        ("localhost", "localhost", None), ("LocalHost.", "localhost", None), ("a_b.Example:80", "a_b.example", 80),
-        ("a:", "a", None), ("127.0.0.1:8000", "127.0.0.1", 8000), ("[::1]", "::1", None),
+        ("localhost", "localhost", None),
+        ("LocalHost.", "localhost", None),
+        ("a_b.Example:80", "a_b.example", 80),
+        ("a:", "a", None),
+        ("127.0.0.1:8000", "127.0.0.1", 8000),
+        ("[::1]", "::1", None),
         ("[FD00::1]:443", "fd00::1", 443),
     ],
-)  # fmt: skip
+)
 def test_a_host_is_read(text: str, name: str, port: int | None) -> None:
     host = parse_host(text)
     assert host is not None and (host.name, host.port) == (name, port)
@@ -43,9 +47,30 @@ def test_a_host_is_read(text: str, name: str, port: int | None) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", ".", ":80", "a:b", "a:65536", "a:123456", "a@b", "a/b", "a b", "a,b", "::1", "[::1", "[::1]x", "[1.2.3.4]",
-     "[localhost]", "[fe80::1%eth0]", "http://a", "a\tb", "ä.example", "a" * 255, "a\x00"],
-)  # fmt: skip
+    [
+        "",
+        ".",
+        ":80",
+        "a:b",
+        "a:65536",
+        "a:123456",
+        "a@b",
+        "a/b",
+        "a b",
+        "a,b",
+        "::1",
+        "[::1",
+        "[::1]x",
+        "[1.2.3.4]",
+        "[localhost]",
+        "[fe80::1%eth0]",
+        "http://a",
+        "a\tb",
+        "ä.example",
+        "a" * 255,
+        "a\x00",
+    ],
+)
 def test_what_is_no_host(text: str) -> None:
     assert parse_host(text) is None
 
@@ -60,8 +85,18 @@ def test_without_keys_on_loopback_only_loopback_is_a_name() -> None:
     hosts = AllowedHosts("127.0.0.1")
     for text in ("localhost", "localhost:9", "127.0.0.1", "127.255.0.3", "[::1]:8000", "[::ffff:127.0.0.1]"):
         assert allows(hosts, text), text
-    for text in ("evil.example", "localhost.evil.example", "10.0.0.1", "0.0.0.0", "[::]", "127.0.0.1.nip.io", "127.1",
-                 "2130706433", socket.gethostname(), "sub.localhost"):  # fmt: skip
+    for text in (
+        "evil.example",
+        "localhost.evil.example",
+        "10.0.0.1",
+        "0.0.0.0",
+        "[::]",
+        "127.0.0.1.nip.io",
+        "127.1",
+        "2130706433",
+        socket.gethostname(),
+        "sub.localhost",
+    ):
         assert not allows(hosts, text), text
 
 
@@ -82,8 +117,15 @@ def test_addresses_are_names_where_keys_are_needed_or_everybody_is_let_in() -> N
 
 def test_names_are_given() -> None:
     hosts = AllowedHosts("127.0.0.1", ["llm.Example.org., *.team.example", "box:8080", "[fd00::1]", "10.0.0.9"])
-    for text in ("llm.example.org", "LLM.example.org:443", "a.team.example", "a.b.team.example.", "box:8080",
-                 "[fd00::1]:1", "10.0.0.9"):  # fmt: skip
+    for text in (
+        "llm.example.org",
+        "LLM.example.org:443",
+        "a.team.example",
+        "a.b.team.example.",
+        "box:8080",
+        "[fd00::1]:1",
+        "10.0.0.9",
+    ):
         assert allows(hosts, text), text
     for text in (
         "example.org",
@@ -115,17 +157,23 @@ def test_what_is_no_name_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("origin", "host", "is_same"),
     [
-        ("http://localhost:8000", "localhost:8000", True), ("http://localhost", "localhost:8000", False),
-        ("http://localhost", "localhost", True), ("https://a.example", "a.example", True),
-        ("https://a.example", "a.example:443", True), ("https://a.example:8443", "a.example", False),
-        ("http://127.0.0.1:8000", "localhost:8000", False), ("http://[::1]:80", "[::1]", True),
+        ("http://localhost:8000", "localhost:8000", True),
+        ("http://localhost", "localhost:8000", False),
+        ("http://localhost", "localhost", True),
+        ("https://a.example", "a.example", True),
+        ("https://a.example", "a.example:443", True),
+        ("https://a.example:8443", "a.example", False),
+        ("http://127.0.0.1:8000", "localhost:8000", False),
+        ("http://[::1]:80", "[::1]", True),
         ("null", "localhost", False),
-        ("http://evil.example", "localhost", False), ("ftp://localhost", "localhost", False),
+        ("http://evil.example", "localhost", False),
+        ("ftp://localhost", "localhost", False),
         ("http://", "localhost", False),
-        ("http://localhost@evil.example", "localhost", False), ("localhost", "localhost", False),
+        ("http://localhost@evil.example", "localhost", False),
+        ("localhost", "localhost", False),
         ("http://localhost/", "localhost", False),
     ],
-)  # fmt: skip
+)
 def test_the_same_origin(origin: str, host: str, is_same: bool) -> None:
     found = parse_host(host)
     assert found is not None and same_origin(origin, found) == is_same
@@ -140,7 +188,7 @@ def open_server(chat_model: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def keyed(chat_model: Path) -> Iterator[Running]:
-    with running_server(chat_model, keys=KeyRing.from_plain(["user"], ["admin"])) as running:
+    with running_server(chat_model, keys=KeyRing(plain=["user"], admin=["admin"])) as running:
         yield running
 
 
@@ -148,9 +196,15 @@ def test_a_rebound_name_reaches_nothing(open_server: Running, keyed: Running) ->
     """On no route of either listener, whatever it is."""
     headers = {"Host": "evil.example:8000", "Origin": "http://evil.example:8000", "Authorization": "Bearer admin"}
     asked = [
-        ("GET", "/"), ("GET", "/health/live"), ("GET", "/live/stream"), ("GET", "/v1/models"), ("GET", "/nothing"),
-        ("POST", "/v1/completions"), ("POST", "/admin/drain"), ("OPTIONS", "/v1/models"),
-    ]  # fmt: skip
+        ("GET", "/"),
+        ("GET", "/health/live"),
+        ("GET", "/live/stream"),
+        ("GET", "/v1/models"),
+        ("GET", "/nothing"),
+        ("POST", "/v1/completions"),
+        ("POST", "/admin/drain"),
+        ("OPTIONS", "/v1/models"),
+    ]
     with httpx2.Client(headers=headers) as client:
         for base in (open_server.url, open_server.admin_url, keyed.url, keyed.admin_url):
             for method, path in asked:
@@ -207,9 +261,10 @@ def test_a_page_from_elsewhere_opens_no_stream_and_a_link_leads_here(open_server
 def test_preflights(open_server: Running) -> None:
     def ask(origin: str) -> Any:
         headers = {
-            "Origin": origin, "Access-Control-Request-Method": "POST",
+            "Origin": origin,
+            "Access-Control-Request-Method": "POST",
             "Access-Control-Request-Headers": "authorization, content-type, x-stainless-lang",
-        }  # fmt: skip
+        }
         return httpx2.options(f"{open_server.url}/v1/completions", headers=headers)
 
     answer = ask(FRIEND)

@@ -9,9 +9,9 @@ from typing import Any
 import orjson
 import pytest
 
+from qnext.server.body.double_keys import check_keys
 from qnext.server.errors import ApiError
-from qnext.server.json_bodies import check_keys
-from qnext.server.openai.chat_bodies import ChatBody
+from qnext.server.surfaces.openai.chat_bodies import ChatBody
 from tests.server.serving import Running
 
 
@@ -47,10 +47,15 @@ def test_keys_that_stand_twice(text: str, param: str | None) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "{}", '{"a": 1}', '{"a": {"a": {"a": 1}}, "b": [{"a": 1}, {"a": 2}]}', '{"a": ":::", "b": "\\":\\\\"}',
-        '{"a": "\\\\", "b": "\\\\\\":"}', '{"a:": 1, "a": 2, "\\":": 3}', '{"a": 1, "A": 2, "a ": 3}',
+        "{}",
+        '{"a": 1}',
+        '{"a": {"a": {"a": 1}}, "b": [{"a": 1}, {"a": 2}]}',
+        '{"a": ":::", "b": "\\":\\\\"}',
+        '{"a": "\\\\", "b": "\\\\\\":"}',
+        '{"a:": 1, "a": 2, "\\":": 3}',
+        '{"a": 1, "A": 2, "a ": 3}',
     ],
-)  # fmt: skip
+)
 def test_keys_that_do_not(text: str) -> None:
     assert refusal(text) is None
 
@@ -79,9 +84,14 @@ def test_random_bodies() -> None:
 
 def test_a_server_refuses_them(server: Running) -> None:
     with server.client() as client:
-        for path, field in (("/v1/chat/completions", "temperature"), ("/v1/completions", "prompt"),
-                            ("/v1/responses", "input"), ("/v1/messages", "max_tokens"),
-                            ("/tokenize", "prompt"), ("/detokenize", "tokens")):  # fmt: skip
+        for path, field in (
+            ("/v1/chat/completions", "temperature"),
+            ("/v1/completions", "prompt"),
+            ("/v1/responses", "input"),
+            ("/v1/messages", "max_tokens"),
+            ("/tokenize", "prompt"),
+            ("/detokenize", "tokens"),
+        ):
             raw = f'{{"{field}": 1, "x": {{}}, "{field}": 1}}'
             answer = client.post(path, content=raw, headers={"Content-Type": "application/json"})
             assert answer.status_code == 400

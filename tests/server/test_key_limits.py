@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from qnext.server.keys import Key, KeyRing, KeyStore
+from qnext.server.access.keys import Key, KeyRing, KeyStore
 from qnext.server.routes import Route
 from qnext.server.table import public_routes
 from tests.server.hostile.surfaces import Surface, surfaces
@@ -22,8 +22,12 @@ LONG = {"prompt": "On and on", "max_tokens": 1500, "ignore_eos": True, "stream":
 SURFACES = surfaces()
 ASKED = [surface for surface in SURFACES.values() if surface.route.body is not None]  # all that costs something
 GENERATING = [surface for surface in ASKED if surface.generates]
-OF_ANSWERS = {"completions": "max_tokens", "chat": "max_completion_tokens", "responses": "max_output_tokens",
-              "messages": "max_tokens"}  # fmt: skip
+OF_ANSWERS = {
+    "completions": "max_tokens",
+    "chat": "max_completion_tokens",
+    "responses": "max_output_tokens",
+    "messages": "max_tokens",
+}
 LEAST = {"responses": 16}  # that the route lets an answer have
 
 of_asked = pytest.mark.parametrize("surface", ASKED, ids=[surface.name for surface in ASKED])

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qnext.errors import UsageError
-from qnext.server import keys as keys_module
-from qnext.server.keys import MAX_SECRET_BYTES, SCOPES, USER_SCOPES, Key, KeyRing, KeyStore, default_path
+from qnext.server.access import keys as keys_module
+from qnext.server.access.keys import MAX_SECRET_BYTES, SCOPES, USER_SCOPES, Key, KeyRing, KeyStore, default_path
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -48,9 +48,22 @@ def test_a_key_is_found_by_its_secret_alone(store: KeyStore) -> None:
     assert (key.scopes, key.requests_per_minute, key.max_parallel) == (USER_SCOPES, 7, None)
     assert key.allows_model("a") and not key.allows_model("c") and other.allows_model("c")
     for wrong in (
-        "", secret[:-1], secret + " ", " " + secret, secret + "\n", secret + "\0", secret.swapcase(), secret[3:],
-        key.id, key.digest, "qn-" + "é" * 43, "' OR 1=1 --", "x" * 10**6, other.digest, secret + "é",
-    ):  # fmt: skip
+        "",
+        secret[:-1],
+        secret + " ",
+        " " + secret,
+        secret + "\n",
+        secret + "\0",
+        secret.swapcase(),
+        secret[3:],
+        key.id,
+        key.digest,
+        "qn-" + "é" * 43,
+        "' OR 1=1 --",
+        "x" * 10**6,
+        other.digest,
+        secret + "é",
+    ):
         assert ring.find(wrong) is None
         assert ring.find(wrong.encode()) is None
     assert ring.find("\ud800" * 40) is None  # no UTF-8 either
@@ -59,7 +72,7 @@ def test_a_key_is_found_by_its_secret_alone(store: KeyStore) -> None:
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text() | st.binary())
 def test_no_other_text_is_a_key(wrong: str | bytes) -> None:
-    assert KeyRing.from_plain(["secret-of-somebody"]).find(wrong) is None
+    assert KeyRing(plain=["secret-of-somebody"]).find(wrong) is None
 
 
 def test_the_file_and_what_is_printed_hold_no_secret(store: KeyStore) -> None:
@@ -94,7 +107,7 @@ def test_as_many_comparisons_for_any_secret(store: KeyStore, monkeypatch: pytest
 
 def test_a_long_secret_is_not_even_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     longest = "x" * MAX_SECRET_BYTES
-    ring = KeyRing.from_plain([longest])
+    ring = KeyRing(plain=[longest])
     assert ring.find(longest) is not None
     monkeypatch.setattr(keys_module.hashlib, "sha256", None)
     assert ring.find(longest + "x") is None and ring.find(b"x" * 10**6) is None
@@ -195,14 +208,34 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("id", "xyz"), ("id", "ABCDEF01"), ("digest", "00"), ("digest", 5), ("name", ""), ("name", "a\nb"),
+        ("id", "xyz"),
+        ("id", "ABCDEF01"),
+        ("digest", "00"),
+        ("digest", 5),
+        ("name", ""),
+        ("name", "a\nb"),
         ("name", None),
-        ("created", -1), ("created", True), ("created", 1.5), ("expires", "tomorrow"), ("expires", 2**60),
-        ("scopes", []), ("scopes", ["root"]), ("scopes", "admin"), ("scopes", [["admin"]]), ("models", []),
-        ("models", [""]), ("models", [1]), ("requests_per_minute", 0), ("tokens_per_minute", -5), ("max_parallel", 1.0),
-        ("max_context", True), ("revoked", 0), ("revoked", None), ("unknown", 1),
+        ("created", -1),
+        ("created", True),
+        ("created", 1.5),
+        ("expires", "tomorrow"),
+        ("expires", 2**60),
+        ("scopes", []),
+        ("scopes", ["root"]),
+        ("scopes", "admin"),
+        ("scopes", [["admin"]]),
+        ("models", []),
+        ("models", [""]),
+        ("models", [1]),
+        ("requests_per_minute", 0),
+        ("tokens_per_minute", -5),
+        ("max_parallel", 1.0),
+        ("max_context", True),
+        ("revoked", 0),
+        ("revoked", None),
+        ("unknown", 1),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_value_is_named(store: KeyStore, name: str, value: object) -> None:
     store.create("first")
     edit(store, **{name: value})
@@ -275,7 +308,7 @@ def test_changes_at_the_same_time_are_all_kept(store: KeyStore) -> None:
 
 def test_when_a_server_is_open(store: KeyStore) -> None:
     assert KeyRing().is_open and KeyRing().find("anything") is None
-    assert not KeyRing.from_plain(["a-key"]).is_open
+    assert not KeyRing(plain=["a-key"]).is_open
     _, secret = store.create("only")
     store.path.write_text('{"version": 1, "keys": []}')
     ring = KeyRing(store.path)
@@ -283,17 +316,17 @@ def test_when_a_server_is_open(store: KeyStore) -> None:
 
 
 def test_plain_keys() -> None:
-    ring = KeyRing.from_plain(["one-key", "both", "one-key"], admin=["both", "boss"])
+    ring = KeyRing(plain=["one-key", "both", "one-key"], admin=["both", "boss"])
     found = {secret: ring.find(secret) for secret in ("one-key", "both", "boss")}
     assert len(ring.keys) == 3
     assert [found[secret].scopes for secret in found] == [USER_SCOPES, set(SCOPES), set(SCOPES)]  # type: ignore[union-attr]
     assert "admin" not in USER_SCOPES
     assert len({key.id for key in ring.keys}) == 3 and all(len(key.id) == 8 for key in ring.keys)
-    assert KeyRing.from_plain(["one-key"]).keys[0].id == ring.keys[0].id  # the same after a restart
+    assert KeyRing(plain=["one-key"]).keys[0].id == ring.keys[0].id  # the same after a restart
     assert ring.reload() is None and len(ring.keys) == 3
     for wrong in ("", "with space", "naïve-key", "line\nbreak", "x" * 257):
         with pytest.raises(UsageError, match="visible ASCII") as caught:
-            KeyRing.from_plain([wrong])
+            KeyRing(plain=[wrong])
         assert not wrong or wrong not in str(caught.value)
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import orjson
 import pytest
 
-from qnext.server import parsing
+from qnext.server.access.keys import KeyRing
+from qnext.server.access.rates import KeyRates
 from qnext.server.admin import ADMIN_ROUTES
+from qnext.server.body import parsing
 from qnext.server.errors import ApiError
-from qnext.server.keys import KeyRing
 from qnext.server.lanes import Budget, Lane
 from qnext.server.limits import MAX_JSON_CONTAINERS, MAX_JSON_MEMBERS, MAX_JSON_VALUES
 from qnext.server.long_json import LongList, json_parts, whole_json
-from qnext.server.rates import KeyRates
 from qnext.server.table import public_routes
 from tests.server.serving import Running, running_server
 
@@ -100,9 +100,10 @@ def test_one_owner_never_has_all_threads() -> None:
 def test_who_leaves_gives_his_turn_back_when_his_thread_is_free() -> None:
     async def test() -> None:
         lane = Lane("test", num_threads=1, per_owner=1, max_waiting=50)
-        gate, stopped = threading.Event(), threading.Event()
-        running = asyncio.ensure_future(lane.run("a", gate.wait, stop=stopped.set))
-        await asyncio.sleep(0.05)
+        gate, started, stopped = threading.Event(), threading.Event(), threading.Event()
+        running = asyncio.ensure_future(lane.run("a", lambda: started.set() or gate.wait(), stop=stopped.set))
+        while not started.is_set():
+            await asyncio.sleep(0.001)
         waiting = [asyncio.ensure_future(lane.run(owner, lambda: 1)) for owner in ("a", "b", "c")]
         await asyncio.sleep(0)
         running.cancel()
@@ -170,7 +171,7 @@ def test_long_lists_are_read_as_short_ones(count: int, fault: Any, monkeypatch: 
 
     def read() -> Any:
         try:
-            return parsing.parse_body(raw, ROUTES["/v1/chat/completions"]).model_dump()
+            return parsing.parse_body(raw, ROUTES["/v1/chat/completions"].body).model_dump()
         except ApiError as error:
             return error.message, error.param
 
@@ -186,7 +187,7 @@ def test_marks_inside_texts_do_not_count(pad: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(parsing, "_SLICE", 16)
     text = '[{:,\\"\\\\' * (MAX_JSON_CONTAINERS // 2 + 10)
     raw = orjson.dumps({"model": "m" * pad, "prompt": text, "x": [[1], {"a": "\\"}, '\\\\"']})
-    body: Any = parsing.parse_body(raw, ROUTES["/v1/completions"])
+    body: Any = parsing.parse_body(raw, ROUTES["/v1/completions"].body)
     assert body.prompt == text
 
 
@@ -200,19 +201,19 @@ def test_marks_inside_texts_do_not_count(pad: int, monkeypatch: pytest.MonkeyPat
 )
 def test_too_many_marks_are_refused(field: bytes, what: str) -> None:
     with pytest.raises(ApiError, match=what):
-        parsing.parse_body(b'{"prompt":"a \\" b","x":' + field + b"}", ROUTES["/v1/completions"])
+        parsing.parse_body(b'{"prompt":"a \\" b","x":' + field + b"}", ROUTES["/v1/completions"].body)
 
 
 def test_of_many_unknown_members_the_known_ones_are_kept() -> None:
     members = {f"k{number}": number for number in range(2_000)} | {"prompt": "a", "temperature": 0.5}
-    body: Any = parsing.parse_body(orjson.dumps(members), ROUTES["/v1/completions"])
+    body: Any = parsing.parse_body(orjson.dumps(members), ROUTES["/v1/completions"].body)
     assert (body.prompt, body.temperature) == ("a", 0.5) and len(body.model_extra) == parsing._MAX_UNKNOWN
 
 
 def test_the_collector_works_again_after_a_large_body() -> None:
     for raw in (b'{"prompt":"' + b"a" * 100_000 + b'"}', b'{"prompt":"' + b"a" * 100_000):
         with contextlib.suppress(ApiError):
-            parsing.parse_body(raw, ROUTES["/v1/completions"])
+            parsing.parse_body(raw, ROUTES["/v1/completions"].body)
         assert gc.isenabled()
 
 
@@ -225,9 +226,14 @@ def test_a_long_list_in_parts_is_the_whole(count: int) -> None:
     document = {"a": [LongList(count, lambda i, j: values[i:j]), 5], "b": LongList.of_values(list(range(count)))}
     found = json_parts(document)
     parts = [found] if isinstance(found, bytes) else list(found)
-    assert json.loads(b"".join(parts)) == json.loads(whole_json(document)) == {
-        "a": [values, 5], "b": list(range(count)),
-    }  # fmt: skip
+    assert (
+        json.loads(b"".join(parts))
+        == json.loads(whole_json(document))
+        == {
+            "a": [values, 5],
+            "b": list(range(count)),
+        }
+    )
     assert max(map(len, parts)) < 200_000
 
 
@@ -236,7 +242,7 @@ def test_a_long_list_in_parts_is_the_whole(count: int) -> None:
 
 @pytest.fixture(scope="module")
 def limited(chat_model: Any) -> Iterator[Running]:
-    keys = KeyRing.from_plain(["k"])
+    keys = KeyRing(plain=["k"])
     with running_server(chat_model, keys=keys) as running:
         yield running
 

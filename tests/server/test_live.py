@@ -8,6 +8,8 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,16 +17,20 @@ import numpy as np
 import pytest
 import torch
 
-from qnext.engine import Engine, ExpertCounts, SamplingParams
-from qnext.server import live
-from qnext.server.live import LiveHub, TickMaker, TooManyViewers
+from qnext import ops
+from qnext.checkpoint import load_model
+from qnext.checkpoint.streamed import plan_residency
+from qnext.engine import Engine, EngineConfig, ExpertCounts, ExpertReads, SamplingParams
+from qnext.server.view import live
+from qnext.server.view.live import LiveHub, TickMaker, TooManyViewers
+from tests.checkpoint.record_folders import RECORD_CONFIG, RecordForm, record_folder
 from tests.engine.models import random_prompt, tiny_model
 
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     torch.manual_seed(0)
-    yield Engine(tiny_model("hybrid"), max_num_seqs=2, num_blocks=16)
+    yield Engine.of(tiny_model("hybrid"), EngineConfig(max_num_seqs=2, num_blocks=16))
 
 
 def run(engine: Engine, num_tokens: int) -> None:
@@ -40,19 +46,24 @@ def values(text: str) -> np.ndarray:
 def test_the_document_tells_what_the_model_is(engine: Engine) -> None:
     hub = LiveHub(engine, {"model": "tiny", "has_chat": True, "limits": {"n": 16}})
     assert json.loads(hub.model()) == {
-        "model": "tiny", "has_chat": True, "limits": {"n": 16}, "view": "all",
-        "mtp": False, "max_model_len": engine.max_model_len,
+        "model": "tiny",
+        "has_chat": True,
+        "limits": {"n": 16},
+        "view": "all",
+        "mtp": False,
+        "streams_experts": False,
+        "max_model_len": engine.max_model_len,
         "layers": [
             {"index": 0, "kind": "delta", "experts": 5, "top_k": 2},
             {"index": 1, "kind": "delta", "experts": 5, "top_k": 2},
             {"index": 2, "kind": "attention", "experts": 5, "top_k": 2},
         ],
-    }  # fmt: skip
+    }
 
 
 def test_layers_without_experts_and_the_mtp_layer_are_told() -> None:
     config = tiny_model("hybrid").config.with_(mlp_only_layers=(1,), intermediate_size=20, num_nextn_predict_layers=1)
-    fake: Any = SimpleNamespace(model=SimpleNamespace(config=config), max_model_len=64)
+    fake: Any = SimpleNamespace(model_config=config, max_model_len=64, metrics=SimpleNamespace(experts=None))
     layers = json.loads(LiveHub(fake, {}).model())["layers"]
     assert [layer["experts"] for layer in layers] == [5, 0, 5, 5]
     assert layers[1]["top_k"] == 0
@@ -126,6 +137,7 @@ class FakeEngine:
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.total_LE = np.zeros((num_layers, num_experts), dtype=np.int64)
         self.tokens = 0
+        self.reads: ExpertReads | None = None
         self.num_ticks = 0
         self.failure: Exception | None = None
 
@@ -135,13 +147,27 @@ class FakeEngine:
             raise self.failure
         self.num_ticks += 1
         gauges = SimpleNamespace(
-            num_running=1, num_waiting=0, num_blocks_used=0, num_blocks=0, num_blocks_cached=0, num_slots_used=0,
-            num_slots=0, num_slots_running=0, num_slots_cached=0,
-        )  # fmt: skip
+            num_running=1,
+            num_waiting=0,
+            num_blocks_used=0,
+            num_blocks=0,
+            num_blocks_cached=0,
+            num_slots_used=0,
+            num_slots=0,
+            num_slots_running=0,
+            num_slots_cached=0,
+        )
         return SimpleNamespace(
-            num_steps=self.num_ticks, num_requests=0, gauges=gauges, output_tokens=self.tokens,
-            prompt_tokens_computed=0, prompt_tokens_cached=0, drafted_tokens=0, accepted_tokens=0,
-        )  # fmt: skip
+            num_steps=self.num_ticks,
+            num_requests=0,
+            gauges=gauges,
+            output_tokens=self.tokens,
+            prompt_tokens_computed=0,
+            prompt_tokens_cached=0,
+            drafted_tokens=0,
+            accepted_tokens=0,
+            experts=self.reads,
+        )
 
     def expert_counts(self, num_steps: int) -> ExpertCounts:
         layers = list(range(len(self.total_LE)))
@@ -153,9 +179,43 @@ def hub_of(fake: FakeEngine, **options: Any) -> LiveHub:
 
 
 def test_an_engine_that_does_not_count_experts_has_ticks_all_the_same() -> None:
-    engine = Engine(tiny_model("dense"), max_num_seqs=1, num_blocks=8)
+    engine = Engine.of(tiny_model("dense"), EngineConfig(max_num_seqs=1, num_blocks=8))
     tick = json.loads(TickMaker(engine).make(0.0) or b"")
     assert tick["experts"] == {"steps": 0, "layers": []}
+
+
+def test_reads_of_experts_are_those_of_the_last_two_seconds() -> None:
+    fake = FakeEngine(2, 4)
+    maker = TickMaker(fake)  # type: ignore[arg-type]
+    assert json.loads(maker.make(0.0) or b"")["expert_reads"] is None
+    fake.reads = reads = ExpertReads(50, 50, 7, 8, 1000, 3.0, 4.0, 5, 10, 999)
+    told = []
+    for second in range(1, 7):
+        if second in (2, 3):
+            fake.tokens += 2
+            reads = replace(reads, hits=reads.hits + 3, misses=reads.misses + 1, bytes_read=reads.bytes_read + 600)
+            fake.reads = reads = replace(reads, sweep_seconds_waited=reads.sweep_seconds_waited + 0.25)
+        told.append(json.loads(maker.make(float(second)) or b"")["expert_reads"])
+    nothing = {"hit_ratio": None, "bytes_per_token": None, "wait_ratio": 0.0}
+    busy = {"hit_ratio": 0.75, "bytes_per_token": 300.0, "wait_ratio": 0.25}
+    assert told == [nothing, busy, busy, {**busy, "wait_ratio": 0.125}, nothing, nothing]
+
+
+@pytest.mark.skipif(ops.instruction_set() is None, reason="records are read by the native kernels")
+def test_an_engine_with_experts_on_disk_tells_what_it_reads(tmp_path: Path) -> None:
+    record_folder(tmp_path / "m", RecordForm("float16", 4, 32))
+    memory = 2 * len(RECORD_CONFIG.layer_types) * 12288  # two of four experts a layer
+    model = load_model(tmp_path / "m", residency=plan_residency(tmp_path / "m", expert_memory=memory))
+    engine = Engine.of(model, EngineConfig(max_num_seqs=1, num_blocks=16, max_model_len=128))
+    assert json.loads(LiveHub(engine, {}).model())["streams_experts"] is True
+    maker = TickMaker(engine)
+    maker.make(0.0)
+    run(engine, 9)
+    metrics = engine.metrics
+    reads, told = metrics.experts, json.loads(maker.make(2.0) or b"")["expert_reads"]
+    assert reads is not None and told["hit_ratio"] == reads.hit_ratio
+    assert told["bytes_per_token"] == reads.bytes_read / (metrics.output_tokens + metrics.prompt_tokens_computed)
+    assert told["wait_ratio"] == pytest.approx(reads.all_seconds_waited / 2)
 
 
 def test_one_expert_and_none_used_are_even() -> None:
@@ -209,8 +269,8 @@ def test_who_is_slow_misses_ticks_and_gets_the_newest(monkeypatch: pytest.Monkey
     async def look() -> None:
         async with hub_of(fake).watch() as ticks:
             first = json.loads(await anext(ticks))["step"]
-            await asyncio.sleep(0.1)
-            made = fake.num_ticks
+            while (made := fake.num_ticks) <= first + 3:
+                await asyncio.sleep(0.01)
             newest = json.loads(await anext(ticks))["step"]
             assert newest == made > first + 3
             assert json.loads(await anext(ticks))["step"] > newest
@@ -264,4 +324,4 @@ def test_closing_ends_the_ticks_of_all() -> None:
 def test_the_module_needs_no_torch() -> None:
     from tests.test_house import reaches
 
-    assert "torch" not in reaches("qnext.server.live")
+    assert "torch" not in reaches("qnext.server.view.live")

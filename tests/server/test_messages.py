@@ -125,11 +125,20 @@ def test_thought_text_and_calls_are_blocks_in_their_order(thinking: Running) -> 
     order = [name for index, name in enumerate(changes) if index == 0 or name != changes[index - 1]]
     block = ["content_block_start", "content_block_delta input_json_delta", "content_block_stop"]
     assert order == [
-        "message_start", "ping",
-        "content_block_start", "content_block_delta thinking_delta", "content_block_delta signature_delta",
-        "content_block_stop", "content_block_start", "content_block_delta text_delta", "content_block_stop",
-        *block, *block, "message_delta", "message_stop",
-    ]  # fmt: skip
+        "message_start",
+        "ping",
+        "content_block_start",
+        "content_block_delta thinking_delta",
+        "content_block_delta signature_delta",
+        "content_block_stop",
+        "content_block_start",
+        "content_block_delta text_delta",
+        "content_block_stop",
+        *block,
+        *block,
+        "message_delta",
+        "message_stop",
+    ]
 
 
 def test_thinking_can_be_disabled(thinking: Running) -> None:
@@ -172,18 +181,29 @@ def test_the_last_turn_of_the_assistant_is_continued(server: Running, thinking: 
 def test_turns_of_blocks_become_the_chat_formats_messages(server: Running) -> None:
     mark = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
     results = [
-        {"type": "tool_result", "tool_use_id": "toolu_2", "content": [{"type": "text", "text": "late", **mark}],
-         "is_error": True},
+        {
+            "type": "tool_result",
+            "tool_use_id": "toolu_2",
+            "content": [{"type": "text", "text": "late", **mark}],
+            "is_error": True,
+        },
         {"type": "tool_result", "tool_use_id": "toolu_1", "content": "rain", **mark},
         {"type": "text", "text": "And now?", **mark},
-    ]  # fmt: skip
+    ]
     body = {
-        **ASK, "tools": [LOOK, {**WAIT, "type": "custom", **mark}],
+        **ASK,
+        "tools": [LOOK, {**WAIT, "type": "custom", **mark}],
         "system": [{"type": "text", "text": "Be brief.", **mark}, {"type": "text", "text": "Be kind."}],
-        "messages": [*HELLO, {"role": "user", "content": "Please."}, {"role": "assistant", "content": CALLED},
-                     {"role": "user", "content": results}],
-        "metadata": {"user_id": "someone"}, "service_tier": "auto", **mark,
-    }  # fmt: skip
+        "messages": [
+            *HELLO,
+            {"role": "user", "content": "Please."},
+            {"role": "assistant", "content": CALLED},
+            {"role": "user", "content": results},
+        ],
+        "metadata": {"user_id": "someone"},
+        "service_tier": "auto",
+        **mark,
+    }
     with recorded_prompts(server) as prompts:
         assert post(server, body).status_code == 200
     (prompt,) = prompts
@@ -199,8 +219,14 @@ def test_turns_of_blocks_become_the_chat_formats_messages(server: Running) -> No
     )
 
 
-@pytest.mark.parametrize("more", [{}, {"system": "Be brief.", "tools": [LOOK], "tool_choice": {"type": "auto"}},
-                                  {"tools": [LOOK], "tool_choice": {"type": "none"}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"system": "Be brief.", "tools": [LOOK], "tool_choice": {"type": "auto"}},
+        {"tools": [LOOK], "tool_choice": {"type": "none"}},
+    ],
+)
 def test_counted_tokens_are_those_of_the_answer(server: Running, more: dict[str, Any]) -> None:
     body = {"model": "tiny-chat", "messages": HELLO, **more}
     counted = post(server, body, "/v1/messages/count_tokens")
@@ -222,27 +248,55 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://localhost/sec
         ({"temperature": 1.5}, 400, "invalid_request_error", "temperature"),
         ({"temperature": "1"}, 400, "invalid_request_error", "temperature"),
         ({"messages": []}, 400, "invalid_request_error", "messages"),
-        ({"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "invalid_request_error",
-         "messages.0.content.0: this model reads text only"),
-        ({"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]}, 400,
-         "invalid_request_error", "text only"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "invalid_request_error",
-         "messages.0.content.0.text.text"),
-        ({"messages": [{"role": "system", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, 400,
-         "invalid_request_error", "messages.0.content.0"),
+        (
+            {"messages": [{"role": "user", "content": [IMAGE]}]},
+            400,
+            "invalid_request_error",
+            "messages.0.content.0: this model reads text only",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]},
+            400,
+            "invalid_request_error",
+            "text only",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            400,
+            "invalid_request_error",
+            "messages.0.content.0.text.text",
+        ),
+        (
+            {"messages": [{"role": "system", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]},
+            400,
+            "invalid_request_error",
+            "messages.0.content.0",
+        ),
         ({"messages": [{"role": "user", "content": [CALLED[3]]}]}, 400, "invalid_request_error", "role"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}], "tool_choice": {"type": "any"}}, 400,
-         "invalid_request_error", "tool_choice"),
+        (
+            {"tools": [{"type": "web_search_20250305", "name": "web_search"}], "tool_choice": {"type": "any"}},
+            400,
+            "invalid_request_error",
+            "tool_choice",
+        ),
         ({"tools": [{"name": "a", "input_schema": {"type": "string"}}]}, 400, "invalid_request_error", "tools.0"),
         ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "tool_choice"),
         ({"tools": [LOOK], "tool_choice": {"type": "tool", "name": "b"}}, 400, "invalid_request_error", "tool_choice"),
         ({"tools": [LOOK], "tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "tool_choice.name"),
-        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "pear"}}}}, 400,
-         "invalid_request_error", "output_config.format.schema"),
-        ({"messages": [{"role": "user", "content": "x" * 3000}]}, 400, "invalid_request_error",
-         "prompt is too long: 3"),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": "pear"}}}},
+            400,
+            "invalid_request_error",
+            "output_config.format.schema",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x" * 3000}]},
+            400,
+            "invalid_request_error",
+            "prompt is too long: 3",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_have_anthropics_form(
     server: Running, more: dict[str, Any], status: int, kind: str, text: str, stream: bool
@@ -308,9 +362,12 @@ class Verdict(pydantic.BaseModel):
 
 def test_the_client_parses_answers_of_a_schema(client: anthropic.Anthropic) -> None:
     parsed = client.messages.parse(
-        model="tiny-chat", max_tokens=300, messages=HELLO, output_format=Verdict,  # type: ignore[arg-type]
+        model="tiny-chat",
+        max_tokens=300,
+        messages=HELLO,
+        output_format=Verdict,  # type: ignore[arg-type]
         extra_body={"temperature": 0},
-    )  # fmt: skip
+    )
     assert isinstance(parsed.parsed_output, Verdict) and parsed.stop_reason == "end_turn"
 
 

@@ -10,19 +10,22 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from qnext.engine import Engine, SamplingParams
-from qnext.engine.expert_load import ExpertLoad, LayerLoad
+from qnext.engine import Engine, EngineConfig, SamplingParams
+from qnext.engine.execution.expert_load import ExpertLoad, LayerLoad
+from qnext.engine.execution.expert_reads import ExpertReads
 from qnext.engine.metrics import EngineMetrics, FinishCounts, Gauges, Histogram
-from qnext.engine.scheduling.prefix import PrefixStatistics
+from qnext.engine.policy.prefix import PrefixStatistics
 from qnext.server.metrics import CONTENT_TYPE, ServerCounters, ServerMetrics
 from tests.engine.models import random_prompt, tiny_model
 
 MODEL = {"model_name": "tiny"}
 HISTOGRAMS = {
-    "time_to_first_token_seconds": "time_to_first_token", "inter_token_latency_seconds": "inter_token_latency",
-    "e2e_request_latency_seconds": "end_to_end_time", "request_queue_time_seconds": "queue_time",
+    "time_to_first_token_seconds": "time_to_first_token",
+    "inter_token_latency_seconds": "inter_token_latency",
+    "e2e_request_latency_seconds": "end_to_end_time",
+    "request_queue_time_seconds": "queue_time",
     "iteration_tokens_total": "step_tokens",
-}  # fmt: skip
+}
 
 
 class Source:
@@ -60,7 +63,7 @@ class Page:
         return {name for name, _ in self.samples}
 
 
-def made_up() -> EngineMetrics:
+def made_up(*, streams: bool = False) -> EngineMetrics:
     """Every number another one, so that none can stand for its neighbour."""
     numbers = iter(range(1001, 9999, 7))
 
@@ -68,11 +71,18 @@ def made_up() -> EngineMetrics:
         return Histogram(bounds, tuple(next(numbers) for _ in range(len(bounds) + 1)), float(next(numbers)))
 
     return EngineMetrics(
-        *(next(numbers) for _ in range(1)), FinishCounts(*(next(numbers) for _ in range(5))),
+        *(next(numbers) for _ in range(1)),
+        FinishCounts(*(next(numbers) for _ in range(5))),
         *(next(numbers) for _ in range(7)),
-        histogram(1.0, 2.0, 4.0), histogram(0.001, 5.0), histogram(0.25), histogram(0.5, 1.0), histogram(3.0),
-        Gauges(*(next(numbers) for _ in range(9))), PrefixStatistics(*(next(numbers) for _ in range(7))),
-    )  # fmt: skip
+        histogram(1.0, 2.0, 4.0),
+        histogram(0.001, 5.0),
+        histogram(0.25),
+        histogram(0.5, 1.0),
+        histogram(3.0),
+        Gauges(*(next(numbers) for _ in range(9))),
+        PrefixStatistics(*(next(numbers) for _ in range(7))),
+        ExpertReads(*(next(numbers) for _ in range(10))) if streams else None,
+    )
 
 
 def render(source: Any, compat: Any = None, counters: ServerCounters | None = None, **options: Any) -> Page:
@@ -96,20 +106,32 @@ def test_every_number_has_its_name() -> None:
     g, p = m.gauges, m.prefix
     page = render(Source(m))
     for name, value in {
-        "num_requests_running": g.num_running, "num_requests_waiting": g.num_waiting,
-        "kv_cache_usage_ratio": g.num_blocks_used / g.num_blocks, "kv_blocks_in_use": g.num_blocks_used,
-        "kv_blocks_cached": g.num_blocks_cached, "kv_blocks": g.num_blocks, "state_slots_in_use": g.num_slots_used,
-        "state_slots": g.num_slots, "state_slots_running": g.num_slots_running,
+        "num_requests_running": g.num_running,
+        "num_requests_waiting": g.num_waiting,
+        "kv_cache_usage_ratio": g.num_blocks_used / g.num_blocks,
+        "kv_blocks_in_use": g.num_blocks_used,
+        "kv_blocks_cached": g.num_blocks_cached,
+        "kv_blocks": g.num_blocks,
+        "state_slots_in_use": g.num_slots_used,
+        "state_slots": g.num_slots,
+        "state_slots_running": g.num_slots_running,
         "state_slots_cached": g.num_slots_cached,
-    }.items():  # fmt: skip
+    }.items():
         assert page.types[f"qnext_{name}"] == "gauge" and page.value(f"qnext_{name}", **MODEL) == value
     for name, value in {
-        "requests": m.num_requests, "steps": m.num_steps, "prefix_cache_queries": p.tokens_looked_up,
-        "prefix_cache_hits": p.tokens_hit, "prompt_tokens": m.prompt_tokens_computed + m.prompt_tokens_cached,
-        "prompt_tokens_cached": m.prompt_tokens_cached, "generation_tokens": m.output_tokens,
-        "draft_tokens": m.drafted_tokens, "accepted_tokens": m.accepted_tokens, "preemptions": m.num_preemptions,
-        "prefix_checkpoints_evicted": p.num_checkpoints_evicted, "prefix_blocks_evicted": p.num_blocks_evicted,
-    }.items():  # fmt: skip
+        "requests": m.num_requests,
+        "steps": m.num_steps,
+        "prefix_cache_queries": p.tokens_looked_up,
+        "prefix_cache_hits": p.tokens_hit,
+        "prompt_tokens": m.prompt_tokens_computed + m.prompt_tokens_cached,
+        "prompt_tokens_cached": m.prompt_tokens_cached,
+        "generation_tokens": m.output_tokens,
+        "draft_tokens": m.drafted_tokens,
+        "accepted_tokens": m.accepted_tokens,
+        "preemptions": m.num_preemptions,
+        "prefix_checkpoints_evicted": p.num_checkpoints_evicted,
+        "prefix_blocks_evicted": p.num_blocks_evicted,
+    }.items():
         assert page.types[f"qnext_{name}"] == "counter" and page.value(f"qnext_{name}_total", **MODEL) == value
     for reason in ("stop", "length", "abort", "error", "deadline"):
         value = getattr(m.finished, reason)
@@ -126,14 +148,17 @@ def test_the_names_of_vllm() -> None:
     g = m.gauges
     page = render(Source(m), "vllm")
     for name, value in {
-        "num_requests_running": g.num_running, "num_requests_waiting": g.num_waiting,
+        "num_requests_running": g.num_running,
+        "num_requests_waiting": g.num_waiting,
         "kv_cache_usage_perc": g.num_blocks_used / g.num_blocks,
-        "prefix_cache_queries_total": m.prefix.tokens_looked_up, "prefix_cache_hits_total": m.prefix.tokens_hit,
+        "prefix_cache_queries_total": m.prefix.tokens_looked_up,
+        "prefix_cache_hits_total": m.prefix.tokens_hit,
         "num_preemptions_total": m.num_preemptions,
         "prompt_tokens_total": m.prompt_tokens_computed + m.prompt_tokens_cached,
-        "generation_tokens_total": m.output_tokens, "spec_decode_num_draft_tokens_total": m.drafted_tokens,
+        "generation_tokens_total": m.output_tokens,
+        "spec_decode_num_draft_tokens_total": m.drafted_tokens,
         "spec_decode_num_accepted_tokens_total": m.accepted_tokens,
-    }.items():  # fmt: skip
+    }.items():
         assert page.value(f"vllm:{name}", **MODEL) == value
         assert page.types[f"vllm:{name.removesuffix('_total')}"] == ("counter" if name.endswith("_total") else "gauge")
     f = m.finished
@@ -147,7 +172,7 @@ def test_the_names_of_vllm() -> None:
 
 
 def test_a_real_engine() -> None:
-    engine = Engine(tiny_model("hybrid"), max_num_seqs=3, max_model_len=256)
+    engine = Engine.of(tiny_model("hybrid"), EngineConfig(max_num_seqs=3, max_model_len=256))
     metrics = ServerMetrics(ServerCounters(), model_name="tiny", block_size=16, source=engine)
     shared = random_prompt(128, seed=1)
     before: dict[Any, float] = {}
@@ -161,9 +186,10 @@ def test_a_real_engine() -> None:
             assert page.value("qnext_generation_tokens_total", **MODEL) == m.output_tokens
             assert page.value("vllm:num_requests_running", **MODEL) == m.gauges.num_running
             falling = [
-                key for key, value in before.items()
+                key
+                for key, value in before.items()
                 if key[0].endswith(("_total", "_bucket", "_count", "_sum")) and page.samples[key] < value
-            ]  # fmt: skip
+            ]
             assert not falling
             before = page.samples
     assert page.value("qnext_prefix_cache_hits_total", **MODEL) == m.prefix.tokens_hit > 0
@@ -187,7 +213,7 @@ def test_a_real_engine() -> None:
 
 def test_an_engine_without_experts_or_blocks() -> None:
     for kind in ("dense", "linear"):
-        engine = Engine(tiny_model(kind), max_num_seqs=2, max_model_len=64, count_experts=False)
+        engine = Engine.of(tiny_model(kind), EngineConfig(max_num_seqs=2, max_model_len=64, count_experts=False))
         engine.add_request(random_prompt(5, seed=1), SamplingParams(max_tokens=2))
         while engine.has_unfinished:
             engine.step()
@@ -218,6 +244,25 @@ def test_experts_whose_numbers_are_known() -> None:
     assert values(7, "start") == [1.0, 1.0, 0.5, 2]  # no token yet
     assert values(9, "start") == [1.0, 1.0, 1.0, 0]
     assert sum("expert" in name for name, _ in page.samples) == 3 * 2 * 4
+
+
+def test_experts_from_disk() -> None:
+    metrics = made_up(streams=True)
+    reads = metrics.experts
+    assert reads is not None
+    page = render(Source(metrics))
+    for name, few, sweep in (
+        ("hits", reads.hits, reads.sweep_hits),
+        ("misses", reads.misses, reads.sweep_misses),
+        ("wait_seconds", reads.seconds_waited, reads.sweep_seconds_waited),
+    ):
+        assert page.types[f"qnext_expert_{name}"] == "counter"
+        for kind, value in (("few", few), ("sweep", sweep)):
+            assert page.value(f"qnext_expert_{name}_total", kind=kind, **MODEL) == value
+    assert page.value("qnext_expert_read_bytes_total", **MODEL) == reads.bytes_read
+    assert page.value("qnext_expert_resident_ratio", **MODEL) == reads.num_resident / reads.num_experts
+    assert page.value("qnext_expert_memory_bytes", **MODEL) == reads.memory_bytes
+    assert not any("expert" in name for name in render(Source(made_up())).names())
 
 
 def test_the_queue_before_the_engine_counts() -> None:

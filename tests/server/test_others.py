@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from qnext.engine import Engine, SamplingParams
-from qnext.server import live
-from qnext.server.keys import KeyRing, KeyStore
+from qnext.server.access.keys import KeyRing, KeyStore
+from qnext.server.view import live
 from tests.server.serving import Running, load_engine, running_server
 
 VICTIM, ATTACKER, ADMIN = "victim-secret", "attacker-secret", "admin-secret"
@@ -28,16 +28,23 @@ LONG = {"prompt": "On and on", "max_tokens": 1500, "ignore_eos": True, "stream":
 CANDIDATES = [
     f"{text:.<48}"
     for text in (
-        "The merger closes on Friday", "The merger is called off", "Fire the head of sales", "My test was positive",
-        "My test was negative", "def main(argv: list):", "SELECT name FROM users", "Wie geht es dir heute?",
-        "1234567890 0987654321", "A poem about the sea",
+        "The merger closes on Friday",
+        "The merger is called off",
+        "Fire the head of sales",
+        "My test was positive",
+        "My test was negative",
+        "def main(argv: list):",
+        "SELECT name FROM users",
+        "Wie geht es dir heute?",
+        "1234567890 0987654321",
+        "A poem about the sea",
     )
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
 def shared(chat_model: Path) -> Iterator[Running]:
-    keys = KeyRing.from_plain([VICTIM, ATTACKER], [ADMIN])
+    keys = KeyRing(plain=[VICTIM, ATTACKER], admin=[ADMIN])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live, "BUSY_SECONDS", 0.02)
         patch.setattr(live, "IDLE_SECONDS", 0.2)
@@ -131,16 +138,29 @@ def test_counts_of_experts_name_a_prompt_and_only_administrators_see_them(shared
     assert right == 3, "as often as by chance"
     assert len(ticks) >= 2 and all(tick == ticks[0] for tick in ticks)
     assert ticks[0] == {
-        "view": "own", "rates": {"output_tokens_per_second": 0.0, "prompt_tokens_per_second": 0.0},
-        "requests": {"running": 0, "waiting": 0}, "prefix": {"prompt_tokens_cached": 0, "prompt_tokens_computed": 0},
-        "drafts": {"drafted": 0, "accepted": 0}, "output_tokens": 0, "states": [],
-    }  # fmt: skip
+        "view": "own",
+        "rates": {"output_tokens_per_second": 0.0, "prompt_tokens_per_second": 0.0},
+        "requests": {"running": 0, "waiting": 0},
+        "prefix": {"prompt_tokens_cached": 0, "prompt_tokens_computed": 0},
+        "drafts": {"drafted": 0, "accepted": 0},
+        "output_tokens": 0,
+        "states": [],
+    }
 
 
 def test_nothing_else_that_a_key_may_read_changes_with_others_requests(shared: Running) -> None:
     """Every route that a default key may read without a body answers the same before, while and after others work."""
-    paths = ("/live/model", "/v1/models", "/v1/models/alias", "/tokenizer_info", "/health", "/health/live",
-             "/health/ready", "/version", "/openapi.json")  # fmt: skip
+    paths = (
+        "/live/model",
+        "/v1/models",
+        "/v1/models/alias",
+        "/tokenizer_info",
+        "/health",
+        "/health/live",
+        "/health/ready",
+        "/version",
+        "/openapi.json",
+    )
 
     def look(attacker: httpx2.Client) -> list[Any]:
         answers = [attacker.get(path) for path in paths]
@@ -212,7 +232,7 @@ def test_no_prefix_of_another_key_is_found_in_any_memory(chat_model: Path, tmp_p
     """In the device's, and on disk after a restart; also by whoever knows the other's salt."""
     options = {"num_blocks": 512, "disk_cache": tmp_path / "disk"}
     for attacker, is_restarted in ((ATTACKER, False), ("another-attacker", True)):
-        keys = KeyRing.from_plain([VICTIM, attacker], [ADMIN])
+        keys = KeyRing(plain=[VICTIM, attacker], admin=[ADMIN])
         salts: list[dict[str, Any]] = [{}, {"cache_salt": "mine"}, {"cache_salt": keys.cache_salt(keys.find(VICTIM))}]
         with running_server(chat_model, keys=keys, engine_options=options) as running:
             if not is_restarted:
@@ -235,5 +255,5 @@ def test_the_only_key_of_a_server_sees_everything(chat_model: Path, tmp_path: Pa
         store.create("second")
         assert running.call(ring.reload) is None
         assert client.get("/live/model").json()["view"] == "own"
-    with running_server(chat_model, keys=KeyRing.from_plain(["only"])) as running, running.client("only") as client:
+    with running_server(chat_model, keys=KeyRing(plain=["only"])) as running, running.client("only") as client:
         assert client.get("/live/model").json()["view"] == "all" and client.get("/metrics").status_code == 200

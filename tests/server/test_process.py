@@ -42,7 +42,7 @@ def start_streams(one: Process, number: int, body: dict[str, object]) -> tuple[l
     ]
     for thread in threads:
         thread.start()
-    assert all(event.wait(20.0) for event in events)
+    assert all(event.wait(60.0) for event in events)
     return found, threads
 
 
@@ -50,12 +50,12 @@ def test_sigterm_lets_running_streams_end(chat_model: Path) -> None:
     with process(chat_model, "--shutdown-timeout", 20) as one:
         found, threads = start_streams(one, 6, {**LONG, "max_tokens": 600})
         one.signal(signal.SIGTERM)
-        time.sleep(0.1)
         with one.client() as client:
+            while (ready := client.get("/health/ready")).status_code == 200:
+                time.sleep(0.01)
             refused = client.post("/v1/completions", json={"prompt": "a"})
-            ready = client.get("/health/ready")
         for thread in threads:
-            thread.join(25.0)
+            thread.join(60.0)
         assert one.wait() == 0
     assert refused.status_code == 503 and int(refused.headers["Retry-After"]) >= 1
     assert ready.status_code == 503
@@ -68,26 +68,26 @@ def test_sigterm_lets_running_streams_end(chat_model: Path) -> None:
 def test_streams_that_outlast_the_drain_end_with_an_error(chat_model: Path) -> None:
     with process(chat_model, "--shutdown-timeout", 0.2) as one:
         found, threads = start_streams(one, 4, LONG)
-        began = time.perf_counter()
         one.signal(signal.SIGTERM)
         for thread in threads:
-            thread.join(10.0)
-        assert one.wait() == 0 and time.perf_counter() - began < 8.0
-    for lines in found:
-        last = [line for line in lines if line]
-        assert last[-1] == "data: [DONE]"
-        document = json.loads(last[-2].removeprefix("data: "))
-        assert "error" in document or document["choices"][0]["finish_reason"] == "length"
+            thread.join(60.0)
+        assert one.wait() == 0
+    ends = [[line for line in lines if line][-2:] for lines in found]
+    assert all(last == "data: [DONE]" for _, last in ends)
+    documents = [json.loads(line.removeprefix("data: ")) for line, _ in ends]
+    assert any("error" in document for document in documents), "nobody waits until all are through"
+    assert all("error" in one or one["choices"][0]["finish_reason"] == "length" for one in documents)
 
 
 def test_a_second_signal_does_not_wait(chat_model: Path) -> None:
     with process(chat_model, "--shutdown-timeout", 60) as one:
         found, threads = start_streams(one, 2, LONG)
         one.signal(signal.SIGTERM)
-        time.sleep(0.1)
-        began = time.perf_counter()
+        with one.client() as client:
+            while client.get("/health/ready").status_code == 200:
+                time.sleep(0.01)
         one.signal(signal.SIGTERM)
-        assert one.wait() == 0 and time.perf_counter() - began < 8.0
+        assert one.wait(30.0) == 0, "half of what it would wait for the streams"
         for thread in threads:
             thread.join(5.0)
     assert all([line for line in lines if line][-1] == "data: [DONE]" for lines in found)
@@ -124,7 +124,7 @@ def test_keys_are_read_again_on_sighup(chat_model: Path, tmp_path: Path, capsys:
         new = run(capsys, "keys", "create", "--file", file, "--name", "new").out.strip()
         assert status(new) == 401
         one.signal(signal.SIGHUP)
-        end = time.monotonic() + 5.0
+        end = time.monotonic() + 30.0
         while status(new) != 200 and time.monotonic() < end:
             time.sleep(0.05)
         assert status(new) == 200
@@ -171,7 +171,7 @@ def test_an_address_that_is_taken(chat_model: Path, server: object, capsys: Capt
 HUNG = """
 import sys, time
 from pathlib import Path
-from qnext.server.app import Server
+from qnext.server.server import Server
 from qnext.server.limits import Limits
 from qnext.server.run import Listen, serve
 from tests.server.serving import load_engine

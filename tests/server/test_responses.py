@@ -28,8 +28,11 @@ LOOK = {
     },
     "strict": True,
 }
-WAIT = {"type": "function", "name": "wait", "parameters": {"type": "object", "properties": {},
-                                                           "additionalProperties": False}}  # fmt: skip
+WAIT = {
+    "type": "function",
+    "name": "wait",
+    "parameters": {"type": "object", "properties": {}, "additionalProperties": False},
+}
 ASK: dict[str, Any] = {"model": "tiny-chat", "input": "Say something.", "max_output_tokens": 24, "temperature": 0}
 CALL = '<tool_call>\n{"name": "wait", "arguments": {}}\n</tool_call>'
 
@@ -123,13 +126,24 @@ def test_reasoning_text_and_calls_are_items_in_their_order(thinking: Running) ->
     order = [name for index, name in enumerate(names) if index == 0 or name != names[index - 1]]
     call = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]
     assert order == [
-        "created", "in_progress",
-        "output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.done", "content_part.done",
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+        "reasoning_text.delta",
+        "reasoning_text.done",
+        "content_part.done",
         "output_item.done",
-        "output_item.added", "content_part.added", "output_text.delta", "output_text.done", "content_part.done",
+        "output_item.added",
+        "content_part.added",
+        "output_text.delta",
+        "output_text.done",
+        "content_part.done",
         "output_item.done",
-        *call, *call, "completed",
-    ]  # fmt: skip
+        *call,
+        *call,
+        "completed",
+    ]
 
 
 def test_effort_none_does_not_think(thinking: Running) -> None:
@@ -143,10 +157,20 @@ def test_items_become_the_chat_formats_messages(thinking: Running) -> None:
     items = [
         {"type": "message", "role": "developer", "content": "Be kind."},
         {"role": "user", "content": [{"type": "input_text", "text": "Say "}, {"type": "input_text", "text": "it."}]},
-        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "unread"}],
-         "content": [{"type": "reasoning_text", "text": "Which way?"}], "encrypted_content": None},
-        {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed",
-         "content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
+        {
+            "type": "reasoning",
+            "id": "rs_1",
+            "summary": [{"type": "summary_text", "text": "unread"}],
+            "content": [{"type": "reasoning_text", "text": "Which way?"}],
+            "encrypted_content": None,
+        },
+        {
+            "type": "message",
+            "id": "msg_1",
+            "role": "assistant",
+            "status": "completed",
+            "content": [{"type": "output_text", "text": "I look.", "annotations": []}],
+        },
         {"type": "function_call", "id": "fc_1", "call_id": "a", "name": "look", "arguments": '{"far": true}'},
         {"type": "function_call", "call_id": "b", "name": "wait", "arguments": ""},
         {"type": "function_call_output", "call_id": "b", "output": [{"type": "input_text", "text": "late"}]},
@@ -154,7 +178,7 @@ def test_items_become_the_chat_formats_messages(thinking: Running) -> None:
         {"type": "reasoning", "id": "rs_2", "summary": [{"type": "summary_text", "text": "Once more."}]},
         {"type": "function_call", "call_id": "c", "name": "wait", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c", "output": "done"},
-    ]  # fmt: skip
+    ]
     body = {**ASK, "model": "tiny-thinking", "instructions": "Be brief.", "input": items}
     with recorded_prompts(thinking) as prompts:
         assert post(thinking, body).status_code == 200
@@ -172,10 +196,15 @@ def test_items_become_the_chat_formats_messages(thinking: Running) -> None:
 
 def test_a_response_says_what_was_asked(server: Running) -> None:
     asked = {
-        "instructions": "Be brief.", "metadata": {"run": "7"}, "tools": [LOOK], "tool_choice": "none",
-        "parallel_tool_calls": False, "top_p": 0.5, "text": {"format": {"type": "text"}, "verbosity": "low"},
+        "instructions": "Be brief.",
+        "metadata": {"run": "7"},
+        "tools": [LOOK],
+        "tool_choice": "none",
+        "parallel_tool_calls": False,
+        "top_p": 0.5,
+        "text": {"format": {"type": "text"}, "verbosity": "low"},
         "truncation": "disabled",
-    }  # fmt: skip
+    }
     answer = post(server, {**ASK, **asked, "store": True, "prompt_cache_key": "x", "safety_identifier": "y"}).json()
     assert {key: answer[key] for key in asked} == asked
     assert answer["store"] is False and answer["temperature"] == 0 and answer["max_output_tokens"] == 24
@@ -199,16 +228,22 @@ def test_a_response_says_what_was_asked(server: Running) -> None:
         ({"tools": [LOOK, {**LOOK, "description": "Another"}]}, 400, "tools.1"),
         ({"tool_choice": {"type": "function", "name": "look"}}, 400, "tool_choice"),
         ({"input": [{"type": "input_image", "image_url": "data:"}]}, 400, "input.0"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://localhost/secret"}]}]},
-         400, "input.0.content"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://localhost/secret"}]}]},
+            400,
+            "input.0.content",
+        ),
         ({"input": [{"role": "user", "content": 5}]}, 400, "input.0.message.content"),
         ({"input": [{"type": "function_call_output", "output": "y"}]}, 400, "input.0.function_call_output.call_id"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, 400, "text.format.schema"),
-        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "pear"}}}}, 400,
-         "text.format.schema"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "pear"}}}},
+            400,
+            "text.format.schema",
+        ),
         ({"top_logprobs": 21}, 400, "top_logprobs"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_cannot_be_is_refused(
     server: Running, more: dict[str, Any], status: int, param: str, stream: bool
@@ -244,10 +279,14 @@ def test_the_client_reads_whole_and_streamed_responses(server: Running, client: 
     assert final.usage.output_tokens == len("Something, then.") + 1, "and the token that ends it"
 
 
-@pytest.mark.parametrize("choice", [
-    "required", {"type": "function", "name": "look"},
-    {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "look"}]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "required",
+        {"type": "function", "name": "look"},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "look"}]},
+    ],
+)
 def test_the_client_goes_round_with_tools(client: openai.OpenAI, choice: Any) -> None:
     tools: Any = [LOOK] if choice == "required" else [WAIT, LOOK]
     more: dict[str, Any] = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False}

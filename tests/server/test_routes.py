@@ -14,14 +14,15 @@ import pytest
 from starlette.routing import Route as StarletteRoute
 
 from qnext.server import routes as declared
+from qnext.server.access.audit import AuditLog
+from qnext.server.access.keys import KeyRing, KeyStore
+from qnext.server.access.rates import FailedLogins
 from qnext.server.admin import ADMIN_ROUTES
-from qnext.server.app import Server, make_application
-from qnext.server.audit import AuditLog
 from qnext.server.errors import ErrorStyle
-from qnext.server.keys import KeyRing, KeyStore
+from qnext.server.http.application import make_application
 from qnext.server.limits import Limits
-from qnext.server.rates import FailedLogins
 from qnext.server.routes import Route
+from qnext.server.server import Server
 from qnext.server.table import public_routes
 from tests.server.hostile.surfaces import surfaces
 from tests.server.serving import Running, running_server
@@ -48,9 +49,12 @@ class Kept:
         if route.body is not None:
             more.setdefault("json", VALID[route.path])
         return httpx2.request(
-            more.pop("method", route.method), base + path_of(route), headers=headers | more.pop("headers", {}),
-            timeout=30.0, **more,
-        )  # fmt: skip
+            more.pop("method", route.method),
+            base + path_of(route),
+            headers=headers | more.pop("headers", {}),
+            timeout=30.0,
+            **more,
+        )
 
     def lines_of(self, answer: httpx2.Response, number: int) -> list[dict[str, Any]]:
         """The lines of a request, once there are so many: a line is written a moment after its answer."""

@@ -11,41 +11,44 @@ from typing import Any
 
 import pytest
 
-from qnext.engine.runner import RunnerOutput
-from qnext.engine.step import StepPlan
+from qnext.engine.execution.executor import StepOutput
+from qnext.engine.policy.step import SequencePlan, StepPlan
+from tests.engine.executors import sampled
 from tests.server.serving import Running, running_server
 
 CULPRIT = 200  # a token that makes a prompt break
 VICTIM = {"prompt": "The canary sings", "max_tokens": 12, "temperature": 0.9, "seed": 4, "logprobs": 2}
-Spoil = Callable[[StepPlan, RunnerOutput], RunnerOutput]
+IsCulprit = Callable[[SequencePlan], bool]
+Spoil = Callable[[StepPlan, StepOutput, IsCulprit], StepOutput]
 
 
 @contextmanager
 def spoiled(running: Running, spoil: Spoil) -> Iterator[None]:
-    runner = running.server.worker.engine.runner
-    usual = runner.run
-    runner.run = lambda plan: spoil(plan, usual(plan))  # type: ignore[method-assign]
+    engine = running.server.worker.engine
+    executor = engine.executor
+    usual = executor.execute
+
+    def is_culprit(sequence: SequencePlan) -> bool:
+        return CULPRIT in engine.scheduler.sequences[sequence.request_id].request.prompt_ids
+
+    executor.execute = lambda plan: spoil(plan, usual(plan), is_culprit)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del runner.run
+        del executor.execute
 
 
-def is_culprit(plan: StepPlan) -> bool:
-    return any(CULPRIT in sequence.request.prompt_ids for sequence in plan.sequences)
-
-
-def raises(plan: StepPlan, output: RunnerOutput) -> RunnerOutput:
-    if is_culprit(plan):
+def raises(plan: StepPlan, output: StepOutput, is_culprit: IsCulprit) -> StepOutput:
+    if any(map(is_culprit, plan.sequences)):
         raise RuntimeError("/secret/path is broken")
     return output
 
 
-def gives_nan(plan: StepPlan, output: RunnerOutput) -> RunnerOutput:
+def gives_nan(plan: StepPlan, output: StepOutput, is_culprit: IsCulprit) -> StepOutput:
     logits_RY, first = output.logits_RY.clone(), 0
-    for sequence in output.sequences:
-        end = first + 1 + len(sequence.drafts)
-        if CULPRIT in sequence.request.prompt_ids:
+    for sequence in sampled(plan, output):
+        end = first + 1 + sequence.num_drafts
+        if is_culprit(sequence):
             logits_RY[first:end] = float("nan")
         first = end
     return output._replace(logits_RY=logits_RY)
@@ -58,9 +61,10 @@ def ask(running: Running, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"), [(raises, "internal error"), (gives_nan, "the model gave no finite numbers")],
+    ("spoil", "message"),
+    [(raises, "internal error"), (gives_nan, "the model gave no finite numbers")],
     ids=["raises", "nan"],
-)  # fmt: skip
+)
 def test_many_requests_that_break_end_alone(server: Running, spoil: Spoil, message: str) -> None:
     """Far more of them than an engine may fail for steps without counting as broken; nothing else runs between."""
     status, wanted = ask(server, VICTIM)
@@ -86,8 +90,8 @@ def test_many_requests_that_break_end_alone(server: Running, spoil: Spoil, messa
 
 
 def test_a_stream_that_breaks_says_so(server: Running) -> None:
-    def later(plan: StepPlan, output: RunnerOutput) -> RunnerOutput:
-        if any(CULPRIT in s.request.prompt_ids and len(s.request.output_ids) >= 3 for s in plan.sequences):
+    def later(plan: StepPlan, output: StepOutput, is_culprit: IsCulprit) -> StepOutput:
+        if any(is_culprit(s) and s.start + len(s.token_ids) >= s.num_prompt + 3 for s in plan.sequences):
             raise RuntimeError("broken")
         return output
 
@@ -129,7 +133,7 @@ def test_text_that_cannot_be_written_ends_its_request(
 
 @pytest.mark.parametrize("spoil", ["raises", "nan"])
 def test_an_engine_that_answers_nobody_is_broken(chat_model: Path, spoil: str) -> None:
-    def all_fail(plan: StepPlan, output: RunnerOutput) -> RunnerOutput:
+    def all_fail(plan: StepPlan, output: StepOutput) -> StepOutput:
         if spoil == "raises":
             raise RuntimeError("the device is lost")
         return output._replace(logits_RY=output.logits_RY * float("nan"))

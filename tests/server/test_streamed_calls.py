@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Container, Iterable, Iterator
 from contextlib import asynccontextmanager
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +15,10 @@ import anthropic
 import openai
 import pytest
 
-from qnext.server import generation as generation_module
-from qnext.server.generation import Silence, Update
+from qnext.server.inference import generation as generation_module
+from qnext.server.inference.generation import Silence, Update
 from qnext.server.limits import Limits
-from qnext.server.writing import named_frames, write_stream
+from qnext.server.surfaces.writing import named_frames, write_stream
 from tests.server.scripts import named_events, scripted
 from tests.server.serving import Running, running_server
 from tests.server.test_chat import chunks
@@ -34,18 +34,30 @@ PYTHON = (
 )
 # What the model writes, and the arguments that are meant.
 WRITTEN: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "json": ("I see.\n" + JSON.format('{"path": "a \\"b\\" é", "more": {"x": [1, 2.50]}}'),
-             [{"path": 'a "b" é', "more": {"x": [1, 2.5]}}]),
+    "json": (
+        "I see.\n" + JSON.format('{"path": "a \\"b\\" é", "more": {"x": [1, 2.50]}}'),
+        [{"path": 'a "b" é', "more": {"x": [1, 2.5]}}],
+    ),
     "xml": (XML.format("path", "two\nlines <b>"), [{"path": "two\nlines <b>"}]),
-    "python": (PYTHON,
-               [{"path": "it's", "more": {"y": None, "z": True}}]),
-    "no end": (XML.format("lines", "3").removesuffix("</parameter>\n</function>\n</tool_call>") + "</function>",
-               [{"lines": 3}]),
+    "python": (PYTHON, [{"path": "it's", "more": {"y": None, "z": True}}]),
+    "no end": (
+        XML.format("lines", "3").removesuffix("</parameter>\n</function>\n</tool_call>") + "</function>",
+        [{"lines": 3}],
+    ),
     "two": (JSON.format("{}") + "\n" + XML.format("path", "x"), [{}, {"path": "x"}]),
     "no arguments": (JSON.format("{}"), [{}]),
-}  # fmt: skip
+}
 CUT = JSON.format('{"lines": 12, "more": {"k": "v"}, "path": "never') + " "
 SURFACES = ("chat", "responses", "messages")
+
+
+def on_surfaces(names: Iterable[str], everywhere: Container[str]) -> list[Any]:
+    """(name, surface); what shows no more on a second surface is asked for there by `make test-all`."""
+    pairs = product(names, SURFACES)
+    return [
+        pytest.param(name, surface, marks=() if surface == "chat" or name in everywhere else pytest.mark.slow)
+        for name, surface in pairs
+    ]
 
 
 def body_of(surface: str, **more: Any) -> tuple[str, dict[str, Any]]:
@@ -90,8 +102,7 @@ def client_calls(running: Running, surface: str, **more: Any) -> list[Any]:
         return [item.arguments for item in last.response.output if item.type == "function_call"]
 
 
-@pytest.mark.parametrize("surface", SURFACES)
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize(("name", "surface"), on_surfaces(WRITTEN, {"json", "two"}))
 def test_the_clients_put_together_the_whole_answers_calls(server: Running, name: str, surface: str) -> None:
     text, meant = WRITTEN[name]
     with scripted(server, text), server.client() as http:
@@ -107,8 +118,12 @@ def test_arguments_come_in_pieces(server: Running, surface: str) -> None:
         path, body = body_of(surface, stream=True)
         answer = http.post(path, json=body)
     if surface == "chat":
-        parts = [part for chunk in chunks(answer) for choice in chunk["choices"]
-                 for part in choice["delta"].get("tool_calls", ())]  # fmt: skip
+        parts = [
+            part
+            for chunk in chunks(answer)
+            for choice in chunk["choices"]
+            for part in choice["delta"].get("tool_calls", ())
+        ]
         assert [part["index"] for part in parts] == [0] * len(parts)
         assert parts[0]["id"] and parts[0]["function"] == {"name": "write", "arguments": ""}
         assert all(part.keys() == {"index", "function"} for part in parts[1:])
@@ -142,8 +157,7 @@ def test_a_call_that_is_cut_off_is_no_whole_one_anywhere(server: Running, surfac
     assert status == ("length" if surface == "chat" else "incomplete")
 
 
-@pytest.mark.parametrize("surface", SURFACES)
-@pytest.mark.parametrize("name", ["two", "list"])
+@pytest.mark.parametrize(("name", "surface"), on_surfaces(["two", "list"], {"two"}))
 def test_one_call_where_no_more_are_allowed(server: Running, name: str, surface: str) -> None:
     text = WRITTEN["two"][0]
     if name == "list":
@@ -200,9 +214,12 @@ def test_no_stream_is_silent_for_long_whatever_the_engine_does(monkeypatch: pyte
         return [{"type": "text"}] if num_taken % 40 == 0 else []
 
     writer: Any = SimpleNamespace(
-        begin=lambda _: [], take=take, ping=lambda: {"type": "ping"}, end=lambda _: [{"type": "end"}],
+        begin=lambda _: [],
+        take=take,
+        ping=lambda: {"type": "ping"},
+        end=lambda _: [{"type": "end"}],
         frames=named_frames,
-    )  # fmt: skip
+    )
     sent: list[tuple[float, bytes]] = []
 
     async def run() -> None:
@@ -219,26 +236,30 @@ def test_no_stream_is_silent_for_long_whatever_the_engine_does(monkeypatch: pyte
 
 @pytest.fixture(scope="module")
 def impatient(chat_model: Path) -> Iterator[Running]:
-    with running_server(chat_model, limits=Limits(drain_seconds=1.0, ping_seconds=0.05)) as running:
+    with running_server(chat_model, limits=Limits(drain_seconds=1.0, ping_seconds=0.02)) as running:
         yield running
 
 
 @pytest.mark.parametrize("surface", [*SURFACES, "completions"])
 def test_a_value_that_is_held_back_is_no_silence(impatient: Running, surface: str) -> None:
     """An object's text comes out when it is whole; meanwhile there are events that clients count, not comments."""
-    held = XML.format("more", json.dumps({"key": "x" * 300}))
+    held = XML.format("more", json.dumps({"key": "x" * 150}))
     path, body = body_of("chat" if surface == "completions" else surface, stream=True)
     if surface == "completions":  # its first tokens make no text that could be sent: a stop string might begin
-        path, body = "/v1/completions", {"prompt": "x", "stop": ["x" * 250], "max_tokens": 300, "stream": True}
-        held = "x" * 249 + "y"
+        path, body = "/v1/completions", {"prompt": "x", "stop": ["x" * 150], "max_tokens": 200, "stream": True}
+        held = "x" * 149 + "y"
     with scripted(impatient, held), impatient.client() as http:
         if surface == "completions":
             body["guided_grammar"] = "start: " + json.dumps(held)
         answer = http.post(path, json=body)
     assert answer.status_code == 200 and "\n:" not in answer.text
     if surface in ("chat", "completions"):
-        empty = [chunk for chunk in chunks(answer) for choice in chunk["choices"]
-                 if choice.get("delta") == {} or choice.get("text") == ""]  # fmt: skip
+        empty = [
+            chunk
+            for chunk in chunks(answer)
+            for choice in chunk["choices"]
+            if choice.get("delta") == {} or choice.get("text") == ""
+        ]
         assert len(empty) > 2
     else:
         kind = "keepalive" if surface == "responses" else "ping"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from qnext.cli._served import load_served
-from qnext.cli._text_model import open_folder
 from qnext.errors import UsageError
+from qnext.session.folder import open_folder
+from qnext.session.served import ServeConfig, load_served
 from tests.server.scripts import scripted
 from tests.server.serving import Running, running_server
 
@@ -215,10 +215,8 @@ def test_what_a_template_reads_is_published(hybrid: Running, server: Running, th
 
 def test_a_server_may_have_arguments_of_its_own(hybrid_model: Path) -> None:
     def served(arguments: dict[str, Any]) -> Any:
-        options = {"max_num_seqs": 1}
-        return load_served(
-            open_folder(str(hybrid_model)), names=["m"], engine_options=options, template_defaults=arguments
-        )[1]
+        config = ServeConfig(["m"], {"max_num_seqs": 1}, template_defaults=arguments)
+        return load_served(open_folder(str(hybrid_model)), config)[1]
 
     model = served({"enable_thinking": False})
     assert not model.is_thinking and model.is_hybrid

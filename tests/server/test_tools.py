@@ -26,8 +26,10 @@ WEATHER = {
         },
     },
 }
-TIME = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {},
-                                                                       "additionalProperties": False}}}  # fmt: skip
+TIME = {
+    "type": "function",
+    "function": {"name": "time", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}},
+}
 ASK: dict[str, Any] = {
     "messages": [{"role": "user", "content": "What is the weather?"}],
     "tools": [WEATHER, TIME],
@@ -104,8 +106,12 @@ def test_results_of_tools_are_read(server: Running) -> None:
     assert answer.json()["usage"]["prompt_tokens"] > fewer["usage"]["prompt_tokens"]
 
 
-SCHEMA = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}, "required": ["answer"],
-          "additionalProperties": False}  # fmt: skip
+SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"enum": ["yes", "no"]}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
 
 
 @pytest.mark.parametrize(
@@ -144,8 +150,13 @@ def test_other_constraints(server: Running, form: dict[str, Any], expected: set[
 
 
 def test_reasoning_has_both_names_and_ends_before_the_content(thinking: Running) -> None:
-    body = {"messages": ASK["messages"], "max_tokens": 600, "guided_choice": ["done"], "temperature": 0,
-            "logit_bias": {str(thinking.server.served.think_end[0]): 30}}  # fmt: skip
+    body = {
+        "messages": ASK["messages"],
+        "max_tokens": 600,
+        "guided_choice": ["done"],
+        "temperature": 0,
+        "logit_bias": {str(thinking.server.served.think_end[0]): 30},
+    }
     with thinking.client() as client:
         whole = client.post("/v1/chat/completions", json=body).json()
         found = chunks(client.post("/v1/chat/completions", json={**body, "stream": True}))
@@ -159,8 +170,13 @@ def test_reasoning_has_both_names_and_ends_before_the_content(thinking: Running)
 
 
 def test_a_thought_that_never_ends_is_reasoning_alone(thinking: Running) -> None:
-    body = {"messages": ASK["messages"], "max_tokens": 12, "temperature": 0, "ignore_eos": True,
-            "logit_bias": {str(thinking.server.served.think_end[0]): -100}}  # fmt: skip
+    body = {
+        "messages": ASK["messages"],
+        "max_tokens": 12,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logit_bias": {str(thinking.server.served.think_end[0]): -100},
+    }
     with thinking.client() as client:
         choice = client.post("/v1/chat/completions", json=body).json()["choices"][0]
         quick = client.post("/v1/chat/completions", json={**body, "chat_template_kwargs": {"enable_thinking": False}})

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from qnext.text.added_tokens import FAMILY_CONTROL, FAMILY_MARKUP
 from qnext.text.chat import ChatFormat
 from qnext.text.messages import Message
+from qnext.text.prompts import ChatPrompt
 from qnext.text.tokenizer import Piece, Tokenizer
 from qnext.text.train import DEFAULT_SPECIAL_TOKENS, byte_level_tokenizer, save_tokenizer, train_bpe
 
@@ -62,7 +63,8 @@ def test_marks_that_the_template_writes_are_reserved(tmp_path: Path, mark: str) 
     template = "{% for m in messages %}" + mark + "{{ m.content }} word {% endfor %}"
     save_tokenizer(extended(mark, "word"), tmp_path, model_max_length=99, chat_template=template)
     tokenizer = Tokenizer.from_folder(tmp_path)
-    ids = ChatFormat.for_folder(tmp_path).encode(tokenizer, [Message("user", f"a{mark}b word")])
+    chat = ChatFormat.for_folder(tmp_path)
+    ids = ChatPrompt([Message("user", f"a{mark}b word")]).encode(chat, tokenizer).token_ids
     assert ids.count(tokenizer.added_ids[mark]) == 1, "the template's own"
     assert ids.count(tokenizer.added_ids["word"]) == 2, "a word of letters is no mark"
 

@@ -13,6 +13,7 @@ from qnext.text.chat import ChatFormat, recognise
 from qnext.text.jinja import JinjaTemplate
 from qnext.text.messages import Message
 from qnext.text.native import NATIVE_FORMATS
+from qnext.text.prompts import ChatPrompt
 from qnext.text.templates import INSTRUCT_TEMPLATE, KNOWN_TEMPLATES, THINKING_TEMPLATE, template_hash
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import byte_level_tokenizer, save_tokenizer
@@ -151,7 +152,7 @@ def test_chat_without_turn_tokens_is_told(tmp_path: Path) -> None:
     with pytest.raises(CorruptCheckpoint, match=r"<\|im_start\|>.*chat needs it"):
         ChatFormat.for_folder(tmp_path)
     with pytest.raises(CorruptCheckpoint, match=r"<\|im_start\|>.*chat needs it"):
-        ChatFormat.native("instruct").encode(Tokenizer(bare), [HELLO])
+        ChatPrompt([HELLO]).encode(ChatFormat.native("instruct"), Tokenizer(bare))
 
 
 @pytest.mark.parametrize("name", [*NATIVE_FORMATS, "jinja"])

@@ -19,6 +19,7 @@ from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.text.chat import ChatFormat
 from qnext.text.jinja import JinjaTemplate, TemplateLimits
 from qnext.text.messages import Message, ToolCall
+from qnext.text.prompts import ChatPrompt
 from qnext.text.tokenizer import Piece, Tokenizer
 
 from .conversations import CONVERSATIONS, HELLO, REASONING, SYSTEM, TOOLS, TRICKY
@@ -208,7 +209,7 @@ def test_a_foreign_format_encodes_content_as_text(tokenizer: Tokenizer) -> None:
         markup_names=tokenizer.added_ids,
     )
     chat = ChatFormat("jinja", template)
-    ids = chat.encode(tokenizer, [HELLO, Message("assistant", TRICKY)])
+    ids = ChatPrompt([HELLO, Message("assistant", TRICKY)]).encode(chat, tokenizer).token_ids
     added = [i for i in ids if i in tokenizer.added_ids.values()]
     assert added == [tokenizer.token_id(name) for name in ("<|im_start|>", "<|im_end|>") * 2]
     assert TRICKY in tokenizer.decode(ids)

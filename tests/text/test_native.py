@@ -13,6 +13,7 @@ from qnext.errors import UsageError
 from qnext.text.chat import ChatFormat
 from qnext.text.messages import Message, ToolCall, message_from_dict, message_to_dict
 from qnext.text.native import NATIVE_FORMATS
+from qnext.text.prompts import ChatPrompt
 from qnext.text.templates import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
 from qnext.text.tokenizer import Tokenizer
 
@@ -130,8 +131,8 @@ def test_pieces_encode_as_the_text_with_content_defused(tokenizer: Tokenizer, fo
     messages = {**CONVERSATIONS, **REASONING}[name]
     harmless = [strip_names(tokenizer, message) for message in messages]
     chat = ChatFormat.native(format_name)
-    ids = chat.encode(tokenizer, messages, tools=TOOLS)
-    frame = chat.encode(tokenizer, harmless, tools=TOOLS)
+    ids = ChatPrompt(messages, tools=TOOLS).encode(chat, tokenizer).token_ids
+    frame = ChatPrompt(harmless, tools=TOOLS).encode(chat, tokenizer).token_ids
     control = [i for i in ids if i in tokenizer.special_ids]
     assert control == [i for i in frame if i in tokenizer.special_ids]
     pieces = chat.render(messages, tools=TOOLS)
@@ -171,7 +172,7 @@ def test_tools_and_names_cannot_smuggle_control_tokens(tokenizer: Tokenizer, for
     tame_tool = {"type": "function", "function": {"name": "x"}}
     chat = ChatFormat.native(format_name)
     ids, tame = (
-        chat.encode(tokenizer, [HELLO, Message("assistant", tool_calls=(call,))], tools=[tool])
+        ChatPrompt([HELLO, Message("assistant", tool_calls=(call,))], tools=[tool]).encode(chat, tokenizer).token_ids
         for call, tool in ((evil_call, evil_tool), (ToolCall("x", {}), tame_tool))
     )
     added = set(tokenizer.added_ids.values())

@@ -13,15 +13,28 @@ VOCAB, END = 53, 52
 
 def tiny_config(**changes: object) -> ModelConfig:
     values: dict[str, object] = {
-        "vocab_size": VOCAB, "hidden_size": 24, "layer_types": (LINEAR_ATTENTION, FULL_ATTENTION),
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "partial_rotary_factor": 0.5,
-        "rope_theta": 10_000.0, "max_position_embeddings": 256,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
-        "linear_value_head_dim": 12, "linear_conv_kernel_dim": 4,
-        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
-        "shared_expert_intermediate_size": 20, "tie_word_embeddings": True, "num_nextn_predict_layers": 1,
+        "vocab_size": VOCAB,
+        "hidden_size": 24,
+        "layer_types": (LINEAR_ATTENTION, FULL_ATTENTION),
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": 256,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20,
+        "tie_word_embeddings": True,
+        "num_nextn_predict_layers": 1,
         "initializer_range": 0.2,
-    }  # fmt: skip
+    }
     return ModelConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 

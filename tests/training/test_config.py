@@ -13,12 +13,24 @@ GOOD = {"lr": 1e-3, "tokens_per_batch": 64, "sequence_length": 32, "total_steps"
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("lr", 0.0), ("lr", math.nan), ("min_lr", 2e-3), ("tokens_per_batch", 0), ("accumulation", 0),
-        ("total_steps", 0), ("total_steps", None), ("time_budget", 5.0), ("beta1", 1.0), ("decay_fraction", 1.5),
-        ("optimizer", "sgd"), ("precision", "fp8"), ("decay_shape", "cosine"), ("clip_norm", -1.0),
-        ("warmup_fraction", 0.9), ("weight_decay", -0.1),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("min_lr", 2e-3),
+        ("tokens_per_batch", 0),
+        ("accumulation", 0),
+        ("total_steps", 0),
+        ("total_steps", None),
+        ("time_budget", 5.0),
+        ("beta1", 1.0),
+        ("decay_fraction", 1.5),
+        ("optimizer", "sgd"),
+        ("precision", "fp8"),
+        ("decay_shape", "cosine"),
+        ("clip_norm", -1.0),
+        ("warmup_fraction", 0.9),
+        ("weight_decay", -0.1),
     ],
-)  # fmt: skip
+)
 def test_impossible_values_are_named(field: str, value: object) -> None:
     with pytest.raises(UsageError, match=field):
         TrainConfig(**{**GOOD, field: value})  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qnext.errors import CorruptCheckpoint, UsageError
-from qnext.training.data import IGNORED, PackedStream, Piece, StreamPosition, pack
+from qnext.training.data import IGNORED, DocumentRows, PackedStream, pack
 from tests.training.models import END, documents
 
 
@@ -14,7 +14,7 @@ def stream(docs: list[np.ndarray], *, size: int = 17, sequence_length: int = 8, 
 
 def test_pack_targets() -> None:
     first, second = np.array([1, 2, 3, 4, 9], dtype=np.int32), np.array([5, 6, 7, 8, 9], dtype=np.int32)
-    batch = pack([Piece(first, 1, 4), Piece(second, 0, 2)])
+    batch = pack([DocumentRows(first, 1, 4), DocumentRows(second, 0, 2)])
     assert batch.batch.packing.lengths == (3, 2)
     assert batch.batch.token_ids_T.tolist() == [2, 3, 4, 5, 6]
     assert batch.batch.positions_T.tolist() == [0, 1, 2, 0, 1]
@@ -79,7 +79,7 @@ def test_position_of_another_run_is_refused(change: dict[str, int]) -> None:
     altered = [docs[0], docs[1].copy()]
     altered[1][2] = (altered[1][2] + 1) % END
     with pytest.raises(CorruptCheckpoint, match="other documents"):
-        stream(altered).seek(StreamPosition(0, 0, 0, stream(docs).position.fingerprint))
+        stream(altered).seek(stream(docs).position)
 
 
 def test_nothing_to_learn_is_refused() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qnext.model import Batch, CausalLM
-from qnext.training.data import Piece, TrainBatch, pack
+from qnext.training.data import DocumentRows, TrainBatch, pack
 from qnext.training.losses import cross_entropy_sum
 from tests.training.models import documents, tiny_model
 
@@ -18,7 +18,7 @@ LENGTHS = ([5, 40, 2, 67, 3], [33, 33, 33], [2, 2, 65])
 
 def packed(lengths: list[int]) -> tuple[TrainBatch, list[TrainBatch]]:
     """All documents together, and each alone."""
-    pieces = [Piece(document, 0, len(document) - 1) for document in documents(lengths)]
+    pieces = [DocumentRows(document, 0, len(document) - 1) for document in documents(lengths)]
     return pack(pieces), [pack([piece]) for piece in pieces]
 
 
@@ -86,7 +86,7 @@ def test_a_later_token_has_no_gradient_in_an_earlier_loss() -> None:
 
 def test_the_mtp_target_never_comes_from_the_next_document() -> None:
     first, second = documents([6, 6])
-    batch = pack([Piece(first, 0, 5), Piece(second, 0, 5)])
+    batch = pack([DocumentRows(first, 0, 5), DocumentRows(second, 0, 5)])
     assert batch.mtp_labels_T[:4].tolist() == first[2:].tolist()
     assert batch.mtp_labels_T[4].item() == -100
     assert isinstance(batch.batch, Batch)
@@ -97,6 +97,6 @@ def test_the_check_itself_sees_a_leak(optimizer_rows: slice) -> None:
     """One long document in place of two: the same measurement must then find gradients across the border."""
     model = tiny_model(dtype=torch.float64)
     (document,) = documents([30])
-    batch = pack([Piece(document, 0, 29)])
+    batch = pack([DocumentRows(document, 0, 29)])
     inputs, _ = gradient_by_row(model, batch, slice(10, 29), through_mtp=False)
     assert inputs[optimizer_rows].abs().sum(-1).gt(0).all()

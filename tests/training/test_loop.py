@@ -16,19 +16,32 @@ from qnext.training.precision import choose_precision
 from tests.training.models import documents, tiny_model
 
 CONFIG = TrainConfig(
-    lr=2e-2, tokens_per_batch=48, sequence_length=20, total_steps=6, accumulation=2, precision="float32",
-    mtp_coefficient=0.3, warmup_fraction=0.0, expert_stats_every=1,
-)  # fmt: skip
+    lr=2e-2,
+    tokens_per_batch=48,
+    sequence_length=20,
+    total_steps=6,
+    accumulation=2,
+    precision="float32",
+    mtp_coefficient=0.3,
+    warmup_fraction=0.0,
+    expert_stats_every=1,
+)
 
 
 def make_trainer(
-    config: TrainConfig = CONFIG, *, model: CausalLM | None = None, folder: Path | None = None,
-    hooks: Hooks | None = None, docs: list[np.ndarray] | None = None,
-) -> Trainer:  # fmt: skip
+    config: TrainConfig = CONFIG,
+    *,
+    model: CausalLM | None = None,
+    folder: Path | None = None,
+    hooks: Hooks | None = None,
+    docs: list[np.ndarray] | None = None,
+) -> Trainer:
     stream = PackedStream(
-        docs or documents([30, 9, 2, 17, 60, 23]), tokens_per_batch=config.tokens_per_batch,
-        sequence_length=config.sequence_length, seed=config.seed,
-    )  # fmt: skip
+        docs or documents([30, 9, 2, 17, 60, 23]),
+        tokens_per_batch=config.tokens_per_batch,
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+    )
     return Trainer(model or tiny_model(), stream, config, folder=folder, hooks=hooks)
 
 

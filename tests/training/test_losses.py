@@ -5,19 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qnext.training.data import IGNORED, PackedStream, Piece, TrainBatch, pack
+from qnext.training.data import IGNORED, DocumentRows, PackedStream, TrainBatch, pack
 from qnext.training.losses import (
-    BalanceBuffer,
-    LossWeights,
     RouterTap,
-    StepTargets,
     balance_loss,
-    compute_losses,
     cross_entropy_sum,
     expert_counts,
     router_losses,
     stack_logits,
 )
+from qnext.training.objective import Losses, LossPart, NextToken, TrainStep
 from tests.training.models import documents, tiny_model
 
 
@@ -103,34 +100,37 @@ def joined(parts: list[TrainBatch]) -> TrainBatch:
     lengths = [length for part in parts for length in part.batch.packing.lengths]
     token_ids = torch.cat([part.batch.token_ids_T for part in parts])
     return TrainBatch(
-        type(parts[0].batch).from_lengths(token_ids, lengths), cat("next_ids_T"), cat("labels_T"), cat("mtp_labels_T"),
-        sum(part.num_labels for part in parts), sum(part.num_mtp_labels for part in parts),
-    )  # fmt: skip
+        type(parts[0].batch).from_lengths(token_ids, lengths),
+        cat("next_ids_T"),
+        cat("labels_T"),
+        cat("mtp_labels_T"),
+        sum(part.num_labels for part in parts),
+        sum(part.num_mtp_labels for part in parts),
+    )
 
 
-def gradients(parts: list[TrainBatch], weights: LossWeights, *, exact_counts: bool) -> tuple[list[Tensor], Tensor]:
-    """Gradients and [main, mtp, balance, z] of one optimiser step in fp64.
+def gradients(
+    parts: list[TrainBatch], objective: NextToken, *, exact_counts: bool
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Gradients and losses of one optimiser step in fp64.
 
-    With `exact_counts` a first pass counts the experts of all micro batches, which is what the buffer approximates.
+    With `exact_counts` a first pass counts the experts of all micro batches, which is what the running counts
+    approximate: a batch sees the others' counts beside its own.
     """
     model = tiny_model(dtype=torch.float64)
-    tap, buffer = RouterTap(model), BalanceBuffer()
-    targets = StepTargets(sum(p.num_labels for p in parts), sum(p.num_mtp_labels for p in parts), len(parts))
-
-    def losses(part: TrainBatch) -> tuple[Tensor, Tensor]:
-        result = compute_losses(model, part, tap=tap, buffer=buffer, targets=targets, weights=weights)
-        return result.total, torch.stack(result[1:])
-
-    if exact_counts:
-        for part in parts:
-            losses(part)
-        total_counts = buffer.counts_LE
-        buffer.add = lambda counts: total_counts  # type: ignore[method-assign]
-    sums = torch.zeros(4, dtype=torch.float64)
-    for part in parts:
-        total, values = losses(part)
-        total.backward()
-        sums += values
+    step = TrainStep(parts, 0.0, RouterTap(model))
+    own = [objective(model, part, step).counts_LE for part in parts] if exact_counts else []
+    sums: dict[str, Tensor] = {}
+    before: Tensor | None = None
+    for index, part in enumerate(parts):
+        others = [counts for other, counts in enumerate(own) if other != index and counts is not None]
+        seen = torch.stack(others).sum(0) if others else before
+        result = objective(model, part, step._replace(counts_LE=seen))
+        result.total.backward()
+        for name, value in result.values.items():
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value
+        assert result.counts_LE is not None
+        before = result.counts_LE if before is None else before + result.counts_LE
     return [p.grad for p in model.parameters()], sums
 
 
@@ -141,7 +141,7 @@ def relative_error(grads: list[Tensor], expected: list[Tensor]) -> float:
 
 def test_accumulation_equals_one_batch() -> None:
     parts = batches(3)
-    weights = LossWeights(balance=0.5, z=0.01, mtp=0.3, detach_trunk=False)
+    weights = NextToken(0.5, 0.01, 0.3)
     grads, sums = gradients(parts, weights, exact_counts=True)
     expected, expected_sums = gradients([joined(parts)], weights, exact_counts=False)
     torch.testing.assert_close(sums, expected_sums, rtol=1e-12, atol=0)
@@ -149,54 +149,45 @@ def test_accumulation_equals_one_batch() -> None:
 
 
 def test_running_counts_are_exact_for_one_micro_batch_and_close_for_more() -> None:
-    weights = LossWeights(balance=0.5, z=0.0, mtp=0.0, detach_trunk=False)
+    weights = NextToken(0.5, 0.0, 0.0)
     single = batches(1)
     running = gradients(single, weights, exact_counts=False)
     exact = gradients(single, weights, exact_counts=True)
-    assert torch.equal(running[1], exact[1])
+    assert running[1] == exact[1]
     twice = [single[0], single[0]]
     torch.testing.assert_close(
         gradients(twice, weights, exact_counts=False)[1], exact[1], rtol=1e-12, atol=0, msg="equal micro batches"
     )
     several = batches(3)
-    difference = gradients(several, weights, exact_counts=False)[1] - gradients(several, weights, exact_counts=True)[1]
-    assert 0 < difference[2].abs() < 0.2
+    running, exact = (gradients(several, weights, exact_counts=is_exact) for is_exact in (False, True))
+    difference = running[1]["balance"] - exact[1]["balance"]
+    assert 0 < difference.abs() < 0.2
 
 
 def test_losses_equal_plain_formulas() -> None:
     (part,) = batches(1)
     model = tiny_model(dtype=torch.float64)
-    weights = LossWeights(balance=0.0, z=0.0, mtp=0.3, detach_trunk=False)
-    result = compute_losses(
-        model, part, tap=RouterTap(model), buffer=BalanceBuffer(), weights=weights,
-        targets=StepTargets(part.num_labels, part.num_mtp_labels, 1),
-    )  # fmt: skip
+    result = NextToken(0.0, 0.0, 0.3)(model, part, TrainStep([part], 0.0, RouterTap(model)))
     trunk = model(part.batch)
     main = F.cross_entropy(model.logits(trunk.hidden_TD), part.labels_T)
     draft = model.logits(model.draft_hidden(part.next_ids_T, trunk, part.batch))
     mtp = F.cross_entropy(draft, part.mtp_labels_T, ignore_index=IGNORED)
-    torch.testing.assert_close(result.main, main, rtol=1e-12, atol=0, check_dtype=True)
+    torch.testing.assert_close(result.values["main"], main.detach(), rtol=1e-12, atol=0, check_dtype=True)
     torch.testing.assert_close(result.total, main + 0.3 * mtp, rtol=1e-12, atol=0)
 
 
 def test_several_mtp_steps_equal_drafting_token_by_token() -> None:
     """Documents one by one: from the second step on, the rows before are the module's own."""
     lengths = [9, 2, 14]
-    part = pack([Piece(document, 0, len(document) - 1) for document in documents(lengths)])
+    part = pack([DocumentRows(document, 0, len(document) - 1) for document in documents(lengths)])
     model = tiny_model(dtype=torch.float64)
-    tap = RouterTap(model)
-    result = compute_losses(
-        model, part, tap=tap, buffer=BalanceBuffer(), targets=StepTargets(part.num_labels, part.num_mtp_labels, 1),
-        weights=LossWeights(balance=0.5, z=0.1, mtp=0.3, detach_trunk=False, mtp_steps=3),
-    )  # fmt: skip
-    once = compute_losses(
-        model, part, tap=tap, buffer=BalanceBuffer(), targets=StepTargets(part.num_labels, part.num_mtp_labels, 1),
-        weights=LossWeights(balance=0.5, z=0.1, mtp=0.3, detach_trunk=False),
-    )  # fmt: skip
-    assert torch.equal(result.balance, once.balance) and torch.equal(result.z, once.z)
+    step = TrainStep([part], 0.0, RouterTap(model))
+    result, once = (NextToken(0.5, 0.1, 0.3, mtp_steps=steps)(model, part, step) for steps in (3, 1))
+    assert all(torch.equal(result.values[name], once.values[name]) for name in ("balance", "z"))
+    assert torch.equal(result.counts_LE, once.counts_LE)  # type: ignore[arg-type]
     total = torch.zeros((), dtype=torch.float64)
     for document in documents(lengths):
-        alone = pack([Piece(document, 0, len(document) - 1)])
+        alone = pack([DocumentRows(document, 0, len(document) - 1)])
         trunk = model(alone.batch)
         rows = source = model.draft_source(trunk)
         for _ in range(3):
@@ -205,14 +196,14 @@ def test_several_mtp_steps_equal_drafting_token_by_token() -> None:
                 model.logits(draft), alone.mtp_labels_T, ignore_index=IGNORED, reduction="sum"
             )
             rows = torch.cat([source[:1], draft[:-1]])
-    torch.testing.assert_close(result.mtp, total.detach() / (3 * part.num_mtp_labels), rtol=1e-12, atol=0)
+    torch.testing.assert_close(result.values["mtp"], total.detach() / (3 * part.num_mtp_labels), rtol=1e-12, atol=0)
 
 
 def test_detached_trunk_gets_no_gradient_of_the_mtp_loss() -> None:
     parts = batches(1)
-    alone = LossWeights(balance=0.0, z=0.0, mtp=0.0, detach_trunk=False)
-    detached = LossWeights(balance=0.0, z=0.0, mtp=0.3, detach_trunk=True)
-    attached = LossWeights(balance=0.0, z=0.0, mtp=0.3, detach_trunk=False)
+    alone = NextToken(0.0, 0.0, 0.0)
+    detached = NextToken(0.0, 0.0, 0.3, detach_trunk=True)
+    attached = NextToken(0.0, 0.0, 0.3)
     names = [name for name, _ in tiny_model().named_parameters()]
     by_weights = [
         dict(zip(names, gradients(parts, weights, exact_counts=False)[0], strict=True))
@@ -229,7 +220,7 @@ def test_detached_trunk_gets_no_gradient_of_the_mtp_loss() -> None:
 def test_expert_counts_by_hand() -> None:
     model = tiny_model()
     tap = RouterTap(model)
-    part = pack([Piece(documents([12])[0], 0, 11), Piece(documents([9], seed=1)[0], 0, 8)])
+    part = pack([DocumentRows(documents([12])[0], 0, 11), DocumentRows(documents([9], seed=1)[0], 0, 8)])
     trunk = model(part.batch)
     model.draft_hidden(part.next_ids_T, trunk, part.batch)
     outputs = tap.take()
@@ -250,3 +241,16 @@ def test_expert_counts_by_hand() -> None:
     tap.close()
     model(part.batch)
     assert tap.take() == []
+
+
+def test_the_total_is_the_weighted_sum_of_the_parts() -> None:
+    values = {name: torch.tensor(n, requires_grad=True) for name, n in (("a", 2.0), ("b", 3.0), ("c", 5.0))}
+    losses = Losses({"a": LossPart(values["a"]), "b": LossPart(values["b"], 0.5), "c": LossPart(values["c"], 0.0)})
+    assert losses.total.item() == 3.5
+    losses.total.backward()
+    assert [value.grad and value.grad.item() for value in values.values()] == [1.0, 0.5, None]
+    assert {name: (value.item(), value.requires_grad) for name, value in losses.values.items()} == {
+        "a": (2.0, False),
+        "b": (3.0, False),
+        "c": (5.0, False),
+    }

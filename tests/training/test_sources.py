@@ -7,33 +7,20 @@ import pytest
 from qnext.errors import UsageError
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import END_OF_TEXT, byte_level_tokenizer
-from qnext.training.sources import TextFile, collect, read_text, split_by_package, take_bytes, tokenize
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "empty"), (b" \n\t\n", "empty"), (b"ab\xff", "not UTF-8 .byte 2"), (b"a\0b", "NUL")],
-)
-def test_unreadable_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "bad.txt"
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=f"bad.txt: .*{message}"):
-        read_text(path)
-
-
-def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"gone\.txt: No such file"):
-        read_text(tmp_path / "gone.txt")
-    with pytest.raises(UsageError, match="here: Is a directory"):
-        (tmp_path / "here").mkdir()
-        read_text(tmp_path / "here")
+from qnext.training.sources import TextFile, collect, split_by_package, take_bytes, tokenize
 
 
 def test_collect(tmp_path: Path) -> None:
     contents = {
-        "one.py": b"x = 1\n", "pkg/two.py": "é = 2\n".encode(), "pkg/sub/three.py": b"x = 3\n", "pkg/note.txt": b"no",
-        "pkg/tests/four.py": b"x = 4\n", "copy.py": b"x = 3\n", "bad.py": b"\xff", "empty.py": b"",
-    }  # fmt: skip
+        "one.py": b"x = 1\n",
+        "pkg/two.py": "é = 2\n".encode(),
+        "pkg/sub/three.py": b"x = 3\n",
+        "pkg/note.txt": b"no",
+        "pkg/tests/four.py": b"x = 4\n",
+        "copy.py": b"x = 3\n",
+        "bad.py": b"\xff",
+        "empty.py": b"",
+    }
     for name, data in contents.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from qnext.errors import UsageError
-from qnext.training.losses import BalanceBuffer
 from qnext.training.threads import BackwardThreads
 from tests.training.models import tiny_model
 from tests.training.test_loop import CONFIG, make_trainer
@@ -37,19 +36,6 @@ def test_threads_are_given_back_and_errors_come_through() -> None:
         threads.backward([fail, fail], [])  # type: ignore[list-item]
     assert torch.get_num_threads() == before
     threads.close()
-
-
-def test_balance_buffers_fork_and_join() -> None:
-    buffer = BalanceBuffer()
-    for start in (torch.tensor([[1, 2]]), torch.tensor([[10, 20]])):
-        children = [buffer.fork(), buffer.fork()]
-        before = buffer.counts_LE
-        seen = [child.add(start + n) for n, child in enumerate(children)]
-        assert torch.equal(seen[1], start + 1 if before is None else before + start + 1)
-        buffer.join(children)
-        assert buffer.counts_LE is not None
-        both = 2 * start + 1
-        assert torch.equal(buffer.counts_LE, both if before is None else before + both)
 
 
 def test_parallel_batches_divide_the_accumulation() -> None:

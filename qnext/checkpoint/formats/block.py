@@ -1,4 +1,4 @@
-"""Typed values of one JSON object of a configuration, and what in it nobody asked for. No torch."""
+"""Typed values of one JSON object of a configuration, and the keys that no reader asked for. No torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ _MAX_LISTED = 8
 
 
 def shown(text: object) -> str:
-    """One short line, whatever a file says."""
+    """One short line for any value of a file."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)[:80])
 
 
-class Block:
-    """Reads keys by type; ConfigError names the key of a damaged value, NotSupported one that is not implemented."""
+class ConfigBlock:
+    """Reads keys by type. ConfigError names the key of a damaged value, NotSupported the key of one that is not
+    implemented."""
 
     def __init__(self, values: Any, where: str) -> None:
         self.where = where
@@ -25,7 +26,7 @@ class Block:
             raise ConfigError(f"{where}: must be an object or null")
         self.values: dict[str, Any] = values
         self._known: set[str] = set()
-        self._inner: list[Block] = []
+        self._inner: list[ConfigBlock] = []
 
     def error(self, key: str, problem: str) -> ConfigError:
         return ConfigError(f"{self.where}.{shown(key)}: {problem}")
@@ -38,18 +39,18 @@ class Block:
         return self.values.get(key)
 
     def neutral(self, *keys: str) -> None:
-        """Keys that change no number here: how a folder was made, and how other programs compute."""
+        """Accept keys that change no number here: how a folder was made, and how other programs compute."""
         self._known.update(keys)
 
     def unknown(self) -> Iterator[str]:
-        """Keys that no reader asked for, those of inner objects with their path."""
+        """Keys that no reader asked for. Keys of inner objects have their path."""
         yield from (shown(key) for key in self.values if key not in self._known and self.values[key] is not None)
         for inner in self._inner:
             prefix = inner.where.removeprefix(f"{self.where}.")
             yield from (f"{prefix}.{key}" for key in inner.unknown())
 
     def choice(self, key: str, allowed: tuple[Any, ...]) -> Any:
-        """A value that is one of `allowed`; None among them stands for an absent key too."""
+        """A value that is one of `allowed`. None among them stands for an absent key too."""
         value = self.get(key)
         for known in allowed:
             if value == known and type(value) is type(known):
@@ -73,7 +74,7 @@ class Block:
         return default if value is None else value
 
     def group_size(self, key: str) -> int | None:
-        """-1 is one group for all inputs; an absent key is too."""
+        """-1 means one group for all inputs, and so does an absent key."""
         value = self.get(key)
         if value is None:
             return None
@@ -86,7 +87,7 @@ class Block:
         return value
 
     def block_size(self, key: str) -> tuple[int, int] | None:
-        """Outputs and inputs that share a scale; null and an absent key are None."""
+        """The outputs and inputs that share a scale. null and an absent key are None."""
         value = self.get(key)
         if value is None:
             return None
@@ -96,7 +97,7 @@ class Block:
         return value[0], value[1]
 
     def names(self, *keys: str) -> list[str]:
-        """A list of strings under the first of `keys` that has one; null and an absent key are the empty list."""
+        """The list of strings under the first of `keys` that has one. null and an absent key are the empty list."""
         for key in keys:
             value = self.get(key)
             if value is None:
@@ -106,9 +107,13 @@ class Block:
             return value
         return []
 
-    def block(self, key: str) -> Block:
-        """An inner object, which must be there."""
-        self._inner.append(Block(self.get(key), f"{self.where}.{shown(key)}"))
+    def block(self, key: str) -> ConfigBlock:
+        """An inner object, which must exist."""
+        return self.inner(self.get(key), shown(key))
+
+    def inner(self, values: Any, name: str) -> ConfigBlock:
+        """One of the objects of a list."""
+        self._inner.append(ConfigBlock(values, f"{self.where}.{name}"))
         return self._inner[-1]
 
     def must_be_empty(self, *keys: str) -> None:
@@ -117,8 +122,8 @@ class Block:
                 raise self.not_supported(key, f"{shown(self.values[key])} is not supported")
 
 
-def list_unknown(block: Block) -> str | None:
-    """What a warning says of all keys that nobody asked for, or None."""
+def list_unknown(block: ConfigBlock) -> str | None:
+    """The warning that names all keys that no reader asked for, or None."""
     keys = list(block.unknown())
     if not keys:
         return None

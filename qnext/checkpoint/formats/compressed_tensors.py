@@ -1,11 +1,11 @@
-"""The block of compressed-tensors: groups of modules with a form each. No torch.
+"""The block of compressed-tensors: groups of modules, each with a form. No torch.
 
 Source: compressed-tensors 0.20 (quantization/quant_config.py, quant_args.py, utils/match.py, config/base.py).
 """
 
 from __future__ import annotations
 
-from qnext.checkpoint.formats.block import Block
+from qnext.checkpoint.formats.block import ConfigBlock
 from qnext.checkpoint.formats.forms import BITS, Form, Quantization, Rule
 from qnext.checkpoint.patterns import module_names
 from qnext.errors import NotSupported, warn
@@ -24,14 +24,14 @@ FORMATS = (*_LAYOUTS, "dense", "mixed-precision")
 _FLOAT_GROUPS = {"nvfp4": 16, "mxfp4": 32}
 
 
-def read_compressed_tensors(block: Block) -> Quantization:
-    """NotSupported for sparse weights, rotations, and formats that are not in FORMATS."""
+def read_compressed_tensors(block: ConfigBlock) -> Quantization:
+    """Read the block. Raises NotSupported for sparse weights, rotations, and formats that are not in FORMATS."""
     block.neutral("quant_method", "quantization_status", "version", "global_compression_ratio", "run_compressed")
     # A rotation of the inputs or a sparse mask changes what the codes stand for.
     _no_transform(block)
     block.must_be_empty("moe_sparsity_config")
     if block.get("sparsity_config"):
-        Block(block.get("sparsity_config"), f"{block.where}.sparsity_config").choice("format", ("dense", None))
+        ConfigBlock(block.get("sparsity_config"), f"{block.where}.sparsity_config").choice("format", ("dense", None))
     if block.get("kv_cache_scheme"):
         warn(f"{block.where}.kv_cache_scheme: the cache is kept finer than it asks for")
     whole = block.choice("format", (*FORMATS, None))
@@ -50,7 +50,7 @@ def read_compressed_tensors(block: Block) -> Quantization:
     return Quantization("compressed-tensors", (*named, *general), block.where)
 
 
-def _no_transform(block: Block) -> None:
+def _no_transform(block: ConfigBlock) -> None:
     transform = block.get("transform_config")
     if isinstance(transform, dict):
         transform = transform.get("config_groups")
@@ -58,7 +58,7 @@ def _no_transform(block: Block) -> None:
         raise block.not_supported("transform_config", "rotated weights are not supported")
 
 
-def _read_group(group: Block, whole: str | None) -> tuple[Form | None, list[str]]:
+def _read_group(group: ConfigBlock, whole: str | None) -> tuple[Form | None, list[str]]:
     group.neutral("input_activations", "output_activations")  # they are kept finer than is asked for
     layout = group.choice("format", (*FORMATS, None)) or whole
     targets = group.names("targets")
@@ -86,7 +86,7 @@ def _read_group(group: Block, whole: str | None) -> tuple[Form | None, list[str]
     return Form(name, bits, weights.group_size("group_size") if is_grouped else None, is_symmetric), targets
 
 
-def _usual_format(weights: Block, kind: str, *, has_activations: bool) -> str:
+def _usual_format(weights: ConfigBlock, kind: str, *, has_activations: bool) -> str:
     """What compressed-tensors infers for a scheme that names no format."""
     bits = weights.get("num_bits")
     if kind == "int":
@@ -96,7 +96,7 @@ def _usual_format(weights: Block, kind: str, *, has_activations: bool) -> str:
     return "mxfp4-pack-quantized" if weights.get("group_size") == 32 else "nvfp4-pack-quantized"
 
 
-def _float_form(name: str, layout: str, weights: Block) -> Form:
+def _float_form(name: str, layout: str, weights: ConfigBlock) -> Form:
     strategy = weights.choice("strategy", ("tensor", "channel", "block", "group", "tensor_group", None))
     group_size = weights.get("group_size")
     if name != "fp8":

@@ -1,4 +1,5 @@
-"""The blocks of FP8 folders, ModelOpt and bitsandbytes, where the tensors of each weight say what they are. No torch.
+"""The blocks of FP8 folders, ModelOpt and bitsandbytes. In these the tensors of each weight say what they are. No
+torch.
 
 Sources: transformers' FineGrainedFP8Config, FbgemmFp8Config and BitsAndBytesConfig; ModelOpt's unified checkpoints
 (hf_quant_config.json and the same under config.json's quantization_config).
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from qnext.checkpoint.formats.block import Block
+from qnext.checkpoint.formats.block import ConfigBlock
 from qnext.checkpoint.formats.forms import Form, Quantization, Rule
 from qnext.checkpoint.patterns import ModuleNames, NamePieces
 from qnext.errors import warn
@@ -16,8 +17,8 @@ from qnext.errors import warn
 _EXCEPTIONS = ("modules_to_not_convert", "ignored_layers", "modules_to_convert", "ignore")
 
 
-def read_fp8(block: Block) -> Quantization:
-    """The dtype of each weight decides which are FP8, so lists of modules are not needed."""
+def read_fp8(block: ConfigBlock) -> Quantization:
+    """Read the block. The dtype of each weight says whether it is FP8, so lists of modules are not needed."""
     block.neutral("quant_method", "scale_fmt", "dequantize", "activation_scale_ub", "use_static_scales", "version")
     block.choice("fmt", ("e4m3", "e5m2", "float8_e4m3fn", "float8_e5m2", "e4m3fn", None))
     block.choice("activation_scheme", ("dynamic", "static", None))  # activations are kept finer
@@ -41,8 +42,8 @@ _ALGORITHMS: dict[str | None, Form | None] = {
 }
 
 
-def read_modelopt(block: Block) -> Quantization:
-    """NotSupported for algorithms that scale inputs (AWQ) or whose layouts are not known."""
+def read_modelopt(block: ConfigBlock) -> Quantization:
+    """Read the block. Raises NotSupported for algorithms that scale inputs (AWQ) or whose layouts are not known."""
     block.neutral(
         "quant_method",
         "producer",
@@ -71,7 +72,7 @@ def read_modelopt(block: Block) -> Quantization:
     return Quantization("modelopt", tuple(rules), block.where)
 
 
-def read_bitsandbytes(block: Block) -> Quantization:
+def read_bitsandbytes(block: ConfigBlock) -> Quantization:
     block.neutral(
         "quant_method",
         "_load_in_4bit",

@@ -1,14 +1,18 @@
-"""How weights may lie on disk, what a configuration claims of them, and the tables of what is read. No torch."""
+"""How weights may lie on disk, what a configuration claims about them, and the tables of what is read. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
+
+from qnext.planning import Kind, ParameterInfo
+from qnext.planning.expert_records import MatrixForm
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
-class Layout(NamedTuple):
+class FormLayout(NamedTuple):
     """One way in which the tensors of a weight lie on disk."""
 
     kind: str  # int: codes stay codes in memory; float: the weight becomes a tensor
@@ -17,18 +21,19 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "pack-quantized": Layout("int", "weight_packed", "compressed-tensors, integers packed in words"),
-    "int-quantized": Layout("int", "weight", "compressed-tensors W8A8 and the like, one byte for each number"),
-    "awq": Layout("int", "qweight", "AWQ, version gemm"),
-    "gptq": Layout("int", "qweight", "GPTQ, first format (zeros less one)"),
-    "gptq_v2": Layout("int", "qweight", "GPTQ, second format"),
-    "bnb-int8": Layout("int", "weight", "bitsandbytes LLM.int8()"),
-    "fp8": Layout("float", "weight", "FP8 (E4M3 or E5M2) with scales per tensor, channel, group or block"),
-    "nvfp4": Layout("float", "weight_packed", "NVFP4 of compressed-tensors"),
-    "nvfp4-modelopt": Layout("float", "weight", "NVFP4 of ModelOpt"),
-    "mxfp4": Layout("float", "weight_packed", "MXFP4 of compressed-tensors"),
-    "bnb-nf4": Layout("float", "weight", "bitsandbytes NF4, plain and double quantised"),
-    "bnb-fp4": Layout("float", "weight", "bitsandbytes FP4, plain and double quantised"),
+    "pack-quantized": FormLayout("int", "weight_packed", "compressed-tensors, integers packed in words"),
+    "int-quantized": FormLayout("int", "weight", "compressed-tensors W8A8 and the like, one byte for each number"),
+    "awq": FormLayout("int", "qweight", "AWQ, version gemm"),
+    "gptq": FormLayout("int", "qweight", "GPTQ, first format (zeros less one)"),
+    "gptq_v2": FormLayout("int", "qweight", "GPTQ, second format"),
+    "bnb-int8": FormLayout("int", "weight", "bitsandbytes LLM.int8()"),
+    "panels": FormLayout("int", "weight_panels", "qnext's records of experts, in the order of its kernels"),
+    "fp8": FormLayout("float", "weight", "FP8 (E4M3 or E5M2) with scales per tensor, channel, group or block"),
+    "nvfp4": FormLayout("float", "weight_packed", "NVFP4 of compressed-tensors"),
+    "nvfp4-modelopt": FormLayout("float", "weight", "NVFP4 of ModelOpt"),
+    "mxfp4": FormLayout("float", "weight_packed", "MXFP4 of compressed-tensors"),
+    "bnb-nf4": FormLayout("float", "weight", "bitsandbytes NF4, plain and double quantised"),
+    "bnb-fp4": FormLayout("float", "weight", "bitsandbytes FP4, plain and double quantised"),
 }
 
 # quant_method -> what is read of it. Other spellings of a method stand in `ALIASES`.
@@ -42,6 +47,7 @@ METHODS = {
     "awq": "4 bits, version gemm",
     "auto-round": "as the GPTQ, AWQ, compressed-tensors or FP8 that it is",
     "bitsandbytes": "nf4, fp4 and int8",
+    "expert-records": "qnext's own: an expert is one aligned record of int4, int8 or floats, the rest is any of these",
 }
 ALIASES = {
     "auto_round": "auto-round",
@@ -89,7 +95,7 @@ NOT_READ = {
 
 
 class Form(NamedTuple):
-    """How a weight lies on disk. `group_size` None is one group of all inputs; `block` is for FP8 alone."""
+    """How a weight lies on disk. `group_size` None means one group of all inputs. Only FP8 has `block`."""
 
     layout: str  # a name in LAYOUTS
     bits: int
@@ -104,7 +110,7 @@ class Form(NamedTuple):
 
     @property
     def code_bits(self) -> int:
-        """Bits of a code in memory: odd widths on disk fit the next one of 4 and 8, and nothing is lost."""
+        """Bits of a code in memory. Other widths on disk fit into the next one of 4 and 8 without loss."""
         return 4 if self.bits <= 4 else 8
 
     def describe(self) -> str:
@@ -127,34 +133,43 @@ def _block_name(block: tuple[int, int] | None) -> str:
 
 
 class Claim(NamedTuple):
-    """What the configuration says of one module: its form, or None for plain; and whether it says so clearly."""
+    """What the configuration says about one module: its form, or None for plain, and whether it says so clearly."""
 
     form: Form | None
     is_certain: bool
 
 
 class Rule(NamedTuple):
-    """A form, or None for plain, of the modules in `targets`; targets None are all linear layers."""
+    """A form, or None for plain, for the modules in `targets`. `targets` None means all linear layers."""
 
     form: Form | None
     targets: Container[str] | None
     is_certain: bool = True
 
 
+class RecordForms(NamedTuple):
+    """What the records of a layer's experts hold."""
+
+    gate_up: MatrixForm
+    down: MatrixForm
+
+
 class Quantization(NamedTuple):
-    """A quantization_config: the first rule that names a module holds. Where it differs, the tensors decide."""
+    """A quantization_config. The first rule that names a module applies. Where it contradicts the tensors, the tensors
+    decide."""
 
     method: str
     rules: tuple[Rule, ...]
     where: str = "config.json: quantization_config"  # file and key, for messages
+    records: Mapping[str, RecordForms] = MappingProxyType({})  # of the layers whose experts are records, by name
 
-    def claim(self, module: str) -> Claim:
-        """What is said of a linear layer, by its name on disk without .weight."""
+    def claim(self, module: str, parameter: ParameterInfo) -> Claim:
+        """The claim about a linear layer that is part of `parameter`, by its name on disk without .weight."""
         for form, targets, is_certain in self.rules:
             if targets is None:
-                if module.endswith("embed_tokens"):  # no linear layer
+                if parameter.kind is Kind.EMBEDDING:  # no linear layer
                     return Claim(None, True)
-                return Claim(form, is_certain and not _is_doubtful(module, self.method))
+                return Claim(form, is_certain and not _is_doubtful(parameter, self.method))
             if module in targets:
                 return Claim(form, is_certain)
         return Claim(None, self.method == "compressed-tensors")
@@ -164,12 +179,12 @@ class Quantization(NamedTuple):
         return tuple(dict.fromkeys(rule.form for rule in self.rules if rule.form is not None))
 
 
-def _is_doubtful(module: str, method: str) -> bool:
-    """Whether programs differ on the module being among "every linear layer", so that the tensors decide.
+def _is_doubtful(parameter: ParameterInfo, method: str) -> bool:
+    """Whether programs differ on the parameter being among "every linear layer", so that the tensors decide.
 
     Gates are no linear layers in newer releases of transformers, quantisers do not see the MTP module, and all but
     compressed-tensors leave the head and what is outside their table of layers.
     """
-    if module.startswith("mtp.") or module.endswith((".mlp.gate", ".shared_expert_gate")):
+    if parameter.part == "mtp" or parameter.kind in (Kind.ROUTER, Kind.SHARED_SCALE):
         return True
-    return method != "compressed-tensors" and (module == "lm_head" or module.endswith(".in_proj_ba"))
+    return method != "compressed-tensors" and parameter.kind in (Kind.HEAD, Kind.DELTA_BA)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qnext.checkpoint.formats.block import Block
+from qnext.checkpoint.formats.block import ConfigBlock
 from qnext.checkpoint.formats.compressed_tensors import read_compressed_tensors
 from qnext.checkpoint.formats.forms import BITS, Form, Quantization, Rule
 from qnext.checkpoint.patterns import ModuleNames, NamePieces, OtherModules, searched
@@ -31,7 +31,7 @@ act_data_type super_bits super_group_size
 _NEUTRAL = tuple(_WORDS.split())
 
 
-def _default_rules(block: Block, form: Form) -> list[Rule]:
+def _default_rules(block: ConfigBlock, form: Form) -> list[Rule]:
     """Exceptions that GPTQ, AWQ and AutoRound write alike, and then the form of all the rest."""
     rules = [Rule(None, NamePieces(block.names("modules_to_not_convert", "ignore")))]
     inside = _flat_names(block, "modules_in_block_to_quantize")
@@ -43,7 +43,7 @@ def _default_rules(block: Block, form: Form) -> list[Rule]:
     return [*rules, Rule(form, None)]
 
 
-def _flat_names(block: Block, key: str) -> list[str]:
+def _flat_names(block: ConfigBlock, key: str) -> list[str]:
     """Names in a list, a list of lists, or one text with commas."""
     value = block.get(key)
     if isinstance(value, str):
@@ -55,7 +55,7 @@ def _flat_names(block: Block, key: str) -> list[str]:
     return [name for name in value or [] if name]
 
 
-def _codes_form(block: Block, layout: str, keys: tuple[str, str], default: Form | None = None) -> Form:
+def _codes_form(block: ConfigBlock, layout: str, keys: tuple[str, str], default: Form | None = None) -> Form:
     """bits, group_size and sym of one object; what is absent there is as in `default`, or for the shapes to say."""
     default = default or Form(layout, SHAPES_DECIDE, SHAPES_DECIDE)
     bits, group_size = default.bits, default.group_size
@@ -69,8 +69,9 @@ def _codes_form(block: Block, layout: str, keys: tuple[str, str], default: Form 
     return Form(layout, bits, group_size, block.flag("sym", default.is_symmetric) is True)
 
 
-def read_gptq(block: Block) -> Quantization:
-    """`dynamic` is a list of patterns, the first that matches holds: -: leaves plain, others change the form."""
+def read_gptq(block: ConfigBlock) -> Quantization:
+    """Read the block. `dynamic` is a list of patterns; the first that matches applies: "-:" leaves a module plain,
+    others change the form."""
     block.neutral(*_NEUTRAL)
     block.must_be_empty("adapter", "rotation")  # both change what the codes alone stand for
     formats = ("gptq", "gptq_v2", None)
@@ -89,7 +90,7 @@ def read_gptq(block: Block) -> Quantization:
     return Quantization("gptq", (*rules, *_default_rules(block, form)), block.where)
 
 
-def _dynamic_rules(block: Block, form: Form) -> list[Rule]:
+def _dynamic_rules(block: ConfigBlock, form: Form) -> list[Rule]:
     if not block.get("dynamic"):
         return []
     dynamic = block.block("dynamic")
@@ -109,7 +110,7 @@ def _dynamic_rules(block: Block, form: Form) -> list[Rule]:
     return rules
 
 
-def read_awq(block: Block) -> Quantization:
+def read_awq(block: ConfigBlock) -> Quantization:
     block.neutral(*_NEUTRAL, "lm_head")
     version = block.word("version")
     if version not in ("gemm", "exllama", "ipex", None):  # the last two are kernels for the same layout
@@ -132,8 +133,9 @@ _AUTO_ROUND_WORDS = (
 _ZEROS_AS_THEY_ARE = ("auto_round", "auto_round:gptqmodel", "auto_round:auto_round", "auto_round:gptq_v2")
 
 
-def read_auto_round(block: Block) -> Quantization:
-    """Integers are GPTQ or AWQ by `packing_format`; floats and groups are what compressed-tensors calls them."""
+def read_auto_round(block: ConfigBlock) -> Quantization:
+    """Read the block. Integers are GPTQ or AWQ by `packing_format`. Floats and groups have the names of
+    compressed-tensors."""
     if block.get("config_groups"):
         block.neutral("packing_format", *_NEUTRAL, *_AUTO_ROUND_WORDS.split())
         return read_compressed_tensors(block)._replace(method="auto-round")
@@ -163,7 +165,7 @@ _BLOCK_KEYS = (
 )
 
 
-def _extra_rules(block: Block, form: Form) -> list[Rule]:
+def _extra_rules(block: ConfigBlock, form: Form) -> list[Rule]:
     """extra_config: by exact name, and where none is there by a pattern that is found anywhere in the name."""
     if not block.get("extra_config"):
         return []
@@ -183,6 +185,6 @@ def _extra_rules(block: Block, form: Form) -> list[Rule]:
     return [*exact, *patterns]
 
 
-def _is_plain(values: Block) -> bool:
+def _is_plain(values: ConfigBlock) -> bool:
     bits: Any = values.get("bits")
     return type(bits) is int and bits >= 16

@@ -1,4 +1,4 @@
-"""How the numbers of a GGUF file are stored: what is read, what is written, what is refused by name. No torch.
+"""How the numbers of a GGUF file are stored: what is read, what is written, and what is refused by name. No torch.
 
 Names, numbers and sizes are those of ggml (ggml/include/ggml.h, ggml/src/ggml-common.h).
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class BlockType(NamedTuple):
-    """How a row is stored: blocks of `num_items` numbers in `num_bytes` bytes; `number` stands for it in files."""
+    """How a row is stored: blocks of `num_items` numbers in `num_bytes` bytes. `number` is the type's id in files."""
 
     name: str
     number: int

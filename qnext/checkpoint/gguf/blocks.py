@@ -1,6 +1,6 @@
-"""Numbers of a GGUF file: rows to blocks of bytes and back.
+"""The numbers of a GGUF file: rows to blocks of bytes, and back.
 
-Layouts and roundings are those of ggml (ggml-common.h, ggml-quants.c); every product is fp32.
+Layouts and roundings are those of ggml (ggml-common.h, ggml-quants.c). Every product is fp32.
 
 Legend: R rows, I inputs, N blocks of a row, B bytes; inside a block S sub-blocks, J items.
 """
@@ -16,11 +16,10 @@ from qnext.checkpoint.gguf.fields import half, nibbles, pairs
 from qnext.checkpoint.gguf.small_blocks import SMALL_DECODERS
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-ENCODED = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 
 def encode(x_RI: Tensor, block: BlockType) -> Tensor:
-    """fp32 rows as bytes [R, B], rounded as ggml's reference functions round."""
+    """fp32 rows as bytes [R, B], rounded in the same way as by ggml's reference functions."""
     if block.name in _FLOATS:
         return x_RI.to(_FLOATS[block.name]).contiguous().view(torch.uint8)
     x_RNJ = x_RI.unflatten(-1, (-1, block.num_items))
@@ -29,14 +28,14 @@ def encode(x_RI: Tensor, block: BlockType) -> Tensor:
 
 
 def decode(raw_RB: Tensor, block: BlockType) -> Tensor:
-    """Bytes [R, B] as fp32 rows [R, I]; numbers of eight bytes are rounded."""
+    """Bytes [R, B] as fp32 rows [R, I]. Numbers of eight bytes are rounded."""
     if block.name in _FLOATS:
         return raw_RB.view(_FLOATS[block.name]).to(torch.float32)
     return _DECODERS[block.name](raw_RB.unflatten(-1, (-1, block.num_bytes))).flatten(1)
 
 
 def integer_codes(raw_RB: Tensor, block: BlockType) -> tuple[Tensor, Tensor]:
-    """Q8_0 or Q4_0 rows as they stand: codes uint8 [R, I], offset by half their range, and scales f16 [R, N].
+    """Q8_0 or Q4_0 rows as stored: codes uint8 [R, I], offset by half their range, and scales f16 [R, N].
 
     value = (code - 128) * scale for Q8_0, (code - 8) * scale for Q4_0.
     """
@@ -51,8 +50,8 @@ def integer_codes(raw_RB: Tensor, block: BlockType) -> tuple[Tensor, Tensor]:
 def encode_codes(codes_RI: Tensor, scale_RG: Tensor, block: BlockType, *, bits: int) -> Tensor:
     """Codes of `bits` bits (uint8, offset by half their range) and their scales as bytes of Q8_0 or Q4_0.
 
-    The codes stay what they are; scales go to f16, those of longer groups to every block of their group. Codes of four
-    bits may become Q8_0.
+    The codes do not change. Scales become f16; a scale of a longer group is repeated in every block of the group. Codes
+    of four bits may become Q8_0.
     """
     codes_RNJ = codes_RI.unflatten(-1, (-1, block.num_items))
     scale_RN1 = scale_RG.repeat_interleave(codes_RNJ.shape[-2] // scale_RG.shape[-1], dim=-1)[..., None]

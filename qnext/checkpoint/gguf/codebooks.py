@@ -1,9 +1,9 @@
-"""The codebooks of the IQ types: which points they choose among. Facts from ggml (ggml-common.h, iq*_grid).
+"""The codebooks of the IQ types: the sets of points that they choose from. Facts from ggml (ggml-common.h, iq*_grid).
 
-A point has as many numbers as `size` says, each one of `levels`. Its number, with the first of them as the lowest digit
-in the base of the number of levels, says where it stands among all possible points; a codebook is a set of points and
-is indexed in that order. So a set of bits says it all: bit n (the lowest of a byte first) is set where point n belongs
-to the set; the bits stand here deflated, in base 85.
+A point has `size` numbers, each one of `levels`. Its index among all possible points is a number in the base of the
+number of levels, with the first of its numbers as the lowest digit. A codebook is a set of points and is indexed in
+this order. So a set of bits describes it: bit n (the lowest of a byte first) is set where point n belongs to the
+codebook. The bits are stored here deflated, in base 85.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The GGUF container: keys, tensor descriptions and where the bytes lie. No torch.
+"""The GGUF container: keys, tensor descriptions, and where the bytes lie. No torch.
 
-A file is `GGUF`, version, counts, typed keys, tensor descriptions, and the tensors' bytes, each padded to the
-alignment (ggml, docs/gguf.md). All numbers are little-endian. A file that is read may come from anyone: every count,
-length and offset is checked against what is left of the file before anything is made of it.
+A file is `GGUF`, version, counts, typed keys, tensor descriptions, and the tensors' bytes, each padded to the alignment
+(ggml, docs/gguf.md). All numbers are little-endian. A file may come from anyone. So every count, length and offset is
+compared with the rest of the file before anything is made of it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _OTHER_FORMATS = {
 
 
 class GgufSpec(NamedTuple):
-    """A tensor to be written. `shape` has the order of torch: rows last but one, inputs last."""
+    """A tensor to be written. `shape` has torch's order: rows last but one, inputs last."""
 
     block: BlockType
     shape: tuple[int, ...]
@@ -68,7 +68,7 @@ class GgufSpec(NamedTuple):
 
 
 class GgufTensor(NamedTuple):
-    """A tensor: bytes [start, end) of `path`, counted from the file's beginning; `shape` as in GgufSpec."""
+    """A tensor: bytes [start, end) of `path`, counted from the beginning of the file. `shape` as in GgufSpec."""
 
     name: str
     block: BlockType
@@ -79,7 +79,7 @@ class GgufTensor(NamedTuple):
 
 
 class GgufFile(NamedTuple):
-    """What a file, or the parts of a split one together, say about themselves. `path` is that of the first part."""
+    """What a file says about itself, or all parts of a split one together. `path` is that of the first part."""
 
     path: Path
     keys: dict[str, Value]
@@ -89,8 +89,8 @@ class GgufFile(NamedTuple):
 def read_part(path: str | Path) -> GgufFile:
     """Keys and tensor descriptions of one GGUF file of version 2 or 3, which may be a part of a split model.
 
-    Raises CorruptCheckpoint naming file and key or tensor for whatever contradicts the format or the file's size,
-    NotSupported for other formats, versions and types of tensors.
+    Raises CorruptCheckpoint, naming file and key or tensor, for everything that contradicts the format or the file's
+    size, and NotSupported for other formats, versions and types of tensors.
     """
     source = Path(path)
     with source.open("rb") as file:
@@ -101,7 +101,7 @@ def read_part(path: str | Path) -> GgufFile:
         if size < 24:
             raise CorruptCheckpoint(f"{source}: truncated: no GGUF file has only {size} bytes")
         file.seek(0)
-        return _Reader(source, file, size).read()
+        return _HeaderReader(source, file, size).read()
 
 
 def is_gguf(path: Path) -> bool:
@@ -128,7 +128,7 @@ def _another_format(path: Path, head: bytes, size: int) -> CorruptCheckpoint | N
     return CorruptCheckpoint(f"{path}: no GGUF file, it begins with {head[:4]!r}")
 
 
-class _Reader:
+class _HeaderReader:
     """Walks through the header. `where` says in errors what was being read."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:

@@ -1,7 +1,7 @@
 """ModelConfig to the keys of a GGUF file. No torch.
 
-Keys are those that llama.cpp reads (src/llama-arch.cpp, src/models/qwen3next.cpp). What it has no key for stands
-under `qnext.`, which other readers ignore. `read_keys.py` goes the other way.
+Keys are those that llama.cpp reads (src/llama-arch.cpp, src/models/qwen3next.cpp). Values that have no such key are
+under `qnext.`, which other readers ignore. `read_keys.py` is the other direction.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TOKENS = {"bos_token_id": "bos_token_id", "pad_token_id": "padding_token_id"}
 
 
 def refuse_unsupported(config: ModelConfig) -> None:
-    """Raise UsageError for what none of llama.cpp's architectures computes, naming the field."""
+    """Raise UsageError for a model that none of llama.cpp's architectures computes, naming the field."""
     is_next = config.zero_centered_norm and config.attention_output_gate
     if not is_next and (config.zero_centered_norm or config.attention_output_gate or config.has_linear_layers):
         raise UsageError("GGUF has no architecture for this ablation (attention_output_gate, zero_centered_norm)")

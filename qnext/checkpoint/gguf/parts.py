@@ -1,7 +1,7 @@
-"""Which files make one model: a GGUF file alone, or all parts of a split one. No torch.
+"""The files that make up one model: a GGUF file alone, or all parts of a split one. No torch.
 
-llama-gguf-split names parts NAME-00001-of-00003.gguf and writes split.no, split.count and split.tensors.count; the keys
-of the model stand in the first part (llama.cpp, src/llama-model-loader.cpp and tools/gguf-split).
+llama-gguf-split names parts NAME-00001-of-00003.gguf and writes split.no, split.count and split.tensors.count. The keys
+of the model are in the first part (llama.cpp, src/llama-model-loader.cpp and tools/gguf-split).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _SHOWN = 5
 
 
 def find_gguf(name: str) -> Path | None:
-    """The first GGUF file that a file, a folder or a pattern such as `DIR/*Q4_K_M*.gguf` stands for, else None.
+    """The first GGUF file of a file, a folder or a pattern such as `DIR/*Q4_K_M*.gguf`, or None.
 
-    Raises UsageError where there is a choice, NotSupported for pieces that were cut by bytes, and ModelNotFound for a
-    name that ends in .gguf and is nowhere.
+    Raises UsageError where several models match, NotSupported for pieces that were cut by bytes, and ModelNotFound for
+    a name that ends in .gguf and does not exist.
     """
     path = Path(name).expanduser()
     if _BYTES.fullmatch(path.name) and not path.is_dir():
@@ -47,7 +47,7 @@ def find_gguf(name: str) -> Path | None:
 
 
 def read_gguf(path: str | Path) -> GgufFile:
-    """Keys and tensors of the model that a GGUF file holds, or any part of a split one together with the others.
+    """Keys and tensors of the model in a GGUF file. A part of a split file is read together with the other parts.
 
     Raises CorruptCheckpoint where parts are missing, contradict each other or hold a tensor twice; else see read_part.
     """
@@ -97,7 +97,7 @@ def _paths(given: GgufFile, count: int) -> list[Path]:
 def _number(file: GgufFile, key: str, default: int) -> int:
     value = file.keys.get(key, default)
     if type(value) is not int or value < 0:
-        raise CorruptCheckpoint(f"{file.path}: key {key}: must be a number of things, not {str(value)[:60]}")
+        raise CorruptCheckpoint(f"{file.path}: key {key}: must be a whole number, at least 0, not {str(value)[:60]}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""A GGUF file becomes a model folder, tensor by tensor.
+"""A GGUF file to a model folder, tensor by tensor.
 
 Legend: R rows, I inputs, B bytes of a row.
 """
@@ -6,42 +6,47 @@ Legend: R rows, I inputs, B bytes of a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qnext.checkpoint.files import MAX_SHARD_BYTES, ShardWriter
+from qnext.checkpoint.described import describe
+from qnext.checkpoint.files import MAX_SHARD_BYTES, Progress
 from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.gguf.block_types import KEPT_BITS, BlockType
 from qnext.checkpoint.gguf.blocks import decode, integer_codes
 from qnext.checkpoint.gguf.container import GgufFile
-from qnext.checkpoint.gguf.names import Change, Entry, Slab, gguf_entries, matrix_shape, slabs
-from qnext.checkpoint.gguf.packing import GROUP_SIZE, packed_parameters, packed_plan, quantization_config
+from qnext.checkpoint.gguf.names import Change, GgufEntry, Slab, gguf_entries, matrix_shape, slabs
+from qnext.checkpoint.gguf.packing import GROUP_SIZE, packed_parameters, weight_forms
 from qnext.checkpoint.gguf.parts import read_gguf
 from qnext.checkpoint.gguf.read_keys import config_from_keys
 from qnext.checkpoint.gguf.structure import check_structure, scale_name
-from qnext.checkpoint.names import disk_parts
-from qnext.checkpoint.save import disk_plan, new_folder, write_side_files
+from qnext.checkpoint.names import Part, parts_by_expert
+from qnext.checkpoint.record_output import record_writer
+from qnext.checkpoint.save import new_folder, write_side_files
+from qnext.checkpoint.sink import ShardSink
 from qnext.config import ModelConfig, to_hf
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.files import write_inside
-from qnext.planning import parameter_shapes
-from qnext.quant.formats import pack_words, packed_width
+from qnext.ops import QuantizedWeight
+from qnext.ops.quantized import pack_codes
+from qnext.planning import Kind, list_parameters
 
 _CHUNK_ITEMS = 1 << 22
 # Small matrices that converters leave in fp32 beside quantised ones, though llama.cpp does not ask for it.
-_ALSO_FINE = "ssm_ba.weight"
+_ALSO_FINE = Kind.DELTA_BA
 _CLOSE = 2.0**-22  # relative: what two roundings of an exponential to fp32 may differ by
 
 
 class ImportReport(NamedTuple):
-    """What became of the tensors of the file, by name. `dtype` is that of all that is not packed.
+    """What happened to the tensors of the file, by name. `dtype` is that of all tensors that are not packed.
 
-    `packed` kept codes and scales, `dequantized` were quantised and are not; `rounded` were floats of a finer dtype.
+    `packed` tensors kept codes and scales. `dequantized` ones were quantised and are not now. `rounded` ones were
+    floats of a finer dtype.
     """
 
     dtype: torch.dtype
@@ -57,18 +62,18 @@ def import_gguf(
     *,
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
+    with_records: bool = False,
     tokenizer_folder: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ImportReport:
-    """Write the model of a GGUF file, or of all parts of a split one, to a new folder as Hugging Face shapes it.
+    """Write the model of a GGUF file, or of all parts of a split one, to a new folder in Hugging Face's form.
 
-    Q8_0 and Q4_0 stay as they are, in the layout of compressed-tensors, unless `dequantize`. `dtype` None is that of
-    the file's matrices, bfloat16 where they are quantised. Vectors, routers, convolutions and the b and a projections
-    that `dtype` cannot hold exactly stay in fp32; the other matrices are rounded to it, and the report names them.
-    Tokenizer files are copied from `tokenizer_folder`. Memory stays near one tensor of the folder. Raises
-    CorruptCheckpoint or NotSupported naming file and key or tensor, UsageError when `folder` exists and is not empty or
-    a number does not fit in `dtype`.
+    Q8_0 and Q4_0 keep their codes, in compressed-tensors' layout or in records, unless `dequantize`. Matrices are
+    rounded to `dtype`, or to the file's own, and the report names them. Vectors, routers, convolutions and the b and a
+    projections stay in fp32 where `dtype` cannot hold them. Raises CorruptCheckpoint or NotSupported naming file and
+    key or tensor, UsageError when `folder` exists and is not empty, a number does not fit into `dtype` or experts make
+    no records.
     """
     file = read_gguf(path)
     config = config_from_keys(file)
@@ -77,41 +82,45 @@ def import_gguf(
     chosen = dtype or _matrix_dtype(file, entries)
     packed = {} if dequantize else packed_parameters(config, file, entries)
     with ExitStack() as streams:
-        reader = _Rows(file, streams)
-        vectors = {entry.parameter: _as_vector(reader, entry, chosen) for entry in entries if len(entry.shape) == 1}
-        dtypes = dict.fromkeys(parameter_shapes(config), chosen) | {n: v.dtype for n, v in vectors.items()}
-        dtypes |= {entry.parameter: torch.float32 for entry in entries if _stays_fine(reader, entry, chosen)}
-        plan = packed_plan(config, disk_plan(config, dtypes), packed)
+        reader = _RowReader(file, streams)
+        vectors = {
+            entry.parameter.name: _as_vector(reader, entry, chosen) for entry in entries if len(entry.shape) == 1
+        }
+        dtypes = dict.fromkeys(list_parameters(config), chosen) | {n: v.dtype for n, v in vectors.items()}
+        dtypes |= {entry.parameter.name: torch.float32 for entry in entries if _stays_fine(reader, entry, chosen)}
+        forms = weight_forms(config, dtypes, packed)
+        records = record_writer(config, forms.values(), name=path) if with_records else None
+        sink = ShardSink(forms, records=records, max_shard_bytes=max_shard_bytes)
         with new_folder(folder) as temporary:
-            _write_config(temporary, config, chosen, packed)
+            _write_config(temporary, config, chosen, describe(forms.values(), config=config, records=records))
             write_side_files(temporary, config, tokenizer_folder, None)
-            writer = ShardWriter(temporary, plan, max_shard_bytes=max_shard_bytes)
             try:
+                sink.begin(temporary)
                 total = sum(tensor.end - tensor.start for tensor in file.tensors.values())
-                for name, tensor in _disk_tensors(reader, config, entries, vectors, packed, dtypes):
-                    writer.write(name, tensor)
+                for part, weight in _disk_weights(reader, config, entries, vectors, packed, dtypes):
+                    sink.add(part, weight)
                     if progress is not None:
                         progress(min(reader.num_bytes, total), total)
-                writer.finish()
+                sink.finish()
             finally:
-                writer.close()
+                sink.close()
     quantised = [entry for entry in entries if file.tensors[entry.name].block.num_items > 1]
     return ImportReport(
         chosen,
-        packed=tuple(entry.name for entry in quantised if entry.parameter in packed),
-        dequantized=tuple(entry.name for entry in quantised if entry.parameter not in packed),
+        packed=tuple(entry.name for entry in quantised if entry.parameter.name in packed),
+        dequantized=tuple(entry.name for entry in quantised if entry.parameter.name not in packed),
         rounded=tuple(name for name in reader.rounded if file.tensors[name].block.num_items == 1),
     )
 
 
-def _write_config(folder: Path, config: ModelConfig, dtype: torch.dtype, packed: Mapping[str, BlockType]) -> None:
+def _write_config(folder: Path, config: ModelConfig, dtype: torch.dtype, quantization: dict[str, Any] | None) -> None:
     values = to_hf(config, dtype=str(dtype).removeprefix("torch."))
-    if packed:
-        values["quantization_config"] = quantization_config(config, packed)
+    if quantization is not None:
+        values["quantization_config"] = quantization
     write_inside(folder / "config.json", json.dumps(values, indent=2) + "\n")
 
 
-class _Rows:
+class _RowReader:
     """Rows of the file's tensors in fp32, as a folder has them. Keeps the names of those that were rounded.
 
     The files are opened when they are first read and closed with `streams`.
@@ -124,7 +133,7 @@ class _Rows:
         self._streams = streams
         self._open: dict[Path, BinaryIO] = {}
 
-    def raw(self, entry: Entry, start: int, end: int) -> Tensor:
+    def raw(self, entry: GgufEntry, start: int, end: int) -> Tensor:
         """Bytes [R, B] of rows [start, end) of the tensor."""
         tensor = self.file.tensors[entry.name]
         row_bytes = entry.shape[-1] // tensor.block.num_items * tensor.block.num_bytes
@@ -141,25 +150,25 @@ class _Rows:
     def error(self, name: str, problem: str) -> CorruptCheckpoint:
         return CorruptCheckpoint(f"{self.file.tensors[name].path}: tensor {name}: {problem}")
 
-    def scale(self, entry: Entry, row: int) -> float:
+    def scale(self, entry: GgufEntry, row: int) -> float:
         """What the row is multiplied by: some files keep a factor for a tensor, or for each expert, beside it."""
         tensor = self.file.tensors.get(scale_name(entry.name))
         if tensor is None:
             return 1.0
         num_scales = torch.Size(tensor.shape).numel()
-        beside = Entry(tensor.name, (num_scales,), entry.parameter, Change.NONE)
+        beside = GgufEntry(tensor.name, (num_scales,), entry.parameter, Change.NONE)
         scales = decode(self.raw(beside, 0, 1), tensor.block)[0]
         if not is_finite(scales):
             raise self.error(tensor.name, "holds NaN or infinity")
         return float(scales[row // entry.shape[1] if num_scales > 1 else 0])
 
-    def raw_chunks(self, entry: Entry, start: int, end: int) -> Iterator[tuple[int, Tensor]]:
+    def raw_chunks(self, entry: GgufEntry, start: int, end: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, bytes) over rows [start, end), a few million numbers at a time."""
         step = max(1, _CHUNK_ITEMS // entry.shape[-1])
         for first in range(start, end, step):
             yield first, self.raw(entry, first, min(first + step, end))
 
-    def chunks(self, entry: Entry, start: int, end: int) -> Iterator[tuple[int, Tensor]]:
+    def chunks(self, entry: GgufEntry, start: int, end: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, fp32 rows as the file has them) over rows [start, end)."""
         scale = self.scale(entry, start)
         for first, raw_RB in self.raw_chunks(entry, start, end):
@@ -169,23 +178,23 @@ class _Rows:
             yield first, x_RI
 
 
-def _matrix_dtype(file: GgufFile, entries: list[Entry]) -> torch.dtype:
+def _matrix_dtype(file: GgufFile, entries: list[GgufEntry]) -> torch.dtype:
     kinds = {file.tensors[entry.name].block.name for entry in entries if not entry.is_float32}
     if kinds <= {"F32", "F64"}:
         return torch.float32
     return torch.float16 if kinds == {"F16"} else torch.bfloat16
 
 
-def _stays_fine(reader: _Rows, entry: Entry, dtype: torch.dtype) -> bool:
+def _stays_fine(reader: _RowReader, entry: GgufEntry, dtype: torch.dtype) -> bool:
     """Whether a small matrix that the file keeps in fp32 holds numbers that `dtype` has not."""
-    is_kept = entry.is_float32 or entry.name.endswith(_ALSO_FINE)
+    is_kept = entry.is_float32 or entry.parameter.kind is _ALSO_FINE
     if len(entry.shape) == 1 or not is_kept or reader.file.tensors[entry.name].block.name != "F32":
         return False
     rows = (0, matrix_shape(entry.shape)[0])
     return not all(torch.equal(x_RI.to(dtype).to(torch.float32), x_RI) for _, x_RI in reader.chunks(entry, *rows))
 
 
-def _as_vector(reader: _Rows, entry: Entry, dtype: torch.dtype) -> Tensor:
+def _as_vector(reader: _RowReader, entry: GgufEntry, dtype: torch.dtype) -> Tensor:
     """A vector in `dtype` where that stands for the same number of the file, else in fp32."""
     ((_, stored_1I),) = reader.chunks(entry, 0, 1)
     if entry.change is Change.NEGATIVE_EXP and not bool((stored_1I < 0).all()):
@@ -209,36 +218,31 @@ def _restored(x_RI: Tensor, change: Change) -> Tensor:
     return x_RI
 
 
-def _disk_tensors(
-    reader: _Rows,
+def _disk_weights(
+    reader: _RowReader,
     config: ModelConfig,
-    entries: list[Entry],
+    entries: list[GgufEntry],
     vectors: Mapping[str, Tensor],
     packed: Mapping[str, BlockType],
     dtypes: Mapping[str, torch.dtype],
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the folder by name, in its order."""
-    by_parameter: dict[str, list[Entry]] = {}
+) -> Iterator[tuple[Part, Tensor | QuantizedWeight]]:
+    """Every weight of the folder."""
+    places: dict[str, list[tuple[GgufEntry, Slab]]] = {}
     for entry in entries:
-        by_parameter.setdefault(entry.parameter, []).append(entry)
-    for name, shape in parameter_shapes(config).items():
-        if name in vectors:
-            yield name, vectors[name]
-            continue
-        places: dict[str, list[tuple[Entry, Slab]]] = {}
-        for entry in by_parameter[name]:
-            for slab in slabs(config, entry):
-                places.setdefault(slab.disk_name, []).append((entry, slab))
-        for part in disk_parts(name, shape):
-            if name in packed:
-                yield from _packed(reader, part.name.removesuffix(".weight"), part.shape, places[part.name])
-            else:
-                yield part.name, _assembled(reader, part.shape, places[part.name], dtypes[name])
+        for slab in slabs(config, entry) if entry.parameter.name not in vectors else ():
+            places.setdefault(slab.disk_name, []).append((entry, slab))
+    for info, part in parts_by_expert(list_parameters(config).values()):
+        if info.name in vectors:
+            yield part, vectors[info.name]
+        elif info.name in packed:
+            yield part, _packed(reader, part.shape, places[part.name])
+        else:
+            yield part, _assembled(reader, part.shape, places[part.name], dtypes[info.name])
 
 
 def _assembled(
-    reader: _Rows, shape: tuple[int, ...], places: list[tuple[Entry, Slab]], dtype: torch.dtype
-) -> Tensor:  # fmt: skip
+    reader: _RowReader, shape: tuple[int, ...], places: list[tuple[GgufEntry, Slab]], dtype: torch.dtype
+) -> Tensor:
     num_inputs = places[0][0].shape[-1]
     out_RI = torch.empty(torch.Size(shape).numel() // num_inputs, num_inputs, dtype=dtype)
     for entry, slab in places:
@@ -255,14 +259,11 @@ def _assembled(
     return out_RI.view(shape)
 
 
-def _packed(
-    reader: _Rows, module: str, shape: tuple[int, ...], places: list[tuple[Entry, Slab]]
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a packed weight, as qnext.quant.formats lays them out."""
+def _packed(reader: _RowReader, shape: tuple[int, ...], places: list[tuple[GgufEntry, Slab]]) -> QuantizedWeight:
     num_rows, num_inputs = shape
     block = reader.file.tensors[places[0][0].name].block
     bits = KEPT_BITS[block.name]
-    words_RW = torch.empty(num_rows, packed_width(num_inputs, bits=bits), dtype=torch.int32)
+    codes_RB = torch.empty(num_rows, num_inputs * bits // 8, dtype=torch.uint8)
     scales_RN = torch.empty(num_rows, num_inputs // GROUP_SIZE, dtype=torch.float16)
     for entry, slab in places:
         for first, raw_RB in reader.raw_chunks(entry, *slab.rows):
@@ -270,8 +271,6 @@ def _packed(
             if not is_finite(scales):
                 raise reader.error(entry.name, "holds NaN or infinity")
             start = slab.disk_rows[0] + first - slab.rows[0]
-            words_RW[start : start + len(codes_RI)] = pack_words(codes_RI, bits=bits)
+            codes_RB[start : start + len(codes_RI)] = pack_codes(codes_RI, bits=bits)
             scales_RN[start : start + len(codes_RI)] = scales
-    yield f"{module}.weight_packed", words_RW
-    yield f"{module}.weight_scale", scales_RN
-    yield f"{module}.weight_shape", torch.tensor(shape, dtype=torch.int64)
+    return QuantizedWeight(codes_RB, scales_RN, bits, GROUP_SIZE)

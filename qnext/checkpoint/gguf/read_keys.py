@@ -1,7 +1,7 @@
 """The keys of a GGUF file to a ModelConfig. No torch.
 
-A key that is absent means what llama.cpp's reader takes then (src/llama-model.cpp, src/models/qwen3*.cpp), and where
-that leaves a choice the tensors decide. A key that is unknown changes nothing there either.
+An absent key means what llama.cpp's reader takes for it (src/llama-model.cpp, src/models/qwen3*.cpp). Where that leaves
+a choice, the tensors decide. An unknown key changes nothing in llama.cpp either.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ _MTP_PARTS = ("eh_proj", "enorm", "hnorm", "shared_head_norm")
 def config_from_keys(file: GgufFile) -> ModelConfig:
     """The configuration that a file describes.
 
-    Raises ConfigError naming file and key for what is missing or contradicts, NotSupported for other kinds of files
+    Raises ConfigError naming file and key for what is missing or contradictory, NotSupported for other kinds of files
     and for values that are not implemented.
     """
-    keys = _Keys(file)
+    keys = _ArchitectureKeys(file)
     keys.refuse_other_values()
     is_next = keys.name == "qwen3next"
     num_layers, num_mtp = _layers(keys)
@@ -157,7 +157,7 @@ def config_from_keys(file: GgufFile) -> ModelConfig:
     return config
 
 
-class _Keys:
+class _ArchitectureKeys:
     """Typed reading of the keys of one architecture. Every error names file and key."""
 
     def __init__(self, file: GgufFile) -> None:
@@ -196,7 +196,7 @@ class _Keys:
         if type(value) is float and value.is_integer():
             value = int(value)
         if type(value) is not int or not 0 <= value < 2**53:
-            raise self.error(self.full(key), f"must be a number of things, not {str(value)[:60]}")
+            raise self.error(self.full(key), f"must be a whole number, at least 0, not {str(value)[:60]}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -213,7 +213,7 @@ class _Keys:
         if value is None or value == -1:
             return None
         if type(value) is not int or not 0 <= value < num_tokens:
-            warn(f"{self.file.path}: key {key}: {str(value)[:60]} is no token and is passed over")
+            warn(f"{self.file.path}: key {key}: {str(value)[:60]} is no token and is ignored")
             return None
         return value
 
@@ -224,7 +224,7 @@ class _Keys:
         unknown = [key for key in self.file.keys if key.startswith(prefix) and key.removeprefix(prefix) not in known]
         if unknown:
             more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
-            warn(f"{self.file.path}: unknown keys are passed over: {', '.join(unknown[:_SHOWN])}{more}")
+            warn(f"{self.file.path}: unknown keys are ignored: {', '.join(unknown[:_SHOWN])}{more}")
         for key, neutral in NEUTRAL_VALUES.items():
             if self.has(key) and self.get(key) not in neutral:
                 only = " or ".join(str(value) for value in neutral)
@@ -252,7 +252,7 @@ def _architecture(file: GgufFile) -> str:
     return name
 
 
-def _sizes(keys: _Keys) -> dict[str, int]:
+def _sizes(keys: _ArchitectureKeys) -> dict[str, int]:
     """The fields that are numbers under one key."""
     is_next, has_experts = keys.name == "qwen3next", keys.name != "qwen3"
     defaults: dict[str, int] = {"attention.head_count_kv": keys.integer("attention.head_count")}
@@ -273,7 +273,7 @@ def _sizes(keys: _Keys) -> dict[str, int]:
     return values
 
 
-def _vocab_size(keys: _Keys) -> int:
+def _vocab_size(keys: _ArchitectureKeys) -> int:
     if not keys.has_tensor("token_embd.weight"):
         raise ConfigError(f"{keys.file.path}: tensor token_embd.weight is missing")
     num_rows = keys.file.tensors["token_embd.weight"].shape[0]
@@ -283,7 +283,7 @@ def _vocab_size(keys: _Keys) -> int:
     return num_rows
 
 
-def _head_dim(keys: _Keys) -> int:
+def _head_dim(keys: _ArchitectureKeys) -> int:
     num_heads = keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length", keys.integer("embedding_length") // max(num_heads, 1))
     if keys.integer("attention.value_length", head_dim) != head_dim:
@@ -296,7 +296,7 @@ def _head_dim(keys: _Keys) -> int:
     return head_dim
 
 
-def _layers(keys: _Keys) -> tuple[int, int]:
+def _layers(keys: _ArchitectureKeys) -> tuple[int, int]:
     """Layers of the trunk and of multi-token prediction. What the keys announce is checked against the tensors."""
     num_blocks = keys.integer("block_count")
     if not 0 < num_blocks <= _MAX_LAYERS:
@@ -307,7 +307,7 @@ def _layers(keys: _Keys) -> tuple[int, int]:
     num_mtp = keys.integer("nextn_predict_layers", 0) or len(found)
     parts = [f"blk.{i}.nextn.{part}.weight" for i in found for part in _MTP_PARTS]
     if num_mtp and (not found or not all(map(keys.has_tensor, parts))):
-        warn(f"{keys.file.path}: multi-token prediction is announced and not whole; the model is read without it")
+        warn(f"{keys.file.path}: multi-token prediction is declared but incomplete; the model is read without it")
         # Some tools count the layers that they left out, some do not.
         is_counted = bool(found) or not keys.has_tensor(f"blk.{num_blocks - 1}.attn_norm.weight")
         num_blocks -= num_mtp if is_counted else 0
@@ -317,7 +317,7 @@ def _layers(keys: _Keys) -> tuple[int, int]:
     return num_blocks - num_mtp, num_mtp
 
 
-def _layer_types(keys: _Keys, num_layers: int) -> tuple[str, ...]:
+def _layer_types(keys: _ArchitectureKeys, num_layers: int) -> tuple[str, ...]:
     if keys.name != "qwen3next":
         return (FULL_ATTENTION,) * num_layers
     linear = keys.file.keys.get(keys.full("attention.recurrent_layers"))
@@ -347,7 +347,7 @@ def _rotary_share(rotary_dim: int, head_dim: int) -> float:
     return share if int(head_dim * share) == rotary_dim else (rotary_dim + 0.5) / head_dim
 
 
-def _rope_scaling(keys: _Keys) -> YarnScaling | None:
+def _rope_scaling(keys: _ArchitectureKeys) -> YarnScaling | None:
     kind = keys.get("rope.scaling.type", "linear")
     factor = keys.number("rope.scaling.factor", 0.0)
     if kind == "none" or (kind in ("linear", "yarn") and factor in (0.0, 1.0)):
@@ -367,7 +367,7 @@ def _rope_scaling(keys: _Keys) -> YarnScaling | None:
         raise error if str(error).startswith(str(keys.file.path)) else keys.error("rope.scaling", str(error)) from None
 
 
-def _eos_token_id(keys: _Keys, num_tokens: int) -> int | tuple[int, ...] | None:
+def _eos_token_id(keys: _ArchitectureKeys, num_tokens: int) -> int | tuple[int, ...] | None:
     first = keys.token("tokenizer.ggml.eos_token_id", num_tokens)
     if first is None or not keys.has("qnext.eos_token_ids"):
         return first

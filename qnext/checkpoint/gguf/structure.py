@@ -1,4 +1,4 @@
-"""Whether a GGUF file holds the tensors that its keys describe, and what becomes of those that it holds beside them."""
+"""Whether a GGUF file holds the tensors that its keys describe, and what happens to its other tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from math import prod
 
 from qnext.checkpoint.gguf.container import GgufFile, GgufTensor
-from qnext.checkpoint.gguf.names import Entry
+from qnext.checkpoint.gguf.names import GgufEntry
 from qnext.config import ModelConfig
 from qnext.errors import CorruptCheckpoint, NotSupported, warn
 
@@ -24,10 +24,10 @@ def scale_name(name: str) -> str:
     return name.removesuffix(".weight") + ".scale"
 
 
-def check_structure(file: GgufFile, config: ModelConfig, entries: Iterable[Entry]) -> None:
-    """Every tensor of `entries` is there with its shape, and nothing else that the model would have to multiply by.
+def check_structure(file: GgufFile, config: ModelConfig, entries: Iterable[GgufEntry]) -> None:
+    """Every tensor of `entries` exists with its shape, and no other tensor would have to be multiplied by.
 
-    Raises CorruptCheckpoint for what is missing or contradicts the keys, NotSupported for tensors that are unknown.
+    Raises CorruptCheckpoint for what is missing or contradicts the keys, NotSupported for unknown tensors.
     """
     known: set[str] = set()
     for entry in entries:
@@ -48,7 +48,7 @@ def check_structure(file: GgufFile, config: ModelConfig, entries: Iterable[Entry
     passed_over = [tensor.name for tensor in surplus if _is_passed_over(file, config, tensor)]
     if passed_over:
         more = f" and {len(passed_over) - _SHOWN} more" if len(passed_over) > _SHOWN else ""
-        warn(f"{file.path}: tensors are passed over: {', '.join(passed_over[:_SHOWN])}{more}")
+        warn(f"{file.path}: tensors are ignored: {', '.join(passed_over[:_SHOWN])}{more}")
 
 
 def _is_passed_over(file: GgufFile, config: ModelConfig, tensor: GgufTensor) -> bool:

@@ -1,30 +1,31 @@
-"""A model folder becomes a GGUF file, tensor by tensor.
+"""A model folder to a GGUF file, tensor by tensor.
 
 Legend: R rows, I inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qnext.checkpoint.check import Layout, read_layout, structure_problems
-from qnext.checkpoint.files import TensorFiles
+from qnext.checkpoint.check import Layout, layout_of, structure_problems
+from qnext.checkpoint.files import Progress, TensorFiles
 from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.formats.forms import Form
 from qnext.checkpoint.gguf.block_types import BLOCK_TYPES, EXPORT_TYPES, BlockType
 from qnext.checkpoint.gguf.blocks import encode, encode_codes
 from qnext.checkpoint.gguf.container import GgufSpec, Value
 from qnext.checkpoint.gguf.keys import config_to_keys
-from qnext.checkpoint.gguf.names import Change, Entry, gguf_entries, matrix_shape, slabs
+from qnext.checkpoint.gguf.names import Change, GgufEntry, gguf_entries, matrix_shape, slabs
 from qnext.checkpoint.gguf.writer import GgufWriter, new_file
 from qnext.checkpoint.packed_values import is_in_order, read_packed
 from qnext.checkpoint.values import read_weight, tensor_value_problems
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.ops import QuantizedWeight
+from qnext.planning import Kind
 
 _QUANTIZATION_VERSION = 2
 _CHUNK_ITEMS = 1 << 22
@@ -32,34 +33,32 @@ _CHUNK_ITEMS = 1 << 22
 
 @torch.no_grad()
 def export_gguf(
-    folder: str | Path,
+    folder: str | Path | Layout,
     path: str | Path,
     *,
     kind: str,
     tokenizer_keys: Mapping[str, Value],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write the model in `folder` to a new file at `path`, which appears when it is complete.
 
-    `kind` is one of EXPORT_TYPES. Vectors, the router and the convolution stay in fp32 with every kind, the b and a
-    projections too with the quantised ones; the head is Q8_0 with q4_0. A matrix whose rows are no whole number of
-    blocks is stored as BF16. Packed symmetric weights keep their codes in the quantised kinds, those of eight bits as
-    Q8_0; their scales go to f16. `tokenizer_keys` are those of the vocabulary (qnext.text.gguf). Memory stays near one
-    tensor of the folder. Raises UsageError for a model that llama.cpp cannot compute or a number beyond the range of
-    `kind`, CorruptCheckpoint for a damaged folder.
+    `kind` is one of EXPORT_TYPES. Small tensors (vectors, router, convolution) stay in fp32; with quantised kinds the b
+    and a projections too. A matrix whose rows are no whole blocks is BF16. Packed symmetric weights keep their codes in
+    quantised kinds. `tokenizer_keys` are those of the vocabulary (qnext.text.gguf). Raises UsageError for a model that
+    llama.cpp cannot compute or a number beyond the range of `kind`, CorruptCheckpoint for a damaged folder.
     """
     name, file_type = EXPORT_TYPES[kind]
-    with TensorFiles(folder) as files:
-        layout = read_layout(files.folder, files.tensors)
-        for problem in structure_problems(layout, files.tensors, files.folder):
-            raise CorruptCheckpoint(problem)
-        config = layout.config
+    layout = layout_of(folder).with_all_experts()
+    for problem in structure_problems(layout):
+        raise CorruptCheckpoint(problem)
+    config = layout.config
+    with TensorFiles(layout.index) as files:
         keys = config_to_keys(config)
         keys |= {"general.name": files.folder.resolve().name, "general.file_type": file_type}
         keys |= {"general.quantization_version": _QUANTIZATION_VERSION}
         keys |= dict(tokenizer_keys)
         entries = gguf_entries(config)
-        source = _Source(files, layout)
+        source = _FolderMatrices(files, layout)
         specs = {entry.name: GgufSpec(_block_type(source, entry, BLOCK_TYPES[name]), entry.shape) for entry in entries}
         total = sum(spec.num_bytes for spec in specs.values())
         done = 0
@@ -74,22 +73,22 @@ def export_gguf(
             writer.finish()
 
 
-def _block_type(source: _Source, entry: Entry, wanted: BlockType) -> BlockType:
+def _block_type(source: _FolderMatrices, entry: GgufEntry, wanted: BlockType) -> BlockType:
     if entry.is_float32:
         return BLOCK_TYPES["F32"]
     if wanted.num_items > 1:
         form = source.exact_form(next(slabs(source.config, entry)).disk_name)
         if form is not None:
             return wanted if form.code_bits == 4 else BLOCK_TYPES["Q8_0"]
-        if entry.name.endswith("ssm_ba.weight"):
+        if entry.parameter.kind is Kind.DELTA_BA:
             return BLOCK_TYPES["F32"]
-    head = "token_embd.weight" if source.config.tie_word_embeddings else "output.weight"
-    if wanted.name == "Q4_0" and entry.name == head:
+    head = Kind.EMBEDDING if source.config.tie_word_embeddings else Kind.HEAD
+    if wanted.name == "Q4_0" and entry.parameter.kind is head:
         wanted = BLOCK_TYPES["Q8_0"]
     return wanted if entry.shape[-1] % wanted.num_items == 0 else BLOCK_TYPES["BF16"]
 
 
-class _Source:
+class _FolderMatrices:
     """Tensors of a folder as matrices. The last one is kept: its rows are asked for in turn."""
 
     def __init__(self, files: TensorFiles, layout: Layout) -> None:
@@ -143,7 +142,7 @@ class _Source:
                 raise CorruptCheckpoint(problem)
 
 
-def _encoded(source: _Source, entry: Entry, block: BlockType) -> Iterator[memoryview]:
+def _encoded(source: _FolderMatrices, entry: GgufEntry, block: BlockType) -> Iterator[memoryview]:
     num_rows = max(1, _CHUNK_ITEMS // entry.shape[-1])
     for slab in slabs(source.config, entry):
         form = source.exact_form(slab.disk_name) if block.num_items > 1 else None
@@ -159,7 +158,7 @@ def _encoded(source: _Source, entry: Entry, block: BlockType) -> Iterator[memory
             yield raw_RB.reshape(-1).numpy().data
 
 
-def _floats(source: _Source, entry: Entry, disk_name: str, start: int, end: int) -> Tensor:
+def _floats(source: _FolderMatrices, entry: GgufEntry, disk_name: str, start: int, end: int) -> Tensor:
     """Rows [start, end) of a tensor of the folder in fp32, as the file has them."""
     matrix_RI = source.matrix(disk_name)
     if matrix_RI.shape[1] != entry.shape[-1]:

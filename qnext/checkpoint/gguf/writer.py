@@ -27,7 +27,7 @@ _VERSION = 3
 
 
 class GgufWriter:
-    """Writes the tensors that `specs` announces, each once and in that order, none kept in memory."""
+    """Writes the tensors that `specs` announces, each once and in that order. It keeps none in memory."""
 
     def __init__(self, file: files.NewFile, keys: Mapping[str, Value], specs: Mapping[str, GgufSpec]) -> None:
         self._file = file
@@ -44,7 +44,7 @@ class GgufWriter:
         self._pad()
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
-        """The bytes of the next tensor, in pieces that add up to what was announced."""
+        """Write the bytes of the next tensor, in pieces that together have the announced size."""
         expected, spec = next(self._waiting)
         assert name == expected, (name, expected)
         before = self._file.tell()
@@ -65,7 +65,7 @@ class GgufWriter:
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[files.NewFile]:
-    """As files.new_file, in a folder that is made. Raises UsageError for one that exists."""
+    """The same as files.new_file, and makes the folder. Raises UsageError for a file that exists."""
     target = Path(path)
     if target.exists() or target.is_symlink():
         raise UsageError(f"{target}: exists")

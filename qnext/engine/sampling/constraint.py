@@ -16,7 +16,7 @@ from qnext.engine.sampling.schemas import enforceable
 from qnext.errors import UsageError
 
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "lark", "calls"]
-Writer = Callable[[Mapping[str, Any]], str]  # what a constraint of some kind says -> its Lark; raises UsageError
+LarkWriter = Callable[[Mapping[str, Any]], str]  # what a constraint of some kind says -> its Lark; raises UsageError
 
 # Masks hold every token that fits, not only the one that a tokenizer would have chosen for bytes that are certain:
 # a draft that spells them otherwise is as right.
@@ -27,26 +27,27 @@ _RULE = re.compile(r"^[ \t]*[!?_]*[A-Za-z][\w-]*(?:\{[^}\n]*\}|\[[^\]\n]*\]|\.[+
 
 @dataclass(frozen=True)
 class Constraint:
-    """What the output must look like.
-
-    `value` is a JSON schema (text, object or boolean), a regular expression that the whole output must match, the
-    choices, or a grammar: Lark with the rule `start`, or GBNF with `root`. It is not read for "json_object". What
-    "calls" holds is known to the program that compiles it, which has a writer for it.
-    `starts_after` are the token ids that end the reasoning: the constraint holds for what follows their first
-    appearance in the output.
-    `is_strict`: a schema that cannot be enforced whole is refused, not relaxed. `alternative`: Lark, or the value of
-    "calls", that the output may be instead.
-    `opened_by` is the id that begins the reasoning where the output itself may do so, with its first token: without
-    it the constraint holds from the beginning. A constraint that can begin with that mark describes the reasoning
-    itself, and holds from the beginning in any case.
-    """
+    """What the output must look like."""
 
     kind: ConstraintKind
     value: str | bool | Mapping[str, Any] | tuple[str, ...] = ""
+    """A JSON schema (text, object or boolean), a regular expression that the whole output must match, the choices, or a
+    grammar: Lark with the rule `start`, or GBNF with `root`. It is not read for "json_object". What "calls" holds is
+    known to the program that compiles it, which has a writer for it."""
+
     starts_after: tuple[int, ...] | None = None
+    """Token ids that end the reasoning: the constraint holds for what follows their first appearance in the output."""
+
     is_strict: bool = False
+    """A schema that cannot be enforced whole is refused, not relaxed."""
+
     alternative: str | Mapping[str, Any] | None = None
+    """Lark, or the value of "calls", that the output may be instead."""
+
     opened_by: int | None = None
+    """The id that begins the reasoning where the output itself may do so, with its first token: without it the
+    constraint holds from the beginning. A constraint that can begin with that mark describes the reasoning itself, and
+    holds from the beginning in any case."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,9 @@ def check_volume(kind: str, value: object, limit: int) -> None:
             raise UsageError(f"{name}: larger than {limit} bytes")
 
 
-def grammar_text(constraint: Constraint, limits: GrammarLimits, *, writers: Mapping[str, Writer] | None = None) -> str:
+def grammar_text(
+    constraint: Constraint, limits: GrammarLimits, *, writers: Mapping[str, LarkWriter] | None = None
+) -> str:
     """The Lark grammar of a constraint. Raises UsageError, in one line, for what is malformed or too large.
 
     What is quadratic in a constraint is computed here: call it where that can be stopped.
@@ -162,7 +165,7 @@ def grammar_text(constraint: Constraint, limits: GrammarLimits, *, writers: Mapp
     return f"{_OPTIONS}start: own | other\n{either}"
 
 
-def _own_text(constraint: Constraint, limits: GrammarLimits, writers: Mapping[str, Writer]) -> str:
+def _own_text(constraint: Constraint, limits: GrammarLimits, writers: Mapping[str, LarkWriter]) -> str:
     value = constraint.value
     writer = writers.get(constraint.kind)
     if writer is not None and isinstance(value, Mapping):

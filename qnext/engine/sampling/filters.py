@@ -1,4 +1,4 @@
-"""One row of scores to one token. Rows are taken one by one, so that no row's company can change its bits.
+"""One row of scores to one token. Rows are taken one by one, so that no other row changes a row's bits.
 
 Whole rows are read by few passes: what a filter can keep is first bounded from below, and sorting is left to the few
 tokens above the bound. Legend: Y vocabulary, C candidates.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qnext.engine.params import SamplingParams
+from qnext.engine.policy.params import SamplingParams
 
 Row = NDArray[np.float32]
 

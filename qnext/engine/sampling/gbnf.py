@@ -27,12 +27,12 @@ _ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 @dataclass
-class _Node:
+class _RulePart:
     """A part of a rule. `kind`: text, letters, mark or rule with its `lark`; or one, either or times of its `parts`."""
 
     kind: str
     lark: str = ""
-    parts: list[_Node] = field(default_factory=list)
+    parts: list[_RulePart] = field(default_factory=list)
 
 
 def is_gbnf(text: str) -> bool:
@@ -42,7 +42,7 @@ def is_gbnf(text: str) -> bool:
 
 def lark_of(text: str) -> str:
     """Lark with the rule `start` for a grammar whose rule is `root`. Raises UsageError, in one line."""
-    rules = _Reader(text).rules()
+    rules = _GbnfReader(text).rules()
     if "root" not in rules:
         raise UsageError("gbnf: there is no rule root")
     for node in rules.values():
@@ -61,13 +61,13 @@ def lark_of(text: str) -> str:
     return "\n".join([*lines, *terminals]) + "\n"
 
 
-class _Reader:
+class _GbnfReader:
     def __init__(self, text: str) -> None:
         self._tokens = list(_tokens(text))
         self._at = 0
 
-    def rules(self) -> dict[str, _Node]:
-        found: dict[str, _Node] = {}
+    def rules(self) -> dict[str, _RulePart]:
+        found: dict[str, _RulePart] = {}
         while self._at < len(self._tokens):
             kind, value = self._tokens[self._at]
             if kind != "head":
@@ -79,26 +79,26 @@ class _Reader:
     def _peek(self) -> tuple[str, str]:
         return self._tokens[self._at] if self._at < len(self._tokens) else ("end", "")
 
-    def _either(self, depth: int) -> _Node:
+    def _either(self, depth: int) -> _RulePart:
         if depth > _MAX_DEPTH:
             raise UsageError(f"gbnf: more than {_MAX_DEPTH} parentheses inside one another")
         ways = [self._sequence(depth)]
         while self._peek() == ("sign", "|"):
             self._at += 1
             ways.append(self._sequence(depth))
-        return ways[0] if len(ways) == 1 else _Node("either", parts=ways)
+        return ways[0] if len(ways) == 1 else _RulePart("either", parts=ways)
 
-    def _sequence(self, depth: int) -> _Node:
-        parts: list[_Node] = []
+    def _sequence(self, depth: int) -> _RulePart:
+        parts: list[_RulePart] = []
         while True:
             kind, value = self._peek()
             if kind in ("head", "end") or (kind == "sign" and value in "|)"):
-                return _Node("one", parts=parts)
+                return _RulePart("one", parts=parts)
             self._at += 1
             if kind == "times":
                 if not parts:
                     raise UsageError("gbnf: a repetition stands behind nothing")
-                parts[-1] = _Node("times", _times(value), [parts[-1]])
+                parts[-1] = _RulePart("times", _times(value), [parts[-1]])
             elif value == "(":
                 parts.append(self._either(depth + 1))
                 if self._peek() != ("sign", ")"):
@@ -120,16 +120,16 @@ def _tokens(text: str) -> Iterator[tuple[str, str]]:
             yield str(found.lastgroup), found[0]
 
 
-def _atom(kind: str, value: str) -> _Node:
+def _atom(kind: str, value: str) -> _RulePart:
     if kind == "name":
-        return _Node("rule", value)
+        return _RulePart("rule", value)
     if kind == "mark":
-        return _Node("mark", value)
+        return _RulePart("mark", value)
     if kind == "text":
-        return _Node("text", json.dumps("".join(_letters(value[1:-1])), ensure_ascii=False))
+        return _RulePart("text", json.dumps("".join(_letters(value[1:-1])), ensure_ascii=False))
     if kind == "letters":
-        return _Node("letters", _class(value))
-    return _Node("letters", "/(?s:.)/")  # a dot
+        return _RulePart("letters", _class(value))
+    return _RulePart("letters", "/(?s:.)/")  # a dot
 
 
 def _letters(text: str) -> Iterator[str]:
@@ -165,18 +165,18 @@ def _times(value: str) -> str:
     return f"{{{least or 0},{most}}}" if comma else f"{{{least}}}"
 
 
-def _names(node: _Node) -> Iterator[str]:
+def _names(node: _RulePart) -> Iterator[str]:
     if node.kind == "rule":
         yield node.lark
     for part in node.parts:
         yield from _names(part)
 
 
-def _has_mark(node: _Node) -> bool:
+def _has_mark(node: _RulePart) -> bool:
     return node.kind == "mark" or any(map(_has_mark, node.parts))
 
 
-def _regular(rules: dict[str, _Node]) -> set[str]:
+def _regular(rules: dict[str, _RulePart]) -> set[str]:
     """The rules that lead neither back to themselves nor to a special token."""
     waiting = {name: set(_names(node)) for name, node in rules.items() if not _has_mark(node)}
     found: set[str] = set()
@@ -187,18 +187,18 @@ def _regular(rules: dict[str, _Node]) -> set[str]:
         found |= ready
 
 
-def _is_regular(node: _Node, regular: set[str]) -> bool:
+def _is_regular(node: _RulePart, regular: set[str]) -> bool:
     return not _has_mark(node) and all(name in regular for name in _names(node))
 
 
-def _gathered(node: _Node, regular: set[str], names: dict[str, str], terminals: list[str]) -> _Node:
+def _gathered(node: _RulePart, regular: set[str], names: dict[str, str], terminals: list[str]) -> _RulePart:
     """The part of a rule with neighbours that are regular in one terminal each, which `terminals` takes up."""
     if _is_regular(node, regular):
         return _terminal([node], names, terminals)
     if node.kind != "one":
-        return _Node(node.kind, node.lark, [_gathered(part, regular, names, terminals) for part in node.parts])
-    parts: list[_Node] = []
-    run: list[_Node] = []
+        return _RulePart(node.kind, node.lark, [_gathered(part, regular, names, terminals) for part in node.parts])
+    parts: list[_RulePart] = []
+    run: list[_RulePart] = []
     for part in [*node.parts, None]:
         if part is not None and _is_regular(part, regular):
             run.append(part)
@@ -208,16 +208,16 @@ def _gathered(node: _Node, regular: set[str], names: dict[str, str], terminals: 
             run = []
         if part is not None:
             parts.append(_gathered(part, regular, names, terminals))
-    return _Node("one", parts=parts)
+    return _RulePart("one", parts=parts)
 
 
-def _terminal(nodes: Sequence[_Node], names: dict[str, str], terminals: list[str]) -> _Node:
+def _terminal(nodes: Sequence[_RulePart], names: dict[str, str], terminals: list[str]) -> _RulePart:
     name = f"A{len(terminals)}"
-    terminals.append(f"{name}: {_written(_Node('one', parts=list(nodes)), names)}")
-    return _Node("text", name)
+    terminals.append(f"{name}: {_written(_RulePart('one', parts=list(nodes)), names)}")
+    return _RulePart("text", name)
 
 
-def _written(node: _Node, names: dict[str, str]) -> str:
+def _written(node: _RulePart, names: dict[str, str]) -> str:
     if node.kind == "rule":
         return names[node.lark]
     if node.kind == "one":
@@ -229,6 +229,6 @@ def _written(node: _Node, names: dict[str, str]) -> str:
     return node.lark
 
 
-def _grouped(node: _Node, names: dict[str, str], *, always: bool = False) -> str:
+def _grouped(node: _RulePart, names: dict[str, str], *, always: bool = False) -> str:
     text = _written(node, names)
     return f"({text})" if node.kind == "either" or (always and node.kind in ("one", "times")) else text

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import asdict, dataclass, field
@@ -19,9 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import llguidance
-import numpy as np
-import torch
-from torch import Tensor
 
 from qnext.engine.sampling.compiling import CompileLine, CompilerProcesses, CompilersBusy, Job
 from qnext.engine.sampling.constraint import Constraint, GrammarLimits, request_of
@@ -30,7 +25,7 @@ from qnext.engine.sampling.states import CompiledGrammar, GrammarState
 from qnext.engine.sampling.vocabulary import Mask, Vocabulary
 from qnext.errors import UsageError
 
-__all__ = ["CompiledGrammar", "CompilersBusy", "GrammarCompiler", "GrammarState", "Mask", "Vocabulary", "apply_masks"]
+__all__ = ["CompiledGrammar", "CompilersBusy", "GrammarCompiler", "GrammarState", "Mask", "Vocabulary"]
 
 _PROGRAM = Path(__file__).with_name("grammar_worker.py")
 _REFUSALS = 8  # kept for each grammar that is: they are one line each
@@ -215,18 +210,3 @@ class GrammarCompiler:
         name = self.vocabulary.token_bytes[token_id]
         spelled = [self.vocabulary.token_bytes.index(bytes([byte])) for byte in name]
         return any(matcher.deep_copy().validate_tokens(ids) == len(ids) for ids in ([token_id], spelled))
-
-
-def apply_masks(logits_RY: Tensor, masks: Sequence[Mask | None]) -> None:
-    """Set what the masks forbid to -inf, in place; rows with None stay untouched.
-
-    Columns above the mask's last word are padding and forbidden.
-    """
-    assert logits_RY.shape[0] == len(masks)
-    for row_Y, mask in zip(logits_RY, masks, strict=True):
-        if mask is None:
-            continue
-        bits = np.unpackbits(mask.view(np.uint8), count=min(32 * len(mask), len(row_Y)), bitorder="little")
-        forbidden = torch.from_numpy(bits == 0).to(row_Y.device)
-        row_Y[: len(bits)].masked_fill_(forbidden, -math.inf)
-        row_Y[len(bits) :] = -math.inf

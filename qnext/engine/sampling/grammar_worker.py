@@ -16,8 +16,8 @@ from array import array
 from collections.abc import Mapping
 from typing import Any
 
-from qnext.confined.child import Handler, serve
-from qnext.engine.sampling.constraint import GrammarLimits, Writer, constraint_of, grammar_text
+from qnext.confined.child import AnswerRequest, serve
+from qnext.engine.sampling.constraint import GrammarLimits, LarkWriter, constraint_of, grammar_text
 from qnext.engine.sampling.matchers import MatcherFactory, one_line
 from qnext.errors import UsageError
 
@@ -34,7 +34,7 @@ class _HeapInfo(ctypes.Structure):
     ]
 
 
-def begin_with(setup: dict[str, Any], writers: Mapping[str, Writer]) -> Handler:
+def begin_with(setup: dict[str, Any], writers: Mapping[str, LarkWriter]) -> AnswerRequest:
     """What answers, for a program that writes grammars of kinds of its own."""
     limits = GrammarLimits(**setup["limits"])
     most = resource.getrlimit(resource.RLIMIT_STACK)[1]
@@ -114,7 +114,7 @@ def _held_bytes() -> int:
     return int(info.uordblks + info.hblkhd)
 
 
-def begin(setup: dict[str, Any]) -> Handler:
+def begin(setup: dict[str, Any]) -> AnswerRequest:
     return begin_with(setup, {})
 
 

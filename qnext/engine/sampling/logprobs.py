@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from qnext.engine.request import Request, SampledToken
+from qnext.engine.policy.request import SampledToken
+from qnext.engine.policy.step import PromptScores
 from qnext.engine.sampling.filters import Row, floor_of_most_likely
 from qnext.errors import NotFinite
 
@@ -28,29 +29,20 @@ def with_logprobs(row_Y: Row, token_id: int, num_top: int) -> SampledToken:
     return SampledToken(token_id, float(row_Y[token_id]) - offset, top)
 
 
-def prompt_logprobs(
-    logits: Callable[[Tensor], Tensor], hidden_TD: Tensor, request: Request, start: int
-) -> list[SampledToken]:
-    """What the hidden rows of positions `start` and on add to `request.prompt_sampled`; nothing is there twice.
+def prompt_logprobs(logits: Callable[[Tensor], Tensor], hidden_TD: Tensor, scores: PromptScores) -> list[SampledToken]:
+    """The tokens of a prompt that the hidden rows of a chunk tell, with their log-probabilities and ranks.
 
-    The first token of a prompt has no log-probability. `logits` maps rows [T, D] to [T, Y]. Raises NotFinite for
-    logits that are no finite numbers.
+    `logits` maps rows [T, D] to [T, Y]. Raises NotFinite for logits that are no finite numbers.
     """
-    prompt, num_top = request.prompt_ids, request.params.prompt_logprobs
-    assert num_top is not None
-    known = len(request.prompt_sampled)
-    found = [] if known else [SampledToken(prompt[0])]
-    first = max(known, start + 1)  # row t tells of token start + t + 1
-    assert first <= max(known, 1), "rows of the prompt were left out"
-    last = min(start + len(hidden_TD) + 1, len(prompt))
-    for begin in range(first, last, _ROWS_AT_ONCE):
-        targets = prompt[begin : min(begin + _ROWS_AT_ONCE, last)]
-        row = begin - start - 1
+    found: list[SampledToken] = []
+    for begin in range(0, len(scores.targets), _ROWS_AT_ONCE):
+        targets = scores.targets[begin : begin + _ROWS_AT_ONCE]
+        row = scores.first_row + begin
         logits_TY = logits(hidden_TD[row : row + len(targets)]).float().numpy(force=True)
         if not np.isfinite(logits_TY.max(axis=-1)).all():  # NaN where any entry of a row is
             raise not_finite()
         found += [
-            with_logprobs(row_Y, token, num_top)._replace(rank=int((row_Y > row_Y[token]).sum()) + 1)
+            with_logprobs(row_Y, token, scores.num_top)._replace(rank=int((row_Y > row_Y[token]).sum()) + 1)
             for row_Y, token in zip(logits_TY, targets, strict=True)
         ]
     return found

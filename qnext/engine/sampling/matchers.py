@@ -22,7 +22,7 @@ _STOP_REASONS = {
 }
 
 
-class _Tokenizer(llguidance.TokenizerWrapper):
+class _GuidanceTokenizer(llguidance.TokenizerWrapper):
     """What llguidance reads of a vocabulary."""
 
     is_tokenizer_wrapper = True
@@ -55,7 +55,7 @@ class MatcherFactory:
         special_ids: Collection[int],
         limits: GrammarLimits,
     ) -> None:
-        wrapper = _Tokenizer(token_bytes, eos_ids, special_ids)
+        wrapper = _GuidanceTokenizer(token_bytes, eos_ids, special_ids)
         self._tokenizer = llguidance.LLTokenizer(wrapper, eos_token=sorted(eos_ids))
         self._usable = [bool(text) and i not in eos_ids for i, text in enumerate(wrapper.tokens)]
         self._step_seconds = limits.step_seconds

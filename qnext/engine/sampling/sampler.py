@@ -1,12 +1,7 @@
-"""Logits to tokens. What a request gets depends on its own logits, parameters and seed only, never on its company.
+"""Logits to tokens. A request's tokens depend on its own logits, parameters and seed only.
 
-Order of operations, that of vLLM: log-probabilities are read off the raw logits; then tokens that may not be chosen go
-to -inf; bias; repetition, frequency and presence penalties; temperature; min_p; top_k; top_p; one draw.
-
-Speculation changes nothing: each token of a window is drawn from the model's own logits with the request's own number
-for that place, and drafted tokens only decide how many rows of the window were computed for the right tokens.
-
-A row that is not finite, and whatever raises while a request's tokens are chosen, is that request's failure alone.
+docs/architecture.md ("How a token is chosen") tells the order of operations, and why drafts change nothing. A row that
+is not finite, and whatever raises while a request's tokens are chosen, is that request's failure alone.
 
 Legend: R rows, Y vocabulary.
 """
@@ -14,16 +9,16 @@ Legend: R rows, Y vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qnext.engine.request import Guide, Request, SampledToken
+from qnext.engine.policy.request import Guide, Request, SampledToken
 from qnext.engine.sampling.filters import Row, draw
 from qnext.engine.sampling.logprobs import not_finite, with_logprobs
 from qnext.engine.sampling.seeds import uniform
@@ -52,7 +47,6 @@ class Verdict(NamedTuple):
     failure: QnextError | None = None
 
 
-@torch.inference_mode()
 def verify(logits_RY: Tensor, windows: Sequence[Window]) -> list[Verdict]:
     """Choose the tokens of every window; R is the rows of all windows, one after another, in fp32.
 
@@ -63,8 +57,8 @@ def verify(logits_RY: Tensor, windows: Sequence[Window]) -> list[Verdict]:
     assert logits_RY.shape[0] == sum(len(window.draft_ids) + 1 for window in windows)
     if not windows:
         return []
-    best_ids, is_finite = _argmax(logits_RY)
     rows_RY = _on_host(logits_RY)
+    best_ids, is_finite = _argmax(rows_RY)
     verdicts, first = [], 0
     for window in windows:
         end = first + len(window.draft_ids) + 1
@@ -73,7 +67,6 @@ def verify(logits_RY: Tensor, windows: Sequence[Window]) -> list[Verdict]:
     return verdicts
 
 
-@torch.inference_mode()
 def draft(logits_RY: Tensor, requests: Sequence[Request], indices: Sequence[int]) -> list[int]:
     """A guess for each row of draft logits: what `requests[r]` would choose from it as output token `indices[r]`.
 
@@ -84,12 +77,13 @@ def draft(logits_RY: Tensor, requests: Sequence[Request], indices: Sequence[int]
     assert logits_RY.shape[0] == len(requests) == len(indices)
     if not requests:
         return []
-    guesses, is_finite = _argmax(logits_RY)
+    rows_RY = _on_host(logits_RY)
+    guesses, is_finite = _argmax(rows_RY)
     for r, (request, index) in enumerate(zip(requests, indices, strict=True)):
         if not is_finite[r] or (request.params.is_greedy and not _is_adjusted(request, index)):
             continue
         try:
-            row_Y = _numpy(logits_RY[r])
+            row_Y = _numpy(rows_RY[r])
             if _is_adjusted(request, index):
                 row_Y = _adjusted(row_Y, request, index, request.output_counts, None)
             if row_Y.max() > -np.inf:
@@ -133,10 +127,10 @@ def _token(logits_Y: Tensor | Row, best_id: int, window: Window, index: int, cou
     """Token `index` of the output, given the `counts` of those before it."""
     request = window.request
     words = None if window.guide is None else window.guide.allowed()
+    if words is None and request.params.takes_likeliest and index >= request.params.min_tokens:
+        return SampledToken(best_id)
     is_adjusted = words is not None or _is_adjusted(request, index)
     num_top = request.params.logprobs
-    if request.params.is_greedy and not is_adjusted and num_top is None:
-        return SampledToken(best_id)
     raw_Y = _numpy(logits_Y)
     token_id = best_id
     if is_adjusted:
@@ -170,15 +164,14 @@ def _choose(row_Y: Row, request: Request, index: int) -> int:
     return draw(row_Y, request.params, uniform(request.seed, index))
 
 
-def _argmax(logits_RY: Tensor) -> tuple[list[int], list[bool]]:
+def _argmax(logits_RY: Tensor | Row) -> tuple[list[int], list[bool]]:
     """(the most likely token, the lowest id of equal ones; whether the row is finite) of every row.
 
     The maximum of a row is NaN where any entry is, so one number per row is enough to look at.
     """
-    if logits_RY.device.type == "cpu":
-        logits = logits_RY.numpy()
-        best_R = logits.argmax(axis=-1)  # of a row with NaN: where the first is
-        return best_R.tolist(), np.isfinite(logits[np.arange(len(logits)), best_R]).tolist()
+    if not isinstance(logits_RY, Tensor):
+        best_ids: list[int] = logits_RY.argmax(axis=-1).tolist()  # of a row with NaN: where the first is
+        return best_ids, [math.isfinite(row_Y[best]) for row_Y, best in zip(logits_RY, best_ids, strict=True)]
     best = logits_RY.argmax(dim=-1, keepdim=True)
     return best[:, 0].tolist(), logits_RY.gather(1, best)[:, 0].isfinite().tolist()
 

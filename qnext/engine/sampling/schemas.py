@@ -15,102 +15,23 @@ from typing import Any
 
 from qnext.engine.sampling.overlaps import exclude
 from qnext.engine.sampling.patterns import held_pattern
+from qnext.engine.sampling.schema_keywords import (
+    ANY_TYPE,
+    COUNTS,
+    DATA,
+    DEFINITIONS,
+    FORMATS,
+    LISTED,
+    NAMED,
+    NUMBERS,
+    OTHER_NAMES,
+    RELAXED,
+    SINGLE,
+    TYPES,
+    is_neutral,
+)
 from qnext.errors import UsageError
 
-# What the grammar holds. `format` is held for FORMATS alone, `pattern` without what _UNHELD_PATTERN finds.
-ENFORCED = (
-    "type",
-    "enum",
-    "const",
-    "anyOf",
-    "allOf",
-    "oneOf",
-    "$ref",
-    "nullable",
-    "properties",
-    "required",
-    "additionalProperties",
-    "patternProperties",
-    "minProperties",
-    "maxProperties",
-    "items",
-    "prefixItems",
-    "additionalItems",
-    "minItems",
-    "maxItems",
-    "minLength",
-    "maxLength",
-    "pattern",
-    "format",
-    "minimum",
-    "maximum",
-    "exclusiveMinimum",
-    "exclusiveMaximum",
-    "multipleOf",
-)
-FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid", "unknown")
-# Keyword to what the output may then be. All other keywords are annotations.
-RELAXED: Mapping[str, str] = {
-    "uniqueItems": "items may repeat",
-    "not": "what it excludes is possible",
-    "propertyNames": "names are free",
-    "contains": "no item need fit",
-    "minContains": "no item need fit",
-    "maxContains": "any number may fit",
-    "dependentRequired": "each property stands alone",
-    "dependentSchemas": "each property stands alone",
-    "dependencies": "each property stands alone",
-    "if": "neither then nor else holds",
-    "unevaluatedProperties": "further properties are possible",
-    "unevaluatedItems": "further items are possible",
-    "$dynamicRef": "any value",
-    "$recursiveRef": "any value",
-    "oneOf": "read as anyOf where its schemas may overlap",
-    "$ref": "any value, where it points outside of the schema",
-    "pattern": "any text, with look-around, back references, or marks of word and line inside",
-    "patternProperties": "such a pattern is passed over",
-    "required": "passed over where it is true or false",
-    "minProperties": "any number, where some of the named properties are optional",
-    "maxProperties": "any number, where some of the named properties are optional",
-    "minimum": "no bound beyond 2^62; the same for the other bounds",
-    "multipleOf": "any number, for steps below 1e-6",
-}
-
-_ANY_TYPE = ("any", "unknown")
-_TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
-# What writers of Python, Protocol Buffers and OpenAPI write for a type.
-_OTHER_NAMES = {
-    "str": "string",
-    "text": "string",
-    "int": "integer",
-    "long": "integer",
-    "float": "number",
-    "double": "number",
-    "bool": "boolean",
-    "dict": "object",
-    "map": "object",
-    "list": "array",
-    "tuple": "array",
-    "none": "null",
-}
-_NAMED = ("properties", "patternProperties")  # hold schemas by name
-_DEFINITIONS = ("$defs", "definitions")  # and these where references find them
-_LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
-_SINGLE = ("items", "additionalProperties", "additionalItems")
-_DATA = ("const", "enum", "default", "example", "examples")  # hold values, in which a null is a value
-_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
-_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "uniqueItems": (False,),
-    "propertyNames": (True, {}, {"type": "string"}),
-    "unevaluatedProperties": (True, {}),
-    "unevaluatedItems": (True, {}),
-    "dependentRequired": ({},),
-    "dependentSchemas": ({},),
-    "dependencies": ({},),
-    "minContains": (0,),
-    "not": (False,),
-}
 _NAME = re.compile(r"[\w$-]{1,40}", re.ASCII)
 _MAX_REFERENCES = 32  # followed in a row
 _MAX_BRANCHES = 64  # of a oneOf of which every two are compared
@@ -146,14 +67,14 @@ def without_nulls(schema: Any) -> Any:
         return schema
     kept: dict[str, Any] = {}
     for key, value in schema.items():
-        if value is None and (key not in _DATA or key == "enum"):
+        if value is None and (key not in DATA or key == "enum"):
             continue
-        if key in (*_NAMED, *_DEFINITIONS) and isinstance(value, Mapping):
+        if key in (*NAMED, *DEFINITIONS) and isinstance(value, Mapping):
             kept[key] = {name: {} if entry is None else without_nulls(entry) for name, entry in value.items()}
-        elif key in (*_NAMED, *_DEFINITIONS) and value == []:
+        elif key in (*NAMED, *DEFINITIONS) and value == []:
             kept[key] = {}
         else:
-            kept[key] = value if key in _DATA else without_nulls(value)
+            kept[key] = value if key in DATA else without_nulls(value)
     return kept
 
 
@@ -183,7 +104,7 @@ class _Reading:
             reader = _READERS.get(key)
             if reader is not None:
                 reader(self, key, value, (*path, key), found)
-            elif key in RELAXED and not _is_neutral(node, key, value):
+            elif key in RELAXED and not is_neutral(node, key, value):
                 self.relax((*path, key))
         self._adjust(node, found, path)
         return found
@@ -233,9 +154,9 @@ class _Reading:
             if not isinstance(name, str):
                 raise _malformed(path, "must be a name or a list of names")
             lower = name.lower()
-            kind = lower if lower in _TYPES else _OTHER_NAMES.get(lower)
+            kind = lower if lower in TYPES else OTHER_NAMES.get(lower)
             if kind is None:
-                if lower not in _ANY_TYPE:
+                if lower not in ANY_TYPE:
                     raise _malformed(path, "is none of the types of JSON schemas")
                 return
             if kind not in kinds:
@@ -368,11 +289,11 @@ class _Reading:
 
 _Reader = Callable[[_Reading, str, Any, "tuple[str, ...]", "dict[str, Any]"], None]
 _READERS: dict[str, _Reader] = {
-    **dict.fromkeys(_NAMED, _Reading._named),
-    **dict.fromkeys(_LISTED, _Reading._listed),
-    **dict.fromkeys(_SINGLE, _Reading._single),
-    **dict.fromkeys(_COUNTS, _Reading._count),
-    **dict.fromkeys(_NUMBERS, _Reading._number),
+    **dict.fromkeys(NAMED, _Reading._named),
+    **dict.fromkeys(LISTED, _Reading._listed),
+    **dict.fromkeys(SINGLE, _Reading._single),
+    **dict.fromkeys(COUNTS, _Reading._count),
+    **dict.fromkeys(NUMBERS, _Reading._number),
     "type": _Reading._type,
     "enum": _Reading._enum,
     "const": _Reading._const,
@@ -381,14 +302,6 @@ _READERS: dict[str, _Reader] = {
     "format": _Reading._format,
     "$ref": _Reading._ref,
 }
-
-
-def _is_neutral(node: Mapping[str, Any], key: str, value: Any) -> bool:
-    if key == "if":
-        return "then" not in node and "else" not in node
-    if key in ("minContains", "maxContains") and "contains" not in node:
-        return True
-    return any(value == neutral and type(value) is type(neutral) for neutral in _NEUTRAL.get(key, ()))
 
 
 def _allow_null(found: dict[str, Any]) -> None:

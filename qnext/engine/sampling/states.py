@@ -120,18 +120,6 @@ class GrammarState:
         """An end token was accepted: the output is complete and satisfies the constraint."""
         return self._ended_at is not None
 
-    @property
-    def can_end(self) -> bool:
-        """The output so far satisfies the constraint."""
-        return self.is_finished or (not self.is_asleep and bool(self._matcher.is_accepting()))
-
-    @property
-    def must_end(self) -> bool:
-        """Nothing but an end token can follow, so that the request may be ended without drawing one."""
-        if self.is_finished:
-            return True
-        return not self.is_asleep and not self._matcher.is_error() and bool(self._matcher.is_stopped())
-
     def allowed(self) -> Mask:
         """The mask of the next token, read-only. Raises ConstraintFailed where nothing can follow, or too costly."""
         if self._mask is None:

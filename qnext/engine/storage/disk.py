@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
-import stat
 import threading
 import time
 from collections import Counter, deque
@@ -19,12 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from qnext.engine.storage.disk_entry import (
-    DIGEST_BYTES,
     PREFIX,
     DamagedEntry,
     Header,
@@ -34,23 +31,15 @@ from qnext.engine.storage.disk_entry import (
     encode_header,
     is_kind,
     make_header,
-    prefix_of,
-    read_body,
-    read_header,
     token_bytes,
 )
-from qnext.engine.storage.disk_folder import LOCK_FILE, check_size, lock_folder, open_folder
+from qnext.engine.storage.disk_files import EntryFiles, is_passing
+from qnext.engine.storage.disk_folder import check_size
 from qnext.engine.storage.disk_statistics import DiskStatistics
 from qnext.engine.storage.owned import OwnedEntries
-from qnext.errors import UsageError
 
-ENTRY_SUFFIX = ".entry"
-PARTIAL_SUFFIX = ".part"
 QUEUE_BYTES = 256 << 20
 _log = logging.getLogger(__name__)
-
-# The process lacks something, the file may be good.
-_PASSING_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN}
 
 
 @dataclass(eq=False)
@@ -61,7 +50,7 @@ class _Entry:
     body_B: Tensor | None = None  # until it is written
 
 
-class _Job(NamedTuple):
+class _WriteJob(NamedTuple):
     """Files to delete, then an entry to write: in this order the folder never holds more than it may."""
 
     victims: list[_Entry]
@@ -89,21 +78,18 @@ class DiskStore:
         self._index: dict[str, _Entry] = {}
         self._owned = OwnedEntries(max_bytes)
         self._lengths: dict[tuple[str, bytes], Lengths] = {}
-        self._queued_bytes = self._stuck_bytes = 0
+        self._queued_bytes = 0
         self._queued_of: Counter[bytes] = Counter()  # bytes by owner
         self._counts: Counter[str] = Counter()
         self._has_warned = self._is_closing = self._is_busy = False
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[_WriteJob] = deque()
         self._touched: dict[str, int] = {}
+        self._stamp = 0
         self._changed = threading.Condition(threading.RLock())
         with contextlib.ExitStack() as stack:
-            self._folder_fd = open_folder(self.folder)
-            stack.callback(os.close, self._folder_fd)
-            lock_fd = lock_folder(self._folder_fd, self.folder)
-            stack.callback(os.close, lock_fd)
-            self._stamp = 0
-            self._scan()
-            self._descriptors = stack.pop_all()
+            self._files = stack.enter_context(contextlib.closing(EntryFiles(self.folder, fingerprint=fingerprint)))
+            self._take_what_is_there()
+            stack.pop_all()
         self._writer = threading.Thread(target=self._write_jobs, name="prefix-cache-writer", daemon=True)
         self._writer.start()
 
@@ -142,7 +128,7 @@ class DiskStore:
             self._touch(name)
             self._queued_bytes += num_bytes
             self._queued_of[owner] += num_bytes
-            self._jobs.append(_Job(victims, entry))
+            self._jobs.append(_WriteJob(victims, entry))
             self._changed.notify_all()
             return True
 
@@ -225,7 +211,7 @@ class DiskStore:
             self._index.clear()
             self._owned = OwnedEntries(self._max_bytes)
             self._lengths.clear()
-            self._descriptors.close()
+            self._files.close()
 
     def __enter__(self) -> DiskStore:
         return self
@@ -251,7 +237,7 @@ class DiskStore:
             del self._lengths[key]
 
     def _touch(self, name: str) -> None:
-        """Last use is the file's time. The clock may step back; the order of uses may not."""
+        """The time of its last use is now. The clock may step back; the order of uses may not."""
         self._owned.touch(name)
         self._stamp = max(time.time_ns(), self._stamp + 1)
         self._touched[name] = self._stamp
@@ -259,7 +245,7 @@ class DiskStore:
 
     def _victims(self, owner: bytes, num_bytes: int) -> list[str] | None:
         """Names of what has to go before an owner has so many bytes more; None where it must do without."""
-        return self._owned.victims(owner.hex(), num_bytes, max_bytes=self._max_bytes - self._stuck_bytes)
+        return self._owned.victims(owner.hex(), num_bytes, max_bytes=self._max_bytes - self._files.stuck_bytes)
 
     def _evict(self, names: Sequence[str]) -> list[_Entry]:
         victims = [self._index[name] for name in names]
@@ -270,69 +256,29 @@ class DiskStore:
 
     # The folder.
 
-    def _scan(self) -> None:
-        found: list[tuple[int, str, _Entry]] = []
-        for file in os.listdir(self._folder_fd):
-            name, suffix = os.path.splitext(file)
-            if suffix not in (ENTRY_SUFFIX, PARTIAL_SUFFIX):
-                self._counts["foreign"] += file != LOCK_FILE
-                continue
-            try:
-                if suffix == PARTIAL_SUFFIX or len(name) != 2 * DIGEST_BYTES:
-                    raise DamagedEntry("half written, or named by another")
-                with self._open(name) as opened:
-                    status = os.fstat(opened.fileno())
-                    entry = _Entry(name, read_header(opened, self._fingerprint), status.st_size)
-                found.append((status.st_mtime_ns, name, entry))
-            except (DamagedEntry, OSError) as error:
-                if isinstance(error, OSError) and error.errno in _PASSING_ERRORS:
-                    raise UsageError(f"prefix cache {self.folder}: {error.strerror}") from error
-                self._counts["damaged"] += 1
-                self._remove(file)
-        for self._stamp, _, entry in sorted(found, key=lambda item: item[:2]):
-            self._add(entry)
+    def _take_what_is_there(self) -> None:
+        found = self._files.scan()
+        self._counts["damaged"] += found.num_damaged
+        self._counts["foreign"] += found.num_foreign
+        for self._stamp, name, header, num_bytes in found.entries:
+            self._add(_Entry(name, header, num_bytes))
         for victim in self._evict(self._victims(b"", 0) or ()):
-            self._remove(victim.name + ENTRY_SUFFIX)
-
-    def _open(self, name: str) -> BinaryIO:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        descriptor = os.open(name + ENTRY_SUFFIX, flags, dir_fd=self._folder_fd)
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            os.close(descriptor)
-            raise DamagedEntry("not a private file")
-        return os.fdopen(descriptor, "rb", buffering=0)
+            self._files.remove(victim.name)
 
     def _read(self, entry: _Entry) -> tuple[Header, Tensor | None]:
         """The file's own header and its verified body. Nothing where the file is gone; deletes what is damaged."""
         try:
-            with self._open(entry.name) as file:
-                header = read_header(file, self._fingerprint)
-                body_B = read_body(file, header)
-            hasher = PrefixHasher(self._fingerprint, header.kind, header.salt)
-            if hasher.name(header.tokens(body_B)) != entry.name:
-                raise DamagedEntry("under the name of another")
-            return header, body_B
+            return self._files.read(entry.name)
         except (DamagedEntry, OSError, RuntimeError) as error:  # torch has a RuntimeError for lack of memory
-            if isinstance(error, RuntimeError) or getattr(error, "errno", None) in _PASSING_ERRORS:
+            if is_passing(error):
                 return entry.header, None
             with self._changed:
                 if self._index.get(entry.name) is entry:
                     self._forget(entry)
                     if not isinstance(error, FileNotFoundError):
                         self._counts["damaged"] += 1
-                        self._remove(entry.name + ENTRY_SUFFIX)
+                        self._files.remove(entry.name)
             return entry.header, None
-
-    def _remove(self, file: str) -> None:
-        """Delete a file of the folder. What stays is taken from the bytes that the store may use."""
-        try:
-            os.unlink(file, dir_fd=self._folder_fd)
-        except FileNotFoundError:
-            pass
-        except OSError:
-            with contextlib.suppress(OSError), self._changed:
-                self._stuck_bytes += os.stat(file, dir_fd=self._folder_fd, follow_symlinks=False).st_size
 
     # The writer's thread.
 
@@ -348,28 +294,27 @@ class DiskStore:
                 self._is_busy = True
             if job is not None:
                 for victim in job.victims:
-                    self._remove(victim.name + ENTRY_SUFFIX)
+                    self._files.remove(victim.name)
                 self._write(job.entry)
                 continue
             with self._changed:
                 touched, self._touched = self._touched, {}
             for name, stamp in touched.items():
-                with contextlib.suppress(OSError, OverflowError):
-                    os.utime(name + ENTRY_SUFFIX, ns=(stamp, stamp), dir_fd=self._folder_fd, follow_symlinks=False)
+                self._files.touch(name, stamp)
 
     def _write(self, entry: _Entry) -> None:
         error: OSError | None = None
         with self._changed:
             is_wanted = self._index.get(entry.name) is entry
-            fits = self._owned.used_bytes <= self._max_bytes - self._stuck_bytes
+            fits = self._owned.used_bytes <= self._max_bytes - self._files.stuck_bytes
         try:
             if is_wanted and not fits:
                 raise OSError(errno.EDQUOT, "evicted files cannot be deleted")
             if is_wanted:
-                self._write_file(entry)
+                assert entry.body_B is not None
+                self._files.write(entry.name, entry.header, entry.body_B)
         except OSError as caught:
             error = caught
-            self._remove(entry.name + PARTIAL_SUFFIX)
         with self._changed:
             entry.body_B = None
             self._queued_bytes -= entry.num_bytes
@@ -383,21 +328,3 @@ class DiskStore:
         if error is not None and not self._has_warned:
             self._has_warned = True
             _log.warning("prefix cache %s: %s; entries are lost", self.folder, error.strerror)
-
-    def _write_file(self, entry: _Entry) -> None:
-        """Under another name first: a file with an entry's name was written whole."""
-        assert entry.body_B is not None
-        header_bytes = encode_header(entry.header, self._fingerprint)
-        partial, final = entry.name + PARTIAL_SUFFIX, entry.name + ENTRY_SUFFIX
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(partial, flags, 0o600, dir_fd=self._folder_fd)
-        try:
-            for part in (prefix_of(header_bytes, entry.body_B) + header_bytes, entry.body_B.numpy().data):
-                waiting = memoryview(part)
-                while waiting.nbytes:
-                    waiting = waiting[os.write(descriptor, waiting) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        # The folder itself is not synchronised: a name that a power failure takes back is an entry less.
-        os.replace(partial, final, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)

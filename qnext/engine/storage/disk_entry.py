@@ -34,13 +34,9 @@ TOKEN_BYTES = 4
 _ALIGNMENT = 64
 _PIECE_BYTES = 1 << 19  # of one read, so that the CRC finds it in a cache of the CPU
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn,
-        torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
-    )
-}  # fmt: skip
+_FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
+_WHOLE_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*_FLOAT_DTYPES, *_WHOLE_DTYPES)}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -48,7 +44,7 @@ class DamagedEntry(Exception):
     """The file is no whole entry of this store; the text says why."""
 
 
-class TensorSpec(NamedTuple):
+class EntryTensor(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -66,7 +62,7 @@ class Header(NamedTuple):
     salt: bytes
     owner: bytes
     num_tokens: int
-    specs: tuple[TensorSpec, ...]
+    specs: tuple[EntryTensor, ...]
     body_crc: int | None = None
 
     @property
@@ -154,7 +150,7 @@ def make_fingerprint(weights: bytes, **facts: str | int) -> bytes:
 def make_header(
     kind: str, salt: bytes, num_tokens: int, tensors: Mapping[str, Tensor], *, owner: bytes = b""
 ) -> Header:
-    specs = (TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+    specs = (EntryTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
     return Header(kind, salt, owner, num_tokens, tuple(specs))
 
 
@@ -229,7 +225,7 @@ def _parse_header(text: bytes, fingerprint: bytes) -> Header:
         fields = json.loads(text)
         if fields["fingerprint"] != fingerprint.hex():
             raise DamagedEntry("of another model or format")
-        specs = tuple(TensorSpec(str(name), DTYPES[dtype], tuple(shape)) for name, dtype, shape in fields["tensors"])
+        specs = tuple(EntryTensor(str(name), DTYPES[dtype], tuple(shape)) for name, dtype, shape in fields["tensors"])
         salt, owner = bytes.fromhex(fields["salt"]), bytes.fromhex(fields["owner"])
         header = Header(fields["kind"], salt, owner, fields["num_tokens"], specs)
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -6,18 +6,16 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-import qnext
-from qnext.engine.cache import Cache
+from qnext.engine.execution.cache import Cache
+from qnext.engine.execution.transfer import pages_of, states_of
 from qnext.engine.storage.disk_entry import make_fingerprint
-from qnext.engine.storage.transfer import pages_of, states_of
-from qnext.model import CausalLM
-from qnext.ops import Weight, is_native
-from qnext.ops.backend import native
+from qnext.model import CausalLM, named_tensors, named_weights
+from qnext.ops import RecordWeight, arithmetic_of
+from qnext.version import __version__
 
 LAYOUT = 1  # of entries: raise it when what they hold, or what it means, changes
 _NUM_SAMPLES = 1024
@@ -31,22 +29,13 @@ def fingerprint(model: CausalLM, cache: Cache, **facts: str | int) -> bytes:
     and states, which layers there are. The arithmetic is the package's version, the device, and the instruction set of
     the native kernels or torch's version.
     """
-    device = model.device
-    if is_native(device):
-        arithmetic = f"native {native().isa()}"
-    elif device.type == "cuda":
-        arithmetic = f"torch {torch.__version__} {torch.cuda.get_device_name(device)}"
-    else:
-        arithmetic = f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
     layout = [
         (name, str(tensor.dtype), *tensor.shape[1:])
         for tensors in (pages_of(cache), states_of(cache))
         for name, tensor in tensors.items()
     ]
-    return make_fingerprint(
-        weights_digest(model), version=qnext.__version__, arithmetic=arithmetic, layout=json.dumps([LAYOUT, layout]),
-        **facts,
-    )  # fmt: skip
+    facts = {"arithmetic": arithmetic_of(model.device), "layout": json.dumps([LAYOUT, layout]), **facts}
+    return make_fingerprint(weights_digest(model), version=__version__, **facts)
 
 
 def weights_digest(model: CausalLM) -> bytes:
@@ -58,20 +47,23 @@ def weights_digest(model: CausalLM) -> bytes:
     """
     digest = hashlib.blake2b(digest_size=32)
     digest.update(json.dumps(asdict(model.config), sort_keys=True, default=str).encode())
-    for name, tensor in _tensors(model):
+    for name, tensor in _told_tensors(model):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(_sample(tensor))
     return digest.digest()
 
 
-def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if isinstance(value, get_args(Weight)) and not isinstance(value, Tensor):
-                for number, tensor in enumerate(value.tensors):
-                    yield f"{name}.{key}.{number}", tensor
+def _told_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """What tells the content of every weight: its tensors, or the checksums of records, wherever they lie."""
+    stamps = {
+        name: weight.records.stamps
+        for name, weight in named_weights(model)
+        if isinstance(weight, RecordWeight) and weight.records.stamps is not None
+    }
+    for name, tensor in named_tensors(model):
+        if name.rpartition(".")[0] not in stamps:
+            yield name, tensor
+    yield from stamps.items()
 
 
 def _sample(tensor: Tensor) -> bytes:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import NamedTuple
 
-from qnext.engine.scheduling.ranking import Holdings
+from qnext.engine.policy.ranking import Holdings
 
 
-class _Owned(NamedTuple):
+class _OwnedSize(NamedTuple):
     owner: str
     num_bytes: int
 
@@ -21,7 +21,7 @@ class OwnedEntries:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._entries: dict[str, _Owned] = {}
+        self._entries: dict[str, _OwnedSize] = {}
         self._names: dict[str, OrderedDict[str, None]] = {}  # by owner, least recently used first
         self._holdings = Holdings(max_bytes)
         self.used_bytes = 0
@@ -39,7 +39,7 @@ class OwnedEntries:
 
     def add(self, name: str, owner: str, num_bytes: int) -> None:
         """As the one that was used last."""
-        self._entries[name] = _Owned(owner, num_bytes)
+        self._entries[name] = _OwnedSize(owner, num_bytes)
         self._names.setdefault(owner, OrderedDict())[name] = None
         self._holdings.add(owner, num_bytes)
         self.used_bytes += num_bytes

@@ -8,26 +8,27 @@ behind the last full chunk. So a conversation of many turns keeps its tokens onc
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
-import torch
 from torch import Tensor
 
-from qnext.engine.cache import Cache
-from qnext.engine.memory import available_bytes
-from qnext.engine.scheduling.archive import Load
-from qnext.engine.scheduling.prefix_node import Spill, Tokens
-from qnext.engine.storage import transfer
+from qnext.engine.execution import transfer
+from qnext.engine.execution.cache import Cache
+from qnext.engine.policy.archive import Load
+from qnext.engine.policy.prefix_node import Spill, Tokens
 from qnext.engine.storage.disk import QUEUE_BYTES, DiskStore
 from qnext.engine.storage.fingerprint import fingerprint
 from qnext.engine.storage.host import HostEntry, HostStore
 from qnext.errors import UsageError
 from qnext.model import CausalLM
+from qnext.planning import machine
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class DiskCache:
     queue_bytes: int = QUEUE_BYTES
 
 
-class Part(NamedTuple):
+class PrefixPart(NamedTuple):
     """One entry of a prefix: `end` tokens make its key, and it holds the blocks of those from `start` on."""
 
     kind: str
@@ -77,12 +78,14 @@ class Tiers:
             pinned = cache.device.type == "cuda"
             self.host = HostStore(max_bytes=host_bytes, pinned=pinned, on_evict=self._move_to_disk)
         if disk is not None:
+            of_model = fingerprint(model, cache, chunk=disk.chunk_tokens)
             self.disk = DiskStore(
-                disk.folder, max_bytes=disk.max_bytes, queue_bytes=disk.queue_bytes,
-                fingerprint=fingerprint(model, cache, chunk=disk.chunk_tokens),
-            )  # fmt: skip
+                disk.folder, max_bytes=disk.max_bytes, fingerprint=of_model, queue_bytes=disk.queue_bytes
+            )
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix-cache-reader")
         self._is_closing = self._has_warned = False
+        self._fetches: WeakValueDictionary[int, PrefixFetch] = WeakValueDictionary()
+        self._fetch_ids = itertools.count()
 
     # ---- what the scheduler asks ----
 
@@ -100,7 +103,15 @@ class Tiers:
         else:
             reach = num_whole + self.chunk_tokens if self.cache.kv else limit + 1
             best = max((p for p in self._lengths("state", key, tokens, limit) if p < reach), default=0)
-        return PrefixFetch(self, tokens[:best], key) if best > above else None
+        if best <= above:
+            return None
+        fetch = PrefixFetch(self, next(self._fetch_ids), tokens[:best], key)
+        self._fetches[fetch.id] = fetch
+        return fetch
+
+    def write(self, load: Load) -> None:
+        """Copy what has come to its place in the cache."""
+        self._fetches[load.fetch_id].write(load)
 
     def save(self, spills: Sequence[Spill]) -> None:
         """Copy prefixes out of the cache, as far as a tier lacks them. Called before the cache changes."""
@@ -131,19 +142,19 @@ class Tiers:
 
     # ---- parts ----
 
-    def parts(self, num_tokens: int) -> list[Part]:
+    def parts(self, num_tokens: int) -> list[PrefixPart]:
         """What a prefix of so many tokens consists of."""
         step = self.chunk_tokens
         num_whole = num_tokens // step * step if self.cache.kv else 0
-        parts = [Part("kv", start, start + step) for start in range(0, num_whole, step)]
-        return [*parts, Part("state", num_whole, num_tokens)] if self.cache.delta else parts
+        parts = [PrefixPart("kv", start, start + step) for start in range(0, num_whole, step)]
+        return [*parts, PrefixPart("state", num_whole, num_tokens)] if self.cache.delta else parts
 
-    def blocks_of(self, part: Part) -> range:
+    def blocks_of(self, part: PrefixPart) -> range:
         """The numbers of the blocks in a part, counted from the prefix's first."""
         size = self.cache.block_size
         return range(part.start // size, -(-part.end // size)) if self.cache.kv else range(0)
 
-    def get(self, part: Part, salt: bytes, tokens: Tokens, *, from_disk: bool) -> dict[str, Tensor] | None:
+    def get(self, part: PrefixPart, salt: bytes, tokens: Tokens, *, from_disk: bool) -> dict[str, Tensor] | None:
         """A part's tensors where the tier has them, and they are those of this cache."""
         store = self.disk if from_disk else self.host
         found = store.get(part.kind, salt, tokens[: part.end]) if store is not None else None
@@ -171,7 +182,7 @@ class Tiers:
         for store in stores if self.saves_at_once else stores[:1]:
             self._save_to(store, spill, parts)
 
-    def _save_to(self, store: HostStore | DiskStore, spill: Spill, parts: Sequence[Part]) -> None:
+    def _save_to(self, store: HostStore | DiskStore, spill: Spill, parts: Sequence[PrefixPart]) -> None:
         """Chunks before the state, so that what is there can be used; what was there counts as used."""
         salt, owner, num_tokens = _salt_bytes(spill.salt), _owner_digest(spill.owner), len(spill.tokens)
         for kind in ("kv", "state"):
@@ -185,7 +196,7 @@ class Tiers:
         for kind in ("state", "kv"):
             store.touch(kind, salt, spill.tokens, [part.end for part in parts if part.kind == kind])
 
-    def _read(self, spill: Spill, part: Part) -> dict[str, Tensor]:
+    def _read(self, spill: Spill, part: PrefixPart) -> dict[str, Tensor]:
         numbers, tensors = self.blocks_of(part), {}
         if numbers:
             blocks = spill.blocks[numbers.start : numbers.stop]
@@ -219,7 +230,8 @@ class Tiers:
 class PrefixFetch:
     """A prefix that `Tiers.find` found. What the host has is taken at once, the rest is read by a thread."""
 
-    def __init__(self, tiers: Tiers, tokens: Tokens, salt: bytes) -> None:
+    def __init__(self, tiers: Tiers, number: int, tokens: Tokens, salt: bytes) -> None:
+        self.id = number
         self.num_tokens = len(tokens)
         self._tiers, self._tokens, self._salt = tiers, tokens, salt
         self._parts = tiers.parts(len(tokens))
@@ -251,10 +263,8 @@ class PrefixFetch:
             numbers = tiers.blocks_of(part)
             low, high = max(first, numbers.start), min(end, numbers.stop)
             if low < high:
-                transfer.write_blocks(
-                    cache, load.blocks[low - first : high - first], tensors,
-                    start=low - numbers.start, num_tokens=part.end - part.start,
-                )  # fmt: skip
+                blocks, num_tokens = load.blocks[low - first : high - first], part.end - part.start
+                transfer.write_blocks(cache, blocks, tensors, start=low - numbers.start, num_tokens=num_tokens)
             if part.kind == "state":
                 assert load.slot is not None
                 transfer.write_slot(cache, load.slot, tensors)
@@ -277,12 +287,12 @@ def check_tiers(prefix_cache: bool, disk_cache: DiskCache | None, host_cache_byt
 def make_tiers(
     model: CausalLM, cache: Cache, prefix_cache: bool, disk_cache: DiskCache | None, host_cache_bytes: int | None
 ) -> Tiers | None:
-    """As Engine's arguments say. Raises UsageError."""
+    """As EngineConfig says. Raises UsageError."""
     check_tiers(prefix_cache, disk_cache, host_cache_bytes)
     if not prefix_cache:
         return None
     if host_cache_bytes is None:
-        host_cache_bytes = available_bytes(torch.device("cpu")) // 8 if cache.device.type == "cuda" else 0
+        host_cache_bytes = machine.available_bytes() // 8 if cache.device.type == "cuda" else 0
     if disk_cache is None and not host_cache_bytes:
         return None
     return Tiers(model, cache, host_bytes=host_cache_bytes, disk=disk_cache)

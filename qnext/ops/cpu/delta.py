@@ -1,83 +1,76 @@
-"""The token mixer of Gated DeltaNet by a native kernel. Legend: see qnext.ops.reference.delta_mixer."""
+"""The token mixer of Gated DeltaNet by a native kernel. Legend: see qnext.ops.mixers."""
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qnext.ops.backend import wide
+from qnext.ops.caches import DeltaCache, PendingTokens
+from qnext.ops.checks import check_delta
+from qnext.ops.cpu.kernels import check_memory, kernels, run_on, take, widened
 from qnext.ops.packing import Packing
-from qnext.ops.reference.delta_mixer import DeltaCache
-from qnext.ops.reference.delta_pending import PendingTokens
+from qnext.ops.records import DeltaWeights
 
 _LANES = 16
 _STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def fits_mixer(
-    native: ModuleType, conv_weight_C1W: Tensor, norm_weight_V: Tensor, key_head_dim: int, cache: DeltaCache | None
+def serves_gated_delta_mixer(
+    qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing, cache: DeltaCache | None = None
 ) -> bool:
     """Whether the kernel can run these sizes and write these slots."""
     return (
-        key_head_dim % _LANES == 0
-        and norm_weight_V.shape[0] % _LANES == 0
-        and 1 <= conv_weight_C1W.shape[2] <= native.MAX_CONV_WIDTH
+        take(qkvz_TX, ba_TY, *weights.tensors)
+        and fits_gated_delta_mixer(weights)
         and (cache is None or (_is_plain(cache.conv) and _is_state(cache.state)))
-        and (cache is None or cache.pending is None or _fits_pending(native, cache.pending))
+        and (cache is None or cache.pending is None or _fits_pending(cache.pending))
     )
 
 
-def fits_slots(native: ModuleType, conv: Tensor, state: Tensor, pending: PendingTokens) -> bool:
-    """Whether the kernel can apply these pending tokens to these states."""
+def fits_gated_delta_mixer(weights: DeltaWeights) -> bool:
+    """Whether the kernel, which is there, takes heads and convolutions of that size."""
     return (
-        state.shape[3] % _LANES == 0 and _is_plain(conv) and _is_state(state) and _fits_pending(native, pending)
-    )  # fmt: skip
+        weights.key_head_dim % _LANES == 0
+        and weights.value_head_dim % _LANES == 0
+        and 1 <= weights.conv_weight_C1W.shape[2] <= kernels().MAX_CONV_WIDTH
+    )
 
 
-def _fits_pending(native: ModuleType, pending: PendingTokens) -> bool:
-    return pending.num_drafts <= native.MAX_DRAFT_TOKENS and all(_is_plain(x) for x in pending[:-1])
+def serves_apply_pending(conv: Tensor, state: Tensor, pending: PendingTokens, slots_N: Tensor) -> bool:
+    """Whether the kernel can write these states."""
+    return (
+        run_on(state.device)
+        and state.shape[3] % _LANES == 0
+        and _is_plain(conv)
+        and _is_state(state)
+        and _fits_pending(pending)
+    )
+
+
+def _fits_pending(pending: PendingTokens) -> bool:
+    return fits_drafts(pending.num_drafts) and all(_is_plain(x) for x in pending[:-1])
+
+
+def fits_drafts(num_draft_tokens: int) -> bool:
+    """Whether the kernel, which is there, applies so many pending tokens of a sequence."""
+    return bool(num_draft_tokens <= kernels().MAX_DRAFT_TOKENS)
 
 
 def gated_delta_mixer(
-    native: ModuleType,
-    qkvz_TX: Tensor,
-    ba_TY: Tensor,
-    *,
-    conv_weight_C1W: Tensor,
-    A_log_H: Tensor,
-    dt_bias_H: Tensor,
-    norm_weight_V: Tensor,
-    eps: float,
-    num_key_heads: int,
-    key_head_dim: int,
-    packing: Packing,
-    cache: DeltaCache | None,
+    qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing, cache: DeltaCache | None = None
 ) -> Tensor:
     """[T, H * V] fp32. See ops.gated_delta_mixer.
 
-    The same bits however the tokens of a sequence are cut into calls, whichever of them were drafts and whatever
-    sequences run beside it; for states in bf16 as far as DeltaCache says. Raises IndexError for a slot that is none,
+    The bits do not depend on how the tokens of a sequence are cut into calls, on which of them were drafts, or on the
+    sequences beside it; for bf16 states within the rules of DeltaCache. Raises IndexError for an invalid slot,
     ValueError for a draft that is too long.
     """
-    num_heads, value_dim = A_log_H.shape[0], norm_weight_V.shape[0]
-    num_channels, _, width = conv_weight_C1W.shape
+    check_delta(qkvz_TX, ba_TY, weights, packing)
+    num_heads, key_head_dim, value_dim = weights.num_heads, weights.key_head_dim, weights.value_head_dim
+    num_channels, _, width = weights.conv_weight_C1W.shape
     num_tokens, num_sequences = qkvz_TX.shape[0], packing.num_sequences
-    assert packing.device.type == "cpu"
-    if (
-        num_heads % num_key_heads
-        or num_channels != 2 * num_key_heads * key_head_dim + num_heads * value_dim
-        or qkvz_TX.shape[1] != num_channels + num_heads * value_dim
-        or ba_TY.shape != (num_tokens, 2 * num_heads)
-        or dt_bias_H.shape[0] != num_heads
-        or num_tokens != packing.num_tokens
-    ):
-        raise ValueError(
-            f"projections {tuple(qkvz_TX.shape)} and {tuple(ba_TY.shape)} do not fit {num_key_heads} key heads of "
-            f"{key_head_dim}, {num_heads} value heads of {value_dim} and {num_channels} channels"
-        )
     if cache is None:
         cache = DeltaCache(
             conv=torch.empty((num_sequences, width - 1, num_channels), dtype=torch.float32),
@@ -86,38 +79,68 @@ def gated_delta_mixer(
             is_fresh_N=torch.ones(num_sequences, dtype=torch.bool),
         )
     _check_cache(cache, num_sequences, (width - 1, num_channels), (num_heads, key_head_dim, value_dim))
-    qkvz_TX, ba_TY, conv_weight_C1W = _plain(qkvz_TX), _plain(ba_TY), _plain(wide(conv_weight_C1W))
-    A_log_H, dt_bias_H, norm_weight_V = wide(A_log_H), wide(dt_bias_H), wide(norm_weight_V)
-    facts = (cache.is_draft_N, cache.context_lengths_N, cache.prompt_lengths_N)
+    qkvz_TX, ba_TY, conv_weight_C1W = _plain(qkvz_TX), _plain(ba_TY), _plain(widened(weights.conv_weight_C1W))
+    A_log_H, dt_bias_H, norm_weight_V = map(widened, weights.tensors[1:])
     out_TZ = torch.empty((num_tokens, num_heads * value_dim), dtype=torch.float32)
+    native = kernels()
     native.gated_delta_mixer(
-        qkvz_TX.data_ptr(), ba_TY.data_ptr(), conv_weight_C1W.data_ptr(), A_log_H.data_ptr(), dt_bias_H.data_ptr(),
-        norm_weight_V.data_ptr(), eps, num_sequences, packing.cu_seqlens.data_ptr(), cache.slots_N.data_ptr(),
-        cache.is_fresh_N.data_ptr() if cache.has_fresh else 0,
-        *(0 if x is None else x.data_ptr() for x in facts),
-        cache.state.shape[0], _slots(native, cache.conv, cache.state, cache.pending), out_TZ.data_ptr(),
-    )  # fmt: skip
+        qkvz_TX.data_ptr(),
+        ba_TY.data_ptr(),
+        native.DeltaWeights(
+            conv=conv_weight_C1W.data_ptr(),
+            A_log=A_log_H.data_ptr(),
+            dt_bias=dt_bias_H.data_ptr(),
+            norm=norm_weight_V.data_ptr(),
+            eps=weights.eps,
+        ),
+        native.DeltaSequences(
+            num_sequences=num_sequences,
+            num_slots=cache.state.shape[0],
+            starts=packing.cu_seqlens.data_ptr(),
+            slots=cache.slots_N.data_ptr(),
+            is_fresh=cache.is_fresh_N.data_ptr() if cache.has_fresh else 0,
+            is_draft=_address(cache.is_draft_N),
+            context_lengths=_address(cache.context_lengths_N),
+            prompt_lengths=_address(cache.prompt_lengths_N),
+        ),
+        _slots(cache.conv, cache.state, cache.pending),
+        out_TZ.data_ptr(),
+    )
     return out_TZ
 
 
-def apply_pending(native: ModuleType, conv: Tensor, state: Tensor, pending: PendingTokens, slots_N: Tensor) -> None:
-    """See ops.apply_pending. Raises IndexError for a slot, or a number of accepted tokens, that is none."""
+def apply_pending(conv: Tensor, state: Tensor, pending: PendingTokens, slots_N: Tensor) -> None:
+    """See ops.apply_pending. Raises IndexError for an invalid slot or an invalid number of accepted tokens."""
     pending.check_sizes(conv, state)
-    _check_numbers(slots_N, torch.int64, slots_N.shape[0])
-    native.apply_pending(
-        _slots(native, conv, state, pending), slots_N.data_ptr(), slots_N.shape[0], state.shape[0]
-    )  # fmt: skip
+    check_memory(slots_N, torch.int64, (slots_N.shape[0],))
+    slots = _slots(conv, state, pending)
+    kernels().apply_pending(slots, slots_N.data_ptr(), slots_N.shape[0], state.shape[0])
 
 
-def _slots(native: ModuleType, conv: Tensor, state: Tensor, pending: PendingTokens | None) -> Any:
+def _slots(conv: Tensor, state: Tensor, pending: PendingTokens | None) -> Any:
     """The memory of one layer as the kernels know it."""
     _, num_heads, key_dim, value_dim = state.shape
     num_key_heads = (conv.shape[2] - num_heads * value_dim) // (2 * key_dim)
-    addresses = [0] * 6 if pending is None else [pending.num_drafts, *(x.data_ptr() for x in pending)]
+    native = kernels()
+    of_drafts = None
+    if pending is not None:
+        addresses = {name: tensor.data_ptr() for name, tensor in pending._asdict().items()}
+        of_drafts = native.DeltaPending(num_drafts=pending.num_drafts, **addresses)
     return native.DeltaSlots(
-        num_key_heads, num_heads, key_dim, value_dim, conv.shape[1] + 1, conv.data_ptr(), state.data_ptr(),
-        state.dtype == torch.bfloat16, *addresses,
-    )  # fmt: skip
+        num_key_heads=num_key_heads,
+        num_value_heads=num_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        conv_width=conv.shape[1] + 1,
+        conv=conv.data_ptr(),
+        state=state.data_ptr(),
+        has_bf16_state=state.dtype == torch.bfloat16,
+        pending=of_drafts,
+    )
+
+
+def _address(numbers: Tensor | None) -> int:
+    return 0 if numbers is None else numbers.data_ptr()
 
 
 def _check_cache(
@@ -129,20 +152,15 @@ def _check_cache(
             f"slots of {tuple(conv.shape)} and {tuple(state.shape)} numbers, not of {conv_shape} and {state_shape}"
         )
     cache.check_pending()
-    _check_numbers(cache.slots_N, torch.int64, num_sequences)
-    _check_numbers(cache.is_fresh_N, torch.bool, num_sequences)
+    check_memory(cache.slots_N, torch.int64, (num_sequences,))
+    check_memory(cache.is_fresh_N, torch.bool, (num_sequences,))
     if cache.is_draft_N is not None:
-        _check_numbers(cache.is_draft_N, torch.bool, num_sequences)
+        check_memory(cache.is_draft_N, torch.bool, (num_sequences,))
     for lengths_N in (cache.context_lengths_N, cache.prompt_lengths_N):
         if lengths_N is not None:
-            _check_numbers(lengths_N, torch.int64, num_sequences)
+            check_memory(lengths_N, torch.int64, (num_sequences,))
     if cache.pending is not None:
-        _check_numbers(cache.pending.num_accepted, torch.int64, state.shape[0])
-
-
-def _check_numbers(numbers: Tensor, dtype: torch.dtype, size: int) -> None:
-    assert numbers.dtype == dtype and numbers.shape == (size,)
-    assert numbers.is_contiguous() and numbers.is_cpu
+        check_memory(cache.pending.num_accepted, torch.int64, (state.shape[0],))
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -1,110 +1,91 @@
-"""Causal grouped-query attention over packed sequences and over paged keys and values.
+"""Causal grouped-query attention, and the mixer around it.
 
-Legend: T tokens, N sequences, L longest query, S longest context, H query heads, G KV heads, K head dim,
-P tokens in a page.
+Legend: T tokens of a call, L of a sequence, S its context, H query heads, G KV heads, K head dim, P tokens in a page.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from qnext.ops.caches import AttentionCache
 from qnext.ops.packing import Packing
+from qnext.ops.records import AttentionWeights, Rope
+from qnext.ops.reference.norm import rms_norm
+from qnext.ops.reference.rope import apply_rope
+from qnext.ops.reference.width import wide
+
+
+def attention_mixer(
+    q_TX: Tensor,
+    k_TY: Tensor,
+    v_TY: Tensor,
+    weights: AttentionWeights,
+    *,
+    rope: Rope,
+    packing: Packing,
+    cache: AttentionCache | None = None,
+) -> Tensor:
+    """Norm and rotation of queries and keys per head, attention, output gate. See ops.attention_mixer."""
+    norm: dict[str, Any] = {"eps": weights.eps, "zero_centered": weights.zero_centered}
+    q_THK, k_TGK, v_TGK = (x.unflatten(1, (-1, weights.head_dim)) for x in (q_TX, k_TY, v_TY))
+    gate_THK = None
+    if weights.has_gate:  # each head holds its query, then its gate
+        q_THK, gate_THK = q_THK[:, 0::2], q_THK[:, 1::2]
+    q_THK = apply_rope(rms_norm(q_THK, weights.q_norm_weight_K, **norm), rope)
+    k_TGK = apply_rope(rms_norm(k_TGK, weights.k_norm_weight_K, **norm), rope)
+    if cache is None:
+        out_THK = attention(q_THK, k_TGK, v_TGK, packing=packing, scale=weights.scale)
+    else:
+        write(k_TGK, cache.k_pages, cache.k_scales, cache.write_index_T)
+        write(v_TGK, cache.v_pages, cache.v_scales, cache.write_index_T)
+        out_THK = _paged_attention(q_THK, cache, packing, weights.scale)
+    return (out_THK if gate_THK is None else out_THK * torch.sigmoid(gate_THK)).flatten(1)
 
 
 def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *, packing: Packing, scale: float) -> Tensor:
-    """[T, H, K]: causal attention inside each packed sequence; query head h reads KV head h // (H / G).
+    """[T, H, K]: causal inside each packed sequence."""
+    sequences = zip(*(x.split(packing.lengths) for x in (q_THK, k_TGK, v_TGK)), strict=True)
+    return torch.cat([attend(q, k, v, scale) for q, k, v in sequences])
 
-    Sequences are padded on the right to the longest. Under a causal mask no token sees the padding behind it, so
-    nothing else needs to be masked.
+
+def _paged_attention(q_THK: Tensor, cache: AttentionCache, packing: Packing, scale: float) -> Tensor:
+    """The queries of each sequence are its last tokens and see its pages."""
+    parts = []
+    contexts = cache.context_lengths_N.tolist()
+    for q_LHK, table_M, context in zip(q_THK.split(packing.lengths), cache.block_tables_NM, contexts, strict=True):
+        k_SGK = read(cache.k_pages, cache.k_scales, table_M)[:context]
+        v_SGK = read(cache.v_pages, cache.v_scales, table_M)[:context]
+        parts.append(attend(q_LHK, k_SGK, v_SGK, scale))
+    return torch.cat(parts)
+
+
+def attend(q_LHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v over the keys up to each query's own; query head h reads KV head h // (H / G)."""
+    repeats = q_LHK.shape[1] // k_SGK.shape[1]
+    k_SHK, v_SHK = (wide(x.repeat_interleave(repeats, dim=1)).to(wide(q_LHK).dtype) for x in (k_SGK, v_SGK))
+    scores_HLS = scale * torch.einsum("lhk,shk->hls", wide(q_LHK), k_SHK)
+    is_visible_LS = torch.ones_like(scores_HLS[0], dtype=torch.bool).tril(len(k_SHK) - len(q_LHK))
+    probabilities_HLS = scores_HLS.masked_fill(~is_visible_LS, -torch.inf).softmax(-1)
+    return torch.einsum("hls,shk->lhk", probabilities_HLS, v_SHK).to(q_LHK.dtype)
+
+
+def write(x_TGK: Tensor, pages: Tensor, scales: Tensor | None, index_T: Tensor) -> None:
+    """Puts keys or values at places page * P + offset, in the dtype of the pages.
+
+    In int8 a number is code * scale. The largest magnitude of a token and head has the code 127.
     """
-    q, k, v = (_pad(x, packing) for x in (q_THK, k_TGK, v_TGK))
-    out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=packing.max_length > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    rows = out.transpose(1, 2).flatten(0, 1)
-    return rows if packing.is_uniform else rows.index_select(0, packing.padded_rows_T)
+    page_T, offset_T = index_T // pages.shape[2], index_T % pages.shape[2]
+    if scales is not None:
+        scale_TG = wide(x_TGK).abs().amax(-1) / 127
+        scales[page_T, :, offset_T] = scale_TG.to(scales.dtype)
+        x_TGK = (wide(x_TGK) / scale_TG.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round().clamp(-127, 127)
+    pages[page_T, :, offset_T] = x_TGK.to(pages.dtype)
 
 
-def _pad(x_THK: Tensor, packing: Packing) -> Tensor:
-    """[T, H, K] -> [N, H, L, K]"""
-    num_rows = packing.num_sequences * packing.max_length
-    if not packing.is_uniform:
-        x_THK = x_THK.new_zeros(num_rows, *x_THK.shape[1:]).index_copy(0, packing.padded_rows_T, x_THK)
-    return x_THK.view(packing.num_sequences, packing.max_length, *x_THK.shape[1:]).transpose(1, 2)
-
-
-def write_kv(k_TGK: Tensor, v_TGK: Tensor, k_pages: Tensor, v_pages: Tensor, *, write_index_T: Tensor) -> None:
-    """Store keys and values at flat places (page * P + offset) of pages [num_pages, G, P, K], in place."""
-    page_size = k_pages.shape[2]
-    pages_T, offsets_T = write_index_T // page_size, write_index_T % page_size
-    k_pages[pages_T, :, offsets_T] = k_TGK.to(k_pages.dtype)
-    v_pages[pages_T, :, offsets_T] = v_TGK.to(v_pages.dtype)
-
-
-def paged_attention(
-    q_THK: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    *,
-    packing: Packing,
-    block_tables_NM: Tensor,
-    context_lengths: tuple[int, ...],
-    scale: float,
-) -> Tensor:
-    """[T, H, K]: the queries of each sequence are its last tokens and see its pages, themselves included, causally.
-
-    `block_tables_NM` names the pages of each sequence in order; `context_lengths` counts the tokens that lie in them.
-    """
-    if packing.max_length == 1:
-        return _decode_attention(q_THK, k_pages, v_pages, block_tables_NM, context_lengths, scale)
-    outputs, start = [], 0
-    for n, (length, context) in enumerate(zip(packing.lengths, context_lengths, strict=True)):
-        k, v = (_read_pages(pages, block_tables_NM[n], context) for pages in (k_pages, v_pages))
-        q = q_THK[start : start + length].transpose(0, 1)[None]
-        outputs.append(_suffix_attention(q, k, v, scale)[0].transpose(0, 1))
-        start += length
-    return torch.cat(outputs)
-
-
-def _read_pages(pages: Tensor, table_M: Tensor, context: int) -> Tensor:
-    """[1, G, S, K] of one sequence."""
-    num_pages = -(-context // pages.shape[2])
-    rows = pages.index_select(0, table_M[:num_pages]).transpose(0, 1).flatten(1, 2)
-    return rows[None, :, :context]
-
-
-def _suffix_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention of the last L positions over all S positions: query i sees keys up to S - L + i."""
-    length, context = q.shape[2], k.shape[2]
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    use_gqa = q.shape[1] != k.shape[1]
-    if length == context or length == 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, scale=scale, enable_gqa=use_gqa)
-    visible = torch.ones(length, context, dtype=torch.bool, device=q.device).tril(context - length)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=use_gqa)
-
-
-def _decode_attention(
-    q_THK: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables_NM: Tensor, context_lengths: tuple[int, ...],
-    scale: float,
-) -> Tensor:  # fmt: skip
-    """One query per sequence: all contexts gathered, padded to the longest, and masked."""
-    page_size = k_pages.shape[2]
-    tables = block_tables_NM[:, : -(-max(context_lengths) // page_size)]
-    longest = tables.shape[1] * page_size
-    k, v = (
-        pages.index_select(0, tables.flatten()).unflatten(0, tables.shape).transpose(1, 2).flatten(2, 3)
-        for pages in (k_pages, v_pages)
-    )
-    contexts_N = torch.tensor(context_lengths, device=q_THK.device)
-    visible = torch.arange(longest, device=q_THK.device) < contexts_N[:, None]
-    # A page may hold another owner's leftovers behind the context: weights of zero would keep its NaN.
-    v = torch.where(visible[:, None, :, None], v, 0.0)
-    k = torch.where(visible[:, None, :, None], k, 0.0)
-    out = F.scaled_dot_product_attention(
-        q_THK[:, :, None], k.to(q_THK.dtype), v.to(q_THK.dtype), attn_mask=visible[:, None, None, :], scale=scale,
-        enable_gqa=q_THK.shape[1] != k.shape[1],
-    )  # fmt: skip
-    return out.squeeze(2)
+def read(pages: Tensor, scales: Tensor | None, table_M: Tensor) -> Tensor:
+    """[M * P, G, K]: the contents of the pages of a sequence, in order."""
+    found = wide(pages[table_M]) if scales is None else pages[table_M] * scales[table_M][..., None]
+    return found.transpose(1, 2).flatten(0, 1)

@@ -1,196 +1,153 @@
-"""The token mixer of Gated DeltaNet between its projections.
+"""The token mixer of Gated DeltaNet, and the states that it carries.
 
-Legend: T tokens, N sequences, J key heads, R value heads per key head, H = J * R value heads, K and V key and value
-head dims, C = 2 J K + H V conv channels, W conv width, X = C + H V and Y = 2 H widths of the projections.
+Legend: T tokens, J key heads, R value heads per key head, H value heads, K and V key and value head dims, C channels,
+W width of the convolution.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import softplus
 
+from qnext.ops.caches import DELTA_CHUNK_SIZE, DeltaCache, PendingTokens
 from qnext.ops.packing import Packing
-from qnext.ops.reference.conv import causal_conv1d_silu
-from qnext.ops.reference.delta import DELTA_CHUNK_SIZE, delta_rule_updates, gated_delta_rule, rounded_delta_rule
-from qnext.ops.reference.delta_pending import PendingTokens, advance_history, advance_state, keep_first_tokens
+from qnext.ops.records import DeltaInputs, DeltaWeights
+from qnext.ops.reference.conv import convolve
+from qnext.ops.reference.delta import delta_step, per_value_head
 from qnext.ops.reference.norm import gated_rms_norm, l2_norm
+from qnext.ops.reference.width import wide
 
 
-class DeltaCache(NamedTuple):
-    """Carried states of one layer and the slots where the sequences of a call find theirs. Updated in place.
+class CarriedByOne(NamedTuple):
+    """What one sequence carries from token to token."""
 
-    What the slot of a fresh sequence held is never read. Slots of one call differ from each other.
-
-    Slots with `pending` tokens allow drafts: where `is_draft_N` is true, the tokens of the call, at most
-    `pending.num_drafts`, do not reach the carried states but become pending. In every call those pending tokens of its
-    sequences that were accepted come first.
-
-    A state in bf16 is rounded, to nearest even, at the end of a call, and within one after every drafted or accepted
-    token, at multiples of 64 tokens of a prompt, and after every token behind the prompt. So calls that end elsewhere
-    in a prompt change later bits. Arithmetic stays fp32.
-    """
-
-    conv: Tensor  # [num_slots, W - 1, C] last inputs of the convolution, oldest first
-    state: Tensor  # [num_slots, H, K, V] fp32, fp64 for fp64 inputs, or bf16
-    slots_N: Tensor  # int64
-    is_fresh_N: Tensor  # bool: starts with this call, from zeros
-    has_fresh: bool = True  # whether any of is_fresh_N may be true; false saves a pass over the states
-    pending: PendingTokens | None = None
-    is_draft_N: Tensor | None = None  # bool; None where nothing is a draft
-    # For states in bf16, int64 on the CPU: tokens of each sequence with those of the call, None where they begin at a
-    # multiple of 64; tokens of its prompt, None where the call has no others.
-    context_lengths_N: Tensor | None = None
-    prompt_lengths_N: Tensor | None = None
-
-    def check_pending(self) -> None:
-        """Raises ValueError for pending tokens of other sizes, or where drafts have no place."""
-        if self.pending is not None:
-            self.pending.check_sizes(self.conv, self.state)
-        elif self.is_draft_N is not None:
-            raise ValueError("drafts need slots with pending tokens")
-
-    def read(self, stored: Tensor) -> Tensor:
-        """Rows of `stored` for the sequences, zero for the fresh ones."""
-        rows = stored.index_select(0, self.slots_N)
-        if not self.has_fresh:
-            return rows
-        fresh = self.is_fresh_N.view(-1, *(1,) * (rows.dim() - 1))
-        return torch.where(fresh, torch.zeros((), dtype=rows.dtype, device=rows.device), rows)
-
-    def read_carried(self) -> tuple[Tensor, Tensor]:
-        """Rows of `conv` and `state` after the accepted pending tokens."""
-        conv, state = self.read(self.conv), self.read(self.state)
-        if self.pending is None:
-            return conv, state
-        counts_N = self.read(self.pending.num_accepted)
-        return (
-            advance_history(conv, self.pending, self.slots_N, counts_N),
-            advance_state(state, self.pending, self.slots_N, counts_N),
-        )
-
-    def write_carried(self, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> None:
-        """What was carried `after` the tokens of the call, or `before` them where they are drafts."""
-        for stored, old, new in zip((self.conv, self.state), before, after, strict=True):
-            rows = new.to(stored.dtype)
-            if self.is_draft_N is not None:
-                rows = torch.where(self.is_draft_N.view(-1, *(1,) * (rows.dim() - 1)), old.to(stored.dtype), rows)
-            stored.index_copy_(0, self.slots_N, rows)
-        if self.pending is not None:
-            self.pending.num_accepted.index_fill_(0, self.slots_N, 0)
+    left_WC: Tensor  # last inputs of the convolution
+    state_HKV: Tensor
 
 
 def gated_delta_mixer(
-    qkvz_TX: Tensor,
-    ba_TY: Tensor,
-    *,
-    conv_weight_C1W: Tensor,
-    A_log_H: Tensor,
-    dt_bias_H: Tensor,
-    norm_weight_V: Tensor,
-    eps: float,
-    num_key_heads: int,
-    key_head_dim: int,
-    packing: Packing,
-    cache: DeltaCache | None = None,
+    qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing, cache: DeltaCache | None = None
 ) -> Tensor:
-    """Convolution, L2 norm of q and k, gates, delta rule and gated norm: [T, H * V] for the output projection.
-
-    Both inputs are laid out by key head: each group of qkvz holds q (K), k (K), v (R * V), z (R * V), each group of
-    ba holds b (R), a (R). The convolution runs over all q, then all k, then all v. Sequences start from zeros where
-    there is no cache.
-    """
-    num_tokens, num_heads, value_dim = qkvz_TX.shape[0], A_log_H.shape[0], norm_weight_V.shape[0]
-    qkv_TC, z_THV = _split_qkvz(qkvz_TX, num_key_heads, key_head_dim, num_heads, value_dim)
-    beta_TH, g_TH = _gates(ba_TY, A_log_H, dt_bias_H, num_key_heads)
-    carried = None
+    """Convolution, L2 norm of q and k, gates, delta rule, gated norm. See ops.gated_delta_mixer."""
     if cache is not None:
         cache.check_pending()
-        _check_drafts(cache, packing)
-        carried = cache.read_carried()
-    mixed_TC, conv_state = causal_conv1d_silu(
-        qkv_TC, conv_weight_C1W.squeeze(1), packing=packing, initial_state_NWC=carried and carried[0]
+        cache.check_drafts(packing)
+    qkv_TC, z_THV = _split(qkvz_TX, weights)
+    parts, start = [], 0
+    for n, length in enumerate(packing.lengths):
+        rows = slice(start, start + length)
+        parts.append(_mix(qkv_TC[rows], ba_TY[rows], weights, cache, n))
+        start += length
+    return gated_rms_norm(torch.cat(parts), z_THV, weights.norm_weight_V, eps=weights.eps).flatten(1)
+
+
+def _mix(qkv_TC: Tensor, ba_TY: Tensor, weights: DeltaWeights, cache: DeltaCache | None, n: int) -> Tensor:
+    """[T, H, V] of sequence n, whose slot is brought up to date."""
+    before = _begin(qkv_TC, weights) if cache is None else _from_slot(cache, n)
+    mixed_TC, left_WC = convolve(qkv_TC, weights.conv_weight_C1W.squeeze(1), before.left_WC)
+    inputs = _heads(mixed_TC, ba_TY, weights)
+    tokens = list(zip(*per_value_head(inputs), strict=True))
+    stored = set() if cache is None else _stored_after(cache, n, len(tokens))
+    state_HKV, outputs, updates = wide(before.state_HKV), [], []
+    for t, token in enumerate(tokens):
+        o_HV, u_HV, state_HKV = delta_step(state_HKV, *token)
+        outputs.append(o_HV)
+        updates.append(u_HV)
+        if cache is not None and t in stored:
+            state_HKV = state_HKV.to(cache.state.dtype).to(state_HKV.dtype)
+    if cache is not None and _is_draft(cache, n):
+        _keep(cache, n, qkv_TC, inputs, torch.stack(updates))
+        _to_slot(cache, n, before)
+    elif cache is not None:
+        _to_slot(cache, n, CarriedByOne(left_WC, state_HKV))
+    return torch.stack(outputs).to(mixed_TC.dtype)
+
+
+def _split(qkvz_TX: Tensor, weights: DeltaWeights) -> tuple[Tensor, Tensor]:
+    """Inputs of the convolution [T, C]: all q, then all k, then all v; and z [T, H, V]."""
+    values = weights.num_heads // weights.num_key_heads * weights.value_head_dim
+    groups_TJX = qkvz_TX.unflatten(1, (weights.num_key_heads, -1))
+    q, k, v, z = groups_TJX.split([weights.key_head_dim, weights.key_head_dim, values, values], dim=-1)
+    return torch.cat([x.flatten(1) for x in (q, k, v)], dim=1), z.reshape(len(z), -1, weights.value_head_dim)
+
+
+def _heads(mixed_TC: Tensor, ba_TY: Tensor, weights: DeltaWeights) -> DeltaInputs:
+    """beta = sigmoid(b), g = -exp(A) softplus(a + dt), wide; b and a lie side by side for every key head."""
+    key_width = weights.num_key_heads * weights.key_head_dim
+    q_TX, k_TX, v_TX = mixed_TC.split([key_width, key_width, mixed_TC.shape[1] - 2 * key_width], dim=1)
+    b_TJR, a_TJR = ba_TY.unflatten(1, (weights.num_key_heads, -1)).chunk(2, dim=-1)
+    g_TH = -wide(weights.A_log_H).exp() * softplus(wide(a_TJR).flatten(1) + wide(weights.dt_bias_H))
+    return DeltaInputs(
+        l2_norm(q_TX.unflatten(1, (-1, weights.key_head_dim))),
+        l2_norm(k_TX.unflatten(1, (-1, weights.key_head_dim))),
+        v_TX.unflatten(1, (-1, weights.value_head_dim)),
+        g_TH,
+        torch.sigmoid(wide(b_TJR)).flatten(1),
     )
-    qk_TC, v_TC = mixed_TC.split([2 * num_key_heads * key_head_dim, num_heads * value_dim], dim=-1)
-    q_TJK, k_TJK = l2_norm(qk_TC.reshape(num_tokens, 2 * num_key_heads, key_head_dim)).chunk(2, dim=1)
-    v_THV = v_TC.reshape(num_tokens, num_heads, value_dim)
-    if cache is not None and carried is not None and cache.state.dtype == torch.bfloat16:
-        pieces = _stored_pieces(cache, packing)
-        o_THV, delta_state = rounded_delta_rule(
-            q_TJK, k_TJK, v_THV, g_TH, beta_TH, packing=packing, pieces=pieces, state_NHKV=carried[1]
-        )
-    else:
-        o_THV, delta_state = gated_delta_rule(
-            q_TJK, k_TJK, v_THV, g_TH, beta_TH, packing=packing, initial_state_NHKV=carried and carried[1]
-        )
-    if cache is not None and carried is not None:
-        if cache.is_draft_N is not None:
-            _keep_drafts(cache, packing, carried[1], qkv_TC, k_TJK, v_THV, g_TH, beta_TH)
-        cache.write_carried(carried, (conv_state, delta_state))
-    return gated_rms_norm(o_THV, z_THV, norm_weight_V, eps=eps).flatten(1)
 
 
-def _stored_pieces(cache: DeltaCache, packing: Packing) -> list[list[int]]:
-    """Lengths of the pieces of every sequence after which a state in bf16 is rounded."""
-    lengths = packing.lengths
-    ends = lengths if cache.context_lengths_N is None else cache.context_lengths_N.tolist()
-    prompts = ends if cache.prompt_lengths_N is None else cache.prompt_lengths_N.tolist()
-    is_draft = [False] * len(lengths) if cache.is_draft_N is None else cache.is_draft_N.tolist()
-    pieces: list[list[int]] = []
-    for length, end, prompt, drafts in zip(lengths, ends, prompts, is_draft, strict=True):
-        behind = length if drafts else min(length, max(0, end - prompt))
-        grid = range(end - length, end - behind)
-        stops = [position for position in grid if position % DELTA_CHUNK_SIZE == 0 or position == grid.start]
-        pieces.append([b - a for a, b in pairwise([*stops, grid.stop])] + [1] * behind)
-    return pieces
+def _begin(qkv_TC: Tensor, weights: DeltaWeights) -> CarriedByOne:
+    """Zeros."""
+    channels, _, width = weights.conv_weight_C1W.shape
+    sizes = (weights.num_heads, weights.key_head_dim, weights.value_head_dim)
+    return CarriedByOne(qkv_TC.new_zeros(width - 1, channels), wide(qkv_TC).new_zeros(sizes))
 
 
-def _check_drafts(cache: DeltaCache, packing: Packing) -> None:
-    if cache.is_draft_N is None or cache.pending is None or packing.max_length <= cache.pending.num_drafts:
-        return  # which sequences draft need not be known, so a GPU is not waited for
-    longest = int(torch.where(cache.is_draft_N, packing.lengths_N, 0).max())
-    if longest > cache.pending.num_drafts:
-        raise ValueError(f"a draft of {longest} tokens: slots hold at most {cache.pending.num_drafts}")
+def _from_slot(cache: DeltaCache, n: int) -> CarriedByOne:
+    """Zeros for a fresh sequence, else what its slot holds after the accepted tokens of its last draft."""
+    slot = int(cache.slots_N[n])
+    if cache.has_fresh and cache.is_fresh_N[n]:
+        return CarriedByOne(torch.zeros_like(cache.conv[slot]), torch.zeros_like(cache.state[slot]))
+    return _accepted(cache.conv, cache.state, cache.pending, slot)
 
 
-def _keep_drafts(
-    cache: DeltaCache,
-    packing: Packing,
-    state_NHKV: Tensor,
-    qkv_TC: Tensor,
-    k_TJK: Tensor,
-    v_THV: Tensor,
-    g_TH: Tensor,
-    beta_TH: Tensor,
-) -> None:
-    """Makes the first tokens of every sequence pending; of sequences that do not draft, none will be accepted."""
+def _accepted(conv: Tensor, state: Tensor, pending: PendingTokens | None, slot: int) -> CarriedByOne:
+    left_WC, state_HKV = conv[slot].clone(), state[slot].clone()
+    count = 0 if pending is None else int(pending.num_accepted[slot])
+    for t in range(count):
+        assert pending is not None
+        left_WC = torch.cat([left_WC, pending.conv[slot, t : t + 1].to(conv.dtype)])[1:]
+        k_JK, u_HV, decay_H = pending.k[slot, t], pending.u[slot, t], pending.decay[slot, t]
+        k_HK = k_JK.repeat_interleave(len(u_HV) // len(k_JK), dim=0)
+        after_HKV = decay_H[:, None, None] * wide(state_HKV) + k_HK[:, :, None] * u_HV[:, None, :]
+        state_HKV = after_HKV.to(state.dtype)
+    return CarriedByOne(left_WC, state_HKV)
+
+
+def _stored_after(cache: DeltaCache, n: int, num_tokens: int) -> set[int]:
+    """After which tokens of the call the state has the dtype of the slots: see DeltaCache. All, if that is wide."""
+    if cache.state.dtype != torch.bfloat16:
+        return set()
+    end = num_tokens if cache.context_lengths_N is None else int(cache.context_lengths_N[n])
+    prompt = end if cache.prompt_lengths_N is None else int(cache.prompt_lengths_N[n])
+    position_of = [end - num_tokens + t + 1 for t in range(num_tokens)]
+    return {t for t, p in enumerate(position_of) if _is_draft(cache, n) or p >= prompt or p % DELTA_CHUNK_SIZE == 0}
+
+
+def _is_draft(cache: DeltaCache, n: int) -> bool:
+    return cache.is_draft_N is not None and bool(cache.is_draft_N[n])
+
+
+def _to_slot(cache: DeltaCache, n: int, carried: CarriedByOne) -> None:
+    slot = int(cache.slots_N[n])
+    cache.conv[slot], cache.state[slot] = carried.left_WC.to(cache.conv.dtype), carried.state_HKV.to(cache.state.dtype)
+    if cache.pending is not None:
+        cache.pending.num_accepted[slot] = 0
+
+
+def _keep(cache: DeltaCache, n: int, qkv_TC: Tensor, inputs: DeltaInputs, u_THV: Tensor) -> None:
+    """Makes a draft pending: what its tokens would do, if they were accepted."""
     assert cache.pending is not None
-    num_drafts = cache.pending.num_drafts
-    first = Packing([min(length, num_drafts) for length in packing.lengths], device=packing.device)
-    rows = packing.cu_seqlens[:-1][first.sequence_ids_T] + first.offsets_T
-    qkv_TC, k_TJK, v_THV, g_TH, beta_TH = (x.index_select(0, rows) for x in (qkv_TC, k_TJK, v_THV, g_TH, beta_TH))
-    u_THV = delta_rule_updates(k_TJK, v_THV, g_TH, beta_TH, packing=first, initial_state_NHKV=state_NHKV)
-    keep_first_tokens(cache.pending, cache.slots_N, first, qkv_TC, k_TJK, u_THV, g_TH.exp())
+    slot, num_tokens = int(cache.slots_N[n]), len(qkv_TC)
+    for stored, new in zip(cache.pending, (qkv_TC, inputs.k_TJK, u_THV, inputs.g_TH.exp()), strict=False):
+        stored[slot, :num_tokens] = new.to(stored.dtype)
 
 
-def _split_qkvz(
-    qkvz_TX: Tensor, num_key_heads: int, key_dim: int, num_heads: int, value_dim: int
-) -> tuple[Tensor, Tensor]:
-    """Returns the input of the convolution [T, C] and z [T, H, V]."""
-    groups = qkvz_TX.view(qkvz_TX.shape[0], num_key_heads, -1)
-    value_width = num_heads // num_key_heads * value_dim
-    q, k, v, z = groups.split([key_dim, key_dim, value_width, value_width], dim=-1)
-    qkv_TC = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=-1)
-    return qkv_TC, z.reshape(qkvz_TX.shape[0], num_heads, value_dim)
-
-
-def _gates(ba_TY: Tensor, A_log_H: Tensor, dt_bias_H: Tensor, num_key_heads: int) -> tuple[Tensor, Tensor]:
-    """beta in (0, 1) and the log decay g <= 0, [T, H] each, in fp32 at least."""
-    groups = ba_TY.view(ba_TY.shape[0], num_key_heads, -1)
-    b, a = (part.flatten(1) for part in groups.chunk(2, dim=-1))
-    wide = torch.promote_types(ba_TY.dtype, torch.float32)
-    g_TH = -A_log_H.to(wide).exp() * F.softplus(a.to(wide) + dt_bias_H.to(wide))
-    return torch.sigmoid(b.to(wide)), g_TH
+def apply_pending(conv: Tensor, state: Tensor, pending: PendingTokens, slots_N: Tensor) -> None:
+    """The accepted tokens of these slots become part of their states; none is pending then."""
+    for slot in slots_N.tolist():
+        conv[slot], state[slot] = _accepted(conv, state, pending, slot)
+        pending.num_accepted[slot] = 0

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from qnext.ops.records import Rope
+
 
 def rope_frequencies(rotary_dim: int, *, theta: float) -> Tensor:
     """[R / 2] inverse frequencies theta^(-2i / R), fp32 on the CPU."""
@@ -28,11 +30,11 @@ def yarn_frequencies(
     attention_factor: float | None,
     truncate: bool,
 ) -> tuple[Tensor, float]:
-    """Inverse frequencies stretched by YaRN and the factor for cos and sin (arXiv 2309.00071).
+    """Inverse frequencies stretched by YaRN, and the factor for cos and sin (arXiv 2309.00071).
 
-    Frequencies that turn more than `beta_fast` times over `original_length` stay, those that turn less than
-    `beta_slow` times are divided by `factor`, a linear ramp lies between. With rotary_dim 64, theta 1e7 and
-    262,144 tokens the ramp runs from index 14 to 22.
+    Frequencies that turn more than `beta_fast` times over `original_length` stay. Those that turn less than `beta_slow`
+    times are divided by `factor`. Between them is a linear ramp. With rotary_dim 64, theta 1e7 and 262,144 tokens the
+    ramp runs from index 14 to 22.
     """
 
     def index_of(num_turns: float) -> float:
@@ -51,20 +53,21 @@ def yarn_frequencies(
     return plain / factor * ramp + plain * (1.0 - ramp), attention_factor
 
 
-def rope_cos_sin(positions_T: Tensor, frequencies: Tensor, *, attention_factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(positions_T: Tensor, frequencies: Tensor, *, attention_factor: float = 1.0) -> Rope:
     """cos and sin, each [T, R / 2] fp32, of the angles position * frequency, times `attention_factor`.
 
     Angles are exact products of position and fp32 frequency.
     """
     # In fp32 the product of a million with a frequency below 1 would be wrong by up to 0.03.
     angles = positions_T[:, None].to(torch.float64) * frequencies[None, :].to(torch.float64)
-    return (angles.cos() * attention_factor).to(torch.float32), (angles.sin() * attention_factor).to(torch.float32)
+    cos, sin = ((x * attention_factor).to(torch.float32) for x in (angles.cos(), angles.sin()))
+    return Rope(cos, sin)
 
 
-def apply_rope(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x_THK: Tensor, rope: Rope) -> Tensor:
     """Rotate pairs (i, i + R/2) of the first R dims; the others pass through unchanged."""
-    half = cos.shape[-1]
+    half = rope.cos.shape[-1]
     first, second, rest = x_THK.split([half, half, x_THK.shape[-1] - 2 * half], dim=-1)
-    cos, sin = cos[:, None, :].to(x_THK.dtype), sin[:, None, :].to(x_THK.dtype)
+    cos, sin = (x[:, None, :].to(x_THK.dtype) for x in rope)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat((*rotated, rest) if rest.shape[-1] else rotated, dim=-1)

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from qnext.ops.quantized import QuantizedWeight, pack_codes
 
-_ELEMENTS = 1 << 18  # at a time: the search passes over its copies many times, and they must stay in a cache
 _LANES = 16
 
 
 def round_to_groups(
     weight_FD: Tensor,
-    importance_D: Tensor | None,
+    importance_D: Tensor | None = None,
     *,
     divisors: Sequence[float],
     bits: int,
@@ -27,16 +26,12 @@ def round_to_groups(
     scale_dtype: torch.dtype,
 ) -> QuantizedWeight:
     """See ops.round_to_groups."""
-    codes, scales = [], []
-    for block in weight_FD.split(max(1, _ELEMENTS // weight_FD.shape[-1])):
-        groups_FGS = block.to(torch.float32).unflatten(-1, (-1, group_size))
-        weights_GS = None if importance_D is None else importance_D.view(-1, group_size)
-        scale_FG1 = _search(groups_FGS, weights_GS, divisors, bits, scale_dtype)
-        steps_FGS = _held((groups_FGS / scale_FG1).round_(), bits)
-        codes_FD = steps_FGS.add_(2 ** (bits - 1)).to(torch.uint8).flatten(-2)
-        codes.append(pack_codes(codes_FD, bits=bits))
-        scales.append(scale_FG1.squeeze(-1).to(scale_dtype))
-    return QuantizedWeight(torch.cat(codes), torch.cat(scales), bits, group_size)
+    groups_FGS = weight_FD.to(torch.float32).unflatten(-1, (-1, group_size))
+    weights_GS = None if importance_D is None else importance_D.view(-1, group_size)
+    scale_FG1 = _search(groups_FGS, weights_GS, divisors, bits, scale_dtype)
+    steps_FGS = _held((groups_FGS / scale_FG1).round_(), bits)
+    codes_FD = steps_FGS.add_(2 ** (bits - 1)).to(torch.uint8).flatten(-2)
+    return QuantizedWeight(pack_codes(codes_FD, bits=bits), scale_FG1.squeeze(-1).to(scale_dtype), bits, group_size)
 
 
 def _search(
@@ -87,18 +82,6 @@ def _sum(values: Tensor) -> Tensor:
 
 def rounding_errors(weight_FD: Tensor, rounded: QuantizedWeight) -> Tensor:
     """See ops.rounding_errors."""
-    rows = max(1, _ELEMENTS // weight_FD.shape[-1])
-    parts = []
-    for start in range(0, len(weight_FD), rows):
-        block = slice(start, start + rows)
-        original = weight_FD[block].to(torch.float32)
-        weight = QuantizedWeight(
-            rounded.codes[block],
-            rounded.scales[block],
-            rounded.bits,
-            rounded.group_size,
-            None if rounded.zeros is None else rounded.zeros[block],
-        )
-        gaps = weight.dequantize().sub_(original)
-        parts.append(torch.stack([each.square().sum(-1, dtype=torch.float64) for each in (gaps, original)], dim=-1))
-    return torch.cat(parts)
+    original = weight_FD.to(torch.float32)
+    gaps = rounded.dequantize().sub_(original)
+    return torch.stack([each.square().sum(-1, dtype=torch.float64) for each in (gaps, original)], dim=-1)

@@ -1,4 +1,9 @@
-"""Text of an answer to content, reasoning and tool calls, and the grammar that makes an answer call a tool."""
+"""The text of an answer to content, reasoning and tool calls, and the grammar that makes an answer call a tool.
+
+`OutputParser` (parser) reads text in pieces and gives `events`. `xml_calls` and `json_calls` read the two forms of
+calls, `values` their arguments. May import `errors` alone. A new form of calls is a file beside these two, named in
+`calls`.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from qnext.text.output.xml_calls import XmlCallReader
 MAX_CALL_LENGTH = 1 << 20  # characters; a longer call is cut
 
 
-class _Form(Protocol):
+class _CallSyntax(Protocol):
     """Reads what stands behind a call's opening tag, in pieces.
 
     `has_started`: a call has begun and not ended; with `has_failed` it is cut. `leftover` is text that was read and
@@ -36,7 +36,7 @@ class CallReader:
 
     def __init__(self, tools: ToolTable, opening: str, tag: Tag) -> None:
         self._tools = tools
-        self._form: _Form | None = None
+        self._form: _CallSyntax | None = None
         self._has_failed = False
         self._held = [opening]  # what was read since the tag, or since the last whole call
         self._num_held = len(opening)

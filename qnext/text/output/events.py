@@ -1,4 +1,4 @@
-"""What an answer is made of."""
+"""The events of an answer."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ class Reasoning(NamedTuple):
 
 
 class CallStart(NamedTuple):
-    """A tool call begins: it is one in every continuation of the answer."""
+    """A tool call begins. It is certain that it is a call, whatever follows."""
 
     name: str
 
 
 class CallArguments(NamedTuple):
-    """The next piece of a call's arguments; all pieces of a whole call are the strict JSON of an object."""
+    """The next piece of a call's arguments. All pieces of a complete call together are the strict JSON of an object."""
 
     text: str
 
 
 class CallEnd(NamedTuple):
-    """The call is whole."""
+    """The call is complete."""
 
 
 class CallCut(NamedTuple):
-    """The call broke off, or went on as no call can: its arguments stay a beginning. `text`: as the model wrote it."""
+    """The call broke off, or continued as no call can: its arguments stay a beginning. `text`: what the model wrote."""
 
     text: str
 
 
 class Call(NamedTuple):
-    """A whole, valid tool call; `arguments` is the JSON text of an object."""
+    """A complete, valid tool call. `arguments` is the JSON text of an object."""
 
     name: str
     arguments: str
@@ -63,7 +63,7 @@ _TEXTS = (Content, Reasoning, CallArguments)
 
 
 def merged(events: Iterable[OutputEvent]) -> list[OutputEvent]:
-    """The events with neighbouring texts of a kind made one.
+    """The events, with neighbouring texts of one kind joined.
 
     >>> merged([Content("a"), Content("b"), CallStart("f")])
     [Content(text='ab'), CallStart(name='f')]

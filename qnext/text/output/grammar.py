@@ -36,12 +36,10 @@ def tool_call_grammar(
 ) -> str:
     """Lark text of an answer that is one call, or with `parallel` one or more.
 
-    The call is of the tool `name`, else of any, with arguments by the tool's schema. Newlines may stand before it: the
-    thinking format has them behind the thought. In the XML style parameters come in the schema's order, the text of a
-    string is bound by its enum alone, and an object's parameters that no schema names are left out.
-
-    `control_names` are the tags that the tokenizer has as tokens of their own. Raises UsageError without tools, for an
-    unknown name and for a schema that is nested too deeply or uses a grammar's own options.
+    The call is of the tool `name`, else of any, with arguments by the tool's schema; newlines may stand before it. In
+    the XML style parameters come in the schema's order, and an object's that no schema names are left out.
+    `control_names` are the tags that are tokens of their own. Raises UsageError without tools, for an unknown name and
+    for a schema that is nested too deeply or uses a grammar's own options.
     """
     chosen = [tool for tool in map(named_parameters, tools) if name in (None, tool[0])]
     if not chosen:

@@ -1,11 +1,9 @@
 """The text of an answer, in whatever pieces it comes, to content, reasoning and tool calls.
 
-What comes out is a function of the whole text: every cutting of it gives the same events, but for where neighbouring
-texts of a kind are cut. All work is linear in the text, and only what is not yet certain is kept.
-
-Calls are read liberally where their meaning is certain (`xml_calls`, `json_calls`), and what comes out is strict. A
-call comes out piece by piece once it is certain that it is one; if it then breaks off, its end is a CallCut. What never
-became certain is content, as it is. A mention between backticks is content too.
+Every cutting of a text gives the same events, but for where neighbouring texts of a kind are cut. Work is linear, and
+only what is not yet certain is kept. Calls are read liberally where their meaning is certain (`xml_calls`,
+`json_calls`), and come out strict, piece by piece once it is certain that each is one. A call that then breaks off ends
+in a CallCut. What never became certain, and a mention between backticks, is content.
 """
 
 from __future__ import annotations
@@ -25,18 +23,12 @@ MAX_TRIALS = 16  # times that text is read again because a call in it was none
 
 
 class OutputParser:
-    """Reads one answer.
+    """Reads one answer. With `tool_style` None no tools were offered, and tags of calls stay content.
 
-    `tool_style` None means that no tools were offered, and tags of calls stay content; otherwise both styles are read.
-    `starts_in_reasoning` is for prompts that end in `<think>`; else `reads_reasoning` lets the answer open a thought
-    itself, at its beginning. Further thoughts begin right behind a thought or a call, or with `<think>` alone in a
-    line outside of code.
-
-    A call inside a thought that is not closed, or closed with nothing behind it, ends the thought and is made.
-
-    >>> parser = OutputParser(tool_style="json", tools=tools)
-    >>> joined(parser.push('Wait.\\n<tool_call>\\n{"name": "time", "argum') + parser.push('ents": {}}\\n</tool_call>'))
-    [Content(text='Wait.'), Call(name='time', arguments='{}')]
+    `starts_in_reasoning` is for prompts that end in `<think>`; else `reads_reasoning` lets the answer open a thought at
+    its beginning. Further thoughts begin right behind a thought or a call, or with `<think>` alone in a line outside of
+    code. A call inside a thought that is not closed, or closed with nothing behind it, ends the thought and is made.
+    `push` takes text in any pieces and gives events; `finish` gives the rest.
     """
 
     def __init__(
@@ -66,7 +58,7 @@ class OutputParser:
         self._follows_thought = False
         self._is_line_blank = True  # so far
         self._is_mention = False  # the last tag stood behind a backtick
-        self._ticks = _Ticks()
+        self._ticks = _Backticks()
         self._call: CallReader | None = None
         self._thought_calls: ThoughtCalls | None = None
         self._num_trials = 0
@@ -75,7 +67,7 @@ class OutputParser:
 
     @property
     def num_calls(self) -> int:
-        """How many calls have come out whole so far."""
+        """How many complete calls there are so far."""
         return self._num_calls
 
     @property
@@ -85,16 +77,17 @@ class OutputParser:
 
     @property
     def is_in_thought(self) -> bool:
-        """Whether what comes next is read as a thought, or as its end."""
+        """Whether the next text is read as a thought, or as the end of one."""
         return self._step in (self._read_reasoning, self._read_thought_calls)
 
     def push(self, text: str) -> list[OutputEvent]:
-        """What is certain now that `text` has come too."""
+        """The events that are certain now that `text` has come too."""
         self._run(self._rest + text)
         return self._take()
 
     def finish(self, *, has_ended: bool = False) -> list[OutputEvent]:
-        """What was held back, when the answer is over. `has_ended`: the model ended it, and nothing cut it."""
+        """The events that were held back, when the answer is over. `has_ended`: the model ended it, and nothing cut
+        it."""
         while self._call is not None or self._thought_calls is not None:
             rest, self._rest = self._rest, ""
             if self._call is not None:
@@ -349,7 +342,7 @@ class OutputParser:
         return merged(events) if len(events) > 1 else events
 
 
-class _Ticks:
+class _Backticks:
     """Backticks of the content: how many stand at its end, and whether an odd number of ``` opened a block."""
 
     def __init__(self) -> None:

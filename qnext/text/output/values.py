@@ -16,8 +16,14 @@ _FENCED = re.compile(r"```[a-z]*\s*(.*?)\s*```", re.DOTALL)
 _WORDS = ("true", "false", "null", "True", "False", "None")
 _MAX_REFERENCES = 16  # one after another
 _TYPES_OF_PYTHON = {
-    bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null", dict: "object", list: "array"
-}  # fmt: skip
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    type(None): "null",
+    dict: "object",
+    list: "array",
+}
 # Keywords that say something about values of one type alone, where a schema has no type.
 _TYPES_OF_KEYWORDS = {
     "properties": "object",

@@ -38,7 +38,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 
-class Piece(NamedTuple):
+class Markup(NamedTuple):
     """A tag, or text without one."""
 
     text: str
@@ -67,7 +67,7 @@ class XmlCallReader:
         self.leftover = ""  # was read, but stands behind the call
         self._tools = tools
         self._is_bare = is_bare
-        self._take: Callable[[Piece], None] = self._take_function
+        self._take: Callable[[Markup], None] = self._take_function
         self._object: JsonReader | None = None  # that reads arguments written as JSON
         self._has_object = False
         self._function = ""
@@ -79,7 +79,7 @@ class XmlCallReader:
         self._is_line_blank = True  # so far, of the value's last line
         self._tail = ""  # of the value
         self._has_opening = False  # it holds what looks like an opening tag
-        self._pending: list[Piece] = []  # a tag in a value that may end it, and what followed
+        self._pending: list[Markup] = []  # a tag in a value that may end it, and what followed
         self._signs = ""  # of the pending tags
         self._is_pending_apart = False  # it stands on a line of its own
         self._nested: list[str] | None = None  # the value's text from the first call in it on
@@ -110,7 +110,7 @@ class XmlCallReader:
                 self._object = JsonReader()
                 self._has_object = True
                 continue
-            self._take(Piece(text[start:place], tag))
+            self._take(Markup(text[start:place], tag))
             start = place
         return start
 
@@ -137,14 +137,14 @@ class XmlCallReader:
 
     # Between tags
 
-    def _take_function(self, piece: Piece) -> None:
+    def _take_function(self, piece: Markup) -> None:
         if piece.sign == "F" and piece.tag is not None:
             self._function = piece.tag.name
             self._take = self._take_member
         else:
             self.has_failed = piece.sign != " "
 
-    def _take_member(self, piece: Piece) -> None:
+    def _take_member(self, piece: Markup) -> None:
         """What stands between parameters."""
         tag, sign = piece.tag, piece.sign
         gap, self._gap = self._gap, self._gap + piece.text if sign == " " else ""
@@ -166,7 +166,7 @@ class XmlCallReader:
             is_again = sign == "p" or (sign == "F" and tag is not None and tag.name == self._function)
             self.has_failed = sign != " " and not (is_again and bool(self._written) == (sign == "p"))
 
-    def _take_end(self, piece: Piece) -> None:
+    def _take_end(self, piece: Markup) -> None:
         """What follows the function's end: more closing tags, or what stands behind the call."""
         if piece.sign == "t":
             self._end_call()
@@ -177,7 +177,7 @@ class XmlCallReader:
         elif piece.sign not in "fp":
             self._end_call(leftover=[*self._pending, piece])
 
-    def _take_behind(self, piece: Piece) -> None:
+    def _take_behind(self, piece: Markup) -> None:
         """Behind a tag that ends the call, though its function is open: a parameter here makes that doubtful."""
         if piece.sign == " ":
             self._pending.append(piece)
@@ -195,7 +195,7 @@ class XmlCallReader:
             self._take = self._take_object_end
         return place
 
-    def _take_object_end(self, piece: Piece) -> None:
+    def _take_object_end(self, piece: Markup) -> None:
         """Behind arguments written as JSON."""
         if piece.sign == "f":
             self._take = self._take_end
@@ -220,7 +220,7 @@ class XmlCallReader:
 
     # Inside a value
 
-    def _take_value(self, piece: Piece) -> None:
+    def _take_value(self, piece: Markup) -> None:
         if self._nested_depth:
             self._nested_depth += (piece.sign == self._nested_sign) - (piece.sign == self._nested_sign.lower())
             self._add(piece.text)
@@ -231,7 +231,7 @@ class XmlCallReader:
         else:
             self._decide(self._meaning(piece.sign), piece)
 
-    def _begin(self, piece: Piece) -> None:
+    def _begin(self, piece: Markup) -> None:
         """A piece with nothing undecided before it."""
         tag, sign = piece.tag, piece.sign
         is_apart = self._is_line_blank or self._value.is_compact
@@ -246,7 +246,7 @@ class XmlCallReader:
             self._pending, self._signs = [piece], sign
             self._is_pending_apart = True
 
-    def _take_parameter(self, name: str, piece: Piece) -> None:
+    def _take_parameter(self, name: str, piece: Markup) -> None:
         """An opening tag on a line of its own: if the tool has it, the closing tag before it was forgotten."""
         known = self._tools.arguments(self._function)
         if known and name not in known:
@@ -265,7 +265,7 @@ class XmlCallReader:
         signs = self._signs + sign
         return next((meaning for pattern, meaning in _RULES if pattern.fullmatch(signs)), "two ways")
 
-    def _decide(self, meaning: str, piece: Piece) -> None:
+    def _decide(self, meaning: str, piece: Markup) -> None:
         is_apart = self._is_pending_apart
         if self._signs in ("T", "F") and piece.text.startswith("{"):
             meaning = "nested"
@@ -301,7 +301,7 @@ class XmlCallReader:
             return False
         return not self._has_opening if sign in "fP" or sign == "p" else False
 
-    def _open_nested(self, piece: Piece) -> None:
+    def _open_nested(self, piece: Markup) -> None:
         """A call begins inside the value."""
         pending, self._pending = self._pending, []
         self._nested_sign, self._signs = self._signs, ""
@@ -312,7 +312,7 @@ class XmlCallReader:
             self._add(entry.text)
         self._take(piece)
 
-    def _end_unclosed(self, following: Sequence[Piece]) -> None:
+    def _end_unclosed(self, following: Sequence[Markup]) -> None:
         """The call ends here, its last value where the pending tags began."""
         if self._nested is not None:
             self._break_at_nested(following)
@@ -344,7 +344,7 @@ class XmlCallReader:
             self._written[self._parameter] = self._value.whole
         return not self.has_failed
 
-    def _break_at_nested(self, following: Sequence[Piece]) -> None:
+    def _break_at_nested(self, following: Sequence[Markup]) -> None:
         """The value is not closed: what looks like a call inside it may be the next call."""
         self.leftover = "".join([*(self._nested or ()), *(piece.text for piece in (*self._pending, *following))])
         self.has_failed = True
@@ -370,7 +370,7 @@ class XmlCallReader:
         if text and not (self._is_again and self._take == self._take_value):
             self.events.append(CallArguments(text))
 
-    def _end_call(self, *, leftover: Sequence[Piece] = (), is_certain: bool = True) -> None:
+    def _end_call(self, *, leftover: Sequence[Markup] = (), is_certain: bool = True) -> None:
         if not is_certain or (self._is_bare and not self._has_required):
             self.has_failed = True
             return

@@ -17,9 +17,15 @@ from qnext.config import ModelConfig
 from tests.checkpoint.folders import CONFIGS
 
 _NEXT = replace(
-    CONFIGS["next"], linear_value_head_dim=8, linear_num_value_heads=4, moe_intermediate_size=32,
-    shared_expert_intermediate_size=64, bos_token_id=2, eos_token_id=(5, 4), initializer_range=0.3,
-)  # fmt: skip
+    CONFIGS["next"],
+    linear_value_head_dim=8,
+    linear_num_value_heads=4,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=64,
+    bos_token_id=2,
+    eos_token_id=(5, 4),
+    initializer_range=0.3,
+)
 GGUF_CONFIGS: dict[str, ModelConfig] = {
     "next": _NEXT,
     "next tied": replace(_NEXT, tie_word_embeddings=True, num_nextn_predict_layers=0),

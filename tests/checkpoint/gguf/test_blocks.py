@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qnext.checkpoint.gguf.block_types import BLOCK_TYPES
-from qnext.checkpoint.gguf.blocks import ENCODED, decode, encode, encode_codes, integer_codes
+from qnext.checkpoint.gguf.blocks import decode, encode, encode_codes, integer_codes
 from qnext.checkpoint.gguf.codebooks import codebook
 
 # bytes of a block that hold f16 scales
@@ -62,7 +62,7 @@ def rows() -> np.ndarray:
     return x_RI
 
 
-@pytest.mark.parametrize("name", ENCODED)
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
 def test_rounding_is_that_of_ggml(name: str) -> None:
     x_RI = rows()
     if name in ("Q8_0", "Q4_0"):

@@ -39,10 +39,18 @@ def test_block_types_are_those_of_ggml() -> None:
 def test_reads_what_the_reference_writes(tmp_path: Path) -> None:
     file = read_gguf(small_file(tmp_path / "small.gguf"))
     assert file.keys == {
-        "general.architecture": "qwen3", "a.count": 7, "a.long": 2**40, "a.small": -3, "a.number": 0.5,
-        "a.precise": 0.1, "a.truth": True, "a.text": "Grüße", "a.texts": ["x", "", "yz"], "a.numbers": [1, -2, 3],
+        "general.architecture": "qwen3",
+        "a.count": 7,
+        "a.long": 2**40,
+        "a.small": -3,
+        "a.number": 0.5,
+        "a.precise": 0.1,
+        "a.truth": True,
+        "a.text": "Grüße",
+        "a.texts": ["x", "", "yz"],
+        "a.numbers": [1, -2, 3],
         "a.truths": [True, False],
-    }  # fmt: skip
+    }
     reference = gguf.GGUFReader(file.path)
     raw = file.path.read_bytes()
     assert [tensor.name for tensor in reference.tensors] == list(file.tensors)
@@ -55,9 +63,15 @@ def test_reads_what_the_reference_writes(tmp_path: Path) -> None:
 
 def test_the_reference_reads_what_is_written(tmp_path: Path) -> None:
     keys: dict[str, Value] = {
-        "general.architecture": "qwen3", "n": 3, "x": 0.25, "yes": True, "ids": [1, -2], "names": ["ä", ""],
-        "truths": [False, True], "none": [],
-    }  # fmt: skip
+        "general.architecture": "qwen3",
+        "n": 3,
+        "x": 0.25,
+        "yes": True,
+        "ids": [1, -2],
+        "names": ["ä", ""],
+        "truths": [False, True],
+        "none": [],
+    }
     specs = {"a": GgufSpec(BLOCK_TYPES["F32"], (3,)), "b.weight": GgufSpec(BLOCK_TYPES["Q4_0"], (2, 3, 32))}
     values = np.random.default_rng(0).standard_normal((6, 32), dtype=np.float32)
     packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q4_0)

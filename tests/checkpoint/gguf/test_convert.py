@@ -13,10 +13,10 @@ from torch import Tensor
 from qnext.checkpoint import load_model, save_model
 from qnext.checkpoint.files import TensorFiles
 from qnext.checkpoint.gguf import EXPORT_TYPES, export_gguf, import_gguf, read_gguf
-from qnext.config import read_config
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.model import CausalLM, initialize
 from tests.checkpoint.folders import make_fp8
+from tests.config.folder import read_config
 
 from .files import GGUF_CONFIGS, Raw, arrays_of, write_arrays
 
@@ -107,7 +107,7 @@ def test_quantised_files(tmp_path: Path, name: str, kind: str) -> None:
         counts[block.name] = counts.get(block.name, 0) + 1
         assert np.array_equal(
             tensor.data.view(np.uint8), gguf.quants.quantize(plain[tensor.name].data, block).view(np.uint8)
-        )  # fmt: skip
+        )
         head = "token_embd.weight" if name == "next tied" else "output.weight"
         if block.name not in ("F32", "BF16"):
             assert block.name == ("Q8_0" if tensor.name == head else kind.upper()), tensor.name

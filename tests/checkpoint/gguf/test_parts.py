@@ -109,7 +109,7 @@ WRONG: dict[str, tuple[dict[str, Value], str]] = {
     "tensors": ({"split.tensors.count": 99}, r"m-00001-of-00003.gguf: key split.tensors.count: 99, the 3 parts hold"),
     "count": ({"split.count": 4}, "m-00001-of-00003.gguf: key split.count: 4, the name says 3"),
     "too many": ({"split.count": 60_000}, "m-00001-of-00003.gguf: key split.count: 60000 parts, at most"),
-    "text": ({"split.count": "3"}, "m-00001-of-00003.gguf: key split.count: must be a number of things, not 3"),
+    "text": ({"split.count": "3"}, "m-00001-of-00003.gguf: key split.count: must be a whole number, at least 0, not 3"),
 }
 
 

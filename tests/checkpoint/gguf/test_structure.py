@@ -16,8 +16,8 @@ from qnext.checkpoint.gguf import export_gguf, import_gguf, read_gguf
 from qnext.checkpoint.gguf.block_types import BLOCK_TYPES
 from qnext.checkpoint.gguf.blocks import decode
 from qnext.checkpoint.gguf.container import Value
-from qnext.config import read_config
 from qnext.errors import CorruptCheckpoint, NotSupported, QnextWarning
+from tests.config.folder import read_config
 
 from .files import GGUF_CONFIGS, Raw, arrays_of, write_arrays
 from .test_blocks import WITHOUT_REFERENCE, random_blocks
@@ -65,7 +65,7 @@ PASSED_OVER: dict[str, Tensors] = {
 @pytest.mark.parametrize("name", PASSED_OVER)
 def test_leftovers_are_passed_over(folder: Path, plain: Path, tmp_path: Path, name: str) -> None:
     path = rewritten(plain, tmp_path / "m.gguf", PASSED_OVER[name])
-    with pytest.warns(QnextWarning, match=f"tensors are passed over: {next(iter(PASSED_OVER[name]))}"):
+    with pytest.warns(QnextWarning, match=f"tensors are ignored: {next(iter(PASSED_OVER[name]))}"):
         import_gguf(path, tmp_path / "back", dtype=torch.bfloat16)
     assert_is_folder(tmp_path / "back", folder)
 
@@ -77,7 +77,7 @@ def test_a_layer_of_multi_token_prediction_that_is_not_whole(plain: Path, tmp_pa
         with pytest.raises(CorruptCheckpoint, match=r"tensor blk\.4\.attn_norm\.weight is missing"):
             import_gguf(path, tmp_path / "back")
         return
-    with pytest.warns(QnextWarning, match="multi-token prediction is announced and not whole"):
+    with pytest.warns(QnextWarning, match="multi-token prediction is declared but incomplete"):
         import_gguf(path, tmp_path / "back", dtype=torch.bfloat16)
     assert read_config(tmp_path / "back").num_nextn_predict_layers == 0
 

@@ -53,9 +53,11 @@ class InProcess(TemplateLM):
         found = []
         for request in requests:
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]), prefix_token=self.eot_token_id,
-                max_seq_len=self.max_length - 1, context_len=1,
-            )  # fmt: skip
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.eot_token_id,
+                max_seq_len=self.max_length - 1,
+                context_len=1,
+            )
             pieces = [(None, *make_disjoint_window(window)) for window in windows]
             found.append(sum(score for score, _ in self._loglikelihood_tokens(pieces)))
         return found

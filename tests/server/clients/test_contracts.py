@@ -13,11 +13,20 @@ from tests.server.test_chat import chunks
 
 ASK: dict[str, Any] = {"model": "tiny-chat", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 TOOLS = [
-    {"type": "function", "function": {"name": name, "parameters": {
-        "type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"],
-        "additionalProperties": False}}}
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    }
     for name in ("weather", "traffic")
-]  # fmt: skip
+]
 
 
 def test_no_client_of_these_tests_gets_out() -> None:
@@ -36,8 +45,9 @@ def accumulated(deltas: list[dict[str, Any]]) -> list[dict[str, str]]:
                 calls[-1]["name"] += function.get("name") or ""
                 calls[-1]["arguments"] += function.get("arguments") or ""
             else:
-                calls.append({"id": part["id"], "name": function.get("name") or "",
-                              "arguments": function.get("arguments") or ""})  # fmt: skip
+                calls.append(
+                    {"id": part["id"], "name": function.get("name") or "", "arguments": function.get("arguments") or ""}
+                )
     return calls
 
 
@@ -56,8 +66,17 @@ def by_index(deltas: list[dict[str, Any]]) -> list[dict[str, str]]:
 def test_qwen_agent_and_litellm_see_the_same_calls(server: Running, compact: dict[str, int]) -> None:
     # Behind a call the grammar has a newline and another call, or the end: both unlikely, and so even.
     ends = {str(token): -100 for token in server.server.served.eos_ids}
-    body = {**ASK, "max_tokens": 1_000, "tools": TOOLS, "tool_choice": "required", "stream": True, "top_k": 20,
-            "repetition_penalty": 1.05, "temperature": 1.0, "logit_bias": {**compact, **ends}}  # fmt: skip
+    body = {
+        **ASK,
+        "max_tokens": 1_000,
+        "tools": TOOLS,
+        "tool_choice": "required",
+        "stream": True,
+        "top_k": 20,
+        "repetition_penalty": 1.05,
+        "temperature": 1.0,
+        "logit_bias": {**compact, **ends},
+    }
     most = 0
     with server.client() as client:
         for seed in range(4):
@@ -75,8 +94,14 @@ def test_qwen_agent_and_litellm_see_the_same_calls(server: Running, compact: dic
 
 def test_thoughts_come_under_both_names_and_first(thinking: Running) -> None:
     end = thinking.server.served.think_end[0]
-    body = {**ASK, "model": None, "max_tokens": 300, "stream": True, "logit_bias": {str(end): 100},
-            "guided_choice": ["fine"]}  # fmt: skip
+    body = {
+        **ASK,
+        "model": None,
+        "max_tokens": 300,
+        "stream": True,
+        "logit_bias": {str(end): 100},
+        "guided_choice": ["fine"],
+    }
     with thinking.client() as client:
         long = chunks(client.post("/v1/chat/completions", json={**ASK, "model": None, "max_tokens": 8, "stream": True}))
         short = chunks(client.post("/v1/chat/completions", json=body))
@@ -121,10 +146,20 @@ def test_open_webui_finds_the_models_and_ends_its_stream(server: Running) -> Non
         assert [entry["id"] for entry in models["data"]] == ["tiny-chat", "alias"]
         assert all(entry["object"] == "model" and entry["owned_by"] for entry in models["data"])
         # It sends its own bookkeeping along, and messages with fields of other servers.
-        body = {**ASK, "max_tokens": 4, "stream": True, "stream_options": {"include_usage": True},
-                "metadata": {"chat_id": "1"}, "chat_id": "1", "session_id": "2", "background_tasks": {},
-                "messages": [{"role": "system", "content": "Be brief."},
-                             {"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": "me"}]}  # fmt: skip
+        body = {
+            **ASK,
+            "max_tokens": 4,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "metadata": {"chat_id": "1"},
+            "chat_id": "1",
+            "session_id": "2",
+            "background_tasks": {},
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": "me"},
+            ],
+        }
         answer = client.post("/v1/chat/completions", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert chunks(answer)[-1]["usage"]["completion_tokens"] == 4
@@ -141,9 +176,16 @@ def test_aider_is_told_that_an_answer_was_cut(server: Running) -> None:
             "/v1/chat/completions", json={**body, "messages": [{"role": "user", "content": text + "x" * 60}]}
         )
         turns = [*ASK["messages"], {"role": "assistant", "content": "def "}]
-        more = client.post("/v1/chat/completions", json={
-            **ASK, "messages": turns, "continue_final_message": True, "add_generation_prompt": False, "max_tokens": 4,
-        })  # fmt: skip
+        more = client.post(
+            "/v1/chat/completions",
+            json={
+                **ASK,
+                "messages": turns,
+                "continue_final_message": True,
+                "add_generation_prompt": False,
+                "max_tokens": 4,
+            },
+        )
     assert cut["choices"][0]["finish_reason"] == "length" and cut["usage"]["total_tokens"] == context
     assert over.status_code == 400 and over.json()["error"]["code"] == "context_length_exceeded"
     assert more.status_code == 200 and more.json()["usage"]["completion_tokens"] == 4
@@ -156,9 +198,16 @@ def test_load_generators_get_exactly_the_tokens_they_ask_for(server: Running, ro
         # The end is by far the likeliest token, and all the same it does not end the answer.
         end = min(server.server.served.eos_ids)
         for wanted in (1, 2, 33):
-            body = {**prompt, "max_tokens": wanted, "ignore_eos": True, "stream": True, "temperature": 0,
-                    "logit_bias": {str(end): 50}, "stream_options": {"include_usage": True},
-                    "return_token_ids": True}  # fmt: skip
+            body = {
+                **prompt,
+                "max_tokens": wanted,
+                "ignore_eos": True,
+                "stream": True,
+                "temperature": 0,
+                "logit_bias": {str(end): 50},
+                "stream_options": {"include_usage": True},
+                "return_token_ids": True,
+            }
             found = chunks(client.post(route, json=body))
             used = found[-1]["usage"]
             assert used["completion_tokens"] == wanted and used["total_tokens"] == used["prompt_tokens"] + wanted
@@ -172,25 +221,73 @@ def test_load_generators_get_exactly_the_tokens_they_ask_for(server: Running, ro
 
 # What clients send that keep every parameter they know: null is the default, and so is an empty list.
 NOTHING = dict.fromkeys(
-    ["max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "stop", "stream", "stream_options", "seed",
-     "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "user", "tools", "tool_choice",
-     "parallel_tool_calls", "response_format", "reasoning_effort", "functions", "function_call", "metadata", "store",
-     "service_tier", "modalities", "prediction", "verbosity", "top_k", "min_p", "repetition_penalty", "echo", "suffix",
-     "best_of", "extra_body", "chat_template_kwargs", "structured_outputs", "guided_json"]
-)  # fmt: skip
+    [
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "n",
+        "stop",
+        "stream",
+        "stream_options",
+        "seed",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "logprobs",
+        "top_logprobs",
+        "user",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "response_format",
+        "reasoning_effort",
+        "functions",
+        "function_call",
+        "metadata",
+        "store",
+        "service_tier",
+        "modalities",
+        "prediction",
+        "verbosity",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "echo",
+        "suffix",
+        "best_of",
+        "extra_body",
+        "chat_template_kwargs",
+        "structured_outputs",
+        "guided_json",
+    ]
+)
 
 
 def test_null_is_the_default_of_everything(server: Running) -> None:
     turns = [
         {"role": "user", "content": "Hi", "name": None},
         # An answer as openai-python dumps it.
-        {"role": "assistant", "content": "Hello", "refusal": None, "annotations": [], "audio": None,
-         "function_call": None, "tool_calls": None, "reasoning_content": None},
-        {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "c1", "type": "function", "index": 0, "function": {"name": "weather", "arguments": ""}}]},
+        {
+            "role": "assistant",
+            "content": "Hello",
+            "refusal": None,
+            "annotations": [],
+            "audio": None,
+            "function_call": None,
+            "tool_calls": None,
+            "reasoning_content": None,
+        },
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "c1", "type": "function", "index": 0, "function": {"name": "weather", "arguments": ""}}
+            ],
+        },
         {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "rain"}], "name": "weather"},
         {"role": "user", "content": "And?"},
-    ]  # fmt: skip
+    ]
     some = {"max_tokens": 5, "temperature": 0}
     with server.client() as client:
         chat = {"messages": turns, **some}

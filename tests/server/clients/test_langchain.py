@@ -23,9 +23,13 @@ def chat(running: Running, **options: Any) -> Any:
     from langchain_openai import ChatOpenAI
 
     return ChatOpenAI(
-        base_url=f"{running.url}/v1", api_key="none", model="alias", max_retries=0, timeout=120.0,
+        base_url=f"{running.url}/v1",
+        api_key="none",
+        model="alias",
+        max_retries=0,
+        timeout=120.0,
         **{"max_tokens": 20, "temperature": 0.0, **options},
-    )  # fmt: skip
+    )
 
 
 def test_invoke_and_stream_agree_and_count_tokens(server: Running) -> None:

@@ -123,17 +123,17 @@ def test_a_tool_is_called_and_its_result_is_read(
     Forecast.model_validate_json(call.function.arguments)
     # The turns go back as the client keeps them.
     turns = [*MESSAGES, message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
-    later = sdk.chat.completions.create(
-        **{**GREEDY, "messages": turns}, tools=[forecast_tool], tool_choice="none"
-    )  # fmt: skip
+    later = sdk.chat.completions.create(**{**GREEDY, "messages": turns}, tools=[forecast_tool], tool_choice="none")
     assert later.usage is not None and answer.usage is not None
     assert later.choices[0].message.tool_calls is None
     assert later.usage.prompt_tokens > len(call.function.arguments) + len("Say something.rain")
 
 
 def test_a_schema_is_followed_and_parsed(sdk: OpenAI, compact: dict[str, int]) -> None:
-    form: Any = {"type": "json_schema",
-                 "json_schema": {"name": "v", "strict": True, "schema": Verdict.model_json_schema()}}  # fmt: skip
+    form: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "v", "strict": True, "schema": Verdict.model_json_schema()},
+    }
     ask = {**LONG, "temperature": 1.0, "seed": 4, "logit_bias": compact}
     plain = sdk.chat.completions.create(**ask, response_format=form).choices[0]
     assert Verdict.model_validate_json(plain.message.content or "").answer in ("yes", "no")
@@ -205,8 +205,11 @@ def test_extra_parameters_reach_the_sampler(sdk: OpenAI, compact: dict[str, int]
     found = json.loads(
         sdk.chat.completions.create(
             **{**LONG, "logit_bias": compact}, extra_body={"guided_json": Verdict.model_json_schema()}
-        ).choices[0].message.content or ""
-    )  # fmt: skip
+        )
+        .choices[0]
+        .message.content
+        or ""
+    )
     assert found["answer"] in ("yes", "no")
 
 

@@ -99,20 +99,27 @@ ATTACKS: dict[str, Attack] = {
     "bias of 64k": Attack("/v1/completions", _members(b'{"prompt":"a","logit_bias":{%s}}', b'"%d":1')),
     "faulty JSON of 8 MB": Attack("/v1/completions", lambda: b'{"prompt":[' + b'"aaaaaaaaaaaaaa",' * 480_000),
     "2 MB of instructions": Attack(
-        "/v1/responses", _of(input="a", instructions="a " * 900_000, stream=True, max_output_tokens=1)),
+        "/v1/responses", _of(input="a", instructions="a " * 900_000, stream=True, max_output_tokens=1)
+    ),
     # answers
     "log-probabilities of a prompt": Attack(
-        "/v1/completions", _of(prompt="word " * 6_500, max_tokens=1, prompt_logprobs=20), 1, True),
+        "/v1/completions", _of(prompt="word " * 6_500, max_tokens=1, prompt_logprobs=20), 1, True
+    ),
     "log-probabilities of a conversation": Attack(
         "/v1/chat/completions",
-        _of(messages=[{"role": "user", "content": "word " * 6_400}], max_tokens=1, prompt_logprobs=20), 1),
+        _of(messages=[{"role": "user", "content": "word " * 6_400}], max_tokens=1, prompt_logprobs=20),
+        1,
+    ),
     "echo with log-probabilities": Attack(
-        "/v1/completions", _of(prompt="word " * 6_500, max_tokens=1, echo=True, logprobs=20, n=4), 1),
+        "/v1/completions", _of(prompt="word " * 6_500, max_tokens=1, echo=True, logprobs=20, n=4), 1
+    ),
     "streamed echo with log-probabilities": Attack(
-        "/v1/completions", _of(prompt="word " * 6_500, max_tokens=1, echo=True, logprobs=20, n=4, stream=True), 1),
-    "a long echo": Attack("/v1/completions", _of(
-        prompt="word " * 9_000, max_tokens=1, echo=True, n=8, return_token_ids=True), 2),
-}  # fmt: skip
+        "/v1/completions", _of(prompt="word " * 6_500, max_tokens=1, echo=True, logprobs=20, n=4, stream=True), 1
+    ),
+    "a long echo": Attack(
+        "/v1/completions", _of(prompt="word " * 9_000, max_tokens=1, echo=True, n=8, return_token_ids=True), 2
+    ),
+}
 
 
 @dataclass

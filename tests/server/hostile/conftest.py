@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from qnext.server.audit import AuditLog
-from qnext.server.keys import KeyRing
+from qnext.server.access.audit import AuditLog
+from qnext.server.access.keys import KeyRing
 from qnext.server.limits import Limits
 from tests.server.hostile.harness import MAX_MEMORY, Harness, MemoryWatch
 from tests.server.serving import running_server
@@ -49,10 +49,15 @@ def memory(only_loopback: list[Any]) -> Iterator[None]:
 def harness(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     audit_path = tmp_path_factory.mktemp("audit") / "audit.jsonl"
     limits = Limits(
-        header_seconds=2.0, body_seconds=2.0, write_seconds=1.5, request_seconds=20.0, queue_seconds=10.0,
-        drain_seconds=1.0, watchdog_seconds=600.0,
-    )  # fmt: skip
-    keys = KeyRing.from_plain([ATTACKER, BYSTANDER], admin=[ADMIN])
+        header_seconds=2.0,
+        body_seconds=2.0,
+        write_seconds=1.5,
+        request_seconds=20.0,
+        queue_seconds=10.0,
+        drain_seconds=1.0,
+        watchdog_seconds=600.0,
+    )
+    keys = KeyRing(plain=[ATTACKER, BYSTANDER], admin=[ADMIN])
     with running_server(chat_model, limits=limits, keys=keys, audit=AuditLog(audit_path)) as running:
         harness = Harness(running, ATTACKER, BYSTANDER, audit_path)
         yield harness

@@ -16,9 +16,12 @@ from typing import Any, NamedTuple
 
 from qnext.server.routes import Route
 from qnext.server.table import public_routes
-from tests.server.hostile.catalogue import NUMBERS, TEXTS, VOCABULARY
-from tests.server.hostile.mutation import RICH, Path
+from tests.server.hostile.cases import VOCABULARY
+from tests.server.hostile.field_values import NUMBERS, TEXTS
+from tests.server.hostile.mutation import RICH
 from tests.server.hostile.surfaces import MARK, Raw, Surface, encoded, surfaces
+
+Path = tuple[Any, ...]  # of a field: keys and numbers of items
 
 _MAX_DEPTH = 5  # of fields inside fields
 _MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")

@@ -24,8 +24,9 @@ from typing import Any
 
 import httpx2
 
-from qnext.server.rates import FailedLogins
-from tests.server.hostile.catalogue import Case
+from qnext.server.access.rates import FailedLogins
+from tests.pace import TRIES, load_factor
+from tests.server.hostile.cases import Case
 from tests.server.hostile.surfaces import MARK, Surface, encoded
 from tests.server.serving import Running
 
@@ -33,8 +34,6 @@ LIVE_SECONDS = 0.1
 RSS_SLACK = 64 << 20
 MAX_ERROR = 4_096
 MAX_MEMORY = 1_536 << 20
-# Everything runs in one process, on a machine that may do other work: what is late must be late this often.
-TIMING_TRIES = 4
 
 _LEAKS = re.compile(
     r"0x[0-9a-fA-F]{3,}|Traceback|site-packages|\.py\b|/(?:home|usr|tmp|work|etc|root|proc)/|line \d+, in ",
@@ -146,7 +145,7 @@ class Harness:
         body = case.body(surface)
         raw = body if isinstance(body, bytes) else encoded(body)
         late = None
-        for _ in range(TIMING_TRIES):
+        for _ in range(TRIES):
             late = self._try(case, surface, raw)
             if late is None:
                 break
@@ -196,20 +195,20 @@ class Harness:
         assert MARK not in json.dumps(lines)
 
     def audit_lines(self, last: int = 8_192) -> list[dict[str, Any]]:
-        """Those in the last bytes of the audit log."""
+        """Those in the last bytes of the audit log; the end of one that is being written is none yet."""
         with self.audit_path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - last))
-            lines = file.read().split(b"\n")
-        return [json.loads(line) for line in (lines if size <= last else lines[1:]) if line]
+            lines = file.read().split(b"\n")[:-1]
+        return [json.loads(line) for line in (lines if size <= last else lines[1:])]
 
-    def check_rest(self) -> None:
-        """I4 and I5: what the others have of the server is what they had before."""
+    def check_rest(self, slack: int = RSS_SLACK) -> None:
+        """I4 and I5: what the others have of the server is what they had before, memory to within `slack` bytes."""
         self.check_idle()
         assert self.canary() == self.baseline, "another key's answer has changed"
-        if rss() > self.rss + RSS_SLACK:
+        if rss() > self.rss + slack:
             release_memory()
-            assert rss() <= self.rss + RSS_SLACK, f"{(rss() - self.rss) >> 20} MiB more than before"
+            assert rss() <= self.rss + slack, f"{(rss() - self.rss) >> 20} MiB more than before"
         self.rss = rss()
 
     def check_idle(self, seconds: float = 10.0) -> None:
@@ -262,11 +261,6 @@ def check_error(body: bytes, style: str, where: str) -> None:
     text = body.decode()
     assert MARK not in text.lower(), f"{where} repeats the input: {text}"
     assert not _LEAKS.search(text), f"{where} says too much: {text}"
-
-
-def load_factor() -> float:
-    """How much longer everything may take on a machine with more work than processors: 1 on an idle one."""
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def rss() -> int:

@@ -18,10 +18,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from qnext.server.app import Server
-from qnext.server.keys import KeyRing
+from qnext.server.access.keys import KeyRing
 from qnext.server.limits import Limits
 from qnext.server.run import Listen, Urls, serve
+from qnext.server.server import Server
 from tests.server.serving import load_engine
 
 KEYS = ["attacker-key", "bystander-key"]
@@ -88,7 +88,7 @@ def main(folder: str) -> None:
             sys.stdin.fileno(), lambda: (sys.stdin.readline(), print(json.dumps(monitor.read()), flush=True))
         )
         limits = Limits(body_seconds=60.0, drain_seconds=1.0, watchdog_seconds=600.0)
-        return Server(limits=limits, keys=KeyRing.from_plain(KEYS))
+        return Server(limits=limits, keys=KeyRing(plain=KEYS))
 
     tasks: list[asyncio.Future[None]] = []
     serve(new_server, lambda: load_engine(Path(folder)), Listen(port=0), on_ready=_tell)

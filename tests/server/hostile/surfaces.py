@@ -53,16 +53,20 @@ def _message(content: Any) -> dict[str, Any]:
 _BODIES: dict[str, tuple[str, dict[str, Any], Callable[[Any], Mapping[str, Any]]]] = {
     "chat": ("/v1/chat/completions", {**_message("Hi"), "max_tokens": 2, "temperature": 0}, _message),
     "completions": (
-        "/v1/completions", {"prompt": "Hi", "max_tokens": 2, "temperature": 0}, lambda text: {"prompt": text},
+        "/v1/completions",
+        {"prompt": "Hi", "max_tokens": 2, "temperature": 0},
+        lambda text: {"prompt": text},
     ),
     "responses": (
-        "/v1/responses", {"input": "Hi", "max_output_tokens": 16, "temperature": 0}, lambda text: {"input": text},
+        "/v1/responses",
+        {"input": "Hi", "max_output_tokens": 16, "temperature": 0},
+        lambda text: {"input": text},
     ),
     "messages": ("/v1/messages", {**_message("Hi"), "model": "alias", "max_tokens": 2, "temperature": 0}, _message),
     "count_tokens": ("/v1/messages/count_tokens", {**_message("Hi"), "model": "alias"}, _message),
     "tokenize": ("/tokenize", {"prompt": "Hi"}, lambda text: {"prompt": text}),
     "detokenize": ("/detokenize", {"tokens": [72, 105]}, lambda text: {"tokens": text}),
-}  # fmt: skip
+}
 
 
 def surfaces() -> dict[str, Surface]:

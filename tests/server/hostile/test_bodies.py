@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.server.hostile.catalogue import CLASSES, Case
+from tests.server.hostile.cases import Case
+from tests.server.hostile.catalogue import CLASSES
 from tests.server.hostile.harness import Harness
 from tests.server.hostile.surfaces import Surface, surfaces
 
@@ -25,9 +26,10 @@ def _short() -> list[object]:
     """What is heavy takes its turn on one of its surfaces."""
     return [
         pytest.param(case, _turn(number, case) if case.is_heavy else suited(case), id=f"{kind}: {case.name}")
-        for kind, cases in CLASSES.items() if kind != "fields"
+        for kind, cases in CLASSES.items()
+        if kind != "fields"
         for number, case in enumerate(cases)
-    ]  # fmt: skip
+    ]
 
 
 def _long() -> list[object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from qnext.server.keys import KeyRing
+from qnext.server.access.keys import KeyRing
 from qnext.server.limits import Limits
+from tests.pace import in_time
 from tests.server.hostile import wire
-from tests.server.hostile.harness import Harness, load_factor
+from tests.server.hostile.harness import Harness
 from tests.server.serving import Running, running_server
 
 LONG = {"prompt": "Once", "max_tokens": 1_900, "ignore_eos": True, "temperature": 0}
@@ -50,27 +52,37 @@ LEAVING: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", LEAVING)
 def test_what_a_client_that_leaves_held_comes_back(harness: Harness, name: str) -> None:
     request, begun = LEAVING[name]
-    before = harness.aborted()
-    with socket.create_connection(harness.address) as one:
-        one.sendall(request)
-        _wait(lambda: harness.left_over().get(begun))
-    _wait(lambda: not harness.left_over(), FREED_SECONDS * load_factor())
-    if name != "in prefill":  # a short one may be over by then
-        assert harness.aborted() > before
+
+    def attempt() -> float:
+        before = harness.aborted()
+        with socket.create_connection(harness.address) as one:
+            one.sendall(request)
+            _wait(lambda: harness.left_over().get(begun))
+        seconds = _wait(lambda: not harness.left_over())
+        if name != "in prefill":  # a short one may be over by then
+            assert harness.aborted() > before
+        return seconds
+
+    in_time(FREED_SECONDS, attempt)
     harness.check_rest()
 
 
 def test_clients_that_leave_while_they_wait(harness: Harness) -> None:
     """More than run at once: those in the queue go without ever having run."""
-    before = harness.aborted()
-    ones = [socket.create_connection(harness.address) for _ in range(30)]
-    for one in ones:
-        one.sendall(_body({}))
-    _wait(lambda: harness.running.server.worker.num_queued > 0 and harness.left_over().get("tasks") == 30)
-    for one in ones:
-        one.close()
-    _wait(lambda: not harness.left_over(), FREED_SECONDS * load_factor())
-    assert harness.aborted() == before + 30
+
+    def attempt() -> float:
+        before = harness.aborted()
+        ones = [socket.create_connection(harness.address) for _ in range(30)]
+        for one in ones:
+            one.sendall(_body({}))
+        _wait(lambda: harness.running.server.worker.num_queued > 0 and harness.left_over().get("tasks") == 30)
+        for one in ones:
+            one.close()
+        seconds = _wait(lambda: not harness.left_over())
+        assert harness.aborted() == before + 30
+        return seconds
+
+    in_time(FREED_SECONDS, attempt)
     phases = harness.running.server.counters.aborts.counts
     assert phases[("queue",)] > 0 and phases[("answer",)] > 0
     harness.check_rest()
@@ -98,7 +110,7 @@ def test_a_client_that_reads_nothing_is_ended(harness: Harness) -> None:
         one.connect(harness.address)
         one.sendall(request)
         _wait(lambda: harness.left_over().get("running"))
-        _wait(lambda: not harness.left_over(), 25.0 * load_factor())
+        _wait(lambda: not harness.left_over(), 60.0)
         time.sleep(harness.running.server.limits.write_seconds + 1.5)
         with pytest.raises(OSError):  # not closed in peace, with megabytes kept for whenever it reads
             while one.recv(65_536):
@@ -110,16 +122,18 @@ def test_a_client_that_reads_nothing_is_ended(harness: Harness) -> None:
 
 
 @pytest.fixture
-def slow_grammars(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits end every real grammar in time; these take a second."""
+def slow_grammars(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Limits end every real grammar in time; these take until the test is over."""
     processes = harness.running.server.served.grammars._processes
-    usual = processes.ask
+    usual, gate = processes.ask, threading.Event()
 
     def ask_slowly(request: dict[str, Any], *, kind: str) -> dict[str, Any]:
-        time.sleep(1.0)
+        gate.wait(60.0)
         return usual(request, kind=kind)
 
     monkeypatch.setattr(processes, "ask", ask_slowly)
+    yield
+    gate.set()
 
 
 @pytest.mark.usefixtures("slow_grammars")
@@ -130,13 +144,12 @@ def test_slow_grammars_keep_nobodys_text_waiting(harness: Harness) -> None:
     for one in ones:
         one.sendall(_body({"guided_regex": "a+"}))
     _wait(lambda: harness.left_over().get("tasks") == 6)
-    begin = time.perf_counter()
     assert harness.canary() == harness.baseline
-    chat = harness.other.post("/tokenize", json={"prompt": "Hello"})
-    assert chat.status_code == 200 and time.perf_counter() - begin < 0.7 * load_factor()
+    assert harness.other.post("/tokenize", json={"prompt": "Hello"}).status_code == 200
+    assert harness.left_over()["tasks"] >= 6, "all of them still wait"
     for one in ones:
         one.close()
-    _wait(lambda: not harness.left_over(), 0.7 * load_factor())
+    _wait(lambda: not harness.left_over())
     assert harness.aborted() == before + 6
 
 
@@ -146,7 +159,7 @@ def test_slow_grammars_keep_nobodys_text_waiting(harness: Harness) -> None:
 @pytest.fixture(scope="module")
 def small(chat_model: Path) -> Iterator[Running]:
     limits = Limits(max_queued=6, max_queued_per_key=4, drain_seconds=0.2)
-    keys = KeyRing.from_plain([wire.KEY, "other"])
+    keys = KeyRing(plain=[wire.KEY, "other"])
     with running_server(chat_model, limits=limits, keys=keys, engine_options={"max_num_seqs": 1}) as running:
         yield running
 
@@ -166,9 +179,8 @@ def test_a_full_queue_refuses_at_once(small: Running) -> None:
     waiting += send(4)
     _wait(lambda: small.server.worker.num_queued == 5)
     with small.client(wire.KEY) as full, small.client("other") as other:
-        begin = time.perf_counter()
         answers = [client.post("/v1/completions", json={**LONG, "n": n}) for client, n in ((full, 2), (other, 3))]
-        assert (time.perf_counter() - begin) / 2 < 0.1 * load_factor()
+        assert len(small.server.tasks) >= 5, "of the six before them one at most is through yet"
         assert [answer.status_code for answer in answers] == [429, 503]
         assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers)
         for one in waiting:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from qnext.server.audit import AuditLog
-from qnext.server.keys import KeyRing
+from qnext.server.access.audit import AuditLog
+from qnext.server.access.keys import KeyRing
 from qnext.server.limits import Limits
 from tests.server.hostile.conftest import ADMIN, ATTACKER, BYSTANDER
 from tests.server.hostile.field_bodies import Attack, attack, body_routes, fields
@@ -62,7 +62,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     """A server whose context is short, and so are answers that nobody ends."""
     folder = save_served(tmp_path_factory.mktemp("fuzzed") / "tiny-fuzzed", context=1_024)
     audit_path = folder.with_name("audit.jsonl")
-    keys = KeyRing.from_plain([ATTACKER, BYSTANDER], admin=[ADMIN])
+    keys = KeyRing(plain=[ATTACKER, BYSTANDER], admin=[ADMIN])
     limits = Limits(drain_seconds=1.0, watchdog_seconds=600.0)
     with running_server(folder, limits=limits, keys=keys, audit=AuditLog(audit_path)) as running:
         harness = Harness(running, ATTACKER, BYSTANDER, audit_path)

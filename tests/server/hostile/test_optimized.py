@@ -10,7 +10,7 @@ from pathlib import Path
 _PROGRAM = """
 import json, sys, tempfile
 from pathlib import Path
-from qnext.server.keys import KeyRing
+from qnext.server.access.keys import KeyRing
 from tests.server.serving import running_server, save_served
 
 if __debug__:
@@ -19,7 +19,7 @@ folder = save_served(Path(tempfile.mkdtemp()) / "tiny-chat")
 text = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 completion = {"prompt": "Hi", "max_tokens": 2}
 found = {}
-with running_server(folder, keys=KeyRing.from_plain(["key"], admin=["admin"])) as one:
+with running_server(folder, keys=KeyRing(plain=["key"], admin=["admin"])) as one:
     with one.client("key") as client, one.client() as nobody:
         def status(name, path, who=client, **more):
             found[name] = who.post(path, **more).status_code
@@ -40,9 +40,20 @@ with running_server(folder, keys=KeyRing.from_plain(["key"], admin=["admin"])) a
 print(json.dumps(found))
 """
 _EXPECTED = {
-    "fine": 200, "no key": 401, "too hot": 400, "n of 17": 400, "out of vocabulary": 400, "too long": 400,
-    "bad grammar": 400, "an image": 400, "nested": 400, "no JSON": 400, "too large": 413, "no route": 404, "admin": 403,
-}  # fmt: skip
+    "fine": 200,
+    "no key": 401,
+    "too hot": 400,
+    "n of 17": 400,
+    "out of vocabulary": 400,
+    "too long": 400,
+    "bad grammar": 400,
+    "an image": 400,
+    "nested": 400,
+    "no JSON": 400,
+    "too large": 413,
+    "no route": 404,
+    "admin": 403,
+}
 
 
 def test_the_server_refuses_without_asserts() -> None:

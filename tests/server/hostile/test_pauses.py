@@ -13,12 +13,13 @@ from collections.abc import Iterator
 import httpx2
 import pytest
 
+from tests.pace import load_factor, slowness
 from tests.server.hostile.attacks import ATTACKS, CONTEXT, Attack, Monitored, monitored
 from tests.server.hostile.harness import MAX_MEMORY
 from tests.server.hostile.monitored import KEYS
 from tests.server.serving import save_served
 
-MAX_PAUSE = 0.050
+MAX_PAUSE = 0.050  # seconds of a processor, of the machine that `slowness` compares with
 TRIES = 3
 
 
@@ -38,16 +39,15 @@ def _check(server: Monitored, attack: Attack) -> None:
         assert set(statuses) <= {200, 400, 429}, statuses
         assert found["peak"] < MAX_MEMORY, f"{found['peak'] >> 20} MiB"
         pauses.append(found["pause"])
-        if found["pause"] < MAX_PAUSE:
+        if found["pause"] < MAX_PAUSE * slowness():
             return
     raise AssertionError(f"the loop stood still for {min(pauses):.3f} s each time; threads were at {found['places']}")
 
 
 @pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.in_short])
 def test_the_loop_does_not_stand_still(server: Monitored, name: str) -> None:
-    """In short: fewer at once."""
-    attack = ATTACKS[name]
-    _check(server, attack._replace(times=min(attack.times, 2)))
+    """In short: one at a time; what holds the loop holds it once."""
+    _check(server, ATTACKS[name]._replace(times=1))
 
 
 @pytest.mark.slow
@@ -75,6 +75,6 @@ def test_24_large_texts_of_one_key_delay_only_that_key(server: Monitored) -> Non
                 assert answer.status_code == 200
         assert thread.is_alive(), "the attack was over before anything was measured"
     thread.join()
-    assert sorted(times["health"])[len(times["health"]) // 2] < 0.05
-    assert sorted(times["short"])[len(times["short"]) // 2] < 0.05
-    assert max(times["long"]) < 5.0
+    assert sorted(times["health"])[len(times["health"]) // 2] < 0.05 * load_factor()
+    assert sorted(times["short"])[len(times["short"]) // 2] < 0.05 * load_factor()
+    assert max(times["long"]) < 5.0 * load_factor()

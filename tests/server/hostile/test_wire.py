@@ -9,13 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.pace import in_time
 from tests.server.hostile import wire
-from tests.server.hostile.harness import Harness, check_error, load_factor
+from tests.server.hostile.harness import Harness, check_error
 from tests.server.hostile.surfaces import MARK
 from tests.server.hostile.wire import CLOSED, Bytes
+from tests.server.hostile.wire_cases import REQUESTS
 
-_QUICK = [case for case in wire.REQUESTS if case.seconds <= 1.0]
-_SLOW = [case for case in wire.REQUESTS if case.seconds > 1.0]
+_QUICK = [case for case in REQUESTS if case.seconds <= 1.0]
+_SLOW = [case for case in REQUESTS if case.seconds > 1.0]
 
 
 def _refused_since(harness: Harness, offset: int) -> list[int]:
@@ -38,16 +40,28 @@ def _check_lines(harness: Harness, case: Bytes, offset: int, found: list[int]) -
 
 
 def _check(harness: Harness, case: Bytes) -> list[int]:
+    """Statuses of all answers."""
+    found: list[int] = []
+
+    def attempt() -> float:
+        statuses, seconds = _talk(harness, case)
+        found.extend(statuses)
+        return seconds
+
+    in_time(case.seconds, attempt)
+    return found
+
+
+def _talk(harness: Harness, case: Bytes) -> tuple[list[int], float]:
     received, is_closed, seconds = wire.talk(harness.address, case)
     found = wire.statuses(received)
     assert (found[0] if found else CLOSED) in case.statuses, f"{case.name}: {received[:300]!r}"
     assert len(found) <= case.num_answers, f"{case.name}: {received[:600]!r}"
     assert is_closed or not case.closes, f"{case.name}: still open after {seconds:.1f} s, {received[:300]!r}"
-    assert seconds < case.seconds * load_factor(), f"{case.name}: {seconds:.2f} s"
     assert MARK.encode() not in received.lower() and b"Traceback" not in received, case.name
     if found and found[-1] >= 400 and len(wire.bodies(received)) == len(found):
         check_error(wire.bodies(received)[-1], "openai", case.name)
-    return found
+    return found, seconds
 
 
 @pytest.mark.parametrize("case", _QUICK, ids=[case.name for case in _QUICK])

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("playwright", reason="playwright is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.server.page.mock import Script, serve
 
@@ -25,6 +25,7 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+PATIENCE_MS = 60_000  # of whatever waits for the page: a busy machine is slow, and no fault of it
 SIZES = {"wide": (1440, 900), "phone": (390, 844)}
 
 
@@ -34,6 +35,7 @@ SIZES = {"wide": (1440, 900), "phone": (390, 844)}
 def browser() -> Iterator[Browser]:
     if not CHROMIUM.exists():
         pytest.skip(f"no browser at {CHROMIUM}")
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
         yield browser
@@ -115,7 +117,7 @@ def open_page(browser: Browser, address: str) -> Iterator[OpenPage]:
         context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme=theme, has_touch=size == "phone", **options
         )
-        context.set_default_timeout(8000)
+        context.set_default_timeout(PATIENCE_MS)
         contexts.append(context)
         one = Opened(context.new_page(), address)
         one.expected = expected
@@ -141,7 +143,7 @@ def one_page(browser: Browser, served: tuple[Script, str]) -> Iterator[Opened]:
         reduced_motion="reduce",
         permissions=["clipboard-read", "clipboard-write"],
     )
-    context.set_default_timeout(8000)
+    context.set_default_timeout(PATIENCE_MS)
     renewed(served[0])
     one = Opened(context.new_page(), served[1])
     one.page.goto(served[1])

@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from tests.server.page.answers import chunks_for, events
 
-PAGE = Path(__file__).parents[3] / "qnext" / "server" / "page"
+PAGE = Path(__file__).parents[3] / "qnext" / "server" / "view" / "page"
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -46,6 +46,7 @@ class Script:
     top_k: int = 6
     has_chat: bool = True
     has_mtp: bool = True
+    streams_experts: bool = False
     name: str = "qwen3-next-mock"
     key: str = ""
     pause: float = 0.0  # seconds between the events of an answer
@@ -186,6 +187,7 @@ class LiveMock:
             "view": script.view,
             "layers": layers,
             "mtp": script.has_mtp,
+            "streams_experts": script.streams_experts,
             "max_model_len": MAX_MODEL_LEN,
             "limits": {},
             "sampling": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0},
@@ -226,7 +228,13 @@ class LiveMock:
             "prefix": {"prompt_tokens_cached": 51_200, "prompt_tokens_computed": 31_744},
             "drafts": {"drafted": self.drafted, "accepted": self.accepted},
             "experts": {"steps": 5, "layers": self.layers(is_busy)},
+            "expert_reads": self.expert_reads(is_busy) if script.streams_experts else None,
         }
+
+    def expert_reads(self, is_busy: bool) -> dict[str, float | None]:
+        if not is_busy:
+            return {"hit_ratio": None, "bytes_per_token": None, "wait_ratio": 0.0}
+        return {"hit_ratio": 0.714, "bytes_per_token": 151_230_000.0, "wait_ratio": 0.43}
 
     def own_tick(self, is_busy: bool) -> dict[str, Any]:
         state = {"request_id": "req-mine", "route": "/v1/chat/completions", "phase": "answer", "prompt_tokens": 40}

@@ -212,12 +212,18 @@ def test_markdown_becomes_elements(chat: Page) -> None:
     ask(chat, "markdown")
     answer = last_answer(chat)
     for selector, text in [
-        ("h4", "Why hybrid models stay quick"), ("strong", "Gated DeltaNet"), ("em", "fixed"), ("p code", "all"),
-        ("th.align-right", "memory per token"), ("ol > li:nth-child(3)", "their answers are added."),
+        ("h4", "Why hybrid models stay quick"),
+        ("strong", "Gated DeltaNet"),
+        ("em", "fixed"),
+        ("p code", "all"),
+        ("th.align-right", "memory per token"),
+        ("ol > li:nth-child(3)", "their answers are added."),
         ("ol ul li", "and one that is shared,"),
-        ("pre .code-keyword >> nth=0", "def"), ("pre .code-call >> nth=0", "route"),
-        ("blockquote", "Only 3.7 % of the weights take part in a token."), (".host", "(papers.example.org)"),
-    ]:  # fmt: skip
+        ("pre .code-keyword >> nth=0", "def"),
+        ("pre .code-call >> nth=0", "route"),
+        ("blockquote", "Only 3.7 % of the weights take part in a token."),
+        (".host", "(papers.example.org)"),
+    ]:
         expect(answer.locator(selector)).to_have_text(text)
     for link in answer.locator("a").all():
         assert link.get_attribute("rel") == "noopener noreferrer" and link.get_attribute("target") == "_blank"

@@ -120,11 +120,19 @@ def test_settings_show_the_defaults_and_send_what_they_show(open_page: OpenPage,
     ask(chat, "hello")
     body = script.requests[-1]
     expected = {
-        "temperature": 0.25, "top_p": 0.8, "top_k": 20, "min_p": 0, "max_tokens": 99, "seed": 7,
-        "repetition_penalty": 1.1, "presence_penalty": -0.5, "frequency_penalty": 0.5, "stop": ["END", "###"],
+        "temperature": 0.25,
+        "top_p": 0.8,
+        "top_k": 20,
+        "min_p": 0,
+        "max_tokens": 99,
+        "seed": 7,
+        "repetition_penalty": 1.1,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.5,
+        "stop": ["END", "###"],
         "tools": TOOLS,
         "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}},
-    }  # fmt: skip
+    }
     assert {name: body.get(name) for name in expected} == expected
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     reload(chat)

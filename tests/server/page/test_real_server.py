@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from tests.cli.text_folders import save_plain
 from tests.server.page.acts import answers, ask
 from tests.server.page.conftest import OpenPage
 from tests.server.page.test_live_view import brightness, wait_until
 from tests.server.serving import running_server
+from tests.text_folders import save_plain
 
 
 @pytest.fixture(params=["chat", "plain"])

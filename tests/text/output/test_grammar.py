@@ -18,6 +18,7 @@ from qnext.engine.sampling.constraint import Constraint
 from qnext.engine.sampling.grammar import GrammarCompiler, GrammarState, Vocabulary
 from qnext.errors import UsageError
 from qnext.text.output import Call, tool_call_grammar
+from tests.engine.grammar_ends import can_end, must_end
 from tests.text.output.outputs import json_call, read, xml_call
 
 MARKS = ("<tool_call>", "</tool_call>")
@@ -94,7 +95,7 @@ def accepts(made: GrammarState, text: str, has_marks: bool) -> bool:
         if not made.allows(token):
             return False
         made.accept(token)
-    return made.can_end
+    return can_end(made)
 
 
 def right_json(name: str = "weather", **changes: Any) -> str:
@@ -185,7 +186,7 @@ def test_one_tool_and_one_call_alone(style: str) -> None:
         made = state(True, style=style, name=name, parallel=parallel)
         assert accepts(made, text, True) == is_right
         if is_right and not parallel:
-            assert made.must_end
+            assert must_end(made)
 
 
 def test_tags_are_the_tokens_where_there_are_any() -> None:
@@ -224,7 +225,7 @@ def sampled(made: GrammarState, seed: int) -> str:
     table = made._vocabulary.token_bytes
     closing = {257 + index for index in range(len(PIECES))}
     tokens: list[int] = []
-    while not (made.can_end and (made.must_end or draw.random() < 0.7)):
+    while not (can_end(made) and (must_end(made) or draw.random() < 0.7)):
         ids = np.flatnonzero(np.unpackbits(made.allowed().view(np.uint8), bitorder="little")).tolist()
         ids = [token for token in ids if token != END]
         ends = [token for token in ids if token in closing]

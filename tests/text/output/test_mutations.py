@@ -48,13 +48,13 @@ MEANT: list[Meant] = [
     [("set_fan", {"room": "Zürich 🙂", "speed": 0, "quiet": False})],
     [("write_file", {"path": "src/greet.py", "content": CODE})],
     [("write_file", {"path": "notes.md", "content": NOTE})],
-    [("write_file", {"path": "page.html", "content": "<p>It's \"late\"</p>\n\n<ul>\n\t<li>{}</li>\n</ul>"})],
+    [("write_file", {"path": "page.html", "content": '<p>It\'s "late"</p>\n\n<ul>\n\t<li>{}</li>\n</ul>'})],
     [("search", {"query": "what is 5 < 7?", "limit": 10, "filters": FILTERS})],
     [("search", {"query": "null"})],
     [("book", {"guests": ["Ann", "O'Neil"], "when": None, "price": 12.5})],
     [("put", {"key": "a.b", "value": {"x": [1, {"y": "z"}]}}), ("now", {"zone": "UTC"})],
     [("now", {"zone": "Europe/Oslo"}), ("set_fan", {"room": "hall", "speed": 12, "quiet": True})],
-]  # fmt: skip
+]
 
 
 def xml(meant: Meant) -> str:
@@ -152,16 +152,29 @@ def spell(draw: random.Random, text: str, meant: Meant) -> str:
 def marks(draw: random.Random, text: str, meant: Meant) -> str:
     """A bracket, a quote, a comma or a newline is missing, but not of what a string says."""
     said = [value for _, arguments in meant for value in arguments.values() if isinstance(value, str)]
-    spans = [found.span() for value in said for form in (value, json.dumps(value, ensure_ascii=False)[1:-1])
-             for found in re.finditer(re.escape(form), text) if form]  # fmt: skip
+    spans = [
+        found.span()
+        for value in said
+        for form in (value, json.dumps(value, ensure_ascii=False)[1:-1])
+        for found in re.finditer(re.escape(form), text)
+        if form
+    ]
     places = [found.start() for found in re.finditer(r'[{}\[\]",:\n>]', text)]
     place = draw.choice([place for place in places if not any(start <= place <= end for start, end in spans)])
     return text[:place] + text[place + 1 :]
 
 
 MUTATIONS: list[Callable[[random.Random, str, Meant], str]] = [
-    drop, double, cut, swap, nest, reorder, literals, spell, marks,
-]  # fmt: skip
+    drop,
+    double,
+    cut,
+    swap,
+    nest,
+    reorder,
+    literals,
+    spell,
+    marks,
+]
 
 
 def is_part(found: Meant, meant: Meant, text: str) -> bool:

@@ -18,6 +18,7 @@ void bind_linear(nanobind::module_& m);
 void bind_delta(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_limits(nanobind::module_& m);
+void bind_residency(nanobind::module_& m);
 void bind_rounding(nanobind::module_& m);
 
 }  // namespace qnext

@@ -1,6 +1,7 @@
 // Rows times integer weights in panels of sixteen outputs, one lane each. Inside a group the products are exact
 // integers; groups are added up in fp32 from the first to the last, whatever the shape of the tile.
 #include "gemm.h"
+#include "gemm_tiles.h"
 
 namespace qnext::QNEXT_ISA {
 namespace {
@@ -41,14 +42,6 @@ struct Ahead {
     if (first_byte == 0) prefetch(scales + group * scale_bytes);
   }
 };
-
-QNEXT_INLINE int64_t scale_bytes(ScaleKind kind) { return kind == ScaleKind::f32 ? 4 : 2; }
-
-QNEXT_INLINE f32reg load_scales(const Panels& w, int64_t at) {
-  if (w.scale_kind == ScaleKind::bf16) return load_register(reinterpret_cast<const bf16*>(w.scales) + at);
-  if (w.scale_kind == ScaleKind::f16) return load_register(reinterpret_cast<const f16*>(w.scales) + at);
-  return load_register(reinterpret_cast<const float*>(w.scales) + at);
-}
 
 #if defined(__AVX512VNNI__)
 // A single row is bound by memory: panel after panel is one stream, whose start is always asked for in time.
@@ -121,7 +114,7 @@ void tile(const Panels& w, const TileRows& rows, const Ahead& ahead, f32x16 (*ou
     for (; d < end; d += kStep, at += 64) take(0);
 #pragma GCC unroll 2
     for (int p = 0; p < kParts; ++p) {
-      f32x16 scale = load_scales(w, p * w.panel_scales + g * kLanes);
+      f32x16 scale = load_scales(w.scale_kind, w.scales, p * w.panel_scales + g * kLanes);
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r)
         acc[r][p] = fma(to_float(dots[r][p]), scale * splat(rows.scales[r][g]), acc[r][p]);
@@ -205,7 +198,7 @@ void tile(const Panels& w, const TileRows& rows, const Ahead& ahead, f32reg (*ou
     }
 #pragma GCC unroll 2
     for (int p = 0; p < kParts; ++p) {
-      const f32reg scale = load_scales(w, g * kLanes + p * kRegisterLanes);
+      const f32reg scale = load_scales(w.scale_kind, w.scales, g * kLanes + p * kRegisterLanes);
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r)
         acc[r][p] = fma(__builtin_convertvector(dots[r][p], f32reg), scale * splat_register(rows.scales[r][g]), acc[r][p]);
@@ -262,8 +255,11 @@ void tile_any(bool is_packed, int num_rows, const Panels& w, const TileRows& row
 
 void multiply_codes(const Weight& weight, int64_t expert, int64_t begin, int64_t end, const Rows& rows,
                     const int32_t* index, int64_t num_rows, float* out, int64_t out_stride) {
+  if (tiles_serve(weight, num_rows))
+    return multiply_by_tiles(weight, expert, begin, end, rows, index, num_rows, out, out_stride);
   const bool is_packed = weight.kind == WeightKind::codes4;
   const int64_t num_groups = weight.num_groups();
+  const ExpertPlace place = place_of(weight, expert);
   Panels w{};
   w.num_inputs = weight.num_inputs;
   w.group_size = weight.group_size;
@@ -278,11 +274,11 @@ void multiply_codes(const Weight& weight, int64_t expert, int64_t begin, int64_t
   ahead.code_bytes = panels_at_once * w.panel_bytes / num_groups;
   ahead.scale_bytes = panels_at_once * kLanes * scale_bytes(w.scale_kind);
   for (int64_t column = begin; column < end; column += step) {
-    const int64_t panel = expert * weight.num_panels() + column / kLanes, lane = column % kLanes;
+    const int64_t panel = column / kLanes, lane = column % kLanes;
     const int num_parts = most_parts == 2 && end - column > kRegisterLanes ? 2 : 1;
-    w.codes = static_cast<const uint8_t*>(weight.data) + panel * w.panel_bytes + 4 * lane;
-    w.scales = static_cast<const uint8_t*>(weight.scales) + panel * panel_stride + lane * scale_bytes(w.scale_kind);
-    w.zeros = weight.zeros ? weight.zeros + panel * w.panel_scales + lane : nullptr;
+    w.codes = place.data + panel * w.panel_bytes + 4 * lane;
+    w.scales = place.scales + panel * panel_stride + lane * scale_bytes(w.scale_kind);
+    w.zeros = place.zeros ? place.zeros + panel * w.panel_scales + lane : nullptr;
     const bool has_next = lane == 0 && end - column > panels_at_once * kLanes;
     ahead.codes = has_next ? w.codes + panels_at_once * w.panel_bytes : nullptr;
     ahead.scales = w.scales + panels_at_once * panel_stride;

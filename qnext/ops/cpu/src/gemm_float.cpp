@@ -87,7 +87,7 @@ template <typename T>
 void multiply_as(const Weight& weight, int64_t expert, int64_t begin, int64_t end, const Rows& rows,
                  const int32_t* index, int64_t num_rows, float* out, int64_t out_stride) {
   const int64_t num_inputs = weight.num_inputs;
-  const T* matrix = static_cast<const T*>(weight.data) + expert * weight.num_outputs * num_inputs;
+  const T* matrix = reinterpret_cast<const T*>(place_of(weight, expert).data);
   // Few rows: all of them meet a few outputs at a time, so that weights are read once. Many: a few rows stay in the level-1
   // cache and the task's weights in the level-2 cache.
   const bool is_few = num_rows <= kFewRows;

@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include "gemm.h"
+#include "gemm_tiles.h"
 #include "pool.h"
 
 namespace qnext::QNEXT_ISA {
@@ -9,7 +10,7 @@ namespace qnext::QNEXT_ISA {
 
 namespace {
 
-enum Slot : int { kRowsSlot, kSharedRowsSlot, kProductsSlot, kHiddenSlot, kPreparedSlot, kListSlot };
+enum Slot : int { kRowsSlot, kSharedRowsSlot, kProductsSlot, kHiddenSlot, kPreparedSlot, kListSlot, kDownSlot, kGuessSlot };
 
 int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -37,7 +38,7 @@ QNEXT_INLINE void quantize_group(const float* x, int64_t size, int32_t zero, int
 }
 
 int32_t zero_code(const Weight& weight) {
-  if (weight.zeros) return 1;  // the kernel multiplies with the zeros themselves
+  if (weight.has_zeros()) return 1;  // the kernel multiplies with the zeros themselves
   return weight.kind == WeightKind::codes4 ? 8 : 128;
 }
 
@@ -119,15 +120,16 @@ void multiply(const Weight& weight, int64_t expert, int64_t begin, int64_t end, 
 namespace {
 
 // Outputs per task: enough tasks to share evenly, blocks large enough to stream, at most what fits in a level-2 cache.
-int64_t columns_per_task(int64_t num_outputs, int64_t num_rows) {
-  const int64_t most = num_rows <= 2 ? 128 : num_rows <= kFewRows ? 256 : 64;
-  const int64_t even = num_outputs / (num_threads() * 6) / 32 * 32;
+int64_t columns_per_task(const Weight& weight, int64_t num_rows) {
+  const int64_t many = tiles_serve(weight, num_rows) ? kTileColumns : 64;
+  const int64_t most = num_rows <= 2 ? 128 : num_rows <= kFewRows ? 256 : many;
+  const int64_t even = weight.num_outputs / (num_threads() * 6) / 32 * 32;
   return larger<int64_t>(32, smaller(most, even));
 }
 
 void linear(const Weight& weight, const float* x, int64_t num_rows, float* out, int64_t out_stride) {
   const Rows rows = prepare_rows(weight, x, num_rows, kRowsSlot);
-  const int64_t step = columns_per_task(weight.num_outputs, num_rows);
+  const int64_t step = columns_per_task(weight, num_rows);
   parallel_for((weight.num_outputs + step - 1) / step, [&](int64_t task) {
     multiply(weight, 0, task * step, smaller(weight.num_outputs, (task + 1) * step), rows, nullptr, num_rows, out,
              out_stride);
@@ -137,12 +139,14 @@ void linear(const Weight& weight, const float* x, int64_t num_rows, float* out, 
 // ---- experts ----
 
 constexpr int64_t kRowsOfExpert = 32;  // on average in a pass: enough to read each weight seldom
+constexpr int64_t kRowsOfWave = 2048;   // of experts that come from disk: what lies between their products stays in a cache
+constexpr int64_t kTokensOfGuess = 4, kGuesses = 6;  // tokens of a decoding step, and experts that are guessed of each
 constexpr int64_t kExpertColumns = 128;
 constexpr int64_t kStreamBytes = 192 << 10;  // of a task that is bound by memory: long enough to hide its start
 
 // Outputs of one task of a product.
 int64_t expert_columns(const Weight& weight, int64_t num_rows) {
-  if (num_rows > kFewRows) return kExpertColumns;
+  if (num_rows > kFewRows) return tiles_serve(weight, num_rows) ? kTileColumns : kExpertColumns;
   const int64_t bits = weight.kind == WeightKind::codes4 ? 4 : weight.kind == WeightKind::codes8 ? 8 : 16;
   return larger<int64_t>(2 * kLanes, kStreamBytes * 8 / (bits * weight.num_inputs) / (2 * kLanes) * (2 * kLanes));
 }
@@ -186,43 +190,45 @@ void swiglu_row(const float* gate, const float* up, int64_t size, float* out) {
     store(out + i, silu(load_register(gate + i)) * load_register(up + i));
 }
 
+// Some of the experts, computed together: with all their rows, which lie one expert behind the other in its buffers.
+struct Wave {
+  const int32_t* experts;
+  int64_t num_experts;
+  int64_t num_rows;
+  bool has_shared;
+};
+
 // The buffers of one call, all in the caller's scratch.
 struct Experts {
   const ExpertsArguments& a;
   int64_t num_tokens, num_rows, width, shared_width, hidden;
-  int32_t* starts;  // [E + 1] first sorted row of each expert
-  int32_t* tokens;  // [A] token of each sorted row
-  int32_t* places;  // [T, top_k] sorted row of each assignment
+  int32_t* starts;    // [E + 1] first sorted row of each expert
+  int32_t* tokens;    // [A] token of each sorted row
+  int32_t* places;    // [T, top_k] sorted row of each assignment
   int32_t* identity;  // [A] 0, 1, 2, ...
+  int32_t* used;      // [E] experts that have rows, ascending, and how many rows
+  int32_t* uses;
+  int64_t num_used = 0;
   Product* products;
-  Rows x_rows, shared_x_rows, hidden_rows, shared_hidden_rows;
-  float *gate_up, *shared_gate_up;
-  float *activated = nullptr, *shared_activated = nullptr;  // only for kernels that read fp32; else in gate_up's place
-  float *down, *shared_down;                                // where gate_up was, which is no longer needed then
+  Rows x_rows, shared_x_rows;
+  float *down, *shared_down;
 
   Experts(const ExpertsArguments& arguments, int64_t count)
       : a(arguments), num_tokens(count), num_rows(count * arguments.top_k), width(arguments.down->num_inputs),
         shared_width(arguments.shared ? arguments.shared->down->num_inputs : 0), hidden(arguments.down->num_outputs) {
     const int64_t num_experts = a.gate_up->num_experts;
-    const int64_t ints = round_up((num_experts + 1 + 3 * num_rows) * 4);
+    const int64_t ints = round_up((3 * num_experts + 1 + 3 * num_rows) * 4);
     auto* list = static_cast<uint8_t*>(scratch(kListSlot, ints + (num_experts + 4) * sizeof(Product)));
     starts = reinterpret_cast<int32_t*>(list);
-    tokens = starts + num_experts + 1;
+    used = starts + num_experts + 1;
+    uses = used + num_experts;
+    tokens = uses + num_experts;
     places = tokens + num_rows;
     identity = places + num_rows;
     products = reinterpret_cast<Product*>(list + ints);
-    const int64_t shared_rows = a.shared ? num_tokens : 0;
-    const int64_t inner = 8 * (num_rows * width + shared_rows * shared_width);
-    const int64_t outer = 4 * (num_rows + shared_rows) * hidden;
-    gate_up = static_cast<float*>(scratch(kProductsSlot, larger(inner, outer)));
-    shared_gate_up = gate_up + num_rows * 2 * width;
-    down = gate_up;
-    shared_down = down + num_rows * hidden;
-    if (wants_f32(*a.down) || (a.shared && wants_f32(*a.shared->down))) {
-      activated = static_cast<float*>(scratch(kHiddenSlot, inner / 2));
-      shared_activated = activated + num_rows * width;
-    }
   }
+
+  int64_t rows_of(int32_t expert) const { return starts[expert + 1] - starts[expert]; }
 
   void sort(const int64_t* routed) {
     const int64_t num_experts = a.gate_up->num_experts;
@@ -237,56 +243,149 @@ struct Experts {
     }
     for (int64_t e = num_experts; e > 0; --e) starts[e] = starts[e - 1];
     starts[0] = 0;
+    for (int32_t e = 0; e < num_experts; ++e)
+      if (rows_of(e) > 0) {
+        used[num_used] = e;
+        uses[num_used++] = static_cast<int32_t>(rows_of(e));
+      }
   }
 
-  void run_gate_up(const float* x) {
+  void prepare(const float* x) {
     x_rows = prepare_rows(*a.gate_up, x, num_tokens, kRowsSlot);
-    int64_t count = 0;
-    for (int64_t e = 0; e < a.gate_up->num_experts; ++e)
-      if (starts[e + 1] > starts[e])
-        products[count++] = {a.gate_up, e, &x_rows, tokens + starts[e], starts[e + 1] - starts[e],
-                             gate_up + starts[e] * 2 * width, 2 * width, 0, 0};
     if (a.shared) {
-      const Weight &gate = *a.shared->gate, &up = *a.shared->up;
+      const Weight& gate = *a.shared->gate;
       shared_x_rows = share_rows(*a.gate_up, gate) ? x_rows : prepare_rows(gate, x, num_tokens, kSharedRowsSlot);
-      products[count++] = {&gate, 0, &shared_x_rows, nullptr, num_tokens, shared_gate_up, 2 * shared_width, 0, 0};
-      products[count++] = {&up, 0, &shared_x_rows, nullptr, num_tokens, shared_gate_up + shared_width, 2 * shared_width,
-                           0, 0};
+    }
+  }
+
+  int64_t shared_rows_of(const Wave& wave) const { return wave.has_shared ? num_tokens : 0; }
+
+  // Bytes between the products of a wave, and of what comes out of all experts.
+  int64_t inner_bytes(const Wave& wave) const { return 8 * (wave.num_rows * width + shared_rows_of(wave) * shared_width); }
+  int64_t outer_bytes() const { return 4 * (num_rows + (a.shared ? num_tokens : 0)) * hidden; }
+
+  void put_down_at(void* buffer) {
+    down = static_cast<float*>(buffer);
+    shared_down = down + num_rows * hidden;
+  }
+
+  // All experts at once; what comes out lies where gate_up was, which is no longer needed then.
+  void run_all(const float* x) {
+    prepare(x);
+    const Wave wave{used, num_used, num_rows, a.shared != nullptr};
+    void* buffer = scratch(kProductsSlot, larger(inner_bytes(wave), outer_bytes()));
+    put_down_at(buffer);
+    run(wave, static_cast<float*>(buffer));
+  }
+
+  // Those in memory first, and the others as they come.
+  void run_from(ExpertSource& source, const float* x) {
+    put_down_at(scratch(kDownSlot, outer_bytes()));
+    const int64_t num_resident = source.begin(used, uses, num_used, num_tokens);
+    if (num_tokens <= kTokensOfGuess) guess(source, x);
+    prepare(x);
+    for (int64_t first = 0, count; first < num_resident || first == 0; first += count) {
+      const Wave wave = wave_of(first, num_resident - first, first == 0 && a.shared);
+      count = larger<int64_t>(1, wave.num_experts);
+      run(wave, static_cast<float*>(scratch(kProductsSlot, larger<int64_t>(64, inner_bytes(wave)))));
+    }
+    for (int64_t first = num_resident, count; (count = source.arrived(num_used - first)) > 0;) {
+      const Wave wave = wave_of(first, count, false);
+      run(wave, static_cast<float*>(scratch(kProductsSlot, inner_bytes(wave))));
+      source.finish(wave.num_experts);
+      first += wave.num_experts;
+    }
+  }
+
+  // Asks the next layer's router about this layer's input, and has the likeliest experts of each token read.
+  void guess(ExpertSource& source, const float* x) {
+    const Weight* router = source.next_router();
+    if (router == nullptr) return;
+    const int64_t num_experts = router->num_outputs;
+    auto* scores = static_cast<float*>(scratch(kGuessSlot, num_tokens * num_experts * sizeof(float)));
+    linear(*router, x, num_tokens, scores, num_experts);
+    int32_t likely[kTokensOfGuess * kGuesses];
+    int64_t count = 0;
+    for (int64_t n = 0; n < kGuesses; ++n)
+      for (int64_t t = 0; t < num_tokens; ++t) {
+        float* row = scores + t * num_experts;
+        int64_t best = 0;
+        for (int64_t e = 1; e < num_experts; ++e)
+          if (row[e] > row[best]) best = e;
+        row[best] = -__builtin_inff();
+        likely[count++] = static_cast<int32_t>(best);
+      }
+    source.expect(likely, count);
+  }
+
+  // As many of `count` experts, from used[first] on, as have kRowsOfWave rows together; one at least.
+  Wave wave_of(int64_t first, int64_t count, bool has_shared) const {
+    Wave wave{used + first, 0, 0, has_shared};
+    for (; wave.num_experts < count && wave.num_rows < kRowsOfWave; ++wave.num_experts)
+      wave.num_rows += rows_of(used[first + wave.num_experts]);
+    return wave;
+  }
+
+  void run(const Wave& wave, float* gate_up) {
+    run_gate_up(wave, gate_up);
+    float* activated = gate_up;  // for kernels that read fp32, apart
+    if (wants_f32(*a.down) || (a.shared && wants_f32(*a.shared->down)))
+      activated = static_cast<float*>(scratch(kHiddenSlot, larger<int64_t>(64, inner_bytes(wave) / 2)));
+    const int64_t routed_bytes = prepared_bytes(*a.down, wave.num_rows);
+    const int64_t shared_bytes = wave.has_shared ? prepared_bytes(*a.shared->down, num_tokens) : 0;
+    auto* buffer = static_cast<uint8_t*>(scratch(kPreparedSlot, larger<int64_t>(64, routed_bytes + shared_bytes)));
+    const Rows rows = prepared_rows_at(*a.down, wave.num_rows, buffer, activated);
+    Rows shared_rows;
+    if (wave.has_shared)
+      shared_rows = prepared_rows_at(*a.shared->down, num_tokens, buffer + routed_bytes, activated + wave.num_rows * width);
+    activate(wave, gate_up, activated, rows, shared_rows);
+    run_down(wave, rows, shared_rows);
+  }
+
+  void run_gate_up(const Wave& wave, float* gate_up) {
+    int64_t count = 0, row = 0;
+    for (int64_t i = 0; i < wave.num_experts; ++i) {
+      const int32_t e = wave.experts[i];
+      products[count++] = {a.gate_up, e, &x_rows, tokens + starts[e], rows_of(e), gate_up + row * 2 * width, 2 * width, 0, 0};
+      row += rows_of(e);
+    }
+    if (wave.has_shared) {
+      const Weight &gate = *a.shared->gate, &up = *a.shared->up;
+      float* to = gate_up + row * 2 * width;
+      products[count++] = {&gate, 0, &shared_x_rows, nullptr, num_tokens, to, 2 * shared_width, 0, 0};
+      products[count++] = {&up, 0, &shared_x_rows, nullptr, num_tokens, to + shared_width, 2 * shared_width, 0, 0};
     }
     run_products(products, count);
   }
 
-  void activate() {
-    const int64_t routed_bytes = prepared_bytes(*a.down, num_rows);
-    const int64_t shared_bytes = a.shared ? prepared_bytes(*a.shared->down, num_tokens) : 0;
-    auto* buffer = static_cast<uint8_t*>(scratch(kPreparedSlot, larger<int64_t>(64, routed_bytes + shared_bytes)));
-    hidden_rows = prepared_rows_at(*a.down, num_rows, buffer, activated);
-    if (a.shared)
-      shared_hidden_rows = prepared_rows_at(*a.shared->down, num_tokens, buffer + routed_bytes, shared_activated);
-    parallel_for(num_rows + (a.shared ? num_tokens : 0), [&](int64_t row) {
-      if (row < num_rows) {
+  void activate(const Wave& wave, float* gate_up, float* activated, const Rows& rows, const Rows& shared_rows) {
+    const auto one = [](const Weight& weight, float* gate, float* to, int64_t row, const Rows& prepared) {
+      swiglu_row(gate, gate + weight.num_inputs, weight.num_inputs, to);
+      prepare_row(weight, to, row, prepared);
+    };
+    const bool is_apart = activated != gate_up;
+    parallel_for(wave.num_rows + shared_rows_of(wave), [&](int64_t row) {
+      if (row < wave.num_rows) {
         float* gate = gate_up + row * 2 * width;
-        float* to = activated ? activated + row * width : gate;
-        swiglu_row(gate, gate + width, width, to);
-        prepare_row(*a.down, to, row, hidden_rows);
+        one(*a.down, gate, is_apart ? activated + row * width : gate, row, rows);
       } else {
-        row -= num_rows;
-        float* gate = shared_gate_up + row * 2 * shared_width;
-        float* to = activated ? shared_activated + row * shared_width : gate;
-        swiglu_row(gate, gate + shared_width, shared_width, to);
-        prepare_row(*a.shared->down, to, row, shared_hidden_rows);
+        row -= wave.num_rows;
+        float* gate = gate_up + wave.num_rows * 2 * width + row * 2 * shared_width;
+        float* to = is_apart ? activated + wave.num_rows * width + row * shared_width : gate;
+        one(*a.shared->down, gate, to, row, shared_rows);
       }
     });
   }
 
-  void run_down() {
-    int64_t count = 0;
-    for (int64_t e = 0; e < a.down->num_experts; ++e)
-      if (starts[e + 1] > starts[e])
-        products[count++] = {a.down, e, &hidden_rows, identity + starts[e], starts[e + 1] - starts[e],
-                             down + starts[e] * hidden, hidden, 0, 0};
-    if (a.shared)
-      products[count++] = {a.shared->down, 0, &shared_hidden_rows, nullptr, num_tokens, shared_down, hidden, 0, 0};
+  void run_down(const Wave& wave, const Rows& rows, const Rows& shared_rows) {
+    int64_t count = 0, row = 0;
+    for (int64_t i = 0; i < wave.num_experts; ++i) {
+      const int32_t e = wave.experts[i];
+      products[count++] = {a.down, e, &rows, identity + row, rows_of(e), down + starts[e] * hidden, hidden, 0, 0};
+      row += rows_of(e);
+    }
+    if (wave.has_shared)
+      products[count++] = {a.shared->down, 0, &shared_rows, nullptr, num_tokens, shared_down, hidden, 0, 0};
     run_products(products, count);
   }
 
@@ -307,8 +406,9 @@ struct Experts {
   }
 };
 
-// Tokens of a pass, which bound the memory between the two products.
+// Tokens of a pass, which bound the memory between the two products. What has to be read is read once for all tokens.
 int64_t tokens_at_once(const ExpertsArguments& a) {
+  if (a.gate_up->source) return a.num_tokens;
   const int64_t wanted = kRowsOfExpert * a.gate_up->num_experts / a.top_k;
   return smaller<int64_t>(2048, larger<int64_t>(256, wanted));
 }
@@ -319,9 +419,10 @@ void experts(const ExpertsArguments& a) {
     Experts work(a, smaller(step, a.num_tokens - first));
     const float* x = a.x + first * hidden;
     work.sort(a.routed_experts + first * a.top_k);
-    work.run_gate_up(x);
-    work.activate();
-    work.run_down();
+    if (a.gate_up->source)
+      work.run_from(*a.gate_up->source, x);
+    else
+      work.run_all(x);
     work.combine(x, a.routing_weights + first * a.top_k, a.out + first * hidden);
   }
 }

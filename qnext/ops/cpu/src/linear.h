@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "expert_source.h"
 #include "isa.h"
 
 namespace qnext {
@@ -17,16 +18,25 @@ enum class ScaleKind : int { f32 = 0, bf16 = 1, f16 = 2 };
 // zeros: [panel][D / 4][16][4] bytes for 8 bits; for 4 bits [panel][D / 8][16][4] bytes, whose low nibbles are inputs
 // 8 i + j and whose high nibbles are inputs 8 i + 4 + j. Scales are [panel][D / group][16], zeros likewise in uint8 or
 // absent, which means 2 ** (bits - 1).
+//
+// The experts of a stack lie one behind the other from the addresses on, or, where there are `records`, each in a record
+// of its own, at these distances from its start: gate_up and down of an expert share a record.
 struct Weight {
   WeightKind kind;
   int64_t num_experts, num_outputs, num_inputs;
-  const void* data;
-  const void* scales;
+  const uint8_t* data;
+  const uint8_t* scales;
   const uint8_t* zeros;
   ScaleKind scale_kind;
   int64_t group_size;
 
+  const uint8_t* const* records;  // [num_experts], null for one that is not in memory; or null
+  int64_t data_at, scales_at;
+  int64_t zeros_at;       // negative where there are none
+  ExpertSource* source;  // brings records that are not in memory; null where all are
+
   bool is_float() const { return kind == WeightKind::f32 || kind == WeightKind::bf16; }
+  bool has_zeros() const { return records ? zeros_at >= 0 : zeros != nullptr; }
   int64_t num_panels() const { return (num_outputs + 15) / 16; }
   int64_t num_groups() const { return num_inputs / group_size; }
 };

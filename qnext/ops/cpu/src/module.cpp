@@ -16,11 +16,13 @@ NB_MODULE(_native, m) {
   m.def("force_isa", [](int isa) { qnext::force_isa(static_cast<qnext::Isa>(isa)); });
   m.def("set_num_threads", &qnext::set_num_threads, nb::call_guard<nb::gil_scoped_release>());
   m.def("num_threads", &qnext::num_threads);
+  m.def("compute_alone", &qnext::compute_alone);
   qnext::bind_recording(m);
   qnext::bind_row_ops(m);
   qnext::bind_linear(m);
   qnext::bind_delta(m);
   qnext::bind_attention(m);
   qnext::bind_limits(m);
+  qnext::bind_residency(m);
   qnext::bind_rounding(m);
 }

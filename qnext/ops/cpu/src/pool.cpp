@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -23,7 +24,7 @@ constexpr int kSpins = 4000;  // some tens of microseconds, before another threa
 // Workers stay awake for the gap between two steps of a decoding: waking up takes as long as a small step.
 constexpr auto kAwake = std::chrono::microseconds(300);
 constexpr int kSpinsPerLook = 256;
-constexpr int kScratchSlots = 24;
+constexpr int kScratchSlots = 26;
 
 void relax() {
 #if defined(__x86_64__)
@@ -57,6 +58,8 @@ class Pool {
       for (int64_t task = 0; task < num_tasks; ++task) body(context, task);
     }
   }
+
+  static void keep_to_oneself() { in_task_ = true; }
 
   // After fork only the forking thread lives on.
   void forget_workers() {
@@ -161,10 +164,46 @@ Pool& pool() {
   return *instance;
 }
 
-struct Scratch {
-  void* data = nullptr;
-  int64_t bytes = 0;
-  ~Scratch() { free(data); }
+// Memory that grows and stays. Large memory is mapped: what was too small goes back to the system then, instead of
+// becoming a hole of hundreds of MB in the heap.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { release(); }
+
+  void* at_least(int64_t bytes) {
+    if (bytes <= bytes_) return data_;
+    release();
+    if (bytes < kMapped) {
+      data_ = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    } else {
+      data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (data_ == MAP_FAILED) data_ = nullptr;
+#if defined(MADV_HUGEPAGE)
+      if (data_ != nullptr) madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
+    }
+    if (data_ == nullptr) throw std::bad_alloc();
+    bytes_ = bytes;
+    return data_;
+  }
+
+ private:
+  static constexpr int64_t kMapped = 1 << 20;
+
+  void release() {
+    if (bytes_ < kMapped)
+      free(data_);
+    else
+      munmap(data_, bytes_);
+    data_ = nullptr;
+    bytes_ = 0;
+  }
+
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
 };
 
 }  // namespace
@@ -177,17 +216,11 @@ void set_num_threads(int count) {
 
 int num_threads() { return pool().size(); }
 
+void compute_alone() { Pool::keep_to_oneself(); }
+
 void* scratch(int slot, int64_t bytes) {
   static thread_local Scratch slots[kScratchSlots];
-  Scratch& place = slots[slot];
-  if (place.bytes < bytes) {
-    free(place.data);
-    place.bytes = 0;
-    place.data = aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (place.data == nullptr) throw std::bad_alloc();
-    place.bytes = bytes;
-  }
-  return place.data;
+  return slots[slot].at_least(bytes);
 }
 
 }  // namespace qnext

@@ -12,6 +12,8 @@ void run_tasks(int64_t num_tasks, void (*body)(void* context, int64_t task), voi
 
 void set_num_threads(int count);
 int num_threads();
+// What the calling thread asks for from now on is done by it alone: for threads that share work among themselves.
+void compute_alone();
 
 template <typename Body>
 inline __attribute__((always_inline)) void parallel_for(int64_t num_tasks, Body&& body) {
@@ -19,7 +21,7 @@ inline __attribute__((always_inline)) void parallel_for(int64_t num_tasks, Body&
 }
 
 // Memory of the calling thread, aligned to 64 bytes, until the same slot is asked for again; grows and stays. `slot` tells
-// apart what is used together: 0-7 linear and experts, 8-15 attention, 16-23 the delta rule.
+// apart what is used together: 0-7 linear and experts, 8-15 attention, 16-23 the delta rule, 24-25 tiles.
 void* scratch(int slot, int64_t bytes);
 
 }  // namespace qnext

@@ -1,0 +1,35 @@
+"""What people see of fine-tuning: samples of what is learnt, or the run and what it leaves."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from qnext.cli.terminal.progress import byte_progress
+from qnext.cli.terminal.samples import show
+from qnext.cli.terminal.training import TrainingDisplay, run_to_the_end
+from qnext.ops import keep_freed_memory
+from qnext.recipes.sft import SftRun, SftTask
+from qnext.recipes.tasks import prepare_task, read_data
+
+
+def tune(task: SftTask, out: Path, *, show_sample: int, resume: bool) -> None:
+    """Run a task in its folder to the end; or show `show_sample` samples of its data, if not zero."""
+    keep_freed_memory()
+    if show_sample:
+        show(read_data(task, out, progress=byte_progress), show_sample)
+        return
+    display = TrainingDisplay()
+    run = prepare_task(task, out, resume=resume, hooks=display.hooks(), progress=byte_progress)
+    display.describe(run.trainer, run.data.description, vocab_size=run.data.tokenizer.vocab_size)
+    if run.adapted:
+        display.note(f"adapter: {run.adapted}")
+    run.trainer.evaluate()
+    run_to_the_end(run.trainer, display, partial(_save, run, display))
+
+
+def _save(run: SftRun, display: TrainingDisplay) -> Path:
+    folder = run.save()
+    for line in run.changes():
+        display.note(line)
+    return folder

@@ -1,0 +1,56 @@
+"""`qnext train sft`: supervised fine-tuning on files of samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qnext.cli.flags.lora import LoraFlags
+from qnext.cli.flags.tuning import Out, Resume, Template
+
+
+def command(
+    out: Out,
+    base: Annotated[str | None, typer.Option("--from", metavar="MODEL", help="the model to begin with")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="chats (JSONL, JSON, parquet), a text, or a folder of them; may be given again"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a value of the training, such as epochs=3")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="instruct or thinking: questions with known answers, for the demo's model")
+    ] = None,
+    template: Template = None,
+    *,
+    lora: LoraFlags,
+    show_sample: Annotated[
+        int, typer.Option(min=0, metavar="N", help="show N samples, with what is learnt in colour, and end")
+    ] = 0,
+    resume: Resume = False,
+) -> None:
+    """Teach a model to answer as the assistant does in your chats. Leaves OUT/model, which chats and serves.
+
+    With --lora it leaves OUT/adapter, for `qnext serve MODEL --lora NAME=OUT` and `qnext merge OUT FOLDER`.
+
+    Ctrl-C and SIGTERM finish the step, save a snapshot and end with exit code 130 and 143; --resume goes on from there,
+    and from the last snapshot after a kill.
+    """
+    from qnext.cli.terminal.tuning import tune
+    from qnext.recipes.tasks import task_of
+
+    paths = [str(path) for path in data or []]
+    task = task_of(
+        out,
+        base,
+        paths,
+        recipe=recipe,
+        template=template,
+        settings=settings or [],
+        adapter=lora.task(),
+        resume=resume,
+    )
+    tune(task, out, show_sample=show_sample, resume=resume)

@@ -1,0 +1,88 @@
+"""What experts on disk cost the steps of an engine. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qnext.ops import Residency
+
+
+@dataclass(frozen=True)
+class ExpertReads:
+    """Experts that layers asked for, found in memory (hits) or read from disk (misses), and how long they waited.
+
+    Each layer of a step asks once for each expert that its tokens use. Where these are half of the layer's experts or
+    more, as in a long prompt, it is a sweep and counted apart. Engines of one model share its memory for experts, and
+    each sees the work of all.
+    """
+
+    hits: int
+    misses: int
+    sweep_hits: int
+    sweep_misses: int
+    bytes_read: int
+    """Of misses, and of what a sweep reads ahead."""
+
+    seconds_waited: float
+    sweep_seconds_waited: float
+    num_resident: int
+    """Experts that stay in memory, of all layers together, once it is full."""
+
+    num_experts: int
+    memory_bytes: int
+    """For those that stay and for reads under way."""
+
+    @classmethod
+    def of(cls, residency: Residency, before: Mapping[str, int]) -> ExpertReads:
+        """Since the counts of `residency` were those. Takes microseconds; any thread may ask."""
+        counts = residency.counts()
+        return cls(
+            hits=counts["hits"] - before["hits"],
+            misses=counts["misses"] - before["misses"],
+            sweep_hits=counts["sweep_hits"] - before["sweep_hits"],
+            sweep_misses=counts["sweep_misses"] - before["sweep_misses"],
+            bytes_read=(counts["reads"] - before["reads"]) * residency.record_bytes,
+            seconds_waited=(counts["wait_ns"] - before["wait_ns"]) / 1e9,
+            sweep_seconds_waited=(counts["sweep_wait_ns"] - before["sweep_wait_ns"]) / 1e9,
+            num_resident=residency.num_slots,
+            num_experts=residency.num_experts * len(residency.layers),
+            memory_bytes=residency.nbytes,
+        )
+
+    def since(self, earlier: ExpertReads) -> ExpertReads:
+        """What came after `earlier`."""
+        return replace(
+            self,
+            hits=self.hits - earlier.hits,
+            misses=self.misses - earlier.misses,
+            sweep_hits=self.sweep_hits - earlier.sweep_hits,
+            sweep_misses=self.sweep_misses - earlier.sweep_misses,
+            bytes_read=self.bytes_read - earlier.bytes_read,
+            seconds_waited=self.seconds_waited - earlier.seconds_waited,
+            sweep_seconds_waited=self.sweep_seconds_waited - earlier.sweep_seconds_waited,
+        )
+
+    @property
+    def all_hits(self) -> int:
+        return self.hits + self.sweep_hits
+
+    @property
+    def all_misses(self) -> int:
+        return self.misses + self.sweep_misses
+
+    @property
+    def all_seconds_waited(self) -> float:
+        return self.seconds_waited + self.sweep_seconds_waited
+
+    @property
+    def hit_ratio(self) -> float | None:
+        """None where nothing was asked for."""
+        asked = self.all_hits + self.all_misses
+        return self.all_hits / asked if asked else None
+
+    @property
+    def resident_ratio(self) -> float:
+        return self.num_resident / self.num_experts

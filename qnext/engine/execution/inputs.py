@@ -1,0 +1,203 @@
+"""From rows of sequences to what the model reads: token ids, positions, places in the cache.
+
+Legend: N sequences, T tokens, M pages of a sequence, K drafted tokens one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qnext.engine.execution.cache import NUM_DRAFT_PAGES, Cache
+from qnext.engine.policy.step import Rows
+from qnext.model import Batch, CacheView, KVPages
+from qnext.ops import Packing
+
+Ints: TypeAlias = NDArray[np.int64]
+
+
+class StepInputs:
+    """What a batch of so many rows of each sequence reads: on the CPU at fixed places, where `fill` puts it. The one
+    place that makes views of a cache. No sequence begins in it.
+
+    A recording goes on reading there when the rows of each sequence have become more or fewer, as long as their sums
+    are the same: kernels read from memory where sequences start.
+    """
+
+    def __init__(self, cache: Cache, lengths: Sequence[int]) -> None:
+        self._cache = cache
+        num_sequences, num_tokens = len(lengths), sum(lengths)
+        # token ids, positions, places in the pages, places among the draft sources
+        self._of_tokens = torch.zeros(4, num_tokens, dtype=torch.long)
+        # slots, context lengths, last rows, places of the draft sources that come next
+        self._of_sequences = torch.zeros(4, num_sequences, dtype=torch.long)
+        self._is_draft_N = torch.zeros(num_sequences, dtype=torch.bool)
+        self._is_fresh_N = torch.zeros(num_sequences, dtype=torch.bool, device=cache.device)
+        self._has_fresh = False
+        self._may_draft = cache.num_draft_tokens > 0
+        self._prompt_lengths_N: Tensor | None = None
+        self._tables_NM = torch.zeros(num_sequences, self._num_pages, dtype=torch.long)
+        self._packing = Packing(lengths, device=cache.device)
+        # What `fill` writes; on the CPU it is the packing's own.
+        self._starts = self._packing.cu_seqlens.numpy(force=True)
+        self._has_sources = len(cache.sources) > 0
+        self._arrays = [
+            tensor.numpy() for tensor in (self._of_tokens, self._of_sequences, self._is_draft_N, self._tables_NM)
+        ]
+        self._arrays[1][2] = self._starts[1:] - 1
+        self.adapters_T: Tensor | None = None  # of the rows; None where none has one
+
+    @property
+    def _num_pages(self) -> int:
+        return self._cache.max_pages
+
+    @property
+    def _kv(self) -> Mapping[int, KVPages]:
+        return self._cache.kv
+
+    @property
+    def batch(self) -> Batch:
+        cache = self._cache
+        token_ids_T, positions_T, write_index_T, _ = self._of_tokens.to(cache.device).unbind(0)
+        view = CacheView(
+            kv=self._kv,
+            delta=cache.delta,
+            slots_N=self._of_sequences[0].to(cache.device),
+            is_fresh_N=self._is_fresh_N,
+            block_tables_NM=self._tables_NM.to(cache.device),
+            context_lengths_N=self._of_sequences[1],
+            write_index_T=write_index_T,
+            has_fresh=self._has_fresh,
+            is_draft_N=self._is_draft_N.to(cache.device) if self._may_draft else None,
+            prompt_lengths_N=self._prompt_lengths_N,
+            expert_load=cache.expert_load,
+        )
+        return Batch(token_ids_T, positions_T, self._packing, view)
+
+    @property
+    def source_index_T(self) -> Tensor:
+        """Places of the rows among the draft sources of the cache."""
+        return self._of_tokens[3].to(self._cache.device)
+
+    @property
+    def last_rows_N(self) -> Tensor:
+        return self._of_sequences[2].to(self._cache.device)
+
+    @property
+    def next_source_index_N(self) -> Tensor:
+        """Places among the draft sources of what comes after the last rows."""
+        return self._of_sequences[3].to(self._cache.device)
+
+    def fill(self, rows: Sequence[Rows]) -> None:
+        """Put these rows there: as many sequences and tokens as there is room for."""
+        self._fill(rows)
+
+    def _fill(self, rows: Sequence[Rows], bases_N: Ints | None = None) -> tuple[Ints, Ints]:
+        """Returns the slots of the sequences and where their rows end. Each sequence begins at its base, or at zero."""
+        slots_N, counts_N, first_N = np.array([(part.slot, len(part.token_ids), part.start) for part in rows]).T
+        of_tokens, of_sequences, is_draft_N, _ = self._arrays
+        slots_T, positions_T, bases_T = slots_N, first_N, bases_N
+        if len(rows) < of_tokens.shape[1]:  # else each has one row, and where they lie is always the same
+            starts = self._starts
+            np.cumsum(counts_N, out=starts[1:])
+            of_sequences[2] = starts[1:] - 1
+            slots_T = np.repeat(slots_N, counts_N)
+            positions_T = np.arange(starts[-1]) + np.repeat(first_N - starts[:-1], counts_N)
+            bases_T = None if bases_N is None else np.repeat(bases_N, counts_N)
+        of_tokens[0] = list(chain.from_iterable(part.token_ids for part in rows))
+        if self._may_draft:
+            is_draft_N[:] = [part.is_draft for part in rows]
+        ends_N = first_N + counts_N
+        self._place(slots_N, ends_N, bases_N, slots_T, positions_T, bases_T)
+        return slots_N, ends_N
+
+    def _place(
+        self,
+        slots_N: Ints,
+        ends_N: Ints,
+        bases_N: Ints | None,
+        slots_T: Ints,
+        positions_T: Ints,
+        bases_T: Ints | None,
+    ) -> None:
+        of_tokens, of_sequences, _, _ = self._arrays
+        of_tokens[1] = positions_T
+        of_sequences[0] = slots_N
+        adapters_T = self._cache.adapters[slots_T]
+        self.adapters_T = torch.from_numpy(adapters_T).to(self._cache.device) if adapters_T.any() else None
+        if self._has_sources:
+            of_tokens[3] = self._cache.place_of_source(slots_T, positions_T)
+            of_sequences[3] = self._cache.place_of_source(slots_N, ends_N)
+        if bases_N is not None and bases_T is not None:
+            ends_N, positions_T = ends_N - bases_N, positions_T - bases_T
+        self._point_to_pages(slots_N, ends_N, slots_T, positions_T)
+
+    def _point_to_pages(self, slots_N: Ints, ends_N: Ints, slots_T: Ints, places_T: Ints) -> None:
+        of_tokens, of_sequences, _, tables_NM = self._arrays
+        size = self._cache.block_size
+        of_sequences[1] = ends_N
+        if self._cache.kv:
+            tables = self._cache.tables()
+            of_tokens[2] = tables[slots_T, places_T // size] * size + places_T % size
+            width = -(-int(ends_N.max()) // size)
+            tables_NM[:, :width] = tables[slots_N, :width]
+
+
+class MixedInputs(StepInputs):
+    """Any rows: those that are given, once and for all. Sequences may begin in them."""
+
+    def __init__(self, cache: Cache, rows: Sequence[Rows]) -> None:
+        self._width = -(-max(part.start + len(part.token_ids) for part in rows) // cache.block_size) if cache.kv else 1
+        super().__init__(cache, [len(part.token_ids) for part in rows])
+        self._is_fresh_N = torch.tensor([part.start == 0 for part in rows], device=cache.device)
+        self._has_fresh = any(part.start == 0 for part in rows)
+        self._may_draft = any(part.is_draft for part in rows)
+        if cache.state_dtype != torch.float32:
+            self._prompt_lengths_N = torch.tensor([part.num_prompt for part in rows])
+        self.fill(rows)
+
+    @property
+    def _num_pages(self) -> int:
+        return self._width
+
+
+class DraftInputs(StepInputs):
+    """Rows of the MTP layer, whose pages go round; and for `depth` tokens drafted one after another, the rows that
+    each of them makes. `drafts_KN` is where these tokens are put."""
+
+    def __init__(self, cache: Cache, lengths: Sequence[int], depth: int = 1) -> None:
+        super().__init__(cache, lengths)
+        self.drafts_KN = torch.zeros(depth, len(lengths), dtype=torch.long, device=cache.device)
+        self.later = [DraftInputs(cache, [1] * len(lengths)) for _ in range(depth - 1)]
+
+    @property
+    def _num_pages(self) -> int:
+        return NUM_DRAFT_PAGES
+
+    @property
+    def _kv(self) -> Mapping[int, KVPages]:
+        return self._cache.draft_kv
+
+    def fill(self, rows: Sequence[Rows]) -> None:
+        bases_N = np.array([part.base for part in rows])
+        slots_N, ends_N = self._fill(rows, bases_N)
+        for steps, inputs in enumerate(self.later):
+            positions_N = ends_N + steps
+            inputs._place(slots_N, positions_N + 1, bases_N, slots_N, positions_N, bases_N)
+
+    def _point_to_pages(self, slots_N: Ints, ends_N: Ints, slots_T: Ints, places_T: Ints) -> None:
+        """Places count from where the MTP layer began. It sees as much of what is before as its pages hold."""
+        of_tokens, of_sequences, _, tables_NM = self._arrays
+        size = self._cache.block_size
+        pages_T = slots_T * NUM_DRAFT_PAGES + places_T // size % NUM_DRAFT_PAGES
+        of_tokens[2] = pages_T * size + places_T % size
+        first_pages_N = np.maximum(0, (ends_N - 1) // size - NUM_DRAFT_PAGES + 1)
+        of_sequences[1] = ends_N - first_pages_N * size
+        pages_NM = first_pages_N[:, None] + np.arange(NUM_DRAFT_PAGES)
+        tables_NM[:] = slots_N[:, None] * NUM_DRAFT_PAGES + pages_NM % NUM_DRAFT_PAGES

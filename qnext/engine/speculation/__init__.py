@@ -1,1 +1,0 @@
-"""Tokens proposed by the MTP layer, and how many of them are worth it."""

@@ -1,0 +1,127 @@
+"""Backends: the facts about each that callers may ask for, and the choice between them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKEND_VARIABLE = "QNEXT_BACKEND"
+_TORCH_NAMES = ("torch", "reference")  # the second is the older one
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The facts that callers may rely on for inference on a device. Code outside qnext.ops does not ask which backend
+    runs."""
+
+    name: str
+    activation_dtype: torch.dtype | None  # of activations, whatever bf16 or fp32 weights are; None: that of the weights
+    # A row has the same bits wherever its sequence is cut and whatever else is in the batch, as far as this backend
+    # serves the model: sizes and forms of weights that it does not take are computed by torch (see CausalLM).
+    is_cut_invariant: bool
+    can_record: bool  # see qnext.ops.record
+    mixes_lengths: bool  # single tokens and longer pieces go well in one batch
+    copies_context: bool  # attention gathers the keys and values of a sequence, in fp32
+    workspace_factor: int  # times the tensors of planning.step_bytes
+
+
+CPU = Backend(
+    "cpu",
+    activation_dtype=torch.float32,
+    is_cut_invariant=True,
+    can_record=True,
+    mixes_lengths=True,
+    copies_context=False,
+    workspace_factor=1,
+)
+# Its operations make several tensors where a kernel makes none, and it has paths of its own for single tokens.
+TORCH = Backend(
+    "torch",
+    activation_dtype=None,
+    is_cut_invariant=False,
+    can_record=False,
+    mixes_lengths=False,
+    copies_context=True,
+    workspace_factor=2,
+)
+
+
+def backend_of(device: torch.device) -> Backend:
+    """The backend of inference on `device`. Calls that it does not serve go to torch, above all those with
+    gradients."""
+    return CPU if device.type == "cpu" and cpu_kernels() is not None else TORCH
+
+
+@cache
+def cpu_kernels() -> ModuleType | None:
+    """The compiled kernels, or None where they were not built or QNEXT_BACKEND=torch forbids them.
+
+    One warning says that they are missing. Raises ValueError for an unknown value of the variable, and ImportError
+    where QNEXT_BACKEND=cpu demands kernels that are missing.
+    """
+    wanted = os.environ.get(BACKEND_VARIABLE, "")
+    if wanted not in ("", "cpu", *_TORCH_NAMES):
+        raise ValueError(f"{BACKEND_VARIABLE} must be 'cpu' or 'torch' (also 'reference'), not {wanted!r}")
+    if wanted in _TORCH_NAMES:
+        return None
+    try:
+        module = importlib.import_module("qnext.ops.cpu._native")
+    except ImportError as error:
+        if wanted == "cpu":
+            raise
+        warnings.warn(
+            f"native CPU kernels are not available ({error}); PyTorch serves, slower", RuntimeWarning, stacklevel=2
+        )
+        return None
+    module.set_num_threads(torch.get_num_threads())
+    return module
+
+
+def instruction_set() -> str | None:
+    """The instruction set of the kernels that run; None where none run."""
+    module = cpu_kernels()
+    return None if module is None else str(module.isa())
+
+
+def arithmetic_of(device: torch.device) -> str:
+    """What the bits of a result depend on beside weights and code: the instruction set, or torch's version and
+    device."""
+    if backend_of(device) is CPU:
+        return f"native {instruction_set()}"
+    if device.type == "cuda":
+        return f"torch {torch.__version__} {torch.cuda.get_device_name(device)}"
+    return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def activation_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the activations of a model with the embedding table `weight`: the backend's, or the table's for
+    gradients."""
+    wide = backend_of(weight.device).activation_dtype
+    wants_grad = torch.is_grad_enabled() and weight.requires_grad
+    return weight.dtype if wide is None or wants_grad or weight.dtype != torch.bfloat16 else wide
+
+
+def set_num_threads(count: int) -> None:
+    """Set the number of threads of torch and of the kernels."""
+    torch.set_num_threads(count)
+    module = cpu_kernels()
+    if module is not None:
+        module.set_num_threads(count)
+
+
+def compute_alone() -> None:
+    """What the calling thread asks torch and the kernels for is done by it alone from now on.
+
+    For threads that share work among themselves.
+    """
+    module = cpu_kernels()  # found first: it takes as many threads as torch has then
+    torch.set_num_threads(1)  # holds for the calling thread
+    if module is not None:
+        module.compute_alone()

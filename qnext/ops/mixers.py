@@ -1,0 +1,61 @@
+"""The token mixers. Each is one fused op between its projections. The first backend that serves a call computes it.
+
+Legend: T tokens, N sequences, H query or value heads, G KV heads, J key heads, R value heads per key head, K and V key
+and value head dims, C channels of the convolution, X and Y widths of the projections, Z = H * V.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qnext.ops import cpu
+from qnext.ops import torch as pytorch
+from qnext.ops.caches import AttentionCache, DeltaCache, PendingTokens
+from qnext.ops.packing import Packing
+from qnext.ops.records import AttentionWeights, DeltaWeights, Rope
+
+
+def attention_mixer(
+    q_TX: Tensor,
+    k_TY: Tensor,
+    v_TY: Tensor,
+    weights: AttentionWeights,
+    *,
+    rope: Rope,
+    packing: Packing,
+    cache: AttentionCache | None = None,
+) -> Tensor:
+    """[T, H * K]: from the outputs of the projections q, k, v to the input of the projection o.
+
+    Queries and keys are normalised per head, and their first dims are rotated. Each query attends causally to its
+    sequence: to the tokens of the call, or with a cache to its pages, where the new keys and values are written first.
+    The output is multiplied by sigmoid(gate) where there is a gate. Kernels raise IndexError for places outside the
+    pages.
+    """
+    serves = cpu.serves_attention_mixer(q_TX, k_TY, v_TY, weights, rope=rope, packing=packing, cache=cache)
+    run = cpu if serves else pytorch
+    return run.attention_mixer(q_TX, k_TY, v_TY, weights, rope=rope, packing=packing, cache=cache)
+
+
+def gated_delta_mixer(
+    qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing, cache: DeltaCache | None = None
+) -> Tensor:
+    """[T, Z]: convolution, L2 norm of q and k, gates, delta rule and gated norm, between the projections.
+
+    Per key head `qkvz_TX` holds q (K), k (K), v (R * V), z (R * V), and `ba_TY` b (R), a (R). The channels of the
+    convolution are all q, then all k, then all v. Every sequence continues from its slot of `cache`, which is updated
+    in place, or starts from zeros. Kernels take heads of multiples of 16 dims and fp32 slots; the state may be bf16
+    too. The bits of a token do not depend on cuts and drafts: see DeltaCache.
+    """
+    run = cpu if cpu.serves_gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=cache) else pytorch
+    return run.gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=cache)
+
+
+def apply_pending(conv: Tensor, state: Tensor, pending: PendingTokens, slots_N: Tensor) -> None:
+    """Makes the accepted pending tokens of these slots, all different, a part of `conv` and `state`, in place.
+
+    Call it before the states are read or copied; the mixer does it by itself. The native kernel gives the bits that the
+    states would have without drafts.
+    """
+    run = cpu if cpu.serves_apply_pending(conv, state, pending, slots_N) else pytorch
+    run.apply_pending(conv, state, pending, slots_N)

@@ -1,0 +1,71 @@
+"""Products with weights, routing and experts. Legend: T tokens, D inputs, F outputs or expert width, E experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from qnext.ops.records import ExpertsLora, LowRank, Routing, SharedExpert
+from qnext.ops.reference.width import wide
+from qnext.ops.weights import Weight, dequantize
+
+
+def linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = None) -> Tensor:
+    """x W^T + b"""
+    y_TF = x_TD @ dequantize(weight_FD, x_TD.dtype).t()
+    return y_TF if bias_F is None else y_TF + bias_F
+
+
+def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool, load_E: Tensor | None = None) -> Routing:
+    """Softmax over all experts, wide, then the best `top_k`, then their sum made one."""
+    weights_TA, experts_TA = wide(logits_TE).softmax(-1).topk(top_k, dim=-1)
+    if norm_topk_prob:
+        weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
+    if load_E is not None:
+        load_E += experts_TA.flatten().bincount(minlength=len(load_E))
+    return Routing(weights_TA, experts_TA)
+
+
+def experts_swiglu(
+    x_TD: Tensor,
+    gate_up_E2FD: Tensor | Weight,
+    down_EDF: Tensor | Weight,
+    *,
+    routing: Routing,
+    shared: SharedExpert | None = None,
+) -> Tensor:
+    """[T, D]: of each token the weighted sum of its experts; the shared expert's part is scaled by sigmoid(gate x)."""
+    rows = []
+    for x_1D, weights_A, experts_A in zip(x_TD.split(1), *routing, strict=True):
+        parts = [_expert(x_1D, gate_up_E2FD[e], down_EDF[e]) for e in experts_A.tolist()]
+        rows.append(sum(weight.to(x_TD.dtype) * part for weight, part in zip(weights_A, parts, strict=True)))
+    out_TD = torch.cat(rows)
+    if shared is not None:
+        inner_TF = silu(linear(x_TD, shared.gate_proj_FD)) * linear(x_TD, shared.up_proj_FD)
+        shared_TD = linear(inner_TF, shared.down_proj_DF)
+        scale_T1 = 1.0 if shared.gate_1D is None else torch.sigmoid(linear(x_TD, shared.gate_1D))
+        out_TD = out_TD + scale_T1 * shared_TD
+    return out_TD
+
+
+def lora_experts_swiglu(
+    x_TD: Tensor, gate_up_E2FD: Tensor | Weight, down_EDF: Tensor | Weight, lora: ExpertsLora, *, routing: Routing
+) -> Tensor:
+    """The experts whose matrices are W + scale B A."""
+    gate_up, down = dequantize(gate_up_E2FD, x_TD.dtype), dequantize(down_EDF, x_TD.dtype)
+    places = list(range(len(down))) if lora.places_E is None else lora.places_E.tolist()
+    changed = (_changed(weight, part, places) for weight, part in zip((gate_up, down), lora.parts, strict=True))
+    return experts_swiglu(x_TD, *changed, routing=routing)
+
+
+def _changed(weight_EFD: Tensor, part: LowRank | None, places: list[int]) -> Tensor:
+    if part is None:
+        return weight_EFD
+    delta = part.scale * (part.B @ part.A)
+    return torch.stack([w if k < 0 else w + delta[k].to(w.dtype) for w, k in zip(weight_EFD, places, strict=True)])
+
+
+def _expert(x_1D: Tensor, gate_up_2FD: Tensor | Weight, down_DF: Tensor | Weight) -> Tensor:
+    gate_1F, up_1F = linear(x_1D, gate_up_2FD).chunk(2, dim=-1)
+    return linear(silu(gate_1F) * up_1F, down_DF)

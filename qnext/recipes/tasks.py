@@ -1,0 +1,73 @@
+"""What `qnext train sft` and `dpo` are asked for becomes a task, and a task a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qnext.checkpoint.snapshot import list_snapshots
+from qnext.errors import UsageError
+from qnext.recipes.adapted import AdapterTask
+from qnext.recipes.dpo import Dpo
+from qnext.recipes.instruct import Examination, chat_recipe
+from qnext.recipes.methods import Method
+from qnext.recipes.sft import Sft, SftData, SftRun, SftTask, prepare_sft, read_task
+
+_METHODS: dict[str, Method] = {"sft": Sft(), "dpo": Dpo()}
+
+
+def task_of(
+    folder: Path,
+    base: str | None,
+    data: Sequence[str],
+    *,
+    recipe: str | None = None,
+    template: str | None = None,
+    settings: Sequence[str] = (),
+    adapter: AdapterTask | None = None,
+    method: str = "sft",
+    resume: bool = False,
+) -> SftTask:
+    """The task of a new run; or that of the run in `folder`, with more settings behind its own.
+
+    `recipe` makes data and settings. Raises UsageError where `folder` holds a run and `resume` is false, or holds none
+    and `resume` is true, and where something is missing.
+    """
+    if resume:
+        if base is not None or data or any(each is not None for each in (template, recipe, adapter)):
+            raise UsageError(
+                "--resume takes --from, --data, --recipe, --template and --lora from the run in the folder"
+            )
+        task = SftTask.read(folder)
+        if task.method != method:
+            raise UsageError(f"{folder} holds a run of {task.method}, not of {method}")
+        return replace(task, settings=(*task.settings, *settings))
+    if list_snapshots(folder / "snapshots"):
+        raise UsageError(f"{folder} holds a run already; --resume continues it, another --out starts a new one")
+    if base is None:
+        raise UsageError("--from MODEL is missing")
+    # Whole paths: the run may go on from another folder.
+    base = os.path.abspath(base) if os.path.isdir(base) else base
+    if recipe is not None:
+        if data or template is not None:
+            raise UsageError("--recipe brings its own data and template")
+        return replace(chat_recipe(recipe).task(base, folder, settings), adapter=adapter)
+    if not data:
+        raise UsageError("--data FILE is missing")
+    return SftTask(base, tuple(map(os.path.abspath, data)), template, tuple(settings), adapter=adapter, method=method)
+
+
+def read_data(task: SftTask, folder: Path, **options: Any) -> SftData:
+    """As read_task, by the method of the task."""
+    return read_task(task, folder, method=_METHODS[task.method], **options)
+
+
+def prepare_task(task: SftTask, folder: Path, **options: Any) -> SftRun:
+    """As prepare_sft, by the method of the task and with the examination of its recipe."""
+    if task.recipe is not None:
+        options["examination"] = partial(Examination, num_questions=chat_recipe(task.recipe).num_tested)
+    return prepare_sft(task, folder, method=_METHODS[task.method], **options)

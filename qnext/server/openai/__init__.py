@@ -1,1 +1,0 @@
-"""OpenAI's surface: chat completions, completions, responses, models."""

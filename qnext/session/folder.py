@@ -1,0 +1,143 @@
+"""A model folder opened for text: configuration and tokenizer at once, weights when they are needed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qnext.errors import CorruptCheckpoint, UsageError
+
+if TYPE_CHECKING:
+    from qnext.checkpoint.check import Layout
+    from qnext.config import ModelConfig
+    from qnext.model import CausalLM
+    from qnext.text.chat import ChatFormat
+    from qnext.text.tokenizer import Tokenizer
+
+Report = Callable[[int, int], None]  # done, in all
+ProgressOf = Callable[[str], AbstractContextManager[Report | None]]  # a label -> who is told of what is done
+
+
+def no_progress(label: str) -> AbstractContextManager[None]:
+    """Reports progress to nobody."""
+    return nullcontext()
+
+
+@dataclass
+class ModelFolder:
+    """A model folder before its weights are read. `layout` is what its headers say. Loading takes the layout and drops
+    it."""
+
+    path: Path
+    config: ModelConfig  # its context stretched by `yarn`
+    stored_bytes: int  # of all weights, as stored
+    yarn: float | None
+    expert_memory: int | None  # bytes for experts, the others of which stay on disk; None: as many as fit
+    layout: Layout | None
+
+    def take_layout(self) -> Path | Layout:
+        """The layout, for the code that loads the weights. It is given once, because the headers of a large model fill
+        100 MB; a second caller reads the headers again."""
+        layout, self.layout = self.layout, None
+        return self.path if layout is None else layout
+
+
+@dataclass
+class TextFolder(ModelFolder):
+    """A model folder with its tokenizer."""
+
+    tokenizer: Tokenizer
+
+
+def open_folder(model: str, *, yarn: float | None = None, expert_memory: int | None = None) -> TextFolder:
+    """Configuration and tokenizer of MODEL. `yarn` is the factor by which YaRN stretches the context.
+
+    Raises ModelNotFound, CorruptCheckpoint, and UsageError for an impossible factor.
+    """
+    from qnext.text.tokenizer import Tokenizer
+
+    folder = open_model(model, yarn=yarn, expert_memory=expert_memory)
+    tokenizer = Tokenizer.from_folder(folder.path, num_rows=folder.config.vocab_size)
+    return TextFolder(**vars(folder), tokenizer=tokenizer)
+
+
+def open_model(model: str, *, yarn: float | None = None, expert_memory: int | None = None) -> ModelFolder:
+    """The same as open_folder without the tokenizer, for verbs that take token ids."""
+    from qnext.checkpoint.check import read_layout
+    from qnext.checkpoint.resolve import resolve_model
+
+    if yarn is not None and not 1.0 <= yarn <= 64.0:
+        raise UsageError(f"--yarn must be between 1 and 64, not {yarn:g}")
+    path = resolve_model(model)
+    layout = read_layout(path)
+    config = layout.config if yarn is None else layout.config.with_yarn(yarn)
+    return ModelFolder(path, config, layout.num_bytes, yarn, expert_memory, layout)
+
+
+def load_weights(folder: ModelFolder, dtype: str | None = None, *, progress: ProgressOf = no_progress) -> CausalLM:
+    """The model in the folder, in `dtype` or as stored. Experts in records stay on disk where they do not fit into
+    memory, or where memory for them is given. Raises DoesNotFit before it reads weights that memory cannot hold."""
+    import torch
+
+    from qnext.checkpoint import load_model
+    from qnext.checkpoint.check import layout_of
+    from qnext.checkpoint.streamed import plan_residency
+    from qnext.model import residency_of
+    from qnext.ops import keep_freed_memory
+    from qnext.planning import weight_bytes
+    from qnext.planning.machine import format_bytes
+    from qnext.planning.plan import check_weights
+    from qnext.residency.remembered import remember
+
+    keep_freed_memory()
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UsageError(f"dtype must be float32 or bfloat16, not {dtype!r}")
+    needed = folder.stored_bytes if dtype is None else weight_bytes(folder.config, dtype=dtype)
+    smallest = weight_bytes(folder.config, dtype="bfloat16")
+
+    def hint(free: int) -> str:
+        if smallest <= free:
+            return f"; --dtype bfloat16 needs {format_bytes(smallest)}"
+        if needed > smallest // 2:
+            return f"; `qnext quantize {folder.path} OUT --scheme int4-g32` makes a much smaller folder"
+        return ""
+
+    layout = layout_of(folder.take_layout())
+    residency = plan_residency(layout, expert_memory=folder.expert_memory)
+    if residency is None:
+        check_weights(folder.path, needed, hint=hint)
+    else:
+        residency = replace(residency, remembered_in=folder.path)
+    wanted = None if dtype is None else getattr(torch, dtype)
+    with progress("loading") as report:
+        model = load_model(layout, dtype=wanted, residency=residency, progress=report)
+    if folder.yarn is not None:
+        model.stretch(folder.yarn)
+    if (experts := residency_of(model)) is not None:
+        weakref.finalize(model, remember, experts, folder.path)  # also when the program ends
+    return model
+
+
+def end_token_ids(tokenizer: Tokenizer, config: ModelConfig) -> frozenset[int]:
+    """Tokens that end an answer: those of the tokenizer's files and those of the model's configuration."""
+    try:
+        named = tokenizer.eos_ids
+    except CorruptCheckpoint:
+        named = frozenset()
+    return named | frozenset(config.eos_token_ids)
+
+
+def chat_format_of(folder: TextFolder, note: Callable[[str], None], *, without: str) -> ChatFormat | None:
+    """The folder's chat format, or None where it has none. Then `note` is told so, with `without`, which says what
+    happens now."""
+    from qnext.text.chat import ChatFormat
+
+    try:
+        return ChatFormat.for_folder(folder.path, tokenizer=folder.tokenizer)
+    except UsageError as error:
+        note(f"{error}: {without}")
+        return None

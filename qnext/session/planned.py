@@ -1,0 +1,155 @@
+"""What a model would take and give here: its sizes from headers or a preset, and rates that are measured for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qnext.errors import UsageError
+from qnext.planning import list_parameters, machine
+from qnext.planning.expert_memory import ExpertSizes
+from qnext.planning.expert_records import MatrixForm, RecordFile, RecordLayout
+from qnext.planning.expert_speed import MachineRates
+from qnext.planning.forecast import Circumstances, StoredSizes
+from qnext.planning.machines import PlannedMachine
+
+if TYPE_CHECKING:
+    from qnext.checkpoint.check import Layout
+    from qnext.config import ModelConfig
+    from qnext.ops.expert_rates import KernelRates
+
+ASSUMED_DISK = 1_500_000_000  # bytes a second, where there is nothing to be read
+ASSUMED_SCHEME, FLOAT_SCHEME = "int4-g32", "bf16"
+ASSUMED_CONTEXT = 4096
+_PROBED_BYTES = 48 << 20
+_WIDTH, _USED = 512, 8  # of a model without experts, as if it had some
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A folder, or a preset in a scheme. `files` are the records that can be read here; a preset has none. `assumed`
+    says what was chosen where nothing was given."""
+
+    name: str
+    config: ModelConfig
+    sizes: StoredSizes
+    is_quantized: bool
+    files: list[RecordFile]
+    assumed: tuple[str, ...] = ()
+
+
+def planned_model(model: str, scheme: str | None = None) -> PlannedModel:
+    """A preset, a folder or a hub name, as it lies there or as it would in `scheme` with experts in records.
+
+    Raises ModelNotFound, CorruptCheckpoint, UsageError for a scheme that there is not.
+    """
+    from qnext.config import PRESETS, preset
+
+    if model in PRESETS and not Path(model).is_dir():
+        found = _in_scheme(model, preset(model), scheme or ASSUMED_SCHEME)
+        return found if scheme else PlannedModel(**{**vars(found), "assumed": (f"--scheme {ASSUMED_SCHEME}",)})
+    from qnext.checkpoint.check import read_layout
+    from qnext.checkpoint.resolve import resolve_model
+
+    layout = read_layout(resolve_model(model))
+    return planned_folder(model, layout) if scheme is None else _in_scheme(model, layout.config, scheme)
+
+
+def planned_folder(name: str, layout: Layout) -> PlannedModel:
+    """A folder as it is."""
+    from qnext.checkpoint.streamed import expert_sizes, readable_records
+
+    by_part: Counter[str] = Counter()
+    for info in layout.index.tensors.values():
+        by_part[layout.part_of(info.name) or "not used"] += info.num_bytes
+    files = readable_records(layout)
+    experts = expert_sizes(layout, files) if files else _expert_sizes(layout.config, by_part, None)
+    sizes = StoredSizes(_dense_bytes(layout.config, by_part), experts, can_stream=bool(files))
+    return PlannedModel(name, layout.config, sizes, bool(layout.packed_forms), files)
+
+
+def circumstances(
+    planned: PlannedModel,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    free_bytes: int | None = None,
+    disk_rate: float | None = None,
+    expert_bytes: int | None = None,
+    other: PlannedMachine | None = None,
+) -> Circumstances:
+    """What is free here, or `free_bytes`; and rates, which are measured in a second or two, unless they are those of
+    another machine. A disk is only measured where there are records to read. Raises UsageError for a `context` that the
+    model does not have."""
+    import torch
+
+    from qnext.residency.probe import probe
+
+    most = planned.config.context_length
+    if context is not None and context > most:
+        raise UsageError(f"{planned.name}: --context {context} is beyond the model's context of {most}")
+    length = min(ASSUMED_CONTEXT, most) if context is None else context
+    if other is not None:
+        usable = other.free_bytes if free_bytes is None else free_bytes
+        rates = other.rates if disk_rate is None else other.rates._replace(disk=disk_rate)
+        return Circumstances(usable, torch.get_num_threads(), rates, length, batch, expert_bytes)
+    free = machine.available_bytes()
+    if disk_rate is None:
+        files = planned.files
+        disk_rate = probe(files, num_bytes=_PROBED_BYTES).bytes_per_second if files else ASSUMED_DISK
+    kernels = kernel_rates(planned.config, is_quantized=planned.is_quantized)
+    rates = MachineRates(kernels.memory, disk_rate, kernels.arithmetic)
+    usable = free if free_bytes is None else free_bytes
+    return Circumstances(usable, torch.get_num_threads(), rates, length, batch, expert_bytes)
+
+
+def kernel_rates(config: ModelConfig, *, is_quantized: bool) -> KernelRates:
+    """Of experts of the model's sizes; measured within a second."""
+    from qnext.ops.expert_rates import expert_rates
+
+    return expert_rates(
+        hidden_size=config.hidden_size,
+        width=config.moe_intermediate_size or _WIDTH,
+        top_k=config.num_experts_per_tok or _USED,
+        is_quantized=is_quantized,
+    )
+
+
+def _in_scheme(name: str, config: ModelConfig, scheme: str) -> PlannedModel:
+    from qnext.quant.scheme import make_policy
+
+    policy = None if scheme == FLOAT_SCHEME else make_policy(scheme, head=None, is_tied=config.tie_word_embeddings)
+    by_part: Counter[str] = Counter()
+    form = MatrixForm("bfloat16")
+    for info in list_parameters(config).values():
+        found = None if policy is None else policy.scheme_of(info)
+        bits = 16.0 if found is None else found.bits + 16 / found.group_size
+        by_part[info.part] += round(prod(info.shape) * bits / 8)
+        if info.part == "experts" and found is not None:
+            form = MatrixForm(f"int{found.bits}", found.group_size, "bfloat16")
+    try:
+        record = RecordLayout(config.hidden_size, config.moe_intermediate_size, form, form).stride
+    except ValueError:  # no experts, or such as make no records
+        record = None
+    experts = _expert_sizes(config, by_part, record)
+    sizes = StoredSizes(_dense_bytes(config, by_part), experts, can_stream=record is not None)
+    return PlannedModel(name, config, sizes, policy is not None, [])
+
+
+def _expert_sizes(config: ModelConfig, by_part: Mapping[str, int], record_bytes: int | None) -> ExpertSizes:
+    """With records of so many bytes, or as large as the weights of an expert."""
+    num_layers = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
+    if record_bytes is None:
+        record_bytes = by_part["experts"] // max(1, num_layers * config.num_experts)
+    others = sum(by_part.values()) - by_part["experts"]
+    return ExpertSizes(num_layers, config.num_experts, record_bytes, others)
+
+
+def _dense_bytes(config: ModelConfig, by_part: Mapping[str, int]) -> int:
+    """Of the trunk's weights that every token multiplies; of an embedding it looks up a row."""
+    skipped = {"experts", "mtp", "not used"} | ({"embedding"} if not config.tie_word_embeddings else set())
+    return sum(count for part, count in by_part.items() if part not in skipped)

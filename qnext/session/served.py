@@ -1,0 +1,141 @@
+"""A model folder, opened for a server: the engine, and the text side of the model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qnext.errors import UsageError
+from qnext.session.folder import ProgressOf, TextFolder, chat_format_of, end_token_ids, load_weights, no_progress
+from qnext.session.sampling import sampling_defaults
+from qnext.session.talk import drop
+
+if TYPE_CHECKING:
+    from qnext.engine import Engine
+    from qnext.server.inference.served import ServedModel
+
+_MOST_CARD_HEAD = 4096  # characters of a README.md that are looked at
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """How a folder is served. `names` are the model names that requests may use. `engine` holds options of the engine
+    by name.
+
+    `kv_cache_dtype` auto means the model's dtype. `with_defaults`: generation_config.json counts where a request says
+    nothing. `tool_style` and `template_defaults` are those of ServedModel. `warms_grammars`: the process that compiles
+    output constraints starts with the server, and not with the first constraint.
+    """
+
+    names: Sequence[str]
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    threads: int | None = None
+    kv_cache_dtype: str = "auto"
+    adapters: Mapping[str, Path] = field(default_factory=dict)  # folders by the names that requests may use
+    disk_cache: Path | None = None
+    disk_cache_bytes: int = 0
+    with_defaults: bool = True
+    template_defaults: Mapping[str, Any] | None = None
+    tool_style: Any = None
+    warms_grammars: bool = False
+
+
+def load_served(
+    folder: TextFolder,
+    config: ServeConfig,
+    *,
+    note: Callable[[str], None] = drop,
+    progress: ProgressOf = no_progress,
+) -> tuple[Engine, ServedModel]:
+    """The engine and the text side of a folder. `note` is told the memory plan. Raises QnextError."""
+    import torch
+
+    from qnext.checkpoint.adapters import find_adapter, read_adapter
+    from qnext.engine import DiskCache, Engine, EngineConfig, check_options
+    from qnext.lora.serving import serve_adapters
+    from qnext.server.inference.served import ServedModel
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    defaults = sampling_defaults(folder.path) if config.with_defaults else {}
+    chat_format = chat_format_of(folder, note, without="/v1/chat/completions is refused, /v1/completions works")
+    path = config.disk_cache
+    disk = None if path is None else DiskCache(path, max_bytes=config.disk_cache_bytes)
+    eos_ids = end_token_ids(folder.tokenizer, folder.config)
+    kv_dtype = None if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
+    options = EngineConfig(eos_token_ids=eos_ids, kv_dtype=kv_dtype, disk_cache=disk, **config.engine)
+    check_options(folder.config, options)
+    read = {name: read_adapter(find_adapter(path), folder.config) for name, path in config.adapters.items()}
+    model = load_weights(folder, config.dtype, progress=progress)
+    if read:
+        options = replace(options, adapters=serve_adapters(model, read))
+    engine = Engine.of(model, options)
+    note(engine.memory_plan.describe())
+    served = ServedModel(
+        folder.tokenizer,
+        chat_format,
+        names=config.names,
+        adapters=list(config.adapters),
+        vocab_size=folder.config.vocab_size,
+        max_model_len=engine.max_model_len,
+        eos_ids=eos_ids,
+        defaults=defaults,
+        tool_style=config.tool_style,
+        template_defaults=config.template_defaults,
+    )
+    if config.warms_grammars:
+        served.warm()
+    return engine, served
+
+
+def named_adapters(given: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
+    """From NAME=FOLDER, each name once and none of the model's own `names`. Raises UsageError."""
+    adapters: dict[str, Path] = {}
+    for text in given:
+        name, separator, folder = text.partition("=")
+        if not separator or not name or not folder:
+            raise UsageError(f"--lora {text}: must be NAME=FOLDER")
+        if name in adapters or name in names:
+            raise UsageError(f"--lora {text}: the name {name} is taken")
+        adapters[name] = Path(folder)
+    return adapters
+
+
+def speculation_of(flag: bool | None, config: str | None) -> dict[str, Any]:
+    """The engine options that the flag and vLLM's JSON ask for."""
+    if config is None:
+        return {"speculation": flag}
+    try:
+        values = json.loads(config)
+        count = values.get("num_speculative_tokens")
+    except (ValueError, AttributeError):
+        raise UsageError("--speculative-config must be a JSON object") from None
+    for key in values.keys() - {"method", "num_speculative_tokens"}:
+        raise UsageError(
+            f"--speculative-config: {key}: drafts come from the model's own MTP layer, nothing else is known"
+        )
+    if values.get("method", "mtp") not in ("mtp", "qwen3_next_mtp"):
+        raise UsageError(f"--speculative-config: method {values['method']!r}: must be mtp or qwen3_next_mtp")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= 8):
+        raise UsageError("--speculative-config: num_speculative_tokens must be between 0 and 8")
+    return {"speculation": False} if count == 0 else {"speculation": flag is not False, "max_draft_tokens": count}
+
+
+def name_of(model: str) -> str:
+    """The name by which a server calls MODEL: its hub name, `model_name` of its card (README.md), or the folder's
+    name."""
+    if "/" in model and not Path(model).exists():
+        return model
+    folder = Path(model).resolve()
+    try:
+        with (folder / "README.md").open(encoding="utf-8", errors="replace") as file:
+            head = re.match(r"---\n(.*?)^---$", file.read(_MOST_CARD_HEAD), re.DOTALL | re.MULTILINE)
+    except OSError:
+        return folder.name
+    name = head and re.search(r"^model_name: *([\w.-]{1,100}) *$", head[1], re.MULTILINE)
+    return name[1] if name else folder.name

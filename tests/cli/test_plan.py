@@ -1,0 +1,180 @@
+"""`qnext plan`: what fits, and how fast it will be."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qnext import ops
+from qnext.checkpoint.check import read_layout
+from qnext.checkpoint.streamed import plan_residency
+from qnext.ops.expert_rates import KernelRates
+from qnext.planning import machine
+from qnext.planning.expert_memory import engine_reserve
+from qnext.planning.expert_speed import TRAFFIC
+from qnext.session import planned
+from qnext.text.train import byte_level_tokenizer, save_tokenizer
+from tests.checkpoint.record_folders import RECORD_CONFIG, RecordForm, record_folder
+
+from .command import Capture, make_model, run
+
+needs_kernels = pytest.mark.skipif(ops.instruction_set() is None, reason="records are read by the native kernels")
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that does not change from run to run."""
+    monkeypatch.setattr(planned, "kernel_rates", lambda config, is_quantized: KernelRates(30e9, 2e12))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The codes of a model of four experts a layer, in records."""
+    record_folder(tmp_path / "m", RecordForm("float16", 4, 32))
+    return tmp_path / "m"
+
+
+def documents(capsys: Capture, *arguments: object) -> list[dict[str, Any]]:
+    result = run(capsys, "plan", *arguments, "--json")
+    assert (result.code, result.err) == (0, "")
+    return json.loads(result.out)  # type: ignore[no-any-return]
+
+
+def half_of_the_experts(folder: Path) -> int:
+    """Free memory with which about half of the experts stay."""
+    layout = read_layout(folder)
+    sizes = planned.planned_folder("m", layout).sizes.experts
+    return engine_reserve(layout.config, num_threads=torch.get_num_threads()) + sizes.other_bytes + sizes.all_bytes // 2
+
+
+def test_a_preset_in_a_scheme(capsys: Capture, rates: None) -> None:
+    (found,) = documents(capsys, "80b-a3b", "--memory", "22G")
+    assert found["assumed"] == ["--scheme int4-g32", "--disk-speed 1.5g"]
+    assert found["weight_bytes"] == pytest.approx(46.4e9, rel=0.002)
+    assert (found["placement"], found["context"], found["batch"]) == ("streamed", 4096, 1)
+    assert 0.35 < found["share"] < 0.4 and found["used_bytes"] <= found["free_bytes"] == 22 << 30
+    traffic = found["traffic"]
+    assert traffic["uniform"]["decode"] < traffic["diverse"]["decode"] < traffic["service"]["decode"]
+    assert [more["bytes"] >> 30 for more in found["more_memory"]] == [8, 16]
+    given = documents(capsys, "80b-a3b", "--memory", "22G", "--scheme", "int8", "--disk-speed", "3g")[0]
+    assert given["assumed"] == [] and given["machine"]["disk"] == 3e9
+    assert given["weight_bytes"] == pytest.approx(86.8e9, rel=0.002)
+    fixed = documents(capsys, "80b-a3b", "--memory", "22G", "--expert-memory", "4G")[0]
+    assert fixed["expert_bytes"] == pytest.approx(4 << 30, rel=0.001) and fixed["more_memory"] == []
+
+
+def test_a_table_for_people(capsys: Capture, rates: None) -> None:
+    result = run(capsys, "plan", "80b-a3b", "--memory", "22G", "--context", "262144")
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0] == "80b-a3b: weights 43.3 GiB, memory free 22.0 GiB"
+    assert "of them stay in memory" in lines[2] and "1 x 262,144 tokens" in lines[3]
+    assert "at 30.0 GB/s, on prompts 2.00 Top/s; disk 1.50 GB/s" in lines[4] and "`--expert-memory" in lines[5]
+    assert [line.split()[0] for line in lines if line.endswith(tuple("0123456789"))][:3] == [
+        "uniform",
+        "diverse",
+        "service",
+    ]
+    assert any("+ 16.0 GiB" in line for line in lines)
+    resident = run(capsys, "plan", "nano-5m", "--memory", "22G").out
+    assert "all weights stay in memory" in resident and "more memory" not in resident and "traffic" not in resident
+
+
+@needs_kernels
+def test_a_folder_is_planned_as_it_would_be_loaded(
+    capsys: Capture, folder: Path, rates: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = half_of_the_experts(folder)
+    monkeypatch.setattr(machine, "available_bytes", lambda: free)
+    (found,) = documents(capsys, folder)
+    chosen = plan_residency(folder)
+    assert chosen is not None and found["placement"] == "streamed" and found["assumed"] == []
+    assert found["share"] == pytest.approx(sum(chosen.slots) / (len(chosen.slots) * RECORD_CONFIG.num_experts))
+    assert found["machine"]["disk"] > 1e6, "was measured"
+    monkeypatch.undo()
+    assert documents(capsys, folder, "--disk-speed", "2g")[0]["placement"] == "resident"
+
+
+def test_nothing_fits(capsys: Capture, tmp_path: Path, rates: None) -> None:
+    result = run(capsys, "plan", "80b-a3b", "--memory", "4G")
+    assert result.code == 4 and "does not fit" in result.out
+    assert result.err.startswith(
+        "qnext plan: 80b-a3b: experts on disk need 162.0 MiB of memory at least beside 2.8 GiB"
+    )
+    several = run(capsys, "plan", "80b-a3b", "nano-5m", "--memory", "4G", "--json")
+    assert several.code == 0
+    assert [each["placement"] for each in json.loads(several.out)] == ["too large", "resident"]
+    plain = run(capsys, "plan", make_model(tmp_path), "--memory", "1M")
+    assert plain.code == 4 and "weights of" in plain.err and "`--scheme int4-g32`" in plain.err
+
+
+def test_another_machine(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of this machine is measured."""
+    monkeypatch.setattr(planned, "kernel_rates", lambda *given, **named: pytest.fail("measured"))
+    found, small = documents(capsys, "80b-a3b", "nano-5m", "--machine", "24GiB,30GB/s,1.5GB/s,2Top/s")
+    assert (found["placement"], found["free_bytes"], small["placement"]) == ("streamed", 22 << 30, "resident")
+    assert found["machine"] == {"memory": 15e9, "disk": 1.5e9, "arithmetic": pytest.approx(0.6e12)}
+    assert found["assumed"][0] == "--scheme int4-g32" and "are reached" in found["assumed"][1]
+    assert [more["bytes"] >> 30 for more in found["more_memory"]] == [8, 16]
+    for speed in found["traffic"].values():
+        seconds = speed["arithmetic_seconds"] + speed["read_seconds"] - speed["overlapped_seconds"]
+        assert speed["decode"] == pytest.approx(1 / seconds) and speed["overlapped_seconds"] >= 0
+    for length, rate in found["prefill"].items():
+        seconds = found["prefill_time"][length]
+        assert rate == pytest.approx(
+            1 / (seconds["arithmetic_seconds"] + seconds["read_seconds"] - seconds["overlapped_seconds"])
+        )
+    given = documents(capsys, "80b-a3b", "--machine", "epyc-9654", "--memory", "30G", "--disk-speed", "2g")[0]
+    assert (given["free_bytes"], given["machine"]["disk"]) == (30 << 30, 2e9)
+    assert documents(capsys, "80b-a3b", "--machine", "epyc-9654")[0]["placement"] == "resident"
+    wrong = run(capsys, "plan", "80b-a3b", "--machine", "abacus")
+    assert wrong.code == 2 and "'abacus': is neither a name (ryzen-9950x" in wrong.error_line
+
+
+def test_models_side_by_side(capsys: Capture, rates: None) -> None:
+    several = run(capsys, "plan", "80b-a3b", "nano-5m", "qwen3-32b", "--memory", "12G").out
+    last = several.rpartition("\n\n")[2].splitlines()
+    assert [line.split()[0] for line in last] == ["weights", "80b-a3b", "nano-5m", "qwen3-32b"]
+    assert last[1].count("GiB") == 2 and all(name in last[1] for name in TRAFFIC)
+    assert last[3].endswith("does not fit") and re.search(r"  [\d,.]+$", last[2])
+    assert "in memory  decode" not in run(capsys, "plan", "nano-5m").out
+
+
+def test_what_is_wrong_is_said(capsys: Capture, tmp_path: Path) -> None:
+    assert run(capsys, "plan", tmp_path / "none").code == 3
+    wrong = run(capsys, "plan", "80b-a3b", "--scheme", "int3")
+    assert wrong.code == 2 and "no scheme 'int3'" in wrong.error_line
+    long = run(capsys, "plan", "nano-5m", "--context", "8193")
+    assert long.code == 2 and "beyond the model's context of 8192" in long.error_line
+
+
+def test_rates_are_measured_here(capsys: Capture) -> None:
+    found = documents(capsys, "nano-5m")[0]
+    assert 1e8 < found["machine"]["memory"] < 1e13 and 1e8 < found["machine"]["arithmetic"] < 1e15
+
+
+@needs_kernels
+def test_an_answer_is_told_beside_its_prediction(capsys: Capture, tmp_path: Path) -> None:
+    config = replace(RECORD_CONFIG, num_experts=16, num_experts_per_tok=4, max_position_embeddings=256)
+    path = tmp_path / "m"
+    record_folder(path, RecordForm("float16", 4, 32), config=config)
+    save_tokenizer(byte_level_tokenizer(), path, model_max_length=256)
+    memory = 6 * len(config.layer_types) * read_layout(path).records["model.layers.0"].layout.stride
+    arguments = ["generate", path, "Some text", "--max-tokens", "8", "--ignore-eos"]
+    err = run(capsys, *arguments, "--expert-memory", memory).err
+    kinds = ", ".join(rf"[\d.]+ {name} \(\d+% hits\)" for name in TRAFFIC)
+    line = next(line for line in err.splitlines() if line.startswith("predicted"))
+    assert re.fullmatch(
+        rf"predicted tokens/s: {kinds}; measured [\d.]+ \(\d+% hits, for which [\d.]+ are predicted\)", line
+    )
+    found = json.loads(run(capsys, *arguments, "--expert-memory", memory, "--json").out)["timings"]
+    share = found["experts"]["resident_ratio"]
+    assert found["predicted"]["uniform"]["hit_rate"] == pytest.approx(share)
+    assert 0 < found["predicted"]["uniform"]["decode"] < found["predicted"]["uniform"]["ceiling"]
+    assert "predicted" not in run(capsys, *arguments).err

@@ -1,0 +1,6 @@
+"""The model folders that are served."""
+
+from __future__ import annotations
+
+from tests.text_folders import chat_folder, plain_folder  # noqa: F401 (fixtures)
+from tests.thinking_server import server, thinking_folder  # noqa: F401 (fixtures)

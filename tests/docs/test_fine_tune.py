@@ -1,0 +1,63 @@
+"""The page on fine-tuning from top to bottom: its commands run, its table is that of the program."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from qnext.cli import main
+from qnext.recipes.dpo import DpoConfig
+from qnext.recipes.sft import SftConfig
+from qnext.text.sample_files import LINES, PARQUET
+from qnext.text.samples import FORMS
+from qnext.training import TrainConfig
+from tests.docs.snippets import ROOT, blocks, commands
+from tests.recipes.test_instruct import make_small
+from tests.text_folders import save_chat, save_plain
+
+PAGE = ROOT / "docs" / "guide" / "fine-tune.md"
+
+
+def test_its_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_chat(tmp_path / "models" / "qwen3-0.6b")
+    save_plain(tmp_path / "runs" / "demo" / "model")
+    samples = [{"prompt": "a?", "completion": "Yes."}, {"instruction": "b?", "output": "No."}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples))
+    pair = {"prompt": "a?", "chosen": "Yes.", "rejected": "No."}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    make_small(monkeypatch)
+    found = [words for block in blocks(PAGE) for words in commands(block)]
+    assert len(found) >= 7
+    for words in found:
+        assert words[0] == "qnext"
+        if words[1] == "serve":  # what it serves is what `qnext chat` has loaded
+            continue
+        trains = words[1] == "train" and "--show-sample" not in words
+        more = ["--set", "total_steps=2"] if trains else ["--max-tokens", "4"] if words[1] == "chat" else []
+        monkeypatch.setattr("sys.stdin", io.StringIO("What is 17 + 5?\n"))
+        with pytest.raises(SystemExit) as stop:
+            main([*words[1:], *more])
+        assert stop.value.code == 0, words
+    for name in ("mine", "better", "instruct", "thinking"):
+        assert (tmp_path / "runs" / name / "model" / "model.safetensors").is_file()
+
+
+def test_its_tables_are_those_of_the_program() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([a-z-]+)` \| (.*) \|$", text, re.MULTILINE))
+    for form, keys in FORMS.items():
+        assert all(f"`{key}`" in rows[form] for key in keys), form
+    assert all(f"`{suffix}`" in text for suffix in (*LINES, ".json", *PARQUET))
+    known = {each.name for each in (*fields(SftConfig), *fields(DpoConfig), *fields(TrainConfig))}
+    named = re.findall(r"^\| ((?:`[a-z_]+`(?:, )?)+) \|", text.partition("## The training")[2], re.MULTILINE)
+    keys = {key for cell in named for key in re.findall(r"`([a-z_]+)`", cell)}
+    assert len(keys) >= 10 and keys <= known
+    assert set(re.findall(r"--set ([a-z_]+)=", text)) <= known
+    assert f"`--set beta={DpoConfig().beta:g}`" in text and f"`epochs` is {DpoConfig().epochs:g}," in text
+    assert f"| `epochs` | {SftConfig().epochs:g} |" in text and f"| `held_out` | {SftConfig().held_out:g} |" in text

@@ -1,0 +1,116 @@
+"""A run that is killed at any moment loses only the steps after its last snapshot: the same losses, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from qnext.checkpoint.snapshot import list_snapshots
+from tests.recipes.test_sft import metrics
+from tests.text_folders import save_chat
+
+SETTINGS = (
+    "lr=1e-2",
+    "tokens_per_batch=60",
+    "sequence_length=60",
+    "precision=float32",
+    "total_steps=8",
+    "snapshot_every=1",
+    "eval_every=0",
+    "held_out=0",
+)
+
+
+class Driver:
+    """Commands in processes of their own, which may be killed after some seconds."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self._in: IO[str] = process.stdin
+        self._out: IO[str] = process.stdout
+
+    def run(self, *arguments: str, file: Path | None = None, lines: int = 0, seconds: float = 0.0) -> int | None:
+        """The exit code; None where it was killed, so many seconds after the file had so many lines."""
+        self._in.write(json.dumps([None if file is None else str(file), lines, seconds, *arguments]) + "\n")
+        self._in.flush()
+        return json.loads(self._out.readline())
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Driver]:
+    command = [sys.executable, "-m", "tests.recipes.killed"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Driver(process)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+class Straight:
+    """A run that nobody kills."""
+
+    def __init__(self, driver: Driver, folder: Path) -> None:
+        base = save_chat(folder / "base")
+        data = folder / "chats.jsonl"
+        samples = [{"prompt": f"{n}?", "completion": f"It is {n}."} for n in range(40)]
+        data.write_text("".join(json.dumps(each) + "\n" for each in samples))
+        settings = [part for each in SETTINGS for part in ("--set", each)]
+        self.begin = ["train", "sft", "--from", str(base), "--data", str(data), *settings, "--out"]
+        self.folder = folder / "straight"
+        assert driver.run(*self.begin, str(self.folder)) == 0
+
+    def command(self, out: Path) -> list[str]:
+        """What a user types who finds the run as it is: the first command where nothing was kept, else --resume."""
+        if list_snapshots(out / "snapshots"):
+            return ["train", "sft", "--resume", "--out", str(out)]
+        return [*self.begin, str(out)]
+
+
+@pytest.fixture(scope="module")
+def straight(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    return Straight(driver, tmp_path_factory.mktemp("killed"))
+
+
+def kill_and_go_on(driver: Driver, straight: Straight, out: Path, source: random.Random, *, times: int) -> int:
+    """How often it was killed indeed."""
+    num_killed, newest = 0, 0
+    for _ in range(times):
+        # After a step that is still to come, or as soon as the folder of the tokenizer is there.
+        at, pause = source.randint(newest, max(newest, 6)), source.uniform(0.0, 0.03)
+        file = out / ("metrics.jsonl" if at else "tokenizer/tokenizer_config.json")
+        code = driver.run(*straight.command(out), file=file, lines=at, seconds=pause)
+        num_killed += code is None
+        assert code in (None, 0)
+        kept = [int(path.name.removeprefix("step-")) for path in list_snapshots(out / "snapshots")]
+        assert max(kept, default=0) >= newest, "a snapshot was lost"
+        newest = max(kept, default=0)
+        if code == 0:
+            break
+    assert driver.run(*straight.command(out)) == 0
+    assert metrics(out) == metrics(straight.folder)
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (out / "model" / name).read_bytes() == (straight.folder / "model" / name).read_bytes(), name
+    hidden = [path for path in out.rglob(".*") if ".partial" in path.name]
+    assert not hidden
+    return num_killed
+
+
+def test_killed_at_random_moments(driver: Driver, straight: Straight, tmp_path: Path) -> None:
+    kill_and_go_on(driver, straight, tmp_path / "run", random.Random(5), times=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_many_random_moments(driver: Driver, straight: Straight, tmp_path: Path, seed: int) -> None:
+    """Ten moments a run, 200 in all; a run that comes to its end begins anew."""
+    source, left = random.Random(seed), 10
+    while left > 0:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        left -= kill_and_go_on(driver, straight, tmp_path / "run", source, times=left)
