@@ -15,7 +15,7 @@ from qnext.files import write_file
 from qnext.model import CausalLM
 from qnext.recipes.code import standard_library
 from qnext.recipes.questions import Question, messages, questions
-from qnext.recipes.sft import SftData, SftTask
+from qnext.recipes.tuning import TuningData, TuningTask
 from qnext.text.chat import ChatFormat
 from qnext.text.messages import Message
 from qnext.text.prompts import ChatPrompt
@@ -56,7 +56,7 @@ class ChatRecipe:
     num_bytes: int = 3_000_000  # of texts of the library
     num_tested: int = 400  # held-out questions
 
-    def task(self, base: str, folder: Path, settings: Sequence[str]) -> SftTask:
+    def task(self, base: str, folder: Path, settings: Sequence[str]) -> TuningTask:
         """Write the questions and texts into the folder of the run, and make the task of them."""
         asked = questions(self.num_questions, seed=0, held_out=False)
         texts = take_bytes(standard_library(held_out_share=0.05).train, limit=self.num_bytes)
@@ -69,7 +69,7 @@ class ChatRecipe:
             write_file(folder / name, "".join(json.dumps(value) + "\n" for value in values))
         paths = tuple(str((folder / name).absolute()) for name in data)
         template = "thinking" if self.thinks else "instruct"
-        return SftTask(base, paths, template, (*self.settings, *settings), _GREEDY, recipe=self.name)
+        return TuningTask(base, paths, template, (*self.settings, *settings), _GREEDY, recipe=self.name)
 
 
 RECIPES = {each.name: each for each in (ChatRecipe("instruct", False), ChatRecipe("thinking", True))}
@@ -106,7 +106,7 @@ class Examination:
     `folder` is that of the tokenizer and its template.
     """
 
-    def __init__(self, data: SftData, folder: Path, *, num_questions: int) -> None:
+    def __init__(self, data: TuningData, folder: Path, *, num_questions: int) -> None:
         self._tokenizer, self._folder = data.tokenizer, folder
         self._questions = questions(num_questions, seed=0, held_out=True)
         (end_id,) = data.base.config.eos_token_ids[:1]

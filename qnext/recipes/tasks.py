@@ -15,7 +15,8 @@ from qnext.recipes.adapted import AdapterTask
 from qnext.recipes.dpo import Dpo
 from qnext.recipes.instruct import Examination, chat_recipe
 from qnext.recipes.methods import Method
-from qnext.recipes.sft import Sft, SftData, SftRun, SftTask, prepare_sft, read_task
+from qnext.recipes.sft import Sft
+from qnext.recipes.tuning import TuningData, TuningRun, TuningTask, prepare_tuning, read_task
 
 _METHODS: dict[str, Method] = {"sft": Sft(), "dpo": Dpo()}
 
@@ -31,7 +32,7 @@ def task_of(
     adapter: AdapterTask | None = None,
     method: str = "sft",
     resume: bool = False,
-) -> SftTask:
+) -> TuningTask:
     """The task of a new run; or that of the run in `folder`, with more settings behind its own.
 
     `recipe` makes data and settings. Raises UsageError where `folder` holds a run and `resume` is false, or holds none
@@ -42,7 +43,7 @@ def task_of(
             raise UsageError(
                 "--resume takes --from, --data, --recipe, --template and --lora from the run in the folder"
             )
-        task = SftTask.read(folder)
+        task = TuningTask.read(folder)
         if task.method != method:
             raise UsageError(f"{folder} holds a run of {task.method}, not of {method}")
         return replace(task, settings=(*task.settings, *settings))
@@ -58,16 +59,18 @@ def task_of(
         return replace(chat_recipe(recipe).task(base, folder, settings), adapter=adapter)
     if not data:
         raise UsageError("--data FILE is missing")
-    return SftTask(base, tuple(map(os.path.abspath, data)), template, tuple(settings), adapter=adapter, method=method)
+    return TuningTask(
+        base, tuple(map(os.path.abspath, data)), template, tuple(settings), adapter=adapter, method=method
+    )
 
 
-def read_data(task: SftTask, folder: Path, **options: Any) -> SftData:
+def read_data(task: TuningTask, folder: Path, **options: Any) -> TuningData:
     """As read_task, by the method of the task."""
     return read_task(task, folder, method=_METHODS[task.method], **options)
 
 
-def prepare_task(task: SftTask, folder: Path, **options: Any) -> SftRun:
-    """As prepare_sft, by the method of the task and with the examination of its recipe."""
+def prepare_task(task: TuningTask, folder: Path, **options: Any) -> TuningRun:
+    """As prepare_tuning, by the method of the task and with the examination of its recipe."""
     if task.recipe is not None:
         options["examination"] = partial(Examination, num_questions=chat_recipe(task.recipe).num_tested)
-    return prepare_sft(task, folder, method=_METHODS[task.method], **options)
+    return prepare_tuning(task, folder, method=_METHODS[task.method], **options)

@@ -12,10 +12,10 @@ from rich.text import Text
 from qnext.cli.terminal.text import printable
 
 if TYPE_CHECKING:
-    from qnext.recipes.sft import SftData
+    from qnext.recipes.tuning import TuningData
 
 
-def show(data: SftData, count: int) -> None:
+def show(data: TuningData, count: int) -> None:
     """The first `count` samples of each source, to stdout. What is learnt is green; without colours it stands in
     brackets."""
     console = Console(highlight=False, soft_wrap=True)

@@ -9,11 +9,11 @@ from qnext.cli.terminal.progress import byte_progress
 from qnext.cli.terminal.samples import show
 from qnext.cli.terminal.training import TrainingDisplay, run_to_the_end
 from qnext.ops import keep_freed_memory
-from qnext.recipes.sft import SftRun, SftTask
 from qnext.recipes.tasks import prepare_task, read_data
+from qnext.recipes.tuning import TuningRun, TuningTask
 
 
-def tune(task: SftTask, out: Path, *, show_sample: int, resume: bool) -> None:
+def tune(task: TuningTask, out: Path, *, show_sample: int, resume: bool) -> None:
     """Run a task in its folder to the end; or show `show_sample` samples of its data, if not zero."""
     keep_freed_memory()
     if show_sample:
@@ -28,7 +28,7 @@ def tune(task: SftTask, out: Path, *, show_sample: int, resume: bool) -> None:
     run_to_the_end(run.trainer, display, partial(_save, run, display))
 
 
-def _save(run: SftRun, display: TrainingDisplay) -> Path:
+def _save(run: TuningRun, display: TrainingDisplay) -> Path:
     folder = run.save()
     for line in run.changes():
         display.note(line)

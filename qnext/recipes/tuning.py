@@ -1,0 +1,319 @@
+"""Fine-tuning: a model folder and files of samples become another folder, or an adapter. A Method says how."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qnext.checkpoint import load_model, save_model
+from qnext.errors import FULL, CorruptCheckpoint, QnextError, UsageError, warn
+from qnext.files import remove_folder, write_file
+from qnext.lora import adapter_of, describe_adapter
+from qnext.model import CausalLM
+from qnext.planning import count_parameters
+from qnext.planning.plan import check_weights
+from qnext.recipes.adapted import AdapterTask, adapt, save_adapted
+from qnext.recipes.chat_folder import tokenizer_folder
+from qnext.recipes.methods import Base, Method
+from qnext.recipes.settings import parse_settings, with_end_of_run
+from qnext.session.folder import ProgressOf, TextFolder, no_progress, open_folder
+from qnext.text.chat import ChatFormat
+from qnext.text.lessons import Teacher
+from qnext.text.template_files import read_templates
+from qnext.text.tokenizer import Tokenizer
+from qnext.text.train import END_OF_TEXT
+from qnext.training import Hooks, TrainConfig, Trainer
+from qnext.training.build import build, built
+from qnext.training.samples import SampleSet, SampleStream
+from qnext.training.shards import DataShard, Manifest
+from qnext.version import __version__
+
+_TASK, _DATA, _TOKENIZER = "task.json", "data", "tokenizer"
+_ROUTED_BATCHES = 16  # of the data, whose routing chooses the experts of an adapter
+_BYTES_PER_PARAMETER = 16  # weights, gradients and two moments in fp32
+
+
+@dataclass(frozen=True)
+class TuningTask:
+    """What a run is asked for. It stands in the run's folder, so that the run can go on without being told again.
+
+    `template` names a chat format for a folder that has none, or another than it has. `sampling` is what the result's
+    generation_config.json recommends beside that of the base. `recipe` made the task, and examines the result.
+    """
+
+    base: str
+    data: tuple[str, ...]
+    template: str | None = None
+    settings: tuple[str, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str | None = None
+    adapter: AdapterTask | None = None  # what alone is trained; None: everything
+    method: str = "sft"
+
+    def write(self, folder: Path) -> None:
+        write_file(folder / _TASK, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> TuningTask:
+        """Raises UsageError where the folder holds no run, CorruptCheckpoint for a damaged one."""
+        path = folder / _TASK
+        if not path.is_file():
+            raise UsageError(f"{folder} holds no run that could be resumed")
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            adapter = None if value.get("adapter") is None else AdapterTask(**value["adapter"])
+            lists = {"data": tuple(value["data"]), "settings": tuple(value["settings"])}
+            return cls(**{**value, **lists, "adapter": adapter})
+        except (ValueError, TypeError, KeyError) as error:
+            raise CorruptCheckpoint(f"{path}: malformed ({error})") from None
+
+
+@dataclass(frozen=True)
+class TuningData:
+    """The tokenised data of a task, and all that is needed to show it."""
+
+    task: TuningTask
+    method: Method
+    config: Any  # of the method
+    train: dict[str, Any]  # settings of TrainConfig
+    base: TextFolder
+    tokenizer: Tokenizer
+    manifest: Manifest
+    sources: list[list[DataShard]]
+
+    @property
+    def description(self) -> str:
+        lines = []
+        for source in self.manifest.sources:
+            left_out = "".join(
+                f"; {count:,} left out, {reason}: {', '.join(source.first_left_out[reason])}"
+                + (", ..." if count > len(source.first_left_out[reason]) else "")
+                for reason, count in source.num_left_out.items()
+            )
+            repeated = f"; {source.num_duplicates:,} repeated ones left out" if source.num_duplicates else ""
+            lines.append(
+                f"{source.path}: {source.num_samples:,} {self.method.sample}, {source.num_tokens:,} tokens, of which "
+                f"{source.num_learned:,} are learnt{repeated}{left_out}"
+            )
+        return "\n      ".join(lines)
+
+
+@dataclass(frozen=True)
+class TuningRun:
+    """A prepared run: `trainer` runs it, `save` writes the model folder."""
+
+    data: TuningData
+    folder: Path
+    trainer: Trainer
+    dtypes: Mapping[str, torch.dtype]  # in which the base stores its parameters
+    adapted: str = ""  # what an adapter changes, for people
+
+    def save(self) -> Path:
+        """Write `<folder>/model`: weights in the base's dtypes, tokenizer, chat template, recommended sampling.
+
+        Of an adapter write `<folder>/adapter`. Raises NoEffect where a part of it was not trained.
+        """
+        if self.data.task.adapter is not None:
+            return save_adapted(self.trainer.model, self.folder, base=self.data.base.path)
+        target = self.folder / "model"
+        save_model(
+            self.trainer.model,
+            target,
+            dtype=self.dtypes,
+            overwrite=True,
+            tokenizer_folder=self.folder / _TOKENIZER,
+            readme=self._card(),
+        )
+        return target
+
+    def changes(self) -> list[str]:
+        """What an adapter has changed by now, for people."""
+        return [] if self.data.task.adapter is None else describe_adapter(adapter_of(self.trainer.model)).lines()
+
+    def _card(self) -> str:
+        return (
+            f"---\nmodel_name: {self.folder.name}\n---\n\n# {self.folder.name}\n\n"
+            f"Fine-tuned from {self.data.base.path.name} on {self.trainer.tokens:,} tokens in {self.trainer.step:,} "
+            f"steps with qnext {__version__}.\n\nData: {self.data.description}.\n"
+        )
+
+
+def read_task(
+    task: TuningTask, folder: Path, *, method: Method, resume: bool = False, progress: ProgressOf = no_progress
+) -> TuningData:
+    """Tokenise the data of a task into its folder. With `resume`, what an earlier start made there is taken as it is.
+
+    Raises UsageError, naming file and line, for data that is not understood.
+    """
+    was_there = folder.exists()
+    try:
+        return _read_task(task, folder, method, resume, progress)
+    except (QnextError, OSError) as error:
+        if not was_there and folder.exists() and getattr(error, "errno", None) not in FULL:
+            remove_folder(folder)  # nothing in it is worth a second start
+        raise
+
+
+def _read_task(task: TuningTask, folder: Path, method: Method, resume: bool, progress: ProgressOf) -> TuningData:
+    own, train = parse_settings(task.settings, method.config, TrainConfig)
+    config = method.config(**own)
+    base = open_folder(task.base)
+    tokens = tokenizer_folder(folder / _TOKENIZER, base, template=task.template, sampling=task.sampling)
+    tokenizer = Tokenizer.from_folder(tokens, num_rows=base.config.vocab_size)
+    chat_format = ChatFormat.for_folder(tokens, tokenizer=tokenizer)
+    try:
+        tokenizing = method.tokenizing(
+            config,
+            Teacher(chat_format, tokenizer, tokenizer.eos_ids),
+            end_of_text=_end_of_text(tokenizer),
+            sequence_length=train.get("sequence_length", min(4096, base.config.max_position_embeddings)),
+            made_with=_made_with(tokens, tokenizer),
+        )
+        with progress("tokenising") as report:
+            paths = [Path(path) for path in task.data]
+            manifest = built(paths, folder / _DATA, tokenizing) if resume else None
+            if manifest is None:
+                manifest = build(paths, folder / _DATA, tokenizing, report=report)
+    finally:
+        chat_format.close()
+    return TuningData(task, method, config, train, base, tokenizer, manifest, manifest.open(folder / _DATA))
+
+
+def _end_of_text(tokenizer: Tokenizer) -> int:
+    return tokenizer.added_ids.get(END_OF_TEXT, min(tokenizer.eos_ids))
+
+
+def _made_with(tokens: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    templates = read_templates(tokens)
+    assert templates is not None
+    return {
+        "tokenizer": _hash(tokenizer.backend.to_str()),
+        "template": _hash(json.dumps(templates.texts, sort_keys=True)),
+        "end_tokens": sorted(tokenizer.eos_ids),
+    }
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def prepare_tuning(
+    task: TuningTask,
+    folder: Path,
+    *,
+    method: Method,
+    resume: bool = False,
+    hooks: Hooks | None = None,
+    progress: ProgressOf = no_progress,
+    examination: Callable[[TuningData, Path], Callable[[CausalLM], Any]] | None = None,
+) -> TuningRun:
+    """Tokenise the data, load the base in fp32, and make the trainer. With `resume`, continue from the newest snapshot.
+
+    An `evaluate` in `hooks` is replaced by the examination that `examination` makes of the data and the folder of the
+    tokenizer, or by the loss on held-out samples.
+    """
+    data = read_task(task, folder, method=method, resume=resume, progress=progress)
+    task.write(folder)
+    model, dtypes = _load_base(data, progress)
+    evaluate: Callable[[], Any] | None
+    config = _train_config(data, model)
+    all_sets = method.sets(data.config, data.sources, Base(model, config, progress))
+    sets = [each.split(data.config.held_out) for each in all_sets]
+    train_sets, held_out = [train for train, _ in sets], [other for _, other in sets if len(other)]
+
+    def stream() -> SampleStream:
+        return SampleStream(
+            train_sets,
+            tokens_per_batch=config.tokens_per_batch,
+            seed=config.seed,
+            fingerprint=_fingerprint(data),
+            weights=data.config.weights,
+        )
+
+    adapted = ""
+    if task.adapter is not None:
+        sample = stream()
+        batches = (sample.next_batch().to(model.device).batch for _ in range(_ROUTED_BATCHES))
+        asked = replace(task.adapter, mtp=task.adapter.mtp and config.mtp_coefficient > 0.0)
+        adapted = adapt(model, asked, batches, seed=config.seed)
+    if "total_steps" not in data.train and config.time_budget is None:
+        num_batches = stream().count_batches(data.config.epochs)
+        config = config.with_(total_steps=-(-num_batches // config.accumulation))
+    if examination is not None:
+        evaluate = partial(examination(data, folder / _TOKENIZER), model)
+    else:
+        evaluate = _evaluation(data, model, held_out, config)
+    trainer = Trainer(
+        model,
+        stream(),
+        config,
+        objective=method.objective(data.config, config),
+        folder=folder,
+        hooks=replace(hooks or Hooks(), evaluate=evaluate),
+    )
+    if resume:
+        trainer.resume()
+    return TuningRun(data, folder, trainer, dtypes, adapted)
+
+
+def _load_base(data: TuningData, progress: ProgressOf) -> tuple[CausalLM, dict[str, torch.dtype]]:
+    is_adapted = data.task.adapter is not None
+    if is_adapted:
+        check_weights(str(data.base.path), data.base.stored_bytes)
+    else:
+        needed = _BYTES_PER_PARAMETER * count_parameters(data.base.config).total
+        check_weights(f"{data.base.path}, with gradients and optimiser", needed)
+    with progress("loading") as report:
+        model = load_model(data.base.take_layout(), dequantize=not is_adapted, progress=report)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    ends = tuple(sorted(data.tokenizer.eos_ids))
+    model.config = model.config.with_(eos_token_id=ends if len(ends) > 1 else ends[0])
+    return model if is_adapted else model.float(), dtypes
+
+
+def _train_config(data: TuningData, model: CausalLM) -> TrainConfig:
+    """Defaults for the size of the model, under the settings of the task."""
+    length = data.manifest.made_with["sequence_length"]
+    count = count_parameters(model.config).total
+    values: dict[str, Any] = {
+        "lr": 2e-5 * (1e9 / count) ** 0.5,  # a starting point; 2e-5 is usual for a model of 1 B
+        "tokens_per_batch": max(length, 4096),
+        "sequence_length": length,
+        "total_steps": 1,  # replaced by what the epochs take
+        "warmup_fraction": 0.05,
+        "decay_fraction": 0.95,
+        "decay_shape": "linear",
+        "weight_decay": 0.0,
+        "balance_coefficient": 1e-3,
+        "z_loss_coefficient": 0.0,
+        "mtp_coefficient": 0.1,
+        "eval_every": 100,
+        "snapshot_every": 100,
+    }
+    values |= data.method.train_values(lr=values["lr"], sequence_length=length)
+    if data.task.adapter is not None:
+        values["lr"] *= 10.0  # its factors are small and begin at zero
+        values["balance_coefficient"] *= data.task.adapter.router  # routers that stay are not balanced
+    return TrainConfig(**{**values, **with_end_of_run(data.train)})
+
+
+def _fingerprint(data: TuningData) -> str:
+    checksums = [[shard.checksum for shard in shards] for shards in data.sources]
+    return _hash(json.dumps([checksums, data.config.held_out]))
+
+
+def _evaluation(
+    data: TuningData, model: CausalLM, held_out: Sequence[SampleSet], config: TrainConfig
+) -> Callable[[], Any] | None:
+    if not held_out:
+        warn("no sample is held out; there will be no evaluation")
+        return None
+    samples = SampleSet(held_out, kind=held_out[0].kind)
+    return lambda: data.method.evaluate(data.config, model, samples, config)
