@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_SHORT = 31  # Sequences of up to so many tokens are padded together.
+
 
 class ChunkLayout(NamedTuple):
     """Where packed tokens lie when every sequence is cut into chunks of C tokens, the last one padded.
@@ -87,9 +89,36 @@ class Packing:
         return self.cu_seqlens[1:] - 1
 
     @cached_property
-    def padded_rows_T(self) -> Tensor:
-        """[T] the row of each token among N * L, when sequences are padded on the right to the longest."""
-        return self.sequence_ids_T * self.max_length + self.offsets_T
+    def padded_groups(self) -> tuple[Tensor, ...]:
+        """[n, l] each: rows of the packed tokens of n sequences, padded to their longest by repeating their last token.
+
+        Every sequence is in one group. The longest of a group has less than twice the length of its others.
+        """
+        return tuple(self._padded(members) for members in self._similar)
+
+    @cached_property
+    def _similar(self) -> tuple[list[int], ...]:
+        groups: dict[int, list[int]] = {}
+        for n, length in enumerate(self.lengths):
+            groups.setdefault(max(length, _SHORT).bit_length(), []).append(n)
+        return tuple(groups.values())
+
+    def _padded(self, members: list[int]) -> Tensor:
+        members_N = torch.tensor(members, dtype=torch.long, device=self.device)
+        offsets_L = torch.arange(max(self.lengths[n] for n in members), device=self.device)
+        return self.cu_seqlens[members_N][:, None] + torch.minimum(offsets_L, self.lengths_N[members_N][:, None] - 1)
+
+    @cached_property
+    def grouped_rows_T(self) -> Tensor:
+        """[T] the place of each token among the rows of all `padded_groups`, one group after another."""
+        starts = [0] * self.num_sequences
+        num_rows = 0
+        for members in self._similar:
+            longest = max(self.lengths[n] for n in members)
+            for n in members:
+                starts[n] = num_rows
+                num_rows += longest
+        return torch.tensor(starts, device=self.device)[self.sequence_ids_T] + self.offsets_T
 
     def extended_rows(self, extra: int) -> tuple[Tensor, Tensor]:
         """Rows in a layout with `extra` rows of history before each sequence, T + N * extra rows in all.

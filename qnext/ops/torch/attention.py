@@ -23,23 +23,25 @@ from qnext.ops.torch.norm import rms_norm
 def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *, packing: Packing, scale: float) -> Tensor:
     """[T, H, K]: causal attention inside each packed sequence. Query head h reads KV head h // (H / G).
 
-    Sequences are padded on the right to the longest. Under a causal mask no token sees the padding behind it, so
-    nothing else has to be masked.
+    Sequences of similar lengths are padded on the right and computed together. Under a causal mask no token sees the
+    padding behind it, so nothing else has to be masked.
     """
-    q, k, v = (_pad(x, packing) for x in (q_THK, k_TGK, v_TGK))
-    out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=packing.max_length > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    rows = out.transpose(1, 2).flatten(0, 1)
-    return rows if packing.is_uniform else rows.index_select(0, packing.padded_rows_T)
+    if packing.is_uniform:
+        q, k, v = (x.view(packing.num_sequences, packing.max_length, *x.shape[1:]) for x in (q_THK, k_TGK, v_TGK))
+        return _causal_attention(q, k, v, scale).flatten(0, 1)
+    outputs = []
+    for rows_NL in packing.padded_groups:
+        q, k, v = (x.index_select(0, rows_NL.flatten()).unflatten(0, rows_NL.shape) for x in (q_THK, k_TGK, v_TGK))
+        outputs.append(_causal_attention(q, k, v, scale).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, packing.grouped_rows_T)
 
 
-def _pad(x_THK: Tensor, packing: Packing) -> Tensor:
-    """[T, H, K] -> [N, H, L, K]"""
-    num_rows = packing.num_sequences * packing.max_length
-    if not packing.is_uniform:
-        x_THK = x_THK.new_zeros(num_rows, *x_THK.shape[1:]).index_copy(0, packing.padded_rows_T, x_THK)
-    return x_THK.view(packing.num_sequences, packing.max_length, *x_THK.shape[1:]).transpose(1, 2)
+def _causal_attention(q_NLHK: Tensor, k_NLGK: Tensor, v_NLGK: Tensor, scale: float) -> Tensor:
+    """[N, L, H, K]"""
+    q, k, v = (x.transpose(1, 2) for x in (q_NLHK, k_NLGK, v_NLGK))
+    is_causal, use_gqa = q.shape[2] > 1, q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=use_gqa)
+    return out.transpose(1, 2)
 
 
 def write_kv(k_TGK: Tensor, v_TGK: Tensor, k_pages: Tensor, v_pages: Tensor, *, write_index_T: Tensor) -> None:
