@@ -44,6 +44,10 @@ class Perplexity:
     mtp_acceptance: float | None
 
     @property
+    def cost(self) -> float:
+        return self.bits_per_byte
+
+    @property
     def summary(self) -> str:
         mtp = "" if self.mtp_acceptance is None else f", MTP draft accepted {self.mtp_acceptance:.1%}"
         return f"held-out {self.bits_per_byte:.4f} bits per byte{mtp}"

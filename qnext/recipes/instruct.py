@@ -92,6 +92,10 @@ class Answers:
     bits_per_byte: float = 0.0
 
     @property
+    def cost(self) -> float:
+        return 1.0 - self.num_right / self.num_asked
+
+    @property
     def summary(self) -> str:
         kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in self.right_by_kind.items())
         return (

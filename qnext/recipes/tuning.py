@@ -38,6 +38,7 @@ from qnext.version import __version__
 _TASK, _DATA, _TOKENIZER = "task.json", "data", "tokenizer"
 _ROUTED_BATCHES = 16  # of the data, whose routing chooses the experts of an adapter
 _BYTES_PER_PARAMETER = 16  # weights, gradients and two moments in fp32
+_BYTES_OF_BEST = 4  # the weights of the best evaluation, where they are kept
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,8 @@ def _load_base(data: TuningData, progress: ProgressOf) -> tuple[CausalLM, dict[s
     if is_adapted:
         check_weights(str(data.base.path), data.base.stored_bytes)
     else:
-        needed = _BYTES_PER_PARAMETER * count_parameters(data.base.config).total
+        bytes_each = _BYTES_PER_PARAMETER + (_BYTES_OF_BEST if data.train.get("early_stop") else 0)
+        needed = bytes_each * count_parameters(data.base.config).total
         check_weights(f"{data.base.path}, with gradients and optimiser", needed)
     with progress("loading") as report:
         model = load_model(data.base.take_layout(), dequantize=not is_adapted, progress=report)

@@ -36,6 +36,9 @@ class TrainConfig:
     clip_norm: float = 1.0
     muon_momentum: float = 0.95
     muon_lr: float | None = None  # of the matrices that Muon has; None: lr
+    # A step whose loss or gradient norm lies so many deviations above the median of the last 201 is not applied: see
+    # SpikeGuard. 6 to 10 are usual; 0: every step is.
+    spike_skip: float = 0.0
     # warm-up, stable, decay; the slower of the two warm-ups holds
     warmup_fraction: float = 0.02
     warmup_steps: int = 0
@@ -52,6 +55,7 @@ class TrainConfig:
     # what happens every so many steps; 0 means never
     expert_stats_every: int = 10
     eval_every: int = 0
+    early_stop: int = 0  # evaluations in a row without a better one that end the run; the best one's weights are saved
     sample_every: int = 0
     snapshot_every: int = 0
     keep_snapshots: int = 2
@@ -88,12 +92,14 @@ _POSITIVE = ("lr", "eps", "clip_norm")
 _NOT_NEGATIVE = (
     "min_lr",
     "weight_decay",
+    "spike_skip",
     "warmup_steps",
     "balance_coefficient",
     "z_loss_coefficient",
     "mtp_coefficient",
     "expert_stats_every",
     "eval_every",
+    "early_stop",
     "sample_every",
     "snapshot_every",
 )
@@ -131,6 +137,8 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in _BELOW_ONE:
         if not 0.0 <= getattr(config, name) < 1.0:
             refuse(name, "at least 0 and below 1")
+    if config.early_stop and not config.eval_every:
+        raise UsageError("early_stop needs evaluations: set eval_every")
     if config.min_lr > config.lr:
         refuse("min_lr", f"no more than lr ({config.lr})")
     if config.total_steps is not None and config.total_steps < 1:

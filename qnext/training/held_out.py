@@ -20,6 +20,10 @@ class HeldOutLoss:
     num_learned: int
 
     @property
+    def cost(self) -> float:
+        return self.loss
+
+    @property
     def summary(self) -> str:
         return f"held-out loss {self.loss:.4f} ({self.num_samples} samples, {self.num_learned} tokens)"
 

@@ -24,12 +24,14 @@ from qnext.checkpoint.snapshot import (
 )
 from qnext.errors import FULL, CorruptCheckpoint, DiskFull, QnextError, UsageError, line_of, warn
 from qnext.model import CausalLM
+from qnext.training.best import BestModel
 from qnext.training.config import TrainConfig, learning_rate
 from qnext.training.losses import RouterTap
 from qnext.training.metrics import MetricsFile, StepMetrics, expert_stats
 from qnext.training.objective import Losses, NextToken, Objective, TrainSource, TrainStep
 from qnext.training.optimizer import load_optimizer_tensors, make_optimizers, optimizer_tensors, parameter_rules
 from qnext.training.precision import PrecisionChoice, choose_precision
+from qnext.training.spikes import SpikeGuard
 from qnext.training.threads import BackwardThreads
 
 _MAX_SKIPPED_IN_A_ROW = 10
@@ -84,10 +86,14 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.num_skipped = 0
+        self.spikes = SpikeGuard(config.spike_skip)
+        self.best = BestModel({rule.name: rule.parameter for rule in self.rules}, patience=config.early_stop)
         self.should_stop = False  # set it, from a hook or a signal, and the run ends after the step
         self._optimizers = make_optimizers(self.rules, config)
         self._parameters = [rule.parameter for rule in self.rules]
         self._threads = BackwardThreads(config.parallel_batches) if config.parallel_batches > 1 else None
+        if config.early_stop and self.hooks.evaluate is None:
+            raise UsageError("early_stop: nothing is held out that could be evaluated")
         self._folder = folder
         self._metrics: MetricsFile | None = None
         self._elapsed_before = 0.0
@@ -112,6 +118,8 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
+        if self.best.is_over:
+            return True
         if self.config.total_steps is not None:
             return self.step >= self.config.total_steps
         assert self.config.time_budget is not None
@@ -149,12 +157,13 @@ class Trainer:
         *values, grad_norm = torch.stack([*parts.values(), norm.to(next(iter(parts.values())))]).tolist()
         losses = dict(zip(parts, values, strict=True))
         is_finite = math.isfinite(grad_norm)
-        if is_finite:
+        skipped_for = self.spikes.judge(loss=losses["main"], grad_norm=grad_norm) if is_finite else "not finite"
+        if skipped_for is None:
             self._update(norm, lr)
         for parameter in self._parameters:
             parameter.grad = None
         self._skipped_in_a_row = 0 if is_finite else self._skipped_in_a_row + 1
-        self.num_skipped += not is_finite
+        self.num_skipped += skipped_for is not None
         self.step += 1
         num_tokens = sum(batch.num_tokens for batch in batches)
         self.tokens += num_tokens
@@ -171,7 +180,8 @@ class Trainer:
             z_loss=losses.pop("z", None),
             lr=lr,
             grad_norm=grad_norm,
-            was_skipped=not is_finite,
+            was_skipped=skipped_for is not None,
+            skipped_for=skipped_for,
             num_skipped=self.num_skipped,
             epoch=self.stream.epoch,
             elapsed=self.elapsed,
@@ -247,6 +257,8 @@ class Trainer:
         self._evaluated_step = self.step
         with self._not_training():
             result = self.hooks.evaluate()
+        if self.step and (self.is_done or _is_due(self.step, self.config.eval_every)):
+            self.best.judge(self.step, result)
         if self._metrics is not None:
             self._metrics.write_evaluation(self.step, result)
         if self.hooks.on_evaluation is not None:
@@ -277,6 +289,8 @@ class Trainer:
             "optimizer": optimizer_tensors(self._optimizers, self.rules),
             "random": random,
         }
+        if self.best.weights:
+            tensors["best"] = self.best.weights
         state = {
             "tokens": self.tokens,
             "num_skipped": self.num_skipped,
@@ -286,6 +300,8 @@ class Trainer:
             "precision": self.precision.precision,
             "optimizer": self.config.optimizer,
             "data": dict(self.stream.position),
+            "spikes": self.spikes.state,
+            "best": self.best.state,
             "config": asdict(self.config),
         }
         folder, snapshot = self._folder / "snapshots", Snapshot(self.step, tensors, state)
@@ -326,6 +342,9 @@ class Trainer:
             self._skipped_in_a_row, self._elapsed_before = state["skipped_in_a_row"], state["elapsed"]
             self._step_seconds = state["step_seconds"]
             self.precision = PrecisionChoice(state["precision"])
+            if "spikes" in state:
+                self.spikes.restore(state["spikes"])
+                self.best.restore(state["best"], snapshot.tensors.get("best", {}))
         except (KeyError, TypeError) as error:
             raise CorruptCheckpoint(f"{path}: state.json or a tensor file lacks {error}") from error
         return path

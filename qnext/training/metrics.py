@@ -44,11 +44,12 @@ class StepMetrics:
     z_loss: float | None
     lr: float
     grad_norm: float  # before clipping
-    was_skipped: bool  # the norm was not finite and nothing was updated
+    was_skipped: bool  # nothing was updated
     num_skipped: int  # so far
     epoch: int
     elapsed: float  # seconds of the whole run, earlier parts included
     tokens_per_second: float
+    skipped_for: str | None = None  # "not finite", or what was a spike: "loss" or "gradient norm"
     experts: ExpertStats | None = None
     other_losses: dict[str, float] = field(default_factory=dict)  # of objectives with losses of their own, by name
 

@@ -182,9 +182,14 @@ def make_optimizers(rules: Sequence[ParameterRule], config: TrainConfig) -> list
     muon = _groups(rules, "muon", config.weight_decay)
     if muon:
         for group in muon:
-            group["lr_scale"] = 1.0 if config.muon_lr is None else config.muon_lr / config.lr
+            group["lr_scale"] = lr_scale("muon", config)
         optimizers.append(Muon(muon, lr=config.lr, momentum=config.muon_momentum, weight_decay=config.weight_decay))
     return optimizers
+
+
+def lr_scale(algorithm: Algorithm, config: TrainConfig) -> float:
+    """The learning rate of an optimiser over that of the schedule."""
+    return config.muon_lr / config.lr if algorithm == "muon" and config.muon_lr is not None else 1.0
 
 
 def _groups(rules: Sequence[ParameterRule], algorithm: Algorithm, weight_decay: float) -> list[dict[str, Any]]:

@@ -193,6 +193,10 @@ class HeldOutPreference:
     num_pairs: int
 
     @property
+    def cost(self) -> float:
+        return self.loss
+
+    @property
     def summary(self) -> str:
         return (
             f"held-out loss {self.loss:.4f}, margin {self.margin:.3f}, the chosen answer preferred in {self.right:.1%} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +15,11 @@ from rich.table import Table
 
 from qnext.cli.terminal.text import note
 from qnext.errors import warn
+from qnext.planning import list_parameters
 from qnext.training import Hooks, StepMetrics, Trainer, decay_table
 from qnext.training.loop import SnapshotFailed
 from qnext.training.metrics import ExpertStats
+from qnext.training.optimizer import lr_scale
 from qnext.training.stopping import interruptible
 
 _LINE_EVERY = 10  # steps between lines where there is no terminal
@@ -81,10 +84,19 @@ class TrainingDisplay:
         self.note(f"precision: {choice.precision}{measured}; balance loss: counts of the step so far")
         if trainer.step:
             self.note(f"resumed at step {trainer.step}")
-        table = Table("parameters", "decay", "optimiser", "tensors", "numbers", box=None)
-        for row in decay_table(trainer.rules):
+        self._describe_rules(trainer)
+
+    def _describe_rules(self, trainer: Trainer) -> None:
+        config, rows = trainer.config, decay_table(trainer.rules)
+        table = Table("parameters", "decay", "optimiser", "peak lr", "tensors", "numbers", box=None)
+        for row in rows:
             decay = f"{config.weight_decay:g}" if row.has_decay else "-"
-            table.add_row(row.kind, decay, row.algorithm, str(row.num_tensors), f"{row.num_parameters:,}")
+            lr = f"{config.lr * lr_scale(row.algorithm, config):.2g}"
+            table.add_row(row.kind, decay, row.algorithm, lr, str(row.num_tensors), f"{row.num_parameters:,}")
+        trained = {rule.name for rule in trainer.rules}
+        infos = list_parameters(trainer.model.config)
+        if frozen := [math.prod(info.shape) for name, info in infos.items() if name not in trained]:
+            table.add_row("not trained", "-", "-", "-", str(len(frozen)), f"{sum(frozen):,}")
         self.console.print(table)
 
     def _on_step(self, metrics: StepMetrics) -> None:
@@ -93,12 +105,19 @@ class TrainingDisplay:
         line = f"step {metrics.step} loss {metrics.loss:.3f}{mtp} {metrics.tokens_per_second:,.0f} tok/s"
         self._progress.update(self._task, completed=metrics.progress, description=line)
         if metrics.was_skipped:
-            self.note(f"step {metrics.step}: gradient norm {metrics.grad_norm}, not applied")
+            self.note(f"step {metrics.step}: {_why_skipped(metrics)}; not applied, {metrics.num_skipped} so far")
         if not self.console.is_terminal and (metrics.step % _LINE_EVERY == 0 or metrics.step == 1):
             self.note(f"{metrics.progress:4.0%} {line} lr {metrics.lr:.2g} norm {metrics.grad_norm:.2f}")
 
     def _on_evaluation(self, step: int, result: Summarised) -> None:
         self.note(f"step {step}: {result.summary}")
+
+
+def _why_skipped(metrics: StepMetrics) -> str:
+    if metrics.skipped_for == "loss":
+        return f"loss {metrics.loss:.4g} is a spike"
+    spike = "" if metrics.skipped_for == "not finite" else " is a spike"
+    return f"gradient norm {metrics.grad_norm:.4g}{spike}"
 
 
 def run_to_the_end(trainer: Trainer, display: TrainingDisplay, save: Callable[[], Path]) -> None:
@@ -109,6 +128,10 @@ def run_to_the_end(trainer: Trainer, display: TrainingDisplay, save: Callable[[]
         display.note(f"snapshot saved in {trainer.save()}; --resume continues")
         stop.raise_for()
     trainer.evaluate()
+    if (best := trainer.best).is_over:
+        display.note(
+            f"the run ends early: none of the last {best.patience} evaluations was better than step {best.step}'s"
+        )
     code = 0
     try:
         if trainer.config.snapshot_every:
@@ -116,6 +139,8 @@ def run_to_the_end(trainer: Trainer, display: TrainingDisplay, save: Callable[[]
     except SnapshotFailed as error:  # the model is a fraction of a snapshot: there may be room for it
         warn(str(error))
         code = error.exit_code
+    if trainer.best.put_back():
+        display.note(f"the model is that of step {trainer.best.step}, whose evaluation was the best")
     folder = save()
     display.note(f"{folder.name} saved in")
     print(folder)
