@@ -235,7 +235,7 @@ class Trainer:
         if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise Diverged(
                 f"gradients were not finite in the last {_MAX_SKIPPED_IN_A_ROW} steps, up to step {self.step}; "
-                "lower lr or raise warmup_steps"
+                f"lower lr or raise warmup_steps{self._advice()}"
             )
         config = self.config
         if _is_due(self.step, config.eval_every):
@@ -243,11 +243,20 @@ class Trainer:
         if _is_due(self.step, config.sample_every) and (on_sample := self.hooks.on_sample) is not None:
             with self._not_training():
                 on_sample(self.step)
-        if self._folder is not None and _is_due(self.step, config.snapshot_every):
+        # A snapshot of a run that has just become unusable would push out one that is not.
+        if self._folder is not None and _is_due(self.step, config.snapshot_every) and not metrics.was_skipped:
             try:
                 self.save()
             except SnapshotFailed as error:
                 warn(f"{error}; the run goes on and tries again at step {self.step + config.snapshot_every}")
+
+    def _advice(self) -> str:
+        """Where to continue, when the newest snapshot already held weights that give no finite gradients."""
+        paths = [] if self._folder is None else list(list_snapshots(self._folder / "snapshots"))
+        last_finite = self.step - self._skipped_in_a_row
+        if len(paths) < 2 or paths[-1].name != f"step-{last_finite:08}":
+            return ""
+        return f"; without {paths[-1]} --resume continues from {paths[-2].name}"
 
     def evaluate(self) -> Any:
         """Call the evaluation hook, record its result and return it. None without a hook, or if this step was evaluated

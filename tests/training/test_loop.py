@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +114,22 @@ def test_endless_infinite_gradients_end_the_run() -> None:
     model.model.norm.weight.register_hook(lambda grad: grad * float("nan"))
     with pytest.raises(Diverged, match="step 10"):
         make_trainer(CONFIG.with_(total_steps=50), model=model).run()
+
+
+def test_a_run_that_became_unusable_keeps_what_was_usable(tmp_path: Path) -> None:
+    """The weights of step 4 give no finite gradient: its snapshot is named, and that of step 3 is still there."""
+    model = tiny_model()
+    config = CONFIG.with_(total_steps=50, snapshot_every=1, keep_snapshots=2)
+    trainer = make_trainer(config, model=model, folder=tmp_path)
+    trainer.run(until_step=4)
+    model.model.norm.weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(Diverged, match=r"without .*step-00000004 --resume continues from step-00000003"):
+        trainer.run()
+    shutil.rmtree(tmp_path / "snapshots" / "step-00000004")
+    again = make_trainer(config, folder=tmp_path)
+    assert again.resume() == tmp_path / "snapshots" / "step-00000003"
+    again.run(until_step=5)
+    assert again.num_skipped == 0
 
 
 @dataclass(frozen=True)
