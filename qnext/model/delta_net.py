@@ -1,7 +1,7 @@
 """Gated DeltaNet: linear attention with a gated delta rule (arXiv 2412.06464) as Qwen3-Next lays it out.
 
 Legend: T tokens, D hidden, J key heads, R value heads per key head, H = J * R value heads, K and V head dims,
-C conv channels, W conv width, Z = H * V.
+C conv channels, W conv width, Z = H * V, R rows of one sequence.
 """
 
 from __future__ import annotations
@@ -70,6 +70,20 @@ class GatedDeltaNet(nn.Module):
         q_TC, k_TC, v_TC = mixed_TC.split([key_dim, key_dim, mixed_TC.shape[1] - 2 * key_dim], dim=-1)
         q_TJK, k_TJK = (x_TC.unflatten(1, (self.num_key_heads, -1)) for x_TC in (q_TC, k_TC))
         return q_TJK, k_TJK, v_TC.unflatten(1, (self.num_value_heads, -1))
+
+    def follow(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of one sequence from its start -> log decays [R, H], and the state [H, K, V] after them."""
+        packing = ops.Packing([len(x_RD)], device=x_RD.device)
+        qkvz_RX, ba_RY = self.in_proj_qkvz(x_RD), self.in_proj_ba(x_RD)
+        qkv_RC, _ = ops.split_qkvz(
+            qkvz_RX, num_key_heads=self.num_key_heads, key_head_dim=self.key_head_dim, num_heads=self.num_value_heads
+        )
+        beta_RH, g_RH = ops.delta_gates(ba_RY, self.A_log, self.dt_bias, num_key_heads=self.num_key_heads)
+        mixed_RC, _ = self.conv1d(qkv_RC, packing)
+        q_RJK, k_RJK, v_RHV = self._heads(mixed_RC)
+        inputs = ops.DeltaInputs(ops.l2_norm(q_RJK), ops.l2_norm(k_RJK), v_RHV, g_RH, beta_RH)
+        _, state_1HKV = ops.gated_delta_rule(inputs, packing=packing)
+        return g_RH, state_1HKV[0]
 
     def keeps_bits(self) -> bool:
         """See layers.keeps_bits."""

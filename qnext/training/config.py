@@ -54,6 +54,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # what happens every so many steps; 0 means never
     expert_stats_every: int = 10
+    health_every: int = 10
     eval_every: int = 0
     early_stop: int = 0  # evaluations in a row without a better one that end the run; the best one's weights are saved
     sample_every: int = 0
@@ -98,6 +99,7 @@ _NOT_NEGATIVE = (
     "z_loss_coefficient",
     "mtp_coefficient",
     "expert_stats_every",
+    "health_every",
     "eval_every",
     "early_stop",
     "sample_every",

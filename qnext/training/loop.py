@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from qnext.errors import FULL, CorruptCheckpoint, DiskFull, QnextError, UsageErr
 from qnext.model import CausalLM
 from qnext.training.best import BestModel
 from qnext.training.config import TrainConfig, learning_rate
+from qnext.training.health import HealthProbe
 from qnext.training.losses import RouterTap
 from qnext.training.metrics import MetricsFile, StepMetrics, expert_stats
 from qnext.training.objective import Losses, NextToken, Objective, TrainSource, TrainStep
@@ -94,6 +95,7 @@ class Trainer:
         self._threads = BackwardThreads(config.parallel_batches) if config.parallel_batches > 1 else None
         if config.early_stop and self.hooks.evaluate is None:
             raise UsageError("early_stop: nothing is held out that could be evaluated")
+        self._probe: HealthProbe | None = None  # of the step, where it is looked at
         self._folder = folder
         self._metrics: MetricsFile | None = None
         self._elapsed_before = 0.0
@@ -151,11 +153,14 @@ class Trainer:
         progress = self._furthest = max(self._furthest, self.progress)
         lr = learning_rate(self.config, progress=progress, step=self.step)
         batches = [self.stream.next_batch() for _ in range(self.config.accumulation)]
-        parts, counts = self._accumulate_gradients(TrainStep(batches, progress, tap))
+        self._probe = probe = HealthProbe(self.model) if self._is_looked_at(self.config.health_every) else None
+        with probe or nullcontext():
+            parts, counts = self._accumulate_gradients(TrainStep(batches, progress, tap))
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         # The only place where a step waits for numbers.
         *values, grad_norm = torch.stack([*parts.values(), norm.to(next(iter(parts.values())))]).tolist()
         losses = dict(zip(parts, values, strict=True))
+        health = None if probe is None else probe.health(self.rules)
         is_finite = math.isfinite(grad_norm)
         skipped_for = self.spikes.judge(loss=losses["main"], grad_norm=grad_norm) if is_finite else "not finite"
         if skipped_for is None:
@@ -164,11 +169,10 @@ class Trainer:
             parameter.grad = None
         self._skipped_in_a_row = 0 if is_finite else self._skipped_in_a_row + 1
         self.num_skipped += skipped_for is not None
+        wants_stats = counts is not None and self._is_looked_at(self.config.expert_stats_every)
         self.step += 1
         num_tokens = sum(batch.num_tokens for batch in batches)
         self.tokens += num_tokens
-        every = self.config.expert_stats_every
-        wants_stats = counts is not None and every > 0 and (self.step % every == 0 or self.step == 1)
         self._step_seconds = time.perf_counter() - start
         return StepMetrics(
             step=self.step,
@@ -187,8 +191,13 @@ class Trainer:
             elapsed=self.elapsed,
             tokens_per_second=num_tokens / self._step_seconds,
             experts=expert_stats(counts) if wants_stats and counts is not None else None,
+            health=health,
             other_losses=losses,
         )
+
+    def _is_looked_at(self, every: int) -> bool:
+        """Whether the next step is the first one, or one of every so many."""
+        return _is_due(self.step + 1, every) or (every > 0 and self.step == 0)
 
     def _accumulate_gradients(self, step: TrainStep) -> tuple[dict[str, Tensor], Tensor | None]:
         """Backward of every micro batch of a step; returns the step's losses, and the tokens of each expert."""
@@ -207,6 +216,8 @@ class Trainer:
 
     def _losses(self, batch: Any, step: TrainStep) -> Losses:
         device = self.model.device
+        if self._probe is not None and batch is step.batches[0]:
+            self._probe.watch_thread()
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision.precision == "bfloat16"):
             losses = self.objective(self.model, batch.to(device), step)
         step.tap.take()  # where the objective has not looked at the routers

@@ -14,6 +14,7 @@ from torch import Tensor
 from qnext.errors import line_of, warn
 from qnext.files import append, write_file
 from qnext.planning.expert_shape import expert_shape
+from qnext.training.health import Health
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class ExpertStats:
     max_over_mean: list[float]  # load of the busiest expert over the mean load; 1 is balanced
     num_dead: list[int]  # experts that no token was sent to
     entropy: list[float]  # of the load, over its largest possible value ln E; 1 is balanced
+    load: list[list[int]]  # the tokens that each expert got
 
 
 def expert_stats(counts_LE: Tensor) -> ExpertStats:
     """Statistics of assignment counts [L routers, E experts]."""
     shape = expert_shape(counts_LE.cpu().numpy())
-    return ExpertStats((1 / shape.balance_L).tolist(), shape.num_dead_L.tolist(), shape.entropy_L.tolist())
+    balance_L, dead_L = (1 / shape.balance_L).tolist(), shape.num_dead_L.tolist()
+    return ExpertStats(balance_L, dead_L, shape.entropy_L.tolist(), counts_LE.tolist())
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class StepMetrics:
     tokens_per_second: float
     skipped_for: str | None = None  # "not finite", or what was a spike: "loss" or "gradient norm"
     experts: ExpertStats | None = None
+    health: Health | None = None
     other_losses: dict[str, float] = field(default_factory=dict)  # of objectives with losses of their own, by name
 
 
