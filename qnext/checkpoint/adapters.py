@@ -23,6 +23,7 @@ from qnext.checkpoint.files import write_tensors
 from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.header import load_json
 from qnext.checkpoint.reading import read_tensors
+from qnext.checkpoint.save import write_side_files
 from qnext.config import ModelConfig
 from qnext.errors import CorruptCheckpoint, ModelNotFound, NotSupported, UsageError
 from qnext.lora import Adapter
@@ -84,9 +85,16 @@ def find_adapter(source: str | Path) -> Path:
 
 
 def save_adapter(
-    adapter: Adapter, folder: str | Path, config: ModelConfig, *, base: str | None, overwrite: bool = False
+    adapter: Adapter,
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    base: str | None,
+    tokenizer_folder: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Write a folder that PEFT reads, and that read_adapter makes the same adapter of, but for shared factors.
+    """Write a folder that PEFT reads, and that read_adapter makes the same adapter of, but for shared factors. The
+    tokenizer and the chat template that it was trained with stand beside it.
 
     PEFT has no shared factors, so these are repeated for each expert. Experts without factors get zeros. What belongs
     to the MTP layer lies in the same file; transformers has no such layer and passes it over. Raises UsageError for a
@@ -107,6 +115,8 @@ def save_adapter(
         text = json.dumps(_config(adapter, infos, base), indent=2) + "\n"
         files.write_inside(made / CONFIG_FILE, text)
         write_tensors(made / TENSOR_FILE, tensors)
+        if tokenizer_folder is not None:
+            write_side_files(made, config, tokenizer_folder, None)
 
 
 def _module_of(info: ParameterInfo, adapted: Mapping[str, Any]) -> str:

@@ -36,7 +36,6 @@ from qnext.quant.rounding import round_nearest
 from qnext.quant.scheme import QuantScheme
 
 _OTHER_FILES = ("hf_quant_config.json",)
-TOKENIZER_OF_A_RUN = "tokenizer"  # where a run has one: that which it was trained with
 
 
 @dataclass
@@ -87,10 +86,8 @@ def merge_adapter(
     described = describe_adapter(adapter)
     if len(described.without_effect) == described.num_matrices:
         described.check()
-    tokenizer = Path(source) / TOKENIZER_OF_A_RUN
-    return merge_folder(
-        layout, adapter, folder, tokenizer_folder=tokenizer if has_tokenizer(tokenizer) else None, progress=progress
-    )
+    tokenizer = found.folder if has_tokenizer(found.folder) else None
+    return merge_folder(layout, adapter, folder, tokenizer_folder=tokenizer, progress=progress)
 
 
 @torch.no_grad()

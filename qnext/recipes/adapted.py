@@ -86,13 +86,13 @@ def adapt(model: CausalLM, task: AdapterTask, batches: Iterable[Batch], *, seed:
     return describe_adapter(adapter_of(model)).lines()[0] + chosen
 
 
-def save_adapted(model: CausalLM, run: Path, *, base: str | Path) -> Path:
-    """Write the adapter of a trained model into the folder of its run, in place of an earlier one.
+def save_adapted(model: CausalLM, run: Path, *, base: str | Path, tokenizer_folder: Path) -> Path:
+    """Write the adapter of a trained model into the folder of its run, in place of an earlier one, with its tokenizer.
 
     Raises NoEffect where a part of it was not trained.
     """
     adapter = adapter_of(model)
     describe_adapter(adapter).check()
     folder = run / IN_A_RUN
-    save_adapter(adapter, folder, model.config, base=str(base), overwrite=True)
+    save_adapter(adapter, folder, model.config, base=str(base), tokenizer_folder=tokenizer_folder, overwrite=True)
     return folder

@@ -122,7 +122,9 @@ class TuningRun:
         Of an adapter write `<folder>/adapter`. Raises NoEffect where a part of it was not trained.
         """
         if self.data.task.adapter is not None:
-            return save_adapted(self.trainer.model, self.folder, base=self.data.base.path)
+            return save_adapted(
+                self.trainer.model, self.folder, base=self.data.base.path, tokenizer_folder=self.folder / _TOKENIZER
+            )
         target = self.folder / "model"
         save_model(
             self.trainer.model,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qnext.errors import UsageError
+from qnext.errors import UsageError, warn
 from qnext.session.folder import ProgressOf, TextFolder, chat_format_of, end_token_ids, load_weights, no_progress
 from qnext.session.sampling import sampling_defaults
 from qnext.session.talk import drop
@@ -62,22 +62,24 @@ def load_served(
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    defaults = sampling_defaults(folder.path) if config.with_defaults else {}
-    chat_format = chat_format_of(folder, note, without="/v1/chat/completions is refused, /v1/completions works")
+    adapters = {name: find_adapter(path) for name, path in config.adapters.items()}
+    text = _text_side(folder, adapters, note)
+    defaults = sampling_defaults(text.path) if config.with_defaults else {}
+    chat_format = chat_format_of(text, note, without="/v1/chat/completions is refused, /v1/completions works")
     path = config.disk_cache
     disk = None if path is None else DiskCache(path, max_bytes=config.disk_cache_bytes)
-    eos_ids = end_token_ids(folder.tokenizer, folder.config)
+    eos_ids = end_token_ids(text.tokenizer, folder.config)
     kv_dtype = None if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
     options = EngineConfig(eos_token_ids=eos_ids, kv_dtype=kv_dtype, disk_cache=disk, **config.engine)
     check_options(folder.config, options)
-    read = {name: read_adapter(find_adapter(path), folder.config) for name, path in config.adapters.items()}
+    read = {name: read_adapter(path, folder.config) for name, path in adapters.items()}
     model = load_weights(folder, config.dtype, progress=progress)
     if read:
         options = replace(options, adapters=serve_adapters(model, read))
     engine = Engine.of(model, options)
     note(engine.memory_plan.describe())
     served = ServedModel(
-        folder.tokenizer,
+        text.tokenizer,
         chat_format,
         names=config.names,
         adapters=list(config.adapters),
@@ -91,6 +93,30 @@ def load_served(
     if config.warms_grammars:
         served.warm()
     return engine, served
+
+
+def _text_side(folder: TextFolder, adapters: Mapping[str, Path], note: Callable[[str], None]) -> TextFolder:
+    """The folder whose tokenizer, chat template and sampling count: where `folder` has no chat template, that of the
+    first adapter that was trained with one.
+
+    Warns of adapters whose template is another than the one that chats are written with.
+    """
+    from qnext.text.template_files import read_templates
+    from qnext.text.tokenizer import Tokenizer
+
+    text, templates = folder, read_templates(folder.path)
+    for name, path in adapters.items():
+        own = read_templates(path)
+        if own is None:
+            continue
+        if templates is None:
+            note(f"{folder.path}: no chat template; chats are written as adapter {name} was trained")
+            templates = own
+            tokenizer = Tokenizer.from_folder(path, num_rows=folder.config.vocab_size)
+            text = replace(folder, path=path, tokenizer=tokenizer, layout=None)
+        elif own.texts != templates.texts:
+            warn(f"adapter {name} was trained with another chat template than chats are written with")
+    return text
 
 
 def named_adapters(given: Sequence[str], names: Sequence[str]) -> dict[str, Path]:

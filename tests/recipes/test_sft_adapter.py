@@ -11,11 +11,14 @@ from qnext import SamplingParams
 from qnext.checkpoint import load_model
 from qnext.checkpoint.adapters import read_adapter
 from qnext.engine import Engine, EngineConfig
+from qnext.errors import QnextWarning
 from qnext.lora.serving import serve_adapters
 from qnext.session.folder import end_token_ids, open_folder
+from qnext.session.served import ServeConfig, load_served
 from qnext.text.chat import ChatFormat
 from qnext.text.messages import Message
 from qnext.text.prompts import ChatPrompt
+from tests.text_folders import save_plain
 
 from .test_sft import QUICK, answer, run, sft
 
@@ -58,6 +61,28 @@ def served(base: Path, adapter: Path, question: str) -> str:
     while engine.has_unfinished:
         engine.step()
     return folder.tokenizer.decode(list(request.output_ids), skip_special=True)
+
+
+def test_a_server_writes_chats_as_the_adapter_was_trained(
+    tmp_path: Path, base: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base has no chat template. The adapter's folder brings the one that the run gave it, and its end of a turn;
+    an adapter with another one is named."""
+    plain = save_plain(tmp_path / "plain")
+    runs = {template: tmp_path / template for template in ("instruct", "thinking")}
+    for template, out in runs.items():
+        command = ("--from", str(plain), "--data", str(chats), "--out", str(out), "--lora", "all")
+        assert sft(*command, "--template", template, settings=(*QUICK, "total_steps=2")) == 0
+    notes: list[str] = []
+    config = ServeConfig(names=["plain"], adapters=runs)
+    with pytest.warns(QnextWarning, match="adapter thinking was trained with another chat template"):
+        engine, model = load_served(open_folder(str(plain)), config, note=notes.append)
+    try:
+        assert "no chat template; chats are written as adapter instruct was trained" in notes[0]
+        assert model.chat_format is not None and model.chat_format.name == "instruct"
+        assert model.tokenizer.token_id("<|im_end|>") in engine.eos_token_ids
+    finally:
+        model.close()
 
 
 def test_a_run_goes_on_and_leaves_the_same_adapter(tmp_path: Path, base: Path, chats: Path) -> None:
