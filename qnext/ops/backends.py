@@ -54,8 +54,8 @@ TORCH = Backend(
 
 
 def backend_of(device: torch.device) -> Backend:
-    """The backend of inference on `device`. Calls that it does not serve go to torch, above all those with
-    gradients."""
+    """The backend of inference on `device`. Calls that it does not serve go to torch, above all most of those
+    with gradients."""
     return CPU if device.type == "cpu" and cpu_kernels() is not None else TORCH
 
 

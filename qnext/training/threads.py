@@ -9,6 +9,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qnext import ops
+
 
 class HasTotal(Protocol):
     """Something with a loss to differentiate."""
@@ -39,7 +41,10 @@ class BackwardThreads:
         share = max(1, total_threads // self.num_threads)
 
         def run(task: Callable[[], Loss]) -> tuple[Loss, tuple[Tensor | None, ...]]:
-            torch.set_num_threads(share)  # holds for the calling thread
+            if share == 1:
+                ops.compute_alone()
+            else:
+                torch.set_num_threads(share)  # holds for the calling thread
             loss = task()
             return loss, torch.autograd.grad(loss.total, parameters, allow_unused=True)
 

@@ -2,8 +2,8 @@
 
 Nouns: PanelWeight, a quantised matrix in the order in which the kernels read it. The kernels are in src/. May import:
 the files of ops beside it; no other backend. A new op: a predicate `serves_...` with the op's own arguments, which says
-whether the kernels take a call (fp32 activations on the CPU, no gradients, and the op's own conditions), and the
-wrapper, both listed here.
+whether the kernels take a call (fp32 activations on the CPU, no gradients unless the op has a kernel for them in
+train_*.py, and the op's own conditions), and the wrapper, both listed here.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qnext.ops.caches import DeltaCache, PendingTokens
 from qnext.ops.checks import check_delta
-from qnext.ops.cpu.kernels import check_memory, kernels, run_on, take, widened
+from qnext.ops.cpu.kernels import check_memory, is_fp32, kernels, run_on, take, wants_gradients, widened
+from qnext.ops.cpu.train_delta import trained_delta_mixer
 from qnext.ops.packing import Packing
 from qnext.ops.records import DeltaWeights
 
@@ -21,8 +22,11 @@ def serves_gated_delta_mixer(
     qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing, cache: DeltaCache | None = None
 ) -> bool:
     """Whether the kernel can run these sizes and write these slots."""
+    if wants_gradients(qkvz_TX, ba_TY, *weights.tensors):
+        is_plain = cache is None and all(map(is_fp32, (qkvz_TX, ba_TY, *weights.tensors)))
+        return is_plain and run_on(qkvz_TX.device) and fits_gated_delta_mixer(weights)
     return (
-        take(qkvz_TX, ba_TY, *weights.tensors)
+        take(qkvz_TX)
         and fits_gated_delta_mixer(weights)
         and (cache is None or (_is_plain(cache.conv) and _is_state(cache.state)))
         and (cache is None or cache.pending is None or _fits_pending(cache.pending))
@@ -64,10 +68,13 @@ def gated_delta_mixer(
     """[T, H * V] fp32. See ops.gated_delta_mixer.
 
     The bits do not depend on how the tokens of a sequence are cut into calls, on which of them were drafts, or on the
-    sequences beside it; for bf16 states within the rules of DeltaCache. Raises IndexError for an invalid slot,
+    sequences beside it; for bf16 states within the rules of DeltaCache. With gradients it serves calls without a cache,
+    and only packed and separate sequences agree in every bit. Raises IndexError for an invalid slot,
     ValueError for a draft that is too long.
     """
     check_delta(qkvz_TX, ba_TY, weights, packing)
+    if wants_gradients(qkvz_TX, ba_TY, *weights.tensors):
+        return trained_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing)
     num_heads, key_head_dim, value_dim = weights.num_heads, weights.key_head_dim, weights.value_head_dim
     num_channels, _, width = weights.conv_weight_C1W.shape
     num_tokens, num_sequences = qkvz_TX.shape[0], packing.num_sequences

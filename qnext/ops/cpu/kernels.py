@@ -26,7 +26,17 @@ def take(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels may take a call: fp32 activations `x` on the CPU, and no gradients wanted."""
     if x.dtype != torch.float32 or x.device.type != "cpu" or backends.cpu_kernels() is None:
         return False
-    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
+    return not wants_gradients(x, *others)
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a call with these tensors becomes part of a graph."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_fp32(tensor: Tensor) -> bool:
+    """Whether kernels with a gradient can read the tensor."""
+    return tensor.dtype == torch.float32 and tensor.is_cpu
 
 
 def check_memory(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> None:

@@ -20,5 +20,6 @@ void bind_attention(nanobind::module_& m);
 void bind_limits(nanobind::module_& m);
 void bind_residency(nanobind::module_& m);
 void bind_rounding(nanobind::module_& m);
+void bind_train(nanobind::module_& m);
 
 }  // namespace qnext

@@ -25,4 +25,5 @@ NB_MODULE(_native, m) {
   qnext::bind_limits(m);
   qnext::bind_residency(m);
   qnext::bind_rounding(m);
+  qnext::bind_train(m);
 }
