@@ -38,6 +38,7 @@ VERBS = {
     "train": "train by a recipe",
     "train-sft": "teach a model to answer as your chats do, as `qnext train sft`",
     "train-dpo": "teach a model to prefer the better of two answers, as `qnext train dpo`",
+    "train-distill": "teach a model what a larger one knows, as `qnext train distill`",
     "eval": "bits per byte on text files",
     "quantize": "a model folder in four or eight bits, and what that cost",
     "bench": "speed, loading and memory, beside peers and the limits of the machine",

@@ -1,4 +1,4 @@
-"""What `qnext train sft` and `dpo` are asked for becomes a task, and a task a run."""
+"""What `qnext train sft`, `dpo` and `distill` are asked for becomes a task, and a task a run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 from qnext.checkpoint.snapshot import list_snapshots
 from qnext.errors import UsageError
 from qnext.recipes.adapted import AdapterTask
+from qnext.recipes.distill import Distill
 from qnext.recipes.dpo import Dpo
 from qnext.recipes.instruct import Examination, chat_recipe
 from qnext.recipes.methods import Method
 from qnext.recipes.sft import Sft
 from qnext.recipes.tuning import TuningData, TuningRun, TuningTask, prepare_tuning, read_task
 
-_METHODS: dict[str, Method] = {"sft": Sft(), "dpo": Dpo()}
+_METHODS: dict[str, Method] = {"sft": Sft(), "dpo": Dpo(), "distill": Distill()}
 
 
 def task_of(
@@ -51,8 +52,7 @@ def task_of(
         raise UsageError(f"{folder} holds a run already; --resume continues it, another --out starts a new one")
     if base is None:
         raise UsageError("--from MODEL is missing")
-    # Whole paths: the run may go on from another folder.
-    base = os.path.abspath(base) if os.path.isdir(base) else base
+    base = whole_path(base)
     if recipe is not None:
         if data or template is not None:
             raise UsageError("--recipe brings its own data and template")
@@ -62,6 +62,11 @@ def task_of(
     return TuningTask(
         base, tuple(map(os.path.abspath, data)), template, tuple(settings), adapter=adapter, method=method
     )
+
+
+def whole_path(model: str) -> str:
+    """A folder by its whole path: the run may go on from another one."""
+    return os.path.abspath(model) if os.path.isdir(model) else model
 
 
 def read_data(task: TuningTask, folder: Path, **options: Any) -> TuningData:

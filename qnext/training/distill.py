@@ -1,42 +1,50 @@
 """Distillation from what a teacher said of the data beforehand: the largest of its probabilities, or samples of them.
 
 The k largest probabilities and the mass of all others make a distribution whose divergence is a lower bound, biased
-against rare tokens. Tokens drawn from the teacher's distribution give the gradient of the full divergence on average
+against rare tokens. Tokens drawn from the teacher's distribution give the full divergence and its gradient on average
 (arXiv 2503.16870).
 
-Legend: R rows with a label, K entries of a row, D hidden, Y vocabulary.
+Legend: R rows with a label, K entries of a row, D hidden, Y vocabulary, L routers, E experts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qnext.errors import UsageError
-from qnext.model import Batch, CausalLM
+from qnext.model import Batch, CausalLM, RouterOutput
+from qnext.training.config import TrainConfig
 from qnext.training.data import IGNORED, Document, DocumentRows, TrainBatch, pack
-from qnext.training.losses import by_chunks, wide_logits
-from qnext.training.objective import Losses, LossPart, TrainStep, with_router_losses
+from qnext.training.losses import by_chunks, stack_logits, wide_logits
+from qnext.training.objective import Losses, LossPart, TrainStep, drafts, with_router_losses
+from qnext.training.samples import Samples, in_order
 
 KeptTokens = Literal["top", "sampled"]
 
 
 class TeacherAnswers(NamedTuple):
-    """What is kept of a teacher's distribution at each of R rows.
+    """What is kept of a teacher's distribution at each of R rows, as tensors, or as arrays on disk.
 
     Of "top": the tokens of the K largest probabilities and these as logarithms, and that of the mass of all others
-    (-inf for none). Of "sampled": K drawn tokens, which may be equal, each with the logarithm of 1/K, and -inf.
+    (-inf for none). Of "sampled": K drawn tokens, which may be equal, each with the logarithm of 1/K, and -inf. `known`
+    is the part of the divergence that no student changes: of drawn tokens ln K less the teacher's entropy, else 0.
     """
 
-    ids_RK: Tensor
-    log_probs_RK: Tensor
-    log_tail_R: Tensor
+    ids_RK: Any
+    log_probs_RK: Any
+    log_tail_R: Any
+    known_R: Any
+
+    def of(self, rows: Any) -> TeacherAnswers:
+        return TeacherAnswers(*(each[rows] for each in self))
 
 
 @torch.no_grad()
@@ -51,26 +59,27 @@ def answers_of(
     """What is kept of softmax(logits / temperature), in the type of the logits."""
     log_probs_RY = (logits_RY / temperature).log_softmax(-1)
     num_rows, num_tokens = logits_RY.shape
+    none = log_probs_RY.new_full((num_rows,), -torch.inf)
     if kept == "sampled":
-        ids_RK = torch.multinomial(log_probs_RY.exp(), count, replacement=True, generator=generator)
+        probs_RY = log_probs_RY.exp()
+        ids_RK = torch.multinomial(probs_RY, count, replacement=True, generator=generator)
         even = log_probs_RY.new_full((num_rows, count), 1.0 / count).log()
-        return TeacherAnswers(ids_RK, even, log_probs_RY.new_full((num_rows,), -torch.inf))
+        entropy_R = torch.special.entr(probs_RY).sum(-1)
+        return TeacherAnswers(ids_RK, even, none, math.log(count) - entropy_R)
     log_probs_RK, ids_RK = log_probs_RY.topk(count, dim=-1)
-    if count == num_tokens:
-        return TeacherAnswers(ids_RK, log_probs_RK, log_probs_RY.new_full((num_rows,), -torch.inf))
-    others_RY = log_probs_RY.scatter(1, ids_RK, -torch.inf)
-    return TeacherAnswers(ids_RK, log_probs_RK, others_RY.logsumexp(-1))
+    others_R = none
+    if count < num_tokens:
+        others_R = log_probs_RY.scatter(1, ids_RK, -torch.inf).logsumexp(-1)
+    return TeacherAnswers(ids_RK, log_probs_RK, others_R, torch.zeros_like(none))
 
 
 def divergence(logits_RY: Tensor, answers: TeacherAnswers, *, temperature: float = 1.0) -> Tensor:
-    """[R] KL(teacher || student) of what is kept, all other tokens as one.
-
-    Drawn tokens have no mass beside them: of them it is the cross entropy of the draws less ln K, whose gradient is, on
-    average, that of the full divergence.
-    """
+    """[R] KL(teacher || student) of what is kept, all other tokens as one. Of drawn tokens it and its gradient are, on
+    average, those of the full divergence."""
     log_q_RY = (logits_RY / temperature).log_softmax(-1)
     log_p_RK = answers.log_probs_RK.to(log_q_RY.dtype)
     kept_R = (log_p_RK.exp() * (log_p_RK - log_q_RY.gather(1, answers.ids_RK))).sum(-1)
+    kept_R = kept_R + answers.known_R.to(log_q_RY.dtype)
     has_tail_R = answers.log_tail_R > -torch.inf
     if not has_tail_R.any():
         return kept_R
@@ -82,12 +91,12 @@ def divergence(logits_RY: Tensor, answers: TeacherAnswers, *, temperature: float
 
 
 class TaughtDocument(NamedTuple):
-    """A document, and what the teacher said at its rows with a label, as arrays [R, K], [R, K] and [R]."""
+    """A document, and what the teacher said at its rows with a label, as arrays: of the next token, and where it was
+    asked, of the experts of each router, [R, L, ...]."""
 
     document: Document
-    ids_RK: np.ndarray
-    log_probs_RK: np.ndarray
-    log_tail_R: np.ndarray
+    answers: TeacherAnswers
+    routers: TeacherAnswers | None = None
 
 
 class TaughtBatch(NamedTuple):
@@ -95,6 +104,7 @@ class TaughtBatch(NamedTuple):
 
     rows: TrainBatch
     answers: TeacherAnswers
+    routers: TeacherAnswers | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -105,11 +115,20 @@ class TaughtBatch(NamedTuple):
         return self.rows.num_labels
 
     @property
+    def num_mtp_labels(self) -> int:
+        return self.rows.num_mtp_labels
+
+    @property
     def batch(self) -> Batch:
         return self.rows.batch
 
     def to(self, device: torch.device) -> TaughtBatch:
-        return TaughtBatch(self.rows.to(device), TeacherAnswers(*(tensor.to(device) for tensor in self.answers)))
+        answers, routers = (
+            None if each is None else TeacherAnswers(*(tensor.to(device) for tensor in each))
+            for each in (self.answers, self.routers)
+        )
+        assert answers is not None
+        return TaughtBatch(self.rows.to(device), answers, routers)
 
 
 class TaughtKind:
@@ -120,10 +139,15 @@ class TaughtKind:
 
     def pack(self, samples: Sequence[TaughtDocument]) -> TaughtBatch:
         rows = pack([DocumentRows(each.document, 0, len(each.document) - 1) for each in samples])
-        ids, log_probs, tails = (np.concatenate(parts) for parts in zip(*(each[1:] for each in samples), strict=True))
-        answers = TeacherAnswers(*(torch.from_numpy(each) for each in (ids.astype(np.int64), log_probs, tails)))
+        answers = _joined([each.answers for each in samples])
         assert len(answers.log_tail_R) == rows.num_labels
-        return TaughtBatch(rows, answers)
+        routers = [each.routers for each in samples if each.routers is not None]
+        return TaughtBatch(rows, answers, _joined(routers) if routers else None)
+
+
+def _joined(answers: Sequence[TeacherAnswers]) -> TeacherAnswers:
+    ids, *others = (np.concatenate(parts) for parts in zip(*answers, strict=True))
+    return TeacherAnswers(*(torch.from_numpy(each) for each in (ids.astype(np.int64), *others)))
 
 
 TAUGHT = TaughtKind()
@@ -135,34 +159,84 @@ class Distillation:
     divergence from the teacher, which was asked at the same temperature.
 
     `main` is the sum of both, the mean over the rows with a label of the whole step; `labels` and `teacher` are
-    reported beside it, before their shares. The routers' losses are those of pretraining.
+    reported beside it, before their shares. `mtp` is the same sum for the MTP module, whose teacher is what the trunk
+    of the teacher said one row later: of the same token, after the same tokens. `router` is the mean divergence of the
+    routers' choice of experts. The routers' other losses are those of pretraining.
     """
 
     share: float = 1.0
     temperature: float = 1.0
     balance: float = 0.0  # coefficients
     z: float = 0.0
+    mtp: float = 0.0  # 0: the MTP module does not run
+    router: float = field(default=0.0, kw_only=True)
+    mtp_start: float = field(default=0.0, kw_only=True)
+    mtp_steps: int = field(default=1, kw_only=True)
+    detach_trunk: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
             raise UsageError(f"share must be between 0 and 1, not {self.share}")
         if not 0.0 < self.temperature < float("inf"):
             raise UsageError(f"temperature must be above zero, not {self.temperature}")
+        if not 0.0 <= self.router < float("inf"):
+            raise UsageError(f"router must be zero or more, not {self.router}")
+
+    def with_coefficients(self, config: TrainConfig) -> Distillation:
+        """With what a run sets for every objective."""
+        return replace(
+            self,
+            balance=config.balance_coefficient,
+            z=config.z_loss_coefficient,
+            mtp=config.mtp_coefficient,
+            mtp_start=config.mtp_start,
+            mtp_steps=config.mtp_steps,
+            detach_trunk=config.mtp_detach_trunk,
+        )
 
     def __call__(self, model: CausalLM, batch: TaughtBatch, step: TrainStep) -> Losses:
-        hidden_TD, labels_T = model(batch.rows.batch).hidden_TD, batch.rows.labels_T
-        is_learned_T = labels_T != IGNORED
-        formula = partial(_both_losses, temperature=self.temperature)
-        both_R2 = by_chunks(formula, model, hidden_TD[is_learned_T], labels_T[is_learned_T], *batch.answers)
+        rows, trunk = batch.rows, model(batch.rows.batch)
+        labels_T, is_learned_T = rows.labels_T, rows.labels_T != IGNORED
         num_labels = max(1, sum(each.num_labels for each in step.batches))
-        labels, teacher = both_R2.sum(0) / num_labels
-        main = (1.0 - self.share) * labels + self.share * self.temperature**2 * teacher
+        sums_2 = self.sums(model, trunk.hidden_TD[is_learned_T], labels_T[is_learned_T], batch.answers)
+        labels, teacher = (sums_2 / num_labels).detach()
         parts = {
-            "main": LossPart(main),
-            "labels": LossPart(labels.detach(), 0.0),
-            "teacher": LossPart(teacher.detach(), 0.0),
+            "main": LossPart(self.mixed(sums_2) / num_labels),
+            "labels": LossPart(labels, 0.0),
+            "teacher": LossPart(teacher, 0.0),
         }
-        return with_router_losses(parts, step.tap.take(), step, balance=self.balance, z=self.z)
+        outputs = step.tap.take()
+        if self.router > 0.0 and batch.routers is not None:
+            found = _router_divergence(outputs, is_learned_T, batch.routers) / num_labels
+            parts["router"] = LossPart(found, self.router)
+        if self.mtp > 0.0 and model.mtp is not None and step.progress >= self.mtp_start:
+            if self.detach_trunk:
+                trunk = type(trunk)(*(tensor.detach() for tensor in trunk))
+            sums: list[Tensor] = []
+            for draft_TD in drafts(model, model.draft_source(trunk), rows, num_steps=self.mtp_steps):
+                seen = step.tap.take()
+                outputs += [] if sums else seen
+                sums.append(self._of_drafts(model, draft_TD, batch))
+            num_mtp_labels = max(1, sum(each.num_mtp_labels for each in step.batches))
+            parts["mtp"] = LossPart(sum(sums[1:], sums[0]) / (self.mtp_steps * num_mtp_labels), self.mtp)
+        return with_router_losses(parts, outputs, step, balance=self.balance, z=self.z)
+
+    def sums(self, model: CausalLM, hidden_RD: Tensor, labels_R: Tensor, answers: TeacherAnswers) -> Tensor:
+        """[2]: sums over rows of the cross entropy of the labels, and of the divergence from the teacher."""
+        formula = partial(_both_losses, temperature=self.temperature)
+        return by_chunks(formula, model, hidden_RD, labels_R, *answers).sum(0)
+
+    def mixed(self, sums_2: Tensor) -> Tensor:
+        """What is minimised, of both losses."""
+        labels, teacher = sums_2
+        return (1.0 - self.share) * labels + self.share * self.temperature**2 * teacher
+
+    def _of_drafts(self, model: CausalLM, draft_TD: Tensor, batch: TaughtBatch) -> Tensor:
+        """The sum over rows with an MTP label. The teacher's row for it is the next one, which has the same label."""
+        labels_T = batch.rows.mtp_labels_T
+        at = torch.nonzero(labels_T != IGNORED).squeeze(1)
+        place_T = (batch.rows.labels_T != IGNORED).cumsum(0) - 1
+        return self.mixed(self.sums(model, draft_TD[at], labels_T[at], batch.answers.of(place_T[at + 1])))
 
 
 def _both_losses(model: CausalLM, hidden_RD: Tensor, labels_R: Tensor, *answers: Tensor, temperature: float) -> Tensor:
@@ -170,3 +244,48 @@ def _both_losses(model: CausalLM, hidden_RD: Tensor, labels_R: Tensor, *answers:
     logits_RY = wide_logits(model, hidden_RD)
     labels = -logits_RY.log_softmax(-1).gather(1, labels_R[:, None]).squeeze(1)
     return torch.stack([labels, divergence(logits_RY, TeacherAnswers(*answers), temperature=temperature)], dim=-1)
+
+
+def _router_divergence(outputs: Sequence[RouterOutput], is_learned_T: Tensor, routers: TeacherAnswers) -> Tensor:
+    """The sum over rows with a label of the mean over routers."""
+    logits_RLE = stack_logits(outputs)[:, is_learned_T].transpose(0, 1)
+    num_routers = logits_RLE.shape[1]
+    assert routers.log_tail_R.shape[1] == num_routers
+    flat = TeacherAnswers(*(each.flatten(0, 1) for each in routers))
+    return divergence(logits_RLE.flatten(0, 1), flat).sum() / num_routers
+
+
+@dataclass(frozen=True)
+class HeldOutTeaching:
+    """In nats per learnt token: the loss of the labels, the divergence from the teacher's kept answers, and their sum
+    that is minimised."""
+
+    loss: float
+    teacher: float
+    cost: float
+    num_samples: int
+    num_learned: int
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"held-out loss {self.loss:.4f}, divergence from the teacher {self.teacher:.4f} ({self.num_samples} "
+            f"samples, {self.num_learned} tokens)"
+        )
+
+
+@torch.no_grad()
+def held_out_teaching(
+    model: CausalLM, objective: Distillation, samples: Samples, *, tokens_per_batch: int, limit: int = 512
+) -> HeldOutTeaching:
+    """Over the first `limit` taught documents, packed as in training."""
+    totals, num_learned, count = torch.zeros(2, dtype=torch.float64), 0, min(limit, len(samples))
+    for batch in in_order((samples[index] for index in range(count)), TAUGHT, tokens_per_batch=tokens_per_batch):
+        batch = batch.to(model.device)
+        labels_T = batch.rows.labels_T
+        at = labels_T != IGNORED
+        totals += objective.sums(model, model(batch.batch).hidden_TD[at], labels_T[at], batch.answers).double().cpu()
+        num_learned += batch.num_labels
+    means = totals / max(1, num_learned)
+    loss, teacher = means.tolist()
+    return HeldOutTeaching(loss, teacher, float(objective.mixed(means)), count, num_learned)

@@ -112,15 +112,17 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 class RouterTap:
-    """Records what every router of a model decided in forward passes with gradients, in the order of the layers."""
+    """Records what every router of a model decided in forward passes with gradients, or in all, in the order of the
+    layers."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, without_gradient: bool = False) -> None:
+        self._takes_all = without_gradient
         self._outputs: dict[int, list[RouterOutput]] = {}
         layers = [module for module in model.modules() if isinstance(module, SparseMoE)]
         self._handles = [layer.gate.register_forward_hook(self._keep) for layer in layers]
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: RouterOutput) -> None:
-        if torch.is_grad_enabled():
+        if self._takes_all or torch.is_grad_enabled():
             self._outputs.setdefault(threading.get_ident(), []).append(output)
 
     def take(self) -> list[RouterOutput]:

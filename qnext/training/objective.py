@@ -131,7 +131,7 @@ class NextToken:
             if self.detach_trunk:
                 trunk = type(trunk)(*(tensor.detach() for tensor in trunk))
             sums: list[Tensor] = []
-            for draft_TD in _drafts(model, model.draft_source(trunk), batch, num_steps=self.mtp_steps):
+            for draft_TD in drafts(model, model.draft_source(trunk), batch, num_steps=self.mtp_steps):
                 seen = step.tap.take()
                 outputs += [] if sums else seen
                 sums.append(head_loss_sum(model, draft_TD, batch.mtp_labels_T))
@@ -153,7 +153,7 @@ def with_router_losses(
     return Losses({**parts, "balance": LossPart(balance_loss, balance), "z": LossPart(z_loss, z)}, counts_LE)
 
 
-def _drafts(model: CausalLM, source_TD: Tensor, batch: TrainBatch, *, num_steps: int) -> Iterator[Tensor]:
+def drafts(model: CausalLM, source_TD: Tensor, batch: TrainBatch, *, num_steps: int) -> Iterator[Tensor]:
     """[T, D] of each step: the MTP module's result for every row.
 
     From the second step on a row reads, for the trunk's row, what the module made one place before, as it will when it

@@ -51,6 +51,9 @@ INPUTS = {
     "train-sft data": "train-sft --from MODEL --data X --out NEW --template instruct",
     "train-dpo base": "train-dpo --from X --data BATCH --out NEW",
     "train-dpo data": "train-dpo --from MODEL --data X --out NEW --template instruct",
+    "train-distill base": "train-distill --from X --teacher MODEL --data BATCH --out NEW",
+    "train-distill teacher": "train-distill --from MODEL --teacher X --data BATCH --out NEW --template instruct",
+    "train-distill data": "train-distill --from MODEL --teacher MODEL --data X --out NEW --template instruct",
 }
 OUTPUTS = {
     "init out": "init nano-5m X --layers 4 --experts 2 --experts-per-token 1 --vocab-size 300",
@@ -66,6 +69,7 @@ ELSEWHERE = {
     "train out",
     "train-sft out",
     "train-dpo out",
+    "train-distill out",
     "pull out",
     "bench llama_cpp",
     "bench gguf",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qnext.cli import main
+from qnext.recipes.distill import DistillConfig
 from qnext.recipes.dpo import DpoConfig
 from qnext.recipes.sft import SftConfig
 from qnext.text.sample_files import LINES, PARQUET
@@ -25,14 +26,16 @@ PAGE = ROOT / "docs" / "guide" / "fine-tune.md"
 
 def test_its_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    save_chat(tmp_path / "models" / "qwen3-0.6b")
+    for name in ("qwen3-0.6b", "qwen3-8b"):
+        save_chat(tmp_path / "models" / name)
     save_plain(tmp_path / "runs" / "demo" / "model")
     samples = [{"prompt": "a?", "completion": "Yes."}, {"instruction": "b?", "output": "No."}]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples))
     pair = {"prompt": "a?", "chosen": "Yes.", "rejected": "No."}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
     make_small(monkeypatch)
-    found = [words for block in blocks(PAGE) for words in commands(block)]
+    smaller = {"151936": "300"}
+    found = [[smaller.get(word, word) for word in words] for block in blocks(PAGE) for words in commands(block)]
     assert len(found) >= 7
     for words in found:
         assert words[0] == "qnext"
@@ -44,7 +47,7 @@ def test_its_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(SystemExit) as stop:
             main([*words[1:], *more])
         assert stop.value.code == 0, words
-    for name in ("mine", "better", "instruct", "thinking"):
+    for name in ("mine", "better", "student", "new", "instruct", "thinking"):
         assert (tmp_path / "runs" / name / "model" / "model.safetensors").is_file()
 
 
@@ -54,10 +57,14 @@ def test_its_tables_are_those_of_the_program() -> None:
     for form, keys in FORMS.items():
         assert all(f"`{key}`" in rows[form] for key in keys), form
     assert all(f"`{suffix}`" in text for suffix in (*LINES, ".json", *PARQUET))
-    known = {each.name for each in (*fields(SftConfig), *fields(DpoConfig), *fields(TrainConfig))}
+    known = {each.name for each in (*fields(DistillConfig), *fields(DpoConfig), *fields(TrainConfig))}
     named = re.findall(r"^\| ((?:`[a-z_]+`(?:, )?)+) \|", text.partition("## The training")[2], re.MULTILINE)
     keys = {key for cell in named for key in re.findall(r"`([a-z_]+)`", cell)}
     assert len(keys) >= 10 and keys <= known
     assert set(re.findall(r"--set ([a-z_]+)=", text)) <= known
     assert f"`--set beta={DpoConfig().beta:g}`" in text and f"`epochs` is {DpoConfig().epochs:g}," in text
+    ours = DistillConfig(teacher="any")
+    for name in ("share", "budget", "temperature", "router_coefficient"):
+        assert f"| `{name}` | {getattr(ours, name):g} |" in text
+    assert f"| `kept` | `{ours.kept}` |" in text
     assert f"| `epochs` | {SftConfig().epochs:g} |" in text and f"| `held_out` | {SftConfig().held_out:g} |" in text

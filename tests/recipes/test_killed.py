@@ -78,6 +78,33 @@ def straight(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Straig
     return Straight(driver, tmp_path_factory.mktemp("killed"))
 
 
+def test_killed_while_the_teacher_is_asked(driver: Driver, straight: Straight, tmp_path: Path) -> None:
+    """As soon as a file of answers is there, of three: what it had said stays, and the rest comes out the same."""
+    base, teacher = (straight.folder.parent / name for name in ("base", "teacher"))
+    save_chat(teacher)
+    data = []
+    for name, times in (("one", 40), ("two", 30), ("three", 20)):
+        (tmp_path / name).write_text(f"This is {name}. " * times)
+        data += ["--data", str(tmp_path / name)]
+    settings = [part for each in ("total_steps=2", *SETTINGS[:4], *SETTINGS[5:]) for part in ("--set", each)]
+    begin = ["train", "distill", "--from", str(base), "--teacher", str(teacher), *data, *settings, "--out"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert driver.run(*begin, str(whole)) == 0
+    answers = sorted((whole / "data").glob("*.answers"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(answers) == 3
+    num_killed, kept = 0, dict[str, int]()
+    for path in answers:
+        num_killed += driver.run(*begin, str(cut), file=cut / "data" / path.name) is None
+        now = {path.name: path.stat().st_mtime_ns for path in (cut / "data").glob("*.answers")}
+        assert kept.items() <= now.items(), "what was there is not asked again"
+        kept = now
+    assert num_killed
+    assert driver.run("train", "distill", "--resume", "--out", str(cut)) == 0
+    for path in [*answers, whole / "model" / "model.safetensors"]:
+        assert path.read_bytes() == (cut / path.relative_to(whole)).read_bytes()
+    assert not [path for path in cut.rglob(".*") if ".partial" in path.name]
+
+
 def kill_and_go_on(driver: Driver, straight: Straight, out: Path, source: random.Random, *, times: int) -> int:
     """How often it was killed indeed."""
     num_killed, newest = 0, 0
