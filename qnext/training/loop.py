@@ -255,7 +255,7 @@ class Trainer:
             with self._not_training():
                 on_sample(self.step)
         # A snapshot of a run that has just become unusable would push out one that is not.
-        if self._folder is not None and _is_due(self.step, config.snapshot_every) and not metrics.was_skipped:
+        if self._folder is not None and _is_due(self.step, config.snapshot_every) and not self._skipped_in_a_row:
             try:
                 self.save()
             except SnapshotFailed as error:
