@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qnext.cli.flags.watching import WatchFlags
+
 if TYPE_CHECKING:
     from qnext.cli.terminal.training import TrainingDisplay
     from qnext.engine import Engine
@@ -33,6 +35,8 @@ def command(
     port: Annotated[int, typer.Option(min=0, max=65535, help="of the page; any other where it is taken")] = 8000,
     out: Annotated[Path, typer.Option(help="folder of the run; an earlier demo there is replaced")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="seed of weights, data order and samples")] = 0,
+    *,
+    watch: WatchFlags,
 ) -> None:
     """Train a small Qwen3-Next on the Python library of this machine, report how well it does, and try it.
 
@@ -40,12 +44,14 @@ def command(
     Hugging Face folder, and ends with its page open: a URL is printed, and the page is there until the input ends.
     """
     from qnext.cli.terminal.text import note
-    from qnext.cli.terminal.training import TrainingDisplay
+    from qnext.cli.terminal.training import TrainingDisplay, watched
     from qnext.ops import keep_freed_memory
     from qnext.recipes import demo
     from qnext.recipes.recipe import make_room, prepare
+    from qnext.training.loggers import check_names
     from qnext.training.stopping import interruptible
 
+    check_names(watch.log or ())
     recipe = demo(seconds=60.0 * minutes, seed=seed)
     keep_freed_memory()
     make_room(out)
@@ -53,7 +59,7 @@ def command(
     display.note("reading the Python library, training a tokenizer on it")
     run = prepare(recipe, out, hooks=display.hooks(on_sample=lambda step: _sample(run, display, seed)))
     display.describe(run.trainer, run.corpus.description, vocab_size=run.tokenizer.vocab_size)
-    with interruptible(run.trainer, note) as stop, display:
+    with watched(run.trainer, watch), interruptible(run.trainer, note) as stop, display:
         run.trainer.run()
     if stop.number is not None:
         display.note(f"the model as far as it was trained is saved in {run.save()}")
@@ -66,10 +72,11 @@ def command(
         talk_with(folder, display, seed, port)
 
 
-def _sample(run: Run, display: TrainingDisplay, seed: int) -> None:
+def _sample(run: Run, display: TrainingDisplay, seed: int) -> str:
     text = _SAMPLE_PROMPT + run.complete(_SAMPLE_PROMPT, max_tokens=48, seed=seed)
     display.note(f"sample at step {run.trainer.step}:")
     display.show_text(text)
+    return text
 
 
 def _report(run: Run, display: TrainingDisplay) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qnext.cli.flags.tuning import Resume
+from qnext.cli.flags.watching import WatchFlags
 
 
 def command(
@@ -18,6 +19,8 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the run; default runs/RECIPE")] = None,
     resume: Resume = False,
+    *,
+    watch: WatchFlags,
 ) -> None:
     """Train a model by a recipe. Leaves OUT/model, OUT/metrics.jsonl and OUT/snapshots.
 
@@ -28,12 +31,14 @@ def command(
     from qnext.recipes import override
     from qnext.recipes import recipe as find_recipe
     from qnext.recipes.recipe import prepare
+    from qnext.training.loggers import check_names
 
     chosen = override(find_recipe(recipe), settings or [])
+    check_names(watch.log or ())
     keep_freed_memory()
     folder = out or Path("runs") / recipe
     display = TrainingDisplay()
     display.note("reading text, making the tokenizer")
     run = prepare(chosen, folder, resume=resume, hooks=display.hooks())
     display.describe(run.trainer, run.corpus.description, vocab_size=run.tokenizer.vocab_size)
-    run_to_the_end(run.trainer, display, run.save)
+    run_to_the_end(run.trainer, display, run.save, watch=watch)

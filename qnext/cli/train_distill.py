@@ -9,6 +9,7 @@ import typer
 
 from qnext.cli.flags.lora import LoraFlags
 from qnext.cli.flags.tuning import Out, Resume, Template
+from qnext.cli.flags.watching import WatchFlags
 
 
 def command(
@@ -27,6 +28,7 @@ def command(
     template: Template = None,
     *,
     lora: LoraFlags,
+    watch: WatchFlags,
     show_sample: Annotated[
         int, typer.Option(min=0, metavar="N", help="show N samples, with what is learnt in colour, and end")
     ] = 0,
@@ -54,4 +56,4 @@ def command(
         method="distill",
         resume=resume,
     )
-    tune(task, out, show_sample=show_sample, resume=resume)
+    tune(task, out, show_sample=show_sample, resume=resume, watch=watch)

@@ -58,7 +58,7 @@ class Hooks:
     on_step: Callable[[StepMetrics], None] | None = None
     evaluate: Callable[[], Any] | None = None  # returns a dataclass, which goes to the metrics file
     on_evaluation: Callable[[int, Any], None] | None = None
-    on_sample: Callable[[int], None] | None = None
+    on_sample: Callable[[int], str | None] | None = None  # what it returns goes to the metrics file
     on_snapshot: Callable[[Path], None] | None = None
 
 
@@ -96,7 +96,7 @@ class Trainer:
         if config.early_stop and self.hooks.evaluate is None:
             raise UsageError("early_stop: nothing is held out that could be evaluated")
         self._probe: HealthProbe | None = None  # of the step, where it is looked at
-        self._folder = folder
+        self.folder = folder
         self._metrics: MetricsFile | None = None
         self._elapsed_before = 0.0
         self._started = time.perf_counter()
@@ -133,8 +133,8 @@ class Trainer:
         The clock of a time budget starts here. Raises Diverged after ten steps in a row without finite gradients.
         """
         self._started = time.perf_counter()
-        if self._folder is not None:
-            self._metrics = MetricsFile(self._folder / "metrics.jsonl", last_step=self.step)
+        if self.folder is not None:
+            self._metrics = MetricsFile(self.folder / "metrics.jsonl", last_step=self.step)
         was_training = self.model.training
         self.model.train()
         tap = RouterTap(self.model)
@@ -253,9 +253,11 @@ class Trainer:
             self.evaluate()
         if _is_due(self.step, config.sample_every) and (on_sample := self.hooks.on_sample) is not None:
             with self._not_training():
-                on_sample(self.step)
+                text = on_sample(self.step)
+            if self._metrics is not None and text is not None:
+                self._metrics.write_sample(self.step, text)
         # A snapshot of a run that has just become unusable would push out one that is not.
-        if self._folder is not None and _is_due(self.step, config.snapshot_every) and not self._skipped_in_a_row:
+        if self.folder is not None and _is_due(self.step, config.snapshot_every) and not self._skipped_in_a_row:
             try:
                 self.save()
             except SnapshotFailed as error:
@@ -263,7 +265,7 @@ class Trainer:
 
     def _advice(self) -> str:
         """Where to continue, when the newest snapshot already held weights that give no finite gradients."""
-        paths = [] if self._folder is None else list(list_snapshots(self._folder / "snapshots"))
+        paths = [] if self.folder is None else list(list_snapshots(self.folder / "snapshots"))
         last_finite = self.step - self._skipped_in_a_row
         if len(paths) < 2 or paths[-1].name != f"step-{last_finite:08}":
             return ""
@@ -300,7 +302,7 @@ class Trainer:
 
         A snapshot that is due during the run may fail: `run` warns and continues, and the next snapshot may succeed.
         """
-        assert self._folder is not None, "a run without a folder cannot be saved"
+        assert self.folder is not None, "a run without a folder cannot be saved"
         random = {"cpu": torch.get_rng_state()}
         if self.model.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.model.device)
@@ -324,7 +326,7 @@ class Trainer:
             "best": self.best.state,
             "config": asdict(self.config),
         }
-        folder, snapshot = self._folder / "snapshots", Snapshot(self.step, tensors, state)
+        folder, snapshot = self.folder / "snapshots", Snapshot(self.step, tensors, state)
         try:
             path = save_snapshot(folder, snapshot, keep=self.config.keep_snapshots)
         except OSError as error:
@@ -341,8 +343,8 @@ class Trainer:
         Raises CorruptCheckpoint naming what is damaged or does not belong to this run.
         """
         if path is None:
-            assert self._folder is not None
-            found = newest_snapshot(self._folder / "snapshots")
+            assert self.folder is not None
+            found = newest_snapshot(self.folder / "snapshots")
             if found is None:
                 return None
             path, snapshot = found

@@ -77,6 +77,9 @@ class MetricsFile:
         """Write the result of an evaluation, a dataclass."""
         self._append({"step": step, "evaluation": asdict(result)})
 
+    def write_sample(self, step: int, text: str) -> None:
+        self._append({"step": step, "sample": text})
+
     def _append(self, record: dict[str, Any]) -> None:
         """A line that cannot be written is lost, with a warning: no run of days ends by that."""
         try:

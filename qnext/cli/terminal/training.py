@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -13,15 +14,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qnext.cli.flags.watching import WatchFlags
 from qnext.cli.terminal.text import note
 from qnext.errors import warn
 from qnext.planning import list_parameters
 from qnext.training import Hooks, StepMetrics, Trainer, decay_table
+from qnext.training.loggers import logged
 from qnext.training.loop import SnapshotFailed
 from qnext.training.metrics import ExpertStats
 from qnext.training.optimizer import lr_scale
 from qnext.training.stopping import interruptible
 
+_UNWATCHED = WatchFlags()
 _LINE_EVERY = 10  # steps between lines where there is no terminal
 
 
@@ -64,7 +68,7 @@ class TrainingDisplay:
     def show_text(self, text: str) -> None:
         self.console.print(text, style="cyan", soft_wrap=True, markup=False)
 
-    def hooks(self, *, on_sample: Callable[[int], None] | None = None) -> Hooks:
+    def hooks(self, *, on_sample: Callable[[int], str | None] | None = None) -> Hooks:
         return Hooks(on_step=self._on_step, on_evaluation=self._on_evaluation, on_sample=on_sample)
 
     def describe(self, trainer: Trainer, description: str, *, vocab_size: int) -> None:
@@ -120,8 +124,23 @@ def _why_skipped(metrics: StepMetrics) -> str:
     return f"gradient norm {metrics.grad_norm:.4g}{spike}"
 
 
-def run_to_the_end(trainer: Trainer, display: TrainingDisplay, save: Callable[[], Path]) -> None:
+def run_to_the_end(
+    trainer: Trainer, display: TrainingDisplay, save: Callable[[], Path], *, watch: WatchFlags = _UNWATCHED
+) -> None:
     """Train, and print the folder that `save` makes of the model. A signal ends the run with a snapshot."""
+    with watched(trainer, watch):
+        _run_to_the_end(trainer, display, save)
+
+
+@contextmanager
+def watched(trainer: Trainer, flags: WatchFlags) -> Iterator[None]:
+    """While this is open, the numbers of the run go where the flags say."""
+    assert trainer.folder is not None
+    with logged(trainer, trainer.folder, flags.log or ()):
+        yield
+
+
+def _run_to_the_end(trainer: Trainer, display: TrainingDisplay, save: Callable[[], Path]) -> None:
     with interruptible(trainer, note) as stop, display:
         trainer.run()
     if trainer.should_stop and not trainer.is_done:

@@ -5,16 +5,21 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from qnext.cli.flags.watching import WatchFlags
 from qnext.cli.terminal.progress import byte_progress
 from qnext.cli.terminal.samples import show
 from qnext.cli.terminal.training import TrainingDisplay, run_to_the_end
 from qnext.ops import keep_freed_memory
 from qnext.recipes.tasks import prepare_task, read_data
 from qnext.recipes.tuning import TuningRun, TuningTask
+from qnext.training.loggers import check_names
+
+_UNWATCHED = WatchFlags()
 
 
-def tune(task: TuningTask, out: Path, *, show_sample: int, resume: bool) -> None:
+def tune(task: TuningTask, out: Path, *, show_sample: int, resume: bool, watch: WatchFlags = _UNWATCHED) -> None:
     """Run a task in its folder to the end; or show `show_sample` samples of its data, if not zero."""
+    check_names(watch.log or ())
     keep_freed_memory()
     if show_sample:
         show(read_data(task, out, progress=byte_progress), show_sample)
@@ -25,7 +30,7 @@ def tune(task: TuningTask, out: Path, *, show_sample: int, resume: bool) -> None
     if run.adapted:
         display.note(f"adapter: {run.adapted}")
     run.trainer.evaluate()
-    run_to_the_end(run.trainer, display, partial(_save, run, display))
+    run_to_the_end(run.trainer, display, partial(_save, run, display), watch=watch)
 
 
 def _save(run: TuningRun, display: TrainingDisplay) -> Path:
