@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -52,6 +53,17 @@ def serving(arguments: list[str]) -> Iterator[str]:
             yield found[1]
         finally:
             process.terminate()
+
+
+def watch(arguments: list[str]) -> None:
+    """Open the page of a run, and end it."""
+    command = [sys.executable, "-m", "qnext", *arguments, "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        with urlopen(f"{process.stdout.readline().strip()}metrics") as reply:
+            assert b'"loss"' in reply.read()
+        process.terminate()
 
 
 def run_verb(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +123,8 @@ def test_qnext_commands_and_python_run_in_order(tmp_path: Path, monkeypatch: pyt
                 line = line.replace(long, short)
             if words[1] == "serve":
                 url = stack.enter_context(serving(shlex.split(line)))
+            elif words[1] == "watch":
+                watch(shlex.split(line))
             else:
                 run_verb(shlex.split(line), monkeypatch)
     assert (tmp_path / "runs/demo/model/model.safetensors").is_file()

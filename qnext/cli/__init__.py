@@ -36,6 +36,7 @@ VERBS = {
     "serve": "a model behind OpenAI's and Anthropic's APIs, with a page",
     "run-batch": "answer a file of requests, here or by a running server",
     "train": "train by a recipe",
+    "watch": "the page of a training run that goes on or has ended",
     "train-sft": "teach a model to answer as your chats do, as `qnext train sft`",
     "train-dpo": "teach a model to prefer the better of two answers, as `qnext train dpo`",
     "train-distill": "teach a model what a larger one knows, as `qnext train distill`",

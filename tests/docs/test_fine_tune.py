@@ -39,7 +39,7 @@ def test_its_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(found) >= 7
     for words in found:
         assert words[0] == "qnext"
-        if words[1] == "serve":  # what it serves is what `qnext chat` has loaded
+        if words[1] in ("serve", "watch"):  # they go on; one serves what `qnext chat` has loaded, one the run before
             continue
         trains = words[1] == "train" and "--show-sample" not in words
         more = ["--set", "total_steps=2"] if trains else ["--max-tokens", "4"] if words[1] == "chat" else []

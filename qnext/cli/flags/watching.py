@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from qnext.cli.flags.values import panel
@@ -17,3 +20,19 @@ class WatchFlags:
     log: Annotated[
         list[str] | None, _watching("tensorboard: event files in OUT/tensorboard; wandb. May be given again.")
     ] = None
+    page: Annotated[
+        bool,
+        _watching("Serve a page of the run while it goes on, on this machine alone.", "--page", show_default=False),
+    ] = False
+    page_port: Annotated[int | None, _watching("Of the page; any other where it is taken.", min=0, max=65535)] = None
+
+    @contextmanager
+    def serving(self, folder: Path) -> Iterator[str | None]:
+        """The address of the page of the run in `folder`, where there is to be one."""
+        if not self.page and self.page_port is None:
+            yield None
+            return
+        from qnext.diagnostics.run_page.serving import PORT, serving
+
+        with serving(folder, port=PORT if self.page_port is None else self.page_port) as address:
+            yield address

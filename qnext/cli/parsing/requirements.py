@@ -8,7 +8,7 @@ import re
 from qnext.errors import UsageError
 
 OLDEST_TORCH = (2, 11)  # as pyproject.toml has it
-_WITHOUT_TORCH = ("completion", "pull", "keys", "audit", "doctor", "bench-serve")
+_WITHOUT_TORCH = ("completion", "pull", "keys", "audit", "doctor", "bench-serve", "watch")
 
 
 def check_torch(verb: str) -> None:

@@ -136,7 +136,9 @@ def run_to_the_end(
 def watched(trainer: Trainer, flags: WatchFlags) -> Iterator[None]:
     """While this is open, the numbers of the run go where the flags say."""
     assert trainer.folder is not None
-    with logged(trainer, trainer.folder, flags.log or ()):
+    with logged(trainer, trainer.folder, flags.log or ()), flags.serving(trainer.folder) as address:
+        if address is not None:
+            note(f"the page of this run: {address}")
         yield
 
 

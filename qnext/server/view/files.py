@@ -22,18 +22,23 @@ _PAGE_HEADERS = {
 }
 
 
-@cache
 def page_files() -> dict[str, HttpResponse]:
-    """Path under /page/ to the answer. All files are read at once, so no path of a request ever reaches the disk."""
+    """Path under /page/ to the answer."""
+    return static_files(_PAGE)
+
+
+@cache
+def static_files(folder: Path) -> dict[str, HttpResponse]:
+    """Path inside `folder` to the answer. All files are read at once, so no path of a request ever reaches the disk."""
     files: dict[str, HttpResponse] = {}
-    for path in sorted(_PAGE.rglob("*")):
+    for path in sorted(folder.rglob("*")):
         if not path.is_file() or path.name.startswith((".", "_")) or path.suffix == ".py":
             continue
         content = path.read_bytes()
         kind = "text/javascript" if path.suffix == ".js" else mimetypes.guess_type(path.name)[0]
         tag = f'"{hashlib.sha256(content).hexdigest()[:20]}"'
         text = "; charset=utf-8" if (kind or "").startswith("text/") else ""
-        files[path.relative_to(_PAGE).as_posix()] = HttpResponse(
+        files[path.relative_to(folder).as_posix()] = HttpResponse(
             content, content_type=f"{kind or 'application/octet-stream'}{text}", headers={**_PAGE_HEADERS, "ETag": tag}
         )
     return files
