@@ -171,29 +171,55 @@ def test_contexts_on_torch(contexts: list[int], cuts: list[int], dtype: torch.dt
     assert_agrees(contexts, cuts, dtype, sizes, mixer=torch_mixer)
 
 
-@pytest.mark.parametrize("has_gate", [False, True])
-@pytest.mark.parametrize("lengths", [[1], [65], RAGGED], ids=str)
-def test_torch_has_the_gradients_of_the_reference(lengths: list[int], has_gate: bool) -> None:
-    sequences = Sequences(lengths, sizes=Sizes(6, 2, 10, 4, has_gate))
-    rows_T = torch.arange(sum(lengths))
+def assert_same_gradients(
+    mixer: Any,
+    definition: Any,
+    lengths: list[int],
+    sizes: Sizes,
+    *,
+    dtype: torch.dtype,
+    zero_centered: bool = True,
+    tolerance: float,
+) -> None:
+    sequences = Sequences(lengths, sizes=sizes)
 
     def run(mixer: Any, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor) -> tuple[Tensor]:
-        weights = AttentionWeights(q_norm, k_norm, eps=1e-6, zero_centered=True, has_gate=has_gate, scale=0.3)
+        gate = {"has_gate": sizes.has_gate, "zero_centered": zero_centered}
+        weights = AttentionWeights(q_norm, k_norm, eps=1e-6, scale=0.3, **gate)
         rope = Rope(*(x.to(q.dtype) for x in sequences.rope))
         return (mixer(q, k, v, weights, rope=rope, packing=Packing(lengths)),)
 
+    numbers = (sequences.q, sequences.k, sequences.v, *sequences.norms)
     assert_same_function(
-        lambda **x: run(torch_mixer, **x),
-        lambda **x: run(reference, **x),
-        {
-            "q": sequences.q[rows_T].double(),
-            "k": sequences.k[rows_T].double(),
-            "v": sequences.v[rows_T].double(),
-            "q_norm": sequences.norms[0].double(),
-            "k_norm": sequences.norms[1].double(),
-        },
-        tolerance=1e-12,
+        lambda **x: run(mixer, **x),
+        lambda **x: run(definition, **x),
+        {name: x.to(dtype) for name, x in zip(("q", "k", "v", "q_norm", "k_norm"), numbers, strict=True)},
+        tolerance=tolerance,
     )
+
+
+@pytest.mark.parametrize("has_gate", [False, True])
+@pytest.mark.parametrize("lengths", [[1], [65], RAGGED], ids=str)
+def test_torch_has_the_gradients_of_the_reference(lengths: list[int], has_gate: bool) -> None:
+    sizes = Sizes(6, 2, 10, 4, has_gate)
+    assert_same_gradients(torch_mixer, reference, lengths, sizes, dtype=torch.float64, tolerance=1e-12)
+
+
+@needs_native
+@pytest.mark.parametrize("lengths", [*([length] for length in LENGTHS[1:]), RAGGED], ids=str)
+def test_native_has_the_gradients_of_the_reference(lengths: list[int], isa: int) -> None:
+    """Against torch in fp64, the reference (see above). A token alone, whose q and k have none, is in RAGGED."""
+    tolerance = 4 * TOLERANCES[torch.float32]  # twice as many sums on the way back, and norms
+    assert_same_gradients(ops.attention_mixer, torch_mixer, lengths, SIZES, dtype=torch.float32, tolerance=tolerance)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "sizes", [Sizes(3, 3, 32, 32, False), Sizes(8, 1, 96, 96), Sizes(2, 1, 256, 64), Sizes(4, 2, 64, 0)], ids=str
+)
+def test_native_gradients_of_any_sizes(sizes: Sizes, isa: int) -> None:
+    options: dict[str, Any] = {"dtype": torch.float32, "tolerance": 4 * TOLERANCES[torch.float32]}
+    assert_same_gradients(ops.attention_mixer, reference, [3, 70], sizes, zero_centered=False, **options)
 
 
 @needs_native
@@ -327,13 +353,23 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], error: type[Except
         sequences.call(ops.attention_mixer, torch.arange(20), [20], cache._replace(**change))
 
 
-def test_gradients_come_from_torch() -> None:
-    sequences = Sequences([5, 3])
-    sequences.q.requires_grad_()
-    out = sequences.call(ops.attention_mixer, torch.arange(8), [5, 3], None)
-    assert torch.equal(out, sequences.call(torch_mixer, torch.arange(8), [5, 3], None))
-    out.sum().backward()
-    assert sequences.q.grad is not None
+@needs_native
+def test_no_gradient_crosses_a_boundary_or_depends_on_threads(isa: int) -> None:
+    """A loss on the second of three sequences: the rows of the others get exact zeros."""
+    assert native is not None
+    results = []
+    try:
+        for count in (1, 3):
+            native.set_num_threads(count)
+            sequences = Sequences([64, 70, 5])
+            rows = [x.requires_grad_() for x in (sequences.q, sequences.k, sequences.v)]
+            sequences.call(ops.attention_mixer, torch.arange(139), [64, 70, 5], None)[64:134].square().sum().backward()
+            results.append([x.grad for x in rows])
+    finally:
+        native.set_num_threads(torch.get_num_threads())
+    for grad, other in zip(*results, strict=True):
+        assert grad is not None and torch.equal(grad, other)
+        assert not grad[:64].any() and not grad[134:].any() and grad[64:134].any(dim=1).all()
 
 
 def test_int8_pages_of_the_reference_are_close_to_wide_ones() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qnext.ops.caches import AttentionCache
 from qnext.ops.checks import check_attention
-from qnext.ops.cpu.kernels import check_memory, kernels, take, widened
+from qnext.ops.cpu.kernels import check_memory, is_fp32, kernels, run_on, take, wants_gradients, widened
+from qnext.ops.cpu.train_attention import trained_attention_mixer
 from qnext.ops.packing import Packing
 from qnext.ops.records import AttentionWeights, Rope
 
@@ -32,11 +33,14 @@ def serves_attention_mixer(
     cache: AttentionCache | None = None,
 ) -> bool:
     """Whether the kernels know the head sizes and the pages."""
-    return (
-        take(q_TX, k_TY, v_TY, weights.q_norm_weight_K, weights.k_norm_weight_K)
-        and fits_attention_mixer(weights)
-        and (cache is None or fits_pages(cache.k_pages.dtype))
-    )
+    tensors = (q_TX, k_TY, v_TY, weights.q_norm_weight_K, weights.k_norm_weight_K)
+    if wants_gradients(*tensors):
+        # One thread walks a sequence and KV head; torch divides the queries of a long sequence too.
+        num_tasks = packing.num_sequences * (k_TY.shape[1] // weights.head_dim)
+        has_work_for_all = num_tasks >= torch.get_num_threads()
+        is_plain = cache is None and all(map(is_fp32, (*tensors, *rope)))
+        return is_plain and has_work_for_all and run_on(q_TX.device) and fits_attention_mixer(weights)
+    return take(q_TX) and fits_attention_mixer(weights) and (cache is None or fits_pages(cache.k_pages.dtype))
 
 
 def fits_attention_mixer(weights: AttentionWeights) -> bool:
@@ -59,12 +63,14 @@ def attention_mixer(
     packing: Packing,
     cache: AttentionCache | None = None,
 ) -> Tensor:
-    """See ops.attention_mixer. Without a cache keys and values stay fp32.
+    """See ops.attention_mixer. Without a cache keys and values stay fp32. With gradients it serves calls without one.
 
     Raises ValueError for shapes, types or lengths that do not fit, IndexError for pages or places outside the pool;
     nothing is written then.
     """
     check_attention(q_TX, k_TY, v_TY, weights, rope, packing)
+    if wants_gradients(q_TX, k_TY, v_TY, weights.q_norm_weight_K, weights.k_norm_weight_K):
+        return trained_attention_mixer(q_TX, k_TY, v_TY, weights, rope=rope, packing=packing)
     num_tokens, head_dim = q_TX.shape[0], weights.head_dim
     if cache is None:
         cache = _make_cache(packing, k_TY, head_dim)

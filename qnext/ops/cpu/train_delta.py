@@ -13,7 +13,7 @@ from qnext.ops.packing import Packing
 from qnext.ops.records import DeltaWeights
 
 
-class _MixerKept(NamedTuple):
+class _DeltaKept(NamedTuple):
     """What the gradient reads beside the inputs: states between chunks, and what each token writes and reads."""
 
     states: Tensor
@@ -23,11 +23,11 @@ class _MixerKept(NamedTuple):
 
 def trained_delta_mixer(qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing) -> Tensor:
     """[T, H * V] fp32, from zeros at the start of every sequence. See ops.gated_delta_mixer."""
-    sizes = _MixerSizes(weights.num_key_heads, weights.key_head_dim, weights.value_head_dim, weights.eps)
+    sizes = _DeltaSizes(weights.num_key_heads, weights.key_head_dim, weights.value_head_dim, weights.eps)
     return _DeltaMixer.apply(qkvz_TX.contiguous(), ba_TY.contiguous(), *weights.tensors, sizes, packing)
 
 
-class _MixerSizes(NamedTuple):
+class _DeltaSizes(NamedTuple):
     num_key_heads: int
     key_dim: int
     value_dim: int
@@ -44,13 +44,13 @@ class _DeltaMixer(torch.autograd.Function):
         A_log_H: Tensor,
         dt_bias_H: Tensor,
         norm_V: Tensor,
-        sizes: _MixerSizes,
+        sizes: _DeltaSizes,
         packing: Packing,
     ) -> Tensor:
         num_heads, chunk = A_log_H.shape[0], kernels().delta_training_chunk()
         num_chunks = sum(-(-length // chunk) for length in packing.lengths)
         rows = (qkvz_TX.shape[0], num_heads, sizes.value_dim)
-        kept = _MixerKept(
+        kept = _DeltaKept(
             qkvz_TX.new_empty(num_chunks, num_heads, sizes.key_dim, sizes.value_dim),
             qkvz_TX.new_empty(rows),
             qkvz_TX.new_empty(rows),
@@ -67,7 +67,7 @@ class _DeltaMixer(torch.autograd.Function):
     def backward(ctx: Any, grad_TZ: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, states, writes, reads = ctx.saved_tensors
         sizes, packing = ctx.sizes, ctx.packing
-        arguments = _arguments(tuple(inputs), _MixerKept(states, writes, reads), sizes, packing)
+        arguments = _arguments(tuple(inputs), _DeltaKept(states, writes, reads), sizes, packing)
         grad_TZ = grad_TZ.contiguous()
         grad_qkvz, grad_ba = torch.empty_like(inputs[0]), torch.empty_like(inputs[1])
         partial = grad_TZ.new_empty(packing.num_sequences, sizes.num_key_heads, arguments.partial_size)
@@ -77,7 +77,7 @@ class _DeltaMixer(torch.autograd.Function):
         return grad_qkvz, grad_ba, *_of_parameters(partial.sum(0), tuple(inputs), sizes), None, None
 
 
-def _arguments(inputs: tuple[Tensor, ...], kept: _MixerKept, sizes: _MixerSizes, packing: Packing) -> Any:
+def _arguments(inputs: tuple[Tensor, ...], kept: _DeltaKept, sizes: _DeltaSizes, packing: Packing) -> Any:
     qkvz_TX, ba_TY, conv_C1W, A_log_H, dt_bias_H, norm_V = inputs
     return kernels().DeltaTraining(
         num_sequences=packing.num_sequences,
@@ -100,7 +100,7 @@ def _arguments(inputs: tuple[Tensor, ...], kept: _MixerKept, sizes: _MixerSizes,
     )
 
 
-def _of_parameters(partial: Tensor, inputs: tuple[Tensor, ...], sizes: _MixerSizes) -> tuple[Tensor, ...]:
+def _of_parameters(partial: Tensor, inputs: tuple[Tensor, ...], sizes: _DeltaSizes) -> tuple[Tensor, ...]:
     """Gradients of conv, A_log, dt_bias and norm from one row per key head, each with its own channels."""
     conv_C1W, A_log_H = inputs[2], inputs[3]
     width, repeats = conv_C1W.shape[2], A_log_H.shape[0] // sizes.num_key_heads

@@ -6,8 +6,9 @@ using namespace nb::literals;
 
 namespace qnext {
 
-void bind_train(nb::module_& m) {
-  // By name alone: twelve addresses and sizes in a row would be mixed up.
+namespace {
+
+void bind_delta_training(nb::module_& m) {
   nb::class_<DeltaTraining>(m, "DeltaTraining", "A training step's call of the mixer: sizes, inputs, what is kept.")
       .def(
           "__init__",
@@ -25,21 +26,62 @@ void bind_train(nb::module_& m) {
           "eps"_a, "starts"_a, "qkvz"_a, "ba"_a, "conv"_a, "A_log"_a, "dt_bias"_a, "norm"_a, "states"_a, "writes"_a,
           "reads"_a)
       .def_prop_ro("partial_size", [](const DeltaTraining& self) { return delta_partial_size(self); });
-  m.def("delta_training_chunk", [] { return active_train_kernels().delta_chunk; });
+  m.def("delta_training_chunk", [] { return active_delta_train_kernels().chunk; });
   m.def(
       "delta_training_forward",
       [](const DeltaTraining& arguments, uintptr_t out) {
-        active_train_kernels().delta_forward(arguments, pointer<float>(out));
+        active_delta_train_kernels().forward(arguments, pointer<float>(out));
       },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "delta_training_backward",
       [](const DeltaTraining& arguments, uintptr_t grad_out, uintptr_t grad_qkvz, uintptr_t grad_ba, uintptr_t partial) {
-        active_train_kernels().delta_backward(
+        active_delta_train_kernels().backward(
             arguments, DeltaTrainingGradients{pointer<const float>(grad_out), pointer<float>(grad_qkvz),
                                               pointer<float>(grad_ba), pointer<float>(partial)});
       },
       nb::call_guard<nb::gil_scoped_release>());
+}
+
+void bind_attention_training(nb::module_& m) {
+  nb::class_<AttentionTraining>(m, "AttentionTraining", "A training step's call of attention: sizes, inputs, what is kept.")
+      .def(
+          "__init__",
+          [](AttentionTraining* self, int64_t num_sequences, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+             int64_t half, bool has_gate, bool zero_centered, float eps, float scale, uintptr_t starts, uintptr_t q,
+             uintptr_t k, uintptr_t v, uintptr_t q_norm, uintptr_t k_norm, uintptr_t cos, uintptr_t sin,
+             uintptr_t reads, uintptr_t log_sums) {
+            new (self) AttentionTraining{num_sequences, num_heads, num_kv_heads, head_dim, half, has_gate, zero_centered,
+                                         eps, scale, pointer<const int64_t>(starts), pointer<const float>(q),
+                                         pointer<const float>(k), pointer<const float>(v), pointer<const float>(q_norm),
+                                         pointer<const float>(k_norm), pointer<const float>(cos),
+                                         pointer<const float>(sin), pointer<float>(reads), pointer<float>(log_sums)};
+          },
+          nb::kw_only(), "num_sequences"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "half"_a, "has_gate"_a,
+          "zero_centered"_a, "eps"_a, "scale"_a, "starts"_a, "q"_a, "k"_a, "v"_a, "q_norm"_a, "k_norm"_a, "cos"_a,
+          "sin"_a, "reads"_a, "log_sums"_a);
+  m.def(
+      "attention_training_forward",
+      [](const AttentionTraining& arguments, uintptr_t out) {
+        active_attention_train_kernels().forward(arguments, pointer<float>(out));
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "attention_training_backward",
+      [](const AttentionTraining& arguments, uintptr_t grad_out, uintptr_t grad_q, uintptr_t grad_k, uintptr_t grad_v,
+         uintptr_t partial) {
+        active_attention_train_kernels().backward(
+            arguments, AttentionTrainingGradients{pointer<const float>(grad_out), pointer<float>(grad_q),
+                                                  pointer<float>(grad_k), pointer<float>(grad_v), pointer<float>(partial)});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace
+
+void bind_train(nb::module_& m) {
+  bind_delta_training(m);
+  bind_attention_training(m);
 }
 
 }  // namespace qnext

@@ -30,12 +30,38 @@ inline int64_t delta_partial_size(const DeltaTraining& a) {
   return (2 * a.key_dim + a.repeats * a.value_dim) * a.conv_width + a.value_dim + 2 * a.repeats;
 }
 
-struct TrainKernels {
-  int64_t delta_chunk;  // tokens in a chunk
-  void (*delta_forward)(const DeltaTraining& arguments, float* out);
-  void (*delta_backward)(const DeltaTraining& arguments, const DeltaTrainingGradients& gradients);
+struct DeltaTrainKernels {
+  int64_t chunk;  // tokens in a chunk
+  void (*forward)(const DeltaTraining& arguments, float* out);
+  void (*backward)(const DeltaTraining& arguments, const DeltaTrainingGradients& gradients);
+};
+
+// Causal attention inside each sequence without a cache, with norms, rotation and gate; see ops.attention_mixer.
+struct AttentionTraining {
+  int64_t num_sequences, num_heads, num_kv_heads, head_dim, half;  // head_dim: of 16; half the rotated dims
+  bool has_gate, zero_centered;
+  float eps, scale;
+  const int64_t* starts;           // [N + 1] first token of each sequence
+  const float *q, *k, *v;          // [T, H * K or H * 2 K], [T, G * K] twice
+  const float *q_norm, *k_norm;    // [K]
+  const float *cos, *sin;          // [T, half]
+  // Kept from the forward pass: what a head reads before its gate [T, H, K], and the logarithm of its sum of
+  // exponentials [T, H].
+  float *reads, *log_sums;
+};
+
+struct AttentionTrainingGradients {
+  const float* out;
+  float *q, *k, *v;
+  float* partial;  // of the norms' weights, [2, K] per sequence and KV head, written
+};
+
+struct AttentionTrainKernels {
+  void (*forward)(const AttentionTraining& arguments, float* out);
+  void (*backward)(const AttentionTraining& arguments, const AttentionTrainingGradients& gradients);
 };
 
 }  // namespace qnext
 
-QNEXT_DISPATCH(TrainKernels, train_kernels)
+QNEXT_DISPATCH(DeltaTrainKernels, delta_train_kernels)
+QNEXT_DISPATCH(AttentionTrainKernels, attention_train_kernels)

@@ -10,22 +10,8 @@
 namespace qnext::QNEXT_ISA {
 namespace {
 
-constexpr int kMemorySlot = 21;
 constexpr float kL2Eps = 1e-6f;
-
-// Memory of one task, handed out piece by piece.
-class Arena {
- public:
-  explicit Arena(float* memory) : next_(memory) {}
-  float* take(int64_t count) {
-    float* piece = next_;
-    next_ += (count + kLanes - 1) / kLanes * kLanes;
-    return piece;
-  }
-
- private:
-  float* next_;
-};
+constexpr int kBlockRows = 4;  // tokens of the convolution at once
 
 // One sequence and key head: its columns in the rows of the tokens, its parameters, and memory for a chunk.
 struct Group {
@@ -40,10 +26,13 @@ struct Group {
     for (int64_t n = 0; n < sequence; ++n) first_chunk += num_chunks(a.starts[n + 1] - a.starts[n]);
     const int64_t key_size = kChunk * a.key_dim, value_size = kChunk * a.value_dim, square = kChunk * kChunk;
     const int64_t state_size = a.key_dim * a.value_dim;
-    const int64_t count = a.conv_width * mixed + 2 * kChunk * mixed + (kChunk + kMaxConvWidth) * mixed + 3 * key_size +
+    width = a.conv_width <= 4 ? 4 : kMaxConvWidth;
+    const int64_t count = (2 * width + 1) * mixed + 2 * kChunk * mixed + (kChunk + kMaxConvWidth) * mixed + 3 * key_size +
                           5 * value_size + 8 * square + (repeats + 1) * state_size + 5 * key_size + 2 * kChunk + 512;
-    Arena memory(static_cast<float*>(scratch(kMemorySlot, count * sizeof(float))));
-    taps = memory.take(a.conv_width * mixed);
+    Arena memory(static_cast<float*>(scratch(kTrainSlot, count * sizeof(float))));
+    taps = memory.take(width * mixed);
+    grad_taps = memory.take(width * mixed);
+    zeros = memory.take(mixed);
     before = memory.take(kChunk * mixed);
     active = memory.take(kChunk * mixed);
     grad_before = memory.take((kChunk + kMaxConvWidth) * mixed);
@@ -69,11 +58,17 @@ struct Group {
     return 2 * all_keys + key_head * repeats * sizes.value_dim + column - 2 * sizes.key_dim;
   }
 
+  // A shorter convolution has zeros before its taps.
   void gather_taps() {
+    memset(taps, 0, width * mixed * sizeof(float));
+    memset(grad_taps, 0, width * mixed * sizeof(float));
+    memset(zeros, 0, mixed * sizeof(float));
     for (int64_t c = 0; c < mixed; ++c)
-      for (int64_t j = 0; j < a.conv_width; ++j) taps[j * mixed + c] = a.conv[channel(c) * a.conv_width + j];
+      for (int64_t j = 0; j < a.conv_width; ++j)
+        taps[(width - a.conv_width + j) * mixed + c] = a.conv[channel(c) * a.conv_width + j];
   }
 
+  bool has(int64_t token) const { return token >= 0 && token < length; }
   // Columns of the group in the row of a token of the sequence.
   int64_t place(int64_t token) const { return (first + token) * row_size + key_head * (mixed + repeats * sizes.value_dim); }
   const float* row(int64_t token) const { return a.qkvz + place(token); }
@@ -89,7 +84,9 @@ struct Group {
   const DeltaTraining& a;
   HeadSizes sizes;
   int64_t key_head, repeats, num_heads, mixed, row_size, first, length, first_chunk;
-  float *taps, *before, *active, *grad_before;  // [W, mixed]; [C, mixed] before silu and after; gradient before silu
+  int64_t width;  // of the convolution, as computed
+  float *taps, *grad_taps, *zeros;        // [width, mixed] twice, [mixed]
+  float *before, *active, *grad_before;  // [C, mixed] before silu and after; gradient before silu
   ChunkKeys keys;
   float* inverse;  // 1 / length of q, then of k, per token
   float *values, *outputs, *written, *grad_states;
@@ -97,22 +94,47 @@ struct Group {
   ChunkGradients grad;
 };
 
-// before = the convolution, active = silu of it; rows from `count` on are zero.
-void convolve(const Group& g, int64_t token, int64_t count) {
-  const int64_t width = g.a.conv_width;
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t missing = std::max<int64_t>(0, width - 1 - (token + t));
-    const float* inputs[kMaxConvWidth];
-    for (int64_t j = missing; j < width; ++j) inputs[j] = g.row(token + t - width + 1 + j);
-    for (int64_t c = 0; c < g.mixed; c += kRegisterLanes) {
-      f32reg total{};
-      for (int64_t j = missing; j < width; ++j)
-        total = fma(load_register(g.taps + j * g.mixed + c), load_register(inputs[j] + c), total);
-      store(g.before + t * g.mixed + c, total);
-      store(g.active + t * g.mixed + c, silu(total));
+// Asks for what the same place of the next chunk will read.
+QNEXT_INLINE void prefetch_row(const float* row, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLanes) prefetch(row + i);
+}
+
+// Rows that a block of the convolution reads, oldest first: zeros outside of the sequence.
+template <int kWidth>
+struct InputRows {
+  InputRows(const Group& g, int64_t token) {
+    for (int i = 0; i < kBlockRows + kWidth - 1; ++i) {
+      const int64_t from = token - kWidth + 1 + i;
+      rows[i] = g.has(from) ? g.row(from) : g.zeros;
     }
   }
-  memset(g.active + count * g.mixed, 0, (kChunk - count) * g.mixed * sizeof(float));
+  const float* rows[kBlockRows + kWidth - 1];
+};
+
+// before = the convolution, active = silu of it; rows from `count` on are zero. The chunk after it is `ahead` tokens away.
+template <int kWidth>
+void convolve(const Group& g, int64_t token, int64_t count, int64_t ahead) {
+  const int64_t mixed = g.mixed, row_size = mixed + g.repeats * g.sizes.value_dim;
+  const float* taps = g.taps;
+  for (int64_t t = 0; t < count; t += kBlockRows) {
+    const InputRows<kWidth> inputs(g, token + t);
+    for (int64_t next = token + t + ahead; next < token + t + ahead + kBlockRows; ++next)
+      if (g.has(next)) prefetch_row(g.row(next), row_size);
+    float *before = g.before + t * mixed, *active = g.active + t * mixed;
+    for (int64_t c = 0; c < mixed; c += kRegisterLanes) {
+      f32reg x[kBlockRows + kWidth - 1], totals[kBlockRows] = {};
+      for (int i = 0; i < kBlockRows + kWidth - 1; ++i) x[i] = load_register(inputs.rows[i] + c);
+      for (int j = 0; j < kWidth; ++j) {
+        const f32reg tap = load_register(taps + j * mixed + c);
+        for (int r = 0; r < kBlockRows; ++r) totals[r] = fma(tap, x[r + j], totals[r]);
+      }
+      for (int r = 0; r < kBlockRows; ++r) {
+        store(before + r * mixed + c, totals[r]);
+        store(active + r * mixed + c, silu(totals[r]));
+      }
+    }
+  }
+  memset(g.active + count * mixed, 0, (kChunk - count) * mixed * sizeof(float));
 }
 
 // q and k of length one, q scaled, with 1 / length in `inverse`: zero for rows of zeros, which get no gradient.
@@ -141,8 +163,8 @@ void read_gates(const Group& g, int64_t token, int64_t count, int64_t r, ChunkGa
 }
 
 // Everything of a chunk that its heads share.
-void prepare_chunk(const Group& g, int64_t token, int64_t count) {
-  convolve(g, token, count);
+void prepare_chunk(const Group& g, int64_t token, int64_t count, int64_t ahead) {
+  g.width == 4 ? convolve<4>(g, token, count, ahead) : convolve<kMaxConvWidth>(g, token, count, ahead);
   normalize_keys(g);
   multiply_keys(g.sizes, g.keys, g.chunk.scaled);
 }
@@ -179,7 +201,7 @@ void forward_group(const DeltaTraining& a, int64_t task, float* out) {
   ChunkProducts products;
   for (int64_t c = 0; c < num_chunks; ++c) {
     const int64_t token = c * kChunk, count = std::min(kChunk, g.length - token);
-    prepare_chunk(g, token, count);
+    prepare_chunk(g, token, count, kChunk);
     for (int64_t r = 0; r < g.repeats; ++r) {
       read_gates(g, token, count, r, gates);
       decay_products(g.keys, gates, products);
@@ -212,6 +234,11 @@ void gated_norm_gradient(const Group& g, int64_t token, int64_t count, int64_t r
     const int64_t place = g.head_place(token + t, r);
     const float *o = g.a.reads + place, *z = g.gate_row(token + t, r), *grad = to.out + place;
     float *grad_o = g.outputs + t * size, *grad_z = to.qkvz + (z - g.a.qkvz);
+    if (g.has(token + t - kChunk)) {
+      const int64_t next = g.head_place(token + t - kChunk, r);
+      for (const float* rows : {static_cast<const float*>(g.a.reads), static_cast<const float*>(g.a.writes), to.out})
+        prefetch_row(rows + next, size);
+    }
     const float inverse = 1.0f / sqrtf(dot_registers(o, o, size) / static_cast<float>(size) + g.a.eps);
     f32reg along{};
     for (int64_t i = 0; i < size; i += kRegisterLanes) {
@@ -264,30 +291,40 @@ void normalize_gradient(const Group& g) {
 
 // Of silu's outputs, then of the convolution's inputs and taps. Behind the chunk `grad_before` holds the first rows of
 // the next one; afterwards those of this one.
-void convolve_gradient(const Group& g, int64_t token, int64_t count, float* grad_qkvz, float* grad_taps) {
-  const int64_t width = g.a.conv_width, mixed = g.mixed;
+template <int kWidth>
+void convolve_gradient(const Group& g, int64_t token, int64_t count, float* grad_qkvz) {
+  const int64_t mixed = g.mixed;
+  const float* taps = g.taps;
+  float *grad_before = g.grad_before, *grad_taps = g.grad_taps;
   for (int64_t i = 0; i < count * mixed; i += kRegisterLanes) {
-    const f32reg open = sigmoid(load_register(g.before + i));
-    const f32reg slope = fma(load_register(g.before + i) * open, splat_register(1.0f) - open, open);
-    store(g.grad_before + i, slope * load_register(g.grad_before + i));
+    const f32reg before = load_register(g.before + i), open = sigmoid(before);
+    const f32reg slope = fma(before * open, splat_register(1.0f) - open, open);
+    store(grad_before + i, slope * load_register(grad_before + i));
   }
-  for (int64_t t = 0; t < count; ++t) {
-    float* to = grad_qkvz + g.place(token + t);
-    const int64_t missing = std::max<int64_t>(0, width - 1 - (token + t));
+  for (int64_t t = 0; t < count; t += kBlockRows) {
+    const InputRows<kWidth> inputs(g, token + t);
+    float* to[kBlockRows];  // behind the end of the sequence: rows that nobody reads
+    for (int r = 0; r < kBlockRows; ++r)
+      to[r] = t + r < count ? grad_qkvz + g.place(token + t + r) : g.active + r * mixed;
     for (int64_t c = 0; c < mixed; c += kRegisterLanes) {
-      f32reg total{};
-      for (int64_t j = 0; j < width; ++j)
-        total = fma(load_register(g.taps + j * mixed + c),
-                    load_register(g.grad_before + (t + width - 1 - j) * mixed + c), total);
-      store(to + c, total);
-      const f32reg grad = load_register(g.grad_before + t * mixed + c);
-      for (int64_t j = missing; j < width; ++j) {
-        const f32reg input = load_register(g.row(token + t - width + 1 + j) + c);
-        store(grad_taps + j * mixed + c, fma(grad, input, load_register(grad_taps + j * mixed + c)));
+      f32reg grads[kBlockRows + kWidth - 1], x[kBlockRows + kWidth - 1], totals[kBlockRows] = {};
+      for (int i = 0; i < kBlockRows + kWidth - 1; ++i) {
+        grads[i] = load_register(grad_before + (t + i) * mixed + c);
+        x[i] = load_register(inputs.rows[i] + c);
       }
+      for (int j = 0; j < kWidth; ++j) {
+        const f32reg tap = load_register(taps + j * mixed + c);
+        f32reg along = load_register(grad_taps + j * mixed + c);
+        for (int r = 0; r < kBlockRows; ++r) {
+          totals[r] = fma(tap, grads[r + kWidth - 1 - j], totals[r]);
+          along = fma(grads[r], x[r + j], along);
+        }
+        store(grad_taps + j * mixed + c, along);
+      }
+      for (int r = 0; r < kBlockRows; ++r) store(to[r] + c, totals[r]);
     }
   }
-  memcpy(g.grad_before + kChunk * mixed, g.grad_before, (width - 1) * mixed * sizeof(float));
+  memcpy(grad_before + kChunk * mixed, grad_before, (kWidth - 1) * mixed * sizeof(float));
 }
 
 // Gradients of one head: q and k added, v to its columns of `grad_before`.
@@ -302,6 +339,7 @@ void head_gradient(Group& g, int64_t c, int64_t count, int64_t r, const DeltaTra
   for (int64_t t = 0; t < count; ++t)
     memcpy(g.written + t * value_dim, g.a.writes + g.head_place(token + t, r), value_dim * sizeof(float));
   memset(g.written + count * value_dim, 0, (kChunk - count) * value_dim * sizeof(float));
+  if (c > 1) prefetch_row(g.state(c - 1, r), g.sizes.key_dim * value_dim);
   const ChunkRecord record{c ? g.state(c, r) : nullptr, g.written, g.values, g.outputs};
   g.grad.v = g.chunk.right;
   backward_chunk(g.sizes, g.keys, gates, products, record, g.grad_states + r * g.sizes.key_dim * value_dim, g.chunk,
@@ -320,7 +358,7 @@ void backward_group(const DeltaTraining& a, int64_t task, const DeltaTrainingGra
   memset(g.grad_before + kChunk * g.mixed, 0, kMaxConvWidth * g.mixed * sizeof(float));
   for (int64_t c = Group::num_chunks(g.length) - 1; c >= 0; --c) {
     const int64_t token = c * kChunk, count = std::min(kChunk, g.length - token);
-    prepare_chunk(g, token, count);
+    prepare_chunk(g, token, count, -kChunk);
     memset(g.grad.q, 0, key_bytes);
     memset(g.grad.k, 0, key_bytes);
     memset(g.grad.query_key, 0, square_bytes);
@@ -328,8 +366,9 @@ void backward_group(const DeltaTraining& a, int64_t task, const DeltaTrainingGra
     for (int64_t r = 0; r < g.repeats; ++r) head_gradient(g, c, count, r, to, partial);
     backward_keys(g.sizes, g.keys, g.grad);
     normalize_gradient(g);
-    convolve_gradient(g, token, count, to.qkvz, partial.taps);
+    g.width == 4 ? convolve_gradient<4>(g, token, count, to.qkvz) : convolve_gradient<kMaxConvWidth>(g, token, count, to.qkvz);
   }
+  memcpy(partial.taps, g.grad_taps + (g.width - a.conv_width) * g.mixed, a.conv_width * g.mixed * sizeof(float));
 }
 
 void delta_forward(const DeltaTraining& a, float* out) {
@@ -342,7 +381,7 @@ void delta_backward(const DeltaTraining& a, const DeltaTrainingGradients& to) {
 
 }  // namespace
 
-extern const TrainKernels train_kernels;
-const TrainKernels train_kernels{kChunk, delta_forward, delta_backward};
+extern const DeltaTrainKernels delta_train_kernels;
+const DeltaTrainKernels delta_train_kernels{kChunk, delta_forward, delta_backward};
 
 }  // namespace qnext::QNEXT_ISA

@@ -10,6 +10,22 @@ namespace qnext::QNEXT_ISA {
 
 namespace {
 
+constexpr int kTrainSlot = 21;  // of scratch(): the memory of a task, which calls nobody else
+
+// Memory of one task, handed out piece by piece.
+class Arena {
+ public:
+  explicit Arena(float* memory) : next_(memory) {}
+  float* take(int64_t count) {
+    float* piece = next_;
+    next_ += (count + kLanes - 1) / kLanes * kLanes;
+    return piece;
+  }
+
+ private:
+  float* next_;
+};
+
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = kRegisterLanes == 16 ? 4 : 2;  // as many sums as registers hold beside their factors
 
