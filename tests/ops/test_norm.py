@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from qnext import ops
+from qnext.ops.backends import cpu_kernels
 from qnext.ops.reference import norm as reference
 
 from .compare import TOLERANCES, assert_close, assert_same_function, randn
 
 EPS = 1e-6
+native = cpu_kernels()
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
@@ -29,6 +31,34 @@ def test_rms_norm(dtype: torch.dtype, zero_centered: bool, shape: tuple[int, ...
         inputs,
         tolerance=TOLERANCES[dtype],
     )
+
+
+@pytest.mark.skipif(native is None, reason="needs the native kernels")
+@pytest.mark.parametrize("isa", range(native.best_isa() + 1 if native else 0))
+@pytest.mark.parametrize("shape", [(1, 16), (130, 3, 48), (2, 2048)])
+def test_native_rms_norm_has_the_gradients_of_the_reference(isa: int, shape: tuple[int, ...]) -> None:
+    """From strided rows too, and on any number of threads."""
+    assert native is not None
+    native.force_isa(isa)
+    inputs = {name: randn(*n, seed=len(n), dtype=torch.float32) for name, n in (("x", shape), ("weight", shape[-1:]))}
+    gradients = []
+    try:
+        for count in (1, 3):
+            native.set_num_threads(count)
+            for zero_centered in (True, False):
+                assert_same_function(
+                    lambda x, weight, z=zero_centered: (ops.rms_norm(x, weight, eps=EPS, zero_centered=z),),
+                    lambda x, weight, z=zero_centered: (reference.rms_norm(x, weight, eps=EPS, zero_centered=z),),
+                    inputs,
+                    tolerance=2e-6,  # sums of up to 390 rows
+                )
+            x, weight = (torch.cat([n, n], dim=-1).requires_grad_() for n in inputs.values())
+            y = ops.rms_norm(x.chunk(2, dim=-1)[1], weight.chunk(2)[1], eps=EPS, zero_centered=True)
+            gradients.append(torch.autograd.grad(y.sin().sum(), (x, weight)))
+    finally:
+        native.set_num_threads(torch.get_num_threads())
+        native.force_isa(native.best_isa())
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

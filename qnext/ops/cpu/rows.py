@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from qnext.ops.checks import check_norm, check_put_rows, check_route, check_same_shape
-from qnext.ops.cpu.kernels import check_memory, kernels, run_on, take, widened
+from qnext.ops.cpu.kernels import check_memory, is_fp32, kernels, run_on, take, wants_gradients, widened
 from qnext.ops.cpu.panels import KIND_OF_FLOAT
+from qnext.ops.cpu.train_rows import trained_rms_norm
 from qnext.ops.records import Rope, Routing
 
 _LANES = 16
@@ -104,12 +105,16 @@ def concat(a_TD: Tensor, b_TD: Tensor) -> Tensor:
 
 
 def serves_rms_norm(x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) -> bool:
-    return take(x, weight_D) and _are_whole_vectors(x)
+    if wants_gradients(x, weight_D):
+        return run_on(x.device) and is_fp32(x) and is_fp32(weight_D) and _are_whole_vectors(x)
+    return take(x) and _are_whole_vectors(x)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) -> Tensor:
     """See ops.rms_norm."""
     check_norm(x, weight_D)
+    if wants_gradients(x, weight_D):
+        return trained_rms_norm(x, weight_D, eps=eps, zero_centered=zero_centered)
     x, weight_D, size = x.contiguous(), widened(weight_D), x.shape[-1]
     out = torch.empty_like(x)
     norm = kernels().RmsNorm(weight=weight_D.data_ptr(), size=size, eps=eps, zero_centered=zero_centered)

@@ -77,11 +77,38 @@ void bind_attention_training(nb::module_& m) {
       nb::call_guard<nb::gil_scoped_release>());
 }
 
+void bind_norm_training(nb::module_& m) {
+  nb::class_<NormTraining>(m, "NormTraining", "A training step's call of RMSNorm.")
+      .def(
+          "__init__",
+          [](NormTraining* self, int64_t num_rows, int64_t size, float eps, bool zero_centered, uintptr_t x,
+             uintptr_t weight, uintptr_t inverse) {
+            new (self) NormTraining{num_rows,       size, eps, zero_centered, pointer<const float>(x),
+                                    pointer<const float>(weight), pointer<float>(inverse)};
+          },
+          nb::kw_only(), "num_rows"_a, "size"_a, "eps"_a, "zero_centered"_a, "x"_a, "weight"_a, "inverse"_a);
+  m.def("norm_training_rows", [] { return active_norm_train_kernels().rows; });
+  m.def(
+      "norm_training_forward",
+      [](const NormTraining& arguments, uintptr_t out) {
+        active_norm_train_kernels().forward(arguments, pointer<float>(out));
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "norm_training_backward",
+      [](const NormTraining& arguments, uintptr_t grad_out, uintptr_t grad_x, uintptr_t partial) {
+        active_norm_train_kernels().backward(arguments, pointer<const float>(grad_out), pointer<float>(grad_x),
+                                             pointer<float>(partial));
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+}
+
 }  // namespace
 
 void bind_train(nb::module_& m) {
   bind_delta_training(m);
   bind_attention_training(m);
+  bind_norm_training(m);
 }
 
 }  // namespace qnext

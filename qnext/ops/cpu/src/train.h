@@ -61,7 +61,23 @@ struct AttentionTrainKernels {
   void (*backward)(const AttentionTraining& arguments, const AttentionTrainingGradients& gradients);
 };
 
+// RMSNorm of rows of a multiple of sixteen numbers.
+struct NormTraining {
+  int64_t num_rows, size;
+  float eps;
+  bool zero_centered;
+  const float *x, *weight;
+  float* inverse;  // kept from the forward pass: 1 / root mean square of each row
+};
+
+struct NormTrainKernels {
+  int64_t rows;  // that share a gradient of the weight: one row of `partial`
+  void (*forward)(const NormTraining& arguments, float* out);
+  void (*backward)(const NormTraining& arguments, const float* grad_out, float* grad_x, float* partial);
+};
+
 }  // namespace qnext
 
 QNEXT_DISPATCH(DeltaTrainKernels, delta_train_kernels)
 QNEXT_DISPATCH(AttentionTrainKernels, attention_train_kernels)
+QNEXT_DISPATCH(NormTrainKernels, norm_train_kernels)
