@@ -44,6 +44,7 @@ def make_parts(model: CausalLM, config: EngineConfig) -> Parts:
             max_model_len=sizes.max_model_len,
             num_draft_tokens=num_draft_tokens,
             has_drafter=wanted.has_drafter,
+            keeps_routing=config.keep_routing,
         ),
         dtypes,
         device=model.device,

@@ -76,6 +76,10 @@ class EngineConfig:
     count_experts: bool = True
     """Counts the tokens of each expert, for `Engine.expert_load`."""
 
+    keep_routing: bool = False
+    """Keeps the experts of every token beside its keys and values, 8 bytes each; a completion has those of its tokens,
+    cached prefixes included."""
+
     adapters: AdapterSwitch | None = None
     """Changes of the model by name, of which a request may choose one (lora.serving)."""
 

@@ -33,6 +33,9 @@ def wanted_sizes(model: CausalLM, config: EngineConfig) -> WantedSizes:
         raise UsageError(f"max_draft_tokens must be at least 1 to speculate, not {max_draft_tokens}")
     if config.state_dtype not in STATE_DTYPES:
         raise UsageError(f"states are kept in float32 or bfloat16, not in {config.state_dtype}")
+    num_sparse = sum(map(model.config.is_moe_layer, range(model.config.num_hidden_layers)))
+    if config.keep_routing and (not num_sparse or model.config.num_linear_layers == model.config.num_hidden_layers):
+        raise UsageError("keep_routing needs routers, and a layer of full attention, whose blocks keep what they choose")
     return WantedSizes(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -46,6 +49,7 @@ def wanted_sizes(model: CausalLM, config: EngineConfig) -> WantedSizes:
         max_draft_tokens=max_draft_tokens,
         has_drafter=has_drafter,
         streams_experts=residency_of(model) is not None,
+        routing_bytes=8 * num_sparse * model.config.num_experts_per_tok if config.keep_routing else 0,
     )
 
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from qnext.ops import AttentionCache, DeltaCache, Packing, PendingTokens
+from qnext.ops import AttentionCache, DeltaCache, Packing, PendingTokens, put_rows
 
 
 class KVPages(NamedTuple):
@@ -29,6 +30,16 @@ class KVPages(NamedTuple):
     @property
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in self if tensor is not None]
+
+
+class RoutingPages(NamedTuple):
+    """The experts of the tokens of one layer: where routers write them, in the order of their weights."""
+
+    table_NA: Tensor  # int64 [num_pages * P, top_k]
+    write_index_T: Tensor
+
+    def write(self, experts_TA: Tensor) -> None:
+        put_rows(experts_TA.view(torch.float32), self.write_index_T, self.table_NA.view(torch.float32))
 
 
 class DeltaSlots(NamedTuple):
@@ -63,6 +74,7 @@ class CacheView:
     is_draft_N: Tensor | None = None  # bool; None where nothing is a draft
     prompt_lengths_N: Tensor | None = None  # int64 on the CPU, for states in bf16; None: no token is behind a prompt
     expert_load: Mapping[int, Tensor] = field(default_factory=dict)  # int64 [E] of a layer: routers add their tokens
+    routing: Mapping[int, Tensor] = field(default_factory=dict)  # int64 [num_pages, 1, P, top_k] of a layer: see RoutingPages
 
     def delta_cache(self, layer_index: int) -> DeltaCache:
         """The slots of one layer, with the slot numbers of the step's sequences."""
@@ -84,15 +96,24 @@ class CacheView:
         pages = self.kv[layer_index]
         return AttentionCache(*pages, self.block_tables_NM, self.context_lengths_N, self.write_index_T)
 
+    def routing_pages(self, layer_index: int) -> RoutingPages | None:
+        """Where the router of one layer writes its choice; None where nothing keeps it."""
+        pages = self.routing.get(layer_index)
+        return None if pages is None else RoutingPages(pages.flatten(0, 2), self.write_index_T)
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed tokens [T]. The same type trains (cache None) and serves. There is no padding."""
+    """Packed tokens [T]. The same type trains (cache None) and serves. There is no padding.
+
+    `routing` replays the choice of routers, int64 [T, top_k] of a layer: see ops.route.
+    """
 
     token_ids_T: Tensor
     positions_T: Tensor
     packing: Packing
     cache: CacheView | None = None
+    routing: Mapping[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def from_lengths(token_ids_T: Tensor, lengths: Sequence[int]) -> Batch:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qnext import ops
 from qnext.config import ModelConfig
+from qnext.model.batch import RoutingPages
 from qnext.model.layers import MLP, Linear, fusable, is_plain
 from qnext.model.weights import HoldsWeights
 
@@ -32,9 +33,11 @@ class Router(HoldsWeights):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
 
-    def forward(self, x_TD: Tensor, *, load_E: Tensor | None = None) -> RouterOutput:
+    def forward(self, x_TD: Tensor, *, load_E: Tensor | None = None, chosen_TA: Tensor | None = None) -> RouterOutput:
         logits_TE = self.scores(x_TD)
-        routing = ops.route(logits_TE, top_k=self.top_k, norm_topk_prob=self.norm_topk_prob, load_E=load_E)
+        routing = ops.route(
+            logits_TE, top_k=self.top_k, norm_topk_prob=self.norm_topk_prob, load_E=load_E, chosen_TA=chosen_TA
+        )
         return RouterOutput(logits_TE, routing)
 
     def scores(self, x_TD: Tensor) -> Tensor:
@@ -78,8 +81,18 @@ class SparseMoE(nn.Module):
             self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
             self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, x_TD: Tensor, *, load_E: Tensor | None = None) -> Tensor:
-        routing = self.gate(x_TD, load_E=load_E).routing
+    def forward(
+        self,
+        x_TD: Tensor,
+        *,
+        load_E: Tensor | None = None,
+        chosen_TA: Tensor | None = None,
+        pages: RoutingPages | None = None,
+    ) -> Tensor:
+        """`load_E` and `chosen_TA` are those of ops.route; the choice is written to `pages`."""
+        routing = self.gate(x_TD, load_E=load_E, chosen_TA=chosen_TA).routing
+        if pages is not None:
+            pages.write(routing.experts_TA)
         if self.shared_expert is None:
             return self.experts(x_TD, routing)
         shared = self._fusable_shared(self.shared_expert)

@@ -45,7 +45,11 @@ class DecoderLayer(nn.Module):
     def _feed_forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
         if not self.is_moe:
             return self.mlp(x_TD)
-        return self.mlp(x_TD, load_E=None if batch.cache is None else batch.cache.expert_load.get(self.layer_index))
+        chosen_TA, cache = batch.routing.get(self.layer_index), batch.cache
+        if cache is None:
+            return self.mlp(x_TD, chosen_TA=chosen_TA)
+        load_E, pages = cache.expert_load.get(self.layer_index), cache.routing_pages(self.layer_index)
+        return self.mlp(x_TD, load_E=load_E, chosen_TA=chosen_TA, pages=pages)
 
 
 class TrunkOutput(NamedTuple):

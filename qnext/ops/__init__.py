@@ -45,6 +45,7 @@ from qnext.ops.dispatch import (
     route,
     swiglu,
 )
+from qnext.ops.inference_forward import inference_forward
 from qnext.ops.invariance import (
     attention_keeps_bits,
     caches_keep_bits,
@@ -52,6 +53,7 @@ from qnext.ops.invariance import (
     experts_keep_bits,
     linear_keeps_bits,
 )
+from qnext.ops.likelihood import log_normalizer, token_log_probs
 from qnext.ops.memory import empty_huge, keep_freed_memory, touch
 from qnext.ops.mixers import apply_pending, attention_mixer, gated_delta_mixer
 from qnext.ops.packing import Packing
@@ -139,11 +141,13 @@ __all__ = [
     "gated_delta_mixer",
     "gated_delta_rule",
     "gated_rms_norm",
+    "inference_forward",
     "instruction_set",
     "keep_freed_memory",
     "l2_norm",
     "linear",
     "linear_keeps_bits",
+    "log_normalizer",
     "lora_experts_swiglu",
     "put_rows",
     "read_carried",
@@ -158,6 +162,7 @@ __all__ = [
     "split_qkvz",
     "swiglu",
     "time_reads",
+    "token_log_probs",
     "touch",
     "write_quantized",
     "yarn_frequencies",

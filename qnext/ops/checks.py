@@ -52,12 +52,14 @@ def check_lora(gate_up_E2FD: Tensor | Weight, down_EDF: Tensor | Weight, lora: E
         raise ValueError(f"places of {list(places.shape)} {places.dtype} do not number {num_experts} experts")
 
 
-def check_route(logits_TE: Tensor, top_k: int, load_E: Tensor | None) -> None:
-    num_experts = logits_TE.shape[1]
+def check_route(logits_TE: Tensor, top_k: int, load_E: Tensor | None, chosen_TA: Tensor | None) -> None:
+    num_tokens, num_experts = logits_TE.shape
     if not 0 < top_k <= num_experts:
         raise ValueError(f"cannot choose {top_k} of {num_experts} experts")
     if load_E is not None and (load_E.shape != (num_experts,) or load_E.dtype != torch.int64):
         raise ValueError(f"a load of {list(load_E.shape)} {load_E.dtype} does not count {num_experts} experts")
+    if chosen_TA is not None and (chosen_TA.shape != (num_tokens, top_k) or chosen_TA.dtype != torch.int64):
+        raise ValueError(f"a choice of {list(chosen_TA.shape)} {chosen_TA.dtype} is not {top_k} experts of each token")
 
 
 def check_put_rows(rows_TD: Tensor, index_T: Tensor, table_ND: Tensor) -> None:

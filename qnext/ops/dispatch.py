@@ -10,10 +10,12 @@ from torch import Tensor
 
 from qnext.ops import cpu
 from qnext.ops import torch as pytorch
+from qnext.ops.inference_forward import with_inference_forward
 from qnext.ops.records import ExpertsLora, Rope, Routing, SharedExpert
 from qnext.ops.weights import Weight
 
 
+@with_inference_forward
 def embedding(token_ids_T: Tensor, weight_YD: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """[T, D]: the rows of the tokens, in `dtype` or in the dtype of the table."""
     run = cpu if cpu.serves_embedding(token_ids_T, weight_YD, dtype=dtype) else pytorch
@@ -26,12 +28,14 @@ def rope_cos_sin(positions_T: Tensor, frequencies: Tensor, *, attention_factor: 
     return run.rope_cos_sin(positions_T, frequencies, attention_factor=attention_factor)
 
 
+@with_inference_forward
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b, of one shape and dtype: a residual connection."""
     run = cpu if cpu.serves_add(a, b) else pytorch
     return run.add(a, b)
 
 
+@with_inference_forward
 def concat(a_TD: Tensor, b_TD: Tensor) -> Tensor:
     """[T, 2 * D]: two matrices of one shape side by side."""
     run = cpu if cpu.serves_concat(a_TD, b_TD) else pytorch
@@ -57,12 +61,14 @@ def are_finite(x: Tensor) -> bool:
     return run.are_finite(x)
 
 
+@with_inference_forward
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape and dtype."""
     run = cpu if cpu.serves_swiglu(gate, up) else pytorch
     return run.swiglu(gate, up)
 
 
+@with_inference_forward
 def linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = None) -> Tensor:
     """x W^T + b in the dtype of x.
 
@@ -73,6 +79,7 @@ def linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = Non
     return run.linear(x_TD, weight_FD, bias_F)
 
 
+@with_inference_forward
 def experts_swiglu(
     x_TD: Tensor,
     gate_up_E2FD: Tensor | Weight,
@@ -91,6 +98,7 @@ def experts_swiglu(
     return run.experts_swiglu(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
 
 
+@with_inference_forward
 def lora_experts_swiglu(
     x_TD: Tensor, gate_up_E2FD: Tensor | Weight, down_EDF: Tensor | Weight, lora: ExpertsLora, *, routing: Routing
 ) -> Tensor:
@@ -102,15 +110,26 @@ def lora_experts_swiglu(
     return pytorch.lora_experts_swiglu(x_TD, gate_up_E2FD, down_EDF, lora, routing=routing)
 
 
-def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool, load_E: Tensor | None = None) -> Routing:
+@with_inference_forward
+def route(
+    logits_TE: Tensor,
+    *,
+    top_k: int,
+    norm_topk_prob: bool,
+    load_E: Tensor | None = None,
+    chosen_TA: Tensor | None = None,
+) -> Routing:
     """Softmax over all experts in fp32, then the best `top_k`, renormalised to the sum one where `norm_topk_prob`.
 
     `load_E`, int64, grows by the number of tokens that each expert got. Two calls at the same time must not share one.
+    `chosen_TA` replays a choice: the experts are these, and their weights those that the scores give them.
     """
-    run = cpu if cpu.serves_route(logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob, load_E=load_E) else pytorch
-    return run.route(logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob, load_E=load_E)
+    options = {"top_k": top_k, "norm_topk_prob": norm_topk_prob, "load_E": load_E, "chosen_TA": chosen_TA}
+    run = cpu if cpu.serves_route(logits_TE, **options) else pytorch
+    return run.route(logits_TE, **options)
 
 
+@with_inference_forward
 def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) -> Tensor:
     """x / sqrt(mean(x^2) + eps), times (1 + weight) where `zero_centered`, times weight otherwise.
 

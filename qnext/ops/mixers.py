@@ -11,10 +11,12 @@ from torch import Tensor
 from qnext.ops import cpu
 from qnext.ops import torch as pytorch
 from qnext.ops.caches import AttentionCache, DeltaCache, PendingTokens
+from qnext.ops.inference_forward import with_inference_forward
 from qnext.ops.packing import Packing
 from qnext.ops.records import AttentionWeights, DeltaWeights, Rope
 
 
+@with_inference_forward
 def attention_mixer(
     q_TX: Tensor,
     k_TY: Tensor,
@@ -37,6 +39,7 @@ def attention_mixer(
     return run.attention_mixer(q_TX, k_TY, v_TY, weights, rope=rope, packing=packing, cache=cache)
 
 
+@with_inference_forward
 def gated_delta_mixer(
     qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing, cache: DeltaCache | None = None
 ) -> Tensor:

@@ -60,6 +60,7 @@ class WantedSizes:
     num_checkpoints: int | None
     max_draft_tokens: int
     has_drafter: bool
+    routing_bytes: int = 0  # of a token, beside its keys and values
     streams_experts: bool = False  # each step reads experts from disk: the larger, the fewer for each token
 
 
@@ -147,7 +148,7 @@ def plan_engine(config: ModelConfig, wanted: WantedSizes, around: Surroundings) 
     max_model_len = checked_model_len(config, wanted.max_model_len)
     if wanted.num_blocks is not None and wanted.kv_budget_bytes is not None:
         raise UsageError("give num_blocks or kv_budget_bytes, not both")
-    block_bytes = around.block_size * kv_bytes_per_token(config, dtype=wanted.kv_dtype)
+    block_bytes = around.block_size * (kv_bytes_per_token(config, dtype=wanted.kv_dtype) + wanted.routing_bytes)
     if block_bytes and wanted.kv_budget_bytes is not None and wanted.kv_budget_bytes < block_bytes:
         raise UsageError(f"the KV cache needs at least one block of {block_bytes} bytes")
     available = around.available_bytes

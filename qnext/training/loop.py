@@ -209,7 +209,8 @@ class Trainer:
             group = self._backward([partial(self._losses, batch, at) for batch in step.batches[start : start + size]])
             for losses in group:
                 for name, value in losses.values.items():
-                    total[name] = total[name] + value if name in total else value
+                    combine = torch.maximum if losses.parts[name].is_maximum else torch.add
+                    total[name] = combine(total[name], value) if name in total else value
                 if losses.counts_LE is not None:
                     counts_LE = losses.counts_LE if counts_LE is None else counts_LE + losses.counts_LE
         return total, counts_LE

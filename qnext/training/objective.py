@@ -53,10 +53,14 @@ class TrainSource(Protocol):
 
 
 class LossPart(NamedTuple):
-    """One loss of a micro batch. Summed over the micro batches of a step, `value` is the loss of the step."""
+    """One loss of a micro batch. Summed over the micro batches of a step, `value` is the loss of the step.
+
+    Of a maximum the largest is that of the step.
+    """
 
     value: Tensor
     weight: float = 1.0  # of the gradient; 0: only reported
+    is_maximum: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Losses:
     @property
     def total(self) -> Tensor:
         """What is differentiated."""
-        first, *others = (value if weight == 1.0 else weight * value for value, weight in self.parts.values() if weight)
+        weighted = ((part.value, part.weight) for part in self.parts.values() if part.weight)
+        first, *others = (value if weight == 1.0 else weight * value for value, weight in weighted)
         for other in others:
             first = first + other
         return first

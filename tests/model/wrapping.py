@@ -36,7 +36,7 @@ class Multiplied(nn.Module):
         self.inner = inner
         self.num_calls = 0
 
-    def forward(self, *args: Any, load_E: Tensor | None = None) -> Any:
+    def forward(self, *args: Any, load_E: Tensor | None = None, **others: Any) -> Any:
         self.num_calls += 1
         out = self.inner(*args)
         if not isinstance(self.inner, Router):

@@ -43,6 +43,9 @@ class CacheSizes:
     has_drafter: bool = False
     """Each slot has what the MTP layer needs (`sources`, `draft_kv`)."""
 
+    keeps_routing: bool = False
+    """Blocks have the experts of their tokens (`routing`), so that cached prefixes have them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheDtypes:
@@ -64,7 +67,8 @@ class Cache:
 
     For drafts, `sources` has the rows of the trunk that the MTP layer reads, that of position p at place p modulo
     NUM_SOURCES, and `draft_kv`, under the number of the layer after the last, its own pages, which go round as well.
-    Neither is shared or copied. With `poison`, memory that has no owner is filled with NaN, so that reading it shows
+    Neither is shared or copied. `routing` has the experts of the tokens in a block, int64 [num_blocks, 1, P, top_k] of a
+    sparse layer. With `poison`, memory that has no owner is filled with NaN, so that reading it shows
     (for tests). `expert_load` has the counters of the views.
     """
 
@@ -93,6 +97,11 @@ class Cache:
         self.kv = {
             index: _make_pages(kv_shape, dtypes.kv, self.device) for index, kind in kinds if kind == FULL_ATTENTION
         }
+        self.routing: dict[int, Tensor] = {}
+        if sizes.keeps_routing:
+            shape = (sizes.num_blocks, 1, block_size, config.num_experts_per_tok)
+            sparse = [index for index in range(len(kinds)) if config.is_moe_layer(index)]
+            self.routing = {index: torch.zeros(shape, dtype=torch.long, device=self.device) for index in sparse}
         self.draft_kv: dict[int, KVPages] = {}
         if sizes.has_drafter:
             draft_shape = (num_slots * NUM_DRAFT_PAGES, *kv_shape[1:])
@@ -111,16 +120,20 @@ class Cache:
         self._table_length = [0] * num_slots
         self.adapters = np.zeros(num_slots, dtype=np.int64)  # of the sequence in each slot; 0: none
         # Memory that nobody wrote is only promised: it could run out in the middle of a step.
-        pages = [tensor for layer in self.kv.values() for tensor in layer.tensors]
         states = [tensor for layer in self.delta.values() for tensor in layer.tensors]
-        touch([self._tables, *pages, *states, *self._of_drafter])
+        touch([self._tables, *self._paged, *states, *self._of_drafter])
         if poison:
             self._fill_nan(range(sizes.num_blocks), range(num_slots))
 
     @property
     def kv_bytes(self) -> int:
         """Bytes that the pages of all layers occupy."""
-        return sum(tensor.nbytes for pages in self.kv.values() for tensor in pages.tensors)
+        return sum(tensor.nbytes for tensor in self._paged)
+
+    @property
+    def _paged(self) -> list[Tensor]:
+        """All that has blocks."""
+        return [*(tensor for pages in self.kv.values() for tensor in pages.tensors), *self.routing.values()]
 
     @property
     def state_bytes(self) -> int:
@@ -152,9 +165,8 @@ class Cache:
     def prepare(self, plan: StepPlan) -> None:
         """Before the tokens of a step: make copies, and write down which blocks the sequences got."""
         for source, target in plan.block_copies:
-            for pages in self.kv.values():
-                for tensor in pages.tensors:
-                    tensor[target].copy_(tensor[source])
+            for tensor in self._paged:
+                tensor[target].copy_(tensor[source])
         for source, target in plan.slot_copies:  # one by one: the target of one may be the source of the next
             self.copy_slots([source], [target])
         for sequence in plan.sequences:
@@ -206,10 +218,22 @@ class Cache:
         """Page numbers of the sequence in each slot, as far as it is bound; a copy unless the cache is on the CPU."""
         return self._tables.numpy(force=True) if self._tables_on_host is None else self._tables_on_host
 
+    def routing_of(self, slot: int, num_tokens: int) -> NDArray[np.int64] | None:
+        """[num_tokens, L, top_k]: the experts of the first tokens of the sequence in a slot, in the L sparse layers.
+
+        None where blocks do not have them. Until the next step they are there also when the sequence has ended.
+        """
+        if not self.routing:
+            return None
+        places_T = np.arange(num_tokens)
+        pages_T = self.tables()[slot, places_T // self.block_size] * self.block_size + places_T % self.block_size
+        index_T = torch.from_numpy(pages_T).to(self.device)
+        return torch.stack([pages.flatten(0, 2)[index_T] for pages in self.routing.values()], 1).numpy(force=True)
+
     def _fill_nan(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         for ids, tensors in (
             # codes of int8 have no NaN, their scales do; of numbers of accepted tokens, none is left
-            (blocks, [tensor for pages in self.kv.values() for tensor in pages.tensors]),
+            (blocks, self._paged),
             (slots, [tensor for slots_ in self.delta.values() for tensor in slots_.tensors]),
             (slots, [tensor.unflatten(0, (len(self._table_length), -1)) for tensor in self._of_drafter if len(tensor)]),
         ):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qnext.config import ModelConfig
@@ -79,6 +81,9 @@ class Executor(Protocol):
 
     def held_bytes(self) -> HeldBytes:
         """What weights, caches and the largest step take."""
+
+    def routing_of(self, slot: int, num_tokens: int) -> NDArray[np.int64] | None:
+        """See Cache.routing_of."""
 
     def expert_reads(self) -> ExpertReads | None:
         """What experts on disk have cost since the executor was made; None where all are in memory. Asked after every

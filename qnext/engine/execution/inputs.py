@@ -62,6 +62,10 @@ class StepInputs:
         return self._cache.kv
 
     @property
+    def _routing(self) -> Mapping[int, Tensor]:
+        return self._cache.routing
+
+    @property
     def batch(self) -> Batch:
         cache = self._cache
         token_ids_T, positions_T, write_index_T, _ = self._of_tokens.to(cache.device).unbind(0)
@@ -77,6 +81,7 @@ class StepInputs:
             is_draft_N=self._is_draft_N.to(cache.device) if self._may_draft else None,
             prompt_lengths_N=self._prompt_lengths_N,
             expert_load=cache.expert_load,
+            routing=self._routing,
         )
         return Batch(token_ids_T, positions_T, self._packing, view)
 
@@ -183,6 +188,10 @@ class DraftInputs(StepInputs):
     @property
     def _kv(self) -> Mapping[int, KVPages]:
         return self._cache.draft_kv
+
+    @property
+    def _routing(self) -> Mapping[int, Tensor]:
+        return {}
 
     def fill(self, rows: Sequence[Rows]) -> None:
         bases_N = np.array([part.base for part in rows])

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qnext.engine.execution.cache import NUM_SOURCES, Cache
@@ -112,6 +114,9 @@ class LocalExecutor:
             workspace=self._workspace_bytes,
             state_of_sequence=state_bytes_per_sequence(self.model_config, state_dtype=state_dtype).total,
         )
+
+    def routing_of(self, slot: int, num_tokens: int) -> NDArray[np.int64] | None:
+        return self.cache.routing_of(slot, num_tokens)
 
     def expert_reads(self) -> ExpertReads | None:
         return None if self._residency is None else ExpertReads.of(self._residency, self._counts_before)

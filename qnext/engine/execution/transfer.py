@@ -1,6 +1,7 @@
 """Blocks and slots of a cache as named tensors, and back.
 
-An entry's tensors have the names of the cache's: `kv.<layer>.<n>` and `delta.<layer>.<n>`, for whatever layers it has.
+An entry's tensors have the names of the cache's: `kv.<layer>.<n>`, `routing.<layer>` and `delta.<layer>.<n>`, for
+whatever layers it has.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from qnext.engine.execution.cache import Cache
 
 def pages_of(cache: Cache) -> dict[str, Tensor]:
     """All tensors that have blocks, the third axis being the tokens of a block."""
-    return {f"kv.{layer}.{n}": t for layer, pages in cache.kv.items() for n, t in enumerate(pages.tensors)}
+    kv = {f"kv.{layer}.{n}": t for layer, pages in cache.kv.items() for n, t in enumerate(pages.tensors)}
+    return kv | {f"routing.{layer}": pages for layer, pages in cache.routing.items()}
 
 
 def states_of(cache: Cache) -> dict[str, Tensor]:

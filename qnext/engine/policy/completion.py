@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qnext.engine.policy.request import FinishReason, Request, SampledToken
 
 
@@ -13,7 +16,8 @@ class Completion:
 
     `sampled` and `prompt_sampled` hold log-probabilities when they were asked for, else nothing; of several
     completions the first alone has the prompt's. The first token of a prompt has none. `num_cached_tokens` of the
-    prompt were not computed for this request.
+    prompt were not computed for this request. `routing` [T, L, top_k] has, with `EngineConfig.keep_routing`, the experts of
+    all tokens but the last, which is never computed, in the L sparse layers, in the order of their weights.
     """
 
     request_id: str
@@ -25,6 +29,7 @@ class Completion:
     num_cached_tokens: int = 0
     prompt_sampled: tuple[SampledToken, ...] = ()
     index: int = 0
+    routing: NDArray[np.int64] | None = None
 
     @classmethod
     def of(cls, request: Request, index: int) -> Completion:
@@ -40,4 +45,5 @@ class Completion:
             num_cached_tokens=request.num_cached_tokens or 0,
             prompt_sampled=tuple(request.prompt_sampled),
             index=index,
+            routing=request.routing,
         )

@@ -81,6 +81,7 @@ class Request:
     output_counts: Counter[int] = field(default_factory=Counter)
     sampled: list[SampledToken] = field(default_factory=list)  # only when logprobs are asked for
     prompt_sampled: list[SampledToken] = field(default_factory=list)  # only when prompt_logprobs are asked for
+    routing: NDArray[np.int64] | None = None  # of one that has ended, where the engine keeps it: see Completion
     finish_reason: FinishReason | None = None
     failure: QnextError | None = None
     times: RequestTimes = field(default_factory=RequestTimes)

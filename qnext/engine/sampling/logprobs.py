@@ -11,15 +11,14 @@ from qnext.engine.policy.request import SampledToken
 from qnext.engine.policy.step import PromptScores
 from qnext.engine.sampling.filters import Row, floor_of_most_likely
 from qnext.errors import NotFinite
+from qnext.ops import log_normalizer
 
 _ROWS_AT_ONCE = 128  # 78 MB of logits with a vocabulary of 151,936
 
 
 def with_logprobs(row_Y: Row, token_id: int, num_top: int) -> SampledToken:
     """The token with its log-probability and the `num_top` most likely ones; of equal ones the lower id comes first."""
-    best = row_Y.max()
-    with np.errstate(over="ignore"):  # of logits farther apart than fp32 reaches: no weight at all
-        offset = float(best) + float(np.log(np.exp(row_Y - best).sum(dtype=np.float64)))
+    offset = log_normalizer(row_Y)
     top: tuple[tuple[int, float], ...] = ()
     if num_top:
         num_top = min(num_top, len(row_Y))

@@ -148,25 +148,47 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def serves_route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool, load_E: Tensor | None = None) -> bool:
+def serves_route(
+    logits_TE: Tensor,
+    *,
+    top_k: int,
+    norm_topk_prob: bool,
+    load_E: Tensor | None = None,
+    chosen_TA: Tensor | None = None,
+) -> bool:
     return take(logits_TE)
 
 
-def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool, load_E: Tensor | None = None) -> Routing:
-    """See ops.route."""
+def route(
+    logits_TE: Tensor,
+    *,
+    top_k: int,
+    norm_topk_prob: bool,
+    load_E: Tensor | None = None,
+    chosen_TA: Tensor | None = None,
+) -> Routing:
+    """See ops.route. A token whose own choice is the replayed one has the bits that it had then."""
     num_tokens, num_experts = logits_TE.shape
-    check_route(logits_TE, top_k, load_E)
+    check_route(logits_TE, top_k, load_E, chosen_TA)
     if load_E is not None:
         check_memory(load_E, torch.int64)
     logits_TE = logits_TE.contiguous()
     weights = torch.empty((num_tokens, top_k), dtype=torch.float32)
     chosen = torch.empty((num_tokens, top_k), dtype=torch.int64)
-    load = 0 if load_E is None else load_E.data_ptr()
+    load = 0 if load_E is None or chosen_TA is not None else load_E.data_ptr()
     choice = kernels().RouterChoice(
         num_tokens=num_tokens, num_experts=num_experts, top_k=top_k, renormalize=norm_topk_prob
     )
     kernels().route(choice, logits_TE.data_ptr(), weights.data_ptr(), chosen.data_ptr(), load)
-    return Routing(weights, chosen)
+    if chosen_TA is None:
+        return Routing(weights, chosen)
+    replayed = logits_TE.softmax(-1).gather(1, chosen_TA)
+    if norm_topk_prob:
+        replayed = replayed / replayed.sum(-1, keepdim=True)
+    if load_E is not None:
+        load_E += chosen_TA.flatten().bincount(minlength=num_experts)
+    is_own_T1 = (chosen == chosen_TA).all(-1, keepdim=True)
+    return Routing(torch.where(is_own_T1, weights, replayed), chosen_TA)
 
 
 def serves_are_finite(x: Tensor) -> bool:

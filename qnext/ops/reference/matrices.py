@@ -17,9 +17,18 @@ def linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = Non
     return y_TF if bias_F is None else y_TF + bias_F
 
 
-def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool, load_E: Tensor | None = None) -> Routing:
-    """Softmax over all experts, wide, then the best `top_k`, then their sum made one."""
-    weights_TA, experts_TA = wide(logits_TE).softmax(-1).topk(top_k, dim=-1)
+def route(
+    logits_TE: Tensor,
+    *,
+    top_k: int,
+    norm_topk_prob: bool,
+    load_E: Tensor | None = None,
+    chosen_TA: Tensor | None = None,
+) -> Routing:
+    """Softmax over all experts, wide, then the best `top_k` or those that were chosen, then their sum made one."""
+    probs_TE = wide(logits_TE).softmax(-1)
+    experts_TA = probs_TE.topk(top_k, dim=-1).indices if chosen_TA is None else chosen_TA
+    weights_TA = probs_TE.gather(1, experts_TA)
     if norm_topk_prob:
         weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
     if load_E is not None:

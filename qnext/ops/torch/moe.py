@@ -19,11 +19,19 @@ from qnext.ops.torch.matrices import has_native_bf16, is_bf16_inference, is_froz
 from qnext.ops.weights import Weight, dequantize
 
 
-def route(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool, load_E: Tensor | None = None) -> Routing:
+def route(
+    logits_TE: Tensor,
+    *,
+    top_k: int,
+    norm_topk_prob: bool,
+    load_E: Tensor | None = None,
+    chosen_TA: Tensor | None = None,
+) -> Routing:
     """See ops.route."""
-    check_route(logits_TE, top_k, load_E)
+    check_route(logits_TE, top_k, load_E, chosen_TA)
     wide = torch.promote_types(logits_TE.dtype, torch.float32)
-    weights, experts = logits_TE.to(wide).softmax(-1).topk(top_k, dim=-1)
+    probs_TE = logits_TE.to(wide).softmax(-1)
+    weights, experts = probs_TE.topk(top_k, dim=-1) if chosen_TA is None else (probs_TE.gather(1, chosen_TA), chosen_TA)
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
     if load_E is not None:
