@@ -251,7 +251,9 @@ class Engine:
         ended += self._end_failed(windows, verdicts, output.prompt_tokens)
         tokens = {window.request.id: verdict.tokens for window, verdict in zip(windows, verdicts, strict=True)}
         events = self.scheduler.commit(StepResult(tokens))
-        self._keep_routing(plan, events)
+        for sequence in plan.sequences:  # what one that ended leaves is there until the next step
+            if (request := requests[sequence.request_id]).finish_reason is not None:
+                request.routing = self.executor.routing_of(sequence.slot, request.num_tokens - 1)
         self._save()
         if self.drafter is not None:
             seconds = time.perf_counter() - started
@@ -261,14 +263,6 @@ class Engine:
             if event.finish_reason is not None:
                 del self._requests[event.request_id]
         return [*events, *ended]
-
-    def _keep_routing(self, plan: StepPlan, events: Sequence[TokenEvent]) -> None:
-        """Of requests that end with this step: what they leave is there until the next."""
-        ended = {event.request_id for event in events if event.finish_reason is not None}
-        for sequence in plan.sequences if ended else ():
-            if sequence.request_id in ended:
-                request = self._requests[sequence.request_id]
-                request.routing = self.executor.routing_of(sequence.slot, request.num_tokens - 1)
 
     def _end_failed(
         self, windows: list[Window], verdicts: list[Verdict], prompt_tokens: Sequence[PromptPart]

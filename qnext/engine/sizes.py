@@ -35,7 +35,7 @@ def wanted_sizes(model: CausalLM, config: EngineConfig) -> WantedSizes:
         raise UsageError(f"states are kept in float32 or bfloat16, not in {config.state_dtype}")
     num_sparse = sum(map(model.config.is_moe_layer, range(model.config.num_hidden_layers)))
     if config.keep_routing and (not num_sparse or model.config.num_linear_layers == model.config.num_hidden_layers):
-        raise UsageError("keep_routing needs routers, and a layer of full attention, whose blocks keep what they choose")
+        raise UsageError("keep_routing needs routers, and a layer of full attention, whose blocks keep the choice")
     return WantedSizes(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

@@ -74,7 +74,7 @@ class CacheView:
     is_draft_N: Tensor | None = None  # bool; None where nothing is a draft
     prompt_lengths_N: Tensor | None = None  # int64 on the CPU, for states in bf16; None: no token is behind a prompt
     expert_load: Mapping[int, Tensor] = field(default_factory=dict)  # int64 [E] of a layer: routers add their tokens
-    routing: Mapping[int, Tensor] = field(default_factory=dict)  # int64 [num_pages, 1, P, top_k] of a layer: see RoutingPages
+    routing: Mapping[int, Tensor] = field(default_factory=dict)  # int64 [num_pages, 1, P, top_k]: RoutingPages
 
     def delta_cache(self, layer_index: int) -> DeltaCache:
         """The slots of one layer, with the slot numbers of the step's sequences."""

@@ -124,9 +124,9 @@ def route(
     `load_E`, int64, grows by the number of tokens that each expert got. Two calls at the same time must not share one.
     `chosen_TA` replays a choice: the experts are these, and their weights those that the scores give them.
     """
-    options = {"top_k": top_k, "norm_topk_prob": norm_topk_prob, "load_E": load_E, "chosen_TA": chosen_TA}
-    run = cpu if cpu.serves_route(logits_TE, **options) else pytorch
-    return run.route(logits_TE, **options)
+    serves = cpu.serves_route(logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob, load_E=load_E, chosen_TA=chosen_TA)
+    run = cpu if serves else pytorch
+    return run.route(logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob, load_E=load_E, chosen_TA=chosen_TA)
 
 
 @with_inference_forward

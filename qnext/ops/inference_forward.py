@@ -48,14 +48,14 @@ def with_inference_forward(op: Callable[Arguments, Result]) -> Callable[Argument
         if not places:
             return op(*args, **kwargs)
         out_spec: list[TreeSpec] = []
-        outputs = _InferenceForward.apply(_Call(op, leaves, spec, places), out_spec, *(leaves[n] for n in places))
+        outputs = _InferenceForward.apply(_BoundOp(op, leaves, spec, places), out_spec, *(leaves[n] for n in places))
         result: Result = tree_unflatten(list(outputs), out_spec[0])
         return result
 
     return call
 
 
-class _Call:
+class _BoundOp:
     """A call of an op with some of its tensors exchanged."""
 
     def __init__(self, op: Callable[..., Any], leaves: Sequence[Any], spec: TreeSpec, places: Sequence[int]) -> None:
@@ -74,7 +74,7 @@ class _Call:
 
 class _InferenceForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, out_spec: list[TreeSpec], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: _BoundOp, out_spec: list[TreeSpec], *tensors: Tensor) -> tuple[Tensor, ...]:
         outputs, spec = tree_flatten(call(tensors))  # autograd is off here
         out_spec.append(spec)
         ctx.call = call

@@ -32,7 +32,19 @@ class Problem(NamedTuple):
     answer: str
 
 
-Reward = Callable[[Problem, Sequence[int]], float]  # of the tokens of an answer
+class Answer(NamedTuple):
+    """The tokens of an answer, the one that ends it left out."""
+
+    token_ids: tuple[int, ...]
+    has_ended: bool
+
+
+Reward = Callable[[Problem, Answer], float]
+
+
+def answer_of(completion: Completion) -> Answer:
+    has_ended = completion.finish_reason == "stop"
+    return Answer(completion.output_ids[: len(completion.output_ids) - has_ended], has_ended)
 
 
 @dataclass(frozen=True)
@@ -58,9 +70,7 @@ def draw_answers(
     end_ids: frozenset[int],
 ) -> list[Completion]:
     """Answers to each problem one after another, with the log-probabilities and experts of their tokens."""
-    longest = max(
-        len(each.prompt_ids) + (own.max_tokens or 0) for each, own in zip(problems, params, strict=True)
-    )
+    longest = max(len(each.prompt_ids) + (own.max_tokens or 0) for each, own in zip(problems, params, strict=True))
     num_answers = sum(each.n for each in params)
     config = EngineConfig(
         max_num_seqs=min(num_answers, _MAX_SEQUENCES),
@@ -85,7 +95,7 @@ def sparse_layers(model: CausalLM) -> list[int]:
     return [index for index in range(model.config.num_hidden_layers) if model.config.is_moe_layer(index)]
 
 
-class _Planned(NamedTuple):
+class _Portion(NamedTuple):
     """A micro batch that is still to be learnt."""
 
     rollouts: list[Rollout]
@@ -120,7 +130,7 @@ class RolloutSource:
         self._model, self._problems, self._reward, self._config = model, problems, reward, config
         self._end_ids, self._accumulation, self._seed, self._reference = end_ids, accumulation, seed, reference
         self._num_draws = 0
-        self._planned: list[_Planned] = []
+        self._planned: list[_Portion] = []
         self._orders: dict[int, list[int]] = {}
         facts = "\n".join(map(repr, (seed, accumulation, config, sorted(end_ids), *problems)))
         self._fingerprint = hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
@@ -142,10 +152,10 @@ class RolloutSource:
 
     def seek(self, position: Mapping[str, Any]) -> None:
         if position["fingerprint"] != self._fingerprint:
-            raise CorruptCheckpoint("the snapshot was taken with other problems, settings or seed; it cannot go on here")
+            raise CorruptCheckpoint("the snapshot was taken with other problems, settings or seed")
         self._num_draws = position["num_draws"]
         self._planned = [
-            _Planned([_from_json(rollout) for rollout in rollouts], is_first, facts)
+            _Portion([_from_json(rollout) for rollout in rollouts], is_first, facts)
             for rollouts, is_first, facts in position["planned"]
         ]
 
@@ -155,7 +165,7 @@ class RolloutSource:
         rollouts, is_first, facts = self._planned.pop(0)
         return pack_rollouts(rollouts, sparse_layers(self._model), is_first=is_first, facts=facts)
 
-    def _draw(self) -> list[_Planned]:
+    def _draw(self) -> list[_Portion]:
         config, size = self._config, self._config.group_size
         first = self._num_draws * config.prompts
         problems = [self._problem(first + place) for place in range(config.prompts)]
@@ -169,7 +179,7 @@ class RolloutSource:
         rewards: list[float] = []
         for n, problem in enumerate(problems):
             group = answers[n * size : (n + 1) * size]
-            own = [self._reward(problem, each.output_ids) for each in group]
+            own = [self._reward(problem, answer_of(each)) for each in group]
             advantages = group_advantages(own)
             if advantages is None:
                 dropped += [(answer, 0.0) for answer in group]
@@ -187,7 +197,7 @@ class RolloutSource:
 
     def _plan(
         self, kept: list[tuple[Completion, float]], dropped: list[tuple[Completion, float]], facts: dict[str, float]
-    ) -> list[_Planned]:
+    ) -> list[_Portion]:
         count = self._config.minibatches * self._accumulation
         chosen = kept + dropped[: max(0, count - len(kept))]
         random.Random(self._number(-1)).shuffle(chosen)
@@ -195,7 +205,7 @@ class RolloutSource:
         if self._reference is not None:
             rollouts = with_reference(self._reference, rollouts)
         return [
-            _Planned(rollouts[number::count], number < self._accumulation, {} if number else facts)
+            _Portion(rollouts[number::count], number < self._accumulation, {} if number else facts)
             for number in range(count)
         ]
 

@@ -1,5 +1,5 @@
-"""Group sequence policy optimisation (GSPO, arXiv 2507.18071): answers that were rewarded above their group's mean become
-more likely.
+"""Group sequence policy optimisation (GSPO, arXiv 2507.18071): answers with a reward above the mean of their group
+become more likely.
 
 Answers come with the log-probabilities and the experts that their tokens had when they were drawn (rollouts). The
 forward here has the bits of inference, so before the first update both sides agree exactly (ops.inference_forward).
@@ -10,7 +10,7 @@ Legend: N answers, T rows, R rows with a label, D hidden, L routers, A experts p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qnext.errors import QnextError, UsageError
-from qnext.model import Batch, CausalLM, RouterOutput
+from qnext.model import CausalLM, RouterOutput
 from qnext.ops import inference_forward, token_log_probs
 from qnext.training.data import IGNORED, Document, DocumentRows, TrainBatch, pack
 from qnext.training.losses import by_chunks

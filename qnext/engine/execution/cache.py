@@ -67,9 +67,9 @@ class Cache:
 
     For drafts, `sources` has the rows of the trunk that the MTP layer reads, that of position p at place p modulo
     NUM_SOURCES, and `draft_kv`, under the number of the layer after the last, its own pages, which go round as well.
-    Neither is shared or copied. `routing` has the experts of the tokens in a block, int64 [num_blocks, 1, P, top_k] of a
-    sparse layer. With `poison`, memory that has no owner is filled with NaN, so that reading it shows
-    (for tests). `expert_load` has the counters of the views.
+    Neither is shared or copied. `routing` has the experts of the tokens in a block, int64 [num_blocks, 1, P, top_k] of
+    each sparse layer. With `poison`, memory that has no owner is filled with NaN, so that reading it shows (for tests).
+    `expert_load` has the counters of the views.
     """
 
     def __init__(

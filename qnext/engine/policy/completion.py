@@ -16,8 +16,9 @@ class Completion:
 
     `sampled` and `prompt_sampled` hold log-probabilities when they were asked for, else nothing; of several
     completions the first alone has the prompt's. The first token of a prompt has none. `num_cached_tokens` of the
-    prompt were not computed for this request. `routing` [T, L, top_k] has, with `EngineConfig.keep_routing`, the experts of
-    all tokens but the last, which is never computed, in the L sparse layers, in the order of their weights.
+    prompt were not computed for this request. With `EngineConfig.keep_routing`, `routing`
+    [T, L, top_k] has the experts of all tokens but the last, which is never computed, in the L sparse layers, in the
+    order of their weights.
     """
 
     request_id: str
