@@ -162,7 +162,7 @@ class Trainer:
         losses = dict(zip(parts, values, strict=True))
         health = None if probe is None else probe.health(self.rules)
         is_finite = math.isfinite(grad_norm)
-        skipped_for = self.spikes.judge(loss=losses["main"], grad_norm=grad_norm) if is_finite else "not finite"
+        skipped_for = self.spikes.judge(losses, grad_norm=grad_norm) if is_finite else "not finite"
         if skipped_for is None:
             self._update(norm, lr)
         for parameter in self._parameters:

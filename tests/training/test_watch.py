@@ -20,27 +20,37 @@ from tests.training.test_resume import metrics
 def guard_after(steps: int, threshold: float = 6.0) -> SpikeGuard:
     guard = SpikeGuard(threshold)
     for step in range(steps):
-        assert guard.judge(loss=2.0 + 0.1 * (step % 5), grad_norm=1.0 + 0.2 * (step % 3)) is None
+        assert guard.judge({"main": 2.0 + 0.1 * (step % 5)}, grad_norm=1.0 + 0.2 * (step % 3)) is None
     return guard
 
 
 def test_a_spike_is_what_lies_far_above_the_median() -> None:
-    assert guard_after(31).judge(loss=99.0, grad_norm=99.0) is None, "too few steps to judge by"
+    assert guard_after(31).judge({"main": 99.0}, grad_norm=99.0) is None, "too few steps to judge by"
     guard = guard_after(250)
-    assert guard.judge(loss=3.0, grad_norm=1.0) is None
-    assert guard.judge(loss=3.2, grad_norm=1.0) == "loss", "2.2 and 6 times 0.1 * 1.4826"
-    assert guard.judge(loss=0.1, grad_norm=1e-3) is None, "better is no spike"
-    assert guard.judge(loss=2.0, grad_norm=4.0) is None
-    assert guard.judge(loss=2.0, grad_norm=5.0) == "gradient norm", "ln 1.2 and 6 times (ln 1.4 - ln 1.2) * 1.4826: 4.7"
+    assert guard.judge({"main": 3.0}, grad_norm=1.0) is None
+    assert guard.judge({"main": 3.2}, grad_norm=1.0) == "loss", "2.2 and 6 times 0.1 * 1.4826"
+    assert guard.judge({"main": 0.1}, grad_norm=1e-3) is None, "better is no spike"
+    assert guard.judge({"main": 2.0}, grad_norm=4.0) is None
+    assert guard.judge({"main": 2.0}, grad_norm=5.0) == "gradient norm", (
+        "ln 1.2 and 6 times (ln 1.4 - ln 1.2) * 1.4826: 4.7"
+    )
     assert guard.num_spikes == 2
-    assert guard_after(250, threshold=0.0).judge(loss=1e9, grad_norm=1e9) is None
+    assert guard_after(250, threshold=0.0).judge({"main": 1e9}, grad_norm=1e9) is None
 
 
 def test_three_spikes_in_a_row_are_a_new_level() -> None:
     guard = guard_after(100)
-    found = [guard.judge(loss=9.0, grad_norm=1.0) for _ in range(40)]
+    found = [guard.judge({"main": 9.0}, grad_norm=1.0) for _ in range(40)]
     assert found == ["loss"] * 3 + [None] * 37
-    assert guard.judge(loss=90.0, grad_norm=1.0) == "loss", "the window has filled again"
+    assert guard.judge({"main": 90.0}, grad_norm=1.0) == "loss", "the window has filled again"
+
+
+def test_a_loss_that_joins_the_others_is_no_spike() -> None:
+    guard = guard_after(100)
+    assert guard.judge({"main": 2.0, "mtp": 8.0}, grad_norm=50.0) is None
+    for _ in range(40):
+        assert guard.judge({"main": 2.0, "mtp": 8.0}, grad_norm=50.0) is None
+    assert guard.judge({"main": 2.0, "mtp": 8.0}, grad_norm=500.0) == "gradient norm"
 
 
 CALM = CONFIG.with_(
