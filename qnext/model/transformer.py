@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qnext import ops
 from qnext.config import LINEAR_ATTENTION, ModelConfig
@@ -28,6 +29,7 @@ class DecoderLayer(nn.Module):
         self.layer_index = layer_index
         self.is_linear = kind == LINEAR_ATTENTION
         self.is_moe = is_moe
+        self.is_recomputed = False  # keeps its input alone for the backward pass, which computes the rest again
         if self.is_linear:
             self.linear_attn = GatedDeltaNet(config, layer_index)
         else:
@@ -37,6 +39,12 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = make_norm(config, config.hidden_size)
 
     def forward(self, hidden_TD: Tensor, batch: Batch, rope: ops.Rope) -> Tensor:
+        if not (self.is_recomputed and torch.is_grad_enabled()):
+            return self._compute(hidden_TD, batch, rope)
+        # A layer draws no random numbers.
+        return checkpoint(self._compute, hidden_TD, batch, rope, use_reentrant=False, preserve_rng_state=False)
+
+    def _compute(self, hidden_TD: Tensor, batch: Batch, rope: ops.Rope) -> Tensor:
         normed_TD = self.input_layernorm(hidden_TD)
         mixed_TD = self.linear_attn(normed_TD, batch) if self.is_linear else self.self_attn(normed_TD, batch, rope)
         hidden_TD = ops.add(hidden_TD, mixed_TD)

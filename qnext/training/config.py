@@ -25,6 +25,7 @@ class TrainConfig:
     time_budget: float | None = None  # seconds, evaluation and samples included
     accumulation: int = 1  # micro batches per optimiser step
     parallel_batches: int = 1  # micro batches that run at once, a thread each; accumulation is a multiple of it
+    checkpoint_activations: bool = False  # layers compute their activations again in the backward pass: less memory
     seed: int = 0
     # optimiser
     optimizer: Literal["adamw", "muon"] = "adamw"

@@ -23,7 +23,7 @@ from qnext.checkpoint.snapshot import (
     save_snapshot,
 )
 from qnext.errors import FULL, CorruptCheckpoint, DiskFull, QnextError, UsageError, line_of, warn
-from qnext.model import CausalLM
+from qnext.model import CausalLM, DecoderLayer
 from qnext.training.best import BestModel
 from qnext.training.config import TrainConfig, learning_rate
 from qnext.training.health import HealthProbe
@@ -93,6 +93,9 @@ class Trainer:
         self._optimizers = make_optimizers(self.rules, config)
         self._parameters = [rule.parameter for rule in self.rules]
         self._threads = BackwardThreads(config.parallel_batches) if config.parallel_batches > 1 else None
+        for module in model.modules():
+            if isinstance(module, DecoderLayer):
+                module.is_recomputed = config.checkpoint_activations
         if config.early_stop and self.hooks.evaluate is None:
             raise UsageError("early_stop: nothing is held out that could be evaluated")
         self._probe: HealthProbe | None = None  # of the step, where it is looked at

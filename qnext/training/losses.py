@@ -122,7 +122,9 @@ class RouterTap:
         self._handles = [layer.gate.register_forward_hook(self._keep) for layer in layers]
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: RouterOutput) -> None:
-        if self._takes_all or torch.is_grad_enabled():
+        # A forward pass within a backward one computes a layer again (checkpoint_activations): nothing is decided anew.
+        is_again = torch._C._current_graph_task_id() != -1
+        if not is_again and (self._takes_all or torch.is_grad_enabled()):
             self._outputs.setdefault(threading.get_ident(), []).append(output)
 
     def take(self) -> list[RouterOutput]:

@@ -207,6 +207,34 @@ def test_precision_is_measured_or_obeyed() -> None:
     assert choose_precision("bfloat16", torch.device("cpu")) == ("bfloat16", None, None)
 
 
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_recomputed_activations_change_no_bit(parallel: int) -> None:
+    """Losses, tokens per expert (balance included) and parameters, with heads that the native kernels take."""
+    sizes = {"head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "hidden_size": 32}
+    runs = []
+    for is_recomputed in (False, True):
+        seen: list[StepMetrics] = []
+        model = tiny_model(**sizes)
+        config = CONFIG.with_(checkpoint_activations=is_recomputed, parallel_batches=parallel, balance_coefficient=1.0)
+        make_trainer(config, model=model, hooks=Hooks(on_step=seen.append)).run(until_step=3)
+        numbers = [(m.loss, m.mtp_loss, m.balance, m.grad_norm, m.experts) for m in seen]
+        runs.append((numbers, [p.detach() for p in model.parameters()]))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def test_recomputed_activations_are_not_kept() -> None:
+    kept = []
+    for is_recomputed in (False, True):
+        trainer = make_trainer(CONFIG.with_(checkpoint_activations=is_recomputed))
+        batch = trainer.stream.next_batch().batch
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=sizes: to.append(x.nbytes) or x, lambda x: x):  # type: ignore[func-returns-value]
+            trainer.model(batch)
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 5
+
+
 def test_expert_stats() -> None:
     stats = expert_stats(torch.tensor([[4, 4, 4, 4], [0, 16, 0, 0], [6, 2, 0, 0]]))
     assert stats.max_over_mean == [1.0, 4.0, 3.0]
