@@ -110,7 +110,8 @@ class HealthProbe:
     @torch.no_grad()
     def health(self, rules: Sequence[ParameterRule]) -> Health:
         norms, largest, name = _gradients(rules)
-        rms, peaks = torch.stack([self._activations[i] for i in sorted(self._activations)]).unbind(1)
+        seen = [self._activations[i] for i in sorted(self._activations)]
+        rms, peaks = torch.stack(seen).unbind(1) if seen else torch.empty(2, 0)
         deltas = [self._deltas[i] for i in sorted(self._deltas)]
         return Health(
             grad_norms=norms,
@@ -137,6 +138,8 @@ def _longest(x_TD: Tensor, batch: Batch) -> Tensor:
 def _gradients(rules: Sequence[ParameterRule]) -> tuple[dict[str, float], float, str]:
     """The norm of each kind, and the largest value with its parameter."""
     with_grad = [(rule, rule.parameter.grad) for rule in rules if rule.parameter.grad is not None]
+    if not with_grad:
+        return {}, 0.0, ""
     grads = [grad for _, grad in with_grad]
     norms_P = torch.stack(torch._foreach_norm(grads)).double()
     peaks_P = torch.stack(torch._foreach_norm(grads, math.inf))

@@ -47,7 +47,8 @@ def test_its_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(SystemExit) as stop:
             main([*words[1:], *more])
         assert stop.value.code == 0, words
-    for name in ("mine", "better", "student", "new", "instruct", "thinking"):
+    assert list((tmp_path / "runs" / "watched" / "tensorboard").iterdir())
+    for name in ("mine", "watched", "better", "student", "new", "instruct", "thinking"):
         assert (tmp_path / "runs" / name / "model" / "model.safetensors").is_file()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qnext.checkpoint import load_model
-from qnext.checkpoint.snapshot import list_snapshots
+from qnext.checkpoint.snapshot import list_snapshots, load_snapshot
 from qnext.cli import main
 from qnext.text.chat import ChatFormat
 from qnext.text.tokenizer import Tokenizer
@@ -106,6 +106,27 @@ def test_resumed_equals_uninterrupted(
     assert metrics(straight) == metrics(cut)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (straight / "model" / name).read_bytes() == (cut / "model" / name).read_bytes(), name
+
+
+def test_a_run_that_gets_worse_ends_with_its_best_model_and_a_page(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, data = tmp_path / "run", tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": f"{i * i}."}) + "\n" for i in range(20)))
+    settings = (*QUICK, "held_out=0.5", "eval_every=1", "early_stop=2", "lr=0.3", "total_steps=40", "snapshot_every=40")
+    command = ("--from", str(base), "--data", str(data), "--out", str(out), "--page-port", "0")
+    assert sft(*command, settings=settings) == 0
+    said = capsys.readouterr().err
+    assert "the page of this run: http://127.0.0.1:" in said
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["evaluation"]["loss"] for line in lines if "evaluation" in line}
+    best = min(losses, key=losses.__getitem__)
+    assert len(losses) == best + 2 < 40
+    assert f"none of the last 2 evaluations was better than step {best}'s" in said
+    assert f"the model is that of step {best}" in said
+    (snapshot,) = list_snapshots(out / "snapshots")
+    kept, saved = load_snapshot(snapshot).tensors["best"], dict(load_model(out / "model").named_parameters())
+    assert all(torch.equal(value.to(saved[name].dtype), saved[name]) for name, value in kept.items())
 
 
 def test_show_sample_marks_what_is_learnt_and_trains_nothing(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qnext.training import Hooks, StepMetrics
-from qnext.training.health import Health
+from qnext.training import Hooks, StepMetrics, parameter_rules
+from qnext.training.health import Health, HealthProbe
 from tests.model.models import OneRequest, random_tokens
 from tests.training.models import documents, tiny_model
 from tests.training.test_loop import CONFIG, make_trainer
@@ -92,6 +92,13 @@ def test_memory_of_heads() -> None:
     _, health = first_step(model=model, docs=documents([40]))
     assert health.decay[0] == pytest.approx([0.25, 2 ** (-1 / 15), 2 ** (-1 / 17), 2 ** (-1 / 1000)], rel=1e-4)
     assert health.long_memory == [0.5] and health.delta_layers == [0]
+
+
+def test_a_step_that_asks_the_model_nothing_is_healthy() -> None:
+    model = tiny_model()
+    with HealthProbe(model) as probe:
+        health = probe.health(parameter_rules(model, optimizer="adamw"))
+    assert health.activation_rms == health.decay == [] and (health.grad_norms, health.largest_grad) == ({}, 0.0)
 
 
 def test_it_is_written_now_and_then(tmp_path: Path) -> None:
