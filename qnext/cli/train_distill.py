@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qnext.cli.flags.lora import LoraFlags
+from qnext.cli.flags.teacher import TeacherFlags
 from qnext.cli.flags.tuning import Out, Resume, Template
 from qnext.cli.flags.watching import WatchFlags
 
@@ -15,9 +16,6 @@ from qnext.cli.flags.watching import WatchFlags
 def command(
     out: Out,
     base: Annotated[str | None, typer.Option("--from", metavar="MODEL", help="the student as it begins")] = None,
-    teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="of the student's vocabulary, of any size and form")
-    ] = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(help="chats (JSONL, JSON, parquet), a text, or a folder of them; may be given again"),
@@ -27,6 +25,7 @@ def command(
     ] = None,
     template: Template = None,
     *,
+    teacher: TeacherFlags,
     lora: LoraFlags,
     watch: WatchFlags,
     show_sample: Annotated[
@@ -37,23 +36,20 @@ def command(
     """Teach a student what a teacher says at every learnt token of your texts and chats. Leaves OUT/model.
 
     The teacher is asked once; its answers stay in OUT/data, and a run that was killed goes on asking where it stopped.
+    With --on-policy it stays in memory, and is asked about what the student answers to the prompts of the data.
     With --lora it leaves OUT/adapter. Ctrl-C, SIGTERM and --resume are as in `qnext train sft`.
     """
     from qnext.cli.terminal.tuning import tune
-    from qnext.errors import UsageError
-    from qnext.recipes.tasks import task_of, whole_path
+    from qnext.recipes.tasks import task_of
 
-    if resume and teacher is not None:
-        raise UsageError("--resume takes --teacher from the run in the folder")
-    named = [] if teacher is None else [f"teacher={whole_path(teacher)}"]
     task = task_of(
         out,
         base,
         [str(path) for path in data or []],
         template=template,
-        settings=[*named, *(settings or [])],
+        settings=[*teacher.settings(resume=resume), *(settings or [])],
         adapter=lora.task(),
-        method="distill",
+        method=teacher.method,
         resume=resume,
     )
     tune(task, out, show_sample=show_sample, resume=resume, watch=watch)

@@ -17,10 +17,11 @@ from qnext.recipes.methods import Base
 from qnext.recipes.sft import Sft, SftConfig
 from qnext.session.folder import ProgressOf, Report, TextFolder, load_weights, open_folder
 from qnext.text.lessons import Teacher
-from qnext.training import TrainConfig
+from qnext.text.tokenizer import Tokenizer
+from qnext.training import TrainConfig, TrainSource
 from qnext.training.build import Tokenizing
 from qnext.training.distill import TAUGHT, Distillation, HeldOutTeaching, KeptTokens, held_out_teaching
-from qnext.training.samples import SampleSet
+from qnext.training.samples import SampleSet, SampleStream
 from qnext.training.shards import DataShard
 from qnext.training.teacher import ANSWERS, Asking, ask, check_one_vocabulary
 
@@ -59,8 +60,7 @@ class Distill:
 
     def tokenizing(self, config: DistillConfig, teacher: Teacher, **facts: Any) -> Tokenizing:
         """Raises UsageError where the teacher has another vocabulary."""
-        other = open_folder(config.teacher)
-        check_one_vocabulary(teacher.tokenizer, other.tokenizer, names=("the student", str(other.path)))
+        check_teacher(config.teacher, teacher.tokenizer)
         return Sft().tokenizing(config, teacher, **facts)
 
     def train_values(self, *, lr: float, sequence_length: int) -> dict[str, Any]:
@@ -103,6 +103,9 @@ class Distill:
             remove_file(path)
         return [SampleSet(each, kind=TAUGHT) for each in parts]
 
+    def source(self, config: DistillConfig, stream: SampleStream, base: Base) -> TrainSource:
+        return stream
+
     def objective(self, config: DistillConfig, train: TrainConfig) -> Distillation:
         return config.objective.with_coefficients(train)
 
@@ -110,6 +113,12 @@ class Distill:
         self, config: DistillConfig, model: CausalLM, held_out: SampleSet, train: TrainConfig
     ) -> HeldOutTeaching:
         return held_out_teaching(model, config.objective, held_out, tokens_per_batch=train.tokens_per_batch)
+
+
+def check_teacher(name: str, student: Tokenizer) -> None:
+    """Raises UsageError where the teacher has another vocabulary than the student."""
+    other = open_folder(name)
+    check_one_vocabulary(student, other.tokenizer, names=("the student", str(other.path)))
 
 
 class AskedTeacher:

@@ -11,7 +11,7 @@ from qnext.files import remove_file
 from qnext.model import CausalLM
 from qnext.recipes.methods import Base, DataConfig
 from qnext.text.lessons import Teacher
-from qnext.training import TrainConfig
+from qnext.training import TrainConfig, TrainSource
 from qnext.training.build import PairTokenizing
 from qnext.training.preference import (
     PAIRS,
@@ -21,7 +21,7 @@ from qnext.training.preference import (
     held_out_preference,
     with_reference,
 )
-from qnext.training.samples import SampleSet
+from qnext.training.samples import SampleSet, SampleStream
 from qnext.training.shards import DataShard
 
 _LR = 0.1  # of that of SFT: the loss asks for a difference, not for an answer
@@ -79,6 +79,9 @@ class Dpo:
                 sets.append(SampleSet(pairs, kind=PAIRS))
         _remove_others([shard for shards in sources for shard in shards])
         return sets
+
+    def source(self, config: DpoConfig, stream: SampleStream, base: Base) -> TrainSource:
+        return stream
 
     def objective(self, config: DpoConfig, train: TrainConfig) -> DirectPreference:
         return replace(config.objective, balance=train.balance_coefficient, z=train.z_loss_coefficient)

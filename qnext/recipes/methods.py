@@ -10,9 +10,9 @@ from qnext.errors import UsageError
 from qnext.model import CausalLM
 from qnext.session.folder import ProgressOf
 from qnext.text.lessons import Teacher
-from qnext.training import Objective, TrainConfig
+from qnext.training import Objective, TrainConfig, TrainSource
 from qnext.training.build import Tokenizing
-from qnext.training.samples import SampleSet
+from qnext.training.samples import SampleSet, SampleStream
 from qnext.training.shards import DataShard
 
 
@@ -56,6 +56,9 @@ class Method(Protocol):
 
     def sets(self, config: Any, sources: Sequence[Sequence[DataShard]], base: Base) -> list[SampleSet]:
         """The samples of each source."""
+
+    def source(self, config: Any, stream: SampleStream, base: Base) -> TrainSource:
+        """What the run learns from, of its samples in their order: they themselves, or what is made of them."""
 
     def objective(self, config: Any, train: TrainConfig) -> Objective | None: ...
 

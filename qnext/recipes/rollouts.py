@@ -64,25 +64,27 @@ class RolloutConfig:
 
 def draw_answers(
     model: CausalLM,
-    problems: Sequence[Problem],
+    prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
     *,
     end_ids: frozenset[int],
+    keep_routing: bool = False,
 ) -> list[Completion]:
-    """Answers to each problem one after another, with the log-probabilities and experts of their tokens."""
-    longest = max(len(each.prompt_ids) + (own.max_tokens or 0) for each, own in zip(problems, params, strict=True))
+    """Answers to each prompt one after another, by an engine on the model as it is now; `keep_routing` as in
+    EngineConfig."""
+    longest = max(len(each) + (own.max_tokens or 0) for each, own in zip(prompts, params, strict=True))
     num_answers = sum(each.n for each in params)
     config = EngineConfig(
         max_num_seqs=min(num_answers, _MAX_SEQUENCES),
         max_model_len=longest,
         speculation=False,  # its layer does not learn here
-        keep_routing=keeps_routing(model),
-        prefix_cache=max(len(each.prompt_ids) for each in problems) >= _SHARED_TOKENS,
+        keep_routing=keep_routing,
+        prefix_cache=max(map(len, prompts)) >= _SHARED_TOKENS,
         count_experts=False,
         eos_token_ids=end_ids,
     )
     with Engine.of(model, config) as engine:
-        return engine.generate([each.prompt_ids for each in problems], params)
+        return engine.generate(prompts, params)
 
 
 def keeps_routing(model: CausalLM) -> bool:
@@ -173,7 +175,13 @@ class RolloutSource:
             SamplingParams(temperature=1.0, n=size, max_tokens=config.max_tokens, seed=self._number(place), logprobs=0)
             for place in range(config.prompts)
         ]
-        answers = draw_answers(self._model, problems, params, end_ids=self._end_ids)
+        answers = draw_answers(
+            self._model,
+            [each.prompt_ids for each in problems],
+            params,
+            end_ids=self._end_ids,
+            keep_routing=keeps_routing(self._model),
+        )
         kept: list[tuple[Completion, float]] = []
         dropped: list[tuple[Completion, float]] = []
         rewards: list[float] = []

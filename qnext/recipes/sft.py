@@ -11,10 +11,10 @@ from qnext.model import CausalLM
 from qnext.recipes.methods import Base, DataConfig
 from qnext.text.lessons import TAUGHT, Taught, Teacher
 from qnext.text.samples import FORMS
-from qnext.training import TrainConfig
+from qnext.training import TrainConfig, TrainSource
 from qnext.training.build import Tokenizing
 from qnext.training.held_out import HeldOutLoss, held_out_loss
-from qnext.training.samples import SampleSet
+from qnext.training.samples import SampleSet, SampleStream
 from qnext.training.shards import DataShard
 
 
@@ -48,6 +48,9 @@ class Sft:
 
     def sets(self, config: SftConfig, sources: Sequence[Sequence[DataShard]], base: Base) -> list[SampleSet]:
         return [SampleSet(shards) for shards in sources]
+
+    def source(self, config: SftConfig, stream: SampleStream, base: Base) -> TrainSource:
+        return stream
 
     def objective(self, config: SftConfig, train: TrainConfig) -> None:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,13 @@ from qnext.recipes.distill import Distill
 from qnext.recipes.dpo import Dpo
 from qnext.recipes.instruct import Examination, chat_recipe
 from qnext.recipes.methods import Method
+from qnext.recipes.on_policy import OnPolicy
 from qnext.recipes.sft import Sft
 from qnext.recipes.tuning import TuningData, TuningRun, TuningTask, prepare_tuning, read_task
 
-_METHODS: dict[str, Method] = {"sft": Sft(), "dpo": Dpo(), "distill": Distill()}
+_METHODS: dict[str, Callable[[], Method]] = {"sft": Sft, "dpo": Dpo, "distill": Distill, "on-policy": OnPolicy}
+
+_VARIANTS = {"distill": ("on-policy",)}  # which the same command goes on with
 
 
 def task_of(
@@ -45,7 +48,7 @@ def task_of(
                 "--resume takes --from, --data, --recipe, --template and --lora from the run in the folder"
             )
         task = TuningTask.read(folder)
-        if task.method != method:
+        if task.method not in (method, *_VARIANTS.get(method, ())):
             raise UsageError(f"{folder} holds a run of {task.method}, not of {method}")
         return replace(task, settings=(*task.settings, *settings))
     if list_snapshots(folder / "snapshots"):
@@ -71,11 +74,11 @@ def whole_path(model: str) -> str:
 
 def read_data(task: TuningTask, folder: Path, **options: Any) -> TuningData:
     """As read_task, by the method of the task."""
-    return read_task(task, folder, method=_METHODS[task.method], **options)
+    return read_task(task, folder, method=_METHODS[task.method](), **options)
 
 
 def prepare_task(task: TuningTask, folder: Path, **options: Any) -> TuningRun:
     """As prepare_tuning, by the method of the task and with the examination of its recipe."""
     if task.recipe is not None:
         options["examination"] = partial(Examination, num_questions=chat_recipe(task.recipe).num_tested)
-    return prepare_tuning(task, folder, method=_METHODS[task.method], **options)
+    return prepare_tuning(task, folder, method=_METHODS[task.method](), **options)

@@ -255,7 +255,7 @@ def prepare_tuning(
         evaluate = _evaluation(data, model, held_out, config)
     trainer = Trainer(
         model,
-        stream(),
+        method.source(data.config, stream(), Base(model, config, progress)),
         config,
         objective=method.objective(data.config, config),
         folder=folder,

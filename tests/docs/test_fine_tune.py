@@ -13,6 +13,7 @@ import pytest
 from qnext.cli import main
 from qnext.recipes.distill import DistillConfig
 from qnext.recipes.dpo import DpoConfig
+from qnext.recipes.on_policy import OnPolicyConfig
 from qnext.recipes.sft import SftConfig
 from qnext.text.sample_files import LINES, PARQUET
 from qnext.text.samples import FORMS
@@ -48,7 +49,7 @@ def test_its_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             main([*words[1:], *more])
         assert stop.value.code == 0, words
     assert list((tmp_path / "runs" / "watched" / "tensorboard").iterdir())
-    for name in ("mine", "watched", "better", "student", "new", "instruct", "thinking"):
+    for name in ("mine", "watched", "better", "student", "new", "writing", "instruct", "thinking"):
         assert (tmp_path / "runs" / name / "model" / "model.safetensors").is_file()
 
 
@@ -58,13 +59,15 @@ def test_its_tables_are_those_of_the_program() -> None:
     for form, keys in FORMS.items():
         assert all(f"`{key}`" in rows[form] for key in keys), form
     assert all(f"`{suffix}`" in text for suffix in (*LINES, ".json", *PARQUET))
-    known = {each.name for each in (*fields(DistillConfig), *fields(DpoConfig), *fields(TrainConfig))}
+    owners = (DistillConfig, OnPolicyConfig, DpoConfig, TrainConfig)
+    known = {each.name for owner in owners for each in fields(owner)}
     named = re.findall(r"^\| ((?:`[a-z_]+`(?:, )?)+) \|", text.partition("## The training")[2], re.MULTILINE)
     keys = {key for cell in named for key in re.findall(r"`([a-z_]+)`", cell)}
     assert len(keys) >= 10 and keys <= known
     assert set(re.findall(r"--set ([a-z_]+)=", text)) <= known
     assert f"`--set beta={DpoConfig().beta:g}`" in text and f"`epochs` is {DpoConfig().epochs:g}," in text
     ours = DistillConfig(teacher="any")
+    assert f"`max_tokens` tokens ({OnPolicyConfig(teacher='any').max_tokens})" in text
     for name in ("share", "budget", "temperature", "router_coefficient"):
         assert f"| `{name}` | {getattr(ours, name):g} |" in text
     assert f"| `kept` | `{ours.kept}` |" in text

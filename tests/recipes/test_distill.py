@@ -138,7 +138,7 @@ def test_an_adapter_and_the_routers_are_taught(
             2,
             "the student has 2 routers of 4 experts, TEACHER 0 of 0; only equal ones can be compared",
         ),
-        (("--resume", "--teacher", "TEACHER"), (), 2, "--resume takes --teacher from the run"),
+        (("--resume", "--teacher", "TEACHER"), (), 2, "--resume takes --teacher and --on-policy from the run"),
     ],
 )
 def test_faults_of_the_user_are_one_line(
