@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qnext import ops
 from qnext.model import CausalLM, RouterOutput, SparseMoE
 from qnext.model.layers import fusable
 from qnext.training.data import IGNORED
@@ -27,7 +27,8 @@ def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *,
     The logits of `chunk_rows` rows exist at a time (0: about a million logits), in fp32 at least. The gradients of both
     inputs are computed together with the value.
     """
-    return _CrossEntropySum.apply(hidden_RD, weight_YD, labels_R, chunk_rows or rows_of_logits(weight_YD.shape[0]))
+    chunk_rows = chunk_rows or rows_of_logits(weight_YD.shape[0])
+    return ops.cross_entropy_sum(hidden_RD, weight_YD, labels_R, chunk_rows=chunk_rows)
 
 
 def rows_of_logits(vocab_size: int) -> int:
@@ -70,45 +71,6 @@ def wide_logits(model: CausalLM, hidden_RD: Tensor) -> Tensor:
     """The logits of a model in fp32 at least."""
     logits_RY = model.logits(hidden_RD)
     return logits_RY.to(torch.promote_types(logits_RY.dtype, torch.float32))
-
-
-class _CrossEntropySum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, chunk_rows: int) -> Tensor:
-        wide = torch.promote_types(hidden_RD.dtype, torch.float32)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden_RD) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_YD, dtype=wide) if needs_weight else None
-        total = torch.zeros((), dtype=wide, device=hidden_RD.device)
-        head_dtype, weight_YD = weight_YD.dtype, weight_YD.to(hidden_RD.dtype)  # a frozen head may be narrower
-        for start in range(0, len(labels_R), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            hidden, labels = hidden_RD[rows], labels_R[rows]
-            is_valid = labels != IGNORED
-            targets = labels.clamp_min(0)[:, None]
-            log_probs = (hidden @ weight_YD.t()).to(wide).log_softmax(-1)
-            total -= log_probs.gather(1, targets).squeeze(1).masked_fill(~is_valid, 0.0).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            grad_logits = log_probs.exp_()
-            grad_logits.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=wide))
-            grad_logits.mul_(is_valid[:, None])
-            grad_logits = grad_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits @ weight_YD
-            if grad_weight is not None:
-                grad_weight += grad_logits.t() @ hidden
-        ctx.grad_hidden, ctx.grad_weight, ctx.weight_dtype = grad_hidden, grad_weight, head_dtype
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.grad_hidden, ctx.grad_weight
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
 
 
 class RouterTap:

@@ -99,7 +99,7 @@ def test_outputs_and_gradients_are_those_of_changed_weights(lora: str, form: str
     model = with_random_lora(make_in_form(NAME, form, **SHAPE), LORAS[lora])
     model.model.embed_tokens.register_forward_hook(lambda module, inputs, rows_TD: rows_TD.requires_grad_())
     outputs = outputs_of(model)
-    cotangent = randn(*outputs.shape, seed=5)
+    cotangent = randn(*outputs.shape, seed=6)  # no gradient is one sum that comes out near zero
     outputs.backward(cotangent.to(outputs.dtype))
     wanted, gradients = expected(model, cotangent)
     assert relative_rms(outputs.detach(), wanted.detach()) <= TOLERANCE

@@ -48,6 +48,7 @@ from qnext.ops.cpu.rows import (
     serves_swiglu,
     swiglu,
 )
+from qnext.ops.cpu.train_weights import cross_entropy_sum, serves_cross_entropy_sum
 
 __all__ = [
     "add",
@@ -56,6 +57,7 @@ __all__ = [
     "argmax",
     "attention_mixer",
     "concat",
+    "cross_entropy_sum",
     "embedding",
     "experts_swiglu",
     "fits_attention_mixer",
@@ -78,6 +80,7 @@ __all__ = [
     "serves_argmax",
     "serves_attention_mixer",
     "serves_concat",
+    "serves_cross_entropy_sum",
     "serves_embedding",
     "serves_experts_swiglu",
     "serves_gated_delta_mixer",

@@ -14,6 +14,7 @@ from qnext.ops.checks import check_experts, check_linear
 from qnext.ops.cpu.kernels import check_memory, kernels, take, widened
 from qnext.ops.cpu.panels import KIND_OF_FLOAT, PanelWeight
 from qnext.ops.cpu.record_weights import RecordWeight
+from qnext.ops.cpu.train_weights import train_experts, train_linear, trains_experts, trains_linear
 from qnext.ops.records import Routing, SharedExpert
 from qnext.ops.weights import Weight
 
@@ -22,11 +23,15 @@ _LANES = 16
 
 
 def serves_linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = None) -> bool:
+    if trains_linear(x_TD, weight_FD, bias_F):
+        return True
     return take(x_TD, _grad_source(weight_FD), bias_F) and x_TD.dim() == 2 and fits_linear(weight_FD)
 
 
 def linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = None) -> Tensor:
     """[T, F] fp32. See ops.linear."""
+    if isinstance(weight_FD, Tensor) and trains_linear(x_TD, weight_FD, bias_F):
+        return train_linear(x_TD, weight_FD, bias_F)
     check_linear(x_TD, weight_FD)
     num_outputs, x_TD = weight_FD.shape[0], x_TD.contiguous()
     out_TF = torch.empty((x_TD.shape[0], num_outputs), dtype=torch.float32)
@@ -43,6 +48,8 @@ def serves_experts_swiglu(
     shared: SharedExpert | None = None,
 ) -> bool:
     """Whether hidden size and width are whole vectors."""
+    if trains_experts(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared):
+        return True
     shared_weights = () if shared is None else shared.weights
     weights = (gate_up_E2FD, down_EDF, *shared_weights)
     return (
@@ -67,6 +74,9 @@ def experts_swiglu(
     shared: SharedExpert | None = None,
 ) -> Tensor:
     """[T, D] fp32. See ops.experts_swiglu. Raises IndexError for an invalid expert."""
+    if trains_experts(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared):
+        assert isinstance(gate_up_E2FD, Tensor) and isinstance(down_EDF, Tensor)
+        return train_experts(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
     x_TD, weights_TA, experts_TA = x_TD.contiguous(), routing.weights_TA.contiguous(), routing.experts_TA.contiguous()
     num_tokens, top_k = experts_TA.shape
     check_experts(x_TD, gate_up_E2FD, down_EDF)

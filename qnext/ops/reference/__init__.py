@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from qnext.ops.reference.attention import attention_mixer
 from qnext.ops.reference.delta_mixer import apply_pending, gated_delta_mixer
-from qnext.ops.reference.matrices import experts_swiglu, linear, lora_experts_swiglu, route
+from qnext.ops.reference.matrices import cross_entropy_sum, experts_swiglu, linear, lora_experts_swiglu, route
 from qnext.ops.reference.norm import rms_norm
 from qnext.ops.reference.rope import rope_cos_sin
 from qnext.ops.reference.rounding import round_to_groups, rounding_errors
@@ -22,6 +22,7 @@ __all__ = [
     "argmax",
     "attention_mixer",
     "concat",
+    "cross_entropy_sum",
     "embedding",
     "experts_swiglu",
     "gated_delta_mixer",

@@ -12,6 +12,7 @@ from qnext.ops.reference.rows import add, are_finite, argmax, concat, embedding,
 from qnext.ops.torch.attention import attention_mixer
 from qnext.ops.torch.delta_cache import apply_pending
 from qnext.ops.torch.delta_mixer import gated_delta_mixer
+from qnext.ops.torch.head import cross_entropy_sum
 from qnext.ops.torch.lora import lora_experts_swiglu
 from qnext.ops.torch.matrices import linear
 from qnext.ops.torch.moe import experts_swiglu, route
@@ -25,6 +26,7 @@ __all__ = [
     "argmax",
     "attention_mixer",
     "concat",
+    "cross_entropy_sum",
     "embedding",
     "experts_swiglu",
     "gated_delta_mixer",

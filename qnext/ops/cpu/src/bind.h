@@ -21,5 +21,6 @@ void bind_limits(nanobind::module_& m);
 void bind_residency(nanobind::module_& m);
 void bind_rounding(nanobind::module_& m);
 void bind_train(nanobind::module_& m);
+void bind_train_weights(nanobind::module_& m);
 
 }  // namespace qnext

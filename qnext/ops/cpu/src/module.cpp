@@ -26,4 +26,5 @@ NB_MODULE(_native, m) {
   qnext::bind_residency(m);
   qnext::bind_rounding(m);
   qnext::bind_train(m);
+  qnext::bind_train_weights(m);
 }

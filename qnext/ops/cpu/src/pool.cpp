@@ -24,7 +24,7 @@ constexpr int kSpins = 4000;  // some tens of microseconds, before another threa
 // Workers stay awake for the gap between two steps of a decoding: waking up takes as long as a small step.
 constexpr auto kAwake = std::chrono::microseconds(300);
 constexpr int kSpinsPerLook = 256;
-constexpr int kScratchSlots = 26;
+constexpr int kScratchSlots = 32;
 
 void relax() {
 #if defined(__x86_64__)

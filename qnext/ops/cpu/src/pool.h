@@ -21,7 +21,7 @@ inline __attribute__((always_inline)) void parallel_for(int64_t num_tasks, Body&
 }
 
 // Memory of the calling thread, aligned to 64 bytes, until the same slot is asked for again; grows and stays. `slot` tells
-// apart what is used together: 0-7 linear and experts, 8-15 attention, 16-23 the delta rule, 24-25 tiles.
+// apart what is used together: 0-7 linear and experts, 8-15 attention, 16-23 the delta rule, 24-25 tiles, 26-31 training.
 void* scratch(int slot, int64_t bytes);
 
 }  // namespace qnext
