@@ -13,12 +13,14 @@ import sys
 import time
 
 import torch
+import torch._dynamo
 
 import qnext.cli.terminal.training
 import qnext.recipes.tasks
 from qnext.cli import main
 
-IMPORTED = (qnext.cli.terminal.training, qnext.recipes.tasks)  # what every command needs
+# What every command needs; torch imports its compiler when it makes the first optimiser.
+IMPORTED = (qnext.cli.terminal.training, qnext.recipes.tasks, torch._dynamo)
 
 
 def run(file: str | None, lines: int, seconds: float, arguments: list[str]) -> int | None:

@@ -129,15 +129,18 @@ def kill_and_go_on(driver: Driver, straight: Straight, out: Path, source: random
     return num_killed
 
 
-def test_killed_at_random_moments(driver: Driver, straight: Straight, tmp_path: Path) -> None:
-    kill_and_go_on(driver, straight, tmp_path / "run", random.Random(5), times=3)
+def kill_often(driver: Driver, straight: Straight, folder: Path, source: random.Random, *, times: int) -> None:
+    """A run that comes to its end begins anew."""
+    while times > 0:
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        times -= kill_and_go_on(driver, straight, folder / "run", source, times=times)
+
+
+def test_killed_at_20_random_moments(driver: Driver, straight: Straight, tmp_path: Path) -> None:
+    kill_often(driver, straight, tmp_path, random.Random(5), times=20)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
-def test_killed_at_many_random_moments(driver: Driver, straight: Straight, tmp_path: Path, seed: int) -> None:
-    """Ten moments a run, 200 in all; a run that comes to its end begins anew."""
-    source, left = random.Random(seed), 10
-    while left > 0:
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        left -= kill_and_go_on(driver, straight, tmp_path / "run", source, times=left)
+def test_killed_at_200_random_moments(driver: Driver, straight: Straight, tmp_path: Path, seed: int) -> None:
+    kill_often(driver, straight, tmp_path, random.Random(seed), times=10)
