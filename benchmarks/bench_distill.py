@@ -81,11 +81,13 @@ def _answers(run: Run, out: Path, *, text_bytes: int, budget: int) -> tuple[Data
     return shard, ask(lambda: model, shard, out / "data", asking, of=digest, tokens_per_batch=2048), asking
 
 
-def _train(parts: Sequence[TaughtShard], config: ModelConfig, *, share: float, steps: int, seed: int) -> CausalLM:
-    """With the demo's rates, for both arms."""
+def _train(
+    parts: Sequence[TaughtShard], config: ModelConfig, *, share: float, steps: int, seed: int, rate: float
+) -> CausalLM:
+    """With the demo's rates times `rate`."""
     train = TrainConfig(
-        lr=2e-2,
-        muon_lr=4e-3,
+        lr=2e-2 * rate,
+        muon_lr=4e-3 * rate,
         tokens_per_batch=1024,
         accumulation=2,
         parallel_batches=2,
@@ -127,7 +129,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/bench-distill"))
     parser.add_argument("--teacher-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=150, help="of a student, 2048 tokens each")
-    parser.add_argument("--seeds", type=int, default=3, choices=range(2, 11))
+    parser.add_argument("--rate", type=float, default=1.0, help="times the demo's learning rates")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--text-bytes", type=int, default=1_200_000)
     parser.add_argument("--held-out-bytes", type=int, default=200_000)
     parser.add_argument("--budget", type=int, default=128, help="bytes of answers for each token")
@@ -149,6 +153,9 @@ def main() -> None:
     shard, parts, asking = _answers(run, options.out, text_bytes=options.text_bytes, budget=options.budget)
     print(f"texts: {shard.facts.num_learned:,} tokens, {asking.count} draws for each", flush=True)
     results = _results(options, parts, config, held_out, of=f"{weights_digest(teacher).hex()}/{shard.checksum}")
+    if len(options.arms) < len(ARMS) or options.seeds < 2:
+        print_json({"benchmark": "distill", "teacher": own, "rate": options.rate, "results": results})
+        return
     print("| seed | scratch | distilled | difference |\n|---|---|---|---|")
     for seed in range(options.seeds):
         one, other = (results[f"{arm} {seed}"] for arm in ARMS)
@@ -171,15 +178,16 @@ def _results(
 ) -> dict[str, float]:
     """Bits per byte by arm and seed. Those of an earlier start with the same choices are read."""
     path = options.out / "results.jsonl"
-    facts: dict[str, Any] = {"of": of, **{key: value for key, value in vars(options).items() if key != "out"}}
-    facts.pop("seeds")
+    choices = {key: value for key, value in vars(options).items() if key not in ("out", "seeds", "arms")}
+    facts: dict[str, Any] = {"of": of, **choices}
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     known = {line["run"]: line["bits_per_byte"] for line in lines if line["facts"] == facts}
     for seed in range(options.seeds):
-        for arm, share in ARMS.items():
+        for arm in options.arms:
             name = f"{arm} {seed}"
             if name not in known:
-                model = _train(parts, config, share=share, steps=options.steps, seed=seed)
+                own = {"share": ARMS[arm], "rate": options.rate, "steps": options.steps, "seed": seed}
+                model = _train(parts, config, **own)
                 known[name] = _measure(model, held_out).bits_per_byte
                 with path.open("a") as file:
                     file.write(json.dumps({"run": name, "bits_per_byte": known[name], "facts": facts}) + "\n")

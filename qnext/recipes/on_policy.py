@@ -210,8 +210,7 @@ class OnPolicy:
 
     def objective(self, config: OnPolicyConfig, train: TrainConfig) -> ReverseDistillation:
         assert self._teacher is not None
-        coefficients = (train.balance_coefficient, train.z_loss_coefficient, train.mtp_coefficient)
-        return ReverseDistillation(self._teacher, self._num_tokens, *coefficients)
+        return ReverseDistillation.of(self._teacher, self._num_tokens, train)
 
     @torch.no_grad()
     def evaluate(

@@ -5,16 +5,17 @@ Legend: T tokens, R rows with a label, D hidden, Y vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from qnext.model import CausalLM
+from qnext.training.config import TrainConfig
 from qnext.training.data import IGNORED, TrainBatch
 from qnext.training.losses import by_chunks, wide_logits
-from qnext.training.objective import Losses, LossPart, TrainStep, with_router_losses
+from qnext.training.objective import Losses, LossPart, TrainStep, drafts, with_router_losses
 
 
 def reverse_divergence(logits_RY: Tensor, given_RY: Tensor) -> Tensor:
@@ -38,6 +39,23 @@ class ReverseDistillation:
     balance: float = 0.0  # coefficients
     z: float = 0.0
     mtp: float = 0.0  # 0: the MTP module does not run
+    mtp_start: float = field(default=0.0, kw_only=True)
+    mtp_steps: int = field(default=1, kw_only=True)
+    detach_trunk: bool = field(default=False, kw_only=True)
+
+    @classmethod
+    def of(cls, teacher: CausalLM, num_tokens: int, config: TrainConfig) -> ReverseDistillation:
+        """With what a run sets for every objective."""
+        return cls(
+            teacher,
+            num_tokens,
+            config.balance_coefficient,
+            config.z_loss_coefficient,
+            config.mtp_coefficient,
+            mtp_start=config.mtp_start,
+            mtp_steps=config.mtp_steps,
+            detach_trunk=config.mtp_detach_trunk,
+        )
 
     def __call__(self, model: CausalLM, batch: TrainBatch, step: TrainStep) -> Losses:
         given_TD, trunk = self.given(batch), model(batch.batch)
@@ -45,12 +63,16 @@ class ReverseDistillation:
         num_labels = max(1, sum(each.num_labels for each in step.batches))
         parts = {"main": LossPart(self.total(model, trunk.hidden_TD[at], given_TD[at]) / num_labels)}
         outputs = step.tap.take()
-        if self.mtp > 0.0 and model.mtp is not None:
-            draft_TD = model.draft_hidden(batch.next_ids_T, trunk, batch.batch)
-            outputs += step.tap.take()
-            at = torch.nonzero(batch.mtp_labels_T != IGNORED).squeeze(1)
+        if self.mtp > 0.0 and model.mtp is not None and step.progress >= self.mtp_start:
+            if self.detach_trunk:
+                trunk = type(trunk)(*(tensor.detach() for tensor in trunk))
+            at, sums = torch.nonzero(batch.mtp_labels_T != IGNORED).squeeze(1), list[Tensor]()
+            for draft_TD in drafts(model, model.draft_source(trunk), batch, num_steps=self.mtp_steps):
+                seen = step.tap.take()
+                outputs += [] if sums else seen
+                sums.append(self.total(model, draft_TD[at], given_TD[at + 1]))
             num_mtp_labels = max(1, sum(each.num_mtp_labels for each in step.batches))
-            parts["mtp"] = LossPart(self.total(model, draft_TD[at], given_TD[at + 1]) / num_mtp_labels, self.mtp)
+            parts["mtp"] = LossPart(sum(sums[1:], sums[0]) / (self.mtp_steps * num_mtp_labels), self.mtp)
         return with_router_losses(parts, outputs, step, balance=self.balance, z=self.z)
 
     @torch.no_grad()

@@ -11,8 +11,9 @@ import pytest
 
 from qnext.checkpoint import load_model
 from qnext.checkpoint.snapshot import list_snapshots
-from qnext.recipes.on_policy import answered, prompt_of, written
+from qnext.recipes.on_policy import PromptKind, WrittenSource, answered, prompt_of, written
 from qnext.training.data import IGNORED
+from qnext.training.samples import SampleSet, SampleStream
 from tests.recipes.test_distill import distill, save_like
 from tests.recipes.test_sft import metrics, run
 from tests.text_folders import tiny_config
@@ -48,6 +49,21 @@ def test_answers_are_the_models_own_and_alone_are_learnt(base: Path) -> None:
     assert batch.labels_T[batch.labels_T != IGNORED].tolist() == [token for answer in answers for token in answer]
     few = answered(model, prompts, seed=3, num_tokens=100, **options)
     assert few.labels_T.max() < 100 and few.num_labels < batch.num_labels
+
+
+def test_the_same_prompt_is_answered_anew_and_a_place_is_found_again(base: Path) -> None:
+    document = np.array([~1, ~2, ~3, 9], dtype=np.int32)
+    options = {"tokens_per_batch": 80, "seed": 0, "fingerprint": ""}
+    prompts = SampleStream([SampleSet([[document]], kind=PromptKind(20))], **options)  # type: ignore[arg-type]
+    model = load_model(base).float()
+    source = WrittenSource(model, prompts, max_tokens=20, num_tokens=276, end_ids=frozenset({258}))
+    first, place = source.next_batch(), source.position
+    second = source.next_batch()
+    answers = [batch.batch.token_ids_T.tolist() for batch in (first, second)]
+    assert first.num_labels > 20, "several prompts fit"
+    assert answers[0] != answers[1]
+    source.seek(place)
+    assert source.next_batch().batch.token_ids_T.tolist() == answers[1]
 
 
 def test_a_student_writes_more_and_more_like_the_teacher_and_a_resumed_run_is_the_same(

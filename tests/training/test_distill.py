@@ -271,7 +271,7 @@ def test_a_killed_writer_goes_on_and_writes_the_same_bytes(
     assert contents(cut) == contents(whole)
 
 
-def test_files_of_other_choices_or_damaged_ones_are_made_again(tmp_path: Path) -> None:
+def test_files_of_other_choices_or_data_or_damaged_ones_are_made_again(tmp_path: Path) -> None:
     asked(tmp_path, Asking("sampled", 8, VOCAB))
     before = contents(tmp_path)
     path = tmp_path / "answers" / next(iter(before))
@@ -280,7 +280,14 @@ def test_files_of_other_choices_or_damaged_ones_are_made_again(tmp_path: Path) -
         asked(tmp_path, Asking("sampled", 8, VOCAB))
     assert contents(tmp_path) == before
     asked(tmp_path, Asking("sampled", 8, VOCAB, seed=1))
-    assert all(contents(tmp_path)[name] != data for name, data in before.items())
+    other = contents(tmp_path)
+    assert all(other[name] != data for name, data in before.items())
+    write_shard(tmp_path / "a.shard", samples(LENGTHS, seed=1), {})
+    options = {"tokens_per_batch": 50, "rows_per_file": 12}
+    choices = Asking("sampled", 8, VOCAB, seed=1)
+    ask(lambda: tiny_model(seed=5), DataShard(tmp_path / "a.shard"), tmp_path / "answers", choices, of="t", **options)  # type: ignore[arg-type]
+    again = contents(tmp_path)
+    assert all(again[name] != data for name, data in other.items() if name in again)
 
 
 @pytest.mark.parametrize("kept", ["top", "sampled"])
