@@ -42,7 +42,8 @@ class DecoderLayer(nn.Module):
         if not (self.is_recomputed and torch.is_grad_enabled()):
             return self._compute(hidden_TD, batch, rope)
         # A layer draws no random numbers.
-        return checkpoint(self._compute, hidden_TD, batch, rope, use_reentrant=False, preserve_rng_state=False)
+        compute = ops.in_this_mode(self._compute)
+        return checkpoint(compute, hidden_TD, batch, rope, use_reentrant=False, preserve_rng_state=False)
 
     def _compute(self, hidden_TD: Tensor, batch: Batch, rope: ops.Rope) -> Tensor:
         normed_TD = self.input_layernorm(hidden_TD)

@@ -46,7 +46,7 @@ from qnext.ops.dispatch import (
     route,
     swiglu,
 )
-from qnext.ops.inference_forward import inference_forward
+from qnext.ops.inference_forward import in_this_mode, inference_forward
 from qnext.ops.invariance import (
     attention_keeps_bits,
     caches_keep_bits,
@@ -143,6 +143,7 @@ __all__ = [
     "gated_delta_mixer",
     "gated_delta_rule",
     "gated_rms_norm",
+    "in_this_mode",
     "inference_forward",
     "instruction_set",
     "keep_freed_memory",

@@ -36,6 +36,14 @@ def inference_forward() -> Iterator[None]:
         _of_thread.is_on = before
 
 
+def in_this_mode(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`function`, which computes in every later call as it would in this thread now: with `inference_forward`, or
+    without."""
+    if not getattr(_of_thread, "is_on", False):
+        return function
+    return inference_forward()(function)
+
+
 def with_inference_forward(op: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """An op that obeys `inference_forward`. Its tensors may stand in records; it writes to none of them."""
 

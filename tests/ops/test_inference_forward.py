@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qnext import ops
-from qnext.model import Batch
+from qnext.model import Batch, DecoderLayer
 from qnext.ops import reference
 from tests.engine.models import KINDS, VOCAB_SIZE, needs_native, tiny_model
 
@@ -19,8 +19,11 @@ def a_batch() -> Batch:
     return Batch.from_lengths(token_ids_T, [70, 1, 19])
 
 
-def loss_and_gradients(kind: str, *, as_inference: bool) -> tuple[Tensor, list[Tensor]]:
+def loss_and_gradients(kind: str, *, as_inference: bool, is_recomputed: bool = False) -> tuple[Tensor, list[Tensor]]:
     model = tiny_model(kind)
+    for module in model.modules():
+        if isinstance(module, DecoderLayer):
+            module.is_recomputed = is_recomputed
     batch = a_batch()
     parameters = [each for each in model.parameters() if each.requires_grad]
     if as_inference:
@@ -43,6 +46,14 @@ def test_a_model_has_the_bits_of_inference_and_the_gradient_of_training(kind: st
         assert torch.equal(logits_TY, model.logits(model(batch).hidden_TD))
     for ours, theirs in zip(gradients, expected, strict=True):
         assert_close(ours, theirs, tolerance=1e-4)
+
+
+@needs_native
+def test_a_layer_that_is_computed_again_is_in_the_same_mode() -> None:
+    logits_TY, gradients = loss_and_gradients(KINDS[0], as_inference=True)
+    again_TY, others = loss_and_gradients(KINDS[0], as_inference=True, is_recomputed=True)
+    assert torch.equal(again_TY, logits_TY)
+    assert all(torch.equal(a, b) for a, b in zip(others, gradients, strict=True))
 
 
 def test_the_mode_ends_with_its_block() -> None:

@@ -14,11 +14,12 @@ from qnext.ops.records import DeltaWeights
 
 
 class _DeltaKept(NamedTuple):
-    """What the gradient reads beside the inputs: states between chunks, and what each token writes and reads."""
+    """What the gradient reads beside the inputs: states between chunks, what each token writes and reads, its gates."""
 
     states: Tensor
     writes_THV: Tensor
     reads_THV: Tensor
+    gates_TH2: Tensor
 
 
 def trained_delta_mixer(qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing) -> Tensor:
@@ -54,6 +55,7 @@ class _DeltaMixer(torch.autograd.Function):
             qkvz_TX.new_empty(num_chunks, num_heads, sizes.key_dim, sizes.value_dim),
             qkvz_TX.new_empty(rows),
             qkvz_TX.new_empty(rows),
+            qkvz_TX.new_empty(*rows[:2], 2),
         )
         inputs = tuple(x.contiguous() for x in (qkvz_TX, ba_TY, conv_C1W, A_log_H, dt_bias_H, norm_V))
         out_TZ = qkvz_TX.new_empty(rows[0], rows[1] * rows[2])
@@ -65,9 +67,9 @@ class _DeltaMixer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TZ: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, states, writes, reads = ctx.saved_tensors
+        *inputs, states, writes, reads, gates = ctx.saved_tensors
         sizes, packing = ctx.sizes, ctx.packing
-        arguments = _arguments(tuple(inputs), _DeltaKept(states, writes, reads), sizes, packing)
+        arguments = _arguments(tuple(inputs), _DeltaKept(states, writes, reads, gates), sizes, packing)
         grad_TZ = grad_TZ.contiguous()
         grad_qkvz, grad_ba = torch.empty_like(inputs[0]), torch.empty_like(inputs[1])
         partial = grad_TZ.new_empty(packing.num_sequences, sizes.num_key_heads, arguments.partial_size)
@@ -97,6 +99,7 @@ def _arguments(inputs: tuple[Tensor, ...], kept: _DeltaKept, sizes: _DeltaSizes,
         states=kept.states.data_ptr(),
         writes=kept.writes_THV.data_ptr(),
         reads=kept.reads_THV.data_ptr(),
+        gates=kept.gates_TH2.data_ptr(),
     )
 
 

@@ -15,16 +15,16 @@ void bind_delta_training(nb::module_& m) {
           [](DeltaTraining* self, int64_t num_sequences, int64_t num_key_heads, int64_t repeats, int64_t key_dim,
              int64_t value_dim, int64_t conv_width, float eps, uintptr_t starts, uintptr_t qkvz, uintptr_t ba,
              uintptr_t conv, uintptr_t A_log, uintptr_t dt_bias, uintptr_t norm, uintptr_t states, uintptr_t writes,
-             uintptr_t reads) {
+             uintptr_t reads, uintptr_t gates) {
             new (self) DeltaTraining{num_sequences, num_key_heads, repeats, key_dim, value_dim, conv_width, eps,
                                      pointer<const int64_t>(starts), pointer<const float>(qkvz),
                                      pointer<const float>(ba), pointer<const float>(conv), pointer<const float>(A_log),
                                      pointer<const float>(dt_bias), pointer<const float>(norm), pointer<float>(states),
-                                     pointer<float>(writes), pointer<float>(reads)};
+                                     pointer<float>(writes), pointer<float>(reads), pointer<float>(gates)};
           },
           nb::kw_only(), "num_sequences"_a, "num_key_heads"_a, "repeats"_a, "key_dim"_a, "value_dim"_a, "conv_width"_a,
           "eps"_a, "starts"_a, "qkvz"_a, "ba"_a, "conv"_a, "A_log"_a, "dt_bias"_a, "norm"_a, "states"_a, "writes"_a,
-          "reads"_a)
+          "reads"_a, "gates"_a)
       .def_prop_ro("partial_size", [](const DeltaTraining& self) { return delta_partial_size(self); });
   m.def("delta_training_chunk", [] { return active_delta_train_kernels().chunk; });
   m.def(

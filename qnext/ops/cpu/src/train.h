@@ -17,6 +17,7 @@ struct DeltaTraining {
   // Kept from the forward pass: the state before every chunk but the first of each sequence [chunks, H, K, V], what the
   // tokens write to it and what they read of it [T, H, V].
   float *states, *writes, *reads;
+  float* gates;  // kept too: beta and the log decay of each token and head [T, H, 2]
 };
 
 struct DeltaTrainingGradients {

@@ -56,6 +56,18 @@ struct Group {
   float *grad_k, *grad_v;        // [num_keys, K]
 };
 
+// Turns the pairs (i, i + half) of y by their angles, or back for sign -1.
+void rotate(const AttentionTraining& a, int64_t token, float sign, float* __restrict y) {
+  const float *__restrict cos = a.cos + token * a.half, *__restrict sin = a.sin + token * a.half;
+  const int64_t half = a.half;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < half; ++i) {
+    const float low = y[i], high = y[i + half], turn = sign * sin[i];
+    y[i] = low * cos[i] - high * turn;
+    y[i + half] = high * cos[i] + low * turn;
+  }
+}
+
 float inverse_rms(const AttentionTraining& a, const float* x) {
   return 1.0f / sqrtf(dot_registers(x, x, a.head_dim) / static_cast<float>(a.head_dim) + a.eps);
 }
@@ -65,23 +77,13 @@ void norm_and_rotate(const AttentionTraining& a, const float* x, const float* we
   const f32reg inverse = splat_register(inverse_rms(a, x) * scale), offset = splat_register(a.zero_centered ? 1.0f : 0.0f);
   for (int64_t i = 0; i < a.head_dim; i += kRegisterLanes)
     store(y + i, load_register(x + i) * inverse * (load_register(weight + i) + offset));
-  const float *cos = a.cos + token * a.half, *sin = a.sin + token * a.half;
-  for (int64_t i = 0; i < a.half; ++i) {
-    const float low = y[i], high = y[i + a.half];
-    y[i] = low * cos[i] - high * sin[i];
-    y[i + a.half] = high * cos[i] + low * sin[i];
-  }
+  rotate(a, token, 1.0f, y);
 }
 
 // The gradient of x; `grad` is that of y and is overwritten. That of the weight is added.
 void norm_and_rotate_gradient(const AttentionTraining& a, const float* x, const float* weight, int64_t token, float scale,
                               float* grad, float* grad_x, float* grad_weight) {
-  const float *cos = a.cos + token * a.half, *sin = a.sin + token * a.half;
-  for (int64_t i = 0; i < a.half; ++i) {
-    const float low = grad[i], high = grad[i + a.half];
-    grad[i] = low * cos[i] + high * sin[i];
-    grad[i + a.half] = high * cos[i] - low * sin[i];
-  }
+  rotate(a, token, -1.0f, grad);
   const float inverse = inverse_rms(a, x);
   const f32reg offset = splat_register(a.zero_centered ? 1.0f : 0.0f), factor = splat_register(scale);
   f32reg along{};
@@ -144,7 +146,9 @@ void forward_block(const Group& g, int64_t token, int64_t r, float* out) {
     inverses[t] = softmax_row(g.scores + t * g.score_stride, token + t + 1, last_key,
                               t < count ? g.a.log_sums + g.sum_place(token + t, r) : &unused);
   }
-  multiply(rows_of(g.scores, g.score_stride), g.v, size, kQueries, last_key, size, {g.out, size});
+  memset(g.out, 0, kQueries * size * sizeof(float));
+  for (int64_t j = 0; j < last_key; j += kKeys)  // a panel of values stays in the level-1 cache
+    multiply(rows_of(g.scores + j, g.score_stride), g.v + j * size, size, kQueries, kKeys, size, onto(g.out, size));
   for (int64_t t = 0; t < count; ++t) {
     const float* gate = g.a.q + g.q_place(token + t, r) + size;
     float *kept = g.a.reads + g.out_place(token + t, r), *to = out + g.out_place(token + t, r);

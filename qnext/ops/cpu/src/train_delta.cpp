@@ -33,8 +33,8 @@ struct Group {
     taps = memory.take(width * mixed);
     grad_taps = memory.take(width * mixed);
     zeros = memory.take(mixed);
-    before = memory.take(kChunk * mixed);
     active = memory.take(kChunk * mixed);
+    slopes = memory.take(kChunk * mixed);
     grad_before = memory.take((kChunk + kMaxConvWidth) * mixed);
     keys = {memory.take(key_size), memory.take(key_size), memory.take(square), memory.take(square)};
     inverse = memory.take(2 * kChunk);
@@ -77,6 +77,7 @@ struct Group {
   int64_t head_place(int64_t token, int64_t r) const { return ((first + token) * num_heads + head(r)) * sizes.value_dim; }
   // b of the token; a lies `repeats` behind.
   int64_t ba_place(int64_t token, int64_t r) const { return (first + token) * 2 * num_heads + key_head * 2 * repeats + r; }
+  float* kept_gates(int64_t token, int64_t r) const { return a.gates + ((first + token) * num_heads + head(r)) * 2; }
   float* state(int64_t chunk, int64_t r) const {
     return a.states + ((first_chunk + chunk) * num_heads + head(r)) * sizes.key_dim * sizes.value_dim;
   }
@@ -86,7 +87,7 @@ struct Group {
   int64_t key_head, repeats, num_heads, mixed, row_size, first, length, first_chunk;
   int64_t width;  // of the convolution, as computed
   float *taps, *grad_taps, *zeros;        // [width, mixed] twice, [mixed]
-  float *before, *active, *grad_before;  // [C, mixed] before silu and after; gradient before silu
+  float *active, *slopes, *grad_before;  // [C, mixed] after silu, its derivative, the gradient before silu
   ChunkKeys keys;
   float* inverse;  // 1 / length of q, then of k, per token
   float *values, *outputs, *written, *grad_states;
@@ -94,7 +95,7 @@ struct Group {
   ChunkGradients grad;
 };
 
-// Asks for what the same place of the next chunk will read.
+// Asks for what the same place of the next chunk will read: rows of a head lie too far apart for the processor to see.
 QNEXT_INLINE void prefetch_row(const float* row, int64_t size) {
   for (int64_t i = 0; i < size; i += kLanes) prefetch(row + i);
 }
@@ -111,7 +112,8 @@ struct InputRows {
   const float* rows[kBlockRows + kWidth - 1];
 };
 
-// before = the convolution, active = silu of it; rows from `count` on are zero. The chunk after it is `ahead` tokens away.
+// active = silu of the convolution, with its derivative in `slopes`; rows from `count` on are zero. The chunk after it
+// is `ahead` tokens away.
 template <int kWidth>
 void convolve(const Group& g, int64_t token, int64_t count, int64_t ahead) {
   const int64_t mixed = g.mixed, row_size = mixed + g.repeats * g.sizes.value_dim;
@@ -120,7 +122,7 @@ void convolve(const Group& g, int64_t token, int64_t count, int64_t ahead) {
     const InputRows<kWidth> inputs(g, token + t);
     for (int64_t next = token + t + ahead; next < token + t + ahead + kBlockRows; ++next)
       if (g.has(next)) prefetch_row(g.row(next), row_size);
-    float *before = g.before + t * mixed, *active = g.active + t * mixed;
+    float *active = g.active + t * mixed, *slopes = g.slopes + t * mixed;
     for (int64_t c = 0; c < mixed; c += kRegisterLanes) {
       f32reg x[kBlockRows + kWidth - 1], totals[kBlockRows] = {};
       for (int i = 0; i < kBlockRows + kWidth - 1; ++i) x[i] = load_register(inputs.rows[i] + c);
@@ -129,8 +131,9 @@ void convolve(const Group& g, int64_t token, int64_t count, int64_t ahead) {
         for (int r = 0; r < kBlockRows; ++r) totals[r] = fma(tap, x[r + j], totals[r]);
       }
       for (int r = 0; r < kBlockRows; ++r) {
-        store(before + r * mixed + c, totals[r]);
-        store(active + r * mixed + c, silu(totals[r]));
+        const f32reg open = sigmoid(totals[r]), result = totals[r] * open;
+        store(active + r * mixed + c, result);
+        store(slopes + r * mixed + c, fma(result, splat_register(1.0f) - open, open));
       }
     }
   }
@@ -152,13 +155,22 @@ void normalize_keys(const Group& g) {
     }
 }
 
-// beta and g of one head; neutral from `count` on.
-void read_gates(const Group& g, int64_t token, int64_t count, int64_t r, ChunkGates& gates) {
+// beta and g of the tokens of one head, kept for the gradient.
+void make_gates(const Group& g, int64_t token, int64_t count, int64_t r) {
   const float rate = -expf(g.a.A_log[g.head(r)]), bias = g.a.dt_bias[g.head(r)];
+  for (int64_t t = token; t < token + count; ++t) {
+    const float* b = g.a.ba + g.ba_place(t, r);
+    float* kept = g.kept_gates(t, r);
+    kept[0] = sigmoid(b[0]);
+    kept[1] = rate * softplus(b[g.repeats] + bias);
+  }
+}
+
+// Neutral ones from `count` on.
+void read_gates(const Group& g, int64_t token, int64_t count, int64_t r, ChunkGates& gates) {
   for (int64_t t = 0; t < kChunk; ++t) {
-    const float* b = g.a.ba + (t < count ? g.ba_place(token + t, r) : 0);
-    gates.beta[t] = t < count ? sigmoid(b[0]) : 0.0f;
-    gates.g[t] = t < count ? rate * softplus(b[g.repeats] + bias) : 0.0f;
+    gates.beta[t] = t < count ? g.kept_gates(token + t, r)[0] : 0.0f;
+    gates.g[t] = t < count ? g.kept_gates(token + t, r)[1] : 0.0f;
   }
 }
 
@@ -203,6 +215,7 @@ void forward_group(const DeltaTraining& a, int64_t task, float* out) {
     const int64_t token = c * kChunk, count = std::min(kChunk, g.length - token);
     prepare_chunk(g, token, count, kChunk);
     for (int64_t r = 0; r < g.repeats; ++r) {
+      make_gates(g, token, count, r);
       read_gates(g, token, count, r, gates);
       decay_products(g.keys, gates, products);
       read_values(g, r);
@@ -296,11 +309,8 @@ void convolve_gradient(const Group& g, int64_t token, int64_t count, float* grad
   const int64_t mixed = g.mixed;
   const float* taps = g.taps;
   float *grad_before = g.grad_before, *grad_taps = g.grad_taps;
-  for (int64_t i = 0; i < count * mixed; i += kRegisterLanes) {
-    const f32reg before = load_register(g.before + i), open = sigmoid(before);
-    const f32reg slope = fma(before * open, splat_register(1.0f) - open, open);
-    store(grad_before + i, slope * load_register(grad_before + i));
-  }
+  for (int64_t i = 0; i < count * mixed; i += kRegisterLanes)
+    store(grad_before + i, load_register(g.slopes + i) * load_register(grad_before + i));
   for (int64_t t = 0; t < count; t += kBlockRows) {
     const InputRows<kWidth> inputs(g, token + t);
     float* to[kBlockRows];  // behind the end of the sequence: rows that nobody reads
