@@ -30,6 +30,7 @@ class Backend:
     mixes_lengths: bool  # single tokens and longer pieces go well in one batch
     copies_context: bool  # attention gathers the keys and values of a sequence, in fp32
     workspace_factor: int  # times the tensors of planning.step_bytes
+    fuses_gradients: bool  # training in fp32 has fused kernels; that under autocast is torch's
 
 
 CPU = Backend(
@@ -40,6 +41,7 @@ CPU = Backend(
     mixes_lengths=True,
     copies_context=False,
     workspace_factor=1,
+    fuses_gradients=True,
 )
 # Its operations make several tensors where a kernel makes none, and it has paths of its own for single tokens.
 TORCH = Backend(
@@ -50,6 +52,7 @@ TORCH = Backend(
     mixes_lengths=False,
     copies_context=True,
     workspace_factor=2,
+    fuses_gradients=False,
 )
 
 

@@ -7,7 +7,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from qnext.ops import backend_of
+
 _SIZE, _REPEATS = 512, 5
+# What a product in bf16 may take of the time of one in fp32. Where fp32 has fused kernels and bf16 has none, products
+# alone must make up for all the rest of a step, which takes as long as they do.
+_LESS, _MUCH_LESS = 2 / 3, 1 / 4
 
 
 class PrecisionChoice(NamedTuple):
@@ -19,12 +24,14 @@ class PrecisionChoice(NamedTuple):
 
 
 def choose_precision(wanted: str, device: torch.device) -> PrecisionChoice:
-    """`wanted`, or for "auto": bfloat16 where its matrix product takes less than two thirds of the time of fp32."""
+    """`wanted`, or for "auto": bfloat16 where its matrix product takes less than two thirds of the time of fp32. Where
+    fp32 has fused kernels, less than a quarter."""
     if wanted != "auto":
         assert wanted in ("float32", "bfloat16"), wanted
         return PrecisionChoice("float32" if wanted == "float32" else "bfloat16")
     float32, bfloat16 = (_seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16))
-    return PrecisionChoice("bfloat16" if bfloat16 < float32 * 2 / 3 else "float32", float32, bfloat16)
+    share = _MUCH_LESS if backend_of(device).fuses_gradients else _LESS
+    return PrecisionChoice("bfloat16" if bfloat16 < float32 * share else "float32", float32, bfloat16)
 
 
 def _seconds(dtype: torch.dtype, device: torch.device) -> float:
