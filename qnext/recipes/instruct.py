@@ -25,12 +25,12 @@ from qnext.training.sources import take_bytes, tokenize
 # Training goes on with the library beside the questions, so that the model keeps what it knew.
 _TESTED_BYTES = 100_000
 _SETTINGS = (
-    "time_budget=170",
-    "weights=6,1",
+    "time_budget=155",
+    "weights=4,1",
     "held_out=0",
     "optimizer=muon",
-    "lr=8e-3",
-    "muon_lr=2e-3",
+    "lr=4e-3",
+    "muon_lr=1e-3",
     "tokens_per_batch=2048",
     "accumulation=2",
     "parallel_batches=2",
