@@ -79,6 +79,7 @@ from qnext.ops.torch.conv import causal_conv1d_silu
 from qnext.ops.torch.delta import gated_delta_rule
 from qnext.ops.torch.delta_cache import Carried, read_carried
 from qnext.ops.torch.delta_mixer import cached_delta_rule, delta_gates, split_qkvz
+from qnext.ops.torch.head import rows_of_logits
 from qnext.ops.torch.norm import gated_rms_norm, l2_norm
 from qnext.ops.weights import Weight, dequantize
 
@@ -161,6 +162,7 @@ __all__ = [
     "round_to_groups",
     "rounding_errors",
     "route",
+    "rows_of_logits",
     "set_num_threads",
     "split_qkvz",
     "swiglu",

@@ -82,7 +82,8 @@ def linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = Non
 def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int) -> Tensor:
     """The sum over rows of -log softmax(x W^T)[label], in fp32 at least. Rows with a negative label count nothing.
 
-    The logits of `chunk_rows` rows exist at a time. Both gradients are computed together with the value.
+    The logits of `chunk_rows` rows exist at a time; for 0 the backend chooses. Both gradients are computed
+    together with the value.
     """
     run = cpu if cpu.serves_cross_entropy_sum(hidden_RD, weight_YD, labels_R, chunk_rows=chunk_rows) else pytorch
     return run.cross_entropy_sum(hidden_RD, weight_YD, labels_R, chunk_rows=chunk_rows)

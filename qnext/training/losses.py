@@ -18,22 +18,14 @@ from qnext.model import CausalLM, RouterOutput, SparseMoE
 from qnext.model.layers import fusable
 from qnext.training.data import IGNORED
 
-_CHUNK_ELEMENTS = 1 << 20
-
 
 def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int = 0) -> Tensor:
     """The sum over rows of -log softmax(hidden @ weight^T)[label]. Rows with the label -100 count nothing.
 
-    The logits of `chunk_rows` rows exist at a time (0: about a million logits), in fp32 at least. The gradients of both
+    The logits of `chunk_rows` rows exist at a time (0: as the backend likes), in fp32 at least. The gradients of both
     inputs are computed together with the value.
     """
-    chunk_rows = chunk_rows or rows_of_logits(weight_YD.shape[0])
     return ops.cross_entropy_sum(hidden_RD, weight_YD, labels_R, chunk_rows=chunk_rows)
-
-
-def rows_of_logits(vocab_size: int) -> int:
-    """How many rows have about a million logits."""
-    return max(64, _CHUNK_ELEMENTS // vocab_size)
 
 
 def head_loss_sum(model: CausalLM, hidden_RD: Tensor, labels_R: Tensor) -> Tensor:
@@ -57,7 +49,7 @@ def by_chunks(formula: Callable[..., Tensor], model: CausalLM, hidden_RD: Tensor
 
     Nothing of a chunk but its values is kept for the gradient.
     """
-    size = rows_of_logits(model.config.vocab_size)
+    size = ops.rows_of_logits(model.config.vocab_size)
     chunks = zip(*(tensor.split(size) for tensor in (hidden_RD, *targets)), strict=True)
     return torch.cat([checkpoint(formula, model, *chunk, use_reentrant=False) for chunk in chunks])
 

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qnext import ops
 from qnext.errors import UsageError
 from qnext.model import Batch, CausalLM, RouterOutput
 from qnext.text.tokenizer import Tokenizer
 from qnext.training.arrays import ArrayFile, sound_file, write_arrays
 from qnext.training.data import IGNORED, Document
 from qnext.training.distill import KeptTokens, TaughtDocument, TeacherAnswers, answers_of
-from qnext.training.losses import RouterTap, rows_of_logits, stack_logits, wide_logits
+from qnext.training.losses import RouterTap, stack_logits, wide_logits
 from qnext.training.samples import DOCUMENTS, in_order
 from qnext.training.shards import DataShard
 
@@ -195,7 +196,7 @@ def _asked(
         hidden_TD, routed = _seen(model, batch.batch, wants_routers=asking.num_routers > 0)
         hidden_RD: Tensor = hidden_TD[is_learned_T]
         arrays = []
-        for rows in hidden_RD.split(rows_of_logits(model.config.vocab_size)):
+        for rows in hidden_RD.split(ops.rows_of_logits(model.config.vocab_size)):
             answers = answers_of(
                 wide_logits(model, rows)[:, : asking.num_tokens],
                 kept=asking.kept,

@@ -145,6 +145,20 @@ def test_head(num_rows: int, threads: None) -> None:
     )
 
 
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+@pytest.mark.parametrize("num_tokens", LENGTHS)
+def test_route(num_tokens: int, norm_topk_prob: bool) -> None:
+    options = {"top_k": 3, "norm_topk_prob": norm_topk_prob}
+    scores = randn(num_tokens, 21, seed=0, dtype=torch.float32, scale=2.0)
+    assert cpu.serves_route(scores.clone().requires_grad_(), **options)
+    assert_same_function(
+        lambda scores: (ops.route(scores, **options).weights_TA,),
+        lambda scores: (reference.route(scores, **options).weights_TA,),
+        {"scores": scores},
+        tolerance=TOLERANCE,
+    )
+
+
 def test_what_is_frozen_gets_no_gradient() -> None:
     x = randn(5, 32, seed=0, dtype=torch.float32).requires_grad_()
     gate_up, down = randn(3, 32, 32, seed=1, dtype=torch.float32), randn(3, 32, 16, seed=2, dtype=torch.float32)

@@ -5,8 +5,11 @@ Legend: T tokens, D hidden, E experts, A experts per token, Y vocabulary, R rota
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qnext.ops.checks import check_norm, check_put_rows, check_route, check_same_shape
 from qnext.ops.cpu.kernels import check_memory, is_fp32, kernels, run_on, take, wants_gradients, widened
@@ -156,7 +159,10 @@ def serves_route(
     load_E: Tensor | None = None,
     chosen_TA: Tensor | None = None,
 ) -> bool:
-    return take(logits_TE)
+    is_replay = chosen_TA is not None
+    return take(logits_TE) or (
+        wants_gradients(logits_TE) and is_fp32(logits_TE) and run_on(logits_TE.device) and not is_replay
+    )
 
 
 def route(
@@ -172,6 +178,9 @@ def route(
     check_route(logits_TE, top_k, load_E, chosen_TA)
     if load_E is not None:
         check_memory(load_E, torch.int64)
+    if wants_gradients(logits_TE):
+        assert chosen_TA is None, "ask whether it serves first"
+        return Routing(*_Choice.apply(logits_TE, top_k, norm_topk_prob, load_E))
     logits_TE = logits_TE.contiguous()
     weights = torch.empty((num_tokens, top_k), dtype=torch.float32)
     chosen = torch.empty((num_tokens, top_k), dtype=torch.int64)
@@ -189,6 +198,31 @@ def route(
         load_E += chosen_TA.flatten().bincount(minlength=num_experts)
     is_own_T1 = (chosen == chosen_TA).all(-1, keepdim=True)
     return Routing(torch.where(is_own_T1, weights, replayed), chosen_TA)
+
+
+class _Choice(torch.autograd.Function):
+    """The gradient of the weights: that of a softmax over the chosen scores, or over all where the sum is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor, top_k: int, norm_topk_prob: bool, load_E: Tensor | None) -> Routing:
+        routing = route(logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob, load_E=load_E)
+        ctx.mark_non_differentiable(routing.experts_TA)
+        ctx.norm_topk_prob = norm_topk_prob
+        ctx.save_for_backward(logits_TE, *routing)
+        return routing
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TA: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        logits_TE, weights_TA, experts_TA = ctx.saved_tensors
+        mean_T1 = torch.linalg.vecdot(grad_TA, weights_TA)[:, None]
+        grad_weights_TA = weights_TA * grad_TA
+        if ctx.norm_topk_prob:
+            grad_TE = torch.zeros_like(logits_TE)
+            grad_weights_TA -= weights_TA * mean_T1
+        else:
+            grad_TE = logits_TE.softmax(-1).mul_(-mean_T1)
+        return grad_TE.scatter_add_(1, experts_TA, grad_weights_TA), None, None, None
 
 
 def serves_are_finite(x: Tensor) -> bool:

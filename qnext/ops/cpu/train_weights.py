@@ -20,6 +20,8 @@ from qnext.ops.records import Routing, SharedExpert
 from qnext.ops.weights import Weight
 
 _LANES = 16
+# Logits that exist at a time. More rows read and write the weight and its gradient less often; beyond, nothing is won.
+_CHUNK_LOGITS, _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 1 << 22, 64, 512
 
 
 def trains(*tensors: Tensor | Weight | None) -> bool:
@@ -232,6 +234,7 @@ def serves_cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Ten
 def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int) -> Tensor:
     """See ops.cross_entropy_sum. Raises IndexError for an invalid label."""
     check_linear(hidden_RD, weight_YD)
+    chunk_rows = chunk_rows or min(_MAX_CHUNK_ROWS, max(_MIN_CHUNK_ROWS, _CHUNK_LOGITS // len(weight_YD)))
     return _Head.apply(hidden_RD, weight_YD, labels_R, chunk_rows)
 
 

@@ -7,10 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_CHUNK_LOGITS = 1 << 20
+
+
+def rows_of_logits(vocab_size: int) -> int:
+    """How many rows have about a million logits."""
+    return max(64, _CHUNK_LOGITS // vocab_size)
+
 
 def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int) -> Tensor:
-    """See ops.cross_entropy_sum."""
-    return _CrossEntropySum.apply(hidden_RD, weight_YD, labels_R, chunk_rows)
+    """See ops.cross_entropy_sum. By itself it takes about a million logits, which it holds four times."""
+    return _CrossEntropySum.apply(hidden_RD, weight_YD, labels_R, chunk_rows or rows_of_logits(len(weight_YD)))
 
 
 class _CrossEntropySum(torch.autograd.Function):
