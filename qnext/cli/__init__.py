@@ -38,6 +38,8 @@ VERBS = {
     "train": "train by a recipe",
     "watch": "the page of a training run that goes on or has ended",
     "train-sft": "teach a model to answer as your chats do, as `qnext train sft`",
+    "train-gspo": "let a model answer problems and learn from what is right, as `qnext train gspo`",
+    "train-reason": "train a small model from random weights to think, as `qnext train reason`",
     "train-dpo": "teach a model to prefer the better of two answers, as `qnext train dpo`",
     "train-distill": "teach a model what a larger one knows, as `qnext train distill`",
     "eval": "bits per byte on text files",

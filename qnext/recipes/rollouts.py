@@ -110,7 +110,7 @@ class RolloutSource:
 
     Every answer is drawn at temperature 1, by numbers that depend on seed, draw and place alone. Groups without spread
     teach nothing and are dropped; where a micro batch would be left without an answer, dropped ones fill it with the
-    advantage zero. `reference` is the model that the objective's KL is about. Raises UsageError without problems.
+    advantage zero. `reference` is the model that the objective's KL is about.
     """
 
     def __init__(
@@ -125,8 +125,6 @@ class RolloutSource:
         seed: int,
         reference: CausalLM | None = None,
     ) -> None:
-        if not problems:
-            raise UsageError("no problem is left to train on")
         if config.minibatches * accumulation > config.prompts * config.group_size:
             raise UsageError("minibatches times accumulation must be at most the answers of a draw")
         self._model, self._problems, self._reward, self._config = model, problems, reward, config

@@ -1,4 +1,4 @@
-"""What `qnext train sft`, `dpo` and `distill` are asked for becomes a task, and a task a run."""
+"""What `qnext train sft`, `dpo`, `distill` and `gspo` are asked for becomes a task, and a task a run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from qnext.errors import UsageError
 from qnext.recipes.adapted import AdapterTask
 from qnext.recipes.distill import Distill
 from qnext.recipes.dpo import Dpo
+from qnext.recipes.gspo import prepare_gspo
 from qnext.recipes.instruct import Examination, chat_recipe
 from qnext.recipes.methods import Method
 from qnext.recipes.on_policy import OnPolicy
@@ -60,7 +61,7 @@ def task_of(
         if data or template is not None:
             raise UsageError("--recipe brings its own data and template")
         return replace(chat_recipe(recipe).task(base, folder, settings), adapter=adapter)
-    if not data:
+    if not data and method != "gspo":
         raise UsageError("--data FILE is missing")
     return TuningTask(
         base, tuple(map(os.path.abspath, data)), template, tuple(settings), adapter=adapter, method=method
@@ -79,6 +80,8 @@ def read_data(task: TuningTask, folder: Path, **options: Any) -> TuningData:
 
 def prepare_task(task: TuningTask, folder: Path, **options: Any) -> TuningRun:
     """As prepare_tuning, by the method of the task and with the examination of its recipe."""
+    if task.method == "gspo":
+        return prepare_gspo(task, folder, **options)
     if task.recipe is not None:
         options["examination"] = partial(Examination, num_questions=chat_recipe(task.recipe).num_tested)
     return prepare_tuning(task, folder, method=_METHODS[task.method](), **options)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -35,7 +36,7 @@ from qnext.training.samples import SampleSet, SampleStream
 from qnext.training.shards import DataShard, Manifest
 from qnext.version import __version__
 
-_TASK, _DATA, _TOKENIZER = "task.json", "data", "tokenizer"
+_TASK, _DATA, TOKENIZER = "task.json", "data", "tokenizer"
 _ROUTED_BATCHES = 16  # of the data, whose routing chooses the experts of an adapter
 _BYTES_PER_PARAMETER = 16  # weights, gradients and two moments in fp32
 _BYTES_OF_BEST = 4  # the weights of the best evaluation, where they are kept
@@ -106,11 +107,31 @@ class TuningData:
         return "\n      ".join(lines)
 
 
+class RunData(Protocol):
+    """What a run has read before it begins."""
+
+    @property
+    def task(self) -> TuningTask: ...
+
+    @property
+    def train(self) -> Mapping[str, Any]:
+        """Settings of TrainConfig."""
+
+    @property
+    def base(self) -> TextFolder: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def description(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class TuningRun:
     """A prepared run: `trainer` runs it, `save` writes the model folder."""
 
-    data: TuningData
+    data: RunData
     folder: Path
     trainer: Trainer
     dtypes: Mapping[str, torch.dtype]  # in which the base stores its parameters
@@ -123,7 +144,7 @@ class TuningRun:
         """
         if self.data.task.adapter is not None:
             return save_adapted(
-                self.trainer.model, self.folder, base=self.data.base.path, tokenizer_folder=self.folder / _TOKENIZER
+                self.trainer.model, self.folder, base=self.data.base.path, tokenizer_folder=self.folder / TOKENIZER
             )
         target = self.folder / "model"
         save_model(
@@ -131,7 +152,7 @@ class TuningRun:
             target,
             dtype=self.dtypes,
             overwrite=True,
-            tokenizer_folder=self.folder / _TOKENIZER,
+            tokenizer_folder=self.folder / TOKENIZER,
             readme=self._card(),
         )
         return target
@@ -155,12 +176,19 @@ def read_task(
 
     Raises UsageError, naming file and line, for data that is not understood.
     """
+    with made_if_understood(folder):
+        return _read_task(task, folder, method, resume, progress)
+
+
+@contextmanager
+def made_if_understood(folder: Path) -> Iterator[None]:
+    """A folder that the block made does not stay where it raises: nothing in it is worth a second start."""
     was_there = folder.exists()
     try:
-        return _read_task(task, folder, method, resume, progress)
+        yield
     except (QnextError, OSError) as error:
         if not was_there and folder.exists() and getattr(error, "errno", None) not in FULL:
-            remove_folder(folder)  # nothing in it is worth a second start
+            remove_folder(folder)
         raise
 
 
@@ -168,7 +196,7 @@ def _read_task(task: TuningTask, folder: Path, method: Method, resume: bool, pro
     own, train = parse_settings(task.settings, method.config, TrainConfig)
     config = method.config(**own)
     base = open_folder(task.base)
-    tokens = tokenizer_folder(folder / _TOKENIZER, base, template=task.template, sampling=task.sampling)
+    tokens = tokenizer_folder(folder / TOKENIZER, base, template=task.template, sampling=task.sampling)
     tokenizer = Tokenizer.from_folder(tokens, num_rows=base.config.vocab_size)
     chat_format = ChatFormat.for_folder(tokens, tokenizer=tokenizer)
     try:
@@ -224,7 +252,7 @@ def prepare_tuning(
     """
     data = read_task(task, folder, method=method, resume=resume, progress=progress)
     task.write(folder)
-    model, dtypes = _load_base(data, progress)
+    model, dtypes = load_base(data, progress)
     evaluate: Callable[[], Any] | None
     config = _train_config(data, model)
     all_sets = method.sets(data.config, data.sources, Base(model, config, progress))
@@ -250,7 +278,7 @@ def prepare_tuning(
         num_batches = stream().count_batches(data.config.epochs)
         config = config.with_(total_steps=-(-num_batches // config.accumulation))
     if examination is not None:
-        evaluate = partial(examination(data, folder / _TOKENIZER), model)
+        evaluate = partial(examination(data, folder / TOKENIZER), model)
     else:
         evaluate = _evaluation(data, model, held_out, config)
     trainer = Trainer(
@@ -266,7 +294,8 @@ def prepare_tuning(
     return TuningRun(data, folder, trainer, dtypes, adapted)
 
 
-def _load_base(data: TuningData, progress: ProgressOf) -> tuple[CausalLM, dict[str, torch.dtype]]:
+def load_base(data: RunData, progress: ProgressOf) -> tuple[CausalLM, dict[str, torch.dtype]]:
+    """The base in fp32, or with the weights that it has where an adapter is trained; and the types on disk."""
     is_adapted = data.task.adapter is not None
     if is_adapted:
         check_weights(str(data.base.path), data.base.stored_bytes)

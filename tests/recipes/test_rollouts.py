@@ -144,5 +144,3 @@ def test_what_cannot_be_drawn_is_named() -> None:
         RolloutConfig(group_size=1)
     with pytest.raises(UsageError, match="at most the answers of a draw"):
         source(model(), minibatches=5)
-    with pytest.raises(UsageError, match="no problem"):
-        RolloutSource(model(), [], reward, RolloutConfig(), end_ids=frozenset(), accumulation=1, seed=0)

@@ -106,7 +106,9 @@ class TrainingDisplay:
     def _on_step(self, metrics: StepMetrics) -> None:
         self.last_experts = metrics.experts or self.last_experts
         mtp = "" if metrics.mtp_loss is None else f" mtp {metrics.mtp_loss:.3f}"
-        line = f"step {metrics.step} loss {metrics.loss:.3f}{mtp} {metrics.tokens_per_second:,.0f} tok/s"
+        drawn = metrics.other_losses.get("reward")
+        reward = "" if drawn is None else f" reward {drawn:.3f}"
+        line = f"step {metrics.step} loss {metrics.loss:.3f}{mtp}{reward} {metrics.tokens_per_second:,.0f} tok/s"
         self._progress.update(self._task, completed=metrics.progress, description=line)
         if metrics.was_skipped:
             self.note(f"step {metrics.step}: {_why_skipped(metrics)}; not applied, {metrics.num_skipped} so far")
