@@ -51,7 +51,9 @@ def by_chunks(formula: Callable[..., Tensor], model: CausalLM, hidden_RD: Tensor
     """
     size = ops.rows_of_logits(model.config.vocab_size)
     chunks = zip(*(tensor.split(size) for tensor in (hidden_RD, *targets)), strict=True)
-    return torch.cat([checkpoint(formula, model, *chunk, use_reentrant=False) for chunk in chunks])
+    # Nothing random is drawn, and two threads that ask torch for its generator's state at once can block each other.
+    parts = [checkpoint(formula, model, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.cat(parts)
 
 
 def _called_log_probs(model: CausalLM, hidden_RD: Tensor, labels_R: Tensor) -> Tensor:

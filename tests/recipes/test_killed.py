@@ -56,21 +56,36 @@ def driver() -> Iterator[Driver]:
 class Straight:
     """A run that nobody kills."""
 
+    method = "sft"
+    answer = "completion"
+    settings: tuple[str, ...] = SETTINGS
+
     def __init__(self, driver: Driver, folder: Path) -> None:
         base = save_chat(folder / "base")
-        data = folder / "chats.jsonl"
-        samples = [{"prompt": f"{n}?", "completion": f"It is {n}."} for n in range(40)]
+        data = folder / "samples.jsonl"
+        samples = [{"prompt": f"{n}?", self.answer: f"It is {n}."} for n in range(40)]
         data.write_text("".join(json.dumps(each) + "\n" for each in samples))
-        settings = [part for each in SETTINGS for part in ("--set", each)]
-        self.begin = ["train", "sft", "--from", str(base), "--data", str(data), *settings, "--out"]
+        settings = [part for each in self.settings for part in ("--set", each)]
+        self.begin = ["train", self.method, "--from", str(base), "--data", str(data), *settings, "--out"]
         self.folder = folder / "straight"
         assert driver.run(*self.begin, str(self.folder)) == 0
 
     def command(self, out: Path) -> list[str]:
         """What a user types who finds the run as it is: the first command where nothing was kept, else --resume."""
         if list_snapshots(out / "snapshots"):
-            return ["train", "sft", "--resume", "--out", str(out)]
+            return ["train", self.method, "--resume", "--out", str(out)]
         return [*self.begin, str(out)]
+
+
+class Rewarded(Straight):
+    """A run of GSPO with two updates by each draw. No answer of its model is right: the routers alone learn."""
+
+    method = "gspo"
+    answer = "answer"
+    settings = (
+        *("lr=1e-2", "balance_coefficient=0.1", "total_steps=8", "snapshot_every=1", "eval_every=0"),
+        *("prompts=2", "group_size=2", "minibatches=2", "max_tokens=6"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +153,12 @@ def kill_often(driver: Driver, straight: Straight, folder: Path, source: random.
 
 def test_killed_at_20_random_moments(driver: Driver, straight: Straight, tmp_path: Path) -> None:
     kill_often(driver, straight, tmp_path, random.Random(5), times=20)
+
+
+@pytest.mark.slow
+def test_killed_while_it_learns_from_rewards(driver: Driver, tmp_path: Path) -> None:
+    """In the middle of a draw too: what of it is not learnt yet stands in the snapshot."""
+    kill_often(driver, Rewarded(driver, tmp_path), tmp_path, random.Random(3), times=10)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from qnext.training.losses import (
     balance_loss,
     cross_entropy_sum,
     expert_counts,
+    label_log_probs,
     router_losses,
     stack_logits,
 )
@@ -254,3 +255,14 @@ def test_the_total_is_the_weighted_sum_of_the_parts() -> None:
         "b": (3.0, False),
         "c": (5.0, False),
     }
+
+
+def test_chunks_ask_for_no_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that do so at the same time can block each other for ever, inside torch."""
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError
+
+    model = tiny_model()
+    monkeypatch.setattr(torch, "get_rng_state", refuse)
+    label_log_probs(model, torch.ones(3, 24, requires_grad=True), torch.tensor([1, 2, 3])).sum().backward()
