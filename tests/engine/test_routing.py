@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from qnext.engine import Completion, Engine, EngineConfig, SamplingParams
+from qnext.engine.storage.tiers import DiskCache
 from qnext.errors import UsageError
 from qnext.model import Batch, CausalLM, RouterOutput, SparseMoE
 from tests.engine.models import random_prompt, tiny_model
@@ -53,6 +56,18 @@ def test_routing_survives_preemption_and_many_requests() -> None:
     assert engine.metrics.num_preemptions > 0
     check(model, answers)
     engine.check_integrity()
+
+
+def test_routing_comes_back_from_disk(tmp_path: Path) -> None:
+    """With the blocks of a prefix that another engine has left."""
+    model, prompt = tiny_model("hybrid"), random_prompt(140, seed=1)
+    disk = DiskCache(tmp_path / "cache", max_bytes=1 << 26, min_tokens=32)
+    config = EngineConfig(num_blocks=60, max_model_len=200, keep_routing=True, poison=True, disk_cache=disk)
+    for seed, num_cached in ((0, 0), (1, 139)):
+        with Engine.of(model, config) as engine:
+            answers = engine.generate([prompt], SamplingParams(temperature=1.0, seed=seed, max_tokens=9))
+        assert answers[0].num_cached_tokens == num_cached
+        check(model, answers)
 
 
 def test_without_it_there_is_none_and_what_cannot_keep_it_is_refused() -> None:
