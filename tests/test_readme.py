@@ -27,7 +27,13 @@ from tests.bench.limits import LIMITS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What would take minutes is done for seconds; everything else runs as it stands.
-SHORTER = {"--minutes 3": "--minutes 0.02", "time_budget=60": "time_budget=1", "--depths 0,512": "--depths 0,32"}
+SHORTER = {
+    "--minutes 3": "--minutes 0.02",
+    "time_budget=60": "time_budget=1",
+    "total_steps=20": "total_steps=1",
+    "--depths 0,512": "--depths 0,32",
+    "--out runs/reason": "--out runs/reason --set pretrain.total_steps=1 --set sft.total_steps=1 --set gspo.total_steps=1",
+}
 LESS_TEXT = (400_000, 20_000)  # bytes of the library to train on and to evaluate on
 SERVER_URL = "http://127.0.0.1:8000"
 

@@ -85,6 +85,7 @@ ELSEWHERE = {
     "experts text",
     "merge base",
     "merge out",
+    "watch run",
     "quantize report",
 }
 SERVE = {"serve model", "serve audit_log"}
