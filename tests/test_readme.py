@@ -32,7 +32,8 @@ SHORTER = {
     "time_budget=60": "time_budget=1",
     "total_steps=20": "total_steps=1",
     "--depths 0,512": "--depths 0,32",
-    "--out runs/reason": "--out runs/reason --set pretrain.total_steps=1 --set sft.total_steps=1 --set gspo.total_steps=1",
+    "--out runs/reason": "--out runs/reason"
+    + "".join(f" --set {stage}.total_steps=1" for stage in ("pretrain", "sft", "gspo")),
 }
 LESS_TEXT = (400_000, 20_000)  # bytes of the library to train on and to evaluate on
 SERVER_URL = "http://127.0.0.1:8000"

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qnext.cli.flags.lora import LoraFlags
 from qnext.cli.flags.teacher import TeacherFlags
-from qnext.cli.flags.tuning import Out, Resume, Template
+from qnext.cli.flags.tuning import Out, Resume, ShowSample, Template, Texts
 from qnext.cli.flags.watching import WatchFlags
 
 
 def command(
     out: Out,
     base: Annotated[str | None, typer.Option("--from", metavar="MODEL", help="the student as it begins")] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(help="chats (JSONL, JSON, parquet), a text, or a folder of them; may be given again"),
-    ] = None,
+    data: Texts = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a value of the training, such as share=0.9")
     ] = None,
@@ -28,9 +24,7 @@ def command(
     teacher: TeacherFlags,
     lora: LoraFlags,
     watch: WatchFlags,
-    show_sample: Annotated[
-        int, typer.Option(min=0, metavar="N", help="show N samples, with what is learnt in colour, and end")
-    ] = 0,
+    show_sample: ShowSample = 0,
     resume: Resume = False,
 ) -> None:
     """Teach a student what a teacher says at every learnt token of your texts and chats. Leaves OUT/model.

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qnext.cli.flags.lora import LoraFlags
-from qnext.cli.flags.tuning import Out, Resume, Template
+from qnext.cli.flags.tuning import Out, Resume, ShowSample, Template
 from qnext.cli.flags.watching import WatchFlags
 
 
@@ -28,9 +28,7 @@ def command(
     *,
     lora: LoraFlags,
     watch: WatchFlags,
-    show_sample: Annotated[
-        int, typer.Option(min=0, metavar="N", help="show N answers, with what is learnt in colour, and end")
-    ] = 0,
+    show_sample: ShowSample = 0,
     resume: Resume = False,
 ) -> None:
     """Teach a model to prefer the chosen answer of a pair to the rejected one (DPO). Leaves OUT/model.

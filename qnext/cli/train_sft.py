@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qnext.cli.flags.lora import LoraFlags
-from qnext.cli.flags.tuning import Out, Resume, Template
+from qnext.cli.flags.tuning import Out, Resume, ShowSample, Template, Texts
 from qnext.cli.flags.watching import WatchFlags
 
 
 def command(
     out: Out,
     base: Annotated[str | None, typer.Option("--from", metavar="MODEL", help="the model to begin with")] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(help="chats (JSONL, JSON, parquet), a text, or a folder of them; may be given again"),
-    ] = None,
+    data: Texts = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a value of the training, such as epochs=3")
     ] = None,
@@ -29,9 +25,7 @@ def command(
     *,
     lora: LoraFlags,
     watch: WatchFlags,
-    show_sample: Annotated[
-        int, typer.Option(min=0, metavar="N", help="show N samples, with what is learnt in colour, and end")
-    ] = 0,
+    show_sample: ShowSample = 0,
     resume: Resume = False,
 ) -> None:
     """Teach a model to answer as the assistant does in your chats. Leaves OUT/model, which chats and serves.
