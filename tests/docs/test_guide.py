@@ -112,6 +112,9 @@ def test_flags_named_in_the_text_exist() -> None:
         "convert",
         "train",
         "train-sft",
+        "train-distill",
+        "train-gspo",
+        "init",
         "plan",
     ):
         name, _, sub = verb.partition(" ")
