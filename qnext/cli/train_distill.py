@@ -8,14 +8,14 @@ import typer
 
 from qnext.cli.flags.lora import LoraFlags
 from qnext.cli.flags.teacher import TeacherFlags
-from qnext.cli.flags.tuning import Out, Resume, ShowSample, Template, Texts
+from qnext.cli.flags.tuning import Out, Resume, SampleFiles, ShowSample, Template
 from qnext.cli.flags.watching import WatchFlags
 
 
 def command(
     out: Out,
     base: Annotated[str | None, typer.Option("--from", metavar="MODEL", help="the student as it begins")] = None,
-    data: Texts = None,
+    data: SampleFiles = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a value of the training, such as share=0.9")
     ] = None,

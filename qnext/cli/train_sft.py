@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from qnext.cli.flags.lora import LoraFlags
-from qnext.cli.flags.tuning import Out, Resume, ShowSample, Template, Texts
+from qnext.cli.flags.tuning import Out, Resume, SampleFiles, ShowSample, Template
 from qnext.cli.flags.watching import WatchFlags
 
 
 def command(
     out: Out,
     base: Annotated[str | None, typer.Option("--from", metavar="MODEL", help="the model to begin with")] = None,
-    data: Texts = None,
+    data: SampleFiles = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a value of the training, such as epochs=3")
     ] = None,

@@ -86,7 +86,7 @@ def adapt(model: CausalLM, task: AdapterTask, batches: Iterable[Batch], *, seed:
     return describe_adapter(adapter_of(model)).lines()[0] + chosen
 
 
-def save_adapted(model: CausalLM, run: Path, *, base: str | Path, tokenizer_folder: Path) -> Path:
+def save_adapted(model: CausalLM, run: Path, *, base: str | Path, tokenizer_folder: Path | None) -> Path:
     """Write the adapter of a trained model into the folder of its run, in place of an earlier one, with its tokenizer.
 
     Raises NoEffect where a part of it was not trained.

@@ -10,7 +10,7 @@ import typer
 Out = Annotated[Path, typer.Option(help="folder of the run")]
 Template = Annotated[str | None, typer.Option(help="instruct or thinking: the chat template of a base that has none")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue the run in the folder")]
-Texts = Annotated[
+SampleFiles = Annotated[
     list[Path] | None,
     typer.Option(help="chats (JSONL, JSON, parquet), a text, or a folder of them; may be given again"),
 ]
