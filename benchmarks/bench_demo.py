@@ -42,7 +42,7 @@ def _plain_run(run: Run, *, seconds: float, lr: float) -> tuple[CausalLM, int]:
     torch.manual_seed(0)
     model = hf.Qwen3NextForCausalLM(hf.Qwen3NextConfig(**values)).float().train()
     (end_id,) = run.tokenizer.eos_ids
-    documents = tokenize((file.text for file in run.corpus.train), run.tokenizer, end_id=end_id)
+    documents = tokenize([file.text for file in run.corpus.train], run.tokenizer, end_id=end_id)
     order = np.random.default_rng(0).permutation(len(documents))
     tokens = torch.from_numpy(np.concatenate([documents[i] for i in order]).astype(np.int64))
     rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
