@@ -24,7 +24,7 @@ from qnext.model import Batch, CausalLM, RouterOutput
 from qnext.training.config import TrainConfig
 from qnext.training.data import IGNORED, Document, DocumentRows, TrainBatch, pack
 from qnext.training.losses import by_chunks, stack_logits, wide_logits
-from qnext.training.objective import Losses, LossPart, TrainStep, drafts, with_router_losses
+from qnext.training.objective import Losses, LossPart, TrainStep, mtp_part, shared_terms, with_router_losses
 from qnext.training.samples import Samples, in_order
 
 KeptTokens = Literal["top", "sampled"]
@@ -184,15 +184,7 @@ class Distillation:
 
     def with_coefficients(self, config: TrainConfig) -> Distillation:
         """With what a run sets for every objective."""
-        return replace(
-            self,
-            balance=config.balance_coefficient,
-            z=config.z_loss_coefficient,
-            mtp=config.mtp_coefficient,
-            mtp_start=config.mtp_start,
-            mtp_steps=config.mtp_steps,
-            detach_trunk=config.mtp_detach_trunk,
-        )
+        return replace(self, **shared_terms(config))
 
     def __call__(self, model: CausalLM, batch: TaughtBatch, step: TrainStep) -> Losses:
         rows, trunk = batch.rows, model(batch.rows.batch)
@@ -209,16 +201,9 @@ class Distillation:
         if self.router > 0.0 and batch.routers is not None:
             found = _router_divergence(outputs, is_learned_T, batch.routers) / num_labels
             parts["router"] = LossPart(found, self.router)
-        if self.mtp > 0.0 and model.mtp is not None and step.progress >= self.mtp_start:
-            if self.detach_trunk:
-                trunk = type(trunk)(*(tensor.detach() for tensor in trunk))
-            sums: list[Tensor] = []
-            for draft_TD in drafts(model, model.draft_source(trunk), rows, num_steps=self.mtp_steps):
-                seen = step.tap.take()
-                outputs += [] if sums else seen
-                sums.append(self._of_drafts(model, draft_TD, batch))
-            num_mtp_labels = max(1, sum(each.num_mtp_labels for each in step.batches))
-            parts["mtp"] = LossPart(sum(sums[1:], sums[0]) / (self.mtp_steps * num_mtp_labels), self.mtp)
+        more, seen = mtp_part(self, model, trunk, rows, step, lambda draft_TD: self._of_drafts(model, draft_TD, batch))
+        parts |= more
+        outputs += seen
         return with_router_losses(parts, outputs, step, balance=self.balance, z=self.z)
 
     def sums(self, model: CausalLM, hidden_RD: Tensor, labels_R: Tensor, answers: TeacherAnswers) -> Tensor:

@@ -6,14 +6,14 @@ and knows neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from qnext.model import CausalLM, RouterOutput
+from qnext.model import CausalLM, RouterOutput, TrunkOutput
 from qnext.training.config import TrainConfig
 from qnext.training.data import TrainBatch
 from qnext.training.losses import RouterTap, expert_counts, head_loss_sum, router_losses, stack_logits
@@ -100,6 +100,34 @@ class Objective(Protocol):
     def __call__(self, model: CausalLM, batch: Any, step: TrainStep) -> Losses: ...
 
 
+class TrainsMtp(Protocol):
+    """An objective with a loss of the MTP module: see NextToken."""
+
+    @property
+    def mtp(self) -> float: ...
+
+    @property
+    def mtp_start(self) -> float: ...
+
+    @property
+    def mtp_steps(self) -> int: ...
+
+    @property
+    def detach_trunk(self) -> bool: ...
+
+
+def shared_terms(config: TrainConfig) -> dict[str, Any]:
+    """What a run sets for every objective that has the terms of pretraining, by the names of their fields."""
+    return {
+        "balance": config.balance_coefficient,
+        "z": config.z_loss_coefficient,
+        "mtp": config.mtp_coefficient,
+        "mtp_start": config.mtp_start,
+        "mtp_steps": config.mtp_steps,
+        "detach_trunk": config.mtp_detach_trunk,
+    }
+
+
 @dataclass(frozen=True)
 class NextToken:
     """The objective of pretraining and of supervised fine-tuning: `main`, and by choice `mtp`, `balance` and `z`.
@@ -118,31 +146,45 @@ class NextToken:
 
     @classmethod
     def of(cls, config: TrainConfig) -> NextToken:
-        return cls(
-            config.balance_coefficient,
-            config.z_loss_coefficient,
-            config.mtp_coefficient,
-            mtp_start=config.mtp_start,
-            mtp_steps=config.mtp_steps,
-            detach_trunk=config.mtp_detach_trunk,
-        )
+        return cls(**shared_terms(config))
 
     def __call__(self, model: CausalLM, batch: TrainBatch, step: TrainStep) -> Losses:
         trunk = model(batch.batch)
         num_labels = sum(each.num_labels for each in step.batches)
         parts = {"main": LossPart(head_loss_sum(model, trunk.hidden_TD, batch.labels_T) / max(1, num_labels))}
         outputs = step.tap.take()
-        if self.mtp > 0.0 and model.mtp is not None and step.progress >= self.mtp_start:
-            if self.detach_trunk:
-                trunk = type(trunk)(*(tensor.detach() for tensor in trunk))
-            sums: list[Tensor] = []
-            for draft_TD in drafts(model, model.draft_source(trunk), batch, num_steps=self.mtp_steps):
-                seen = step.tap.take()
-                outputs += [] if sums else seen
-                sums.append(head_loss_sum(model, draft_TD, batch.mtp_labels_T))
-            num_mtp_labels = sum(each.num_mtp_labels for each in step.batches)
-            parts["mtp"] = LossPart(sum(sums[1:], sums[0]) / (self.mtp_steps * max(1, num_mtp_labels)), self.mtp)
+        more, seen = mtp_part(
+            self, model, trunk, batch, step, lambda draft_TD: head_loss_sum(model, draft_TD, batch.mtp_labels_T)
+        )
+        parts |= more
+        outputs += seen
         return with_router_losses(parts, outputs, step, balance=self.balance, z=self.z)
+
+
+def mtp_part(
+    objective: TrainsMtp,
+    model: CausalLM,
+    trunk: TrunkOutput,
+    rows: TrainBatch,
+    step: TrainStep,
+    loss_sum: Callable[[Tensor], Tensor],
+) -> tuple[dict[str, LossPart], list[RouterOutput]]:
+    """`mtp`, where the module is trained by now, and what the routers decided in its first draft.
+
+    `loss_sum` makes of a draft [T, D] the sum of its losses over the rows with an MTP label.
+    """
+    if objective.mtp <= 0.0 or model.mtp is None or step.progress < objective.mtp_start:
+        return {}, []
+    if objective.detach_trunk:
+        trunk = type(trunk)(*(tensor.detach() for tensor in trunk))
+    outputs: list[RouterOutput] = []
+    sums: list[Tensor] = []
+    for draft_TD in _drafts(model, model.draft_source(trunk), rows, num_steps=objective.mtp_steps):
+        seen = step.tap.take()
+        outputs += [] if sums else seen
+        sums.append(loss_sum(draft_TD))
+    num_labels = max(1, sum(each.num_mtp_labels for each in step.batches))
+    return {"mtp": LossPart(sum(sums[1:], sums[0]) / (objective.mtp_steps * num_labels), objective.mtp)}, outputs
 
 
 def with_router_losses(
@@ -158,7 +200,7 @@ def with_router_losses(
     return Losses({**parts, "balance": LossPart(balance_loss, balance), "z": LossPart(z_loss, z)}, counts_LE)
 
 
-def drafts(model: CausalLM, source_TD: Tensor, batch: TrainBatch, *, num_steps: int) -> Iterator[Tensor]:
+def _drafts(model: CausalLM, source_TD: Tensor, batch: TrainBatch, *, num_steps: int) -> Iterator[Tensor]:
     """[T, D] of each step: the MTP module's result for every row.
 
     From the second step on a row reads, for the trunk's row, what the module made one place before, as it will when it

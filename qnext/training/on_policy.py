@@ -15,7 +15,7 @@ from qnext.model import CausalLM
 from qnext.training.config import TrainConfig
 from qnext.training.data import IGNORED, TrainBatch
 from qnext.training.losses import by_chunks, wide_logits
-from qnext.training.objective import Losses, LossPart, TrainStep, drafts, with_router_losses
+from qnext.training.objective import Losses, LossPart, TrainStep, mtp_part, shared_terms, with_router_losses
 
 
 def reverse_divergence(logits_RY: Tensor, given_RY: Tensor) -> Tensor:
@@ -46,16 +46,7 @@ class ReverseDistillation:
     @classmethod
     def of(cls, teacher: CausalLM, num_tokens: int, config: TrainConfig) -> ReverseDistillation:
         """With what a run sets for every objective."""
-        return cls(
-            teacher,
-            num_tokens,
-            config.balance_coefficient,
-            config.z_loss_coefficient,
-            config.mtp_coefficient,
-            mtp_start=config.mtp_start,
-            mtp_steps=config.mtp_steps,
-            detach_trunk=config.mtp_detach_trunk,
-        )
+        return cls(teacher, num_tokens, **shared_terms(config))
 
     def __call__(self, model: CausalLM, batch: TrainBatch, step: TrainStep) -> Losses:
         given_TD, trunk = self.given(batch), model(batch.batch)
@@ -63,17 +54,17 @@ class ReverseDistillation:
         num_labels = max(1, sum(each.num_labels for each in step.batches))
         parts = {"main": LossPart(self.total(model, trunk.hidden_TD[at], given_TD[at]) / num_labels)}
         outputs = step.tap.take()
-        if self.mtp > 0.0 and model.mtp is not None and step.progress >= self.mtp_start:
-            if self.detach_trunk:
-                trunk = type(trunk)(*(tensor.detach() for tensor in trunk))
-            at, sums = torch.nonzero(batch.mtp_labels_T != IGNORED).squeeze(1), list[Tensor]()
-            for draft_TD in drafts(model, model.draft_source(trunk), batch, num_steps=self.mtp_steps):
-                seen = step.tap.take()
-                outputs += [] if sums else seen
-                sums.append(self.total(model, draft_TD[at], given_TD[at + 1]))
-            num_mtp_labels = max(1, sum(each.num_mtp_labels for each in step.batches))
-            parts["mtp"] = LossPart(sum(sums[1:], sums[0]) / (self.mtp_steps * num_mtp_labels), self.mtp)
+        more, seen = mtp_part(
+            self, model, trunk, batch, step, lambda draft_TD: self._of_drafts(model, draft_TD, given_TD, batch)
+        )
+        parts |= more
+        outputs += seen
         return with_router_losses(parts, outputs, step, balance=self.balance, z=self.z)
+
+    def _of_drafts(self, model: CausalLM, draft_TD: Tensor, given_TD: Tensor, batch: TrainBatch) -> Tensor:
+        """The sum over rows with an MTP label. The teacher's row for it is the next one."""
+        at = torch.nonzero(batch.mtp_labels_T != IGNORED).squeeze(1)
+        return self.total(model, draft_TD[at], given_TD[at + 1])
 
     @torch.no_grad()
     def given(self, batch: TrainBatch) -> Tensor:
