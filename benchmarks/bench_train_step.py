@@ -34,9 +34,8 @@ def _tokens(name: str, sequences: int, length: int) -> torch.Tensor:
 
 
 def ours(*, name: str, sequences: int, length: int, threads: int) -> Step:
-    from qnext.ops import keep_freed_memory
+    from qnext.ops import cross_entropy_sum, keep_freed_memory
     from qnext.training import Losses, LossPart
-    from qnext.training.losses import cross_entropy_sum
     from qnext.training.threads import BackwardThreads
 
     torch.set_num_threads(threads)

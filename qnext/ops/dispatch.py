@@ -79,7 +79,7 @@ def linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = Non
     return run.linear(x_TD, weight_FD, bias_F)
 
 
-def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int) -> Tensor:
+def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int = 0) -> Tensor:
     """The sum over rows of -log softmax(x W^T)[label], in fp32 at least. Rows with a negative label count nothing.
 
     The logits of `chunk_rows` rows exist at a time; for 0 the backend chooses. Both gradients are computed

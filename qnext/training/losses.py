@@ -19,20 +19,11 @@ from qnext.model.layers import fusable
 from qnext.training.data import IGNORED
 
 
-def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int = 0) -> Tensor:
-    """The sum over rows of -log softmax(hidden @ weight^T)[label]. Rows with the label -100 count nothing.
-
-    The logits of `chunk_rows` rows exist at a time (0: as the backend likes), in fp32 at least. The gradients of both
-    inputs are computed together with the value.
-    """
-    return ops.cross_entropy_sum(hidden_RD, weight_YD, labels_R, chunk_rows=chunk_rows)
-
-
 def head_loss_sum(model: CausalLM, hidden_RD: Tensor, labels_R: Tensor) -> Tensor:
-    """The same as cross_entropy_sum, for the logits of a model. A head that has to be called is called: see fusable."""
+    """ops.cross_entropy_sum for the logits of a model. A head that has to be called is called: see fusable."""
     head = fusable(model.lm_head)
     if isinstance(head, Tensor):
-        return cross_entropy_sum(hidden_RD, head, labels_R)
+        return ops.cross_entropy_sum(hidden_RD, head, labels_R)
     return -label_log_probs(model, hidden_RD, labels_R).sum()
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qnext.model import Batch, CausalLM
+from qnext.ops import cross_entropy_sum
 from qnext.training.data import DocumentRows, TrainBatch, pack
-from qnext.training.losses import cross_entropy_sum
 from tests.training.models import documents, tiny_model
 
 LENGTHS = ([5, 40, 2, 67, 3], [33, 33, 33], [2, 2, 65])

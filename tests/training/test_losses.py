@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qnext.ops import cross_entropy_sum
 from qnext.training.data import IGNORED, DocumentRows, PackedStream, TrainBatch, pack
 from qnext.training.losses import (
     RouterTap,
     balance_loss,
-    cross_entropy_sum,
     expert_counts,
     label_log_probs,
     router_losses,
