@@ -1,7 +1,8 @@
-"""Whole training runs as functions that return a `Recipe`: a model, a corpus, a tokenizer, a `TrainConfig`.
+"""Whole training runs as functions. `recipe.py` prepares a `Recipe` (pretraining), `tuning.py` a `TuningTask`
+(fine-tuning), for which a `Method` (sft, dpo, distill, on_policy) or `gspo.py` says how. `reason.py` joins all stages.
 
-`recipe.py` prepares and runs one. `code.py` holds those that train on Python code. May import everything below, but not
-bench, client or diagnostics. A new run is a new function here, and a name in `RECIPES`.
+May import everything below, but not bench, client or diagnostics. A new pretraining run is a function in `code.py` and
+a name in `RECIPES`; a new way of fine-tuning is a `Method` and a line in `tasks.py`.
 """
 
 from __future__ import annotations
