@@ -227,11 +227,11 @@ def _arguments(saved: tuple[Any, ...], rows: Tensor, grads: _Gradients | None) -
 # ---- the head ----
 
 
-def serves_cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int) -> bool:
+def serves_cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int = 0) -> bool:
     return trains(hidden_RD, weight_YD)
 
 
-def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int) -> Tensor:
+def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int = 0) -> Tensor:
     """See ops.cross_entropy_sum. Raises IndexError for an invalid label."""
     check_linear(hidden_RD, weight_YD)
     chunk_rows = chunk_rows or min(_MAX_CHUNK_ROWS, max(_MIN_CHUNK_ROWS, _CHUNK_LOGITS // len(weight_YD)))

@@ -17,7 +17,7 @@ def linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = Non
     return y_TF if bias_F is None else y_TF + bias_F
 
 
-def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int) -> Tensor:
+def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int = 0) -> Tensor:
     """The sum of -log softmax(x W^T)[label] over the rows whose label is not negative, wide."""
     log_probs_RY = wide(linear(hidden_RD, weight_YD)).log_softmax(-1)
     is_counted_R = labels_R >= 0

@@ -15,7 +15,7 @@ def rows_of_logits(vocab_size: int) -> int:
     return max(64, _CHUNK_LOGITS // vocab_size)
 
 
-def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int) -> Tensor:
+def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int = 0) -> Tensor:
     """See ops.cross_entropy_sum. By itself it takes about a million logits, which it holds four times."""
     return _CrossEntropySum.apply(hidden_RD, weight_YD, labels_R, chunk_rows or rows_of_logits(len(weight_YD)))
 
