@@ -1,10 +1,10 @@
-"""`qnext experts`: which experts a text goes to, layer by layer, and what quantisation has changed of that."""
+"""`qnext experts`: which experts a text goes to, which go together, and what another text or model changes of that."""
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +19,9 @@ from qnext.errors import UsageError
 from qnext.text.files import read_user_text
 
 if TYPE_CHECKING:
-    from qnext.diagnostics.experts import LayerComparison, LayerReport
+    from qnext.diagnostics.experts import ExpertAnswer, ExpertQuestion, LayerReport
+    from qnext.diagnostics.routing.findings import RoutingFindings
+    from qnext.session.folder import TextFolder
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,36 @@ class RunningFlags:
     expert_memory: ExpertMemory = None
 
 
+@dataclass(frozen=True)
+class AskingFlags:
+    """What is asked beside the load."""
+
+    other: Annotated[
+        str | None,
+        typer.Option(
+            "--compare", metavar="MODEL2|RUN", help="the same tokens through this model, or with this adapter"
+        ),
+    ] = None
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="FILE", help="drift: another text through the same model")
+    ] = None
+    pairs: Annotated[bool, typer.Option("--pairs", help="experts that go together, in a layer and to the next")] = False
+
+    @property
+    def need_records(self) -> bool:
+        return self.pairs or self.against is not None or self.other is not None
+
+
+@dataclass(frozen=True)
+class ShowingFlags:
+    """How much is shown, and where."""
+
+    top: Annotated[int, typer.Option("--top", min=1, metavar="N", help="hottest experts and pairs to name")] = 5
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="write a heat map of MODEL, .svg or .png")
+    ] = None
+
+
 def command(
     model: Model,
     *,
@@ -55,13 +87,8 @@ def command(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=0, metavar="N", help="count up to N tokens that the model goes on with")
     ] = 0,
-    other: Annotated[
-        str | None, typer.Option("--compare", metavar="MODEL2", help="the same tokens through this model too")
-    ] = None,
-    top: Annotated[int, typer.Option("--top", min=1, metavar="N", help="hottest experts to name and to compare")] = 5,
-    picture: Annotated[
-        Path | None, typer.Option("--picture", metavar="FILE", help="write a heat map of MODEL, .svg or .png")
-    ] = None,
+    asking: AskingFlags,
+    showing: ShowingFlags,
     running: RunningFlags,
     as_json: AsJson = False,
     strict: Strict = False,
@@ -69,45 +96,102 @@ def command(
     """Print how evenly each layer uses its experts on a text.
 
     Entropy and balance (mean over highest count) are 1 where all experts do the same. With --compare: distance is the
-    part of all choices that has moved, overlap the common part of the hottest experts. With --speculation drafted
-    tokens count as well, and the MTP layer that drafts them.
+    part of all choices that has moved, overlap the common part of the hottest experts; then how alike both choose token
+    by token. With --speculation drafted tokens count as well, and the MTP layer that drafts them.
     """
-    if (source.text is None) == (source.file is None):
-        raise UsageError("give one text: TEXT, --text FILE, or - for standard input")
-    if picture is not None:
-        from qnext.diagnostics.heatmap import check_picture
-
-        check_picture(picture)
-    if other is not None and running.speculation:
-        raise UsageError("--compare counts the same tokens in both models, but --speculation counts drafts too")
-    from qnext.diagnostics.experts import ExpertQuestion, check_pair, compare, experts_document, experts_of_folder
+    _check(source, asking, showing, running)
+    from qnext.diagnostics.experts import ExpertQuestion, compare, experts_document, experts_of_folder
     from qnext.session.folder import open_folder
 
     folder = open_folder(model, expert_memory=running.expert_memory)
-    second = None if other is None else open_folder(other)
+    second = None if asking.other is None else _second(folder, asking.other)
     token_ids = folder.tokenizer.encode(source.read())
-    if second is not None:
-        check_pair(folder, second)
-    dtype = running.dtype
+    against = [] if asking.against is None else folder.tokenizer.encode(read_user_text(asking.against))
+    question = ExpertQuestion(
+        showing.top,
+        running.dtype,
+        max_tokens,
+        bool(running.speculation),
+        with_record=asking.need_records,
+        with_scores=second is not None,
+        against=against,
+    )
     count = partial(experts_of_folder, loading=byte_progress, counting=token_progress)
-    layers, answer = count(folder, token_ids, ExpertQuestion(top, dtype, max_tokens, bool(running.speculation)))
-    others: list[LayerReport] = []
-    comparisons: list[LayerComparison] = []
-    if second is not None:
-        others, _ = count(second, [*token_ids, *answer], ExpertQuestion(top, dtype))
-        comparisons = compare(layers, others)
-    if picture is not None:
-        _draw(picture, layers, f"{model}: load of the experts, {len(token_ids) + len(answer):,} tokens")
+    first = count(folder, token_ids, question)
+    tokens = [*token_ids, *first.generated]
+    other = None if second is None else count(second.folder, tokens, second.question(question))
+    comparisons = [] if other is None else compare(first.layers, other.layers)
+    findings = _findings(asking, showing, first, other)
+    if showing.picture is not None:
+        _draw(showing.picture, first.layers, f"{model}: load of the experts, {len(tokens):,} tokens")
     if as_json:
-        document = {"model": model, "tokens": len(token_ids), "generated": len(answer)}
-        print(json.dumps({**document, **experts_document(layers, other, others, comparisons)}))
+        document = {"model": model, "tokens": len(token_ids), "generated": len(first.generated)}
+        others = [] if other is None else other.layers
+        document |= experts_document(first.layers, asking.other, others, comparisons)
+        print(json.dumps(document | ({} if findings is None else findings.document())))
     else:
         from qnext.diagnostics.tables import show_experts
 
-        show_experts(layers, comparisons)
+        show_experts(first.layers, comparisons)
+        if findings is not None:
+            findings.show()
     for each in comparisons:
         if each.alert:
             print(f"qnext experts: {each.alert}", file=sys.stderr)
+
+
+def _check(source: TextFlags, asking: AskingFlags, showing: ShowingFlags, running: RunningFlags) -> None:
+    """What can be wrong before a file is read. Raises UsageError."""
+    if (source.text is None) == (source.file is None):
+        raise UsageError("give one text: TEXT, --text FILE, or - for standard input")
+    if showing.picture is not None:
+        from qnext.diagnostics.heatmap import check_picture
+
+        check_picture(showing.picture)
+    if asking.other is not None and running.speculation:
+        raise UsageError("--compare counts the same tokens in both models, but --speculation counts drafts too")
+
+
+@dataclass(frozen=True)
+class _Second:
+    """The model that is compared: another folder, or the first one with an adapter."""
+
+    folder: TextFolder
+    adapter: Path | None
+
+    def question(self, first: ExpertQuestion) -> ExpertQuestion:
+        return replace(first, max_tokens=0, speculation=False, against=(), adapter=self.adapter)
+
+
+def _second(first: TextFolder, name: str) -> _Second:
+    """Raises UsageError for a model whose tokens, layers or experts are others."""
+    from qnext.checkpoint.adapters import find_adapter
+    from qnext.diagnostics.experts import check_pair
+    from qnext.errors import ModelNotFound
+    from qnext.session.folder import open_folder
+
+    try:
+        return _Second(replace(first), find_adapter(name))
+    except ModelNotFound:
+        folder = open_folder(name)
+    check_pair(first, folder)
+    return _Second(folder, None)
+
+
+def _findings(
+    asking: AskingFlags, showing: ShowingFlags, first: ExpertAnswer, other: ExpertAnswer | None
+) -> RoutingFindings | None:
+    from qnext.diagnostics.routing.findings import OtherRecord, routing_findings
+
+    if first.record is None:
+        return None
+    other_text = other_model = None
+    if first.against is not None:
+        other_text = OtherRecord(str(asking.against), first.against)
+    if other is not None and other.record is not None:
+        other_model = OtherRecord(str(asking.other), other.record)
+    num_pairs = showing.top if asking.pairs else None
+    return routing_findings(first.record, num_pairs=num_pairs, other_text=other_text, other_model=other_model)
 
 
 def _draw(path: Path, layers: list[LayerReport], title: str) -> None:

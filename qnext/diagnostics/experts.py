@@ -8,11 +8,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qnext.diagnostics.routing.record import RoutingRecord, read_routing
 from qnext.errors import UsageError
 from qnext.planning.expert_shape import expert_shape
 from qnext.session.folder import ProgressOf, TextFolder, end_token_ids, load_weights
@@ -66,12 +68,31 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class ExpertQuestion:
-    """What is counted: a text, and up to `max_tokens` generated tokens after it. `top` hottest experts are named."""
+    """What is counted: a text, and up to `max_tokens` generated tokens after it. `top` hottest experts are named.
+
+    `with_record` keeps the choice of every token too, `with_scores` the probabilities as well. `against` are the tokens
+    of another text to keep the choices of. `adapter` is a folder whose adapter the model gets.
+    """
 
     top: int
     dtype: str | None = None
     max_tokens: int = 0
     speculation: bool = False
+    with_record: bool = False
+    with_scores: bool = False
+    against: Sequence[int] = ()
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True)
+class ExpertAnswer:
+    """Reports of the layers, the ids that the model generated, and the choices that were asked for: of text and
+    generated ids, and of the other text."""
+
+    layers: list[LayerReport]
+    generated: list[int]
+    record: RoutingRecord | None = None
+    against: RoutingRecord | None = None
 
 
 def check_pair(first: TextFolder, second: TextFolder) -> None:
@@ -91,15 +112,19 @@ def check_pair(first: TextFolder, second: TextFolder) -> None:
 
 def experts_of_folder(
     folder: TextFolder, token_ids: Sequence[int], question: ExpertQuestion, *, loading: ProgressOf, counting: ProgressOf
-) -> tuple[list[LayerReport], list[int]]:
-    """(reports of the layers, ids that the model generated). The model is loaded and released. Raises the errors of
-    `count_experts`."""
+) -> ExpertAnswer:
+    """The model is loaded, asked and released. Raises the errors of `count_experts` and of `read_adapter`."""
     config = folder.config
     if not config.num_experts:
         raise UsageError(f"{folder.path}: the model has no experts")
     network = load_weights(folder, question.dtype, progress=loading)
+    if question.adapter is not None:
+        from qnext.checkpoint.adapters import read_adapter
+        from qnext.lora.adapt import attach
+
+        attach(network, read_adapter(question.adapter, config))
     with counting("counting") as progress:
-        load, answer = count_experts(
+        load, generated = count_experts(
             network,
             token_ids,
             max_tokens=question.max_tokens,
@@ -107,10 +132,19 @@ def experts_of_folder(
             eos_token_ids=end_token_ids(folder.tokenizer, config),
             progress=progress,
         )
+    record = against = None
+    if question.with_record:
+        with counting("routing") as progress:
+            ids = [*token_ids, *generated]
+            record = read_routing(network, ids, with_scores=question.with_scores, progress=progress)
+    if question.against:
+        with counting("the other text") as progress:
+            against = read_routing(network, question.against, progress=progress)
     del network
     gc.collect()  # before the next model is loaded
     num_layers, top_k = config.num_hidden_layers, config.num_experts_per_tok
-    return report(load, num_trunk_layers=num_layers, top_k=top_k, num_hottest=question.top), answer
+    layers = report(load, num_trunk_layers=num_layers, top_k=top_k, num_hottest=question.top)
+    return ExpertAnswer(layers, generated, record, against)
 
 
 def count_experts(

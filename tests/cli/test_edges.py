@@ -39,6 +39,7 @@ INPUTS = {
     "experts model": "experts X text",
     "experts file": "experts MODEL --text X",
     "experts other": "experts MODEL text --compare X",
+    "experts against": "experts MODEL text --against X",
     "keys create file": "keys create --name a --file X",
     "keys list file": "keys list --file X",
     "keys show file": "keys show a --file X",

@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from qnext.checkpoint import create_folder, load_model, save_model
+from qnext.checkpoint.adapters import save_adapter
+from qnext.lora.adapt import adapter_of, add_lora, lora_parameters
+from qnext.lora.config import LoraConfig
 from qnext.model import Batch
 from qnext.model.moe import Router
 from qnext.text.tokenizer import Tokenizer
@@ -131,9 +134,55 @@ def test_comparison(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None
     assert alert in result.err
 
 
+def test_two_texts(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Another text of the same kind is no drift, one of other bytes is."""
+    (tmp_path / "alike").write_text(TEXT)
+    (tmp_path / "digits").write_text("0123456789 " * 40)
+    found = document(capsys, plain_folder, TEXT, "--against", tmp_path / "alike")["drift"]
+    assert [(each["distance"], each["is_real"]) for each in found[0]["layers"]] == [(0, False)] * 2
+    (found,) = document(capsys, plain_folder, TEXT, "--against", tmp_path / "digits")["drift"]
+    assert found["of"] == f"the text to {tmp_path / 'digits'}"
+    assert all(each["is_real"] and each["low"] <= each["distance"] for each in found["layers"])
+    result = run(capsys, "experts", plain_folder, TEXT, "--against", tmp_path / "digits")
+    assert "drift of the text to" in result.out and result.out.count("yes") == 2
+
+
+def test_experts_that_go_together(plain_folder: Path, capsys: Capture) -> None:
+    found = document(capsys, plain_folder, TEXT, "--pairs", "--top", "3")
+    assert [each["layer"] for each in found["coactivation"]] == ["0", "1"]
+    (step,) = found["transitions"]
+    assert (step["layer"], step["next"]) == ("0", "1")
+    assert 0 <= step["hit_ratio_of_the_load"] <= step["hit_ratio"] <= 1
+    for pair in found["coactivation"][0]["pairs"]:
+        counts_E = found["layers"][0]["counts"]
+        assert 0 < pair["tokens"] <= min(counts_E[pair["first"]], counts_E[pair["second"]])
+    assert "surest pairs" in run(capsys, "experts", plain_folder, TEXT, "--pairs").out
+
+
+def test_agreement_with_an_adapter(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    """An adapter that changes nothing agrees everywhere; one that turns the routers does not."""
+    model = load_model(plain_folder)
+    add_lora(model, LoraConfig("attention", rank=2, router=True), seed=0)
+    save_adapter(adapter_of(model), tmp_path / "none", model.config, base=str(plain_folder))
+    for name, parameter in lora_parameters(model).items():
+        if name.endswith("B"):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    save_adapter(adapter_of(model), tmp_path / "turned", model.config, base=str(plain_folder))
+    same = document(capsys, plain_folder, TEXT, "--compare", tmp_path / "none")
+    assert [each["overlap"] for each in same["agreement"]["layers"]] == [1, 1]
+    assert same["agreement"]["worst"] == []
+    other = document(capsys, plain_folder, TEXT, "--compare", tmp_path / "turned")
+    for layer in other["agreement"]["layers"]:
+        assert 0 <= layer["low"] <= layer["overlap"] <= layer["high"] < 1 and layer["divergence"] > 0
+    assert other["agreement"]["worst"][0]["overlap"] < 1
+    assert other["drift"][0]["of"] == f"the model to {tmp_path / 'turned'}"
+    result = run(capsys, "experts", plain_folder, TEXT, "--compare", tmp_path / "turned")
+    assert "agreement of the routers" in result.out
+
+
 def test_a_table_for_people(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     result = run(capsys, "experts", plain_folder, TEXT, "--compare", collapsed(plain_folder, tmp_path / "worse"))
-    header, *rows = result.out.splitlines()
+    header, *rows = result.out.partition("\n\n")[0].splitlines()
     assert {"layer", "tokens", "entropy", "balance", "dead", "distance", "overlap", "hottest"} < set(header.split())
     assert [row.split()[:2] for row in rows] == [["0", str(len(TEXT))], ["1", str(len(TEXT))]]
 
