@@ -61,6 +61,7 @@ MODULES_WITHOUT_TORCH = [
     "qnext.server.access.keys",
     "qnext.server.access.rates",
     "qnext.server.access.audit",
+    "qnext.server.access.audit_reading",
     "qnext.server.metrics",
 ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -13,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnext.cli.flags.moments import moment
 from qnext.cli.flags.values import AsJson, option
 from qnext.cli.parsing.command import VerbCommand, VerbGroup
 from qnext.cli.parsing.records import with_flags
+from qnext.cli.terminal.text import columns
 from qnext.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ File = Annotated[
 ]
 Id = Annotated[str, typer.Argument(metavar="ID", help="the key's id, 8 hex digits: `qnext keys list`")]
 
-_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _COLUMNS = ("id", "name", "state", "expires", "scopes", "models", "rpm", "tpm", "parallel", "context")
 
 
@@ -101,10 +101,8 @@ def list_(file: File = None, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps([_public(key) for key in keys], indent=2))
         return
-    rows = [_COLUMNS, *map(_row, keys)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in columns([_COLUMNS, *map(_row, keys)]):
+        print(line)
 
 
 @app.command(cls=VerbCommand)
@@ -173,15 +171,7 @@ def _time(seconds: int | None) -> str | None:
 
 def _expiry(text: str, now: float) -> int:
     """UNIX time of a span from `now` or of a day."""
-    if span := re.fullmatch(r"([0-9]{1,6})([mhdw])", text):
-        moment = int(now) + int(span[1]) * _SECONDS[span[2]]
-    else:
-        try:
-            moment = int(datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=timezone.utc).timestamp())
-        except ValueError:
-            raise UsageError(
-                f"--expires {text[:40]!r} is neither a span such as 30d or 12h nor a day such as 2027-01-31"
-            ) from None
-    if moment <= now:
+    found = moment(text, "--expires", now, is_past=False)
+    if found <= now:
         raise UsageError(f"--expires {text} is not in the future")
-    return moment
+    return found

@@ -46,6 +46,8 @@ INPUTS = {
     "keys rotate file": "keys rotate a --file X",
     "keys revoke file": "keys revoke a --file X",
     "audit log": "audit X",
+    "audit-verify log": "audit-verify X",
+    "audit-show log": "audit-show X",
     "doctor model": "doctor X",
     "plan models": "plan X",
     "train-sft base": "train-sft --from X --data BATCH --out NEW",

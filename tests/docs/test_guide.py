@@ -116,6 +116,8 @@ def test_flags_named_in_the_text_exist() -> None:
         "train-gspo",
         "init",
         "plan",
+        "audit-verify",
+        "audit-show",
     ):
         name, _, sub = verb.partition(" ")
         command = click_command(name)

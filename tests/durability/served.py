@@ -9,7 +9,8 @@ from typing import Any
 
 from qnext.cli import main
 from qnext.client.batch_files import BatchOutput
-from qnext.server.access.audit import AuditLog, AuditRecord, verify_chain
+from qnext.server.access.audit import AuditLog, AuditRecord
+from qnext.server.access.audit_reading import verify_chain
 from qnext.server.access.keys import KeyStore
 from tests.durability.faults import Outcome, run_child
 from tests.durability.scenario import INIT_ARGUMENTS, Scenario, as_a_verb, call

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qnext.engine import SamplingParams
-from qnext.server.access.audit import AuditLog, AuditRecord, verify_chain
+from qnext.server.access.audit import AuditLog, AuditRecord
+from qnext.server.access.audit_reading import Anchor, AuditFilter, read_lines, totals_by, verify_chain
 from qnext.server.exchange import params_hash
 
 SECRET = "qn-" + "Ab0_-xYz9" * 4 + "1234567"
@@ -186,6 +187,56 @@ def test_lines_taken_from_the_end_show_by_the_last_hash(tmp_path: Path) -> None:
     (tmp_path / "audit").write_bytes(b"".join(rows[:-1]))
     after = verify_chain(tmp_path / "audit")
     assert after.error is None and after.last != before.last and after.num_lines == before.num_lines - 1
+    anchor = Anchor(before.last, before.num_lines)
+    assert "no line has the expected hash" in (verify_chain(tmp_path / "audit", anchor).error or "")
+    assert verify_chain(tmp_path / "audit", Anchor(after.last, after.num_lines)).error is None
+
+
+def test_an_anchor_stands_at_its_line_or_before_it_where_files_were_rotated_away(tmp_path: Path) -> None:
+    path = tmp_path / "audit"
+    write_chain(path, 20)
+    anchor = Anchor(verify_chain(path).last, 20)
+    write_chain(path, 14)
+    assert verify_chain(path, anchor).error is None and verify_chain(path).is_from_start
+    assert "is that of line 20, not of line 19" in (verify_chain(path, anchor._replace(num_lines=19)).error or "")
+    assert "is that of line 20, not of line 21" in (verify_chain(path, anchor._replace(num_lines=21)).error or "")
+    max(tmp_path.glob("audit.*"), key=lambda file: int(file.suffix[1:])).unlink()
+    check = verify_chain(path, anchor)
+    assert check.error is None and not check.is_from_start and check.num_lines < 34
+
+
+def test_every_fault_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "audit"
+    write_chain(path, 6)
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([rows[0], b"[1]\n", rows[2], b"\xff\n", *rows[4:]]))
+    faults = verify_chain(path).faults
+    assert [fault.partition("line ")[2].partition(" ")[0] for fault in faults] == ["2", "3", "4", "5"]
+    assert [line.number for line in read_lines(path) if line.values is None] == [2, 4]
+
+
+# ---- its records ----
+
+
+def test_filters_and_sums() -> None:
+    rows = [
+        {"time": f"2026-11-0{day}T00:00:00.000Z", "key_id": key, "status": status, "prompt_tokens": tokens}
+        for day, key, status, tokens in ((1, "a", 200, 5), (2, "b", 429, None), (3, "a", 200, 7), (3, None, 401, 0))
+    ]
+
+    def days(**conditions: Any) -> str:
+        return "".join(row["time"][9] for row in rows if AuditFilter(**conditions).takes(row))
+
+    assert (days(), days(key_id="a"), days(is_refused=True), days(is_refused=False)) == ("1233", "13", "23", "13")
+    assert days(since="2026-11-02T00:00:00.000Z") == "233" and days(until="2026-11-02T00:00:00.000Z") == "1"
+    sums = totals_by("key_id", rows)
+    assert list(sums) == ["a", "-", "b"]
+    assert (sums["a"].requests, sums["a"].prompt_tokens, sums["b"].refused, sums["b"].prompt_tokens) == (2, 12, 1, 0)
+    assert {day: total.requests for day, total in totals_by("day", rows).items()} == {
+        "2026-11-01": 1,
+        "2026-11-02": 1,
+        "2026-11-03": 2,
+    }
 
 
 # ---- a disk that is full ----

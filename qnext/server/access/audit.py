@@ -17,7 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-_FIRST = "0" * 64  # what the first line of a chain names as the one before
+from qnext.server.access.audit_reading import FIRST, numbered
+
 _MAX_TEXT = 256  # characters of a field: a client chooses some of them
 _MAX_LINE_BYTES = 65_536
 
@@ -73,7 +74,7 @@ class AuditLog:
         self._keep = keep
         self._has_chain = chain
         self._clock = clock
-        self._fd, self._size, self._rotate_at, self._previous, self._is_torn = -1, 0, max_bytes, _FIRST, False
+        self._fd, self._size, self._rotate_at, self._previous, self._is_torn = -1, 0, max_bytes, FIRST, False
         self._open()
 
     def write(self, record: AuditRecord) -> None:
@@ -145,10 +146,10 @@ class AuditLog:
     def _move_away(self) -> None:
         for number in range(self._keep - 1, 0, -1):
             with suppress(FileNotFoundError):
-                os.replace(_numbered(self.path, number), _numbered(self.path, number + 1))
+                os.replace(numbered(self.path, number), numbered(self.path, number + 1))
         with suppress(FileNotFoundError):  # moved before, when the new one could not be opened
             if self._keep:
-                os.replace(self.path, _numbered(self.path, 1))
+                os.replace(self.path, numbered(self.path, 1))
             else:
                 os.unlink(self.path)
         self.reopen()
@@ -166,44 +167,8 @@ class AuditLog:
             raise OSError(errno.EINVAL, "is no file", str(self.path))
         os.fchmod(self._fd, 0o600)  # also one that was there before
         self._size, self._rotate_at = found.st_size, self._max_bytes
-        last = _last_line(self.path if self._size or not self._has_chain else _numbered(self.path, 1))
+        last = _last_line(self.path if self._size or not self._has_chain else numbered(self.path, 1))
         self._previous, self._is_torn = last.digest, last.is_torn and self._size > 0
-
-
-@dataclass(frozen=True)
-class ChainCheck:
-    """`error` names file and line of the first break. `last` is the hash of the last line.
-
-    A chain cannot show that lines at its end were removed. A copy of `last` that is kept elsewhere can.
-    """
-
-    num_lines: int
-    last: str
-    error: str | None
-
-
-def verify_chain(path: Path) -> ChainCheck:
-    """Check the lines of `path` and of the files it was rotated to, oldest first.
-
-    The hash that the oldest line names is not checked: the line before it may have been rotated away.
-    """
-    numbers = (int(found.suffix[1:]) for found in path.parent.glob(f"{path.name}.*") if found.suffix[1:].isdigit())
-    files = [_numbered(path, number) for number in sorted(numbers, reverse=True)]
-    # Whoever was killed between moving the file away and opening the next one left none of that name.
-    files += [path] if path.exists() or not files else []
-    previous, num_lines = None, 0
-    for file in files:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    named = json.loads(line)["previous"]
-                except (ValueError, KeyError, TypeError):
-                    return ChainCheck(num_lines, previous or _FIRST, f"{file}: line {number} is damaged")
-                if previous is not None and named != previous:
-                    return ChainCheck(num_lines, previous, f"{file}: line {number} does not follow the line before")
-                previous = _sha256(line.rstrip(b"\n"))
-                num_lines += 1
-    return ChainCheck(num_lines, previous or _FIRST, None)
 
 
 @dataclass(frozen=True)
@@ -221,13 +186,9 @@ def _last_line(path: Path) -> _LastLine:
     except FileNotFoundError:
         tail = b""
     if not tail:
-        return _LastLine(_FIRST, False)
+        return _LastLine(FIRST, False)
     is_torn = not tail.endswith(b"\n")
     return _LastLine(_sha256(tail.removesuffix(b"\n").rpartition(b"\n")[2]), is_torn)
-
-
-def _numbered(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.name}.{number}")
 
 
 def _sha256(data: bytes) -> str:
