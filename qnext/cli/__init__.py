@@ -52,6 +52,7 @@ VERBS = {
     "audit": "whether the audit log of a server is whole, as `qnext audit verify`",
     "audit-verify": "whether each line of an audit log follows the one before, and none is missing",
     "audit-show": "the records of an audit log: by key, time, request, and their sums",
+    "audit-trace": "what one answer came from, and whether a folder is the same model",
     "experts": "which experts a text goes to, and what quantisation changed of that",
     "doctor": "what the machine and a model offer, and what is in the way",
     "completion": "a script that completes verbs, flags and models in bash, zsh or fish",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qnext.server.access.audit_reading import AuditFilter, RequestTotals
 
 _COLUMNS = ("time", "request_id", "key_id", "route", "status", "prompt_tokens", "completion_tokens", "seconds", "end")
+_MOST_NAMED = 8
 By = Literal["key_id", "model", "route", "status", "client", "day"]
 
 
@@ -60,11 +61,14 @@ def command(
 ) -> None:
     """Print records of an audit log, or their sums, the files it was rotated to included.
 
-    Lines that cannot be read are named on stderr. Whether lines were changed or removed: `qnext audit verify`.
+    Lines that cannot be read are named on stderr, by file and number. Whether lines were changed or removed:
+    `qnext audit verify`.
     """
+    from qnext.errors import warn
     from qnext.server.access.audit_reading import totals_by
 
-    records: Iterable[dict[str, Any]] = _records(existing_log(log), wanted.records())
+    damaged: list[str] = []
+    records: Iterable[dict[str, Any]] = _records(existing_log(log), wanted.records(), damaged)
     if last is not None:
         records = deque(records, maxlen=last)
     if totals is not None:
@@ -74,17 +78,25 @@ def command(
     else:
         for line in columns([_COLUMNS, *map(_row, records)]):
             print(line)
+    if damaged:
+        warn(f"{len(damaged)} lines cannot be read: {', '.join(damaged[:_MOST_NAMED])}")
 
 
-def _records(log: Path, wanted: AuditFilter) -> Iterator[dict[str, Any]]:
-    from qnext.errors import warn
+def _records(log: Path, wanted: AuditFilter, damaged: list[str]) -> Iterator[dict[str, Any]]:
+    """The places of lines that cannot be read are added to `damaged`. Raises CorruptCheckpoint where none can."""
+    from qnext.errors import CorruptCheckpoint
     from qnext.server.access.audit_reading import read_lines
 
+    has_read_any = False
     for line in read_lines(log):
         if line.values is None:
-            warn(f"{line.place} cannot be read")
-        elif wanted.takes(line.values):
+            damaged.append(line.place)
+            continue
+        has_read_any = True
+        if wanted.takes(line.values):
             yield line.values
+    if not has_read_any:
+        raise CorruptCheckpoint(f"{log}: no line can be read, so it is no audit log")
 
 
 def _row(values: dict[str, Any]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import orjson
 
 from qnext.server.inference.generation import Generation, TokenPrompt
+from qnext.server.inference.origin import replay_of
 from qnext.server.lanes import LARGE
 from qnext.server.requests import HttpRequest
 from qnext.server.server import IGNORED_HEADER, Server
@@ -61,6 +62,25 @@ class Exchange(HttpRequest):
         """The name of the model, or of the adapter, that answers."""
         return self.outcome.model or self.server.served.name
 
+    @property
+    def adapter(self) -> str | None:
+        return self.model_name if self.model_name in self.server.served.adapters else None
+
+    @property
+    def system_fingerprint(self) -> str | None:
+        """One name for all that the answer depends on beside the request; None where the model has no origin."""
+        origin = self.server.served.origin
+        return None if origin is None else origin.fingerprints[self.adapter]
+
+    def _note_origin(self, generation: Generation) -> None:
+        """What the audit log needs to trace the answers of a generation, if it has begun."""
+        origin, requests = self.server.served.origin, generation.requests
+        if origin is None or not requests:
+            return
+        trace = self.outcome.trace or {**origin.of(self.adapter), **replay_of(generation.params, [])}
+        trace["seeds"].append(requests[0].seed)
+        self.outcome.trace, self.outcome.system_fingerprint = trace, self.system_fingerprint
+
     def salt(self, wanted: str | None = None) -> str:
         """The salt of this request's cached prefixes. Each key has its own salt; `wanted` divides it further."""
         own = "" if self.key is None else self.server.keys.cache_salt(self.key)
@@ -81,7 +101,9 @@ class Exchange(HttpRequest):
         outcome.params_hash = params_hash(prompt.params)
         name = f"{self.request_id}-{index}"
         salt = self.salt(salt)
-        adapter = self.model_name if self.model_name in self.server.served.adapters else None
+        adapter = self.adapter
+        if self.system_fingerprint is not None:
+            self.reply_headers["X-System-Fingerprint"] = self.system_fingerprint
         generation = Generation(
             self.server.worker, prompt, owner=self.owner, salt=salt, request_id=name, adapter=adapter
         )
@@ -94,6 +116,7 @@ class Exchange(HttpRequest):
                 tokens = sum(len(request.output_ids) for request in generation.requests)
                 outcome.completion_tokens = (outcome.completion_tokens or 0) + tokens
                 admitted.num_output = tokens
+                self._note_origin(generation)
                 if not generation.has_ended:
                     outcome.abort_phase = generation.phase
                     self.server.counters.count_abort(generation.phase)

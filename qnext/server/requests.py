@@ -50,6 +50,8 @@ class RequestOutcome:
 
     model: str | None = None
     params_hash: str | None = None
+    system_fingerprint: str | None = None
+    trace: dict[str, Any] | None = None  # what its answers came from
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     finish_reason: str | None = None

@@ -13,6 +13,7 @@ from qnext.errors import UsageError, warn
 from qnext.session.folder import ProgressOf, TextFolder, chat_format_of, end_token_ids, load_weights, no_progress
 from qnext.session.sampling import sampling_defaults
 from qnext.session.talk import drop
+from qnext.version import __version__
 
 if TYPE_CHECKING:
     from qnext.engine import Engine
@@ -56,8 +57,12 @@ def load_served(
     import torch
 
     from qnext.checkpoint.adapters import find_adapter, read_adapter
+    from qnext.checkpoint.check import read_layout
+    from qnext.checkpoint.identity import identity_of
     from qnext.engine import DiskCache, Engine, EngineConfig, check_options
     from qnext.lora.serving import serve_adapters
+    from qnext.ops import arithmetic_of
+    from qnext.server.inference.origin import AnswerOrigin
     from qnext.server.inference.served import ServedModel
 
     if config.threads is not None:
@@ -73,6 +78,7 @@ def load_served(
     options = EngineConfig(eos_token_ids=eos_ids, kv_dtype=kv_dtype, disk_cache=disk, **config.engine)
     check_options(folder.config, options)
     read = {name: read_adapter(path, folder.config) for name, path in adapters.items()}
+    identity = identity_of(read_layout(folder.path) if folder.layout is None else folder.layout, text.path)
     model = load_weights(folder, config.dtype, progress=progress)
     if read:
         options = replace(options, adapters=serve_adapters(model, read))
@@ -90,9 +96,29 @@ def load_served(
         tool_style=config.tool_style,
         template_defaults=config.template_defaults,
     )
+    served.origin = AnswerOrigin(
+        *identity,
+        version=__version__,
+        arithmetic=arithmetic_of(model.device),
+        settings=_settings_of(folder, config),
+        adapters=engine.executor.adapters,
+    )
     if config.warms_grammars:
         served.warm()
     return engine, served
+
+
+def _settings_of(folder: TextFolder, config: ServeConfig) -> dict[str, Any]:
+    """The options that change answers, where they are not the default."""
+    state_dtype = config.engine.get("state_dtype")
+    given = {
+        "dtype": config.dtype,
+        "yarn": folder.yarn,
+        "kv_cache_dtype": None if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+        "state_dtype": None if state_dtype is None else str(state_dtype).removeprefix("torch."),
+        "template_defaults": dict(config.template_defaults or {}),
+    }
+    return {name: value for name, value in given.items() if value}
 
 
 def _text_side(folder: TextFolder, adapters: Mapping[str, Path], note: Callable[[str], None]) -> TextFolder:

@@ -64,7 +64,7 @@ def test_records_and_sums(log: Path, capsys: Capture) -> None:
         file.write(b"torn")
     found = run(capsys, "audit", "show", log, "--key", "k")
     assert [line.split()[1] for line in found.out.splitlines()] == ["request_id", "old"]
-    assert found.err.splitlines() == [f"qnext audit-show: warning: {log}: line 7 cannot be read"]
+    assert found.err.splitlines() == [f"qnext audit-show: warning: 1 lines cannot be read: {log}: line 7"]
 
     def ids(*arguments: object) -> list[str]:
         records = json.loads(run(capsys, "audit", "show", log, *arguments, "--json").out)["records"]

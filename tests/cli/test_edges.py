@@ -16,6 +16,7 @@ from qnext.errors import CorruptCheckpoint, QnextWarning, one_line
 from .command import Capture, make_model, run
 
 BATCH = '{"custom_id":"a","method":"POST","url":"/v1/completions","body":{"model":"m","prompt":"a"}}\n'
+TRACED = '{"request_id":"a","trace":{"template":null,"seeds":[1],"also_given":[]}}\n'
 # verb and parameter -> a command whose X is what is tried
 INPUTS = {
     "init tokenizer": "init nano-5m NEW --tokenizer X",
@@ -48,6 +49,9 @@ INPUTS = {
     "audit log": "audit X",
     "audit-verify log": "audit-verify X",
     "audit-show log": "audit-show X",
+    "audit-trace log": "audit-trace X a",
+    "audit-trace model": "audit-trace LOG a --model X",
+    "audit-trace adapter": "audit-trace LOG a --model MODEL --adapter X",
     "doctor model": "doctor X",
     "plan models": "plan X",
     "train-sft base": "train-sft --from X --data BATCH --out NEW",
@@ -118,6 +122,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("edges")
     make_model(folder)
     (folder / "batch").write_text(BATCH)
+    (folder / "log").write_text(TRACED)
     (folder / "empty").write_text("")
     (folder / "binary").write_bytes(bytes(range(256)) * 40)
     (folder / "folder").mkdir()
@@ -126,7 +131,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _words(command: str, shared: Path, new: Path, value: str) -> list[str]:
-    places = {"MODEL": shared / "model", "BATCH": shared / "batch", "NEW": new}
+    places = {"MODEL": shared / "model", "BATCH": shared / "batch", "LOG": shared / "log", "NEW": new}
     words = []
     for word in command.split():
         words.append(str(places.get(word, word.replace("X", value) if "X" in word else word)))

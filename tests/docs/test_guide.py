@@ -118,6 +118,7 @@ def test_flags_named_in_the_text_exist() -> None:
         "plan",
         "audit-verify",
         "audit-show",
+        "audit-trace",
     ):
         name, _, sub = verb.partition(" ")
         command = click_command(name)

@@ -28,7 +28,7 @@ class AuditRecord:
     """One request, or one action of an administrator.
 
     `route` is the pattern of the request's route, or of the closest route; None where there is none. `method` is None
-    where it could not be read. `seconds` is the whole time of the request.
+    where it could not be read. `seconds` is the whole time of the request. `trace` says what its answers came from.
     """
 
     request_id: str
@@ -39,6 +39,7 @@ class AuditRecord:
     client: str | None = None
     model: str | None = None
     params_hash: str | None = None
+    system_fingerprint: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     finish_reason: str | None = None
@@ -46,6 +47,7 @@ class AuditRecord:
     stream: bool = False
     abort_phase: str | None = None
     error_code: str | None = None
+    trace: Mapping[str, Any] | None = None
 
 
 class AuditLog:

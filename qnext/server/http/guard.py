@@ -176,7 +176,7 @@ class Guard:
             (b"vary", b"Origin"),
             (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
             (b"access-control-allow-headers", _asked_headers(headers)),
-            (b"access-control-expose-headers", b"x-request-id, retry-after"),
+            (b"access-control-expose-headers", b"x-request-id, x-system-fingerprint, retry-after"),
         ]
 
 

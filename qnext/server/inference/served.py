@@ -18,6 +18,7 @@ from qnext.engine.sampling.constraint import Constraint, GrammarLimits
 from qnext.engine.sampling.grammar import CompiledGrammar, CompilersBusy, GrammarCompiler, Vocabulary
 from qnext.errors import CorruptCheckpoint, QnextError
 from qnext.server.errors import ApiError, from_user_error
+from qnext.server.inference.origin import AnswerOrigin
 from qnext.server.inference.prompt_size import num_characters_of, texts_of, whole_words
 from qnext.server.lanes import LARGE, Asker, Lane
 from qnext.server.limits import MAX_LARGE_WAITING, MAX_TEXT_PER_TOKEN
@@ -50,7 +51,8 @@ class ServedModel:
     `names` are the model names that requests may use; answers carry the first. `vocab_size` counts the rows of the
     model's head, which may be more than the tokenizer's. `defaults` are the sampling parameters, and
     `template_defaults` the template arguments, of requests that do not name them. `tool_style` None is that of the chat
-    format. Raises UsageError for arguments that the template does not read.
+    format. Answers of a model without an `origin` cannot be traced. Raises UsageError for arguments that the template
+    does not read.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class ServedModel:
         self.defaults = {**DEFAULTS, **(defaults or {})}
         self.template_defaults = dict(template_defaults or {})
         TemplateRequest(self.template_defaults).for_template(self.template_arguments)
+        self.origin: AnswerOrigin | None = None  # whoever has loaded the model says it
         self.created = int(time.time())
         self.tool_style: ToolStyle = tool_style or self._style_of_format()
         self.tokens = list(tokenizer.token_table())

@@ -144,14 +144,15 @@ class ChatWriter:
             document["usage"] = self._usage()
         if self.body.timings:
             document["timings"] = timings(self.generation.requests[0])
-        return [document] if len(document) > 5 else []
+        return [document] if self._has_usage or self.body.timings else []
 
     def fail(self, error: ApiError) -> list[Event]:
         return [error_object(error, "openai")]
 
     def _head(self, kind: str) -> dict[str, Any]:
-        name = self.exchange.model_name
-        return {"id": self.id, "object": kind, "created": self.created, "model": name}
+        name, fingerprint = self.exchange.model_name, self.exchange.system_fingerprint
+        head = {"id": self.id, "object": kind, "created": self.created, "model": name}
+        return head if fingerprint is None else {**head, "system_fingerprint": fingerprint}
 
     def _chunk(self, index: int, delta: dict[str, Any], **more: Any) -> Event:
         choice = {"index": index, "delta": delta, "finish_reason": None, **more}

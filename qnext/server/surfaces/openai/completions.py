@@ -198,7 +198,7 @@ class CompletionWriter:
             document["usage"] = self._usage()
         if self.body.timings:
             document["timings"] = timings(self._generation(0).requests[0])
-        return [document] if len(document) > 5 else []
+        return [document] if self._has_usage or self.body.timings else []
 
     def fail(self, error: ApiError) -> list[Event]:
         return [error_object(error, "openai")]
@@ -211,8 +211,9 @@ class CompletionWriter:
         return self.generations[number]
 
     def _head(self) -> dict[str, Any]:
-        name = self.exchange.model_name
-        return {"id": self.id, "object": "text_completion", "created": self.created, "model": name}
+        name, fingerprint = self.exchange.model_name, self.exchange.system_fingerprint
+        head = {"id": self.id, "object": "text_completion", "created": self.created, "model": name}
+        return head if fingerprint is None else {**head, "system_fingerprint": fingerprint}
 
     def _choice(self, index: int, text: str) -> dict[str, Any]:
         number = index // self.n
