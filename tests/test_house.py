@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quant": {"config", "planning", "ops", "model"},
     "residency": {"planning", "ops"},
     "lora": {"config", "planning", "ops", "model"},
+    "probe": {"config", "ops", "model"},
     "engine": {"config", "planning", "ops", "model", "residency"},
     "checkpoint": {"config", "planning", "ops", "text", "model", "quant", "residency", "lora"},
     "eval": {"config", "text", "model", "engine"},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qnext import ops
 from qnext.config import ModelConfig
 from qnext.model.batch import Batch
-from qnext.model.layers import Linear, fusable, make_norm
+from qnext.model.layers import Linear, See, fusable, make_norm, unseen
 
 
 class Attention(nn.Module):
@@ -44,12 +44,12 @@ class Attention(nn.Module):
         cache = None if batch.cache is None else batch.cache.attention_cache(self.layer_index)
         weights = self._fusable_weights()
         if weights is None:
-            mixed_TZ = self._mix(*projected, rope, batch.packing, cache)
+            mixed_TZ = self.mix(*projected, rope, batch.packing, cache)
         else:
             mixed_TZ = ops.attention_mixer(*projected, weights, rope=rope, packing=batch.packing, cache=cache)
         return self.o_proj(mixed_TZ)
 
-    def _mix(
+    def mix(
         self,
         q_TX: Tensor,
         k_TY: Tensor,
@@ -57,19 +57,22 @@ class Attention(nn.Module):
         rope: ops.Rope,
         packing: ops.Packing,
         cache: ops.AttentionCache | None,
+        see: See = unseen,
     ) -> Tensor:
-        """[T, Z]: what ops.attention_mixer fuses, step by step."""
+        """[T, Z]: what ops.attention_mixer fuses, step by step; `see` is shown what lies between the steps."""
         q_THK, gate_THK = self._queries_and_gates(q_TX)
         k_TGK, v_TGK = (x_TY.unflatten(1, (-1, self.head_dim)) for x_TY in (k_TY, v_TY))
         q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
-        q_THK, k_TGK = ops.apply_rope(q_THK, rope), ops.apply_rope(k_TGK, rope)
+        q_THK, k_TGK = see("query", ops.apply_rope(q_THK, rope)), see("key", ops.apply_rope(k_TGK, rope))
+        v_TGK = see("value", v_TGK)
         if cache is None:
             out_THK = ops.attention(q_THK, k_TGK, v_TGK, packing=packing, scale=self.scale)
         else:
             out_THK = ops.cached_attention(q_THK, k_TGK, v_TGK, cache, packing=packing, scale=self.scale)
+        out_THK = see("core_out", out_THK)
         if gate_THK is not None:
-            out_THK = out_THK * torch.sigmoid(gate_THK)
-        return out_THK.flatten(1)
+            out_THK = out_THK * torch.sigmoid(see("gate", gate_THK))
+        return see("gated_out", out_THK.flatten(1))
 
     def _queries_and_gates(self, q_TX: Tensor) -> tuple[Tensor, Tensor | None]:
         """[T, H, K] each: with gates, each head of q_proj holds its query dims first and then its gate dims."""

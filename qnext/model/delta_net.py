@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qnext import ops
 from qnext.config import ModelConfig
 from qnext.model.batch import Batch
-from qnext.model.layers import Conv1d, GatedRMSNorm, Linear, fusable
+from qnext.model.layers import Conv1d, GatedRMSNorm, Linear, See, fusable, unseen
 
 
 class GatedDeltaNet(nn.Module):
@@ -43,26 +43,39 @@ class GatedDeltaNet(nn.Module):
         cache = None if batch.cache is None else batch.cache.delta_cache(self.layer_index)
         weights = self._fusable_weights()
         if weights is None:
-            mixed_TZ = self._mix(qkvz_TX, ba_TY, batch.packing, cache)
+            mixed_TZ = self.mix(qkvz_TX, ba_TY, batch.packing, cache)
         else:
             mixed_TZ = ops.gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=batch.packing, cache=cache)
         return self.out_proj(mixed_TZ)
 
-    def _mix(self, qkvz_TX: Tensor, ba_TY: Tensor, packing: ops.Packing, cache: ops.DeltaCache | None) -> Tensor:
-        """[T, Z]: what ops.gated_delta_mixer fuses, step by step."""
+    def mix(
+        self,
+        qkvz_TX: Tensor,
+        ba_TY: Tensor,
+        packing: ops.Packing,
+        cache: ops.DeltaCache | None,
+        see: See = unseen,
+    ) -> Tensor:
+        """[T, Z]: what ops.gated_delta_mixer fuses, step by step; `see` is shown what lies between the steps."""
         qkv_TC, z_THV = ops.split_qkvz(
             qkvz_TX, num_key_heads=self.num_key_heads, key_head_dim=self.key_head_dim, num_heads=self.num_value_heads
         )
         beta_TH, g_TH = ops.delta_gates(ba_TY, self.A_log, self.dt_bias, num_key_heads=self.num_key_heads)
         carried = None if cache is None else ops.read_carried(cache, packing)
         mixed_TC, conv_NWC = self.conv1d(qkv_TC, packing, None if carried is None else carried.conv_NWC)
-        q_TJK, k_TJK, v_THV = self._heads(mixed_TC)
-        inputs = ops.DeltaInputs(ops.l2_norm(q_TJK), ops.l2_norm(k_TJK), v_THV, g_TH, beta_TH)
+        q_TJK, k_TJK, v_THV = self._heads(see("conv", mixed_TC))
+        inputs = ops.DeltaInputs(
+            see("query", ops.l2_norm(q_TJK)),
+            see("key", ops.l2_norm(k_TJK)),
+            see("value", v_THV),
+            see("decay", g_TH),
+            see("beta", beta_TH),
+        )
         if cache is None or carried is None:
             o_THV, _ = ops.gated_delta_rule(inputs, packing=packing)
         else:
             o_THV = ops.cached_delta_rule(inputs, qkv_TC, cache, packing=packing, before=carried, conv_NWC=conv_NWC)
-        return self.norm(o_THV, z_THV).flatten(1)
+        return see("gated_out", self.norm(see("core_out", o_THV), see("gate", z_THV)).flatten(1))
 
     def _heads(self, mixed_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q and k [T, J, K], v [T, H, V]"""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from qnext import ops
 from qnext.config import ModelConfig
 from qnext.model.weights import HoldsWeights
+
+See: TypeAlias = Callable[[str, Tensor], Tensor]  # name and tensor of a step -> what the next step takes
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -19,6 +22,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     hooks."""
     state = vars(module)
     return type(module) is kind and "forward" not in state and not any(state[hooks] for hooks in _HOOKS)
+
+
+def unseen(name: str, x: Tensor) -> Tensor:
+    """Nobody looks, and nothing changes."""
+    return x
 
 
 class Fusable(nn.Module):
@@ -138,7 +146,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return self.down_proj(self.inner(x_TD))
+
+    def inner(self, x_TD: Tensor) -> Tensor:
+        """What down_proj takes."""
+        return ops.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD))
 
 
 _PARTS = (Linear, RMSNorm, GatedRMSNorm, Conv1d)

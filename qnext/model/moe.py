@@ -5,6 +5,7 @@ Legend: T tokens, D hidden, E experts, F expert width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,12 @@ class Router(HoldsWeights):
         self.norm_topk_prob = config.norm_topk_prob
 
     def forward(self, x_TD: Tensor, *, load_E: Tensor | None = None, chosen_TA: Tensor | None = None) -> RouterOutput:
-        logits_TE = self.scores(x_TD)
+        return self.choose(self.scores(x_TD), load_E=load_E, chosen_TA=chosen_TA)
+
+    def choose(
+        self, logits_TE: Tensor, *, load_E: Tensor | None = None, chosen_TA: Tensor | None = None
+    ) -> RouterOutput:
+        """The experts of these logits; `load_E` and `chosen_TA` are those of ops.route."""
         routing = ops.route(
             logits_TE, top_k=self.top_k, norm_topk_prob=self.norm_topk_prob, load_E=load_E, chosen_TA=chosen_TA
         )
@@ -64,9 +70,31 @@ class Experts(HoldsWeights):
         """`shared` has the weights of the shared expert, which the same op multiplies beside the routed experts."""
         return ops.experts_swiglu(x_TD, self.gate_up_proj, self.down_proj, routing=routing, shared=shared)
 
+    def inner(self, x_TD: Tensor, experts_TA: Tensor) -> Tensor:
+        """[T, A, F]: silu(gate(x)) * up(x) of each chosen expert, for probes: one expert after another."""
+
+        def activate(expert: int, x_RD: Tensor) -> Tensor:
+            return ops.swiglu(*(x.contiguous() for x in ops.linear(x_RD, self.gate_up_proj[expert]).chunk(2, dim=-1)))
+
+        return _by_expert(activate, x_TD[:, None].expand(-1, experts_TA.shape[1], -1), experts_TA)
+
+    def outputs(self, inner_TAF: Tensor, experts_TA: Tensor) -> Tensor:
+        """[T, A, D]: what each chosen expert makes of its inner activations."""
+        return _by_expert(lambda expert, x_RF: ops.linear(x_RF, self.down_proj[expert]), inner_TAF, experts_TA)
+
     def keeps_bits(self) -> bool:
         """See layers.keeps_bits."""
         return ops.experts_keep_bits(self.gate_up_proj, self.down_proj)
+
+
+def _by_expert(compute: Callable[[int, Tensor], Tensor], x_TAX: Tensor, experts_TA: Tensor) -> Tensor:
+    """[T, A, ...]: of each row what the expert at its place computes."""
+    rows_RX, experts_R = x_TAX.flatten(0, 1), experts_TA.flatten()
+    order_R = experts_R.argsort(stable=True)
+    counts = experts_R.bincount().tolist()
+    parts = rows_RX.index_select(0, order_R).split(counts)
+    computed = [compute(expert, part) for expert, part in enumerate(parts) if len(part)]
+    return torch.cat(computed).index_select(0, order_R.argsort()).unflatten(0, experts_TA.shape)
 
 
 class SparseMoE(nn.Module):

@@ -48,7 +48,10 @@ class DecoderLayer(nn.Module):
     def _compute(self, hidden_TD: Tensor, batch: Batch, rope: ops.Rope) -> Tensor:
         normed_TD = self.input_layernorm(hidden_TD)
         mixed_TD = self.linear_attn(normed_TD, batch) if self.is_linear else self.self_attn(normed_TD, batch, rope)
-        hidden_TD = ops.add(hidden_TD, mixed_TD)
+        return self.finish(ops.add(hidden_TD, mixed_TD), batch)
+
+    def finish(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        """The second half: what comes after the mixer was added."""
         return ops.add(hidden_TD, self._feed_forward(self.post_attention_layernorm(hidden_TD), batch))
 
     def _feed_forward(self, x_TD: Tensor, batch: Batch) -> Tensor:

@@ -1,0 +1,33 @@
+"""Looks into a model while it runs, and changes what it sees: named taps, edits, and what follows from them.
+
+Nouns: ModelProbe (a context around calls of a model), Where (which tokens), Edit (a change), Captures (what was kept),
+Look (what one pass shows). May import config, ops and model. A new tap is a name in `names.py` and a call of the Sight
+where it lies; a tap inside a fused op is a `see` in its module, so that the formula stands once.
+"""
+
+from __future__ import annotations
+
+from qnext.probe.captures import Captures
+from qnext.probe.edits import Edit, same_bits
+from qnext.probe.look import AttentionLook, Look, look
+from qnext.probe.names import match, tap_names
+from qnext.probe.probe import ModelProbe
+from qnext.probe.rows import EVERYWHERE, LAST, BatchRows, Where
+from qnext.probe.sight import Observer
+
+__all__ = [
+    "EVERYWHERE",
+    "LAST",
+    "AttentionLook",
+    "BatchRows",
+    "Captures",
+    "Edit",
+    "Look",
+    "ModelProbe",
+    "Observer",
+    "Where",
+    "look",
+    "match",
+    "same_bits",
+    "tap_names",
+]

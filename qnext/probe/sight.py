@@ -1,0 +1,114 @@
+"""What is wanted of a model: which taps are kept, changed or observed.
+
+Legend: T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qnext import ops
+from qnext.config import ModelConfig
+from qnext.model import Batch
+from qnext.probe.attending import Attended
+from qnext.probe.captures import Captures, KeptRows
+from qnext.probe.edits import Edit
+from qnext.probe.names import match
+from qnext.probe.rows import BatchRows, SequenceName, Where
+
+
+class Observer(Protocol):
+    """Is told of layers in a call: of the kinds in `sees`, which are "residual", "attention" and "delta".
+
+    `prefix` names the layer; `seen` has the steps of its mixer by name.
+    """
+
+    sees: Collection[str]
+
+    def see_residual(self, prefix: str, rows: BatchRows, hidden_TD: Tensor) -> None: ...
+
+    def see_attention(
+        self, prefix: str, rows: BatchRows, attended: Sequence[Attended], seen: Mapping[str, Tensor]
+    ) -> None: ...
+
+    def see_delta(
+        self, prefix: str, rows: BatchRows, inputs: ops.DeltaInputs, seen: Mapping[str, Tensor], before: Tensor | None
+    ) -> None:
+        """`before` has the states of the sequences before the call; None: zeros."""
+
+
+class Sight:
+    """Shared by the hooks of a model. `wanted` are the taps that something is done with."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        taps: Mapping[str, Where],
+        edits: Sequence[Edit],
+        *,
+        observer: Observer | None = None,
+        keeps_gradients: bool = False,
+    ) -> None:
+        self.captures = Captures()
+        self.observer, self.keeps_gradients = observer, keeps_gradients
+        self.names: dict[int, SequenceName] = {}  # of the sequences in the slots
+        self._wheres = {name: where for pattern, where in taps.items() for name in match([pattern], config)}
+        edited = match([edit.tap for edit in edits], config)
+        self._edits = {name: [each for each in edits if fnmatchcase(name, each.tap)] for name in edited}
+        self.wanted = frozenset([*self._wheres, *self._edits])
+        self.edited = frozenset(self._edits)
+        self._last: tuple[Tensor, BatchRows] | None = None
+
+    def observes(self, kind: str) -> bool:
+        return self.observer is not None and kind in self.observer.sees
+
+    def rows_of(self, batch: Batch) -> BatchRows:
+        """The same object for all layers of a call."""
+        if self._last is None or self._last[0] is not batch.positions_T:
+            self._last = batch.positions_T, BatchRows(batch, self.names)
+        return self._last[1]
+
+    def show(self, tap: str, x_T: Tensor, rows: BatchRows) -> Tensor:
+        """What the next step takes: `x_T` itself where nothing changes."""
+        if tap not in self.wanted:
+            return x_T
+        for edit in self.edits_of(tap):
+            x_T = edit.apply(x_T, rows)
+        self.keep(tap, x_T, rows)
+        return x_T
+
+    def edits_of(self, tap: str) -> Sequence[Edit]:
+        return self._edits.get(tap, ())
+
+    def keep(self, tap: str, x_T: Tensor, rows: BatchRows) -> None:
+        if (where := self._wheres.get(tap)) is not None:
+            chosen_R = rows.chosen(where)
+            # Kernels may write again where they wrote: what is kept is a copy.
+            values_R = x_T.clone() if chosen_R is None else x_T.index_select(0, chosen_R)
+            self._put(tap, KeptRows(rows, chosen_R, values_R))
+
+    def keep_made(self, tap: str, rows: BatchRows, make: Callable[[Tensor], Tensor]) -> None:
+        """Keeps what `make` gives for the rows that are to be kept, where there are any."""
+        if (where := self._wheres.get(tap)) is not None:
+            chosen_R = rows.chosen(where)
+            if chosen_R is None:
+                chosen_R = torch.arange(rows.packing.num_tokens, device=rows.packing.device)
+            if len(chosen_R):
+                self._put(tap, KeptRows(rows, chosen_R, make(chosen_R)))
+
+    def _put(self, tap: str, piece: KeptRows) -> None:
+        values_R = piece.values_R if self.keeps_gradients else piece.values_R.detach()
+        self.captures.put(tap, piece._replace(values_R=values_R))
+
+    def show_rows(self, tap: str, x_R: Tensor) -> Tensor:
+        """Of rows that nobody can tell the tokens of: the logits."""
+        for edit in self.edits_of(tap):
+            x_R = edit.of_rows(x_R)
+        if tap in self._wheres:
+            self._put(tap, KeptRows(None, None, x_R.clone()))
+        return x_R
