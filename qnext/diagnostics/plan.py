@@ -1,20 +1,19 @@
-"""What `qnext plan` says of a model: for people, for programs, and as a finding of `qnext doctor`."""
+"""What `qnext plan` finds for a model: for programs, and as a finding of `qnext doctor`. plan_page.py is for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from qnext.diagnostics.finding import Finding
+from qnext.planning.anatomy import Anatomy, anatomy
 from qnext.planning.forecast import Circumstances, Forecast, forecast, seconds_document, with_more_memory
 from qnext.planning.machine import format_bytes
-from qnext.planning.machines import PlannedMachine
-from qnext.session.planned import ASSUMED_DISK, PlannedModel, circumstances
+from qnext.planning.speculation import DraftGains, drafts
+from qnext.session.planned import ASSUMED_DISK, Asked, PlannedModel, circumstances
 
 _MORE = (8 << 30, 16 << 30)  # bytes
-_ROW = "  {:<12} {:>9} {:>14} {:>14}"
-_MORE_ROW = "  {:<12} {:>9} {:>9} {:>9} {:>9} {:>14}"
+_NOTHING = Asked()
 
 
 class ModelPlan(NamedTuple):
@@ -22,6 +21,8 @@ class ModelPlan(NamedTuple):
 
     model: PlannedModel
     on: Circumstances
+    anatomy: Anatomy
+    drafts: DraftGains | None
     forecast: Forecast
     more: dict[int, Forecast]
     assumed: tuple[str, ...]
@@ -37,33 +38,18 @@ class ModelPlan(NamedTuple):
         return f"{self.model.name}: {self.forecast.problem}{smaller}"
 
 
-def plan_model(
-    model: PlannedModel,
-    *,
-    context: int | None = None,
-    batch: int = 1,
-    free_bytes: int | None = None,
-    disk_rate: float | None = None,
-    expert_bytes: int | None = None,
-    other: PlannedMachine | None = None,
-) -> ModelPlan:
-    """For `batch` sequences of `context` tokens, here or on an`other` machine; what is not given is measured here, in a
-    second or two."""
-    on = circumstances(
-        model,
-        context=context,
-        batch=batch,
-        free_bytes=free_bytes,
-        disk_rate=disk_rate,
-        expert_bytes=expert_bytes,
-        other=other,
-    )
+def plan_model(model: PlannedModel, asked: Asked = _NOTHING) -> ModelPlan:
+    """What is not asked for is measured here, in a second or two."""
+    on, other = circumstances(model, asked), asked.other
     found = forecast(model.config, model.sizes, on)
-    is_fixed = found.placement == "resident" or expert_bytes is not None
+    is_fixed = found.placement == "resident" or asked.expert_bytes is not None
     more = {} if is_fixed else with_more_memory(model.config, model.sizes, on, _MORE)
-    reads_unknown = found.placement != "resident" and not model.files and disk_rate is None and other is None
+    reads_unknown = found.placement != "resident" and not model.files and asked.disk_rate is None and other is None
     disk = (f"--disk-speed {ASSUMED_DISK / 1e9:g}g",) if reads_unknown else ()
-    return ModelPlan(model, on, found, more, model.assumed + disk + (() if other is None else other.assumed))
+    assumed = model.assumed + disk + (() if other is None else other.assumed)
+    known = anatomy(model.config, model.part_bytes, context=on.context)
+    sped = drafts(model.config, model.part_bytes, context=on.context, batch=asked.batch, acceptance=asked.acceptance)
+    return ModelPlan(model, on, known, sped, found, more, assumed)
 
 
 def plan_document(plan: ModelPlan) -> dict[str, Any]:
@@ -77,6 +63,8 @@ def plan_document(plan: ModelPlan) -> dict[str, Any]:
         "machine": plan.on.rates._asdict(),
         "other_weight_bytes": plan.model.sizes.experts.other_bytes,
         **_document(plan.forecast),
+        **plan.anatomy.document(),
+        "drafts": None if plan.drafts is None else plan.drafts.document(),
         "more_memory": [{"bytes": extra, **_document(found)} for extra, found in plan.more.items()],
     }
 
@@ -86,66 +74,6 @@ def _document(found: Forecast) -> dict[str, Any]:
     prefill_time = {num_tokens: seconds_document(time) for num_tokens, time in found.prefill_time.items()}
     rates = {"prefill": found.prefill, "prefill_time": prefill_time}
     return {**asdict(found), **rates, "traffic": traffic, "used_bytes": found.used_bytes}
-
-
-def format_plans(plans: Sequence[ModelPlan]) -> str:
-    """For people; several models also side by side."""
-    found = "\n\n".join("\n".join(_lines(plan)) for plan in plans)
-    return found if len(plans) == 1 else "\n".join((found, "", *_side_by_side(plans)))
-
-
-def _side_by_side(plans: Sequence[ModelPlan]) -> Iterator[str]:
-    width = max(len(plan.model.name) for plan in plans)
-    yield f"{'':<{width}}  {'weights':>9} {'in memory':>10}  decode, tokens/s"
-    for plan in plans:
-        found = plan.forecast
-        speeds = [f"{name} {_speed(speed.decode)}" for name, speed in found.traffic.items()]
-        decode = (
-            "does not fit" if not plan.fits else speeds[0].partition(" ")[2] if found.share == 1 else ", ".join(speeds)
-        )
-        yield (
-            f"{plan.model.name:<{width}}  {format_bytes(found.weight_bytes):>9} {format_bytes(found.used_bytes):>10}  "
-            f"{decode}"
-        )
-
-
-def _lines(plan: ModelPlan) -> Iterator[str]:
-    found, rates = plan.forecast, plan.on.rates
-    weights, free = format_bytes(found.weight_bytes), format_bytes(plan.on.free_bytes)
-    yield f"{plan.model.name}: weights {weights}, memory free {free}"
-    if plan.assumed:
-        yield f"  assumed: {', '.join(plan.assumed)}"
-    yield f"  {placement_line(found)}"
-    yield (
-        f"  in memory: other weights {format_bytes(plan.model.sizes.experts.other_bytes)}, experts "
-        f"{format_bytes(found.expert_bytes)}, keys and values {format_bytes(found.kv_bytes)} and states "
-        f"{format_bytes(found.state_bytes)} of {plan.on.batch} x {plan.on.context:,} tokens, steps "
-        f"{format_bytes(found.step_bytes)}"
-    )
-    yield (
-        f"  rates: weights in memory are multiplied at {rates.memory / 1e9:.1f} GB/s, on prompts "
-        f"{rates.arithmetic / 1e12:.2f} Top/s; disk {rates.disk / 1e9:.2f} GB/s"
-    )
-    if found.advice:
-        yield f"  {found.advice}"
-    if not plan.fits:
-        return
-    yield ""
-    if found.placement == "resident":
-        yield f"  decode: {_speed(found.traffic['uniform'].decode)} tokens/s"
-    else:
-        yield _ROW.format("traffic", "hit rate", "decode", "disk allows")
-        for name, speed in found.traffic.items():
-            ceiling = "-" if speed.ceiling is None else _speed(speed.ceiling)
-            yield _ROW.format(name, f"{speed.hit_rate:.1%}", f"{_speed(speed.decode)} tokens/s", ceiling)
-    yield "  prompts: " + ", ".join(f"{n:,} tokens at {_speed(rate)} tokens/s" for n, rate in found.prefill.items())
-    if plan.more:
-        yield ""
-        yield _MORE_ROW.format("more memory", "experts", *found.traffic, f"prompt {max(found.prefill):,}")
-        for extra, more in plan.more.items():
-            speeds = [_speed(speed.decode) for speed in more.traffic.values()]
-            prompt = _speed(more.prefill[max(more.prefill)])
-            yield _MORE_ROW.format(f"+ {format_bytes(extra)}", f"{more.share:.1%}", *speeds, prompt)
 
 
 def streaming_finding(plan: ModelPlan) -> Finding:
@@ -164,7 +92,9 @@ def speed_finding(plan: ModelPlan) -> Finding:
     """How fast a model will be that fits, and with more memory."""
     found = plan.forecast
     longest = max(found.prefill)
-    text = f"predicted: {_decode(found)}; prompts of {longest:,} tokens at {_speed(found.prefill[longest])} tokens/s"
+    text = (
+        f"predicted: {_decode(found)}; prompts of {longest:,} tokens at {speed_text(found.prefill[longest])} tokens/s"
+    )
     for extra, more in plan.more.items():
         text += f"; with {format_bytes(extra)} more {_decode(more)}"
     return Finding("speed", "ok", text, data=plan_document(plan))
@@ -172,8 +102,8 @@ def speed_finding(plan: ModelPlan) -> Finding:
 
 def _decode(found: Forecast) -> str:
     if found.placement == "resident":
-        return f"decode {_speed(found.traffic['uniform'].decode)} tokens/s"
-    speeds = (f"{_speed(speed.decode)} {name}" for name, speed in found.traffic.items())
+        return f"decode {speed_text(found.traffic['uniform'].decode)} tokens/s"
+    speeds = (f"{speed_text(speed.decode)} {name}" for name, speed in found.traffic.items())
     return f"decode tokens/s {', '.join(speeds)}"
 
 
@@ -189,5 +119,5 @@ def placement_line(found: Forecast) -> str:
     )
 
 
-def _speed(rate: float) -> str:
+def speed_text(rate: float) -> str:
     return f"{rate:,.1f}" if rate < 100 else f"{rate:,.0f}"

@@ -9,7 +9,7 @@ import torch
 
 from qnext.engine.execution.executor import AdapterSwitch
 from qnext.engine.storage.tiers import DiskCache
-from qnext.planning.plan import DEFAULT_SEQUENCES
+from qnext.planning.plan import CHECKPOINT_INTERVAL, DEFAULT_SEQUENCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class EngineConfig:
     """States of cached prefixes, from which others can go on, beside those of running requests; by default
     `max_num_seqs` and four more."""
 
-    checkpoint_interval: int = 4096
+    checkpoint_interval: int = CHECKPOINT_INTERVAL
     """A state is kept every so many tokens of a long prompt. 0: only where it is likely to be of use."""
 
     speculation: bool | None = None

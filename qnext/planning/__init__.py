@@ -1,10 +1,9 @@
 """Answers without torch, from a `ModelConfig` and the machine alone.
 
-`parameters.py` lists every parameter with its kind, which counting, initial values, loading, quantising, GGUF names and
-update rules read: a new parameter is a line there. `counts.py` counts, `workspace.py` bounds what a step takes,
-`machine.py` asks what memory and processor there are, `plan.py` decides what fits, `expert_memory.py` which experts,
-`expert_speed.py` says what that costs, `expert_shape.py` how evenly experts are used. May import config. A new question
-about size or cost goes here.
+`parameters.py` lists every parameter with its kind, which counting, initial values, loading, quantising and update
+rules read: a new parameter is a line there. `counts.py` counts, `flops.py` says what tokens compute, `anatomy.py` puts
+both side by side, `workspace.py` bounds a step, `machine.py` asks what memory and processor there are, `plan.py`
+decides what fits, `forecast.py` how fast it is. May import config. A new question about size or cost goes here.
 """
 
 from __future__ import annotations
@@ -15,16 +14,25 @@ from qnext.planning.counts import (
     StateBytes,
     count_active,
     count_parameters,
-    forward_flops_per_token,
+    distinct_experts,
     kv_bytes_per_token,
     state_bytes_per_sequence,
     weight_bytes,
+)
+from qnext.planning.flops import (
+    ForwardFlops,
+    forward_flops_per_token,
+    prefill_flops,
+    token_flops,
+    training_compute_ratio,
+    training_flops,
 )
 from qnext.planning.parameters import Kind, ParameterInfo, list_parameters
 from qnext.planning.workspace import StepSizes, recorded_bytes, step_bytes
 
 __all__ = [
     "ActiveCounts",
+    "ForwardFlops",
     "Kind",
     "ParameterCounts",
     "ParameterInfo",
@@ -32,11 +40,16 @@ __all__ = [
     "StepSizes",
     "count_active",
     "count_parameters",
+    "distinct_experts",
     "forward_flops_per_token",
     "kv_bytes_per_token",
     "list_parameters",
+    "prefill_flops",
     "recorded_bytes",
     "state_bytes_per_sequence",
     "step_bytes",
+    "token_flops",
+    "training_compute_ratio",
+    "training_flops",
     "weight_bytes",
 ]

@@ -1,4 +1,4 @@
-"""Parameters by part, bytes, and work per token of a configuration. No torch."""
+"""Parameters by part, and bytes of a configuration. No torch."""
 
 from __future__ import annotations
 
@@ -99,14 +99,12 @@ def state_bytes_per_sequence(
     return StateBytes(layers * state * DTYPE_BYTES[state_dtype], layers * conv * DTYPE_BYTES[conv_dtype])
 
 
-def forward_flops_per_token(config: ModelConfig, *, context: int, with_head: bool = True) -> int:
-    """Floating-point operations of the trunk for one token that sees `context` tokens, itself included.
+def distinct_experts(num_experts: int, experts_per_token: int, num_tokens: int) -> float:
+    """Experts of a layer that so many tokens use together, where each chooses evenly: others use fewer.
 
-    A multiply-add counts two. Weights: 2 each. Attention: 4 * heads * head_dim per token seen. Delta rule, per state
-    element: decay 1, read 2, write 2, read out 2. Norms and activations are left out.
+    >>> round(distinct_experts(512, 10, 4))
+    39
     """
-    active = count_active(config)
-    weights = 2 * (active.with_head if with_head else active.without_head)
-    attention = config.num_full_layers * 4 * config.num_attention_heads * config.head_dim * context
-    state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
-    return weights + attention + config.num_linear_layers * 7 * state
+    if num_tokens == 1 or not num_experts:
+        return experts_per_token
+    return num_experts * (1 - (1 - experts_per_token / num_experts) ** num_tokens)

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from math import comb
 from typing import NamedTuple
 
+from qnext.planning.counts import distinct_experts
 from qnext.planning.expert_memory import ExpertSizes
 
 # What a whole model reaches of the rates at which experts alone are computed (qnext.ops.expert_rates). Medians of turns
@@ -118,7 +119,7 @@ def decode_time(
     experts, memory = work.experts, DECODE_SHARE * rates.memory
     num_layers = max(1, experts.num_layers)
     dense = (work.dense_bytes + batch * work.sequence_bytes) / memory / num_layers
-    count = round(_num_touched(work, batch)) if experts.num_layers else 0
+    count = round(_touched(work, batch)) if experts.num_layers else 0
     compute, read = experts.record_bytes / memory, experts.record_bytes / rates.disk
     arithmetic = reads = seconds = 0.0
     for misses in range(count + 1):
@@ -144,7 +145,7 @@ def prefill_time(work: StepWork, rates: MachineRates, share: float, *, num_token
     arithmetic = reads = seconds = 0.0
     for first in range(0, num_tokens, chunk):
         count = min(chunk, num_tokens - first)
-        touched = experts.num_layers * _num_touched(work, count)
+        touched = experts.num_layers * _touched(work, count)
         read = touched * (1 - share) * experts.record_bytes / rates.disk
         compute = max(
             count * work.operations / (PROMPT_SHARE * rates.arithmetic),
@@ -161,9 +162,5 @@ def missed_bytes(work: StepWork, hit_rate: float) -> float:
     return work.experts.num_layers * work.used_experts * (1 - hit_rate) * work.experts.record_bytes
 
 
-def _num_touched(work: StepWork, num_tokens: int) -> float:
-    """Experts of a layer that so many tokens use together, where each chooses evenly: others use fewer."""
-    num_experts = work.experts.num_experts
-    if num_tokens == 1 or not num_experts:
-        return work.used_experts
-    return num_experts * (1 - (1 - work.used_experts / num_experts) ** num_tokens)
+def _touched(work: StepWork, num_tokens: int) -> float:
+    return distinct_experts(work.experts.num_experts, work.used_experts, num_tokens)

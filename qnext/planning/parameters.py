@@ -67,6 +67,26 @@ NORMS = frozenset(
     }
 )
 
+# Matrices that schemes of fewer bits store; a head has a choice of its own. Norms and vectors are none of them.
+QUANTIZED = frozenset(
+    {
+        Kind.QUERY,
+        Kind.KEY,
+        Kind.VALUE,
+        Kind.ATTENTION_OUT,
+        Kind.DELTA_QKVZ,
+        Kind.DELTA_OUT,
+        Kind.MLP_GATE,
+        Kind.MLP_UP,
+        Kind.MLP_DOWN,
+        Kind.EXPERTS_GATE_UP,
+        Kind.EXPERTS_DOWN,
+        Kind.SHARED_GATE,
+        Kind.SHARED_UP,
+        Kind.SHARED_DOWN,
+    }
+)
+
 
 class ParameterInfo(NamedTuple):
     """One parameter.

@@ -20,6 +20,7 @@ from qnext.planning.machine import format_bytes
 from qnext.planning.workspace import StepSizes, recorded_bytes, step_bytes
 
 DEFAULT_SEQUENCES = 8
+CHECKPOINT_INTERVAL = 4096  # tokens between the states that are kept of a long prompt
 SPARE_CHECKPOINTS = 4  # states of cached prefixes that are kept where memory is short
 _POLICY_BYTES = 128  # per token of the cache: ids, the trie of blocks, page numbers
 _ESTIMATED_STEP = 512  # tokens

@@ -11,26 +11,8 @@ from dataclasses import dataclass
 
 from qnext.errors import UsageError, did_you_mean
 from qnext.planning import Kind, ParameterInfo
+from qnext.planning.parameters import QUANTIZED
 
-# Norms and vectors are none of them.
-_QUANTIZED = frozenset(
-    {
-        Kind.QUERY,
-        Kind.KEY,
-        Kind.VALUE,
-        Kind.ATTENTION_OUT,
-        Kind.DELTA_QKVZ,
-        Kind.DELTA_OUT,
-        Kind.MLP_GATE,
-        Kind.MLP_UP,
-        Kind.MLP_DOWN,
-        Kind.EXPERTS_GATE_UP,
-        Kind.EXPERTS_DOWN,
-        Kind.SHARED_GATE,
-        Kind.SHARED_UP,
-        Kind.SHARED_DOWN,
-    }
-)
 HEAD_CHOICES = ("keep", "int8", "int4")
 
 
@@ -78,7 +60,7 @@ class QuantPolicy:
         A matrix keeps its dtype where its inputs are no whole number of groups. With padding, the scales of the last
         group would describe inputs that do not exist, and readers disagree on them.
         """
-        in_layer = self.scheme if info.kind in _QUANTIZED else None
+        in_layer = self.scheme if info.kind in QUANTIZED else None
         scheme = self.head if info.kind is Kind.HEAD else in_layer
         return scheme if scheme is not None and info.shape[-1] % scheme.group_size == 0 else None
 

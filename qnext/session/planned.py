@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qnext.errors import UsageError
-from qnext.planning import list_parameters, machine
+from qnext.planning import ParameterInfo, list_parameters, machine
+from qnext.planning.anatomy import part_bytes
 from qnext.planning.expert_memory import ExpertSizes
 from qnext.planning.expert_records import MatrixForm, RecordFile, RecordLayout
 from qnext.planning.expert_speed import MachineRates
 from qnext.planning.forecast import Circumstances, StoredSizes
 from qnext.planning.machines import PlannedMachine
+from qnext.planning.parameters import QUANTIZED
+from qnext.planning.speculation import ASSUMED_ACCEPTANCE
 
 if TYPE_CHECKING:
     from qnext.checkpoint.check import Layout
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
     from qnext.ops.expert_rates import KernelRates
 
 ASSUMED_DISK = 1_500_000_000  # bytes a second, where there is nothing to be read
-ASSUMED_SCHEME, FLOAT_SCHEME = "int4-g32", "bf16"
+ASSUMED_SCHEME, FLOAT_SCHEME, FP8_SCHEME = "int4-g32", "bf16", "fp8"
+_FP8_BLOCK = 128 * 128  # weights that share a scale of four bytes, as in the released checkpoints
 ASSUMED_CONTEXT = 4096
 _PROBED_BYTES = 48 << 20
 _WIDTH, _USED = 512, 8  # of a model without experts, as if it had some
@@ -32,14 +35,28 @@ _WIDTH, _USED = 512, 8  # of a model without experts, as if it had some
 @dataclass(frozen=True)
 class PlannedModel:
     """A folder, or a preset in a scheme. `files` are the records that can be read here; a preset has none. `assumed`
-    says what was chosen where nothing was given."""
+    says what was chosen where nothing was given. `part_bytes` has the fields of ParameterCounts."""
 
     name: str
     config: ModelConfig
     sizes: StoredSizes
+    part_bytes: Mapping[str, int]
     is_quantized: bool
     files: list[RecordFile]
     assumed: tuple[str, ...] = ()
+
+
+class Asked(NamedTuple):
+    """What a plan is asked for: `batch` sequences of `context` tokens, here or on an`other` machine. What is not given
+    is measured or assumed."""
+
+    context: int | None = None
+    batch: int = 1
+    free_bytes: int | None = None
+    disk_rate: float | None = None
+    expert_bytes: int | None = None
+    other: PlannedMachine | None = None
+    acceptance: float = ASSUMED_ACCEPTANCE
 
 
 def planned_model(model: str, scheme: str | None = None) -> PlannedModel:
@@ -69,42 +86,33 @@ def planned_folder(name: str, layout: Layout) -> PlannedModel:
     files = readable_records(layout)
     experts = expert_sizes(layout, files) if files else _expert_sizes(layout.config, by_part, None)
     sizes = StoredSizes(_dense_bytes(layout.config, by_part), experts, can_stream=bool(files))
-    return PlannedModel(name, layout.config, sizes, bool(layout.packed_forms), files)
+    return PlannedModel(name, layout.config, sizes, by_part, bool(layout.packed_forms), files)
 
 
-def circumstances(
-    planned: PlannedModel,
-    *,
-    context: int | None = None,
-    batch: int = 1,
-    free_bytes: int | None = None,
-    disk_rate: float | None = None,
-    expert_bytes: int | None = None,
-    other: PlannedMachine | None = None,
-) -> Circumstances:
-    """What is free here, or `free_bytes`; and rates, which are measured in a second or two, unless they are those of
-    another machine. A disk is only measured where there are records to read. Raises UsageError for a `context` that the
-    model does not have."""
+def circumstances(planned: PlannedModel, asked: Asked) -> Circumstances:
+    """What is free here, or what is asked for; and rates, which are measured in a second or two, unless they are those
+    of another machine. A disk is only measured where there are records to read. Raises UsageError for a `context` that
+    the model does not have."""
     import torch
 
     from qnext.residency.probe import probe
 
-    most = planned.config.context_length
-    if context is not None and context > most:
-        raise UsageError(f"{planned.name}: --context {context} is beyond the model's context of {most}")
-    length = min(ASSUMED_CONTEXT, most) if context is None else context
+    most, other = planned.config.context_length, asked.other
+    if asked.context is not None and not 1 <= asked.context <= most:
+        raise UsageError(f"{planned.name}: --context {asked.context} is beyond the model's context of {most}")
+    length = min(ASSUMED_CONTEXT, most) if asked.context is None else asked.context
+    on = Circumstances(0, torch.get_num_threads(), MachineRates(0, 0, 0), length, asked.batch, asked.expert_bytes)
     if other is not None:
-        usable = other.free_bytes if free_bytes is None else free_bytes
-        rates = other.rates if disk_rate is None else other.rates._replace(disk=disk_rate)
-        return Circumstances(usable, torch.get_num_threads(), rates, length, batch, expert_bytes)
+        rates = other.rates if asked.disk_rate is None else other.rates._replace(disk=asked.disk_rate)
+        return on._replace(free_bytes=asked.free_bytes or other.free_bytes, rates=rates)
     free = machine.available_bytes()
-    if disk_rate is None:
+    disk = asked.disk_rate
+    if disk is None:
         files = planned.files
-        disk_rate = probe(files, num_bytes=_PROBED_BYTES).bytes_per_second if files else ASSUMED_DISK
+        disk = probe(files, num_bytes=_PROBED_BYTES).bytes_per_second if files else ASSUMED_DISK
     kernels = kernel_rates(planned.config, is_quantized=planned.is_quantized)
-    rates = MachineRates(kernels.memory, disk_rate, kernels.arithmetic)
-    usable = free if free_bytes is None else free_bytes
-    return Circumstances(usable, torch.get_num_threads(), rates, length, batch, expert_bytes)
+    rates = MachineRates(kernels.memory, disk, kernels.arithmetic)
+    return on._replace(free_bytes=asked.free_bytes or free, rates=rates)
 
 
 def kernel_rates(config: ModelConfig, *, is_quantized: bool) -> KernelRates:
@@ -120,24 +128,41 @@ def kernel_rates(config: ModelConfig, *, is_quantized: bool) -> KernelRates:
 
 
 def _in_scheme(name: str, config: ModelConfig, scheme: str) -> PlannedModel:
+    if scheme == FP8_SCHEME:
+        by_part = part_bytes(config, _fp8_bits)
+        record, is_quantized = None, False
+    else:
+        by_part, record, is_quantized = _of_policy(config, scheme)
+    experts = _expert_sizes(config, by_part, record)
+    sizes = StoredSizes(_dense_bytes(config, by_part), experts, can_stream=record is not None)
+    return PlannedModel(name, config, sizes, by_part, is_quantized, [])
+
+
+def _fp8_bits(info: ParameterInfo) -> float:
+    """As the released FP8 checkpoints are stored."""
+    return 8 + 32 / _FP8_BLOCK if info.kind in QUANTIZED else 16
+
+
+def _of_policy(config: ModelConfig, scheme: str) -> tuple[dict[str, int], int | None, bool]:
+    """Bytes by part; of an expert's record, None where there are none; whether anything is quantised."""
     from qnext.quant.scheme import make_policy
 
     policy = None if scheme == FLOAT_SCHEME else make_policy(scheme, head=None, is_tied=config.tie_word_embeddings)
-    by_part: Counter[str] = Counter()
+
+    def bits_of(info: ParameterInfo) -> float:
+        found = None if policy is None else policy.scheme_of(info)
+        return 16.0 if found is None else found.bits + 16 / found.group_size
+
     form = MatrixForm("bfloat16")
     for info in list_parameters(config).values():
         found = None if policy is None else policy.scheme_of(info)
-        bits = 16.0 if found is None else found.bits + 16 / found.group_size
-        by_part[info.part] += round(prod(info.shape) * bits / 8)
         if info.part == "experts" and found is not None:
             form = MatrixForm(f"int{found.bits}", found.group_size, "bfloat16")
     try:
-        record = RecordLayout(config.hidden_size, config.moe_intermediate_size, form, form).stride
+        record: int | None = RecordLayout(config.hidden_size, config.moe_intermediate_size, form, form).stride
     except ValueError:  # no experts, or such as make no records
         record = None
-    experts = _expert_sizes(config, by_part, record)
-    sizes = StoredSizes(_dense_bytes(config, by_part), experts, can_stream=record is not None)
-    return PlannedModel(name, config, sizes, policy is not None, [])
+    return part_bytes(config, bits_of), record, policy is not None
 
 
 def _expert_sizes(config: ModelConfig, by_part: Mapping[str, int], record_bytes: int | None) -> ExpertSizes:

@@ -139,11 +139,35 @@ def test_another_machine(capsys: Capture, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_models_side_by_side(capsys: Capture, rates: None) -> None:
     several = run(capsys, "plan", "80b-a3b", "nano-5m", "qwen3-32b", "--memory", "12G").out
-    last = several.rpartition("\n\n")[2].splitlines()
-    assert [line.split()[0] for line in last] == ["weights", "80b-a3b", "nano-5m", "qwen3-32b"]
-    assert last[1].count("GiB") == 2 and all(name in last[1] for name in TRAFFIC)
-    assert last[3].endswith("does not fit") and re.search(r"  [\d,.]+$", last[2])
-    assert "in memory  decode" not in run(capsys, "plan", "nano-5m").out
+    table, _, below = several.partition("\n\n")
+    rows = {re.split(r"\s{2,}", line)[0]: re.split(r"\s{2,}", line)[1:] for line in table.splitlines()[1:]}
+    assert table.splitlines()[0].split() == ["80b-a3b", "nano-5m", "qwen3-32b"]
+    assert rows["parameters, B"][0] == "81.3" and rows["parameters, B"][2].endswith("(0.40x)")
+    assert rows["states"][0] == "75.4 MiB" and rows["states"][2] == "-"
+    assert all(f"decode, tokens/s, {name}" in rows for name in TRAFFIC)
+    assert rows["decode, tokens/s, uniform"][2] == "does not fit"
+    assert [line.split(":")[0] for line in below.splitlines()[1:]] == ["80b-a3b", "nano-5m", "qwen3-32b"]
+    assert "(1.00x)" not in run(capsys, "plan", "nano-5m").out
+
+
+def test_what_a_model_is(capsys: Capture, rates: None) -> None:
+    """Parts, what a sequence carries, experts of a batch, and drafts, whose acceptance is an assumption."""
+    arguments = ("80b-a3b", "--memory", "60G", "--context", "32k", "--acceptance", "0.9")
+    (found,) = documents(capsys, *arguments)
+    assert found["context"] == 32_000
+    assert (found["parameters"]["trunk"], found["parameters"]["mtp"]) == (79_674_391_296, 1_650_471_424)
+    assert sum(found["part_bytes"].values()) == pytest.approx(found["weight_bytes"], rel=0.001)
+    decode = found["flops"]["decode"]
+    assert decode["attention_core"] == 12 * 4 * 16 * 256 * 32_000
+    assert sum(count for name, count in decode.items() if name != "total") == decode["total"]
+    assert found["kv_bytes_per_token"] == {"bfloat16": 24 << 10, "float8_e4m3fn": 12 << 10, "int8": 12480}
+    assert found["distinct_experts"]["64"] == pytest.approx(367, abs=0.5)
+    assert found["prefix_cache"]["checkpoints_of_prompt_bytes"] == 8 * found["prefix_cache"]["checkpoint_bytes"]
+    assert found["drafts"]["assumed_acceptance"] == 0.9
+    assert found["drafts"]["gains"][0]["tokens"] == pytest.approx(1.9)
+    text = run(capsys, "plan", *arguments).out
+    assert "90% of them accepted (assumed)" in text and "in all                 81,324,862,720" in text
+    assert run(capsys, "plan", "qwen3-32b", "--memory", "60G", "--json").out.count('"drafts": null') == 1
 
 
 def test_what_is_wrong_is_said(capsys: Capture, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from qnext.config import PRESETS, ModelConfig, preset
+from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, PRESETS, ModelConfig, preset
 from qnext.model import CausalLM, SparseMoE
 from qnext.model.attention import Attention
 from qnext.model.delta_net import GatedDeltaNet
@@ -16,7 +17,6 @@ from qnext.planning import (
     ParameterCounts,
     count_active,
     count_parameters,
-    forward_flops_per_token,
     kv_bytes_per_token,
     list_parameters,
     state_bytes_per_sequence,
@@ -72,9 +72,57 @@ def _counts_of_module(model: CausalLM) -> ParameterCounts:
     )
 
 
+def random_config(seed: int) -> ModelConfig:
+    """Sizes that have nothing to do with each other, switches at random."""
+    draw = random.Random(seed)
+    num_layers, groups, linear_keys = draw.randint(1, 5), draw.randint(1, 3), draw.randint(1, 3)
+    layer_types = tuple(draw.choice((FULL_ATTENTION, LINEAR_ATTENTION)) for _ in range(num_layers))
+    has_linear, experts = LINEAR_ATTENTION in layer_types, draw.choice((0, 5, 12))
+    linear = {
+        "linear_num_key_heads": linear_keys,
+        "linear_num_value_heads": linear_keys * draw.randint(1, 3),
+        "linear_key_head_dim": draw.choice((8, 24)),
+        "linear_value_head_dim": draw.choice((16, 40)),
+        "linear_conv_kernel_dim": draw.randint(2, 5),
+    }
+    sparse = {
+        "num_experts": experts,
+        "num_experts_per_tok": draw.randint(1, 3),
+        "moe_intermediate_size": draw.randint(9, 40),
+        "shared_expert_intermediate_size": draw.choice((0, draw.randint(9, 40))),
+        "mlp_only_layers": tuple(i for i in range(num_layers) if draw.random() < 0.3),
+        "decoder_sparse_step": draw.randint(1, 2),
+    }
+    return ModelConfig(
+        vocab_size=draw.randint(50, 500),
+        hidden_size=draw.randint(10, 90),
+        layer_types=layer_types,
+        num_attention_heads=groups * draw.randint(1, 4),
+        num_key_value_heads=groups,
+        head_dim=draw.choice((8, 16, 48)),
+        rope_theta=1e4,
+        max_position_embeddings=256,
+        attention_bias=draw.random() < 0.3,
+        attention_output_gate=draw.random() < 0.7,
+        intermediate_size=draw.randint(9, 90),
+        tie_word_embeddings=draw.random() < 0.5,
+        num_nextn_predict_layers=draw.randint(0, 1),
+        **(linear if has_linear else {}),
+        **(sparse if experts else {}),
+    )
+
+
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 50))])
+def test_random_configurations_count_as_their_module(seed: int) -> None:
+    _check(random_config(seed))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shapes_and_counts_equal_the_module(name: str) -> None:
-    config = CONFIGS[name]
+    _check(CONFIGS[name])
+
+
+def _check(config: ModelConfig) -> None:
     model = _meta_model(config)
     shapes = {name: info.shape for name, info in list_parameters(config).items()}
     assert shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -118,11 +166,3 @@ def test_a_tied_head_is_active_but_not_counted_twice() -> None:
     untied = replace(tied, tie_word_embeddings=False)
     assert count_active(tied) == count_active(untied)
     assert count_parameters(untied).total - count_parameters(tied).total == tied.vocab_size * tied.hidden_size
-
-
-def test_flops_grow_with_the_context_by_attention_alone() -> None:
-    config = preset("80b-a3b")
-    short, long = (forward_flops_per_token(config, context=length) for length in (1, 1001))
-    assert long - short == 12 * 4 * 16 * 256 * 1000
-    without = forward_flops_per_token(config, context=1, with_head=False)
-    assert short - without == 2 * config.vocab_size * config.hidden_size
