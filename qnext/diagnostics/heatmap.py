@@ -6,8 +6,6 @@ Legend: L layers, E experts.
 from __future__ import annotations
 
 import math
-import struct
-import zlib
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from qnext.diagnostics.pixels import encoded_png
 from qnext.errors import UsageError
 from qnext.files import write_file
 
@@ -71,23 +70,7 @@ def png(loads_LE: NDArray[np.float64]) -> bytes:
     width = max(4, min(16, 2048 // max(1, num_experts)))
     height = max(width, min(16, num_experts * width // (2 * max(1, num_layers))))
     pixels = levels_of(loads_LE).repeat(height, axis=0).repeat(width, axis=1)
-    rows = np.zeros((pixels.shape[0], 1 + pixels.shape[1]), dtype=np.uint8)  # each row begins with filter 0
-    rows[:, 1:] = pixels
-    header = struct.pack(">IIBBBBB", num_experts * width, num_layers * height, 8, 3, 0, 0, 0)  # 8 bits, palette
-    colors = b"".join(bytes(color) for color in palette())
-    return b"".join(
-        (
-            b"\x89PNG\r\n\x1a\n",
-            _chunk(b"IHDR", header),
-            _chunk(b"PLTE", colors),
-            _chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)),
-            _chunk(b"IEND", b""),
-        )
-    )
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return encoded_png(pixels, palette())
 
 
 def svg(loads_LE: NDArray[np.float64], *, labels: Sequence[str], title: str) -> str:
