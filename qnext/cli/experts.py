@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,6 +20,7 @@ from qnext.text.files import read_user_text
 
 if TYPE_CHECKING:
     from qnext.diagnostics.experts import ExpertAnswer, ExpertQuestion, LayerReport
+    from qnext.diagnostics.routing.ablation import AblationPlan
     from qnext.diagnostics.routing.findings import RoutingFindings
     from qnext.session.folder import TextFolder
 
@@ -65,9 +66,28 @@ class AskingFlags:
     ] = None
     pairs: Annotated[bool, typer.Option("--pairs", help="experts that go together, in a layer and to the next")] = False
 
+    ablate: Annotated[
+        list[str] | None,
+        typer.Option("--ablate", metavar="WHICH", help="the loss without an expert: 3:17 (layer 3), top:8 or spread:8"),
+    ] = None
+    removal: Annotated[
+        Literal["reroute", "zero"],
+        typer.Option("--ablate-by", help="the next best expert takes its place, or nothing does"),
+    ] = "reroute"
+
     @property
     def need_records(self) -> bool:
-        return self.pairs or self.against is not None or self.other is not None
+        return self.pairs or self.against is not None or self.other is not None or self.ablate is not None
+
+    def ablation(self) -> AblationPlan | None:
+        """Raises UsageError for a word that names no expert."""
+        from qnext.diagnostics.routing.ablation import AblationPlan
+
+        if self.ablate is None:
+            return None
+        plan = AblationPlan(tuple(self.ablate), self.removal)
+        plan.check()
+        return plan
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,7 @@ def command(
     by token. With --speculation drafted tokens count as well, and the MTP layer that drafts them.
     """
     _check(source, asking, showing, running)
+    ablation = asking.ablation()
     from qnext.diagnostics.experts import ExpertQuestion, compare, experts_document, experts_of_folder
     from qnext.session.folder import open_folder
 
@@ -115,6 +136,7 @@ def command(
         with_record=asking.need_records,
         with_scores=second is not None,
         against=against,
+        ablation=ablation,
     )
     count = partial(experts_of_folder, loading=byte_progress, counting=token_progress)
     first = count(folder, token_ids, question)
@@ -160,7 +182,7 @@ class _Second:
     adapter: Path | None
 
     def question(self, first: ExpertQuestion) -> ExpertQuestion:
-        return replace(first, max_tokens=0, speculation=False, against=(), adapter=self.adapter)
+        return replace(first, max_tokens=0, speculation=False, against=(), ablation=None, adapter=self.adapter)
 
 
 def _second(first: TextFolder, name: str) -> _Second:
@@ -191,7 +213,9 @@ def _findings(
     if other is not None and other.record is not None:
         other_model = OtherRecord(str(asking.other), other.record)
     num_pairs = showing.top if asking.pairs else None
-    return routing_findings(first.record, num_pairs=num_pairs, other_text=other_text, other_model=other_model)
+    return routing_findings(
+        first.record, num_pairs=num_pairs, other_text=other_text, other_model=other_model, ablation=first.ablation
+    )
 
 
 def _draw(path: Path, layers: list[LayerReport], title: str) -> None:

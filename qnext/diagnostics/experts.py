@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qnext.diagnostics.routing.ablation import Ablation, AblationPlan, ablate
 from qnext.diagnostics.routing.record import RoutingRecord, read_routing
 from qnext.errors import UsageError
 from qnext.planning.expert_shape import expert_shape
@@ -71,7 +72,8 @@ class ExpertQuestion:
     """What is counted: a text, and up to `max_tokens` generated tokens after it. `top` hottest experts are named.
 
     `with_record` keeps the choice of every token too, `with_scores` the probabilities as well. `against` are the tokens
-    of another text to keep the choices of. `adapter` is a folder whose adapter the model gets.
+    of another text to keep the choices of. `ablation` says which experts are removed, one at a time, while the text is
+    read. `adapter` is a folder whose adapter the model gets.
     """
 
     top: int
@@ -81,18 +83,20 @@ class ExpertQuestion:
     with_record: bool = False
     with_scores: bool = False
     against: Sequence[int] = ()
+    ablation: AblationPlan | None = None
     adapter: Path | None = None
 
 
 @dataclass(frozen=True)
 class ExpertAnswer:
-    """Reports of the layers, the ids that the model generated, and the choices that were asked for: of text and
-    generated ids, and of the other text."""
+    """Reports of the layers, the ids that the model generated, and what was asked for: the choices of text and
+    generated ids, those of the other text, and the loss without experts."""
 
     layers: list[LayerReport]
     generated: list[int]
     record: RoutingRecord | None = None
     against: RoutingRecord | None = None
+    ablation: Ablation | None = None
 
 
 def check_pair(first: TextFolder, second: TextFolder) -> None:
@@ -132,19 +136,23 @@ def experts_of_folder(
             eos_token_ids=end_token_ids(folder.tokenizer, config),
             progress=progress,
         )
-    record = against = None
+    record = against = ablation = None
+    ids = [*token_ids, *generated]
     if question.with_record:
         with counting("routing") as progress:
-            ids = [*token_ids, *generated]
             record = read_routing(network, ids, with_scores=question.with_scores, progress=progress)
     if question.against:
         with counting("the other text") as progress:
             against = read_routing(network, question.against, progress=progress)
+    if question.ablation is not None and record is not None:
+        num_bytes = len(folder.tokenizer.decode(ids).encode())
+        with counting("ablation") as progress:
+            ablation = ablate(network, ids, record, question.ablation, num_bytes=num_bytes, progress=progress)
     del network
     gc.collect()  # before the next model is loaded
     num_layers, top_k = config.num_hidden_layers, config.num_experts_per_tok
     layers = report(load, num_trunk_layers=num_layers, top_k=top_k, num_hottest=question.top)
-    return ExpertAnswer(layers, generated, record, against)
+    return ExpertAnswer(layers, generated, record, against, ablation)
 
 
 def count_experts(

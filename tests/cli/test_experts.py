@@ -159,6 +159,23 @@ def test_experts_that_go_together(plain_folder: Path, capsys: Capture) -> None:
     assert "surest pairs" in run(capsys, "experts", plain_folder, TEXT, "--pairs").out
 
 
+def test_the_loss_without_an_expert(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    found = document(capsys, plain_folder, TEXT, "--ablate", "top:1", "--ablate", "1:3", "--ablate-by", "zero")
+    ablation = found["ablation"]
+    loss = json.loads(run(capsys, "eval", plain_folder, tmp_path / "text", "--json").out)
+    assert ablation["bits_per_byte"] == pytest.approx(loss["bits_per_byte"], rel=0.02)  # which has an end token too
+    hottest = [layer["hottest"][0]["expert"] for layer in found["layers"]]
+    named = {(each["layer"], each["expert"]) for each in ablation["experts"]}
+    assert named == {("0", hottest[0]), ("1", hottest[1]), ("1", 3)}
+    assert all(each["low"] <= each["effect"] <= each["high"] for each in ablation["experts"])
+    result = run(capsys, "experts", plain_folder, TEXT, "--ablate", "top:3")
+    assert "without an expert (the next best takes the place)" in result.out
+    assert "rank correlation of mass and effect" in result.out
+    result = run(capsys, "experts", tmp_path / "none", TEXT, "--ablate", "best")
+    assert (result.code, "'best' names no expert" in result.error_line) == (2, True)
+
+
 def test_agreement_with_an_adapter(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     """An adapter that changes nothing agrees everywhere; one that turns the routers does not."""
     model = load_model(plain_folder)

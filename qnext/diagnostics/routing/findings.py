@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qnext.diagnostics.routing.ablation import Ablation
 from qnext.diagnostics.routing.agreement import Agreement, agreement
 from qnext.diagnostics.routing.drift import Drift, drift
 from qnext.diagnostics.routing.pairs import Coactivation, ExpertPair, coactivation
 from qnext.diagnostics.routing.record import RoutingRecord
-from qnext.diagnostics.routing.show import show_agreement, show_drift, show_pairs
+from qnext.diagnostics.routing.show import show_ablation, show_agreement, show_drift, show_pairs
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class RoutingFindings:
     pairs: Coactivation | None
     drifts: list[Drift]
     agreement: Agreement | None
+    ablation: Ablation | None = None
 
     def show(self) -> None:
         if self.pairs is not None:
@@ -28,6 +30,8 @@ class RoutingFindings:
             show_drift(each)
         if self.agreement is not None:
             show_agreement(self.agreement)
+        if self.ablation is not None:
+            show_ablation(self.ablation)
 
     def document(self) -> dict[str, Any]:
         """The parts that were asked for, for JSON."""
@@ -50,6 +54,14 @@ class RoutingFindings:
             worst = [{"token": place, "overlap": part} for place, part in self.agreement.worst]
             rows = [_row(layer) for layer in self.agreement.layers]
             found["agreement"] = {"layers": rows, "by_position": self.agreement.by_position, "worst": worst}
+        if self.ablation is not None:
+            found["ablation"] = {
+                "removal": self.ablation.removal,
+                "bits_per_byte": self.ablation.bits_per_byte,
+                "experts": [{**_row(each, "effect"), "is_real": each.is_real} for each in self.ablation.effects],
+                "rank_correlations": self.ablation.rank_correlations,
+                "mean_correlation": self.ablation.mean_correlation,
+            }
         return found
 
 
@@ -67,9 +79,10 @@ def routing_findings(
     num_pairs: int | None,
     other_text: OtherRecord | None = None,
     other_model: OtherRecord | None = None,
+    ablation: Ablation | None = None,
 ) -> RoutingFindings:
     """Of a record: its pairs, unless `num_pairs` is None; its drift to another text; its drift to another model, and
-    its agreement with it. Raises UsageError where they do not compare."""
+    its agreement with it; with what was found of it without experts. Raises UsageError where they do not compare."""
     drifts = []
     if other_text is not None:
         drifts.append(drift(record, other_text.record, of=f"the text to {other_text.name}", is_paired=False))
@@ -79,6 +92,7 @@ def routing_findings(
         pairs=None if num_pairs is None else coactivation(record, num_pairs=num_pairs),
         drifts=drifts,
         agreement=None if other_model is None else agreement(record, other_model.record),
+        ablation=ablation,
     )
 
 
@@ -86,8 +100,9 @@ def _pairs(pairs: Sequence[ExpertPair]) -> list[dict[str, Any]]:
     return [{**asdict(each), "information": each.information} for each in pairs]
 
 
-def _row(layer: Any) -> dict[str, Any]:
+def _row(found: Any, interval: str = "interval") -> dict[str, Any]:
     """A dataclass with a label and an interval, the words as in the rest of the document."""
-    values = asdict(layer)
-    _, low, high = values.pop("interval")
-    return {"layer": values.pop("label"), **values, "low": low, "high": high}
+    values = asdict(found)
+    value, low, high = values.pop(interval)
+    named = {} if interval == "interval" else {interval: value}
+    return {"layer": values.pop("label"), **values, **named, "low": low, "high": high}

@@ -8,10 +8,13 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from qnext.diagnostics.routing.ablation import Ablation
 from qnext.diagnostics.routing.agreement import Agreement
 from qnext.diagnostics.routing.drift import Drift
 from qnext.diagnostics.routing.pairs import Coactivation, ExpertPair
 from qnext.eval.intervals import Interval
+
+_REMOVALS = {"reroute": "the next best takes the place", "zero": "nothing takes the place"}
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str, last: str | None = None) -> None:
@@ -59,6 +62,21 @@ def show_agreement(found: Agreement) -> None:
     print("overlap along the text: " + " ".join(f"{part:.1%}" for part in found.by_position))
     if found.worst:
         print("least alike at the tokens: " + ", ".join(f"{place} ({part:.0%})" for place, part in found.worst))
+
+
+def show_ablation(found: Ablation) -> None:
+    rows = []
+    for each in found.effects:
+        value, low, high = (f"{bits:+.5f}" for bits in each.effect)
+        own = "-" if each.own_effect is None else f"{each.own_effect:+.4f}"
+        shares = f"{each.token_share:.1%}", f"{each.mass_share:.2%}"
+        rows.append([each.label, str(each.expert), *shares, value, f"{low} to {high}", own])
+    columns = ("layer", "expert", "tokens", "mass", "bits per byte", "interval 95 %", "bits per own token")
+    title = f"without an expert ({_REMOVALS[found.removal]}); all experts: {found.bits_per_byte:.4f} bits per byte"
+    show_table(columns, rows, title=title)
+    known = [f"{label}:{value:+.2f}" for label, value in found.rank_correlations.items() if value is not None]
+    if found.mean_correlation is not None:
+        print(f"rank correlation of mass and effect: {found.mean_correlation:+.2f} (by layer {' '.join(known)})")
 
 
 def _words(pairs: Sequence[ExpertPair], sign: str) -> str:
