@@ -32,6 +32,8 @@ INPUTS = {
     "run-batch input": "run-batch MODEL -i X -o NEW --max-model-len 1",
     "eval model": "eval X BATCH",
     "eval files": "eval MODEL X",
+    "eval-tasks model": "eval-tasks X --tasks copy --lengths 100",
+    "eval-tasks filler": "eval-tasks MODEL --tasks needle --filler X --lengths 9",
     "quantize model": "quantize X NEW",
     "quantize text": "quantize MODEL NEW --scheme int4-g32 --text X",
     "bench model": "bench X",
@@ -71,6 +73,7 @@ OUTPUTS = {
     "quantize out": "quantize MODEL X --scheme int4-g16",
     "convert out": "convert MODEL X",
     "experts picture": "experts MODEL text --picture X",
+    "eval-tasks picture": "eval-tasks MODEL --tasks needle --lengths 9 --picture X",
 }
 # what is no file of this machine, needs a server or another program, or trains for minutes; tested in the verb's tests
 ELSEWHERE = {
