@@ -43,6 +43,7 @@ VERBS = {
     "train-dpo": "teach a model to prefer the better of two answers, as `qnext train dpo`",
     "train-distill": "teach a model what a larger one knows, as `qnext train distill`",
     "eval": "bits per byte on text files",
+    "eval-docs": "questions about your documents, with checked citations, as `qnext eval docs`",
     "eval-tasks": "generated tasks by length and depth, as `qnext eval tasks`",
     "quantize": "a model folder in four or eight bits, and what that cost",
     "bench": "speed, loading and memory, beside peers and the limits of the machine",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from qnext.cli.flags.examinee import AskedModel, ExamineeFlags, lengths_of, words_of
+from qnext.cli.flags.examinee import AskedModel, ExamineeFlags, lengths_of, places_of, words_of
 from qnext.cli.flags.values import AsJson, Strict, option
 from qnext.cli.terminal.progress import count_progress
 from qnext.cli.terminal.text import note
@@ -37,10 +37,6 @@ class TaskFlags:
     )
     filler: Annotated[Path | None, option("A text to hide facts in; default: made.", metavar="FILE")] = None
 
-    @property
-    def places(self) -> list[float]:
-        return [0.5] if self.depths == 1 else [number / (self.depths - 1) for number in range(self.depths)]
-
     def plan(self) -> SuitePlan:
         from qnext.eval.tasks import TEXT_TASKS, SuitePlan
         from qnext.text.files import read_user_text
@@ -48,7 +44,7 @@ class TaskFlags:
         return SuitePlan(
             kinds=TEXT_TASKS if self.tasks == "all" else words_of(self.tasks),
             lengths=lengths_of(self.lengths),
-            depths=self.places,
+            depths=places_of(self.depths),
             samples=self.samples,
             num_facts=self.facts,
             num_queries=self.queries,

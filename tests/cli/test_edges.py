@@ -32,6 +32,8 @@ INPUTS = {
     "run-batch input": "run-batch MODEL -i X -o NEW --max-model-len 1",
     "eval model": "eval X BATCH",
     "eval files": "eval MODEL X",
+    "eval-docs folder": "eval-docs X --model MODEL --lengths 9",
+    "eval-docs model": "eval-docs BATCH --model X",
     "eval-tasks model": "eval-tasks X --tasks copy --lengths 100",
     "eval-tasks filler": "eval-tasks MODEL --tasks needle --filler X --lengths 9",
     "quantize model": "quantize X NEW",

@@ -119,6 +119,8 @@ def test_flags_named_in_the_text_exist() -> None:
         "audit-verify",
         "audit-show",
         "audit-trace",
+        "eval-tasks",
+        "eval-docs",
     ):
         name, _, sub = verb.partition(" ")
         command = click_command(name)

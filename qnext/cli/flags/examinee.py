@@ -32,6 +32,14 @@ def lengths_of(text: str) -> list[int]:
         raise UsageError(f"--lengths: {error}") from None
 
 
+def places_of(count: int) -> list[float]:
+    """
+    >>> places_of(3), places_of(1)
+    ([0.0, 0.5, 1.0], [0.5])
+    """
+    return [0.5] if count == 1 else [number / (count - 1) for number in range(count)]
+
+
 def words_of(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
