@@ -14,7 +14,8 @@ import typer
 from qnext.cli.flags.sampling import DType, ExpertMemory, Speculation
 from qnext.cli.flags.values import AsJson, Model, Strict
 from qnext.cli.terminal.progress import byte_progress, token_progress
-from qnext.cli.terminal.text import note, read_stdin
+from qnext.cli.terminal.source import TextFlags
+from qnext.cli.terminal.text import note
 from qnext.errors import UsageError
 from qnext.text.files import read_user_text
 
@@ -23,23 +24,6 @@ if TYPE_CHECKING:
     from qnext.diagnostics.routing.ablation import AblationPlan
     from qnext.diagnostics.routing.findings import RoutingFindings
     from qnext.session.folder import TextFolder
-
-
-@dataclass(frozen=True)
-class TextFlags:
-    """One text, from one of three places."""
-
-    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="the text; - reads standard input")] = None
-    file: Annotated[Path | None, typer.Option("--text", metavar="FILE", help="UTF-8 text instead of TEXT")] = None
-
-    def read(self) -> str:
-        """Raises UsageError for a text that is none."""
-        if self.file is not None:
-            return read_user_text(self.file)
-        found = read_stdin() if self.text == "-" else self.text
-        if not found:
-            raise UsageError("the text is empty")
-        return found
 
 
 @dataclass(frozen=True)
@@ -164,8 +148,7 @@ def command(
 
 def _check(source: TextFlags, asking: AskingFlags, showing: ShowingFlags, running: RunningFlags) -> None:
     """What can be wrong before a file is read. Raises UsageError."""
-    if (source.text is None) == (source.file is None):
-        raise UsageError("give one text: TEXT, --text FILE, or - for standard input")
+    source.check()
     if showing.picture is not None:
         from qnext.diagnostics.heatmap import check_picture
 

@@ -7,20 +7,24 @@ where it lies; a tap inside a fused op is a `see` in its module, so that the for
 
 from __future__ import annotations
 
+from qnext.probe.attending import Attended
 from qnext.probe.captures import Captures
 from qnext.probe.edits import Edit, same_bits
 from qnext.probe.look import AttentionLook, Look, look
 from qnext.probe.names import match, tap_names
 from qnext.probe.probe import ModelProbe
 from qnext.probe.rows import EVERYWHERE, LAST, BatchRows, Where
-from qnext.probe.sight import Observer
+from qnext.probe.sight import DeltaSeen, Observer
+from qnext.probe.steps import updates
 
 __all__ = [
     "EVERYWHERE",
     "LAST",
+    "Attended",
     "AttentionLook",
     "BatchRows",
     "Captures",
+    "DeltaSeen",
     "Edit",
     "Look",
     "ModelProbe",
@@ -30,4 +34,5 @@ __all__ = [
     "match",
     "same_bits",
     "tap_names",
+    "updates",
 ]

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qnext import ops
 from qnext.model import Batch, CausalLM
 from qnext.probe.attending import Attended
 from qnext.probe.names import prefix_of
 from qnext.probe.probe import ModelProbe
 from qnext.probe.rows import BatchRows
+from qnext.probe.sight import DeltaSeen
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _Looker:
         self.largest[prefix], self.typical[prefix] = float(sizes.max()), float(sizes.median())
 
     def see_attention(
-        self, prefix: str, rows: BatchRows, attended: Sequence[Attended], seen: Mapping[str, Tensor]
+        self, prefix: str, rows: BatchRows, attended: Sequence[Attended], steps: Mapping[str, Tensor]
     ) -> None:
         (text,) = attended
         sums_H = torch.zeros(text.q_LHK.shape[1], dtype=torch.float64)
@@ -88,10 +88,8 @@ class _Looker:
             is_later_B = torch.arange(block.start, block.stop) > 0
             sums_H += p_HBS[:, is_later_B, 0].sum(1).double().cpu()
         self.masses[prefix] = (sums_H / (len(text.q_LHK) - 1)).tolist()
-        if "gate" in seen:
-            self.gates[prefix] = torch.sigmoid(seen["gate"].float()).mean((0, 2)).tolist()
+        if "gate" in steps:
+            self.gates[prefix] = torch.sigmoid(steps["gate"].float()).mean((0, 2)).tolist()
 
-    def see_delta(
-        self, prefix: str, rows: BatchRows, inputs: ops.DeltaInputs, seen: Mapping[str, Tensor], before: Tensor | None
-    ) -> None:
+    def see_delta(self, prefix: str, rows: BatchRows, seen: DeltaSeen) -> None:
         raise AssertionError("is not asked for")

@@ -23,7 +23,7 @@ from qnext.probe.attending import Attended, attended, mixed_by, probabilities_of
 from qnext.probe.edits import changed_rows
 from qnext.probe.rows import BatchRows
 from qnext.probe.scratch import copy_pages, copy_slots, put_pages, put_slots
-from qnext.probe.sight import Sight
+from qnext.probe.sight import DeltaSeen, Sight
 from qnext.probe.steps import Graft, Steps, delta_inputs, states_at, updates, walk
 
 
@@ -148,7 +148,9 @@ class DeltaHooks(MixerHooks):
             sight.keep(tap, updates(inputs, rows.packing, before), rows)
         sight.keep_made(f"{self._prefix}.state", rows, partial(states_at, inputs, rows, initial_NHKV=before))
         if sight.observer is not None and sight.observes(self.kind):
-            sight.observer.see_delta(self._prefix.rpartition(".")[0], rows, inputs, steps.seen, before)
+            after = None if self._slots is None else self._slots.state
+            seen = DeltaSeen(inputs, steps.seen, before, after)
+            sight.observer.see_delta(self._prefix.rpartition(".")[0], rows, seen)
 
     def _put(self, carried_T: Tensor, batch: Batch) -> None:
         if batch.cache is not None and self._slots is not None:

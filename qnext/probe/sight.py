@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,10 +22,19 @@ from qnext.probe.names import match
 from qnext.probe.rows import BatchRows, SequenceName, Where
 
 
+class DeltaSeen(NamedTuple):
+    """What a call of Gated DeltaNet was computed from, and the states of its sequences."""
+
+    inputs: ops.DeltaInputs
+    steps: Mapping[str, Tensor]
+    before_NHKV: Tensor | None  # None without a cache: zeros
+    after_NHKV: Tensor | None  # None without a cache
+
+
 class Observer(Protocol):
     """Is told of layers in a call: of the kinds in `sees`, which are "residual", "attention" and "delta".
 
-    `prefix` names the layer; `seen` has the steps of its mixer by name.
+    `prefix` names the layer. `steps` are those of its mixer, by name.
     """
 
     sees: Collection[str]
@@ -33,13 +42,10 @@ class Observer(Protocol):
     def see_residual(self, prefix: str, rows: BatchRows, hidden_TD: Tensor) -> None: ...
 
     def see_attention(
-        self, prefix: str, rows: BatchRows, attended: Sequence[Attended], seen: Mapping[str, Tensor]
+        self, prefix: str, rows: BatchRows, attended: Sequence[Attended], steps: Mapping[str, Tensor]
     ) -> None: ...
 
-    def see_delta(
-        self, prefix: str, rows: BatchRows, inputs: ops.DeltaInputs, seen: Mapping[str, Tensor], before: Tensor | None
-    ) -> None:
-        """`before` has the states of the sequences before the call; None: zeros."""
+    def see_delta(self, prefix: str, rows: BatchRows, seen: DeltaSeen) -> None: ...
 
 
 class Sight:

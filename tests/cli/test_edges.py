@@ -45,6 +45,8 @@ INPUTS = {
     "experts file": "experts MODEL --text X",
     "experts other": "experts MODEL text --compare X",
     "experts against": "experts MODEL text --against X",
+    "attention model": "attention X text",
+    "attention file": "attention MODEL --text X",
     "keys create file": "keys create --name a --file X",
     "keys list file": "keys list --file X",
     "keys show file": "keys show a --file X",
@@ -76,6 +78,7 @@ OUTPUTS = {
     "convert out": "convert MODEL X",
     "experts picture": "experts MODEL text --picture X",
     "eval-tasks picture": "eval-tasks MODEL --tasks needle --lengths 9 --picture X",
+    "attention picture": "attention MODEL text --picture X",
 }
 # what is no file of this machine, needs a server or another program, or trains for minutes; tested in the verb's tests
 ELSEWHERE = {
@@ -95,6 +98,7 @@ ELSEWHERE = {
     "bench-serve save_result",
     "keys create model",
     "experts text",
+    "attention text",
     "merge base",
     "merge out",
     "watch run",
@@ -119,7 +123,13 @@ def test_every_parameter_is_tried() -> None:
     known = {*INPUTS, *OUTPUTS, *ELSEWHERE}
     found = {each for each in parameters() if not each.startswith("serve ")} | SERVE
     assert found - known == set(), "a new parameter needs a line in INPUTS or OUTPUTS"
-    assert known - found <= {"logits tokens", "experts text", "bench-serve model", "keys create model"}
+    assert known - found <= {
+        "logits tokens",
+        "experts text",
+        "attention text",
+        "bench-serve model",
+        "keys create model",
+    }
 
 
 @pytest.fixture(scope="module")

@@ -105,6 +105,7 @@ def test_flags_named_in_the_text_exist() -> None:
         "keys create",
         "quantize",
         "experts",
+        "attention",
         "doctor",
         "bench",
         "chat",
