@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qnext.cli.flags.sampling import ExpertMemory
-from qnext.cli.flags.values import AsJson, Strict, human_int, option
-from qnext.errors import DoesNotFit
+from qnext.cli.flags.values import AsJson, Strict, human_int, option, token_count
+from qnext.errors import DoesNotFit, UsageError
+
+if TYPE_CHECKING:
+    from qnext.planning.cost import Prices
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,54 @@ class ServingFlags:
     acceptance: Annotated[float | None, option("of each draft, else 0.65, an assumption", min=0.0, max=1.0)] = None
 
 
+@dataclass(frozen=True)
+class ClusterFlags:
+    """How many GPUs, and what they cost."""
+
+    gpus: Annotated[int | None, option("GPUs of --machine, in each node", min=1)] = None
+    nodes: Annotated[int, option("nodes of them", min=1)] = 1
+    price_per_hour: Annotated[float | None, option("of a GPU, or of the machine, in any currency", min=0.0)] = None
+    watts: Annotated[float | None, option("of a GPU, or of the machine; else what a named GPU draws", min=0.0)] = None
+    price_per_kwh: Annotated[float | None, option("where energy is paid apart", min=0.0)] = None
+
+    def prices(self, num_devices: int) -> Prices:
+        """Of so many devices together."""
+        from qnext.planning.cost import Prices
+
+        hour, watts = (None if value is None else num_devices * value for value in (self.price_per_hour, self.watts))
+        return Prices(hour, watts, self.price_per_kwh)
+
+
+@dataclass(frozen=True)
+class TrainingPlanFlags:
+    """A training run instead of answers."""
+
+    train: Annotated[str | None, option("pretrain, sft or lora: plan a training run")] = None
+    tokens: Annotated[
+        float | None,
+        option("of all epochs, as 15T, by powers of 1,000", metavar="N", parser=token_count),
+    ] = None
+    sequence_length: Annotated[int, option("tokens of a sequence", metavar="N", parser=human_int)] = 4096
+    mfu: Annotated[
+        float,
+        option("assumed share of the peak, recomputing included", min=0.001, max=1.0),
+    ] = 0.4
+    states: Annotated[
+        str | None, option("adamw, adamw-bf16-gradients, adamw-bf16, muon, muon-bf16, or fp32 as here")
+    ] = None
+    recompute: Annotated[bool, option("activations are computed again in the backward pass", "--recompute")] = False
+    sequences: Annotated[int, option("of a rank at once", min=1)] = 1
+    expert_parallel: Annotated[int, option("ranks that divide the experts of a layer", min=1)] = 1
+    lora: Annotated[str, option("all, attention or experts: what an adapter changes")] = "all"
+    lora_rank: Annotated[int, option("of the adapter", min=1)] = 16
+
+
 def command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL|PRESET...", help="folders, hub names, or presets")],
     *,
     serving: ServingFlags,
+    cluster: ClusterFlags,
+    training: TrainingPlanFlags,
     as_json: AsJson = False,
     strict: Strict = False,
 ) -> None:
@@ -42,22 +89,27 @@ def command(
 
     The disk is measured by reading some records of the folder, kernels by computing some experts, within a second or
     two. Of another machine published peaks count, and the shares of them that are reached. Several models are put side
-    by side. Exit code 4 where none of the models fits.
+    by side. With --train a training run is planned instead. Exit code 4 where none of the models fits.
     """
+    if training.train is not None:
+        _print_training(models, serving, cluster, training, as_json=as_json)
+        return
     from qnext.diagnostics.plan import plan_document, plan_model
     from qnext.diagnostics.plan_page import format_plans
     from qnext.planning.machines import planned_machine
     from qnext.planning.speculation import ASSUMED_ACCEPTANCE
     from qnext.session.planned import Asked, planned_model
 
+    num_devices = (cluster.gpus or 1) * cluster.nodes
     asked = Asked(
         serving.context,
         serving.batch,
         serving.memory,
         serving.disk_speed,
         serving.expert_memory,
-        None if serving.machine is None else planned_machine(serving.machine),
+        None if serving.machine is None else planned_machine(serving.machine, num_devices=num_devices),
         ASSUMED_ACCEPTANCE if serving.acceptance is None else serving.acceptance,
+        cluster.prices(num_devices),
     )
     plans = [plan_model(planned_model(name, serving.scheme), asked) for name in models]
     if as_json:
@@ -66,3 +118,47 @@ def command(
         print(format_plans(plans))
     if not any(plan.fits for plan in plans):
         raise DoesNotFit("; ".join(plan.problem for plan in plans))
+
+
+def _print_training(
+    models: list[str], serving: ServingFlags, cluster: ClusterFlags, training: TrainingPlanFlags, *, as_json: bool
+) -> None:
+    from qnext.diagnostics.training_page import LoraWish, format_training, lora_wish, training_report
+    from qnext.planning.accelerators import Cluster
+    from qnext.planning.machines import planned_machine
+    from qnext.planning.training_plan import KINDS, STATES, TrainingWish
+    from qnext.session.planned import FLOAT_SCHEME, planned_model
+
+    if training.train not in KINDS:
+        raise UsageError(f"--train {training.train}: must be one of {', '.join(KINDS)}")
+    if training.tokens is None:
+        raise UsageError("--train: needs --tokens, such as 15T")
+    states = training.states or ("fp32" if serving.machine is None else "adamw")
+    if states not in STATES:
+        raise UsageError(f"--states {states}: must be one of {', '.join(STATES)}")
+    found: Cluster | None = None
+    if serving.machine is not None:
+        found = planned_machine(serving.machine).cluster
+        if found is None:
+            raise UsageError(f"--machine {serving.machine}: training is planned on GPUs, or on this machine without it")
+    wish = TrainingWish(
+        training.train,
+        training.tokens,
+        training.sequence_length,
+        training.mfu,
+        states,
+        training.recompute,
+        training.sequences,
+        training.expert_parallel,
+    )
+    reports = []
+    for name in models:
+        model = planned_model(name, serving.scheme or FLOAT_SCHEME)
+        wanted = wish
+        if training.train == "lora":
+            wanted = lora_wish(
+                model.config, wish, LoraWish(training.lora, training.lora_rank), model.sizes.weight_bytes
+            )
+        num_devices = None if cluster.gpus is None else cluster.gpus * cluster.nodes
+        reports.append(training_report(model, wanted, found, num_devices=num_devices, prices=cluster.prices(1)))
+    print(json.dumps([each.document() for each in reports], indent=2) if as_json else format_training(reports))

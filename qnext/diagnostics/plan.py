@@ -7,11 +7,22 @@ from typing import Any, NamedTuple
 
 from qnext.diagnostics.finding import Finding
 from qnext.planning.anatomy import Anatomy, anatomy
-from qnext.planning.forecast import Circumstances, Forecast, forecast, seconds_document, with_more_memory
+from qnext.planning.cost import Prices, TokenCost, token_cost
+from qnext.planning.forecast import (
+    Bounds,
+    Circumstances,
+    Forecast,
+    bounds,
+    forecast,
+    seconds_document,
+    with_more_memory,
+)
 from qnext.planning.machine import format_bytes
-from qnext.planning.speculation import DraftGains, drafts
+from qnext.planning.plan import sequences_that_fit
+from qnext.planning.speculation import DraftedModel, DraftGains, drafts
 from qnext.session.planned import ASSUMED_DISK, Asked, PlannedModel, circumstances
 
+_LENGTHS = (4096, 32_768, 131_072)  # tokens
 _MORE = (8 << 30, 16 << 30)  # bytes
 _NOTHING = Asked()
 
@@ -26,10 +37,31 @@ class ModelPlan(NamedTuple):
     forecast: Forecast
     more: dict[int, Forecast]
     assumed: tuple[str, ...]
+    prices: Prices
+    bounds: Bounds | None
 
     @property
     def fits(self) -> bool:
         return self.forecast.placement != "too large"
+
+    @property
+    def costs(self) -> dict[str, TokenCost]:
+        """Of a million tokens of prompts of the context's length, and of answers behind them; none where nothing has a
+        price."""
+        if not (self.fits and self.prices.are_known):
+            return {}
+        prompts = self.forecast.prefill
+        return {
+            "prompt": token_cost(self.prices, prompts[max(prompts)]),
+            "answer": token_cost(self.prices, self.forecast.traffic["uniform"].decode),
+        }
+
+    def fitting(self) -> dict[int, int]:
+        """Sequences of so many tokens that fit beside the weights that are in memory."""
+        found, config = self.forecast, self.model.config
+        left = self.on.free_bytes - (found.used_bytes - found.kv_bytes - found.state_bytes)
+        lengths = [each for each in _LENGTHS if each < config.context_length] + [config.context_length]
+        return sequences_that_fit(config, left, lengths)
 
     @property
     def problem(self) -> str:
@@ -48,8 +80,13 @@ def plan_model(model: PlannedModel, asked: Asked = _NOTHING) -> ModelPlan:
     disk = (f"--disk-speed {ASSUMED_DISK / 1e9:g}g",) if reads_unknown else ()
     assumed = model.assumed + disk + (() if other is None else other.assumed)
     known = anatomy(model.config, model.part_bytes, context=on.context)
-    sped = drafts(model.config, model.part_bytes, context=on.context, batch=asked.batch, acceptance=asked.acceptance)
-    return ModelPlan(model, on, known, sped, found, more, assumed)
+    stored = DraftedModel.of(model.config, model.sizes, model.part_bytes)
+    sped = drafts(model.config, stored, context=on.context, batch=asked.batch, acceptance=asked.acceptance)
+    prices = asked.prices
+    if other is not None and other.cluster is not None and prices.watts is None:
+        prices = prices._replace(watts=other.cluster.watts)
+        assumed = (*assumed, f"{prices.watts:,.0f} W, what the GPUs draw at most")
+    return ModelPlan(model, on, known, sped, found, more, assumed, prices, bounds(model.config, model.sizes, on))
 
 
 def plan_document(plan: ModelPlan) -> dict[str, Any]:
@@ -64,6 +101,9 @@ def plan_document(plan: ModelPlan) -> dict[str, Any]:
         "other_weight_bytes": plan.model.sizes.experts.other_bytes,
         **_document(plan.forecast),
         **plan.anatomy.document(),
+        "bounds": None if plan.bounds is None else plan.bounds._asdict(),
+        "fitting_sequences": {str(length): count for length, count in plan.fitting().items()} if plan.fits else {},
+        "costs": {name: cost.document() for name, cost in plan.costs.items()},
         "drafts": None if plan.drafts is None else plan.drafts.document(),
         "more_memory": [{"bytes": extra, **_document(found)} for extra, found in plan.more.items()],
     }

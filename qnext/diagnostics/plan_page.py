@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from qnext.diagnostics.plan import ModelPlan, placement_line, speed_text
+from qnext.planning.cost import TokenCost
 from qnext.planning.machine import format_bytes
 
 _ROW = "  {:<12} {:>9} {:>14} {:>14}"
@@ -31,19 +32,29 @@ def _page(plan: ModelPlan) -> Iterator[str]:
         f"{format_bytes(found.state_bytes)} of {plan.on.batch} x {plan.on.context:,} tokens, steps "
         f"{format_bytes(found.step_bytes)}"
     )
+    disk = f"; disk {rates.disk / 1e9:.2f} GB/s" if rates.disk else ""
     yield (
         f"  rates: weights in memory are multiplied at {rates.memory / 1e9:.1f} GB/s, on prompts "
-        f"{rates.arithmetic / 1e12:.2f} Top/s; disk {rates.disk / 1e9:.2f} GB/s"
+        f"{rates.arithmetic / 1e12:.2f} Top/s{disk}"
     )
     if found.advice:
         yield f"  {found.advice}"
     if plan.fits:
         yield ""
         yield from _speeds(plan)
+        fitting = ", ".join(f"{count:,} of {length:,}" for length, count in plan.fitting().items())
+        yield f"  sequences that fit, of so many tokens each: {fitting}"
+        yield from (f"  a million tokens of {name}s: {cost_text(cost)}" for name, cost in plan.costs.items())
     yield ""
     yield from _parts(plan)
     yield ""
     yield from _sequences(plan)
+
+
+def cost_text(cost: TokenCost) -> str:
+    """Money in whatever currency its prices have, and energy."""
+    money = "" if cost.money is None else f"{cost.money:,.4g} of the price's currency"
+    return ", ".join(filter(None, (money, "" if cost.kwh is None else f"{cost.kwh:,.3g} kWh")))
 
 
 def _speeds(plan: ModelPlan) -> Iterator[str]:
@@ -55,6 +66,12 @@ def _speeds(plan: ModelPlan) -> Iterator[str]:
         for name, speed in found.traffic.items():
             ceiling = "-" if speed.ceiling is None else speed_text(speed.ceiling)
             yield _ROW.format(name, f"{speed.hit_rate:.1%}", f"{speed_text(speed.decode)} tokens/s", ceiling)
+    if plan.bounds is not None:
+        yield (
+            f"  at most, by the peaks: decode {speed_text(plan.bounds.decode)} tokens/s "
+            f"({plan.bounds.bytes_per_token / 1e9:.2f} GB and {plan.bounds.operations_per_token / 1e9:.2f} GFLOP a "
+            f"token), prompts {speed_text(plan.bounds.prompt)}"
+        )
     yield "  prompts: " + ", ".join(f"{n:,} tokens at {speed_text(rate)} tokens/s" for n, rate in found.prefill.items())
     if plan.more:
         yield ""

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from qnext.config import ModelConfig
 from qnext.errors import UsageError
-from qnext.planning import Kind, ParameterInfo
+from qnext.planning import Kind, ParameterInfo, list_parameters
 
 Targets = Literal["all", "attention", "experts"]
 
@@ -71,6 +72,21 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def num_parameters(self, config: ModelConfig) -> int:
+        """Of the factors of a model of this configuration."""
+        return sum(self._numbers(info) for info in list_parameters(config).values() if self.wants(info))
+
+    def _numbers(self, info: ParameterInfo) -> int:
+        rows, columns = info.block_shape
+        rank = min(self.rank, rows, columns)
+        if info.expert_axis is None:
+            return rank * (rows + columns)
+        num_experts = info.shape[0] if self.experts is None else len(self.experts.get(info.layer or 0, ()))
+        if not self.shares_outer or not num_experts:
+            return num_experts * rank * (rows + columns)
+        shared, own = (columns, rows) if info.kind is Kind.EXPERTS_GATE_UP else (rows, columns)
+        return rank * (shared + num_experts * own)
 
     def wants(self, info: ParameterInfo) -> bool:
         """Whether a parameter is adapted."""

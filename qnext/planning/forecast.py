@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from qnext.config import ModelConfig
 from qnext.errors import DoesNotFit
 from qnext.planning.counts import count_active, kv_bytes_per_token, state_bytes_per_sequence
-from qnext.planning.expert_memory import ExpertSizes, engine_reserve, plan_expert_memory
+from qnext.planning.expert_memory import engine_reserve, plan_expert_memory
 from qnext.planning.expert_speed import (
     TRAFFIC,
     MachineRates,
@@ -24,6 +24,9 @@ from qnext.planning.expert_speed import (
     prefill_time,
 )
 from qnext.planning.machine import format_bytes
+from qnext.planning.plan import default_step_tokens
+from qnext.planning.speed_model import SpeedModel
+from qnext.planning.step_load import Peaks, StoredSizes, bound_seconds, decode_load, prefill_load, sequence_bytes
 from qnext.planning.workspace import StepSizes, step_bytes
 
 Placement = Literal["resident", "streamed", "too large"]
@@ -32,22 +35,10 @@ PROMPTS = (512, 4096)  # tokens
 _STEPS = (8192, 4096, 2048, 1024, 512)  # tokens of a step, from what is best to the least
 
 
-class StoredSizes(NamedTuple):
-    """Bytes of a model as it lies on disk. `dense_bytes` are of what every token multiplies; `experts` are routed ones
-    of the trunk, which `can_stream` where they lie in records."""
-
-    dense_bytes: int
-    experts: ExpertSizes
-    can_stream: bool
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.experts.all_bytes + self.experts.other_bytes
-
-
 class Circumstances(NamedTuple):
     """What a model is to run on and for: free memory, threads, the machine's rates, and `batch` sequences of `context`
-    tokens each. `expert_bytes` are given for experts; None leaves them what an engine does not want."""
+    tokens each. `expert_bytes` are given for experts; None leaves them what an engine does not want. A `speed` model
+    says what steps take where all weights stay in memory, `peaks` what bounds them; without them `rates` do."""
 
     free_bytes: int
     num_threads: int
@@ -55,6 +46,8 @@ class Circumstances(NamedTuple):
     context: int
     batch: int
     expert_bytes: int | None = None
+    speed: SpeedModel | None = None
+    peaks: Peaks | None = None
 
 
 class TrafficSpeed(NamedTuple):
@@ -129,7 +122,12 @@ def forecast(config: ModelConfig, sizes: StoredSizes, on: Circumstances) -> Fore
     left = on.free_bytes - experts.other_bytes - kept.num_bytes - kv - states
     chunk = next((n for n in _STEPS if _step(config, on, n, streams=streams) <= left), _STEPS[-1])
     share = kept.num_kept / experts.num_experts if streams else 1.0
-    work = step_work(config, sizes, on.context)
+    if streams or on.speed is None:
+        work = step_work(config, sizes, on.context)
+        traffic = {name: traffic_speed(work, on.rates, share, name, batch=on.batch) for name in TRAFFIC}
+        prompts = {n: prefill_time(work, on.rates, share, num_tokens=n, chunk=chunk) for n in _prompts(config, on)}
+    else:
+        traffic, prompts = _resident_speeds(config, sizes, on, on.speed)
     return Forecast(
         "streamed" if streams else "resident",
         sizes.weight_bytes,
@@ -139,10 +137,49 @@ def forecast(config: ModelConfig, sizes: StoredSizes, on: Circumstances) -> Fore
         kv,
         states,
         _step(config, on, chunk, streams=streams),
-        {traffic: traffic_speed(work, on.rates, share, traffic, batch=on.batch) for traffic in TRAFFIC},
-        {n: prefill_time(work, on.rates, share, num_tokens=n, chunk=chunk) for n in _prompts(config)},
+        traffic,
+        prompts,
         advice=kept.advice,
     )
+
+
+class Bounds(NamedTuple):
+    """What no program exceeds on a machine of such peaks, in tokens a second of all sequences: of decoding, and of a
+    prompt of the context's length; and bytes and operations of a decoded token that decide it."""
+
+    decode: float
+    prompt: float
+    bytes_per_token: float
+    operations_per_token: float
+
+
+def bounds(config: ModelConfig, sizes: StoredSizes, on: Circumstances) -> Bounds | None:
+    """None where no peaks are known. Experts on disk are counted as if they were in memory."""
+    if on.peaks is None:
+        return None
+    step = decode_load(config, sizes, context=on.context, batch=on.batch)
+    length = max(_prompts(config, on))
+    prompt = prefill_load(config, sizes, num_tokens=length, chunk=length)
+    return Bounds(
+        on.batch / bound_seconds(step, on.peaks),
+        length / bound_seconds(prompt, on.peaks),
+        step.num_bytes / on.batch,
+        step.operations / on.batch,
+    )
+
+
+def _resident_speeds(
+    config: ModelConfig, sizes: StoredSizes, on: Circumstances, speed: SpeedModel
+) -> tuple[dict[str, TrafficSpeed], dict[int, TokenTime]]:
+    """Of each token. Nothing is read from disk, so all traffic is alike."""
+    step = speed.decode_seconds(decode_load(config, sizes, context=on.context, batch=on.batch))
+    token = TokenTime(step / on.batch, 0.0, 0.0)
+    prompts = {}
+    for length in _prompts(config, on):
+        chunk = min(length, default_step_tokens(config))
+        seconds = speed.prefill_seconds(prefill_load(config, sizes, num_tokens=length, chunk=chunk))
+        prompts[length] = TokenTime(seconds / length, 0.0, 0.0)
+    return {name: TrafficSpeed(1.0, token.rate, None, token) for name in TRAFFIC}, prompts
 
 
 def traffic_speed(work: StepWork, rates: MachineRates, share: float, traffic: str, *, batch: int = 1) -> TrafficSpeed:
@@ -170,15 +207,15 @@ def with_more_memory(
 
 def step_work(config: ModelConfig, sizes: StoredSizes, context: int) -> StepWork:
     """Of sequences of so many tokens. States are read and written by every token, keys and values read."""
-    carried = 2 * state_bytes_per_sequence(config).total + context * kv_bytes_per_token(config)
     operations = 2 * count_active(config).without_head
+    carried = sequence_bytes(config, context)
     return StepWork(sizes.dense_bytes, carried, operations, config.num_experts_per_tok, sizes.experts)
 
 
 def _room(config: ModelConfig, sizes: StoredSizes, on: Circumstances) -> _Room | None:
     """None where all experts stay in memory. Raises DoesNotFit."""
     experts, free = sizes.experts, on.free_bytes
-    if not sizes.can_stream:
+    if not (sizes.can_stream and on.rates.disk):
         step = _step(config, on, _STEPS[-1], streams=False)
         if sizes.weight_bytes + sum(_carried(config, on)) + step > free:
             raise DoesNotFit(
@@ -201,7 +238,7 @@ def _room(config: ModelConfig, sizes: StoredSizes, on: Circumstances) -> _Room |
 
 def _hint(config: ModelConfig, sizes: StoredSizes, on: Circumstances) -> str:
     """What would fit, behind a semicolon."""
-    if sizes.can_stream or not sizes.experts.num_layers:
+    if sizes.can_stream or not sizes.experts.num_layers or not on.rates.disk:
         return ""
     streamed = forecast(config, sizes._replace(can_stream=True), on)
     if streamed.placement == "too large":
@@ -209,9 +246,10 @@ def _hint(config: ModelConfig, sizes: StoredSizes, on: Circumstances) -> str:
     return f"; with its experts in records, which `--records` writes, {streamed.share:.0%} of them would be in memory"
 
 
-def _prompts(config: ModelConfig) -> list[int]:
-    """Those that the context holds, or what it holds."""
-    return [n for n in PROMPTS if n < config.context_length] or [config.context_length - 1]
+def _prompts(config: ModelConfig, on: Circumstances) -> list[int]:
+    """Those that the context holds, or what it holds, and one of what is asked for."""
+    most = config.context_length - 1
+    return sorted({min(n, most) for n in (*PROMPTS, on.context) if n <= max(most, on.context)} - {0})
 
 
 def _carried(config: ModelConfig, on: Circumstances) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qnext.errors import UsageError
+from qnext.planning.accelerators import ACCELERATORS, LAYER_SECONDS, PROMPT_SHARE, USABLE_SHARE, Cluster
 from qnext.planning.expert_speed import MachineRates
 
 # What kernels reach of the peaks: of memory 0.46 (Sapphire Rapids) to 0.84 (Zen 5) of what a plain loop reads, of
@@ -54,7 +55,10 @@ NAMED = {
         source="amd.com, EPYC 9654: DDR5-4800, 12 channels, 96 cores, 2.4 GHz; disk of 3 GB/s",
     ),
 }
-FORMS = f"a name ({', '.join(NAMED)}), 24GiB,30GB/s,1.5GB/s[,1.4Top/s] (memory, its speed, disk, int8), or JSON"
+FORMS = (
+    f"a name ({', '.join((*NAMED, *ACCELERATORS))}), 24GiB,30GB/s,1.5GB/s[,1.4Top/s] (memory, its speed, disk, int8), "
+    "or JSON"
+)
 _KEYS = {"memory_bytes", "memory_rate", "disk_rate", "arithmetic"}
 _SHORT = re.compile(
     r"(?P<size>[\d.]+)\s*(?P<unit>[GT])(?P<is_binary>i?)B,(?P<memory>[\d.]+)GB/s,(?P<disk>[\d.]+)GB/s"
@@ -65,19 +69,28 @@ _SHORT = re.compile(
 
 @dataclass(frozen=True)
 class PlannedMachine:
-    """Free memory, and what kernels and disk reach. `assumed` says what was chosen where nothing was given."""
+    """Free memory, and what kernels and disk reach. `assumed` says what was chosen where nothing was given. A `cluster`
+    of GPUs has no disk: all weights are in its memory. Of other machines `bandwidth` and `arithmetic` are the peaks."""
 
     free_bytes: int
     rates: MachineRates
     assumed: tuple[str, ...] = ()
+    cluster: Cluster | None = None
+    bandwidth: float = 0.0
+    arithmetic: float = 0.0
 
 
-def planned_machine(text: str) -> PlannedMachine:
-    """The machine of a name, a short form or a JSON object; see FORMS. Raises UsageError for what is none.
+def planned_machine(text: str, *, num_devices: int = 1) -> PlannedMachine:
+    """The machine of a name, a short form or a JSON object; see FORMS. Raises UsageError for what is none, and for more
+    than one device of what is no GPU.
 
     >>> planned_machine("24GiB,30GB/s,1.5GB/s,2Top/s").rates
     MachineRates(memory=15000000000.0, disk=1500000000.0, arithmetic=600000000000.0)
     """
+    if text in ACCELERATORS:
+        return _gpus(Cluster(text, ACCELERATORS[text], num_devices))
+    if num_devices != 1:
+        raise UsageError(f"--gpus and --nodes: {text[:80]} is none of the GPUs {', '.join(ACCELERATORS)}")
     if text in NAMED:
         known = NAMED[text]
         memory = known.channels * known.megatransfers * 8e6
@@ -108,4 +121,15 @@ def planned_machine(text: str) -> PlannedMachine:
 def _reached(memory_bytes: int, memory: float, disk: float, arithmetic: float, assumed: str) -> PlannedMachine:
     rates = MachineRates(MEMORY_SHARE * memory, float(disk), ARITHMETIC_SHARE * arithmetic)
     shares = f"{MEMORY_SHARE:.0%} of the memory's speed and {ARITHMETIC_SHARE:.0%} of the arithmetic are reached"
-    return PlannedMachine(max(0, memory_bytes - SYSTEM_BYTES), rates, (*([assumed] if assumed else []), shares))
+    told = (*([assumed] if assumed else []), shares)
+    return PlannedMachine(max(0, memory_bytes - SYSTEM_BYTES), rates, told, None, memory, arithmetic)
+
+
+def _gpus(cluster: Cluster) -> PlannedMachine:
+    shares = (
+        f"{USABLE_SHARE:.0%} of the memory is free, a layer takes {LAYER_SECONDS * 1e6:.0f} microseconds beside what "
+        f"it reads, prompts reach {PROMPT_SHARE:.0%} of the peak in bf16"
+    )
+    told = f"{cluster.num_devices} x {cluster.device.source}"
+    rates = MachineRates(cluster.bandwidth, 0.0, PROMPT_SHARE * cluster.operations("bf16"))
+    return PlannedMachine(cluster.usable_bytes, rates, (told, shares), cluster)

@@ -7,7 +7,7 @@ step. A caller that knows torch says what is free and what the backend takes (`S
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -135,9 +135,16 @@ def estimate(config: ModelConfig, weight_bytes: int, *, lengths: tuple[int, ...]
     kv = kv_bytes_per_token(config, with_mtp=bool(config.num_nextn_predict_layers))
     state = state_bytes_per_sequence(config).total
     left = max(0, free - weight_bytes - workspace)
-    fits = {length: left // (state + length * kv) for length in lengths}
+    fits = sequences_that_fit(config, left, lengths)
     longest = max(0, left - state) // kv if kv else config.context_length
     return Estimate(free, weight_bytes, workspace, kv, state, fits, longest)
+
+
+def sequences_that_fit(config: ModelConfig, left: int, lengths: Sequence[int]) -> dict[int, int]:
+    """Of so many tokens each, in `left` bytes: keys and values, those of the MTP layer too, and states."""
+    kv = kv_bytes_per_token(config, with_mtp=bool(config.num_nextn_predict_layers))
+    state = state_bytes_per_sequence(config).total
+    return {length: max(0, left) // (state + length * kv) for length in lengths}
 
 
 def plan_engine(config: ModelConfig, wanted: WantedSizes, around: Surroundings) -> Sizes:
@@ -187,7 +194,7 @@ def plan_engine(config: ModelConfig, wanted: WantedSizes, around: Surroundings) 
 def _steps_down(config: ModelConfig, wanted: WantedSizes, chunk_size: int) -> Iterator[tuple[int, int]]:
     """Tokens of a step and states of cached prefixes, from what is best to the least that is allowed."""
     least_step = wanted.max_num_seqs - 1 + chunk_size
-    default = _STREAMED_STEP if wanted.streams_experts else _default_batched_tokens(config)
+    default = _STREAMED_STEP if wanted.streams_experts else default_step_tokens(config)
     most_tokens = wanted.max_num_batched_tokens or max(default, least_step)
     least_tokens = wanted.max_num_batched_tokens or least_step
     most_states = wanted.max_num_seqs + SPARE_CHECKPOINTS if wanted.num_checkpoints is None else wanted.num_checkpoints
@@ -204,7 +211,7 @@ def _steps_down(config: ModelConfig, wanted: WantedSizes, chunk_size: int) -> It
     yield least_tokens, least_states
 
 
-def _default_batched_tokens(config: ModelConfig) -> int:
+def default_step_tokens(config: ModelConfig) -> int:
     """So many that each expert of a layer sees some forty rows on average, and its weights are read for those."""
     wanted = 40 * config.num_experts // max(1, config.num_experts_per_tok)
     return max(512, min(2048, wanted))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any, NamedTuple
 
 from qnext.config import ModelConfig
-from qnext.planning.counts import distinct_experts, kv_bytes_per_token, state_bytes_per_sequence
-from qnext.planning.parameters import list_parameters
+from qnext.planning.counts import kv_bytes_per_token
+from qnext.planning.step_load import StoredSizes, mtp_bytes, read_bytes, sequence_bytes
 
 # Of a first draft, where nothing is given: 0.647 pooled over texts of a successor with the same module (Qwen3.8-27B;
 # code 0.908, prose 0.49), and far less behind long contexts. An assumption; `qnext eval` measures a model's own.
@@ -41,46 +40,37 @@ class DraftGains(NamedTuple):
         return {"assumed_acceptance": self.acceptance, "gains": gains}
 
 
-def read_bytes(config: ModelConfig, part_bytes: Mapping[str, int], num_tokens: int) -> float:
-    """Of the weights that a step of so many tokens reads: of the trunk and the head, and experts that are used once."""
-    head = part_bytes["embedding"] if config.tie_word_embeddings else part_bytes["head"]
-    skipped = ("embedding", "head", "experts", "mtp")
-    dense = sum(count for part, count in part_bytes.items() if part not in skipped) + head
-    if not config.num_experts:
-        return dense
-    touched = distinct_experts(config.num_experts, config.num_experts_per_tok, num_tokens)
-    return dense + part_bytes.get("experts", 0) * touched / config.num_experts
+class DraftedModel(NamedTuple):
+    """What is stored of a model whose MTP layer drafts."""
 
+    sizes: StoredSizes
+    mtp_bytes: int
+    head_bytes: int
 
-def sequence_bytes(config: ModelConfig, context: int) -> int:
-    """That a step reads and writes of one sequence: keys and values read, states read and written."""
-    return context * kv_bytes_per_token(config) + 2 * state_bytes_per_sequence(config).total
+    @classmethod
+    def of(cls, config: ModelConfig, sizes: StoredSizes, part_bytes: Mapping[str, int]) -> DraftedModel:
+        """A tied head is the embedding."""
+        return cls(sizes, part_bytes["mtp"], part_bytes["embedding" if config.tie_word_embeddings else "head"])
 
 
 def drafts(
-    config: ModelConfig, part_bytes: Mapping[str, int], *, context: int, batch: int, acceptance: float
+    config: ModelConfig, model: DraftedModel, *, context: int, batch: int, acceptance: float
 ) -> DraftGains | None:
     """None for a model that has no MTP layer. A draft passes the MTP layer and the head; all drafts of a step are
     verified together, for which more experts are read."""
     if not config.num_nextn_predict_layers:
         return None
     carried = batch * sequence_bytes(config, context)
-    plain = read_bytes(config, part_bytes, batch) + carried
-    of_draft = _draft_bytes(config, part_bytes, context, batch)
+    plain = read_bytes(config, model.sizes, batch) + carried
+    of_draft = _draft_bytes(config, model, context, batch)
     gains = []
     for count in DRAFTS:
         tokens = sum(acceptance**depth for depth in range(count + 1))
-        read = read_bytes(config, part_bytes, batch * (count + 1)) + carried + count * of_draft
+        read = read_bytes(config, model.sizes, batch * (count + 1)) + carried + count * of_draft
         gains.append(DraftGain(count, tokens, read / plain))
     return DraftGains(acceptance, tuple(gains))
 
 
-def _draft_bytes(config: ModelConfig, part_bytes: Mapping[str, int], context: int, batch: int) -> float:
-    infos = [info for info in list_parameters(config).values() if info.part == "mtp"]
-    everything = sum(prod(info.shape) for info in infos)
-    routed = sum(prod(info.shape) for info in infos if info.expert_axis is not None)
-    touched = distinct_experts(config.num_experts, config.num_experts_per_tok, batch)
-    used = everything - routed + (routed * touched / config.num_experts if config.num_experts else 0)
-    head = part_bytes["embedding"] if config.tie_word_embeddings else part_bytes["head"]
+def _draft_bytes(config: ModelConfig, model: DraftedModel, context: int, batch: int) -> float:
     kv = kv_bytes_per_token(config, with_mtp=True) - kv_bytes_per_token(config)
-    return part_bytes["mtp"] * used / everything + head + batch * context * kv
+    return mtp_bytes(config, model.mtp_bytes, batch) + model.head_bytes + batch * context * kv

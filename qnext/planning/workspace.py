@@ -50,16 +50,15 @@ def step_bytes(config: ModelConfig, sizes: StepSizes, *, num_threads: int, strea
 
 def recorded_bytes(config: ModelConfig, num_tokens: int) -> int:
     """Bytes that a recorded step of `num_tokens` tokens keeps. Tensors of one size share memory, others do not."""
-    floats = config.vocab_size + sum(
-        (10 * config.hidden_size, sum(_delta_net(config)), sum(_attention(config)), sum(_feed_forward(config)))
-    )
+    mixers = sum(delta_numbers(config)) + sum(attention_numbers(config))
+    floats = config.vocab_size + 10 * config.hidden_size + mixers + sum(_feed_forward(config))
     return num_tokens * (_FLOAT * floats + _TOKEN_BYTES) + (64 << 10)
 
 
 def _live_floats(config: ModelConfig) -> int:
     """Numbers per token at the widest place of a layer, its input and the carried rotations among them."""
-    mixers = [sum(_delta_net(config))] if config.num_linear_layers else []
-    mixers += [sum(_attention(config))] if config.num_full_layers else []
+    mixers = [sum(delta_numbers(config))] if config.num_linear_layers else []
+    mixers += [sum(attention_numbers(config))] if config.num_full_layers else []
     # Mixer: input, normed, its tensors. Feed-forward: these two, the mixer's output, their sum, normed, its tensors.
     widest = max(
         *(2 * config.hidden_size + mixer for mixer in mixers), 5 * config.hidden_size + sum(_feed_forward(config))
@@ -67,7 +66,8 @@ def _live_floats(config: ModelConfig) -> int:
     return widest + 2 * config.rotary_dim + config.hidden_size
 
 
-def _delta_net(config: ModelConfig) -> Iterator[int]:
+def delta_numbers(config: ModelConfig) -> Iterator[int]:
+    """Of a token, in each tensor of a Gated DeltaNet layer between its input and its output."""
     if config.num_linear_layers:
         yield 2 * config.linear_key_dim + 2 * config.linear_value_dim
         yield 2 * config.linear_num_value_heads
@@ -75,7 +75,8 @@ def _delta_net(config: ModelConfig) -> Iterator[int]:
         yield config.hidden_size
 
 
-def _attention(config: ModelConfig) -> Iterator[int]:
+def attention_numbers(config: ModelConfig) -> Iterator[int]:
+    """The same of an attention layer."""
     if config.num_full_layers:
         query_dim = config.num_attention_heads * config.head_dim
         yield query_dim * (2 if config.attention_output_gate else 1)

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qnext.errors import UsageError
 from qnext.planning import ParameterInfo, list_parameters, machine
 from qnext.planning.anatomy import part_bytes
+from qnext.planning.cost import Prices
 from qnext.planning.expert_memory import ExpertSizes
 from qnext.planning.expert_records import MatrixForm, RecordFile, RecordLayout
 from qnext.planning.expert_speed import MachineRates
-from qnext.planning.forecast import Circumstances, StoredSizes
+from qnext.planning.forecast import Circumstances
 from qnext.planning.machines import PlannedMachine
 from qnext.planning.parameters import QUANTIZED
 from qnext.planning.speculation import ASSUMED_ACCEPTANCE
+from qnext.planning.step_load import Peaks, StoredSizes
 
 if TYPE_CHECKING:
     from qnext.checkpoint.check import Layout
@@ -35,12 +38,14 @@ _WIDTH, _USED = 512, 8  # of a model without experts, as if it had some
 @dataclass(frozen=True)
 class PlannedModel:
     """A folder, or a preset in a scheme. `files` are the records that can be read here; a preset has none. `assumed`
-    says what was chosen where nothing was given. `part_bytes` has the fields of ParameterCounts."""
+    says what was chosen where nothing was given. `part_bytes` has the fields of ParameterCounts,
+    `precision` is that of most numbers that are multiplied: bf16, fp32, fp8, int8 or int4."""
 
     name: str
     config: ModelConfig
     sizes: StoredSizes
     part_bytes: Mapping[str, int]
+    precision: str
     is_quantized: bool
     files: list[RecordFile]
     assumed: tuple[str, ...] = ()
@@ -57,6 +62,7 @@ class Asked(NamedTuple):
     expert_bytes: int | None = None
     other: PlannedMachine | None = None
     acceptance: float = ASSUMED_ACCEPTANCE
+    prices: Prices = Prices()
 
 
 def planned_model(model: str, scheme: str | None = None) -> PlannedModel:
@@ -86,7 +92,22 @@ def planned_folder(name: str, layout: Layout) -> PlannedModel:
     files = readable_records(layout)
     experts = expert_sizes(layout, files) if files else _expert_sizes(layout.config, by_part, None)
     sizes = StoredSizes(_dense_bytes(layout.config, by_part), experts, can_stream=bool(files))
-    return PlannedModel(name, layout.config, sizes, by_part, bool(layout.packed_forms), files)
+    is_packed = bool(layout.packed_forms)
+    return PlannedModel(name, layout.config, sizes, by_part, _precision_of(layout), is_packed, files)
+
+
+def _precision_of(layout: Layout) -> str:
+    """By the names of packed forms, or the dtype of most numbers."""
+    numbers: Counter[str] = Counter()
+    for weight in layout.packed.values():
+        told = weight.form.describe()
+        numbers[next((name for name in ("int4", "int8", "fp8") if name in told), "int4")] += prod(weight.shape)
+    if not numbers:
+        for info in layout.index.tensors.values():
+            numbers["fp32" if info.dtype == "F32" else "fp8" if info.dtype.startswith("F8") else "bf16"] += prod(
+                info.shape
+            )
+    return numbers.most_common(1)[0][0]
 
 
 def circumstances(planned: PlannedModel, asked: Asked) -> Circumstances:
@@ -103,8 +124,7 @@ def circumstances(planned: PlannedModel, asked: Asked) -> Circumstances:
     length = min(ASSUMED_CONTEXT, most) if asked.context is None else asked.context
     on = Circumstances(0, torch.get_num_threads(), MachineRates(0, 0, 0), length, asked.batch, asked.expert_bytes)
     if other is not None:
-        rates = other.rates if asked.disk_rate is None else other.rates._replace(disk=asked.disk_rate)
-        return on._replace(free_bytes=asked.free_bytes or other.free_bytes, rates=rates)
+        return _elsewhere(planned, asked, other, on)
     free = machine.available_bytes()
     disk = asked.disk_rate
     if disk is None:
@@ -113,6 +133,16 @@ def circumstances(planned: PlannedModel, asked: Asked) -> Circumstances:
     kernels = kernel_rates(planned.config, is_quantized=planned.is_quantized)
     rates = MachineRates(kernels.memory, disk, kernels.arithmetic)
     return on._replace(free_bytes=asked.free_bytes or free, rates=rates)
+
+
+def _elsewhere(planned: PlannedModel, asked: Asked, other: PlannedMachine, on: Circumstances) -> Circumstances:
+    cluster = other.cluster
+    rates = other.rates if asked.disk_rate is None or cluster else other.rates._replace(disk=asked.disk_rate)
+    on = on._replace(free_bytes=asked.free_bytes or other.free_bytes, rates=rates)
+    if cluster is None:
+        return on._replace(peaks=Peaks(other.bandwidth, other.arithmetic))
+    peaks = Peaks(cluster.bandwidth, cluster.operations(planned.precision))
+    return on._replace(speed=cluster.speed(), peaks=peaks)
 
 
 def kernel_rates(config: ModelConfig, *, is_quantized: bool) -> KernelRates:
@@ -135,7 +165,8 @@ def _in_scheme(name: str, config: ModelConfig, scheme: str) -> PlannedModel:
         by_part, record, is_quantized = _of_policy(config, scheme)
     experts = _expert_sizes(config, by_part, record)
     sizes = StoredSizes(_dense_bytes(config, by_part), experts, can_stream=record is not None)
-    return PlannedModel(name, config, sizes, by_part, is_quantized, [])
+    precision = next((each for each in ("int4", "int8") if scheme.startswith(each)), scheme)
+    return PlannedModel(name, config, sizes, by_part, precision, is_quantized, [])
 
 
 def _fp8_bits(info: ParameterInfo) -> float:

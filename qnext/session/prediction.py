@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qnext.planning.expert_memory import ExpertSizes
 from qnext.planning.expert_speed import TRAFFIC, MachineRates, StepWork, decode_time
-from qnext.planning.forecast import StoredSizes, TrafficSpeed, step_work, traffic_speed
+from qnext.planning.forecast import TrafficSpeed, step_work, traffic_speed
+from qnext.planning.step_load import StoredSizes
 
 if TYPE_CHECKING:
     from qnext.model import CausalLM

@@ -137,6 +137,51 @@ def test_another_machine(capsys: Capture, tmp_path: Path, monkeypatch: pytest.Mo
     assert wrong.code == 2 and "'abacus': is neither a name (ryzen-9950x" in wrong.error_line
 
 
+def test_gpus_and_their_price(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "kernel_rates", lambda *given, **named: pytest.fail("measured"))
+    arguments = ("80b-a3b", "--machine", "h200", "--scheme", "fp8", "--price-per-hour", "3", "--price-per-kwh", "0.2")
+    one, eight = (documents(capsys, *arguments, "--gpus", gpus, "--batch", "8")[0] for gpus in ("1", "8"))
+    assert (one["placement"], one["share"]) == ("resident", 1.0)
+    assert one["traffic"]["uniform"]["decode"] < one["bounds"]["decode"] < 8 * one["traffic"]["uniform"]["decode"] * 8
+    assert one["traffic"]["uniform"]["decode"] < eight["traffic"]["uniform"]["decode"]
+    assert one["fitting_sequences"]["262144"] < eight["fitting_sequences"]["262144"]
+    seconds = 1e6 / one["traffic"]["uniform"]["decode"]
+    cost = one["costs"]["answer"]
+    assert cost["kwh"] == pytest.approx(700 * seconds / 3.6e6)
+    assert cost["money"] == pytest.approx(3 * seconds / 3600 + 0.2 * cost["kwh"])
+    text = run(capsys, "plan", *arguments).out
+    assert "at most, by the peaks" in text and "a million tokens of answers" in text and "700 W" in text
+    small = run(capsys, "plan", "80b-a3b", "--machine", "rtx-3090", "--scheme", "bf16")
+    assert small.code == 4 and "does not fit" in small.out and "records" not in small.err
+    wrong = run(capsys, "plan", "80b-a3b", "--machine", "epyc-9654", "--gpus", "2")
+    assert wrong.code == 2 and "is none of the GPUs" in wrong.error_line
+
+
+def test_a_training_run(capsys: Capture) -> None:
+    arguments = ("80b-a3b", "qwen3-32b", "--train", "pretrain", "--tokens", "15T", "--machine", "h100")
+    found, dense = documents(capsys, *arguments, "--price-per-hour", "2")
+    assert found["total_flops"] == pytest.approx(3 * 8.539e9 * 15e12, rel=0.001)
+    assert found["device_hours"] == pytest.approx(found["total_flops"] / (0.4 * 989.4e12) / 3600)
+    assert found["cost"]["money"] == pytest.approx(2 * found["device_hours"])
+    assert found["state_bytes"] == 18 * 81_324_862_720 and found["num_ranks"] == found["least_ranks"]
+    assert found["memory_of_rank"]["total"] < 0.9 * (80 << 30)
+    text = run(capsys, "plan", *arguments, "--gpus", "8", "--nodes", "2").out
+    assert f"{dense['total_flops'] / found['total_flops']:.2f} times the work of 80b-a3b" in text
+    assert "does not fit on 16: " in text and "in 2 nodes" in text
+    (adapter,) = documents(capsys, "80b-a3b", "--train", "lora", "--tokens", "1B", "--machine", "h200")
+    assert adapter["state_bytes"] < found["state_bytes"] / 50
+    assert adapter["flops_of_token"]["total"] < found["flops_of_token"]["total"]
+    for told, *wrong in (
+        ("must be one of", "--train", "dream", "--tokens", "1B"),
+        ("needs --tokens", "--train", "sft"),
+        ("must be one of adamw", "--train", "sft", "--tokens", "1B", "--states", "sgd"),
+        ("training is planned on GPUs", "--train", "sft", "--tokens", "1B", "--machine", "epyc-9654"),
+        ("no number of tokens", "--train", "sft", "--tokens", "many"),
+    ):
+        refused = run(capsys, "plan", "80b-a3b", *wrong)
+        assert refused.code == 2 and told in refused.err
+
+
 def test_models_side_by_side(capsys: Capture, rates: None) -> None:
     several = run(capsys, "plan", "80b-a3b", "nano-5m", "qwen3-32b", "--memory", "12G").out
     table, _, below = several.partition("\n\n")

@@ -11,7 +11,8 @@ from qnext.config import preset
 from qnext.planning import kv_bytes_per_token, state_bytes_per_sequence
 from qnext.planning.expert_memory import ExpertSizes, engine_reserve, plan_expert_memory
 from qnext.planning.expert_speed import TRAFFIC, MachineRates
-from qnext.planning.forecast import Circumstances, Forecast, StoredSizes, forecast, with_more_memory
+from qnext.planning.forecast import Circumstances, Forecast, forecast, with_more_memory
+from qnext.planning.step_load import StoredSizes
 
 GIB = 1 << 30
 CONFIG = preset("80b-a3b")

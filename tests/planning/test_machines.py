@@ -7,9 +7,13 @@ import json
 
 import pytest
 
+from qnext.config import ModelConfig, hybrid_pattern, preset
 from qnext.errors import UsageError
-from qnext.planning import machines
+from qnext.planning import count_parameters, machines
+from qnext.planning.accelerators import ACCELERATORS, Cluster
+from qnext.planning.expert_memory import ExpertSizes
 from qnext.planning.machines import ARITHMETIC_SHARE, MEMORY_SHARE, NAMED, SYSTEM_BYTES, planned_machine
+from qnext.planning.step_load import Peaks, StoredSizes, bound_seconds, decode_load
 
 
 def test_forms_of_one_machine_are_equal() -> None:
@@ -55,6 +59,62 @@ def test_published_bandwidth() -> None:
 def test_what_is_no_machine_is_refused(text: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         planned_machine(text)
+
+
+@pytest.mark.parametrize("name", ACCELERATORS)
+def test_gpus_say_where_their_peaks_come_from(name: str) -> None:
+    device, found = ACCELERATORS[name], planned_machine(name, num_devices=8)
+    assert found.cluster == Cluster(name, device, 8) and device.source in found.assumed[0]
+    assert "nvidia.com" in device.source and f"{device.memory_bytes >> 30} GB" in device.source
+    assert f"{device.watts:,} W" in device.source
+    assert found.free_bytes == int(0.9 * 8 * device.memory_bytes)
+    assert found.rates.memory == 8 * device.bandwidth and found.rates.disk == 0
+    assert device.peak("int4") == device.bf16 <= device.peak("fp8")
+    assert 50 < device.bf16 / device.bandwidth < 450, "operations of a byte"
+
+
+def test_only_gpus_are_many() -> None:
+    with pytest.raises(UsageError, match="is none of the GPUs"):
+        planned_machine("epyc-9654", num_devices=2)
+
+
+def _published(name: str) -> tuple[ModelConfig, Cluster]:
+    """Two models in FP8 whose speed on GPUs is published: 80B-A3B on one H200, Qwen3.5-397B-A17B on eight H100."""
+    if name == "80b":
+        return preset("80b-a3b"), Cluster("h200", ACCELERATORS["h200"], 1)
+    wide = preset("80b-a3b").with_(
+        vocab_size=248_320,
+        hidden_size=4096,
+        layer_types=hybrid_pattern(60, interval=4),
+        num_attention_heads=32,
+        linear_num_value_heads=64,
+        moe_intermediate_size=1024,
+        shared_expert_intermediate_size=1024,
+    )
+    return wide, Cluster("h100", ACCELERATORS["h100"], 8)
+
+
+@pytest.mark.parametrize(("name", "batch", "rate"), [("80b", 1, 211), ("397b", 1, 165.7), ("397b", 256, 10_500)])
+def test_published_speeds(name: str, batch: int, rate: float) -> None:
+    """Time of a layer and bandwidth together explain all three: within a tenth."""
+    config, cluster = _published(name)
+    counts = count_parameters(config)
+    experts = ExpertSizes(config.num_hidden_layers, 512, 3 * config.hidden_size * config.moe_intermediate_size, 0)
+    dense = counts.trunk - counts.experts - counts.embedding + counts.head + counts.router
+    load = decode_load(config, StoredSizes(dense, experts, can_stream=False), context=1024, batch=batch)
+    assert batch / cluster.speed().decode_seconds(load) == pytest.approx(rate, rel=0.1)
+
+
+def test_bounds_of_the_released_model() -> None:
+    """One H200, FP8: about 1,170 tokens/s alone, 4.6k of 64 sequences, 10.4k of 256 with states in fp32."""
+    config, cluster = _published("80b")
+    counts = count_parameters(config)
+    experts = ExpertSizes(48, 512, 3 * 2048 * 512, 0)
+    dense = counts.trunk - counts.experts - counts.embedding + counts.head + counts.router
+    sizes, peaks = StoredSizes(dense, experts, can_stream=False), Peaks(cluster.bandwidth, cluster.operations("fp8"))
+    loads = {batch: decode_load(config, sizes, context=0, batch=batch) for batch in (1, 64, 256)}
+    found = {batch: batch / bound_seconds(load, peaks) for batch, load in loads.items()}
+    assert found == pytest.approx({1: 1170, 64: 4600, 256: 10_400}, rel=0.03)
 
 
 def test_examples() -> None:

@@ -34,6 +34,18 @@ def human_int(text: str | int) -> int:
     return value
 
 
+def token_count(text: str | float) -> float:
+    """A number of tokens as articles write it: k, M, B and T are powers of 1,000. Raises ValueError.
+
+    >>> token_count("15T"), token_count("1.5b"), token_count("200000")
+    (15000000000000.0, 1500000000.0, 200000.0)
+    """
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)([kmbt]?)", str(text).strip().removesuffix(".0").lower())
+    if found is None or len(str(text)) > 40:
+        raise ValueError(f"{str(text)[:40]!r} is no number of tokens such as 15T or 200k")
+    return float(re.sub("[_,]", "", found[1])) * 1000.0 ** ("", "k", "m", "b", "t").index(found[2])
+
+
 def option(help: str, *names: str, **more: Any) -> Any:
     """A flag; without `names` it has that of its parameter."""
     return typer.Option(*names, help=help, **more)
