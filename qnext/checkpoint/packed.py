@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from qnext.checkpoint.formats.forms import LAYOUTS, Claim, Form, Quantization
+from qnext.checkpoint.formats.forms import LAYOUTS, Form, FormClaim, Quantization
 from qnext.checkpoint.header import TensorInfo
 from qnext.checkpoint.names import Target
 from qnext.checkpoint.records import PANELS
@@ -90,7 +90,7 @@ def find_packed(
     for name, (parameter, part) in targets.items():
         module, shape = part.module, part.shape
         layout, mark = _layout_of(name, shape, tensors)
-        claim = Claim(None, quantization is None) if quantization is None else quantization.claim(module, parameter)
+        claim = FormClaim(None, quantization is None) if quantization is None else quantization.claim(module, parameter)
         if layout is None:
             is_plain = name in tensors and len(shape) == 2 and tensors[name].dtype in _PLAIN_DTYPES
             if claim.form is not None and claim.is_certain and is_plain:
@@ -167,7 +167,7 @@ def _place_problem(target: Target, layout: str, mark: TensorInfo, tensors: Mappi
 
 def _form_of(
     quantization: Quantization | None,
-    claim: Claim,
+    claim: FormClaim,
     layout: str,
     shape: tuple[int, int],
     name: str,
@@ -222,7 +222,7 @@ def _measured(
     return form, None
 
 
-def _compare(claim: Claim, form: Form, module: str, differences: _Differences) -> None:
+def _compare(claim: FormClaim, form: Form, module: str, differences: _Differences) -> None:
     if claim.form is None:
         differences.add(f"leaves {{}} plain, stored as {form.describe()}", module)
     elif claim.form.layout != form.layout or (claim.form.block is not None and claim.form.block != form.block):

@@ -48,6 +48,7 @@ VERBS = {
     "quantize": "a model folder in four or eight bits, and what that cost",
     "bench": "speed, loading and memory, beside peers and the limits of the machine",
     "bench-serve": "a load on a running server, as `qnext bench serve`",
+    "claims": "the published claims about the architecture, run here beside the published numbers",
     "convert": "a model folder to GGUF, for llama.cpp, and back",
     "merge": "a LoRA adapter becomes part of a model folder",
     "keys": "API keys of a server: create, list, show, revoke, rotate",

@@ -93,6 +93,8 @@ ELSEWHERE = {
     "bench llama_cpp",
     "bench gguf",
     "bench cache",
+    "claims out",
+    "claims llama_cpp",
     "bench-serve model",
     "bench-serve dataset_path",
     "bench-serve save_result",

@@ -132,7 +132,7 @@ def _block_name(block: tuple[int, int] | None) -> str:
     return f"g{block[1]}" if block[0] == 1 else f"{block[0]}x{block[1]}"
 
 
-class Claim(NamedTuple):
+class FormClaim(NamedTuple):
     """What the configuration says about one module: its form, or None for plain, and whether it says so clearly."""
 
     form: Form | None
@@ -163,16 +163,16 @@ class Quantization(NamedTuple):
     where: str = "config.json: quantization_config"  # file and key, for messages
     records: Mapping[str, RecordForms] = MappingProxyType({})  # of the layers whose experts are records, by name
 
-    def claim(self, module: str, parameter: ParameterInfo) -> Claim:
+    def claim(self, module: str, parameter: ParameterInfo) -> FormClaim:
         """The claim about a linear layer that is part of `parameter`, by its name on disk without .weight."""
         for form, targets, is_certain in self.rules:
             if targets is None:
                 if parameter.kind is Kind.EMBEDDING:  # no linear layer
-                    return Claim(None, True)
-                return Claim(form, is_certain and not _is_doubtful(parameter, self.method))
+                    return FormClaim(None, True)
+                return FormClaim(form, is_certain and not _is_doubtful(parameter, self.method))
             if module in targets:
-                return Claim(form, is_certain)
-        return Claim(None, self.method == "compressed-tensors")
+                return FormClaim(form, is_certain)
+        return FormClaim(None, self.method == "compressed-tensors")
 
     @property
     def forms(self) -> tuple[Form, ...]:

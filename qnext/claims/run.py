@@ -1,0 +1,62 @@
+"""Runs the experiments behind the claims, and makes one document of what was found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from qnext.claims.catalogue import CLAIMS, SCRIPTS
+from qnext.claims.claim import Findings, Script, Workplace
+from qnext.claims.notebook import Measured, Notebook
+from qnext.errors import UsageError, did_you_mean
+from qnext.version import __version__
+
+
+def chosen_scripts(only: str | None) -> list[Script]:
+    """Those that are named, as `C3,C4`, or all. UsageError lists the known ones."""
+    if only is None:
+        return list(SCRIPTS)
+    by_number = {script.number: script for script in SCRIPTS}
+    names = [part.strip().upper() for part in only.split(",")]
+    for name in names:
+        if name not in by_number:
+            raise UsageError(f"--only {name}: there are {', '.join(by_number)}{did_you_mean(name, by_number)}")
+    return [script for script in SCRIPTS if script.number in names]
+
+
+def run_claims(
+    scripts: Sequence[Script], notebook: Notebook, *, is_long: bool, llama_bench: str | None = None
+) -> dict[str, Any]:
+    """Measure what is missing, as long as the notebook has time, and judge every claim by what is known then."""
+    parts = []
+    for script in scripts:
+        experiment = script.long if is_long else script.short
+        points = list(experiment.points(Workplace(notebook.folder, llama_bench)))
+        known = notebook.fill(points)
+        parts.append(_part(script, experiment.findings(known), known, num_points=len(points)))
+    return {
+        "qnext": __version__,
+        "form": "long" if is_long else "short",
+        "date": time.strftime("%Y-%m-%d"),
+        "scripts": parts,
+    }
+
+
+def _part(script: Script, found: Findings, known: dict[str, Measured], *, num_points: int) -> dict[str, Any]:
+    """For programs."""
+    machines = {entry.machine["cpu"]: entry.machine for entry in known.values()}
+    return {
+        "number": script.number,
+        "title": script.title,
+        "prediction": script.prediction,
+        "reach": script.reach,
+        "setting": found.setting,
+        "machines": list(machines.values()),
+        "dates": sorted({entry.date for entry in known.values()}),
+        "points": {"known": len(known), "of": num_points},
+        "claims": [claim.judged(found.values) for claim in CLAIMS if claim.script is script],
+        "values": {name: value._asdict() for name, value in found.values.items()},
+        "grids": [grid._asdict() for grid in found.grids],
+        "notes": list(found.notes),
+    }

@@ -1,0 +1,91 @@
+"""Claims are judged by intervals, and the short form of everything runs and is written up."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from qnext.claims.catalogue import CLAIMS, SCRIPTS
+from qnext.claims.claim import Limit
+from qnext.claims.notebook import Notebook
+from qnext.claims.report import found_text, markdown, number, summary_rows
+from qnext.claims.run import chosen_scripts, run_claims
+from qnext.claims.writing import write_report
+from qnext.errors import UsageError
+from qnext.eval.intervals import Interval
+
+
+@pytest.mark.parametrize(
+    ("interval", "judgement"),
+    [
+        (Interval(8, 7.5, 9), "shown"),
+        (Interval(8, 6.5, 9), "open"),
+        (Interval(5, 4, 6), "not shown"),
+        (Interval(8, -math.inf, math.inf), "open"),
+        (Interval(11, 10.5, 12), "not shown"),
+        (None, "not measured"),
+    ],
+)
+def test_a_claim_shows_with_its_whole_interval(interval: Interval | None, judgement: str) -> None:
+    assert Limit(7.0, 10.0).judge(interval) == judgement
+
+
+def test_every_claim_belongs_to_a_script_that_is_listed() -> None:
+    assert {claim.script.number for claim in CLAIMS} == {script.number for script in SCRIPTS}
+    fields = [(claim.script.number, claim.field) for claim in CLAIMS]
+    assert len(set(fields)) == len(fields)
+
+
+def test_numbers_have_three_digits() -> None:
+    assert [number(value) for value in (79.674, 3.2526, 4.0e-5, 1234.5, 0.0123)] == [
+        "79.7",
+        "3.25",
+        "4.0e-05",
+        "1,234",
+        "0.012",
+    ]
+    assert found_text({"value": 1.0, "low": -math.inf, "high": math.inf}) == "1.00 (one run)"
+
+
+def test_unknown_claims_are_refused() -> None:
+    assert [script.number for script in chosen_scripts("c1, C1")] == ["C1"]
+    with pytest.raises(UsageError, match="--only C77"):
+        chosen_scripts("C77")
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return run_claims(SCRIPTS, Notebook(tmp_path_factory.mktemp("claims")), is_long=False)
+
+
+def test_the_short_form_measures_every_field_that_a_claim_names(short: dict) -> None:
+    missing = [
+        f"{part['number']} {claim['field']}"
+        for part in short["scripts"]
+        for claim in part["claims"]
+        if claim["judgement"] == "not measured"
+    ]
+    assert not missing
+    assert all(part["points"]["known"] == part["points"]["of"] > 0 for part in short["scripts"])
+
+
+def test_counts_of_the_released_model(short: dict) -> None:
+    values = {part["number"]: part["values"] for part in short["scripts"]}
+    assert values["C1"]["total_billion"]["value"] == pytest.approx(79.674391296)
+
+
+def test_a_report_says_everything(short: dict, tmp_path: Path) -> None:
+    path = write_report(short, tmp_path)
+    text, page = path.read_text(), (tmp_path / "claims.html").read_text()
+    document = json.loads((tmp_path / "claims.json").read_text())
+    assert markdown(document, title="The published claims, run here") == text
+    for part in document["scripts"]:
+        assert f"## {part['number']}. {part['title']}" in text
+        assert part["prediction"] in text and part["reach"] in text
+    for row in summary_rows(document):
+        assert "| " + " | ".join(row) + " |" in text
+        assert row[2].replace("**", "") in page
+    assert "<script" not in page
