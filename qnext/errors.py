@@ -88,6 +88,12 @@ class NotSupported(QnextError):
     exit_code = 6
 
 
+class LostRank(QnextError):
+    """A process of a model that runs on several is gone or does not answer; the message names its rank."""
+
+    exit_code = 7
+
+
 class ConstraintFailed(QnextError):
     """The output of one request cannot follow its constraint any further; only that request ends."""
 

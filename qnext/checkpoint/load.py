@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from qnext import ops
 from qnext.checkpoint.check import FLOAT_DTYPES, Layout, layout_of, structure_problems
 from qnext.checkpoint.codes import Codes, coded_parameters
+from qnext.checkpoint.cut import cut_layout
 from qnext.checkpoint.files import TORCH_DTYPES, Progress, TensorFiles
 from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.header import TensorInfo
@@ -23,6 +25,7 @@ from qnext.checkpoint.values import not_finite, read_weight, tensor_value_proble
 from qnext.config import ModelConfig
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.model import CausalLM, HoldsWeights
+from qnext.parallel.modules import OnRank, make_sharded
 from qnext.planning import Kind
 from qnext.residency.remembered import recalling
 from qnext.residency.store import ResidencyPlan
@@ -37,22 +40,24 @@ def load_model(
     check_finite: bool = True,
     dequantize: bool = False,
     residency: ResidencyPlan | None = None,
+    on_rank: OnRank | None = None,
     progress: Progress | None = None,
 ) -> CausalLM:
     """The model in a Hugging Face folder of safetensors files, or in the folder that a Layout was read from.
 
     `dtype` None keeps the stored dtype, tensor by tensor; FP8 weights become bfloat16. Integer codes stay codes, on the
-    CPU, unless `dequantize`; gates always become tensors. With `residency` experts stay on disk and are read when they
-    are needed. `progress` gets the bytes read and the bytes in all. Warns of what is ignored. Raises ModelNotFound,
-    ConfigError, CorruptCheckpoint for a missing, surplus, misshaped or (with `check_finite`) non-finite tensor,
-    NotSupported for a form that is not read, UsageError where something does not fit into `dtype`, the device or the
-    plan of `residency`.
+    CPU, unless `dequantize`; gates always become tensors. With `residency` experts stay on disk until they are needed;
+    `on_rank` reads one rank's part. `progress` gets the bytes read and the bytes in all. Warns of what is ignored.
+    Raises ModelNotFound, ConfigError, CorruptCheckpoint for a missing, surplus, misshaped or (with `check_finite`)
+    non-finite tensor, NotSupported for a form that is not read, UsageError for what does not fit together.
     """
     layout = layout_of(folder)
     for problem in structure_problems(layout):
         raise CorruptCheckpoint(problem)
+    if on_rank is not None:
+        layout = cut_layout(layout, on_rank.shard)
     streamed = {} if residency is None else open_streamed(layout, residency)
-    tables = RecordTables([] if dequantize else RecordTables.serve(layout, but=set(map(layer_of, streamed))))
+    tables = RecordTables([] if dequantize or on_rank else RecordTables.serve(layout, but=set(map(layer_of, streamed))))
     given = {**streamed, **tables.weights}
     layout = layout.with_experts_of(layout.records.keys() - set(map(layer_of, given)))
     with TensorFiles(layout.index) as files, _recalling(streamed, residency):
@@ -62,7 +67,8 @@ def load_model(
                 f"{files.folder}: integer weights are computed on the CPU only; dequantize to use {device}"
             )
         dtypes = _parameter_dtypes(layout, files.tensors, dtype, codes.keys() | given.keys())
-        model = empty_model(layout.config, dtypes=dtypes, device=device, quantized=codes, given=given)
+        make = None if on_rank is None else partial(make_sharded, *on_rank)
+        model = empty_model(layout.config, dtypes=dtypes, device=device, quantized=codes, given=given, make=make)
         _fill(model, layout, files, tables, check_finite=check_finite, progress=progress)
     look_ahead(model)
     return model
@@ -118,14 +124,15 @@ def empty_model(
     device: torch.device | str = "cpu",
     quantized: Mapping[str, Codes] | None = None,
     given: Mapping[str, ops.Weight] | None = None,
+    make: Callable[[], CausalLM] | None = None,
 ) -> CausalLM:
     """A model whose parameters have memory on `device` but no values yet. A tied head stays tied.
 
     In place of the parameters in `quantized` there is memory for codes, which ops.write_quantized fills. Those in
-    `given` are there.
+    `given` are there. `make` makes another model than `config` describes.
     """
     with torch.device("meta"):
-        model = CausalLM(config)
+        model = CausalLM(config) if make is None else make()
     made: dict[int, nn.Parameter] = {}
     storage: list[Tensor] = []
     for prefix, module in model.named_modules():

@@ -20,7 +20,7 @@ _LEFTOVER = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
 class Part(NamedTuple):
-    """A tensor on disk and its place in a parameter: all of it, or rows of one expert."""
+    """A tensor on disk and its place in a parameter: all of it, an expert, rows, or rows of an expert."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,9 +35,9 @@ class Part(NamedTuple):
     @property
     def place(self) -> tuple[int | slice, ...]:
         """The index that selects the part in its parameter."""
-        if self.expert is None:
-            return (...,)  # type: ignore[return-value]
-        return (self.expert,) if self.rows is None else (self.expert, slice(*self.rows))
+        expert = () if self.expert is None else (self.expert,)
+        rows = () if self.rows is None else (slice(*self.rows),)
+        return (*expert, *rows) or (...,)  # type: ignore[return-value]
 
 
 class Target(NamedTuple):

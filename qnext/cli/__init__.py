@@ -83,7 +83,7 @@ _USAGE = """usage: qnext VERB [options]        qnext VERB -h               optio
 
   --version    print the version
 exit codes: 0 ok, 2 usage, 3 model not found, 4 does not fit, 5 corrupt checkpoint,
-            6 not supported, 130 interrupted, 143 ended by SIGTERM
+            6 not supported, 7 a rank was lost, 130 interrupted, 143 ended by SIGTERM
 """
 
 

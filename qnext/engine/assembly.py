@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from qnext.engine.config import EngineConfig
@@ -25,10 +26,26 @@ class Parts(NamedTuple):
     max_model_len: int
 
 
+class WithoutDrafter(NamedTuple):
+    """All but the drafter, which may draft by another executor around this one."""
+
+    executor: LocalExecutor
+    scheduler: Scheduler
+    wanted: WantedSizes
+    max_model_len: int
+
+
 def make_parts(model: CausalLM, config: EngineConfig) -> Parts:
     """Raises UsageError and DoesNotFit as Engine.of."""
+    executor, scheduler, wanted, max_model_len = build(model, config, choose_sizes)
+    drafter = Drafter(executor, max_draft_tokens=wanted.max_draft_tokens) if wanted.has_drafter else None
+    return Parts(executor, scheduler, drafter, max_model_len)
+
+
+def build(model: CausalLM, config: EngineConfig, choose: Callable[[CausalLM, WantedSizes], Sizes]) -> WithoutDrafter:
+    """`choose` decides the sizes that are not given. Raises what it raises, and UsageError."""
     wanted = wanted_sizes(model, config)
-    sizes = choose_sizes(model, wanted)
+    sizes = choose(model, wanted)
     num_draft_tokens = wanted.max_draft_tokens + 1 if wanted.max_draft_tokens else 0
     dtypes = CacheDtypes(activations=model.dtype, kv=config.kv_dtype or model.dtype, states=config.state_dtype)
     keeps_bits = model.is_cut_invariant and caches_keep_bits(dtypes.kv, num_draft_tokens)
@@ -55,8 +72,7 @@ def make_parts(model: CausalLM, config: EngineConfig) -> Parts:
     executor = LocalExecutor(
         model, cache, store=tiers, experts=experts, adapters=config.adapters, workspace_bytes=sizes.workspace_bytes
     )
-    drafter = Drafter(executor, max_draft_tokens=wanted.max_draft_tokens) if wanted.has_drafter else None
-    return Parts(executor, Scheduler(limits, tiers), drafter, sizes.max_model_len)
+    return WithoutDrafter(executor, Scheduler(limits, tiers), wanted, sizes.max_model_len)
 
 
 def _limits(model: CausalLM, config: EngineConfig, wanted: WantedSizes, sizes: Sizes, grid: int) -> EngineLimits:

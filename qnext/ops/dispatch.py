@@ -11,7 +11,7 @@ from torch import Tensor
 from qnext.ops import cpu
 from qnext.ops import torch as pytorch
 from qnext.ops.inference_forward import with_inference_forward
-from qnext.ops.records import ExpertsLora, Rope, Routing, SharedExpert
+from qnext.ops.records import ExpertsLora, MadeByShared, Rope, Routing, SharedExpert
 from qnext.ops.weights import Weight
 
 
@@ -106,6 +106,16 @@ def experts_swiglu(
     serves = cpu.serves_experts_swiglu(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
     run = cpu if serves else pytorch
     return run.experts_swiglu(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
+
+
+@with_inference_forward
+def combine_experts(
+    rows_PD: Tensor, weights_TA: Tensor, places_TA: Tensor, shared: MadeByShared | None = None
+) -> Tensor:
+    """[T, D]: the last part of experts_swiglu, with its bits. Row `places_TA[t, a]` is what the a-th expert of token t
+    made of it, with the weight one."""
+    run = cpu if cpu.serves_combine_experts(rows_PD, weights_TA, places_TA, shared) else pytorch
+    return run.combine_experts(rows_PD, weights_TA, places_TA, shared)
 
 
 @with_inference_forward

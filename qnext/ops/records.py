@@ -99,6 +99,14 @@ class SharedExpert(NamedTuple):
         return self.gate_proj_FD, self.up_proj_FD, self.down_proj_DF
 
 
+class MadeByShared(NamedTuple):
+    """What a shared expert made of each token, and what scales that: sigmoid(gate x), or one."""
+
+    x_TD: Tensor
+    rows_TD: Tensor
+    gate_1D: Tensor | None
+
+
 class LowRank(NamedTuple):
     """A change of a matrix: scale * B A. Stacked for experts, where a stack of one matrix is shared by all of them."""
 

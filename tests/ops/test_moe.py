@@ -154,3 +154,29 @@ def test_swiglu() -> None:
     x = randn(3, 10, seed=0)
     gate, up = x[:, :5], x[:, 5:]
     assert_close(ops.swiglu(gate, up), gate * torch.sigmoid(gate) * up, tolerance=1e-14)
+
+
+@pytest.mark.parametrize("with_shared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_combined_rows_are_the_experts_own_bits(dtype: torch.dtype, with_shared: bool) -> None:
+    """What experts make of tokens one by one, with the weight one, and then added up, is what they do at once."""
+    x_TD = randn(9, 64, seed=0).float()
+    gate_up, down = randn(5, 64, 64, seed=1, scale=0.2).to(dtype), randn(5, 64, 32, seed=2, scale=0.2).to(dtype)
+    routing = ops.route(randn(9, 5, seed=3).float(), top_k=3, norm_topk_prob=True)
+    mlp = [randn(32, 64, seed=4), randn(32, 64, seed=5), randn(64, 32, seed=6)]
+    gate, up, down_shared = (0.2 * each.to(dtype) for each in mlp)
+    gate_1D = randn(1, 64, seed=7).float()
+    shared = ops.SharedExpert(gate, up, down_shared, gate_1D) if with_shared else None
+    with torch.inference_mode():
+        at_once = ops.experts_swiglu(x_TD, gate_up, down, routing=routing, shared=shared)
+        one_by_one = Routing(torch.ones(27, 1), routing.experts_TA.view(27, 1))
+        rows = ops.experts_swiglu(x_TD.repeat_interleave(3, 0), gate_up, down, routing=one_by_one)
+        order = torch.randperm(27, generator=torch.Generator().manual_seed(0))
+        made = None
+        if with_shared:
+            inner = ops.swiglu(ops.linear(x_TD, gate), ops.linear(x_TD, up))
+            made = ops.MadeByShared(x_TD, ops.linear(inner, down_shared), gate_1D)
+        found = ops.combine_experts(rows[order], routing.weights_TA, order.argsort().view(9, 3), made)
+    if ops.backend_of(torch.device("cpu")).is_cut_invariant:
+        assert torch.equal(found, at_once)
+    assert_close(found, at_once, tolerance=1e-5)

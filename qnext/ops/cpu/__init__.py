@@ -18,10 +18,12 @@ from qnext.ops.cpu.delta import (
     serves_gated_delta_mixer,
 )
 from qnext.ops.cpu.matrices import (
+    combine_experts,
     experts_swiglu,
     fits_experts,
     fits_linear,
     linear,
+    serves_combine_experts,
     serves_experts_swiglu,
     serves_linear,
 )
@@ -56,6 +58,7 @@ __all__ = [
     "are_finite",
     "argmax",
     "attention_mixer",
+    "combine_experts",
     "concat",
     "cross_entropy_sum",
     "embedding",
@@ -79,6 +82,7 @@ __all__ = [
     "serves_are_finite",
     "serves_argmax",
     "serves_attention_mixer",
+    "serves_combine_experts",
     "serves_concat",
     "serves_cross_entropy_sum",
     "serves_embedding",

@@ -15,7 +15,7 @@ from qnext.ops.cpu.kernels import check_memory, kernels, take, widened
 from qnext.ops.cpu.panels import KIND_OF_FLOAT, PanelWeight
 from qnext.ops.cpu.record_weights import RecordWeight
 from qnext.ops.cpu.train_weights import train_experts, train_linear, trains_experts, trains_linear
-from qnext.ops.records import Routing, SharedExpert
+from qnext.ops.records import MadeByShared, Routing, SharedExpert
 from qnext.ops.weights import Weight
 
 _STEP = 32  # inputs that the kernels for floats take at a time
@@ -91,6 +91,38 @@ def experts_swiglu(
         vector_D = None if shared.gate_1D is None else widened(shared.gate_1D)
         of_all = _shared_expert(shared, vector_D)
     native.experts(x_TD.data_ptr(), routed, gate_up, down, of_all, out_TD.data_ptr())
+    return out_TD
+
+
+def serves_combine_experts(
+    rows_PD: Tensor, weights_TA: Tensor, places_TA: Tensor, shared: MadeByShared | None = None
+) -> bool:
+    made = () if shared is None else (shared.x_TD, shared.rows_TD)
+    return take(rows_PD, weights_TA, *made) and not torch.is_grad_enabled() and rows_PD.shape[1] % _LANES == 0
+
+
+def combine_experts(
+    rows_PD: Tensor, weights_TA: Tensor, places_TA: Tensor, shared: MadeByShared | None = None
+) -> Tensor:
+    """[T, D] fp32. See ops.combine_experts. Raises IndexError for a row that is not there."""
+    rows_PD, weights_TA, places_TA = rows_PD.contiguous(), weights_TA.contiguous(), places_TA.contiguous()
+    num_tokens, top_k = places_TA.shape
+    check_memory(rows_PD, torch.float32, rows_PD.shape)
+    check_memory(weights_TA, torch.float32, (num_tokens, top_k))
+    check_memory(places_TA, torch.int64, (num_tokens, top_k))
+    hidden = rows_PD.shape[1]
+    out_TD = torch.empty(num_tokens, hidden)
+    weights, places = weights_TA.data_ptr(), places_TA.data_ptr()
+    routed = kernels().Routing(num_tokens=num_tokens, top_k=top_k, weights=weights, experts=places)
+    made = None
+    if shared is not None:
+        x_TD, made_TD = shared.x_TD.contiguous(), shared.rows_TD.contiguous()
+        check_memory(x_TD, torch.float32, (num_tokens, hidden))
+        check_memory(made_TD, torch.float32, (num_tokens, hidden))
+        vector_D = None if shared.gate_1D is None else widened(shared.gate_1D)
+        vector = 0 if vector_D is None else vector_D.data_ptr()
+        made = kernels().MadeByShared(x=x_TD.data_ptr(), rows=made_TD.data_ptr(), gate_vector=vector)
+    kernels().combine(rows_PD.data_ptr(), len(rows_PD), routed, hidden, made, out_TD.data_ptr())
     return out_TD
 
 

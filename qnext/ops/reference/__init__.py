@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from qnext.ops.reference.attention import attention_mixer
 from qnext.ops.reference.delta_mixer import apply_pending, gated_delta_mixer
-from qnext.ops.reference.matrices import cross_entropy_sum, experts_swiglu, linear, lora_experts_swiglu, route
+from qnext.ops.reference.matrices import (
+    combine_experts,
+    cross_entropy_sum,
+    experts_swiglu,
+    linear,
+    lora_experts_swiglu,
+    route,
+)
 from qnext.ops.reference.norm import rms_norm
 from qnext.ops.reference.rope import rope_cos_sin
 from qnext.ops.reference.rounding import round_to_groups, rounding_errors
@@ -21,6 +28,7 @@ __all__ = [
     "are_finite",
     "argmax",
     "attention_mixer",
+    "combine_experts",
     "concat",
     "cross_entropy_sum",
     "embedding",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from qnext.ops.records import ExpertsLora, LowRank, Routing, SharedExpert
+from qnext.ops.records import ExpertsLora, LowRank, MadeByShared, Routing, SharedExpert
 from qnext.ops.reference.width import wide
 from qnext.ops.weights import Weight, dequantize
 
@@ -63,6 +63,22 @@ def experts_swiglu(
         scale_T1 = 1.0 if shared.gate_1D is None else torch.sigmoid(linear(x_TD, shared.gate_1D))
         out_TD = out_TD + scale_T1 * shared_TD
     return out_TD
+
+
+def combine_experts(
+    rows_PD: Tensor, weights_TA: Tensor, places_TA: Tensor, shared: MadeByShared | None = None
+) -> Tensor:
+    """[T, D]: what experts made of tokens, row by row, added up for each token, in fp32 at least."""
+    wide = torch.promote_types(rows_PD.dtype, torch.float32)
+    out_TD = torch.zeros(len(places_TA), rows_PD.shape[1], dtype=wide, device=rows_PD.device)
+    for weights_T, places_T in zip(weights_TA.unbind(1), places_TA.unbind(1), strict=True):
+        out_TD = out_TD + weights_T[:, None] * rows_PD[places_T]
+    if shared is None:
+        return out_TD.to(rows_PD.dtype)
+    scale: float | Tensor = 1.0
+    if shared.gate_1D is not None:
+        scale = torch.sigmoid(linear(shared.x_TD, shared.gate_1D))
+    return (out_TD + scale * shared.rows_TD).to(rows_PD.dtype)
 
 
 def lora_experts_swiglu(

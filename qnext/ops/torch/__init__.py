@@ -7,6 +7,7 @@ listed here.
 
 from __future__ import annotations
 
+from qnext.ops.reference.matrices import combine_experts
 from qnext.ops.reference.rope import rope_cos_sin
 from qnext.ops.reference.rows import add, are_finite, argmax, concat, embedding, put_rows, swiglu
 from qnext.ops.torch.attention import attention_mixer
@@ -25,6 +26,7 @@ __all__ = [
     "are_finite",
     "argmax",
     "attention_mixer",
+    "combine_experts",
     "concat",
     "cross_entropy_sum",
     "embedding",

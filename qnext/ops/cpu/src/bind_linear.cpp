@@ -42,6 +42,12 @@ struct Routed {
   const int64_t* experts;
 };
 
+struct MadeByShared {
+  const float* x;
+  const float* rows;
+  const float* gate_vector;
+};
+
 void check(const Routed& routed, int64_t num_experts) {
   for (int64_t i = 0; i < routed.num_tokens * routed.top_k; ++i)
     if (routed.experts[i] < 0 || routed.experts[i] >= num_experts)
@@ -128,6 +134,28 @@ void bind_linear(nb::module_& m) {
       },
       nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
       nb::call_guard<nb::gil_scoped_release>(), "IndexError where an expert id is out of range; nothing is written then.");
+  nb::class_<MadeByShared>(m, "MadeByShared", "What a shared expert made of tokens x, and the gate that scales it.")
+      .def(
+          "__init__",
+          [](MadeByShared* self, uintptr_t x, uintptr_t rows, uintptr_t gate_vector) {
+            new (self) MadeByShared{pointer<const float>(x), pointer<const float>(rows), pointer<const float>(gate_vector)};
+          },
+          nb::kw_only(), "x"_a, "rows"_a, "gate_vector"_a);
+  m.def(
+      "combine",
+      [](uintptr_t rows, int64_t num_rows, const Routed& routed, int64_t hidden, const MadeByShared* shared,
+         uintptr_t out) {
+        const MadeByShared made = shared ? *shared : MadeByShared{};
+        perform([=] {
+          check(routed, num_rows);
+          active_linear_kernels().combine(
+              CombineArguments{pointer<const float>(rows), routed.num_tokens, routed.top_k, hidden, routed.weights, made.x,
+                               made.rows, made.gate_vector, pointer<float>(out)},
+              routed.experts);
+        });
+      },
+      nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::call_guard<nb::gil_scoped_release>(),
+      "`routed` names rows instead of experts. IndexError where one is out of range; nothing is written then.");
   m.def(
       "write_panels",
       [](uintptr_t codes, int64_t num_outputs, int64_t row_bytes, int bits, uintptr_t panels) {

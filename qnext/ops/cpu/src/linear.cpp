@@ -198,6 +198,22 @@ struct Wave {
   bool has_shared;
 };
 
+// Each token's experts are added in the order of its routing, then the shared one.
+template <typename Index>
+void combine_rows(const CombineArguments& a, const Index* places) {
+  parallel_for(a.num_tokens, [&](int64_t t) {
+    float shared_weight = 1.0f;
+    if (a.gate_vector) shared_weight = sigmoid(dot_registers(a.x + t * a.hidden, a.gate_vector, a.hidden));
+    for (int64_t d = 0; d < a.hidden; d += kRegisterLanes) {
+      f32reg acc{};
+      for (int64_t j = t * a.top_k; j < (t + 1) * a.top_k; ++j)
+        acc = fma(splat_register(a.weights[j]), load_register(a.rows + places[j] * a.hidden + d), acc);
+      if (a.shared) acc = fma(splat_register(shared_weight), load_register(a.shared + t * a.hidden + d), acc);
+      store(a.out + t * a.hidden + d, acc);
+    }
+  });
+}
+
 // The buffers of one call, all in the caller's scratch.
 struct Experts {
   const ExpertsArguments& a;
@@ -389,20 +405,9 @@ struct Experts {
     run_products(products, count);
   }
 
-  // Each token's experts are added in the order of its routing, then the shared one.
   void combine(const float* x, const float* weights, float* out) {
-    parallel_for(num_tokens, [&](int64_t t) {
-      float shared_weight = 1.0f;
-      if (a.shared && a.shared->gate_vector) shared_weight = sigmoid(dot_registers(x + t * hidden, a.shared->gate_vector, hidden));
-      for (int64_t d = 0; d < hidden; d += kRegisterLanes) {
-        f32reg acc{};
-        for (int64_t j = 0; j < a.top_k; ++j)
-          acc = fma(splat_register(weights[t * a.top_k + j]),
-                    load_register(down + places[t * a.top_k + j] * hidden + d), acc);
-        if (a.shared) acc = fma(splat_register(shared_weight), load_register(shared_down + t * hidden + d), acc);
-        store(out + t * hidden + d, acc);
-      }
-    });
+    const float* gate_vector = a.shared ? a.shared->gate_vector : nullptr;
+    combine_rows({down, num_tokens, a.top_k, hidden, weights, x, a.shared ? shared_down : nullptr, gate_vector, out}, places);
   }
 };
 
@@ -465,6 +470,6 @@ void write_panels(const uint8_t* codes, int64_t num_outputs, int64_t row_bytes, 
 }  // namespace
 
 extern const LinearKernels linear_kernels;
-const LinearKernels linear_kernels{linear, experts, write_panels};
+const LinearKernels linear_kernels{linear, experts, combine_rows<int64_t>, write_panels};
 
 }  // namespace qnext::QNEXT_ISA

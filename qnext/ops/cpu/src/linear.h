@@ -71,10 +71,23 @@ struct ExpertsArguments {
   float* out;                     // [T, D]
 };
 
+// What experts made of tokens, in rows, to be added up for each token.
+struct CombineArguments {
+  const float* rows;        // [.., D]
+  int64_t num_tokens, top_k, hidden;
+  const float* weights;     // [T, top_k]
+  const float* x;           // [T, D], what the shared expert's gate reads; null without a shared expert
+  const float* shared;      // [T, D], what the shared expert made
+  const float* gate_vector; // [D]; null where that is added as it is
+  float* out;               // [T, D]
+};
+
 struct LinearKernels {
   // out[t, f] = sum over d of x[t, d] * w[f, d]; out has a row stride of its own.
   void (*linear)(const Weight& weight, const float* x, int64_t num_rows, float* out, int64_t out_stride);
   void (*experts)(const ExpertsArguments& arguments);
+  // The last part of `experts`: the same bits. `places` [T, top_k] are the rows of each token's experts, checked.
+  void (*combine)(const CombineArguments& arguments, const int64_t* places);
   // Rows of codes as on disk -> panels; see Weight. The last panel is padded with zeros.
   void (*write_panels)(const uint8_t* codes, int64_t num_outputs, int64_t row_bytes, int bits, uint8_t* panels);
 };

@@ -1,0 +1,60 @@
+"""An engine whose model is spread over several ranks, each of which has loaded its part."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, replace
+from functools import partial
+
+from qnext.engine.assembly import build
+from qnext.engine.config import EngineConfig
+from qnext.engine.drafter import Drafter
+from qnext.engine.engine import Engine
+from qnext.engine.execution.ranks import Ranks, RanksExecutor, follow
+from qnext.engine.sizes import choose_sizes
+from qnext.errors import DoesNotFit, QnextError, UsageError
+from qnext.model import CausalLM
+from qnext.planning.plan import Sizes, WantedSizes
+
+
+def engine_on_ranks(model: CausalLM, config: EngineConfig, ranks: Ranks) -> Engine:
+    """In the first rank. The others call `follow_engine` with the same options. Raises the errors of Engine.of, and
+    UsageError for what ranks do not have."""
+    executor, scheduler, wanted, max_model_len = build(model, _checked(config), partial(_agree, ranks))
+    everywhere = RanksExecutor(executor, ranks)
+    drafter = Drafter(everywhere, max_draft_tokens=wanted.max_draft_tokens) if wanted.has_drafter else None
+    return Engine(
+        everywhere, scheduler, max_model_len=max_model_len, drafter=drafter, eos_token_ids=config.eos_token_ids
+    )
+
+
+def follow_engine(model: CausalLM, config: EngineConfig, ranks: Ranks) -> None:
+    """Run the plans of the engine in the first rank until it is closed. Raises as engine_on_ranks does."""
+    follow(build(model, replace(_checked(config), count_experts=False), partial(_agree, ranks)).executor, ranks)
+
+
+def check_on_ranks(config: EngineConfig) -> None:
+    """Raises UsageError for what an engine on ranks does not have."""
+    if config.disk_cache is not None or config.host_cache_bytes:
+        raise UsageError("on several ranks prefixes stay in the memory of each rank: no disk cache and no host cache")
+    if config.adapters is not None:
+        raise UsageError("adapters are not served on several ranks; `qnext merge` makes one a part of the model")
+
+
+def _checked(config: EngineConfig) -> EngineConfig:
+    check_on_ranks(config)
+    return replace(config, host_cache_bytes=0)
+
+
+def _agree(ranks: Ranks, model: CausalLM, wanted: WantedSizes) -> Sizes:
+    """The least of what each rank has room for. Where one has none, all of them raise an error."""
+    mine, failure = Sizes(0, 0, 0, 0, 0), None
+    try:
+        mine = choose_sizes(model, wanted)
+    except QnextError as error:
+        failure = error
+    least = Sizes(*ranks.least(astuple(mine)))
+    if failure is not None:
+        raise failure
+    if not least.max_model_len:
+        raise DoesNotFit("another rank has no room for the engine; its own line says why")
+    return replace(least, workspace_bytes=mine.workspace_bytes)
