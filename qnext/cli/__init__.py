@@ -58,6 +58,7 @@ VERBS = {
     "audit-trace": "what one answer came from, and whether a folder is the same model",
     "experts": "which experts a text goes to, and what quantisation changed of that",
     "attention": "where a model looks and what its states keep on a text, layer by layer",
+    "compare": "the first layer and part in which two models, precisions, backends or adapters differ",
     "doctor": "what the machine and a model offer, and what is in the way",
     "completion": "a script that completes verbs, flags and models in bash, zsh or fish",
 }

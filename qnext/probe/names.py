@@ -13,14 +13,12 @@ from qnext.errors import UsageError
 
 RESIDUAL_IN, RESIDUAL_MID, RESIDUAL_OUT = "residual_in", "residual_mid", "residual_out"
 MIXER_IN, MIXER_OUT, FFN_IN, FFN_OUT = "mixer_in", "mixer_out", "ffn_in", "ffn_out"
-_OF_EVERY_LAYER = (RESIDUAL_IN, MIXER_IN, MIXER_OUT, RESIDUAL_MID, FFN_IN, FFN_OUT, RESIDUAL_OUT)
-DELTA_STEPS = ("conv", "query", "key", "value", "beta", "decay", "gate", "update", "core_out", "gated_out", "state")
-ATTENTION_STEPS = ("query", "key", "value", "gate", "probabilities", "core_out", "gated_out")
+DELTA_STEPS = ("conv", "query", "key", "value", "decay", "beta", "update", "state", "core_out", "gate", "gated_out")
+ATTENTION_STEPS = ("query", "key", "value", "probabilities", "core_out", "gate", "gated_out")
 ROUTER_STEPS = ("logits", "probabilities", "experts", "weights")
 _OF_EXPERTS = (*(f"router.{step}" for step in ROUTER_STEPS), "experts.inner", "experts.out")
 _OF_SHARED = ("shared.inner", "shared.out", "shared.gate")
-_OF_MTP = ("mtp.embedding_norm", "mtp.hidden_norm", "mtp.joined", "mtp.norm")
-_OF_TRUNK = ("embedding", "norm", "logits")
+_BEFORE_MTP = ("mtp.embedding_norm", "mtp.hidden_norm", "mtp.joined")
 READ_ONLY = ("delta.update", "router.probabilities")
 
 
@@ -30,7 +28,7 @@ def prefix_of(config: ModelConfig, layer_index: int) -> str:
 
 
 def parts_of(config: ModelConfig, layer_index: int) -> list[str]:
-    """What can be seen of one layer, without the prefix."""
+    """What can be seen of one layer, without the prefix, in the order in which it is computed."""
     is_mtp = layer_index == config.num_hidden_layers
     if not is_mtp and config.layer_types[layer_index] == LINEAR_ATTENTION:
         mixer = [f"delta.{step}" for step in DELTA_STEPS]
@@ -41,15 +39,21 @@ def parts_of(config: ModelConfig, layer_index: int) -> list[str]:
     feed_forward: tuple[str, ...] = ("ffn.inner",)
     if is_sparse:
         feed_forward = (*_OF_EXPERTS, *(_OF_SHARED if config.shared_expert_intermediate_size else ()))
-    return [*_OF_EVERY_LAYER, *mixer, *feed_forward]
+    before_ffn = (MIXER_OUT, RESIDUAL_MID, FFN_IN)
+    return [RESIDUAL_IN, MIXER_IN, *mixer, *before_ffn, *feed_forward, FFN_OUT, RESIDUAL_OUT]
 
 
 def tap_names(config: ModelConfig) -> list[str]:
-    """All that can be seen in a model of this configuration."""
-    has_mtp = config.num_nextn_predict_layers > 0
-    layers = range(config.num_hidden_layers + has_mtp)
-    named = [f"{prefix_of(config, layer)}.{part}" for layer in layers for part in parts_of(config, layer)]
-    return [*named, *(_OF_MTP if has_mtp else ()), *_OF_TRUNK]
+    """All that can be seen in a model of this configuration, in the order in which it is computed."""
+    count = config.num_hidden_layers
+    trunk = ["embedding", *(name for layer in range(count) for name in _of_layer(config, layer)), "norm", "logits"]
+    if not config.num_nextn_predict_layers:
+        return trunk
+    return [*trunk, *_BEFORE_MTP, *_of_layer(config, count), "mtp.norm"]
+
+
+def _of_layer(config: ModelConfig, layer_index: int) -> list[str]:
+    return [f"{prefix_of(config, layer_index)}.{part}" for part in parts_of(config, layer_index)]
 
 
 def match(patterns: Sequence[str], config: ModelConfig) -> list[str]:

@@ -47,6 +47,10 @@ INPUTS = {
     "experts against": "experts MODEL text --against X",
     "attention model": "attention X text",
     "attention file": "attention MODEL --text X",
+    "compare model": "compare X MODEL",
+    "compare other": "compare MODEL X",
+    "compare file": "compare MODEL MODEL --text X",
+    "compare tokens": "compare MODEL MODEL --tokens @X",
     "keys create file": "keys create --name a --file X",
     "keys list file": "keys list --file X",
     "keys show file": "keys show a --file X",
@@ -79,6 +83,7 @@ OUTPUTS = {
     "experts picture": "experts MODEL text --picture X",
     "eval-tasks picture": "eval-tasks MODEL --tasks needle --lengths 9 --picture X",
     "attention picture": "attention MODEL text --picture X",
+    "compare picture": "compare MODEL MODEL --random 4 --picture X",
 }
 # what is no file of this machine, needs a server or another program, or trains for minutes; tested in the verb's tests
 ELSEWHERE = {

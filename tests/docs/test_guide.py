@@ -106,6 +106,7 @@ def test_flags_named_in_the_text_exist() -> None:
         "quantize",
         "experts",
         "attention",
+        "compare",
         "doctor",
         "bench",
         "chat",

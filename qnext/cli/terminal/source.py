@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,3 +34,23 @@ class TextFlags:
         if not found:
             raise UsageError("the text is empty")
         return found
+
+
+def parse_tokens(text: str) -> list[int]:
+    """Ids with commas between, or @FILE with a JSON list. Raises UsageError."""
+    values: Any
+    if text.startswith("@"):
+        try:
+            values = json.loads(Path(text[1:]).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"--tokens {text}: not readable as JSON ({error})") from None
+    else:
+        try:
+            values = [int(piece) for piece in text.split(",")] if text.strip() else []
+        except ValueError:
+            raise UsageError(f"--tokens {text[:60]!r}: must be integers with commas between, or @FILE") from None
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise UsageError(f"--tokens {text[:60]}: must be a list of integers")
+    if not values:
+        raise UsageError("--tokens: no token given")
+    return values
