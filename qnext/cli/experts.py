@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,9 +20,10 @@ from qnext.errors import UsageError
 from qnext.text.files import read_user_text
 
 if TYPE_CHECKING:
-    from qnext.diagnostics.experts import ExpertAnswer, ExpertQuestion, LayerReport
+    from qnext.diagnostics.experts import ExpertAnswer, ExpertQuestion, LayerComparison, LayerReport
     from qnext.diagnostics.routing.ablation import AblationPlan
-    from qnext.diagnostics.routing.findings import RoutingFindings
+    from qnext.diagnostics.routing.alerts import FoundAlert, Judging
+    from qnext.diagnostics.routing.findings import ComparedRecords
     from qnext.session.folder import TextFolder
 
 
@@ -59,9 +60,33 @@ class AskingFlags:
         typer.Option("--ablate-by", help="the next best expert takes its place, or nothing does"),
     ] = "reroute"
 
+    save_baseline: Annotated[
+        Path | None, typer.Option("--save-baseline", metavar="FILE", help="keep the load, to measure later ones from")
+    ] = None
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", metavar="FILE", help="measure drift and collapse from this load")
+    ] = None
+    alert: Annotated[
+        str | None,
+        typer.Option("--alert", metavar="...", help="skew=8,dead=0.2,collapse=0.1,drift=0.1: else exit code 1"),
+    ] = None
+
     @property
     def need_records(self) -> bool:
-        return self.pairs or self.against is not None or self.other is not None or self.ablate is not None
+        asked = (self.other, self.against, self.ablate, self.save_baseline, self.baseline, self.alert)
+        return self.pairs or any(each is not None for each in asked)
+
+    def judging(self) -> Judging:
+        """Raises UsageError for a threshold that is none, and for a file that is no baseline."""
+        from qnext.diagnostics.routing.alerts import Judging
+        from qnext.planning.expert_alerts import ExpertThresholds
+        from qnext.planning.expert_baseline import ExpertBaseline
+
+        thresholds = ExpertThresholds() if self.alert is None else ExpertThresholds.parse(self.alert)
+        if thresholds.needs_reference and self.baseline is None and self.against is None and self.other is None:
+            raise UsageError("--alert drift: drift from what? --baseline, --against or --compare says it")
+        baseline = None if self.baseline is None else ExpertBaseline.read(self.baseline)
+        return Judging(thresholds, baseline, self.save_baseline, note)
 
     def ablation(self) -> AblationPlan | None:
         """Raises UsageError for a word that names no expert."""
@@ -104,46 +129,63 @@ def command(
     by token. With --speculation drafted tokens count as well, and the MTP layer that drafts them.
     """
     _check(source, asking, showing, running)
-    ablation = asking.ablation()
+    ablation, judging = asking.ablation(), asking.judging()
     from qnext.diagnostics.experts import ExpertQuestion, compare, experts_document, experts_of_folder
     from qnext.session.folder import open_folder
 
     folder = open_folder(model, expert_memory=running.expert_memory)
+    judging.check(folder.config)
     second = None if asking.other is None else _second(folder, asking.other)
     token_ids = folder.tokenizer.encode(source.read())
     against = [] if asking.against is None else folder.tokenizer.encode(read_user_text(asking.against))
-    question = ExpertQuestion(
-        showing.top,
-        running.dtype,
-        max_tokens,
-        bool(running.speculation),
-        with_record=asking.need_records,
-        with_scores=second is not None,
-        against=against,
-        ablation=ablation,
-    )
+    question = ExpertQuestion(showing.top, running.dtype, max_tokens, bool(running.speculation), against=against)
+    question = replace(question, with_record=asking.need_records, with_scores=second is not None, ablation=ablation)
     count = partial(experts_of_folder, loading=byte_progress, counting=token_progress)
     first = count(folder, token_ids, question)
     tokens = [*token_ids, *first.generated]
     other = None if second is None else count(second.folder, tokens, second.question(question))
     comparisons = [] if other is None else compare(first.layers, other.layers)
-    findings = _findings(asking, showing, first, other)
+    found = _findings(asking, showing, first, other)
+    alerts = [] if found is None else judging.judge(found, model=model)
     if showing.picture is not None:
         _draw(showing.picture, first.layers, f"{model}: load of the experts, {len(tokens):,} tokens")
+    told = _ToldBeside(comparisons, found, None if asking.alert is None else alerts)
     if as_json:
-        document = {"model": model, "tokens": len(token_ids), "generated": len(first.generated)}
         others = [] if other is None else other.layers
-        document |= experts_document(first.layers, asking.other, others, comparisons)
-        print(json.dumps(document | ({} if findings is None else findings.document())))
+        document = experts_document(first.layers, asking.other, others, comparisons) | told.document()
+        print(json.dumps({"model": model, "tokens": len(token_ids), "generated": len(first.generated)} | document))
     else:
+        told.show(first.layers)
+    for line in told.lines():
+        print(f"qnext experts: {line}", file=sys.stderr)
+    if alerts:
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class _ToldBeside:
+    """What is told beside the load. `alerts` None: no thresholds were given."""
+
+    comparisons: list[LayerComparison]
+    found: ComparedRecords | None
+    alerts: list[FoundAlert] | None
+
+    def show(self, layers: list[LayerReport]) -> None:
         from qnext.diagnostics.tables import show_experts
 
-        show_experts(first.layers, comparisons)
-        if findings is not None:
-            findings.show()
-    for each in comparisons:
-        if each.alert:
-            print(f"qnext experts: {each.alert}", file=sys.stderr)
+        show_experts(layers, self.comparisons)
+        if self.found is not None:
+            self.found.findings.show()
+
+    def document(self) -> dict[str, Any]:
+        document = {} if self.found is None else self.found.findings.document()
+        return document if self.alerts is None else {**document, "alerts": [each.document() for each in self.alerts]}
+
+    def lines(self) -> list[str]:
+        """The alerts: those of the thresholds, or of the usual changes of a comparison."""
+        if self.alerts is not None:
+            return [each.line for each in self.alerts]
+        return [each.alert for each in self.comparisons if each.alert]
 
 
 def _check(source: TextFlags, asking: AskingFlags, showing: ShowingFlags, running: RunningFlags) -> None:
@@ -185,8 +227,8 @@ def _second(first: TextFolder, name: str) -> _Second:
 
 def _findings(
     asking: AskingFlags, showing: ShowingFlags, first: ExpertAnswer, other: ExpertAnswer | None
-) -> RoutingFindings | None:
-    from qnext.diagnostics.routing.findings import OtherRecord, routing_findings
+) -> ComparedRecords | None:
+    from qnext.diagnostics.routing.findings import OtherRecord, compare_records
 
     if first.record is None:
         return None
@@ -196,7 +238,7 @@ def _findings(
     if other is not None and other.record is not None:
         other_model = OtherRecord(str(asking.other), other.record)
     num_pairs = showing.top if asking.pairs else None
-    return routing_findings(
+    return compare_records(
         first.record, num_pairs=num_pairs, other_text=other_text, other_model=other_model, ablation=first.ablation
     )
 

@@ -45,9 +45,11 @@ def command(
     ring = make_key_ring(access.keys, plain=plain, plain_file=access.api_key_file, admin=admin)
     check_access(ring, listen, is_insecure=access.insecure_no_auth)
     log_to_stderr(logs.log_format, secrets=[*plain, *admin])
+    folder = open_folder(model, yarn=served.yarn, expert_memory=served.expert_memory)
+    watch = logs.expert_watch(folder.config)
     load = partial(
         load_served,
-        open_folder(model, yarn=served.yarn, expert_memory=served.expert_memory),
+        folder,
         flags.serve_config(served.served_model_name or [name_of(model)], served, memory),
         note=note,
         progress=byte_progress,
@@ -63,6 +65,7 @@ def command(
             allowed_hosts=network.allowed_hosts or (),
             with_page=network.ui,
             open_readiness=access.open_readiness,
+            expert_watch=watch,
         )
 
     serve(new_server, load, listen, on_ready=print_ready)

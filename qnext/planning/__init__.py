@@ -3,7 +3,8 @@
 `parameters.py` lists every parameter with its kind, which counting, initial values, loading, quantising and update
 rules read: a new parameter is a line there. `counts.py` counts, `flops.py` says what tokens compute, `anatomy.py` puts
 both side by side, `workspace.py` bounds a step, `machine.py` asks what memory and processor there are, `plan.py`
-decides what fits, `forecast.py` how fast it is. May import config. A new question about size or cost goes here.
+decides what fits, `forecast.py` how fast it is, `expert_alerts.py` when the load of experts is a reason to look. May
+import config. A new question about size or cost goes here.
 """
 
 from __future__ import annotations

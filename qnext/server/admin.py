@@ -34,12 +34,13 @@ async def status(exchange: Exchange) -> HttpResponse:
 
 
 async def experts(exchange: Exchange) -> HttpResponse:
-    """Tokens of every expert of every layer since the start and in the last 64 steps."""
+    """Tokens of every expert of every layer since the start and in the last 64 steps, and what the watch says."""
     engine = exchange.server.worker.engine
     load = await asyncio.to_thread(engine.expert_load, 64)
     if load is None:
         raise ApiError(404, "this model has no experts that are counted", code="not_found")
-    return HttpResponse.of(load.as_dict())
+    watch = exchange.server.expert_watch
+    return HttpResponse.of(load.as_dict() | {"watch": None if watch is None else watch.document()})
 
 
 async def reload_keys(exchange: Exchange) -> HttpResponse:

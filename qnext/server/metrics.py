@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qnext.engine.execution.expert_load import ExpertLoad
     from qnext.engine.execution.expert_reads import ExpertReads
     from qnext.engine.metrics import EngineMetrics, Histogram
+    from qnext.server.expert_watch import ExpertWatch
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 RECENT_STEPS = 64  # as many as an engine remembers
@@ -99,12 +100,14 @@ class ServerMetrics:
         block_size: int,
         source: MetricsSource | None = None,
         num_waiting: Callable[[], int] | None = None,
+        watch: ExpertWatch | None = None,
     ) -> None:
         self.counters = counters
         self.model_name = model_name
         self.block_size = block_size
         self.source = source
         self.num_waiting = num_waiting
+        self.watch = watch
 
     def render(self, compat: Literal["vllm"] | None = None) -> bytes:
         """Text of format 0.0.4, to be sent as CONTENT_TYPE. `compat` adds the names that vLLM's dashboards read."""
@@ -127,6 +130,8 @@ class ServerMetrics:
         load = self.source.expert_load(RECENT_STEPS)
         if load is not None:
             yield from _expert_families(load, labels)
+        if self.watch is not None:
+            yield from self.watch.families(labels)
 
 
 class _Families(Collector):

@@ -24,6 +24,7 @@ import uvicorn
 from qnext.errors import UsageError
 from qnext.server import heap
 from qnext.server.admin import ADMIN_ROUTES
+from qnext.server.expert_watch import keep_watching
 from qnext.server.http.application import make_application
 from qnext.server.http.protocol import protocol_of
 from qnext.server.server import Server
@@ -159,6 +160,8 @@ async def _serve(server: Server, load: LoadModel, listen: Listen, on_ready: OnRe
         admin = _url(Listen(), sockets[-1]) if len(sockets) > 1 else None
         urls = Urls(_url(listen, sockets[0]), admin, _url_elsewhere(listen, sockets[0]))
         on_ready(server, urls)
+        if server.expert_watch is not None:
+            cleaning.append(asyncio.create_task(keep_watching(server.expert_watch, lambda: engine.expert_counts(0))))
         await server.stop_wanted.wait()
         await server.drain(server.limits.drain_seconds)
     finally:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qnext.engine import Engine
     from qnext.engine.sampling.constraint import Constraint
     from qnext.engine.sampling.grammar import CompiledGrammar
+    from qnext.server.expert_watch import ExpertWatch
 
 _log = logging.getLogger("qnext.server")
 IGNORED_HEADER = "X-Qnext-Ignored"
@@ -46,7 +47,7 @@ class Admitted:
 class Server:
     """One model behind HTTP. It is made before the model is loaded; `attach` makes it ready.
 
-    It belongs to one event loop. `audit` None means no audit log.
+    It belongs to one event loop. `audit` None means no audit log, `expert_watch` None no watch over the experts.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Server:
         allowed_hosts: Iterable[str] = (),
         with_page: bool = True,
         open_readiness: bool = False,
+        expert_watch: ExpertWatch | None = None,
     ) -> None:
         self.keys = keys or KeyRing()
         self.limits = limits or Limits()
@@ -69,6 +71,7 @@ class Server:
         self.allowed_hosts = tuple(allowed_hosts)
         self.with_page = with_page
         self.open_readiness = open_readiness
+        self.expert_watch = expert_watch
         self.rates = KeyRates()
         most = max(MAX_HELD_BYTES_PER_KEY, self.limits.max_body_bytes)
         self.bodies = Budget(most=max(MAX_HELD_BYTES, most), per_owner=most)
@@ -94,13 +97,15 @@ class Server:
         self._served = served
         self._worker = EngineWorker(engine, self.limits)
         self._worker.start()
-        self._live = LiveHub(engine, describe=describe(served, self.limits), own=self.own_work.of)
+        about = describe(served, self.limits)
+        self._live = LiveHub(engine, describe=about, own=self.own_work.of, watch=self.expert_watch)
         self._metrics = ServerMetrics(
             self.counters,
             model_name=served.name,
             block_size=engine.memory_plan.block_size,
             source=engine,
             num_waiting=lambda: self.worker.num_queued,
+            watch=self.expert_watch,
         )
         self.state = "ready"
 

@@ -176,6 +176,41 @@ def test_the_loss_without_an_expert(plain_folder: Path, tmp_path: Path, capsys: 
     assert (result.code, "'best' names no expert" in result.error_line) == (2, True)
 
 
+def test_a_baseline_and_alerts(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The same text does not drift from its own baseline; another one does, and the exit code says so."""
+    baseline, digits = tmp_path / "baseline.json", tmp_path / "digits"
+    digits.write_text("0123456789 " * 60)
+    document(capsys, plain_folder, TEXT, "--save-baseline", baseline)
+    quiet = document(capsys, plain_folder, TEXT, "--baseline", baseline, "--alert", "drift=0.05,collapse=0.5")
+    assert quiet["alerts"] == []
+    result = run(capsys, "experts", plain_folder, "--text", digits, "--baseline", baseline, "--alert", "drift=0.05")
+    assert result.code == 1
+    lines = result.err.splitlines()
+    assert lines[0].startswith("qnext experts: alert: the text: layer 0: drift is") and len(lines) == 2
+    result = run(capsys, "experts", plain_folder, TEXT, "--against", digits, "--alert", "drift=0.05", "--json")
+    alerts = json.loads(result.out)["alerts"]
+    assert result.code == 1
+    assert [(each["of"], each["layer"], each["measure"]) for each in alerts] == [
+        (str(digits), 0, "drift"),
+        (str(digits), 1, "drift"),
+    ]
+    assert all(each["value"] >= each["threshold"] == 0.05 for each in alerts)
+    worse = collapsed(plain_folder, tmp_path / "worse")
+    result = run(capsys, "experts", plain_folder, TEXT, "--compare", worse, "--alert", "collapse=0.2,dead=0.5")
+    assert result.code == 1
+    told = [line.partition(": layer ")[2].split(" is ")[0] for line in result.err.splitlines()]
+    assert told == ["1: dead", "1: collapse"]
+    few = run(capsys, "experts", plain_folder, "a few words", "--alert", "skew=100")
+    assert (few.code, "11 tokens say little of 4 experts; 40 would" in few.err) == (0, True)
+    for arguments, message in (
+        (["--alert", "drift=0.1"], "drift from what?"),
+        (["--alert", "heat=1"], "must be one of"),
+        (["--baseline", digits], "no baseline of experts"),
+    ):
+        result = run(capsys, "experts", plain_folder, TEXT, *arguments)
+        assert (result.code, message in result.error_line) == (2, True), result.err
+
+
 def test_agreement_with_an_adapter(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     """An adapter that changes nothing agrees everywhere; one that turns the routers does not."""
     model = load_model(plain_folder)

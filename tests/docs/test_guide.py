@@ -37,6 +37,7 @@ from tests.checkpoint.record_folders import RECORD_CONFIG, RecordForm, record_fo
 from tests.docs import fields_table, limits_table, supported_page
 from tests.docs.snippets import ROOT, USAGE_ERROR, Block, blocks, check_arguments, commands, qnext_arguments
 from tests.server.serving import Running, running_server, save_served
+from tests.server.test_expert_watch import alerted_watch
 from tests.server.test_metrics import Source, made_up
 
 GUIDE = ROOT / "docs" / "guide"
@@ -224,6 +225,7 @@ def test_metrics_named_exist(server: Running) -> None:
         assert sample.status_code == 200
         served = client.get("/metrics").text
     streams = ServerMetrics(ServerCounters(), model_name="a", block_size=16, source=Source(made_up(streams=True)))
+    streams.watch = alerted_watch()
     served += streams.render().decode()
     for path in PAGES:
         for name in re.findall(r"\bqnext_[a-z_]+", path.read_text(encoding="utf-8")):

@@ -12,6 +12,8 @@ from qnext.errors import UsageError, warn
 from qnext.session.served import ServeConfig, named_adapters, speculation_of
 
 if TYPE_CHECKING:
+    from qnext.config import ModelConfig
+    from qnext.server.expert_watch import ExpertWatch
     from qnext.server.limits import Limits
 
 _network, _access, _model = panel("Network"), panel("Access"), panel("Model")
@@ -185,6 +187,32 @@ class LogFlags:
     audit_chain: Annotated[bool, _log("Chain its lines by hashes.", "--audit-chain")] = False
     log_format: Annotated[Literal["text", "json"], _log("text or json.")] = "text"
     metrics_compat: Annotated[Literal["vllm"] | None, _log("vllm: its names of metrics, too.")] = None
+    expert_alert: Annotated[
+        str | None, _log("skew=8,dead=0.2,collapse=0.1,drift=0.1: when a layer's experts are an alert.", metavar="...")
+    ] = None
+    expert_baseline: Annotated[
+        Path | None, _log("For drift and collapse: a file of `qnext experts --save-baseline`.", metavar="FILE")
+    ] = None
+
+    def expert_watch(self, config: ModelConfig) -> ExpertWatch | None:
+        """The watch over the experts of a model, where one is wanted. Raises UsageError."""
+        if self.expert_alert is None and self.expert_baseline is None:
+            return None
+        from qnext.planning.expert_alerts import ExpertThresholds
+        from qnext.planning.expert_baseline import ExpertBaseline
+        from qnext.server.expert_watch import ExpertWatch, ExpertWatchConfig
+
+        if not config.num_experts:
+            raise UsageError("--expert-alert, --expert-baseline: the model has no experts")
+        thresholds = ExpertThresholds() if self.expert_alert is None else ExpertThresholds.parse(self.expert_alert)
+        baseline = None
+        if self.expert_baseline is not None:
+            baseline = ExpertBaseline.read(self.expert_baseline)
+            layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+            baseline.check(layers, config.num_experts, where=str(self.expert_baseline))
+        elif thresholds.needs_reference:
+            raise UsageError("--expert-alert drift: there is nothing to drift from without --expert-baseline FILE")
+        return ExpertWatch(ExpertWatchConfig(thresholds, baseline, config.num_experts_per_tok))
 
 
 def serve_config(names: list[str], served: ServedFlags, memory: MemoryFlags) -> ServeConfig:

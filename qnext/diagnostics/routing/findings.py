@@ -73,14 +73,23 @@ class OtherRecord:
     record: RoutingRecord
 
 
-def routing_findings(
+@dataclass(frozen=True)
+class ComparedRecords:
+    """A record, those that it was compared with, in the order of the drifts, and what was found."""
+
+    record: RoutingRecord
+    others: list[OtherRecord]
+    findings: RoutingFindings
+
+
+def compare_records(
     record: RoutingRecord,
     *,
     num_pairs: int | None,
     other_text: OtherRecord | None = None,
     other_model: OtherRecord | None = None,
     ablation: Ablation | None = None,
-) -> RoutingFindings:
+) -> ComparedRecords:
     """Of a record: its pairs, unless `num_pairs` is None; its drift to another text; its drift to another model, and
     its agreement with it; with what was found of it without experts. Raises UsageError where they do not compare."""
     drifts = []
@@ -88,12 +97,13 @@ def routing_findings(
         drifts.append(drift(record, other_text.record, of=f"the text to {other_text.name}", is_paired=False))
     if other_model is not None:
         drifts.append(drift(record, other_model.record, of=f"the model to {other_model.name}", is_paired=True))
-    return RoutingFindings(
+    findings = RoutingFindings(
         pairs=None if num_pairs is None else coactivation(record, num_pairs=num_pairs),
         drifts=drifts,
         agreement=None if other_model is None else agreement(record, other_model.record),
         ablation=ablation,
     )
+    return ComparedRecords(record, [each for each in (other_text, other_model) if each is not None], findings)
 
 
 def _pairs(pairs: Sequence[ExpertPair]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from qnext.server.view.own_work import OwnWork, own_document
 
 if TYPE_CHECKING:
     from qnext.engine import Engine, EngineMetrics, ExpertCounts, ExpertReads
+    from qnext.server.expert_watch import ExpertWatch
 
 T = TypeVar("T")
 
@@ -42,7 +43,8 @@ class LiveHub:
     """Makes each tick once for all viewers of the same view, and none without viewers. Belongs to one event loop.
 
     An administrator sees the whole engine with its experts, whose load reveals something about prompts. Every other key
-    sees its own requests, as `own` has them, at times that no other request changes. `describe` adds to the document of
+    sees its own requests, as `own` has them, at times that no other request changes. `watch` is the watch over the
+    experts, which administrators see. `describe` adds to the document of
     `model()`: "model", "limits", "sampling", "has_chat", "thinking".
     """
 
@@ -52,11 +54,13 @@ class LiveHub:
         describe: Mapping[str, Any],
         *,
         own: Callable[[str], OwnWork] | None = None,
+        watch: ExpertWatch | None = None,
         max_viewers: int = MAX_VIEWERS,
     ) -> None:
         self._engine = engine
         self._describe = dict(describe)
         self._own = own
+        self._watch = watch
         self._max_viewers = max_viewers
         self._viewers: dict[str | None, set[Ticks]] = {}  # by whose requests they see, None is everything
         self._task: asyncio.Task[None] | None = None
@@ -122,7 +126,7 @@ class LiveHub:
 
     def _new_maker(self, key_id: str | None) -> TickMaker | OwnTickMaker:
         if key_id is None:
-            return TickMaker(self._engine)
+            return TickMaker(self._engine, self._watch)
         assert self._own is not None
         return OwnTickMaker(self._own, key_id)
 
@@ -159,8 +163,9 @@ class Ticks:
 class TickMaker:
     """Turns growing counters into what happened between two ticks."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, watch: ExpertWatch | None = None) -> None:
         self._engine = engine
+        self._watch = watch
         self._seen: tuple[Any, ...] | None = None  # what the last tick told of
         self._last = -math.inf
         self._total_LE: NDArray[np.int64] | None = None
@@ -193,6 +198,7 @@ class TickMaker:
                 "drafts": {"drafted": metrics.drafted_tokens, "accepted": metrics.accepted_tokens},
                 "experts": self._experts(self._engine.expert_counts(0)),
                 "expert_reads": self._expert_reads(now, metrics),
+                "expert_watch": None if self._watch is None else self._watch.document(),
             }
         )
 

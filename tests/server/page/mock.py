@@ -47,6 +47,7 @@ class Script:
     has_chat: bool = True
     has_mtp: bool = True
     streams_experts: bool = False
+    alerts: dict[int, list[str]] | None = None  # of layers, by the watch; None: nobody watches
     name: str = "qwen3-next-mock"
     key: str = ""
     pause: float = 0.0  # seconds between the events of an answer
@@ -229,7 +230,15 @@ class LiveMock:
             "drafts": {"drafted": self.drafted, "accepted": self.accepted},
             "experts": {"steps": 5, "layers": self.layers(is_busy)},
             "expert_reads": self.expert_reads(is_busy) if script.streams_experts else None,
+            "expert_watch": None if script.alerts is None else self.expert_watch(script.alerts),
         }
+
+    def expert_watch(self, alerts: dict[int, list[str]]) -> dict[str, Any]:
+        values = {"skew": 9.24, "dead": 0.0, "collapse": 0.031, "drift": 0.314}
+        layers = [
+            {"layer": layer, "alerts": alerts.get(layer, []), **values} for layer in range(self.script.num_layers)
+        ]
+        return {"tokens": 4096, "thresholds": {"skew": 8.0, "drift": 0.1}, "layers": layers}
 
     def expert_reads(self, is_busy: bool) -> dict[str, float | None]:
         if not is_busy:

@@ -203,3 +203,22 @@ def test_a_key_that_sees_its_own_requests_is_told_so(open_page: OpenPage, script
     expect(page.locator(".tile")).to_have_count(6)
     expect(page.locator(".grid-card")).to_be_visible()
     expect(page.locator("#own-note")).to_be_hidden()
+
+
+def test_alerts_of_the_watch(open_page: OpenPage, script: Script) -> None:
+    """A list in words, a dot at the layer, and the drift in its tip; nothing of it where nobody watches."""
+    page = open_page()
+    expect(page.locator("#expert-lists")).to_contain_text("Never used")
+    expect(page.locator("#expert-alerts")).to_have_count(0)
+    script.alerts = {}
+    expect(page.locator("#expert-alerts")).to_contain_text("None in the last 4,096 tokens")
+    script.alerts = {2: ["drift"], 5: ["skew", "drift"]}
+    alerts = page.locator("#expert-alerts li")
+    expect(alerts).to_have_count(3)
+    expect(alerts.nth(0)).to_contain_text("layer 2")
+    expect(alerts.nth(0)).to_contain_text("drift 31 %, alert from 10 %")
+    expect(alerts.nth(1)).to_contain_text("skew 9.2×, alert from 8.0×")
+    page.locator("#layer-table summary").click()
+    expect(page.locator("#layer-table tbody tr").nth(5)).to_contain_text("skew, drift")
+    alerts.nth(0).locator("button").click()
+    expect(page.locator("#grid-caption")).to_contain_text("Layer 2")

@@ -4,6 +4,7 @@ import { $, percent } from "./dom.js";
 import { cellAt, cellBox, layoutOf, wantedHeight } from "./grid-layout.js";
 import { palette } from "./palette.js";
 import { drawMask } from "./grid-mask.js";
+import { watchTexts } from "./expert-watch.js";
 
 const FADE = 520; // ms in which a glow falls to 1/e
 const RISE = [40, 190]; // ms, by cell: what one tick tells happened over 200 ms, so cells do not flash as one
@@ -87,10 +88,10 @@ export class ExpertGrid {
   }
 
   take(layers) {
-    for (const { layer: index, now, load, entropy, hot } of layers) {
+    for (const { layer: index, now, load, entropy, hot, watch } of layers) {
       const layer = this.#layers.find((one) => one.index === index);
       if (!layer || now.length !== layer.experts) continue;
-      Object.assign(layer, { now, load, entropy, hot });
+      Object.assign(layer, { now, load, entropy, hot, watch });
       layer.sums = { now: sum(now), load: sum(load) };
       for (let e = 0; e < now.length; e++) {
         if (now[e] > 0) this.#target[layer.at + e] = LEAST_GLOW + ((1 - LEAST_GLOW) * now[e]) / 255;
@@ -229,7 +230,7 @@ export class ExpertGrid {
     }
   }
 
-  /** Beside each row: how even its load is (entropy), and the share of its five busiest experts. */
+  /** Beside each row: how even its load is (entropy), the share of its five busiest experts, and a dot for an alert. */
   #drawBars() {
     const { left, inner, pitch, rowHeight } = this.#layout;
     const ratio = this.#ratio;
@@ -237,13 +238,18 @@ export class ExpertGrid {
     const size = 40 * ratio;
     const thick = Math.max(ratio, Math.min(3 * ratio, rowHeight / 3));
     const style = getComputedStyle(this.#canvas);
-    const [even, hot] = [style.getPropertyValue("--bar-even"), style.getPropertyValue("--bar-hot")];
+    const [even, hot, alert] = ["--bar-even", "--bar-hot", "--danger"].map((name) => style.getPropertyValue(name));
     this.#shown.forEach((layer, row) => {
       const middle = row * pitch + rowHeight / 2;
       this.#context.fillStyle = even;
       this.#context.fillRect(start, middle - thick - ratio / 2, size * layer.entropy, thick);
       this.#context.fillStyle = hot;
       this.#context.fillRect(start, middle + ratio / 2, size * Math.min(1, layer.hot.reduce((s, [, share]) => s + share, 0)), thick);
+      if (!layer.watch?.alerts.length) return;
+      this.#context.fillStyle = alert;
+      this.#context.beginPath();
+      this.#context.arc(start - 4 * ratio, middle, 2.5 * ratio, 0, 2 * Math.PI);
+      this.#context.fill();
     });
   }
 
@@ -317,7 +323,7 @@ export class ExpertGrid {
     const layer = this.#shown[row];
     const kind = layer.kind === "attention" ? "attention" : "DeltaNet";
     const hot = layer.hot.reduce((total, [, share]) => total + share, 0);
-    if (expert === null) return [`${layer.name} · ${kind}`, `evenness ${percent(layer.entropy)}`, `five busiest ${percent(hot)}`];
+    if (expert === null) return [`${layer.name} · ${kind}`, `evenness ${percent(layer.entropy)}`, `five busiest ${percent(hot)}`, ...watchTexts(layer.watch)];
     const share = (name) => (layer.sums[name] ? percent(layer[name][expert] / layer.sums[name]) : "none");
     return [`Expert ${expert} · ${layer.name} · ${kind}`, `now ${share("now")}`, `since start ${share("load")}`];
   }

@@ -116,9 +116,10 @@ export class LiveView {
     this.#tiles.take(tick);
     if (isOwn) showOwn(tick.states);
     if (!tick.experts) return;
-    const layers = tick.experts.layers.map((layer) => ({ ...layer, now: bytes(layer.now), load: bytes(layer.load) }));
+    const watched = new Map(tick.expert_watch?.layers.map((one) => [one.layer, one]));
+    const layers = tick.experts.layers.map((layer) => ({ ...layer, now: bytes(layer.now), load: bytes(layer.load), watch: watched.get(layer.layer) }));
     this.#grid.take(layers);
-    this.#lists.take(layers);
+    this.#lists.take(layers, tick.expert_watch ?? null);
   }
 
   #say(text, state) {
