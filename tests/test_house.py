@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lora": {"config", "planning", "ops", "model"},
     "probe": {"config", "ops", "model"},
     "parallel": {"config", "planning", "ops", "model"},
-    "engine": {"config", "planning", "ops", "model", "residency"},
+    "engine": {"config", "planning", "ops", "model", "residency", "probe"},
     "checkpoint": {"config", "planning", "ops", "text", "model", "quant", "residency", "lora", "parallel"},
     "eval": {"config", "text", "model", "engine"},
     "server": {"planning", "engine", "text"},

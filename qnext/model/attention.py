@@ -74,6 +74,10 @@ class Attention(nn.Module):
             out_THK = out_THK * torch.sigmoid(see("gate", gate_THK))
         return see("gated_out", out_THK.flatten(1))
 
+    def gates(self, q_TX: Tensor) -> Tensor | None:
+        """[T, H, K]: the output gates, before their sigmoid, of what q_proj gave; None without gates."""
+        return self._queries_and_gates(q_TX)[1]
+
     def _queries_and_gates(self, q_TX: Tensor) -> tuple[Tensor, Tensor | None]:
         """[T, H, K] each: with gates, each head of q_proj holds its query dims first and then its gate dims."""
         if not self.has_gate:

@@ -77,6 +77,13 @@ class GatedDeltaNet(nn.Module):
             o_THV = ops.cached_delta_rule(inputs, qkv_TC, cache, packing=packing, before=carried, conv_NWC=conv_NWC)
         return see("gated_out", self.norm(see("core_out", o_THV), see("gate", z_THV)).flatten(1))
 
+    def gates(self, qkvz_TX: Tensor, ba_TY: Tensor) -> tuple[Tensor, Tensor]:
+        """The log decays [T, H] and the output gates z [T, H, V], before their silu, of what the projections gave."""
+        sizes = {"key_head_dim": self.key_head_dim, "num_heads": self.num_value_heads}
+        _, z_THV = ops.split_qkvz(qkvz_TX, num_key_heads=self.num_key_heads, **sizes)
+        _, g_TH = ops.delta_gates(ba_TY, self.A_log, self.dt_bias, num_key_heads=self.num_key_heads)
+        return g_TH, z_THV
+
     def _heads(self, mixed_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q and k [T, J, K], v [T, H, V]"""
         key_dim = self.num_key_heads * self.key_head_dim

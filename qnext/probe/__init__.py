@@ -10,6 +10,7 @@ from __future__ import annotations
 from qnext.probe.attending import Attended
 from qnext.probe.captures import Captures
 from qnext.probe.edits import Edit, same_bits
+from qnext.probe.glance import Glance, Glancer, LayerGlance
 from qnext.probe.look import AttentionLook, Look, look
 from qnext.probe.names import match, tap_names
 from qnext.probe.probe import ModelProbe
@@ -26,6 +27,9 @@ __all__ = [
     "Captures",
     "DeltaSeen",
     "Edit",
+    "Glance",
+    "Glancer",
+    "LayerGlance",
     "Look",
     "ModelProbe",
     "Observer",

@@ -29,6 +29,7 @@ from qnext.errors import NotFinite
 from qnext.model import CausalLM, held_bytes, residency_of
 from qnext.ops import backend_of, embedding, put_rows
 from qnext.planning import state_bytes_per_sequence
+from qnext.probe import Glance, Glancer
 
 
 class PrefixStore(Protocol):
@@ -69,6 +70,8 @@ class LocalExecutor:
         self._decoding = RecordedBatches(cache, self.watch, lambda lengths, _: StepInputs(cache, lengths), self._decode)
         self._draft_passes = DraftPasses(model, cache, self.watch, adapters)
         self._switch = adapters
+        self._glancer = Glancer(model)
+        self.request_of_slot: dict[int, str | int] | None = None  # is kept up to date where somebody wants it
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Advance the caches by the plan's tokens; logits only where a token is to be chosen.
@@ -77,6 +80,12 @@ class LocalExecutor:
         sequences with one token and sequences with more are two batches: PyTorch's delta rule and attention have paths
         of their own for one token, and the others would pad it to a whole chunk.
         """
+        if not self._glancer.is_asked or not plan.sequences:
+            return self._execute(plan)
+        with self._glancer.watching():
+            return self._execute(plan)._replace(was_prepared=False)
+
+    def _execute(self, plan: StepPlan) -> StepOutput:
         self._prepare(plan)
         if not plan.sequences:
             return StepOutput(torch.empty(0, self.model_config.vocab_size), ())
@@ -103,6 +112,11 @@ class LocalExecutor:
 
     def draft(self, plan: DraftPlan) -> DraftOutput:
         return self._draft_passes.run(plan)
+
+    def glance(self) -> Glance | None:
+        """What a step showed of gates and states after the last call; the next step will be looked at. Any thread may
+        ask."""
+        return self._glancer.ask()
 
     def held_bytes(self) -> HeldBytes:
         state_dtype = str(self.cache.state_dtype).removeprefix("torch.")
@@ -134,6 +148,8 @@ class LocalExecutor:
         if self.store is not None and plan.spills:
             self.store.save(plan.spills)
         self.watch.look()
+        if self.request_of_slot is not None:
+            self.request_of_slot.update((s.slot, s.request_id) for s in plan.sequences)
         self.cache.forget(plan)
         for load in plan.loads:
             assert self.store is not None
