@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT["session"] = set(MAY_IMPORT) - {"training"}
 MAY_IMPORT["client"] = {"text", "session"}
 MAY_IMPORT["bench"] = MAY_IMPORT["diagnostics"] = MAY_IMPORT["session"] | {"session"}
+MAY_IMPORT["harness"] = MAY_IMPORT["session"] | {"session"}
 MAY_IMPORT["recipes"] = set(MAY_IMPORT) - {"client", "bench", "diagnostics"}
 MAY_IMPORT["claims"] = set(MAY_IMPORT) - {"client"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

@@ -44,6 +44,7 @@ VERBS = {
     "train-distill": "teach a model what a larger one knows, as `qnext train distill`",
     "eval": "bits per byte on text files",
     "eval-docs": "questions about your documents, with checked citations, as `qnext eval docs`",
+    "eval-harness": "tasks of lm-evaluation-harness and the announcement's tables, as `qnext eval harness`",
     "eval-tasks": "generated tasks by length and depth, as `qnext eval tasks`",
     "quantize": "a model folder in four or eight bits, and what that cost",
     "bench": "speed, loading and memory, beside peers and the limits of the machine",

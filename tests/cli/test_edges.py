@@ -34,6 +34,8 @@ INPUTS = {
     "eval files": "eval MODEL X",
     "eval-docs folder": "eval-docs X --model MODEL --lengths 9",
     "eval-docs model": "eval-docs BATCH --model X",
+    "eval-harness model": "eval-harness X --tasks a",
+    "eval-harness include_path": "eval-harness MODEL --tasks a --include-path X/none",
     "eval-tasks model": "eval-tasks X --tasks copy --lengths 100",
     "eval-tasks filler": "eval-tasks MODEL --tasks needle --filler X --lengths 9",
     "quantize model": "quantize X NEW",

@@ -124,6 +124,7 @@ def test_flags_named_in_the_text_exist() -> None:
         "audit-trace",
         "eval-tasks",
         "eval-docs",
+        "eval-harness",
     ):
         name, _, sub = verb.partition(" ")
         command = click_command(name)

@@ -15,6 +15,7 @@ from qnext.errors import UsageError
 
 if TYPE_CHECKING:
     from qnext.eval.tasks import Examinee
+    from qnext.session.llm import LLM
 
 _asked = panel("Model")
 
@@ -78,8 +79,15 @@ class ExamineeFlags:
                 yield remote
             return
         from qnext.session.examinee import LocalExaminee
+
+        with self.llm(model) as llm:
+            yield LocalExaminee(llm, thinks=thinks)
+
+    @contextmanager
+    def llm(self, model: str | None) -> Iterator[LLM]:
+        """The model of this process."""
         from qnext.session.llm import LLM
 
         options = {"max_num_seqs": self.max_num_seqs, "max_model_len": self.max_model_len}
         with LLM(str(model), dtype=self.dtype, yarn=self.yarn, expert_memory=self.expert_memory, **options) as llm:
-            yield LocalExaminee(llm, thinks=thinks)
+            yield llm
