@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from qnext.engine.policy.params import SamplingParams
     from qnext.engine.policy.request import FinishReason, Request, SampledToken
     from qnext.engine.policy.step import EndEvent, TokenEvent
+    from qnext.engine.probing import glance_at, probed
     from qnext.engine.storage.tiers import DiskCache
+    from qnext.probe import Glance
 
 __all__ = [
     "Completion",
@@ -39,6 +41,7 @@ __all__ = [
     "FinishCounts",
     "FinishReason",
     "Gauges",
+    "Glance",
     "Histogram",
     "LayerLoad",
     "MemoryPlan",
@@ -47,6 +50,8 @@ __all__ = [
     "SamplingParams",
     "TokenEvent",
     "check_options",
+    "glance_at",
+    "probed",
 ]
 
 __getattr__ = lazy_names(
@@ -64,6 +69,7 @@ __getattr__ = lazy_names(
         "FinishCounts": "metrics",
         "FinishReason": "policy.request",
         "Gauges": "metrics",
+        "Glance": "probing",
         "Histogram": "metrics",
         "LayerLoad": "execution.expert_load",
         "MemoryPlan": "memory",
@@ -72,5 +78,7 @@ __getattr__ = lazy_names(
         "SamplingParams": "policy.params",
         "TokenEvent": "policy.step",
         "check_options": "early",
+        "glance_at": "probing",
+        "probed": "probing",
     },
 )

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from qnext.model import CausalLM
 from qnext.model.attention import Attention
 from qnext.model.delta_net import GatedDeltaNet
-from qnext.probe.names import prefix_of
 
 _ROWS = 64  # of a step, its last ones
 
@@ -24,7 +23,7 @@ _ROWS = 64  # of a step, its last ones
 class LayerGlance(NamedTuple):
     """Numbers of one layer. A mean of gates is that of their sigmoid; None for a layer without gates."""
 
-    name: str
+    layer: int
     half_lives: tuple[float, ...]  # tokens, of each head the median; empty for full attention
     gate: float | None
 
@@ -51,13 +50,12 @@ class Glancer:
     def watching(self) -> Iterator[None]:
         """The step in the block is looked at, at the projections in front of the mixers: all ops stay fused."""
         self.is_asked = False
-        seen: dict[str, dict[str, Tensor]] = {}
+        seen: dict[int, dict[str, Tensor]] = {}
         handles = []
         for index, layer in enumerate(self._model.model.layers):
-            name = prefix_of(self._model.config, index)
             mixer = next(part for part in layer.children() if isinstance(part, (GatedDeltaNet, Attention)))
             for part in ("in_proj_qkvz", "in_proj_ba") if isinstance(mixer, GatedDeltaNet) else ("q_proj",):
-                keep = partial(_keep, seen.setdefault(name, {}), part)
+                keep = partial(_keep, seen.setdefault(index, {}), part)
                 handles.append(mixer.get_submodule(part).register_forward_hook(keep))
         try:
             yield
@@ -67,21 +65,20 @@ class Glancer:
         self._last = self._glance(seen)
 
     @torch.inference_mode()
-    def _glance(self, seen: dict[str, dict[str, Tensor]]) -> Glance:
+    def _glance(self, seen: dict[int, dict[str, Tensor]]) -> Glance:
         layers: list[LayerGlance] = []
         num_rows = 0
         for index, layer in enumerate(self._model.model.layers):
-            name = prefix_of(self._model.config, index)
             for mixer in layer.children():
-                rows = seen.get(name, {})
+                rows = seen.get(index, {})
                 if isinstance(mixer, GatedDeltaNet) and len(rows) == 2:
                     g_RH, gate_RHV = mixer.gates(rows["in_proj_qkvz"], rows["in_proj_ba"])
                     half_life_H = -torch.log(torch.tensor(2.0)) / g_RH.float().median(0).values.clamp(max=-1e-9)
-                    layers.append(LayerGlance(name, tuple(half_life_H.tolist()), _openness(gate_RHV)))
+                    layers.append(LayerGlance(index, tuple(half_life_H.tolist()), _openness(gate_RHV)))
                     num_rows = len(g_RH)
                 elif isinstance(mixer, Attention) and rows:
                     gate_RHK = mixer.gates(rows["q_proj"])
-                    layers.append(LayerGlance(name, (), None if gate_RHK is None else _openness(gate_RHK)))
+                    layers.append(LayerGlance(index, (), None if gate_RHK is None else _openness(gate_RHK)))
                     num_rows = len(rows["q_proj"])
         return Glance(num_rows, tuple(layers))
 

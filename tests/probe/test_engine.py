@@ -118,7 +118,7 @@ def test_a_glance_at_a_step_changes_nothing() -> None:
     assert glance is not None and glance.num_rows == len(PROMPTS[0])
     g, z, gate = (probe.captures.values(tap) for tap in probe.captures.names())
     delta, attention = glance.layers
-    assert delta.name == "layers.0" and attention.half_lives == ()
+    assert (delta.layer, attention.layer) == (0, 1) and attention.half_lives == ()
     assert delta.half_lives == pytest.approx((-torch.log(torch.tensor(2.0)) / g.median(0).values).tolist(), rel=1e-4)
     assert delta.gate == pytest.approx(float(torch.sigmoid(z).mean()), rel=1e-4)
     assert attention.gate == pytest.approx(float(torch.sigmoid(gate).mean()), rel=1e-4)

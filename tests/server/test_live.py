@@ -114,6 +114,22 @@ def test_the_rest_of_a_tick(engine: Engine) -> None:
     assert math.isclose(tick["time"], time.time(), abs_tol=60)
 
 
+def test_a_step_is_looked_at_once_a_second(engine: Engine) -> None:
+    """From the second tick on that comes a second after the first; what was told is not told again."""
+    maker = TickMaker(engine)
+    assert json.loads(maker.make(0.0) or b"")["inside"] is None
+    run(engine, 3)
+    assert json.loads(maker.make(0.5) or b"")["inside"] is None
+    run(engine, 2)
+    inside = json.loads(maker.make(1.2) or b"")["inside"]
+    layers = engine.model_config.layer_types
+    assert [layer["layer"] for layer in inside["layers"]] == list(range(len(layers)))
+    heads = [len(layer["half_life"]) for layer in inside["layers"]]
+    assert heads == [engine.model_config.linear_num_value_heads if kind == "linear_attention" else 0 for kind in layers]
+    assert all(0 < layer["gate"] < 1 for layer in inside["layers"])
+    assert json.loads(maker.make(2.4) or b"")["inside"] is None
+
+
 def test_ticks_are_a_second_apart_when_nothing_happens(engine: Engine) -> None:
     maker = TickMaker(engine)
     made = [maker.make(n * 0.2) is not None for n in range(11)]
@@ -133,6 +149,8 @@ def test_rates_come_to_rest() -> None:
 
 class FakeEngine:
     """Counters that are set by hand."""
+
+    executor = None  # nothing to look at
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.total_LE = np.zeros((num_layers, num_experts), dtype=np.int64)

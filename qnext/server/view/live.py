@@ -22,13 +22,14 @@ from qnext.planning.expert_shape import expert_shape
 from qnext.server.view.own_work import OwnWork, own_document
 
 if TYPE_CHECKING:
-    from qnext.engine import Engine, EngineMetrics, ExpertCounts, ExpertReads
+    from qnext.engine import Engine, EngineMetrics, ExpertCounts, ExpertReads, Glance
     from qnext.server.expert_watch import ExpertWatch
 
 T = TypeVar("T")
 
 BUSY_SECONDS = 0.2  # between ticks while something happens
 IDLE_SECONDS = 1.0
+GLANCE_SECONDS = 1.0  # between steps that are looked at
 MAX_VIEWERS = 32
 MAX_VIEWERS_PER_KEY = 4  # of its own requests
 _RATE_SECONDS = 2.0  # that rates are taken over: a slow model brings less than one token in a tick
@@ -172,6 +173,8 @@ class TickMaker:
         self._num_steps = 0
         self._rates = _Rates()
         self._reads: _Recent[tuple[ExpertReads, int]] = _Recent()
+        self._asked = -math.inf
+        self._glance: Glance | None = None
 
     def make(self, now: float) -> bytes | None:
         """The tick at `now`, in seconds of a monotonic clock.
@@ -199,8 +202,26 @@ class TickMaker:
                 "experts": self._experts(self._engine.expert_counts(0)),
                 "expert_reads": self._expert_reads(now, metrics),
                 "expert_watch": None if self._watch is None else self._watch.document(),
+                "inside": self._inside(now),
             }
         )
+
+    def _inside(self, now: float) -> dict[str, Any] | None:
+        """Half-lives and gates of a step, where another one was looked at. One a second is asked for: the step that is
+        looked at takes longer."""
+        if now - self._asked < GLANCE_SECONDS:
+            return None
+        from qnext.engine import glance_at
+
+        self._asked, before = now, self._glance
+        self._glance = glance_at(self._engine)
+        if self._glance is None or self._glance is before:
+            return None
+        layers = [
+            {"layer": each.layer, "half_life": [_short(life) for life in each.half_lives], "gate": each.gate}
+            for each in self._glance.layers
+        ]
+        return {"rows": self._glance.num_rows, "layers": layers}
 
     def _expert_reads(self, now: float, metrics: EngineMetrics) -> dict[str, float | None] | None:
         """Of the last two seconds; bytes for each token that was read or written."""
@@ -313,6 +334,11 @@ def _scaled(tokens_LE: NDArray[np.int64]) -> NDArray[np.uint8]:
     """[L, E] so that the largest of each layer is 255; whoever had a token has at least 1."""
     most_L = np.maximum(tokens_LE.max(axis=1, initial=0), 1)
     return np.ceil(tokens_LE * (255 / most_L)[:, None]).clip(0, 255).astype(np.uint8)
+
+
+def _short(number: float) -> float:
+    """With the digits that people read: a tick is made five times a second."""
+    return float(f"{number:.3g}")
 
 
 def _gauges(metrics: EngineMetrics) -> dict[str, Any]:

@@ -231,6 +231,7 @@ class LiveMock:
             "experts": {"steps": 5, "layers": self.layers(is_busy)},
             "expert_reads": self.expert_reads(is_busy) if script.streams_experts else None,
             "expert_watch": None if script.alerts is None else self.expert_watch(script.alerts),
+            "inside": self.inside() if is_busy else None,
         }
 
     def expert_watch(self, alerts: dict[int, list[str]]) -> dict[str, Any]:
@@ -239,6 +240,14 @@ class LiveMock:
             {"layer": layer, "alerts": alerts.get(layer, []), **values} for layer in range(self.script.num_layers)
         ]
         return {"tokens": 4096, "thresholds": {"skew": 8.0, "drift": 0.1}, "layers": layers}
+
+    def inside(self) -> dict[str, Any]:
+        """Half-lives that double from head to head, and a gate that opens from layer to layer."""
+        layers = []
+        for layer in self.document()["layers"]:
+            lives = [2.0**head for head in range(8)] if layer["kind"] == "delta" else []
+            layers.append({"layer": layer["index"], "half_life": lives, "gate": layer["index"] / 100})
+        return {"rows": 2, "layers": layers}
 
     def expert_reads(self, is_busy: bool) -> dict[str, float | None]:
         if not is_busy:

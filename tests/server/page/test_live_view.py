@@ -222,3 +222,26 @@ def test_alerts_of_the_watch(open_page: OpenPage, script: Script) -> None:
     expect(page.locator("#layer-table tbody tr").nth(5)).to_contain_text("skew, drift")
     alerts.nth(0).locator("button").click()
     expect(page.locator("#grid-caption")).to_contain_text("Layer 2")
+
+
+def test_states_and_gates_have_a_strip_for_each_layer(open_page: OpenPage, script: Script) -> None:
+    """From the first step on that was looked at; a key that sees its own requests sees none."""
+    page = open_page()
+    states = page.locator("#states")
+    expect(page.locator("#tiles")).to_contain_text("tokens/s")
+    expect(states).to_be_hidden()
+    script.always_busy = True
+    expect(states.locator("tbody tr")).to_have_count(8)
+    expect(states).to_be_visible()
+    expect(states.locator("tr.attention")).to_have_count(2)
+    row = states.locator("tbody tr").nth(6)
+    expect(row).to_contain_text("8.0, up to 128")
+    expect(row).to_contain_text("6.0 %")
+    brightness = [float(cell.get_attribute("fill-opacity") or 0) for cell in row.locator(".state-head").all()]
+    assert len(brightness) == 8 and brightness == sorted(brightness) and brightness[0] < 0.2
+    assert float(row.locator(".gate-part").get_attribute("width") or 0) == pytest.approx(6)
+    expect(states.locator("tr.attention .state-head")).to_have_count(0)
+    script.view = "own"
+    page.reload()
+    expect(page.locator("#live-title")).to_have_text("Your requests")
+    expect(states).to_be_hidden()

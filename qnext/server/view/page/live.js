@@ -4,6 +4,7 @@ import { $, count, h } from "./dom.js";
 import { ApiError, stream } from "./api.js";
 import { ExpertGrid } from "./grid.js";
 import { ExpertLists } from "./expert-lists.js";
+import { StateStrips } from "./states.js";
 import { Tiles } from "./tiles.js";
 
 const LONGEST_PAUSE = 15; // seconds between attempts to connect
@@ -14,6 +15,7 @@ export class LiveView {
   #grid = null;
   #tiles = null;
   #lists = null;
+  #states = new StateStrips();
   #connection = null; // AbortController of the stream
   #mayAsk = true;
 
@@ -41,6 +43,7 @@ export class LiveView {
     for (const part of [document.querySelector(".grid-card"), document.querySelector("#live .segments")]) part.hidden = sparse.length === 0;
     $("expert-lists").hidden = sparse.length === 0;
     $("layer-table").hidden = sparse.length === 0;
+    this.#states.setLayers(isOwn ? [] : model.layers);
     this.#grid.setLayers(sparse);
     this.#lists.setLayers(sparse);
     this.#zoomed(null);
@@ -115,6 +118,7 @@ export class LiveView {
     this.#say(texts[isBusy ? 0 : 1], isBusy ? "busy" : "idle");
     this.#tiles.take(tick);
     if (isOwn) showOwn(tick.states);
+    this.#states.take(tick.inside);
     if (!tick.experts) return;
     const watched = new Map(tick.expert_watch?.layers.map((one) => [one.layer, one]));
     const layers = tick.experts.layers.map((layer) => ({ ...layer, now: bytes(layer.now), load: bytes(layer.load), watch: watched.get(layer.layer) }));
