@@ -54,10 +54,14 @@ class LlamaBench:
     def step(self, kind: str, length: int) -> float:
         """Seconds of a prefill of `length` tokens, or of decoding at that depth."""
         if kind == "prefill":
-            answer = self._run("-p", str(length), "-n", "0")
-            return length / answer["avg_ts"]
+            return self.prefill_seconds(length, 0)
         answer = self._run("-p", "0", "-n", str(self._decode_tokens), "-d", str(length))
         return self._decode_tokens / answer["avg_ts"]
+
+    def prefill_seconds(self, num_tokens: int, depth: int) -> float:
+        """Of so many tokens of a prompt behind `depth` others, which are computed first."""
+        answer = self._run("-p", str(num_tokens), "-n", "0", *(("-d", str(depth)) if depth else ()))
+        return num_tokens / answer["avg_ts"]
 
     def load(self) -> dict[str, float]:
         """Seconds of a whole process that loads the file and computes one token."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from qnext.claims.notebook import Measured, Point
+from qnext.diagnostics.charts import Chart
 from qnext.eval.intervals import Interval
 
 Judgement = Literal["shown", "not shown", "open", "not measured"]
@@ -45,6 +46,14 @@ class Grid(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
+class Picture(NamedTuple):
+    """Charts of a report, side by side. `name` is that of its file."""
+
+    name: str
+    title: str
+    charts: Sequence[Chart]
+
+
 @dataclass(frozen=True)
 class Findings:
     """What an experiment found. `values` are the numbers by which claims are judged, by field."""
@@ -52,6 +61,7 @@ class Findings:
     setting: str  # what was run, on which shapes
     values: Mapping[str, Interval] = field(default_factory=dict)
     grids: Sequence[Grid] = ()
+    pictures: Sequence[Picture] = ()
     notes: Sequence[str] = ()
 
 

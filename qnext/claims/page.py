@@ -12,10 +12,12 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 0.92em; }
 th, td { border-bottom: 1px solid #ccc; padding: 0.3rem 0.7rem; text-align: left; vertical-align: top; }
+figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
 """
 
 
-def html(document: Mapping[str, Any], *, title: str) -> str:
+def html(document: Mapping[str, Any], pictures: Mapping[str, str], *, title: str) -> str:
+    """`pictures` are SVG by their names."""
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
         f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>",
@@ -23,11 +25,11 @@ def html(document: Mapping[str, Any], *, title: str) -> str:
         *_table(SUMMARY_HEADER, [[cell.replace("**", "") for cell in row] for row in summary_rows(document)]),
     ]
     for part in document["scripts"]:
-        parts += _part(part)
+        parts += _part(part, pictures)
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def _part(part: Mapping[str, Any]) -> Iterator[str]:
+def _part(part: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[str]:
     yield f"<h2>{part['number']}. {escape(part['title'])}</h2>"
     header = ("claim", "published", "source", "here", "bound", "result")
     rows = [
@@ -40,6 +42,8 @@ def _part(part: Mapping[str, Any]) -> Iterator[str]:
     for grid in part["grids"]:
         yield f"<p><b>{escape(grid['title'])}</b></p>"
         yield from _table(grid["header"], grid["rows"])
+    for picture in part["pictures"]:
+        yield f"<figure>{pictures[picture['name']]}</figure>"
     for note in part["notes"]:
         yield f"<p>{escape(note)}</p>"
     yield f"<p><b>How far it carries.</b> {escape(part['reach'])}</p>"

@@ -1,4 +1,4 @@
-"""The document of the claims as Markdown."""
+"""The document of the claims as Markdown. Pictures are files beside it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _MARKS = {"shown": "shown", "not shown": "**not shown here**", "open": "open", "
 SUMMARY_HEADER = ("claim", "published", "here", "bound", "result")
 
 
-def markdown(document: Mapping[str, Any], *, title: str) -> str:
-    """The whole report."""
+def markdown(document: Mapping[str, Any], *, title: str, picture_folder: str) -> str:
+    """The whole report. `picture_folder` is where its pictures lie, as links name it."""
     lines = [f"# {title}", "", *_about(document), "", *table(SUMMARY_HEADER, summary_rows(document)), ""]
     for part in document["scripts"]:
-        lines += [*_part(part), ""]
+        lines += [*_part(part, picture_folder), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -72,7 +72,7 @@ def _about(document: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _part(part: Mapping[str, Any]) -> Iterator[str]:
+def _part(part: Mapping[str, Any], picture_folder: str) -> Iterator[str]:
     yield f"## {part['number']}. {part['title']}"
     yield ""
     yield from table(
@@ -97,6 +97,9 @@ def _part(part: Mapping[str, Any]) -> Iterator[str]:
         yield f"**{grid['title']}**"
         yield ""
         yield from table(grid["header"], grid["rows"])
+    for picture in part["pictures"]:
+        yield ""
+        yield f"![{picture['title']}]({picture_folder}/{picture['name']}.svg)"
     for note in part["notes"]:
         yield ""
         yield note

@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from qnext.claims.catalogue import CLAIMS, SCRIPTS
-from qnext.claims.claim import Findings, Script, Workplace
+from qnext.claims.catalogue import CLAIMS
+from qnext.claims.claim import Findings, Picture, Script, Workplace
 from qnext.claims.notebook import Measured, Notebook
+from qnext.claims.scripts import SCRIPTS
 from qnext.errors import UsageError, did_you_mean
 from qnext.version import __version__
 
@@ -27,20 +28,22 @@ def chosen_scripts(only: str | None) -> list[Script]:
 
 def run_claims(
     scripts: Sequence[Script], notebook: Notebook, *, is_long: bool, llama_bench: str | None = None
-) -> dict[str, Any]:
-    """Measure what is missing, as long as the notebook has time, and judge every claim by what is known then."""
-    parts = []
+) -> tuple[dict[str, Any], list[Picture]]:
+    """Measure what is missing, as long as the notebook has time, and judge every claim by what is known then.
+
+    The document is for programs; a report is made of it and of the pictures.
+    """
+    parts: list[dict[str, Any]] = []
+    pictures: list[Picture] = []
     for script in scripts:
         experiment = script.long if is_long else script.short
         points = list(experiment.points(Workplace(notebook.folder, llama_bench)))
         known = notebook.fill(points)
-        parts.append(_part(script, experiment.findings(known), known, num_points=len(points)))
-    return {
-        "qnext": __version__,
-        "form": "long" if is_long else "short",
-        "date": time.strftime("%Y-%m-%d"),
-        "scripts": parts,
-    }
+        found = experiment.findings(known)
+        parts.append(_part(script, found, known, num_points=len(points)))
+        pictures += found.pictures
+    form, date = "long" if is_long else "short", time.strftime("%Y-%m-%d")
+    return {"qnext": __version__, "form": form, "date": date, "scripts": parts}, pictures
 
 
 def _part(script: Script, found: Findings, known: dict[str, Measured], *, num_points: int) -> dict[str, Any]:
@@ -58,5 +61,6 @@ def _part(script: Script, found: Findings, known: dict[str, Measured], *, num_po
         "claims": [claim.judged(found.values) for claim in CLAIMS if claim.script is script],
         "values": {name: value._asdict() for name, value in found.values.items()},
         "grids": [grid._asdict() for grid in found.grids],
+        "pictures": [{"name": picture.name, "title": picture.title} for picture in found.pictures],
         "notes": list(found.notes),
     }

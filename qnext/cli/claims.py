@@ -42,7 +42,7 @@ def command(
         seconds=None if minutes is None else 60 * minutes,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    document = run_claims(scripts, notebook, is_long=is_long, llama_bench=llama_bench)
-    report = write_report(document, folder)
+    document, pictures = run_claims(scripts, notebook, is_long=is_long, llama_bench=llama_bench)
+    report = write_report(document, pictures, folder)
     print(json.dumps(document) if as_json else "\n".join(table(SUMMARY_HEADER, summary_rows(document))))
     print(f"report: {report}", file=sys.stderr)

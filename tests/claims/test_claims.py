@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qnext.claims.catalogue import CLAIMS, SCRIPTS
-from qnext.claims.claim import Limit
+from qnext.claims.catalogue import CLAIMS
+from qnext.claims.claim import Limit, Picture
 from qnext.claims.notebook import Notebook
 from qnext.claims.report import found_text, markdown, number, summary_rows
 from qnext.claims.run import chosen_scripts, run_claims
+from qnext.claims.scripts import SCRIPTS
 from qnext.claims.writing import write_report
 from qnext.errors import UsageError
 from qnext.eval.intervals import Interval
@@ -51,17 +53,22 @@ def test_numbers_have_three_digits() -> None:
 
 
 def test_unknown_claims_are_refused() -> None:
-    assert [script.number for script in chosen_scripts("c1, C1")] == ["C1"]
+    assert [script.number for script in chosen_scripts("c2, C1")] == ["C1", "C2"]
     with pytest.raises(UsageError, match="--only C77"):
         chosen_scripts("C77")
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[Picture]]:
     return run_claims(SCRIPTS, Notebook(tmp_path_factory.mktemp("claims")), is_long=False)
 
 
-def test_the_short_form_measures_every_field_that_a_claim_names(short: dict) -> None:
+@pytest.fixture(scope="module")
+def short(ran: tuple[dict[str, Any], list[Picture]]) -> dict[str, Any]:
+    return ran[0]
+
+
+def test_the_short_form_measures_every_field_that_a_claim_names(short: dict[str, Any]) -> None:
     missing = [
         f"{part['number']} {claim['field']}"
         for part in short["scripts"]
@@ -72,19 +79,23 @@ def test_the_short_form_measures_every_field_that_a_claim_names(short: dict) -> 
     assert all(part["points"]["known"] == part["points"]["of"] > 0 for part in short["scripts"])
 
 
-def test_counts_of_the_released_model(short: dict) -> None:
+def test_counts_of_the_released_model(short: dict[str, Any]) -> None:
     values = {part["number"]: part["values"] for part in short["scripts"]}
     assert values["C1"]["total_billion"]["value"] == pytest.approx(79.674391296)
+    assert values["C2"]["percent_of_qwen3-32b"]["value"] == pytest.approx(5.2, abs=0.05)
 
 
-def test_a_report_says_everything(short: dict, tmp_path: Path) -> None:
-    path = write_report(short, tmp_path)
+def test_a_report_says_everything(ran: tuple[dict[str, Any], list[Picture]], tmp_path: Path) -> None:
+    path = write_report(*ran, tmp_path)
     text, page = path.read_text(), (tmp_path / "claims.html").read_text()
     document = json.loads((tmp_path / "claims.json").read_text())
-    assert markdown(document, title="The published claims, run here") == text
+    assert markdown(document, title="The published claims, run here", picture_folder="claims") == text
     for part in document["scripts"]:
         assert f"## {part['number']}. {part['title']}" in text
         assert part["prediction"] in text and part["reach"] in text
+        for picture in part["pictures"]:
+            assert f"(claims/{picture['name']}.svg)" in text
+            assert (tmp_path / "claims" / f"{picture['name']}.svg").exists()
     for row in summary_rows(document):
         assert "| " + " | ".join(row) + " |" in text
         assert row[2].replace("**", "") in page
