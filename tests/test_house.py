@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": {"config", "planning", "ops", "model"},
     "engine": {"config", "planning", "ops", "model", "residency", "probe"},
     "checkpoint": {"config", "planning", "ops", "text", "model", "quant", "residency", "lora", "parallel"},
-    "eval": {"config", "text", "model", "engine"},
+    "eval": {"config", "text", "model", "quant", "engine"},
     "server": {"planning", "engine", "text"},
     "training": {"config", "planning", "text", "ops", "model", "lora", "checkpoint", "eval"},
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def read_user_text(path: Path) -> str:
     """A file that a user names, as text. Raises UsageError where it is unreadable, empty, binary or not UTF-8."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
+    data = read_bytes(path)
     if not data.strip():
         raise UsageError(f"{path}: empty, there is nothing to read")
     if b"\0" in data:
@@ -61,6 +60,43 @@ def read_user_text(path: Path) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start})") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file that a user names, as it is. Raises UsageError where it is unreadable or empty."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    if not data:
+        raise UsageError(f"{path}: empty, there is nothing to read")
+    return data
+
+
+def find_files(names: Sequence[str]) -> list[Path]:
+    """What names of files, of folders and patterns with * stand for, each file once.
+
+    Of a folder these are all files below it that are not empty, but for those in hidden folders. Raises UsageError for
+    a name that stands for none.
+    """
+    found: dict[Path, None] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            below = [each for each in sorted(path.rglob("*")) if not _is_hidden(each.relative_to(path))]
+            inside = [each for each in below if each.is_file() and each.stat().st_size]
+        elif not path.exists() and glob.has_magic(name):
+            inside = [Path(each) for each in sorted(glob.glob(name, recursive=True)) if Path(each).is_file()]
+        else:
+            inside = [path]
+        if not inside:
+            raise UsageError(f"{name}: no file in it" if path.is_dir() else f"{name}: no file has such a name")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def first_line(error: BaseException) -> str:

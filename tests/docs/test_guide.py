@@ -125,6 +125,9 @@ def test_flags_named_in_the_text_exist() -> None:
         "eval-tasks",
         "eval-docs",
         "eval-harness",
+        "eval-quant",
+        "eval-speed",
+        "eval-bias",
     ):
         name, _, sub = verb.partition(" ")
         command = click_command(name)

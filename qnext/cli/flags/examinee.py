@@ -22,7 +22,7 @@ _asked = panel("Model")
 AskedModel = Annotated[str | None, typer.Argument(metavar="MODEL", help="Model folder; or give --url.")]
 
 
-def lengths_of(text: str) -> list[int]:
+def lengths_of(text: str, *, flag: str = "--lengths") -> list[int]:
     """
     >>> lengths_of("512,4K")
     [512, 4096]
@@ -30,7 +30,7 @@ def lengths_of(text: str) -> list[int]:
     try:
         return sorted({human_int(each) for each in text.split(",")})
     except ValueError as error:
-        raise UsageError(f"--lengths: {error}") from None
+        raise UsageError(f"{flag}: {error}") from None
 
 
 def places_of(count: int) -> list[float]:
