@@ -35,6 +35,10 @@ class FilterFlags:
     refused: Annotated[
         bool | None, option("only those with a status of 400 and above, or only others", "--refused/--answered")
     ] = None
+    flagged: Annotated[
+        bool | None,
+        option("only those that people should look at, or only others", "--flagged/--unflagged"),
+    ] = None
 
     def records(self) -> AuditFilter:
         from qnext.server.access.audit_reading import AuditFilter
@@ -48,6 +52,7 @@ class FilterFlags:
             since=as_logged(self.since, "--since", now),
             until=as_logged(self.until, "--until", now),
             is_refused=self.refused,
+            is_flagged=self.flagged,
         )
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qnext.cli.flags import serve as flags
+from qnext.cli.flags.moderation import ModerationFlags
 from qnext.cli.flags.values import Model, Strict
 from qnext.cli.terminal.progress import byte_progress
 from qnext.cli.terminal.text import note
@@ -28,6 +29,7 @@ def command(
     memory: flags.MemoryFlags,
     limits: flags.LimitFlags,
     logs: flags.LogFlags,
+    moderation: ModerationFlags,
     strict: Strict = False,
 ) -> None:
     """Serve MODEL: OpenAI's and Anthropic's APIs, metrics, and a page. SIGTERM ends it without losing an answer."""
@@ -44,7 +46,8 @@ def command(
     plain, admin = access.api_key or (), access.admin_api_key or ()
     ring = make_key_ring(access.keys, plain=plain, plain_file=access.api_key_file, admin=admin)
     check_access(ring, listen, is_insecure=access.insecure_no_auth)
-    log_to_stderr(logs.log_format, secrets=[*plain, *admin])
+    log_to_stderr(logs.log_format, secrets=[*plain, *admin, *filter(None, [moderation.moderation_api_key])])
+    judging = moderation.config()
     folder = open_folder(model, yarn=served.yarn, expert_memory=served.expert_memory)
     watch = logs.expert_watch(folder.config)
     load = partial(
@@ -66,6 +69,7 @@ def command(
             with_page=network.ui,
             open_readiness=access.open_readiness,
             expert_watch=watch,
+            moderation=judging,
         )
 
     serve(new_server, load, listen, on_ready=print_ready)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import orjson
 
+from qnext.server.errors import ApiError
 from qnext.server.inference.generation import Generation, TokenPrompt
 from qnext.server.inference.origin import replay_of
 from qnext.server.lanes import LARGE
+from qnext.server.moderation.judgement import JudgedStage, ModerationQuestion, TextJudgement
 from qnext.server.requests import HttpRequest
 from qnext.server.server import IGNORED_HEADER, Server
 
@@ -80,6 +82,28 @@ class Exchange(HttpRequest):
         trace = self.outcome.trace or {**origin.of(self.adapter), **replay_of(generation.params, [])}
         trace["seeds"].append(requests[0].seed)
         self.outcome.trace, self.outcome.system_fingerprint = trace, self.system_fingerprint
+
+    async def judge(
+        self,
+        stage: JudgedStage,
+        texts: Sequence[str],
+        kinds: Sequence[str],
+        *,
+        previous: str = "",
+        is_last: bool = True,
+    ) -> TextJudgement | None:
+        """What the operator's moderation says of texts; None where they pass unjudged. Raises ApiError 503."""
+        moderator = self.server.moderator
+        assert moderator is not None
+        key_id = None if self.key is None else self.key.id
+        about = (self.request_id, self.model_name, key_id, previous, is_last)
+        try:
+            judgement = await moderator.judge(ModerationQuestion(stage, tuple(texts), tuple(kinds), *about))
+        except ApiError:
+            self.outcome.moderation = "failed"
+            raise
+        self.outcome.note_judgement(judgement)
+        return judgement
 
     def salt(self, wanted: str | None = None) -> str:
         """The salt of this request's cached prefixes. Each key has its own salt; `wanted` divides it further."""

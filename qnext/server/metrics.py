@@ -62,6 +62,9 @@ class ServerCounters:
         self.rejections = _Series(1)  # by reason
         self.grammar_compile = _Observations(_COMPILE_SECONDS)
         self.event_loop_lag = _Observations(_LAG_SECONDS)
+        self.moderation: dict[str, _Observations] = {}  # by stage, once a text was judged
+        self.verdicts = _Series(2)  # by stage, action
+        self.moderation_failures = _Series(2)  # by stage, reason
 
     def count_request(self, route: str | None, method: str, status: int) -> None:
         """`route` is the pattern of a route, such as "/v1/models/{id}"; None where no route was found."""
@@ -80,6 +83,15 @@ class ServerCounters:
 
     def observe_grammar_compile(self, seconds: float) -> None:
         self.grammar_compile.observe(seconds)
+
+    def observe_moderation(self, stage: str, action: str | None, seconds: float) -> None:
+        """`action` None: there was no verdict."""
+        self.moderation.setdefault(stage, _Observations(_COMPILE_SECONDS)).observe(seconds)
+        if action is not None:
+            self.verdicts.add(stage, action)
+
+    def count_moderation_failure(self, stage: str, reason: str) -> None:
+        self.moderation_failures.add(stage, reason)
 
     def observe_event_loop_lag(self, seconds: float) -> None:
         self.event_loop_lag.observe(seconds)
@@ -194,13 +206,31 @@ def _counters(
 
 
 def _histogram(name: str, text: str, values: Histogram | _Observations, labels: Labels) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=tuple(labels))
+    family.add_metric(tuple(labels.values()), _buckets(values), values.sum)
+    return family
+
+
+def _buckets(values: Histogram | _Observations) -> list[tuple[str, int]]:
     total, buckets = 0, []
     for bound, count in zip((*values.bounds, math.inf), values.counts, strict=True):
         total += count
         buckets.append(("+Inf" if math.isinf(bound) else str(float(bound)), total))
-    family = HistogramMetricFamily(name, text, labels=tuple(labels))
-    family.add_metric(tuple(labels.values()), buckets, values.sum)
-    return family
+    return buckets
+
+
+def _moderation_families(counters: ServerCounters) -> Iterator[Metric]:
+    """Of a server that judges texts."""
+    text = "Time of the operator's moderation, by what is judged"
+    family = HistogramMetricFamily("qnext_moderation_seconds", text, labels=("stage",))
+    for stage, values in counters.moderation.items():
+        family.add_metric((stage,), _buckets(values), values.sum)
+    yield family
+    text = "Texts judged by the operator's moderation"
+    yield _counters("qnext_moderation_verdicts", text, ("stage", "action"), counters.verdicts.counts, {})
+    text = "Texts that it could not judge"
+    failures = counters.moderation_failures.counts
+    yield _counters("qnext_moderation_failures", text, ("stage", "reason"), failures, {})
 
 
 def _server_families(counters: ServerCounters) -> Iterator[Metric]:
@@ -218,6 +248,8 @@ def _server_families(counters: ServerCounters) -> Iterator[Metric]:
     yield _histogram("qnext_grammar_compile_seconds", text, counters.grammar_compile, {})
     text = "How late the event loop came to a timer"
     yield _histogram("qnext_event_loop_lag_seconds", text, counters.event_loop_lag, {})
+    if counters.moderation:
+        yield from _moderation_families(counters)
     yield _gauge("qnext_open_streams", "Streams of answers that are open", counters.open_streams, {})
     yield _gauge("qnext_ready", "1 when requests are taken", float(counters.is_ready), {})
 

@@ -12,9 +12,12 @@ from qnext.server.access.keys import Key
 from qnext.server.access.rates import network_of
 from qnext.server.inference.generation import Generation
 from qnext.server.lanes import Asker
+from qnext.server.moderation.judgement import Action, TextJudgement
 from qnext.server.routes import Route
 
 AsgiMessage = MutableMapping[str, Any]
+JUDGED: Mapping[Action, str] = {"allow": "allowed", "flag": "flagged", "redact": "redacted", "block": "blocked"}
+STRICTNESS = ("allowed", "flagged", "redacted", "unjudged", "failed", "blocked")  # as the audit log says it
 NO_ANSWER = 499  # what logs and metrics have where a connection ended without an answer
 
 
@@ -59,6 +62,18 @@ class RequestOutcome:
     error_code: str | None = None
     stream: bool = False
     status: int = 0
+    moderation: str | None = None  # the strictest that was said of its texts
+    categories: tuple[str, ...] = ()  # the reasons, in the words of the hook
+    flagged: bool = False  # people should look at it
+
+    def note_judgement(self, judgement: TextJudgement | None) -> None:
+        """None: the text passed unjudged."""
+        word = "unjudged" if judgement is None else JUDGED[judgement.action]
+        if self.moderation is None or STRICTNESS.index(word) > STRICTNESS.index(self.moderation):
+            self.moderation = word
+        if judgement is not None:
+            self.flagged |= judgement.needs_review
+            self.categories = tuple(dict.fromkeys((*self.categories, *judgement.categories)))
 
 
 @dataclass(eq=False)

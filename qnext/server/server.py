@@ -20,6 +20,7 @@ from qnext.server.inference.worker import EngineWorker
 from qnext.server.lanes import Budget, Lane
 from qnext.server.limits import MAX_HELD_BYTES, MAX_HELD_BYTES_PER_KEY, MAX_LARGE_WAITING, Limits
 from qnext.server.metrics import KNOWN_METHODS, ServerCounters, ServerMetrics
+from qnext.server.moderation.moderator import ModerationConfig, Moderator
 from qnext.server.requests import NO_ANSWER, HttpRequest, Visit
 from qnext.server.routes import Route
 from qnext.server.view.live import LiveHub
@@ -47,7 +48,8 @@ class Admitted:
 class Server:
     """One model behind HTTP. It is made before the model is loaded; `attach` makes it ready.
 
-    It belongs to one event loop. `audit` None means no audit log, `expert_watch` None no watch over the experts.
+    It belongs to one event loop. `audit` None means no audit log, `expert_watch` None no watch over the experts,
+    `moderation` None no say of the operator about texts.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Server:
         with_page: bool = True,
         open_readiness: bool = False,
         expert_watch: ExpertWatch | None = None,
+        moderation: ModerationConfig | None = None,
     ) -> None:
         self.keys = keys or KeyRing()
         self.limits = limits or Limits()
@@ -80,6 +83,7 @@ class Server:
         self.writing = Lane("writing", num_threads=1, per_owner=1, max_waiting=sys.maxsize, max_all=sys.maxsize)
         self.logins = FailedLogins()
         self.counters = ServerCounters()
+        self.moderator = None if moderation is None else Moderator(moderation, self.counters)
         self.state: ServerState = "loading"
         self.stop_wanted = asyncio.Event()
         self.is_hurried = False  # told to stop a second time: what runs ends now

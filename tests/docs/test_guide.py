@@ -228,7 +228,9 @@ def test_metrics_named_exist(server: Running) -> None:
         sample = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
         assert sample.status_code == 200
         served = client.get("/metrics").text
-    streams = ServerMetrics(ServerCounters(), model_name="a", block_size=16, source=Source(made_up(streams=True)))
+    counters = ServerCounters()
+    counters.observe_moderation("prompt", "allow", 0.1)
+    streams = ServerMetrics(counters, model_name="a", block_size=16, source=Source(made_up(streams=True)))
     streams.watch = alerted_watch()
     served += streams.render().decode()
     for path in PAGES:

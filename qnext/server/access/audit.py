@@ -29,6 +29,7 @@ class AuditRecord:
 
     `route` is the pattern of the request's route, or of the closest route; None where there is none. `method` is None
     where it could not be read. `seconds` is the whole time of the request. `trace` says what its answers came from.
+    `moderation` is what became of its texts, `categories` are the reasons. `flagged`: people should look at it.
     """
 
     request_id: str
@@ -48,6 +49,9 @@ class AuditRecord:
     abort_phase: str | None = None
     error_code: str | None = None
     trace: Mapping[str, Any] | None = None
+    moderation: str | None = None
+    categories: tuple[str, ...] = ()
+    flagged: bool = False
 
 
 class AuditLog:

@@ -119,6 +119,7 @@ class AuditFilter:
     since: str | None = None
     until: str | None = None
     is_refused: bool | None = None
+    is_flagged: bool | None = None
 
     def takes(self, values: dict[str, Any]) -> bool:
         equal = ("key_id", "request_id", "route", "model")
@@ -128,6 +129,7 @@ class AuditFilter:
             and (self.since is None or time >= self.since)
             and (self.until is None or time < self.until)
             and (self.is_refused is None or (isinstance(status, int) and status >= 400) == self.is_refused)
+            and (self.is_flagged is None or bool(values.get("flagged")) == self.is_flagged)
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import orjson
 
@@ -17,8 +17,18 @@ if TYPE_CHECKING:
     from qnext.server.inference.served import ServedModel
     from qnext.server.surfaces.source import Source
 
-EndReason = Literal["stop", "length", "tool_calls"]
+EndReason = Literal["stop", "length", "tool_calls", "content_filter"]
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+class CountedAnswer(Protocol):
+    """How many tokens an answer has, those of its thought among them."""
+
+    @property
+    def num_generated(self) -> int: ...
+
+    @property
+    def num_reasoning(self) -> int: ...
 
 
 class AnswerReader:
@@ -112,7 +122,7 @@ class AnswerReader:
         return kept
 
 
-def usage_counts(generation: Generation, answers: Sequence[AnswerReader]) -> tuple[int, int, int, int]:
+def usage_counts(generation: Generation, answers: Sequence[CountedAnswer]) -> tuple[int, int, int, int]:
     """(prompt tokens, cached ones of them, generated tokens, reasoning ones of them) of a generation."""
     cached = min((request.num_cached_tokens or 0 for request in generation.requests), default=0)
     generated = sum(answer.num_generated for answer in answers)

@@ -11,6 +11,7 @@ from qnext.server.exchange import Exchange
 from qnext.server.inference.forced_calls import forced_calls
 from qnext.server.inference.served import ServedModel
 from qnext.server.surfaces.answers import AnswerReader
+from qnext.server.surfaces.held import judged_messages
 from qnext.server.surfaces.tools import Offer, check_tools
 from qnext.text.messages import Message
 from qnext.text.output import OutputParser
@@ -81,7 +82,9 @@ async def make_dialogue(exchange: Exchange, chat: ChatInput, *, is_prompt: bool 
     served, offer = exchange.server.served, chat.offer
     if offer.tools:
         await served.run(lambda: check_tools(offer.tools), asker=exchange.asker)
-    messages = await exchange.aside(lambda: in_order_of_calls(chat.messages))
+    messages: Sequence[Message] = await exchange.aside(lambda: in_order_of_calls(chat.messages))
+    if is_prompt:
+        messages = await judged_messages(exchange, messages, param=chat.param)
     asked = chat.asked or TemplateRequest()
     prompt = ChatPrompt(messages, asked, offer.tools, chat.add_generation_prompt, chat.continues)
     ids, thought = await served.encode_chat(prompt, asker=exchange.asker, param=chat.param, is_prompt=is_prompt)

@@ -9,8 +9,8 @@ from qnext.engine.policy.params import SamplingParams
 from qnext.server.body.strict import SamplingBody
 from qnext.server.exchange import Exchange
 from qnext.server.inference.generation import TokenPrompt
-from qnext.server.surfaces.answers import AnswerReader
 from qnext.server.surfaces.dialogue import Dialogue
+from qnext.server.surfaces.held import ReadAnswer, held
 from qnext.server.surfaces.sampling import AnswerOptions, sampling_params
 from qnext.server.surfaces.source import Source, open_source
 
@@ -19,7 +19,7 @@ class Opening(NamedTuple):
     """Answers before their first token, and their source. The source begins when it is entered."""
 
     params: SamplingParams
-    answers: list[AnswerReader]
+    answers: list[ReadAnswer]
     source: AbstractAsyncContextManager[Source]
 
 
@@ -27,6 +27,6 @@ async def open_answers(exchange: Exchange, dialogue: Dialogue, body: SamplingBod
     """Check the parameters, compile the constraint, and prepare `n` answers. Raises ApiError."""
     params = sampling_params(exchange, body, len(dialogue.prompt_ids), options)
     guide = await exchange.server.guide(dialogue.constraint, param=dialogue.constraint_param, owner=exchange.owner)
-    answers = [dialogue.new_answer(exchange) for _ in range(params.n)]
+    readers = [dialogue.new_answer(exchange) for _ in range(params.n)]
     prompt = TokenPrompt(dialogue.prompt_ids, params, guide)
-    return Opening(params, answers, open_source(exchange, [prompt], salt=body.cache_salt))
+    return Opening(params, *held(exchange, readers, open_source(exchange, [prompt], salt=body.cache_salt)))

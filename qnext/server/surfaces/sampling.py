@@ -39,6 +39,8 @@ def sampling_params(exchange: Exchange, body: SamplingBody, num_prompt: int, opt
     """
     served = exchange.server.served
     _refuse_foreign(body)
+    if exchange.server.moderator is not None:
+        _refuse_tokens(body, options)
     room = _room(exchange, num_prompt, options)
     num_answers = _num_answers(body, exchange.server.limits)
     wanted = options.max_tokens if options.max_tokens is not None else options.default_max_tokens
@@ -160,6 +162,13 @@ def _refuse_foreign(body: SamplingBody) -> None:
         raise ApiError.bad("log-probabilities of the prompt are not streamed", param="prompt_logprobs")
     if body.stream_options is not None and not body.stream:
         raise ApiError.bad("stream_options needs stream", param="stream_options")
+
+
+def _refuse_tokens(body: SamplingBody, options: AnswerOptions) -> None:
+    """Where answers are held back until they are judged, tokens would tell what they say."""
+    for name, is_wanted in (("logprobs", options.logprobs is not None), ("return_token_ids", body.return_token_ids)):
+        if is_wanted:
+            raise ApiError.bad("this server moderates answers and does not tell their tokens", param=name)
 
 
 def _bias(body: SamplingBody, served: ServedModel) -> dict[int, float]:

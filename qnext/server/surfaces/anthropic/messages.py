@@ -13,18 +13,19 @@ from qnext.server.errors import ApiError, error_object
 from qnext.server.exchange import Exchange
 from qnext.server.inference.generation import Update
 from qnext.server.routes import EventStream, HttpResponse
-from qnext.server.surfaces.answers import AnswerReader, usage_counts
+from qnext.server.surfaces.answers import usage_counts
 from qnext.server.surfaces.anthropic.bodies import CountBody, MessagesBody
 from qnext.server.surfaces.anthropic.conversation import conversation
 from qnext.server.surfaces.anthropic.tools import offer
 from qnext.server.surfaces.dialogue import ChatInput, make_dialogue
+from qnext.server.surfaces.held import ReadAnswer
 from qnext.server.surfaces.opening import open_answers
 from qnext.server.surfaces.sampling import AnswerOptions
 from qnext.server.surfaces.source import Source
 from qnext.server.surfaces.writing import Event, answered, named_frames
 from qnext.text.output import CallArguments, CallCut, CallEnd, CallStart, Content, OutputEvent, Reasoning, whole_members
 
-_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 BlockKind = Literal["text", "thinking"]
 
 
@@ -77,7 +78,7 @@ class MessageWriter:
 
     frames = staticmethod(named_frames)
 
-    def __init__(self, exchange: Exchange, answer: AnswerReader) -> None:
+    def __init__(self, exchange: Exchange, answer: ReadAnswer) -> None:
         self.exchange = exchange
         self.answer = answer
         self.id = f"msg_{secrets.token_hex(12)}"

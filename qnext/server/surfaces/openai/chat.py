@@ -14,7 +14,6 @@ from qnext.server.inference.generation import Generation, Update
 from qnext.server.long_json import LongList
 from qnext.server.routes import EventStream, HttpResponse
 from qnext.server.surfaces.answers import (
-    AnswerReader,
     chat_logprob,
     chat_logprobs,
     prompt_logprobs,
@@ -22,6 +21,7 @@ from qnext.server.surfaces.answers import (
     usage_counts,
 )
 from qnext.server.surfaces.dialogue import ChatInput, make_dialogue
+from qnext.server.surfaces.held import ReadAnswer
 from qnext.server.surfaces.openai.chat_bodies import ChatBody, conversation, offer_of, response_constraint
 from qnext.server.surfaces.opening import open_answers
 from qnext.server.surfaces.sampling import AnswerOptions, stop_strings
@@ -81,7 +81,7 @@ async def _chat_input(exchange: Exchange, body: ChatBody, offer: Offer) -> ChatI
 class ChatWriter:
     """One chat completion while it is written: the chunks of a stream, or the choices of a whole answer."""
 
-    def __init__(self, exchange: Exchange, body: ChatBody, offer: Offer, answers: list[AnswerReader]) -> None:
+    def __init__(self, exchange: Exchange, body: ChatBody, offer: Offer, answers: list[ReadAnswer]) -> None:
         self.exchange = exchange
         self.body = body
         self.offer = offer

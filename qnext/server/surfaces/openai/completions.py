@@ -26,6 +26,7 @@ from qnext.server.surfaces.answers import (
     token_name,
     usage_counts,
 )
+from qnext.server.surfaces.held import ReadAnswer, held, judged_texts
 from qnext.server.surfaces.openai.chat import usage
 from qnext.server.surfaces.openai.chat_bodies import ChatFormatBody
 from qnext.server.surfaces.sampling import AnswerOptions, sampling_params, stop_strings, structured_constraint
@@ -89,8 +90,12 @@ async def completions(exchange: Exchange) -> HttpResponse | EventStream:
     )
     params = [sampling_params(exchange, body, len(ids), options) for ids in prompts]
     guides = [None if compiled is None else compiled.new_state() for _ in prompts]
-    source = open_source(exchange, list(map(TokenPrompt, prompts, params, guides)), salt=body.cache_salt)
-    return await answered(exchange, source, CompletionWriter(exchange, body, prompts), streams=bool(body.stream))
+    stop = stop_strings(body)
+    readers = [AnswerReader(exchange.server.served, stop=stop) for _ in range((body.n or 1) * len(prompts))]
+    inputs = list(map(TokenPrompt, prompts, params, guides))
+    answers, source = held(exchange, readers, open_source(exchange, inputs, salt=body.cache_salt))
+    writer = CompletionWriter(exchange, body, prompts, answers)
+    return await answered(exchange, source, writer, streams=bool(body.stream))
 
 
 async def _prompts(exchange: Exchange, body: CompletionBody) -> list[list[int]]:
@@ -102,7 +107,7 @@ async def _prompts(exchange: Exchange, body: CompletionBody) -> list[list[int]]:
     if isinstance(many[0], int):
         many = [many]  # type: ignore[list-item]
     found: list[list[int]] = []
-    for entry in many:
+    for entry in await _judged(exchange, many, body):
         if isinstance(entry, str):
             ids = await served.encode(entry, asker=exchange.asker, allow_special=_parses_marks(body))
         else:
@@ -116,6 +121,25 @@ async def _prompts(exchange: Exchange, body: CompletionBody) -> list[list[int]]:
             raise ApiError.bad("the prompt is empty", param="prompt")
         found.append(ids)
     return found
+
+
+async def _judged(
+    exchange: Exchange, many: Sequence[str | int | list[int]], body: CompletionBody
+) -> Sequence[str | int | list[int]]:
+    """The prompts as the moderation lets them through: ids that it changes come back as text. Beside a suffix it is
+    told that too, and may refuse it, but not change it."""
+    if exchange.server.moderator is None:
+        return many
+    tokenizer = exchange.server.served.tokenizer
+    texts = [each if isinstance(each, str) else tokenizer.decode(each) for each in many]  # type: ignore[arg-type]
+    suffixes = [body.suffix] if body.suffix else []
+    kinds = ["prompt"] * len(texts) + ["suffix"] * len(suffixes)
+    judged = await judged_texts(exchange, [*texts, *suffixes], kinds, param="prompt")
+    if list(judged[len(texts) :]) != suffixes:
+        raise ApiError.bad(
+            "the suffix is refused by the moderation of this server", param="suffix", code="content_filter"
+        )
+    return [old if old_text == new else new for old, old_text, new in zip(many, texts, judged, strict=False)]
 
 
 def _parses_marks(body: CompletionBody) -> bool:
@@ -137,13 +161,14 @@ async def _around_hole(exchange: Exchange, ids: list[int], body: CompletionBody)
 class CompletionWriter:
     """The completions of one request: `n` of each prompt. Answer a of prompt p is choice `p * n + a`."""
 
-    def __init__(self, exchange: Exchange, body: CompletionBody, prompts: list[list[int]]) -> None:
+    def __init__(
+        self, exchange: Exchange, body: CompletionBody, prompts: list[list[int]], answers: list[ReadAnswer]
+    ) -> None:
         self.exchange = exchange
         self.body = body
         self.prompts = prompts
         self.n = body.n or 1
-        stop = stop_strings(body)
-        self.answers = [AnswerReader(exchange.server.served, stop=stop) for _ in range(self.n * len(prompts))]
+        self.answers = answers
         self.generations: Mapping[int, Generation] = {}  # by prompt
         self._texts = [""] * len(self.answers)  # of whole completions
         self._offsets = [0] * len(self.answers)  # characters of each choice whose log-probabilities are written

@@ -10,13 +10,15 @@ from typing import Any, Literal
 from qnext.server.errors import ApiError
 from qnext.server.exchange import Exchange
 from qnext.server.inference.generation import Update
-from qnext.server.surfaces.answers import AnswerReader, chat_logprob, usage_counts
+from qnext.server.surfaces.answers import chat_logprob, usage_counts
+from qnext.server.surfaces.held import ReadAnswer
 from qnext.server.surfaces.openai.foreign import call_item
 from qnext.server.surfaces.source import Source
 from qnext.server.surfaces.tools import Origin
 from qnext.server.surfaces.writing import Event, named_frames
 from qnext.text.output import Call, CallArguments, CallCut, CallEnd, CallStart, Content, OutputEvent, Reasoning
 
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}  # why, by the reason of the end
 ItemKind = Literal["message", "reasoning"]
 _PART = {"message": "output_text", "reasoning": "reasoning_text"}
 
@@ -32,7 +34,7 @@ class ResponseWriter:
     def __init__(
         self,
         exchange: Exchange,
-        answer: AnswerReader,
+        answer: ReadAnswer,
         echo: dict[str, Any],
         *,
         num_top: int | None = None,
@@ -94,14 +96,15 @@ class ResponseWriter:
         return {"type": "keepalive", "sequence_number": number}
 
     def end(self, source: Source) -> list[Event]:
-        is_cut = self.answer.end_reason == "length"
+        cause = _INCOMPLETE.get(self.answer.end_reason or "")
+        is_cut = cause is not None
         found = self._close("incomplete" if is_cut else "completed")
         prompt, cached, generated, reasoning = usage_counts(source.of_prompts[0], [self.answer])
         status = "incomplete" if is_cut else "completed"
         self._end |= {
             "status": status,
             "completed_at": None if is_cut else int(time.time()),
-            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "incomplete_details": {"reason": cause} if is_cut else None,
             "usage": {
                 "input_tokens": prompt,
                 "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
