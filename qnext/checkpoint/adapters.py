@@ -22,6 +22,7 @@ from qnext import files
 from qnext.checkpoint.files import write_tensors
 from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.header import load_json
+from qnext.checkpoint.provenance import Making
 from qnext.checkpoint.reading import read_tensors
 from qnext.checkpoint.save import write_side_files
 from qnext.config import ModelConfig
@@ -92,6 +93,7 @@ def save_adapter(
     base: str | None,
     tokenizer_folder: Path | None = None,
     overwrite: bool = False,
+    making: Making | None = None,
 ) -> None:
     """Write a folder that PEFT reads, and that read_adapter makes the same adapter of, but for shared factors. The
     tokenizer and the chat template that it was trained with stand beside it.
@@ -117,6 +119,8 @@ def save_adapter(
         write_tensors(made / TENSOR_FILE, tensors)
         if tokenizer_folder is not None:
             write_side_files(made, config, tokenizer_folder, None)
+        if making is not None:
+            making.write_inside(made)
 
 
 def _module_of(info: ParameterInfo, adapted: Mapping[str, Any]) -> str:

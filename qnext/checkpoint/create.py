@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from qnext.checkpoint.files import MAX_SHARD_BYTES, Progress
+from qnext.checkpoint.provenance import Making
 from qnext.checkpoint.quantize import write_config_of
 from qnext.checkpoint.quantized_output import QuantizedOutput
 from qnext.checkpoint.save import new_folder, write_side_files
@@ -42,7 +43,8 @@ def create_folder(
         with_records=with_records,
         max_shard_bytes=max_shard_bytes,
     )
-    with new_folder(folder) as temporary:
+    settings = {"seed": seed, "dtype": str(dtype).removeprefix("torch."), "scheme": policy and policy.scheme.name}
+    with new_folder(folder, making=Making("init", {**settings, "records": with_records or None})) as temporary:
         check_disk(Path(folder), out.sink.num_bytes)
         write_config_of(out, temporary)
         write_side_files(temporary, config, tokenizer_folder, None)

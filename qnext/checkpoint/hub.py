@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qnext.checkpoint.nearby import published_models
+from qnext.checkpoint.provenance import Making, licence_of, read_provenance
 from qnext.errors import ModelNotFound, NotSupported, did_you_mean
 
 FileReport = Callable[[str, int, int | None], None]  # file, bytes that are there, bytes in all
@@ -32,7 +33,30 @@ def pull_model(name: str, out: Path | None, revision: str | None, *, report: Fil
     if not any(folder.glob("*.safetensors")):
         _refuse_gguf(name, revision)
         raise ModelNotFound(f"{name}: holds no safetensors files, so it is no model that can be loaded")
+    record_pull(folder, name, revision)
     return folder
+
+
+def record_pull(folder: Path, name: str, revision: str | None) -> None:
+    """Write the provenance of a download, unless it stands there. What the hub's own file of that name says, where it
+    is one of ours, becomes that of the parent."""
+    commit = _commit_of(folder)
+    known = read_provenance(folder)
+    settings = {"name": name, "revision": revision, "commit": commit}
+    if known is not None and known["made_by"] == "pull" and known["settings"] == settings:
+        return
+    making = Making("pull", settings)
+    licence = licence_of(folder) or (known or {}).get("licence")
+    making.parents.append({"role": "repository", "name": name, "licence": licence, "provenance": known})
+    making.write_beside(folder)
+
+
+def _commit_of(folder: Path) -> str | None:
+    """The commit that was downloaded: the name of a folder of the cache, or what the hub's client notes in others."""
+    if folder.parent.name == "snapshots":
+        return folder.name
+    noted = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    return noted.read_text(encoding="utf-8").split("\n")[0] if noted.is_file() else None
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from qnext.checkpoint.hashing import sha256_of
 from qnext.checkpoint.header import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -124,7 +124,7 @@ class HubShards:
         with telling_of(self._repository, self._revision):
             huggingface_hub.hf_hub_download(self._repository, file.name, revision=self._commit, local_dir=self._folder)
             announced = huggingface_hub.get_hf_file_metadata(self._url(file.name)).etag or ""
-        if _SHA256.fullmatch(announced) and _sha256(file) != announced:
+        if _SHA256.fullmatch(announced) and sha256_of(file) != announced:
             self.refuse(file)
             raise CorruptCheckpoint(f"{file}: the hub announced other bytes (SHA-256); the same command gets it anew")
 
@@ -133,11 +133,3 @@ class HubShards:
 
     def drop(self, file: Path) -> None:
         remove_file(file)
-
-
-def _sha256(path: Path) -> str:
-    checksum = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            checksum.update(block)
-    return checksum.hexdigest()

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from qnext.checkpoint.adapters import find_adapter, open_adapter, read_adapter
 from qnext.checkpoint.check import Layout, layout_of, structure_problems
 from qnext.checkpoint.files import MAX_SHARD_BYTES, TORCH_DTYPES, Progress, ShardWriter, TensorFiles, TensorSpec
 from qnext.checkpoint.packed import PackedWeight
+from qnext.checkpoint.provenance import Making, adapter_parent, parent_of
 from qnext.checkpoint.resolve import resolve_model
 from qnext.checkpoint.save import has_tokenizer, new_folder, write_side_files
 from qnext.checkpoint.values import read_sound_weight
@@ -47,12 +49,19 @@ class FormError:
     of_change: float = 0.0
     of_error: float = 0.0
 
+    @property
+    def error(self) -> float:
+        return math.sqrt(self.of_error / max(self.of_weights, 1e-300))
+
+    @property
+    def change(self) -> float:
+        return math.sqrt(self.of_change / max(self.of_weights, 1e-300))
+
     def line(self, form: str) -> str:
-        error, change = (math.sqrt(each / max(self.of_weights, 1e-300)) for each in (self.of_error, self.of_change))
         verb = "rounded once" if form.startswith("torch.") else "rounded again"
         return (
-            f"{self.num_weights:,} weights in {form.removeprefix('torch.')} {verb}: error {error:.2%} of the weights, "
-            f"where the adapter changes {change:.2%}"
+            f"{self.num_weights:,} weights in {form.removeprefix('torch.')} {verb}: error {self.error:.2%} of the "
+            f"weights, where the adapter changes {self.change:.2%}"
         )
 
 
@@ -63,6 +72,13 @@ class MergeReport:
     num_parameters: int  # of the model that changed
     num_copied: int  # tensors that were copied byte by byte
     errors: dict[str, FormError] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """What rounding cost, as shares of the weights, by form."""
+        return {
+            form.removeprefix("torch."): {"weights": error.num_weights, "error": error.error, "change": error.change}
+            for form, error in self.errors.items()
+        }
 
     def lines(self) -> list[str]:
         head = f"{self.num_parameters} parameters changed, {self.num_copied:,} tensors copied as they are"
@@ -87,7 +103,8 @@ def merge_adapter(
     if len(described.without_effect) == described.num_matrices:
         described.check()
     tokenizer = found.folder if has_tokenizer(found.folder) else None
-    return merge_folder(layout, adapter, folder, tokenizer_folder=tokenizer, progress=progress)
+    making = Making("merge", parents=[adapter_parent(found.folder)])
+    return merge_folder(layout, adapter, folder, tokenizer_folder=tokenizer, progress=progress, making=making)
 
 
 @torch.no_grad()
@@ -99,9 +116,10 @@ def merge_folder(
     tokenizer_folder: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    making: Making | None = None,
 ) -> MergeReport:
     """Write `folder`: the model in `source` with the changes of `adapter`, every weight in its form there, and the
-    tokenizer of `tokenizer_folder`, or of `source`.
+    tokenizer of `tokenizer_folder`, or of `source`. `making` says where the adapter comes from.
 
     Raises UsageError for an adapter of another model or an output that exists, NotSupported naming a weight in a form
     that is not written, CorruptCheckpoint for a damaged source, DoesNotFit when the disk is too small.
@@ -120,7 +138,9 @@ def merge_folder(
     check_disk(Path(folder), total)
     report = MergeReport(len(adapter.parts), 0)
     done = 0
-    with TensorFiles(layout.index) as tensors, new_folder(folder) as made:
+    making = making or Making("merge")
+    making.parents.insert(0, parent_of(layout, "base"))
+    with TensorFiles(layout.index) as tensors, new_folder(folder, making=making) as made:
         _write_side_files(layout, made, tokenizer_folder)
         writer = ShardWriter(made, plan, max_shard_bytes=max_shard_bytes)
         try:
@@ -132,6 +152,7 @@ def merge_folder(
             writer.finish()
         finally:
             writer.close()
+        making.quality = report.summary()
     return report
 
 

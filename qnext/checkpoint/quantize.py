@@ -11,6 +11,7 @@ import torch
 from qnext.checkpoint.calibrate import TextSample, run_layers
 from qnext.checkpoint.check import Layout, layout_of, structure_problems
 from qnext.checkpoint.files import MAX_SHARD_BYTES, Progress, TensorFiles
+from qnext.checkpoint.provenance import Making, parent_of
 from qnext.checkpoint.quantized_output import QuantizedOutput
 from qnext.checkpoint.save import has_tokenizer, new_folder, write_side_files
 from qnext.checkpoint.weight_source import FolderWeights
@@ -33,12 +34,14 @@ def quantize_folder(
     with_records: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    making: Making | None = None,
 ) -> QualityReport:
     """Write `folder` in compressed-tensors' pack-quantized layout, with the tokenizer, and return what it cost.
 
     `with_records` experts become records, which other programs do not read.
     With `sample`, a text goes through the layers: matrices are rounded by GPTQ (to nearest where not `is_calibrated`),
     and both models are compared. Scales have the dtype of the kept matrices. Packed floats that are kept become bf16.
+    `making` says what the caller knows of the text and the machine; the rest of the provenance is added here.
     Raises UsageError for a folder with integer codes or an output that exists, DoesNotFit when the disk is too small,
     CorruptCheckpoint for a damaged source.
     """
@@ -46,6 +49,8 @@ def quantize_folder(
     check_source(layout)
     layout = layout.with_all_experts()
     path = layout.index.folder
+    making = making or Making("quantize")
+    making.parents.append(parent_of(layout))
     with TensorFiles(layout.index) as files:
         weights = FolderWeights(files, layout)
         out = QuantizedOutput(
@@ -53,7 +58,7 @@ def quantize_folder(
         )
         comparison = TextComparison()
         check_disk(Path(folder), out.sink.num_bytes)
-        with new_folder(folder) as temporary:
+        with new_folder(folder, making=making) as temporary:
             write_config_of(out, temporary)
             write_side_files(temporary, layout.config, path if has_tokenizer(path) else None, None)
             try:
@@ -65,13 +70,30 @@ def quantize_folder(
                 out.sink.finish()
             finally:
                 out.sink.close()
-    report = report_of(out, layout, policy)
-    if sample is None:
-        return report
-    report = replace(report, text=comparison.result())
-    if is_calibrated:
-        report = replace(report, method="gptq", num_calibration_tokens=sum(len(ids) - 1 for ids in sample.calibration))
+            report = report_of(out, layout, policy)
+            if sample is not None:
+                report = _with_text(report, sample, comparison, is_calibrated=is_calibrated)
+            describe_making(making, report, with_records=with_records)
     return report
+
+
+def _with_text(
+    report: QualityReport, sample: TextSample, comparison: TextComparison, *, is_calibrated: bool
+) -> QualityReport:
+    report = replace(report, text=comparison.result())
+    if not is_calibrated:
+        return report
+    return replace(report, method="gptq", num_calibration_tokens=sum(len(ids) - 1 for ids in sample.calibration))
+
+
+def describe_making(making: Making, report: QualityReport, *, with_records: bool = False) -> None:
+    """Settings and quality of a quantised folder."""
+    making.settings = {"scheme": report.scheme, "head": report.head, "method": report.method, **making.settings}
+    if report.num_calibration_tokens:
+        making.settings = {**making.settings, "calibration_tokens": report.num_calibration_tokens}
+    if with_records:
+        making.settings = {**making.settings, "records": True}
+    making.quality = report.summary()
 
 
 def report_of(out: QuantizedOutput, layout: Layout, policy: QuantPolicy) -> QualityReport:

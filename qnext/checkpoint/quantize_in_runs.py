@@ -16,7 +16,8 @@ from qnext.checkpoint.check import Layout, read_layout
 from qnext.checkpoint.files import MAX_SHARD_BYTES, Progress, TensorFiles
 from qnext.checkpoint.header import CheckpointIndex, FileState, read_header
 from qnext.checkpoint.ledger import Ledger, ShardHeaders, Task, begin_ledger, read_ledger
-from qnext.checkpoint.quantize import check_source, report_of, write_config_of
+from qnext.checkpoint.provenance import Making, parent_of
+from qnext.checkpoint.quantize import check_source, describe_making, report_of, write_config_of
 from qnext.checkpoint.quantized_output import QuantizedOutput
 from qnext.checkpoint.save import has_tokenizer, unfinished_folder, write_side_files
 from qnext.checkpoint.shard_source import ShardSource
@@ -46,6 +47,7 @@ def quantize_in_runs(
     head: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    making: Making | None = None,
 ) -> QualityReport:
     """As quantize_folder without a text, from shards that are fetched and dropped one after another.
 
@@ -53,6 +55,7 @@ def quantize_in_runs(
     Raises as quantize_folder, and UsageError where an earlier run was asked for something else.
     """
     find_scheme(scheme)
+    making = making or Making("quantize")
     task = Task(source.name, scheme, head, max_shard_bytes)
     with unfinished_folder(folder) as work:
         root = source.begin(work.path)
@@ -74,7 +77,13 @@ def quantize_in_runs(
             write_config_of(out, work.made)
             write_side_files(work.made, layout.config, root if has_tokenizer(root) else None, None)
         out.errors = [error for number in sorted(ledger.errors) for error in ledger.errors[number]]
-        return report_of(out, layout, policy)
+        report = report_of(out, layout, policy)
+        making.parents.append(
+            parent_of(layout, name=Path(source.name).name if Path(source.name).is_absolute() else source.name)
+        )
+        describe_making(making, report)
+        making.write_inside(work.made)
+        return report
 
 
 def _make(work: Unfinished, runner: _Runner, out: QuantizedOutput, steps: list[_ShardTurn]) -> None:

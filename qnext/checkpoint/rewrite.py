@@ -8,6 +8,7 @@ import torch
 
 from qnext.checkpoint.check import Layout, layout_of, structure_problems
 from qnext.checkpoint.files import MAX_SHARD_BYTES, Progress, TensorFiles
+from qnext.checkpoint.provenance import Making, parent_of
 from qnext.checkpoint.quantize import write_config_of
 from qnext.checkpoint.quantized_output import QuantizedOutput
 from qnext.checkpoint.save import has_tokenizer, new_folder, write_side_files
@@ -36,13 +37,15 @@ def rewrite_folder(
     for problem in structure_problems(layout):
         raise CorruptCheckpoint(problem)
     path = layout.index.folder
+    settings = {"records": with_records, "codes": "kept" if keeps_codes else "dequantised"}
+    making = Making("convert", settings, [parent_of(layout)])
     with TensorFiles(layout.index) as files:
         weights = FolderWeights(files, layout, keeps_codes=keeps_codes)
         out = QuantizedOutput(
             weights, None, progress, name=path, with_records=with_records, max_shard_bytes=max_shard_bytes
         )
         check_disk(Path(folder), out.sink.num_bytes)
-        with new_folder(folder) as temporary:
+        with new_folder(folder, making=making) as temporary:
             write_config_of(out, temporary)
             write_side_files(temporary, layout.config, path if has_tokenizer(path) else None, None)
             try:

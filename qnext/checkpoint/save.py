@@ -13,6 +13,7 @@ import torch
 from qnext import files
 from qnext.checkpoint.files import DTYPE_NAMES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
 from qnext.checkpoint.names import disk_parts
+from qnext.checkpoint.provenance import Making
 from qnext.config import ModelConfig, to_hf
 from qnext.errors import UsageError
 from qnext.model import CausalLM, named_weights
@@ -43,13 +44,15 @@ def save_model(
     tokenizer_folder: str | Path | None = None,
     generation_config: Mapping[str, Any] | None = None,
     readme: str | None = None,
+    making: Making | None = None,
 ) -> None:
     """Write a folder that load_model and transformers read. MTP tensors are included.
 
     `dtype` is of all, or of each by its name; None keeps the dtype of each parameter. Tokenizer files are copied from
     `tokenizer_folder`. `generation_config` None means the file of `tokenizer_folder`, or the token ids of the
-    configuration. `readme` is the text of README.md. Raises UsageError for a model with quantised weights, and when
-    `folder` exists and is not empty, unless `overwrite` is set and it holds a config.json.
+    configuration. `readme` is the text of README.md; `making` becomes the provenance. Raises UsageError for a model
+    with quantised weights, and when `folder` exists and is not empty, unless `overwrite` is set and it holds a
+    config.json.
     """
     parameters = dict(model.named_parameters())
     infos = list_parameters(model.config)
@@ -58,7 +61,7 @@ def save_model(
     assert infos.keys() == parameters.keys(), infos.keys() ^ parameters.keys()
     given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(infos, dtype)
     dtypes = {name: given[name] or parameters[name].dtype for name in infos}
-    with new_folder(folder, overwrite=overwrite) as temporary:
+    with new_folder(folder, overwrite=overwrite, making=making) as temporary:
         write_config(temporary, model.config, dtype=dtypes["model.embed_tokens.weight"])
         write_side_files(temporary, model.config, tokenizer_folder, generation_config)
         if readme is not None:
@@ -83,12 +86,14 @@ def disk_plan(config: ModelConfig, dtypes: Mapping[str, torch.dtype] | torch.dty
 
 
 @contextmanager
-def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """As files.new_folder. Raises UsageError for a folder that is not empty, unless it may be overwritten and holds a
-    model."""
+def new_folder(folder: str | Path, *, overwrite: bool = False, making: Making | None = None) -> Iterator[Path]:
+    """As files.new_folder, with the provenance that `making` gives. Raises UsageError for a folder that is not empty,
+    unless it may be overwritten and holds a model."""
     _check_place(Path(folder), overwrite=overwrite)
     with files.new_folder(folder) as temporary:
         yield temporary
+        if making is not None:
+            making.write_inside(temporary)
 
 
 @contextmanager

@@ -60,6 +60,7 @@ VERBS = {
     "audit-verify": "whether each line of an audit log follows the one before, and none is missing",
     "audit-show": "the records of an audit log: by key, time, request, and their sums",
     "audit-trace": "what one answer came from, and whether a folder is the same model",
+    "watermark": "keys that mark answers, and whether a text shows one",
     "experts": "which experts a text goes to, and what quantisation changed of that",
     "attention": "where a model looks and what its states keep on a text, layer by layer",
     "compare": "the first layer and part in which two models, precisions, backends or adapters differ",

@@ -64,7 +64,9 @@ def command(
     if model is None:
         assert url is not None
         if context is not None or loading != options.LoadingFlags():
-            raise UsageError("--context, --yarn, --expert-memory, --speculation and --dtype are the server's to say")
+            raise UsageError(
+                "--context, --yarn, --expert-memory, --speculation, --dtype and --watermark are the server's to say"
+            )
         from qnext.client.conversation import open_remote
 
         talk |= {"completes": complete, "thinks": template.think}
@@ -75,7 +77,7 @@ def command(
     if partner.api_key is not None or name is not None:
         raise UsageError("--api-key and --model belong to --url")
     folder = open_folder(model, yarn=loading.yarn, expert_memory=loading.expert_memory)
-    params = resolve_sampling(folder.path, sampling.given)
+    params = resolve_sampling(folder.path, {**sampling.given, "watermark": loading.watermark_key})
     without = "each input is completed as plain text, and questions get no answer"
     chat_format = None if complete else chat_format_of(folder, note, without=without)
     opening = ConversationOpening(folder, chat_format, params, context, loading.speculation, loading.dtype)

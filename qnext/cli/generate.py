@@ -72,7 +72,8 @@ def command(
         raise UsageError("--logprobs needs --json")
     asked = form.request(template)
     folder = open_folder(model, yarn=loading.yarn, expert_memory=loading.expert_memory)
-    params = resolve_sampling(folder.path, {**sampling.given, "ignore_eos": ignore_eos, "logprobs": logprobs})
+    given = {**sampling.given, "ignore_eos": ignore_eos, "logprobs": logprobs, "watermark": loading.watermark_key}
+    params = resolve_sampling(folder.path, given)
     text = read_stdin() if prompt == "-" else prompt
     prompt_ids = encode_prompt(folder, text, asked=asked, special=form.special is not False)
     params = fit_to_context(folder.config, len(prompt_ids), params)

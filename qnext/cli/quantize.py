@@ -43,6 +43,16 @@ class ShardFlags:
     revision: Annotated[str | None, option("with --from-hub: branch, tag or commit")] = None
 
 
+@dataclass(frozen=True)
+class ToldFlags:
+    """What is told of the result."""
+
+    report: Annotated[Path | None, option("write the quality report there, as JSON", metavar="FILE")] = None
+    watts: Annotated[
+        float | None, option("what the machine draws meanwhile; the provenance of OUT then tells the energy", min=0)
+    ] = None
+
+
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="model folder: bf16, fp16, fp32 or official FP8")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to make; must be new or empty")],
@@ -53,8 +63,8 @@ def command(
     *,
     sample: SampleFlags,
     shards: ShardFlags,
+    told: ToldFlags,
     records: AsRecords = False,
-    report: Annotated[Path | None, typer.Option(metavar="FILE", help="write the quality report there, as JSON")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="the quality report on stdout, as JSON")] = False,
     strict: Strict = False,
 ) -> None:
@@ -72,28 +82,37 @@ def command(
     if sample.method not in _METHODS:
         raise UsageError(f"--method {sample.method}: must be {' or '.join(_METHODS)}")
     find_scheme(scheme)
-    if report is not None and report.exists():
-        raise UsageError(f"{report}: exists already")
+    if told.report is not None and told.report.exists():
+        raise UsageError(f"{told.report}: exists already")
     if shards.revision is not None and not shards.from_hub:
         raise UsageError("--revision goes with --from-hub alone")
     if not shards.delete_source_shards and not shards.from_hub:
-        result = _at_once(model, out, scheme, head, sample, records)
+        result = _at_once(model, out, scheme, head, sample, records, told.watts)
     elif records:
         raise UsageError("--records needs the whole model; `qnext convert OUT OTHER --records` makes them afterwards")
     elif sample.text is not None:
         raise UsageError("--text needs the whole model: neither --delete-source-shards nor --from-hub goes with it")
     else:
-        result = _shard_by_shard(model, out, scheme, head, shards)
+        result = _shard_by_shard(model, out, scheme, head, shards, told.watts)
     document = json.dumps(result.to_json(), indent=2)
     print(document if as_json else result.table(), file=sys.stdout if as_json else sys.stderr)
-    if report is not None:
-        write_file(report, document + "\n")
+    if told.report is not None:
+        write_file(told.report, document + "\n")
     if not as_json:
         print(out)
 
 
-def _at_once(model: str, out: Path, scheme: str, head: str | None, flags: SampleFlags, records: bool) -> QualityReport:
+def _at_once(
+    model: str,
+    out: Path,
+    scheme: str,
+    head: str | None,
+    flags: SampleFlags,
+    records: bool,
+    watts: float | None,
+) -> QualityReport:
     from qnext.checkpoint.check import read_layout
+    from qnext.checkpoint.provenance import Making, data_of
     from qnext.checkpoint.quantize import quantize_folder
     from qnext.checkpoint.resolve import resolve_model
     from qnext.checkpoint.text_sample import sample_of_text
@@ -116,11 +135,15 @@ def _at_once(model: str, out: Path, scheme: str, head: str | None, flags: Sample
             is_calibrated=is_calibrated,
             with_records=records,
             progress=progress,
+            making=Making("quantize", data=[] if flags.text is None else data_of([flags.text]), watts=watts),
         )
 
 
-def _shard_by_shard(model: str, out: Path, scheme: str, head: str | None, flags: ShardFlags) -> QualityReport:
+def _shard_by_shard(
+    model: str, out: Path, scheme: str, head: str | None, flags: ShardFlags, watts: float | None
+) -> QualityReport:
     from qnext.checkpoint.hub_shards import HubShards
+    from qnext.checkpoint.provenance import Making
     from qnext.checkpoint.quantize_in_runs import quantize_in_runs
     from qnext.checkpoint.resolve import resolve_folder
     from qnext.checkpoint.shard_source import LocalShards
@@ -128,4 +151,5 @@ def _shard_by_shard(model: str, out: Path, scheme: str, head: str | None, flags:
 
     source = HubShards(model, flags.revision) if flags.from_hub else LocalShards(resolve_folder(model))
     with byte_progress("quantising") as progress:
-        return quantize_in_runs(source, out, scheme=scheme, head=head, progress=progress)
+        making = Making("quantize", watts=watts)
+        return quantize_in_runs(source, out, scheme=scheme, head=head, progress=progress, making=making)

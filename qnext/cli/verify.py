@@ -17,11 +17,12 @@ def command(
     as_json: AsJson = False,
     strict: Strict = False,
 ) -> None:
-    """Check names, shapes, dtypes and values of every tensor, and the tokenizer.
+    """Check names, shapes, dtypes and values of every tensor, the tokenizer, and the hashes of a provenance.json.
 
     Exit code 5 where something is damaged or contradictory, 6 where the only fault is a form that is not supported.
     What is passed over is listed as warnings, which --strict makes problems.
     """
+    from qnext.checkpoint.provenance import read_provenance
     from qnext.checkpoint.resolve import resolve_model
     from qnext.cli.terminal.progress import byte_progress
     from qnext.diagnostics.folder import examine
@@ -34,6 +35,7 @@ def command(
     problems, passed_over = map(str, found.problems), [str(warning) for warning in found.warnings]
     if as_json:
         document = {"model": model, "ok": not found.problems, "problems": list(problems), "warnings": passed_over}
+        document["has_provenance"] = read_provenance(folder) is not None
         print(json.dumps(document, indent=2))
     else:
         if not found.problems:

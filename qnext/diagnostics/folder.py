@@ -36,6 +36,7 @@ def examine(folder: Path, progress: Callable[[int, int], None] | None = None) ->
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", QnextWarning)
         problems = list(checkpoint_problems(folder, progress))
+        problems += map(CorruptCheckpoint, provenance_problems(folder))
     passed_over: dict[str, QnextWarning] = {}
     for each in caught:
         if isinstance(each.message, QnextWarning):
@@ -70,6 +71,19 @@ def checkpoint_problems(
             yield from map(CorruptCheckpoint, tokenizer_problems(layout))
     except (CorruptCheckpoint, NotSupported) as error:
         yield error
+
+
+def provenance_problems(folder: Path) -> Iterator[str]:
+    """Files of the model that differ from its provenance; a warning for each other file that does. A folder without a
+    provenance comes from elsewhere."""
+    from qnext.checkpoint.provenance import changed_files, read_provenance
+
+    provenance = read_provenance(folder)
+    for problem, is_of_model in () if provenance is None else changed_files(folder, provenance):
+        if is_of_model:
+            yield problem
+        else:
+            warn(problem, error=CorruptCheckpoint)
 
 
 def tokenizer_problems(layout: Layout) -> Iterator[str]:

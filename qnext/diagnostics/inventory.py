@@ -34,6 +34,8 @@ class ModelInventory:
     tensors: list[DistinctTensors]
     packed: dict[str, int] | None = None  # numbers in each packed form, such as "awq int4-g128"
     dtypes_by_part: dict[str, dict[str, int]] | None = None  # the same as `dtypes`, for each field of ParameterCounts
+    model: str | None = None  # the short name of config and weights, which the audit log of a server has
+    provenance: dict[str, Any] | None = None
 
 
 def take_inventory(model: str) -> ModelInventory:
@@ -48,6 +50,8 @@ def take_inventory(model: str) -> ModelInventory:
         tensors = _distinct((*row, None) for row in expected_tensors(config).items())
         return ModelInventory(model, config, None, None, tensors)
     from qnext.checkpoint.check import read_layout, structure_problems
+    from qnext.checkpoint.identity import identity_of
+    from qnext.checkpoint.provenance import read_provenance
     from qnext.checkpoint.resolve import resolve_model
     from qnext.errors import CorruptCheckpoint
 
@@ -66,7 +70,17 @@ def take_inventory(model: str) -> ModelInventory:
     for weight in layout.packed.values():
         packed[weight.form.describe()] += prod(weight.shape)
     stored = {part: dict(counts) for part, counts in by_part.items()}
-    return ModelInventory(model, layout.config, dict(dtypes), layout.num_bytes, tensors, dict(packed) or None, stored)
+    return ModelInventory(
+        model,
+        layout.config,
+        dict(dtypes),
+        layout.num_bytes,
+        tensors,
+        dict(packed) or None,
+        stored,
+        identity_of(layout).model,
+        read_provenance(index.folder),
+    )
 
 
 def _distinct(rows: Iterable[tuple[str, tuple[int, ...], str | None]]) -> list[DistinctTensors]:
@@ -103,4 +117,6 @@ def inventory_document(report: ModelInventory) -> dict[str, Any]:
         "kv_bytes_per_1000_tokens": 1000 * kv_bytes_per_token(config),
         "kv_bytes_per_1000_tokens_with_mtp": 1000 * kv_bytes_per_token(config, with_mtp=True),
         "state_bytes_per_sequence": {**asdict(state), "total": state.total},
+        "fingerprint": report.model,
+        "provenance": report.provenance,
     }

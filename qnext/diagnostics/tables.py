@@ -21,6 +21,8 @@ _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 def show_inventory(report: ModelInventory) -> None:
     """Parts with their parameters, then tensors."""
+    from qnext.checkpoint.provenance import chain_of
+
     values = inventory_document(report)
     console = Console(highlight=False, soft_wrap=True)
     config, parameters = report.config, values["parameters"]
@@ -43,6 +45,10 @@ def show_inventory(report: ModelInventory) -> None:
         print(f"on disk {format_bytes(report.num_bytes)}: {dtypes}")
     if report.packed is not None:
         print("packed weights: " + ", ".join(f"{form} {count:,}" for form, count in report.packed.items()))
+    if report.model is not None:
+        print(f"fingerprint {report.model}")
+    if report.provenance is not None:
+        print("made by " + "\n".join(chain_of(report.provenance)))
     print(f"KV per 1,000 tokens {format_bytes(values['kv_bytes_per_1000_tokens'])} (bfloat16)")
     print(f"state per sequence {format_bytes(values['state_bytes_per_sequence']['total'])}")
     tensors = Table("tensor", "shape", "dtype", "count", box=None)

@@ -148,7 +148,7 @@ class Drafter:
         chosen = [sequences[n] for n in able]
         start = time.perf_counter()
         rows = self._missing_rows(chosen)
-        if all(sequence.request.params.is_greedy for sequence in chosen):
+        if all(sequence.request.params.is_greedy and sequence.request.marks is None for sequence in chosen):
             drafts, _, was_prepared = self._executor.draft(DraftPlan("chain", rows, depth))
         else:
             drafts, was_prepared = self._draft_one_by_one(chosen, rows, depth)
@@ -166,7 +166,7 @@ class Drafter:
         for done in range(depth):
             _, logits_NY, was_prepared = self._executor.draft(DraftPlan("next", rows, goes_on=done > 0))
             indices = [len(request.output_ids) + done for request in requests]
-            for tokens, token in zip(drafts, draft(logits_NY, requests, indices), strict=True):
+            for tokens, token in zip(drafts, draft(logits_NY, requests, indices, drafts), strict=True):
                 tokens.append(token)
             rows = tuple(
                 Rows(part.slot, (tokens[-1],), part.start + len(part.token_ids), base=part.base)

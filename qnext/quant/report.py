@@ -85,6 +85,12 @@ class QualityReport:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def summary(self) -> dict[str, Any]:
+        """What it cost in a few numbers, for the provenance of the folder."""
+        errors = {kind.name: round(kind.mean_weight_error, 6) for kind in self.kinds}
+        text = None if self.text is None else {k: v for k, v in asdict(self.text).items() if k != "routers"}
+        return {"mean_weight_error": errors, "text": text}
+
     def table(self) -> str:
         """The report as a table for people."""
         ratio = self.bytes_quantized / self.bytes_original

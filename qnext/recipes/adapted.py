@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qnext.checkpoint.adapters import IN_A_RUN, save_adapter
+from qnext.checkpoint.provenance import Making
 from qnext.errors import UsageError
 from qnext.lora import LoraConfig, adapter_of, add_lora, choose_experts, count_routing, describe_adapter
 from qnext.lora.config import Targets
@@ -86,7 +87,9 @@ def adapt(model: CausalLM, task: AdapterTask, batches: Iterable[Batch], *, seed:
     return describe_adapter(adapter_of(model)).lines()[0] + chosen
 
 
-def save_adapted(model: CausalLM, run: Path, *, base: str | Path, tokenizer_folder: Path | None) -> Path:
+def save_adapted(
+    model: CausalLM, run: Path, *, base: str | Path, tokenizer_folder: Path | None, making: Making | None = None
+) -> Path:
     """Write the adapter of a trained model into the folder of its run, in place of an earlier one, with its tokenizer.
 
     Raises NoEffect where a part of it was not trained.
@@ -94,5 +97,13 @@ def save_adapted(model: CausalLM, run: Path, *, base: str | Path, tokenizer_fold
     adapter = adapter_of(model)
     describe_adapter(adapter).check()
     folder = run / IN_A_RUN
-    save_adapter(adapter, folder, model.config, base=str(base), tokenizer_folder=tokenizer_folder, overwrite=True)
+    save_adapter(
+        adapter,
+        folder,
+        model.config,
+        base=str(base),
+        tokenizer_folder=tokenizer_folder,
+        overwrite=True,
+        making=making,
+    )
     return folder

@@ -16,6 +16,7 @@ from qnext.eval import EvalDocument, Perplexity, evaluate_perplexity
 from qnext.files import remove_folder, remove_partials
 from qnext.model import CausalLM, initialize
 from qnext.planning import count_active, count_parameters
+from qnext.recipes.making import data_of_corpus, making_of
 from qnext.recipes.settings import parse_settings, parse_value, with_end_of_run
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import END_OF_TEXT, save_tokenizer, train_bpe
@@ -63,6 +64,7 @@ class Run:
             overwrite=True,
             generation_config=generation,
             readme=self._card(),
+            making=making_of(f"train {self.recipe.name}", self.trainer, {}, data=data_of_corpus(self.corpus)),
         )
         return target
 

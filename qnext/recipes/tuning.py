@@ -14,6 +14,9 @@ from typing import Any, Protocol
 import torch
 
 from qnext.checkpoint import load_model, save_model
+from qnext.checkpoint.check import read_layout
+from qnext.checkpoint.provenance import Making, data_of, parent_of
+from qnext.checkpoint.resolve import resolve_model
 from qnext.errors import FULL, CorruptCheckpoint, QnextError, UsageError, warn
 from qnext.files import remove_folder, write_file
 from qnext.lora import adapter_of, describe_adapter
@@ -22,6 +25,7 @@ from qnext.planning import count_parameters
 from qnext.planning.plan import check_weights
 from qnext.recipes.adapted import AdapterTask, adapt, save_adapted
 from qnext.recipes.chat_folder import tokenizer_folder
+from qnext.recipes.making import making_of
 from qnext.recipes.methods import Base, Method
 from qnext.recipes.settings import parse_settings, with_end_of_run
 from qnext.session.folder import ProgressOf, TextFolder, no_progress, open_folder
@@ -114,6 +118,10 @@ class RunData(Protocol):
     def task(self) -> TuningTask: ...
 
     @property
+    def config(self) -> Any:
+        """That of the method."""
+
+    @property
     def train(self) -> Mapping[str, Any]:
         """Settings of TrainConfig."""
 
@@ -144,7 +152,11 @@ class TuningRun:
         """
         if self.data.task.adapter is not None:
             return save_adapted(
-                self.trainer.model, self.folder, base=self.data.base.path, tokenizer_folder=self.folder / TOKENIZER
+                self.trainer.model,
+                self.folder,
+                base=self.data.base.path,
+                tokenizer_folder=self.folder / TOKENIZER,
+                making=self._making(),
             )
         target = self.folder / "model"
         save_model(
@@ -154,8 +166,20 @@ class TuningRun:
             overwrite=True,
             tokenizer_folder=self.folder / TOKENIZER,
             readme=self._card(),
+            making=self._making(),
         )
         return target
+
+    def _making(self) -> Making:
+        task = self.data.task
+        settings = [each for each in task.settings if not each.startswith("teacher=")]  # a place on this machine
+        given = {"template": task.template, "recipe": task.recipe, "settings": settings}
+        adapter = {} if task.adapter is None else {"adapter": task.adapter.to_json()}
+        making = making_of(f"train {task.method}", self.trainer, {**given, **adapter}, data=data_of(task.data))
+        teacher = getattr(self.data.config, "teacher", "")
+        parents = {"base": self.data.base.path, **({"teacher": resolve_model(teacher)} if teacher else {})}
+        making.parents += [parent_of(read_layout(path), role) for role, path in parents.items()]
+        return making
 
     def changes(self) -> list[str]:
         """What an adapter has changed by now, for people."""

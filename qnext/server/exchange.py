@@ -150,4 +150,7 @@ def params_hash(params: SamplingParams) -> str:
     """A short name of sampling parameters. Equal parameters have equal names."""
     values = asdict(params)
     values["logit_bias"] = sorted(params.logit_bias.items())
+    del values["watermark"]
+    if params.watermark is not None:
+        values["watermark"] = params.watermark.name
     return hashlib.sha256(orjson.dumps(values, option=orjson.OPT_NON_STR_KEYS)).hexdigest()[:16]

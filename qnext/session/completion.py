@@ -133,6 +133,8 @@ def completion_document(
             "decode_tokens_per_second": answer.decode_rate,
         },
     }
+    if params.watermark is not None:
+        document["watermark"] = params.watermark.name
     if answer.reads is not None:
         document["timings"]["experts"] = answer.reads.document()
     if answer.predicted is not None:

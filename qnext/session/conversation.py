@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qnext.text.tokenizer import Tokenizer
 
 _LISTS = {"stop_token_ids", "logit_bias", "allowed_token_ids", "banned_token_ids"}
-_NOT_IN_CHAT = {*_LISTS, "logprobs", "prompt_logprobs", "n"}
+_NOT_IN_CHAT = {*_LISTS, "logprobs", "prompt_logprobs", "n", "watermark"}
 
 
 @dataclass
@@ -160,7 +160,8 @@ class Conversation(Talk):
     def _read_parameters(self, values: dict[str, Any]) -> Callable[[], None]:
         from qnext.engine import SamplingParams
 
-        params = SamplingParams(**values | {"stop_token_ids": tuple(values.get("stop_token_ids", ()))})
+        own = {"stop_token_ids": tuple(values.get("stop_token_ids", ())), "watermark": self.params.watermark}
+        params = SamplingParams(**values | own)
         return lambda: setattr(self, "params", params)
 
     def info(self) -> list[str]:

@@ -16,7 +16,9 @@ from qnext.session.talk import drop
 from qnext.version import __version__
 
 if TYPE_CHECKING:
+    from qnext.checkpoint.identity import FolderIdentity
     from qnext.engine import Engine
+    from qnext.server.inference.origin import AnswerOrigin
     from qnext.server.inference.served import ServedModel
 
 _MOST_CARD_HEAD = 4096  # characters of a README.md that are looked at
@@ -44,6 +46,7 @@ class ServeConfig:
     template_defaults: Mapping[str, Any] | None = None
     tool_style: Any = None
     warms_grammars: bool = False
+    marking: Any = None  # of answers by a watermark: a Marking
 
 
 def load_served(
@@ -62,7 +65,6 @@ def load_served(
     from qnext.engine import DiskCache, Engine, EngineConfig, check_options
     from qnext.lora.serving import serve_adapters
     from qnext.ops import arithmetic_of
-    from qnext.server.inference.origin import AnswerOrigin
     from qnext.server.inference.served import ServedModel
 
     if config.threads is not None:
@@ -78,7 +80,7 @@ def load_served(
     options = EngineConfig(eos_token_ids=eos_ids, kv_dtype=kv_dtype, disk_cache=disk, **config.engine)
     check_options(folder.config, options)
     read = {name: read_adapter(path, folder.config) for name, path in adapters.items()}
-    identity = identity_of(read_layout(folder.path) if folder.layout is None else folder.layout, text.path)
+    identity = identity_of(folder.layout or read_layout(folder.path), text.path)
     model = load_weights(folder, config.dtype, progress=progress)
     if read:
         options = replace(options, adapters=serve_adapters(model, read))
@@ -96,16 +98,19 @@ def load_served(
         tool_style=config.tool_style,
         template_defaults=config.template_defaults,
     )
-    served.origin = AnswerOrigin(
-        *identity,
-        version=__version__,
-        arithmetic=arithmetic_of(model.device),
-        settings=_settings_of(folder, config),
-        adapters=engine.executor.adapters,
-    )
+    served.origin = _origin_of(identity, engine, arithmetic_of(model.device), _settings_of(folder, config))
+    if config.marking is not None:
+        served.marking = config.marking
     if config.warms_grammars:
         served.warm()
     return engine, served
+
+
+def _origin_of(identity: FolderIdentity, engine: Engine, arithmetic: str, settings: Mapping[str, Any]) -> AnswerOrigin:
+    from qnext.server.inference.origin import AnswerOrigin
+
+    adapters = engine.executor.adapters
+    return AnswerOrigin(*identity, version=__version__, arithmetic=arithmetic, settings=settings, adapters=adapters)
 
 
 def _settings_of(folder: TextFolder, config: ServeConfig) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class TrainConfig:
     sample_every: int = 0
     snapshot_every: int = 0
     keep_snapshots: int = 2
+    watts: float | None = None  # what the machine draws; the provenance of the result then tells the energy
 
     def __post_init__(self) -> None:
         if (self.total_steps is None) == (self.time_budget is None):
@@ -146,6 +147,8 @@ def _check_ranges(config: TrainConfig) -> None:
         refuse("min_lr", f"no more than lr ({config.lr})")
     if config.total_steps is not None and config.total_steps < 1:
         refuse("total_steps", "at least 1")
+    if config.watts is not None and not 0.0 <= config.watts < math.inf:
+        refuse("watts", "a number of watts")
     if config.time_budget is not None and not 0.0 < config.time_budget < math.inf:
         refuse("time_budget", "a positive number of seconds")
     if config.accumulation % config.parallel_batches:

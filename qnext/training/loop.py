@@ -107,6 +107,7 @@ class Trainer:
         self._furthest = 0.0
         self._skipped_in_a_row = 0
         self._evaluated_step = -1
+        self.last_evaluation: tuple[int, Any] | None = None  # the step and the result
 
     @property
     def elapsed(self) -> float:
@@ -283,6 +284,7 @@ class Trainer:
         self._evaluated_step = self.step
         with self._not_training():
             result = self.hooks.evaluate()
+        self.last_evaluation = (self.step, result)
         if self.step and (self.is_done or _is_due(self.step, self.config.eval_every)):
             self.best.judge(self.step, result)
         if self._metrics is not None:

@@ -17,6 +17,7 @@ from qnext.errors import DoesNotFit, UsageError
 from qnext.model import CausalLM, initialize
 from qnext.quant.scheme import make_policy
 from qnext.text.train import byte_level_tokenizer, save_tokenizer
+from tests.provenance import content_of
 
 from .folders import CONFIGS
 from .quantized import DENSE, NEXT
@@ -93,10 +94,8 @@ def assert_made_equals_quantised(root: Path, config: ModelConfig, scheme: str, d
     quantize_folder(root / "plain", root / "quantised", policy=policy, max_shard_bytes=100_000)
     options = {"dtype": dtype, "tokenizer_folder": root / "t", "max_shard_bytes": 100_000}
     create_folder(config, root / "made", seed=5, policy=policy, **options)
-    names = [sorted(path.name for path in (root / folder).iterdir()) for folder in ("made", "quantised")]
-    assert names[0] == names[1] and len(names[0]) > 5
-    for each in names[0]:
-        assert (root / "made" / each).read_bytes() == (root / "quantised" / each).read_bytes(), each
+    made = content_of(root / "made")
+    assert made == content_of(root / "quantised") and len(made) > 5
     load_model(root / "made")
 
 

@@ -21,6 +21,7 @@ from qnext.quant.report import QualityReport
 from qnext.quant.scheme import make_policy
 from tests.checkpoint.folders import make_fp8, poke, shard_of
 from tests.checkpoint.quantized import NEXT, save_random
+from tests.provenance import content_of
 
 SCHEME = "int4-g32"
 
@@ -59,10 +60,6 @@ def run(source: Path, out: Path, scheme: str = SCHEME) -> QualityReport:
     return quantize_in_runs(LocalShards(source), out, scheme=scheme, max_shard_bytes=90_000)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def shards(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
@@ -70,7 +67,7 @@ def shards(folder: Path) -> list[str]:
 def test_the_folder_is_that_of_one_run_and_the_shards_are_gone(source: Path, expected: Path) -> None:
     assert len(shards(source)) == 5
     report = run(source, source.parent / "out")
-    assert contents(source.parent / "out") == contents(expected)
+    assert content_of(source.parent / "out") == content_of(expected)
     assert json.loads(json.dumps(report.to_json())) == json.loads((expected.parent / "report.json").read_text())
     assert shards(source) == []
     assert {path.name for path in source.iterdir()} == {
@@ -118,7 +115,7 @@ def test_a_run_goes_on_where_another_ended(
             assert len(before) - len(shards(source)) <= 1
         else:
             break
-    assert contents(out) == contents(expected)
+    assert content_of(out) == content_of(expected)
     assert shards(source) == [] and not (source.parent / "out.unfinished").exists()
     assert made[0] >= 5
 
@@ -157,7 +154,7 @@ def test_packed_weights_whose_parts_lie_in_several_shards(source: Path, tmp_path
     policy = make_policy(SCHEME, head=None, is_tied=False)
     quantize_folder(tmp_path / "kept", tmp_path / "expected", policy=policy, max_shard_bytes=90_000)
     run(source, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "expected")
     assert shards(source) == []
 
 
@@ -283,7 +280,7 @@ def test_what_a_kill_at_the_very_end_leaves(source: Path, expected: Path, monkey
         patch.setattr(unfinished, "remove_folder", lambda folder: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             run(source, source.parent / "out")
-    assert contents(source.parent / "out") == contents(expected)
+    assert content_of(source.parent / "out") == content_of(expected)
     assert (source.parent / "out.unfinished").exists()
     with pytest.raises(UsageError, match="exists and is not empty"):
         run(source, source.parent / "out")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from qnext.checkpoint import create_folder
+from qnext.checkpoint.provenance import PROVENANCE_FILE
 from qnext.cli import main
 from qnext.config import ModelConfig, preset
 from qnext.text.templates import INSTRUCT_TEMPLATE
@@ -77,6 +78,7 @@ def make_model(parent: Path) -> Path:
     tokenizer = parent / "made-tokenizer"
     save_tokenizer(byte_level_tokenizer(), tokenizer, model_max_length=128, chat_template=INSTRUCT_TEMPLATE)
     create_folder(CONFIG, parent / "model", seed=1, tokenizer_folder=tokenizer, max_shard_bytes=100_000)
+    (parent / "model" / PROVENANCE_FILE).unlink()  # as most folders come, so that a test may change it
     return parent / "model"
 
 

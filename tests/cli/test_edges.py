@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from qnext.cli import VERBS, click_command
+from qnext.engine.policy.watermark_key import WatermarkKey
 from qnext.errors import CorruptCheckpoint, QnextWarning, one_line
+from qnext.session.watermark import write_key
 
 from .command import Capture, make_model, run
 
@@ -63,6 +65,11 @@ INPUTS = {
     "keys show file": "keys show a --file X",
     "keys rotate file": "keys rotate a --file X",
     "keys revoke file": "keys revoke a --file X",
+    "generate watermark": "generate MODEL text --watermark X",
+    "chat watermark": "chat MODEL --watermark X",
+    "watermark detect file": "watermark detect --key KEY --model MODEL X",
+    "watermark detect key": "watermark detect --key X --model MODEL BATCH",
+    "watermark detect model": "watermark detect --key KEY --model X BATCH",
     "audit log": "audit X",
     "audit-verify log": "audit-verify X",
     "audit-show log": "audit-show X",
@@ -82,6 +89,7 @@ INPUTS = {
     "train-distill data": "train-distill --from MODEL --teacher MODEL --data X --out NEW --template instruct",
 }
 OUTPUTS = {
+    "watermark create file": "watermark create X",
     "init out": "init nano-5m X --layers 4 --experts 2 --experts-per-token 1 --vocab-size 300",
     "logits out": "logits MODEL --tokens 1 --out X",
     "run-batch output": "run-batch MODEL -i BATCH -o X --max-model-len 1",
@@ -157,6 +165,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder)
     (folder / "batch").write_text(BATCH)
     (folder / "log").write_text(TRACED)
+    write_key(folder / "key", WatermarkKey(bytes(32)))
     (folder / "empty").write_text("")
     (folder / "binary").write_bytes(bytes(range(256)) * 40)
     (folder / "folder").mkdir()
@@ -165,7 +174,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _words(command: str, shared: Path, new: Path, value: str) -> list[str]:
-    places = {"MODEL": shared / "model", "BATCH": shared / "batch", "LOG": shared / "log", "NEW": new}
+    places = {
+        "MODEL": shared / "model",
+        "BATCH": shared / "batch",
+        "LOG": shared / "log",
+        "KEY": shared / "key",
+        "NEW": new,
+    }
     words = []
     for word in command.split():
         words.append(str(places.get(word, word.replace("X", value) if "X" in word else word)))

@@ -13,6 +13,7 @@ from qnext.config import preset
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import save_tokenizer, train_bpe
 from tests.config.folder import read_config
+from tests.provenance import content_of
 
 from .command import CONFIG, Capture, run
 
@@ -107,8 +108,7 @@ def test_a_scheme(tmp_path: Path, capsys: Capture) -> None:
     result = run(capsys, "init", *SMALL, tmp_path / "made", "--seed", 4, "--scheme", "int4-g32")
     assert (result.code, result.out) == (0, f"{tmp_path / 'made'}\n")
     assert "int4-g32, bfloat16, seed 4" in result.err
-    contents = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("q", "made")]
-    assert contents[0] == contents[1]
+    assert content_of(tmp_path / "q") == content_of(tmp_path / "made")
     wrong = run(capsys, "init", *SMALL, tmp_path / "x", "--scheme", "int5")
     assert (wrong.code, "int4-g32" in wrong.error_line, (tmp_path / "x").exists()) == (2, True, False)
 

@@ -209,7 +209,7 @@ def test_lines_for_programs(tmp_path: Path) -> None:
     assert all(counts == sorted(counts) and counts[0] == 0 for counts in seen.values())
     first, second = [start for name, start in hub.ranges if name == "big.json"]
     assert first == 0 < second < wanted["big.json"]
-    assert sorted(path.name for path in Path(last["folder"]).iterdir()) == sorted(wanted)
+    assert sorted(path.name for path in Path(last["folder"]).iterdir()) == sorted([*wanted, "provenance.json"])
     assert (Path(last["folder"]) / "big.json").read_bytes() == hub.files["big.json"]
     assert len(hub.ranges) == len(wanted) + 1
     assert {line["file"]: line["completed"] for line in map(json.loads, again.stdout.splitlines()[:-1])} == wanted

@@ -16,6 +16,7 @@ from qnext.checkpoint import create_folder
 from qnext.text.train import byte_level_tokenizer, save_tokenizer
 from tests.cli.command import QUANTIZABLE, Capture, edit_json, run
 from tests.cli.local_hub import LocalHub
+from tests.provenance import content_of
 
 TEXT = "The scale of a group is chosen before its codes. " * 40
 
@@ -99,14 +100,10 @@ def test_shard_by_shard(tmp_path: Path, capsys: Capture) -> None:
     assert with_text.code == 2 and "--text needs the whole model" in with_text.error_line
     result = run(capsys, *arguments, "--delete-source-shards")
     assert (result.code, result.out) == (0, f"{tmp_path / 'out'}\n")
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "expected")
     assert list((tmp_path / "source").glob("*.safetensors")) == []
     again = run(capsys, *arguments, "--delete-source-shards")
     assert again.code == 2 and "exists and is not empty" in again.error_line
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def from_hub(hub: LocalHub, home: Path, out: Path, **options: Any) -> subprocess.Popen[str]:
@@ -143,7 +140,7 @@ def test_from_the_hub(model: Path, tmp_path: Path, capsys: Capture) -> None:
         hub.announced = {}
         out, err = (child := from_hub(hub, tmp_path / "home", tmp_path / "out")).communicate()
     assert (child.returncode, out) == (0, f"{tmp_path / 'out'}\n"), err
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "expected")
     times = {name: sum(each == name for each, _ in hub.ranges) for name in shards}
     assert times == {name: 1 + (name in shards[3:5]) for name in shards}
     assert not (tmp_path / "out.unfinished").exists()

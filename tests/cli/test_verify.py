@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 def test_sound_model(tmp_path: Path, capsys: Capture) -> None:
     folder = make_model(tmp_path)
     assert run(capsys, "verify", folder) == (0, f"{folder}: ok\n", "")
-    expected = {"model": str(folder), "ok": True, "problems": [], "warnings": []}
+    expected = {"model": str(folder), "ok": True, "problems": [], "warnings": [], "has_provenance": False}
     assert json.loads(run(capsys, "verify", folder, "--json").out) == expected
 
 

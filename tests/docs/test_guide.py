@@ -128,6 +128,8 @@ def test_flags_named_in_the_text_exist() -> None:
         "eval-quant",
         "eval-speed",
         "eval-bias",
+        "watermark create",
+        "watermark detect",
     ):
         name, _, sub = verb.partition(" ")
         command = click_command(name)

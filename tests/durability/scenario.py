@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qnext.checkpoint.provenance import PROVENANCE_FILE, parsed
 from qnext.cli import main
 from qnext.files import is_partial
 from tests.durability.faults import Outcome, run_child
@@ -20,6 +21,10 @@ def digest(path: Path) -> Any:
     """All that is in a file or a folder, by name."""
     if not path.exists():
         return ABSENT
+    if path.name == PROVENANCE_FILE:
+        found = parsed(path.read_bytes())
+        assert found is not None and found["cost"]["seconds"] >= 0
+        return {**found, "cost": None}  # which differs from run to run
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     return {str(file.relative_to(path)): digest(file) for file in sorted(path.rglob("*")) if file.is_file()}

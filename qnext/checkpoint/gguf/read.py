@@ -21,11 +21,13 @@ from qnext.checkpoint.gguf.block_types import KEPT_BITS, BlockType
 from qnext.checkpoint.gguf.blocks import decode, integer_codes
 from qnext.checkpoint.gguf.container import GgufFile
 from qnext.checkpoint.gguf.names import Change, GgufEntry, Slab, gguf_entries, matrix_shape, slabs
+from qnext.checkpoint.gguf.origin import gguf_parent
 from qnext.checkpoint.gguf.packing import GROUP_SIZE, packed_parameters, weight_forms
 from qnext.checkpoint.gguf.parts import read_gguf
 from qnext.checkpoint.gguf.read_keys import config_from_keys
 from qnext.checkpoint.gguf.structure import check_structure, scale_name
 from qnext.checkpoint.names import Part, parts_by_expert
+from qnext.checkpoint.provenance import Making
 from qnext.checkpoint.record_output import record_writer
 from qnext.checkpoint.save import new_folder, write_side_files
 from qnext.checkpoint.sink import ShardSink
@@ -91,7 +93,9 @@ def import_gguf(
         forms = weight_forms(config, dtypes, packed)
         records = record_writer(config, forms.values(), name=path) if with_records else None
         sink = ShardSink(forms, records=records, max_shard_bytes=max_shard_bytes)
-        with new_folder(folder) as temporary:
+        settings = {"from": "gguf", "dtype": str(chosen).removeprefix("torch."), "dequantize": dequantize or None}
+        making = Making("convert", {**settings, "records": with_records or None}, [gguf_parent(file)])
+        with new_folder(folder, making=making) as temporary:
             _write_config(temporary, config, chosen, describe(forms.values(), config=config, records=records))
             write_side_files(temporary, config, tokenizer_folder, None)
             try:

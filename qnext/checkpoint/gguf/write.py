@@ -5,6 +5,7 @@ Legend: R rows, I inputs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from qnext.checkpoint.gguf.keys import config_to_keys
 from qnext.checkpoint.gguf.names import Change, GgufEntry, gguf_entries, matrix_shape, slabs
 from qnext.checkpoint.gguf.writer import GgufWriter, new_file
 from qnext.checkpoint.packed_values import is_in_order, read_packed
+from qnext.checkpoint.provenance import GGUF_KEY, Making, parent_of
 from qnext.checkpoint.values import read_weight, tensor_value_problems
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.ops import QuantizedWeight
@@ -56,7 +58,7 @@ def export_gguf(
         keys = config_to_keys(config)
         keys |= {"general.name": files.folder.resolve().name, "general.file_type": file_type}
         keys |= {"general.quantization_version": _QUANTIZATION_VERSION}
-        keys |= dict(tokenizer_keys)
+        keys |= dict(tokenizer_keys) | _provenance_keys(layout, kind)
         entries = gguf_entries(config)
         source = _FolderMatrices(files, layout)
         specs = {entry.name: GgufSpec(_block_type(source, entry, BLOCK_TYPES[name]), entry.shape) for entry in entries}
@@ -71,6 +73,14 @@ def export_gguf(
                 if progress is not None:
                     progress(done, total)
             writer.finish()
+
+
+def _provenance_keys(layout: Layout, kind: str) -> dict[str, Value]:
+    """Where the model comes from, as far as a file can say it of itself, and its licence where it is known."""
+    document = Making("convert", {"to": "gguf", "type": kind}, [parent_of(layout)]).document()
+    keys: dict[str, Value] = {GGUF_KEY: json.dumps(document)}
+    name = document.get("licence", {}).get("name")
+    return keys | ({"general.license": name} if name else {})
 
 
 def _block_type(source: _FolderMatrices, entry: GgufEntry, wanted: BlockType) -> BlockType:

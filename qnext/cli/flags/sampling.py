@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ import typer
 from qnext.cli.flags.values import human_int, option
 
 if TYPE_CHECKING:
+    from qnext.engine.policy.watermark_key import WatermarkKey
     from qnext.text.thinking import TemplateRequest
 
 _DEFAULT = "default: generation_config.json of the model, else"
@@ -96,6 +98,15 @@ class LoadingFlags:
     expert_memory: ExpertMemory = None
     speculation: Speculation = None
     dtype: DType = None
+    watermark: Annotated[
+        Path | None, option("Mark the answer by this key: `qnext watermark create`.", metavar="KEYFILE")
+    ] = None
+
+    @property
+    def watermark_key(self) -> WatermarkKey | None:
+        from qnext.session.watermark import read_key
+
+        return None if self.watermark is None else read_key(self.watermark)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from qnext.session.served import ServeConfig, named_adapters, speculation_of
 if TYPE_CHECKING:
     from qnext.config import ModelConfig
     from qnext.server.expert_watch import ExpertWatch
+    from qnext.server.inference.served import Marking
     from qnext.server.limits import Limits
 
 _network, _access, _model = panel("Network"), panel("Access"), panel("Model")
@@ -121,6 +122,12 @@ class ServedFlags:
         Literal["auto", "none"], _model("auto: the model's sampling defaults; none: OpenAI's.")
     ] = "auto"
     chat_template_kwargs: options.TemplateDefaults = None
+    watermark: Annotated[
+        Path | None, _model("A key of `qnext watermark create`: answers are marked by it.", metavar="KEYFILE")
+    ] = None
+    watermark_optional: Annotated[
+        bool, _model("Mark those answers alone whose requests ask for it.", "--watermark-optional")
+    ] = False
     trust_remote_code: Annotated[bool, _model("Refused: no code of a model is ever run.", "--trust-remote-code")] = (
         False
     )
@@ -236,4 +243,14 @@ def serve_config(names: list[str], served: ServedFlags, memory: MemoryFlags) -> 
         disk_cache=memory.disk_cache,
         disk_cache_bytes=memory.disk_cache_bytes,
         warms_grammars=True,
+        marking=_marking(served),
     )
+
+
+def _marking(served: ServedFlags) -> Marking:
+    from qnext.server.inference.served import Marking
+    from qnext.session.watermark import read_key
+
+    if served.watermark is None and served.watermark_optional:
+        raise UsageError("--watermark-optional needs --watermark KEYFILE")
+    return Marking(None if served.watermark is None else read_key(served.watermark), served.watermark_optional)

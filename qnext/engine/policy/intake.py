@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from qnext.engine.policy.params import SamplingParams
 from qnext.engine.policy.request import Guide, Request, RequestTimes, checked_prompt, output_allowance
+from qnext.engine.policy.watermark_key import MarkedPlaces
 from qnext.errors import UsageError
 
 
@@ -56,6 +57,7 @@ class Intake(NamedTuple):
             owner=owner,
             adapter=adapter,
             guide=guide,
+            marks=MarkedPlaces(params.watermark) if params.is_marked and params.watermark is not None else None,
             deadline=None if timeout is None else now + timeout,
             times=RequestTimes(arrived=now),
         )

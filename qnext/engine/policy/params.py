@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from qnext.engine.policy.watermark_key import WatermarkKey
 from qnext.errors import UsageError
 
 MAX_LISTED_TOKENS = 1024
@@ -86,6 +87,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     """How many alternatives are reported beside each token of the prompt."""
 
+    watermark: WatermarkKey | None = None
+    """Marks the answer, so that who has the key can tell it from other texts (docs/guide/watermark.md)."""
+
     n: int = 1
     """Completions that are asked for: see Engine.add_requests."""
 
@@ -112,6 +116,8 @@ class SamplingParams:
         self._check_together()
 
     def _check_together(self) -> None:
+        if not isinstance(self.watermark, (WatermarkKey, type(None))):
+            raise UsageError("watermark must be a WatermarkKey or None")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UsageError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
         if self.allowed_token_ids is not None:
@@ -132,7 +138,12 @@ class SamplingParams:
     def takes_likeliest(self) -> bool:
         """Whether tokens from number `min_tokens` on are the likeliest by the raw logits, and no more is told."""
         chooses = self.logit_bias or self.banned_token_ids or self.allowed_token_ids is not None or self.has_penalties
-        return self.is_greedy and not chooses and self.logprobs is None
+        return self.is_greedy and not chooses and self.logprobs is None and not self.is_marked
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether a watermark changes what is drawn. A tournament among one candidate changes nothing."""
+        return self.watermark is not None and (not self.is_greedy or self.watermark.scheme == "green")
 
     def check_vocabulary(self, *, vocab_size: int, stop_ids: Collection[int]) -> None:
         """Raise UsageError for listed tokens outside the vocabulary, and when no token could be chosen at some point.

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnext.engine.policy.params import SamplingParams
+from qnext.engine.policy.watermark_key import MarkedPlaces
 from qnext.errors import CorruptCheckpoint, DoesNotFit, QnextError, RequestBroke, UsageError
 
 # "error": nothing may be chosen, see `failure`; "deadline": out of time
@@ -76,6 +77,7 @@ class Request:
     owner: str = ""  # for whose share of everything it counts; a salt belongs to one owner
     adapter: int = 0  # the number of the adapter that answers; 0: none. Its salt keeps its prefixes apart
     guide: Guide | None = None  # says which tokens may be chosen
+    marks: MarkedPlaces | None = None  # which places of the answer a watermark marks
     deadline: float | None = None  # on the engine's clock
     output_ids: list[int] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)

@@ -7,6 +7,7 @@ tokens above the bound. Legend: Y vocabulary, C candidates.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 from qnext.engine.policy.params import SamplingParams
 
 Row = NDArray[np.float32]
+
+# Scores of candidates and their ids to what is drawn from.
+Tilt = Callable[[Row, NDArray[np.intp]], NDArray[np.float64]]
 
 _BLOCK = 512
 _FIRST_GUESS = 64
@@ -27,16 +31,25 @@ class Candidates(NamedTuple):
     scores_C: Row
 
 
-def draw(row_Y: Row, params: SamplingParams, number: float) -> int:
-    """The token at `number` in [0, 1) of the cumulative distribution in the order of the vocabulary.
+def draw(row_Y: Row, params: SamplingParams, number: float, mark: Tilt | None = None) -> int:
+    """The token at `number` in [0, 1) of the cumulative distribution in the order of the vocabulary, after `mark` has
+    tilted it.
 
     `row_Y` holds finite logits or -inf for tokens that are never drawn; at least one is finite.
     """
     kept = candidates(row_Y, params)
+    if mark is not None:
+        if kept is None:
+            kept = Candidates(np.arange(len(row_Y)), scaled(row_Y, row_Y.max(), params))
+        return _at(kept.ids_C, mark(kept.scores_C, kept.ids_C), number)
     if kept is None:
         return _draw_of_all(scaled(row_Y, row_Y.max(), params), number)
-    cumulative_C = np.exp(kept.scores_C.astype(np.float64)).cumsum()
-    return int(kept.ids_C[np.searchsorted(cumulative_C, number * cumulative_C[-1], side="right")])
+    return _at(kept.ids_C, np.exp(kept.scores_C.astype(np.float64)), number)
+
+
+def _at(ids_C: NDArray[np.intp], weights_C: NDArray[np.float64], number: float) -> int:
+    cumulative_C = weights_C.cumsum()
+    return int(ids_C[np.searchsorted(cumulative_C, number * cumulative_C[-1], side="right")])
 
 
 def scaled(row_Y: Row, best: np.float32, params: SamplingParams) -> Row:

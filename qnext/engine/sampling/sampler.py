@@ -22,6 +22,7 @@ from qnext.engine.policy.request import Guide, Request, SampledToken
 from qnext.engine.sampling.filters import Row, draw
 from qnext.engine.sampling.logprobs import not_finite, with_logprobs
 from qnext.engine.sampling.seeds import uniform
+from qnext.engine.sampling.watermark import Mark
 from qnext.errors import QnextError, RequestBroke, UsageError, is_fault
 
 _log = logging.getLogger("qnext.engine")
@@ -67,8 +68,14 @@ def verify(logits_RY: Tensor, windows: Sequence[Window]) -> list[Verdict]:
     return verdicts
 
 
-def draft(logits_RY: Tensor, requests: Sequence[Request], indices: Sequence[int]) -> list[int]:
-    """A guess for each row of draft logits: what `requests[r]` would choose from it as output token `indices[r]`.
+def draft(
+    logits_RY: Tensor,
+    requests: Sequence[Request],
+    indices: Sequence[int],
+    drafted: Sequence[Sequence[int]] | None = None,
+) -> list[int]:
+    """A guess for each row of draft logits: what `requests[r]` would choose from it as output token `indices[r]`, after
+    the tokens `drafted[r]` behind those that it has.
 
     It uses the number that `verify` will use there, so that alike distributions choose the same token. Counts of the
     penalties are those of the tokens known now; constraints are not asked. Of a row that is not finite, or whose
@@ -80,14 +87,20 @@ def draft(logits_RY: Tensor, requests: Sequence[Request], indices: Sequence[int]
     rows_RY = _on_host(logits_RY)
     guesses, is_finite = _argmax(rows_RY)
     for r, (request, index) in enumerate(zip(requests, indices, strict=True)):
-        if not is_finite[r] or (request.params.is_greedy and not _is_adjusted(request, index)):
+        marks, more = request.marks, () if drafted is None else tuple(drafted[r])
+        if not is_finite[r] or (request.params.is_greedy and marks is None and not _is_adjusted(request, index)):
             continue
         try:
             row_Y = _numpy(rows_RY[r])
             if _is_adjusted(request, index):
                 row_Y = _adjusted(row_Y, request, index, request.output_counts, None)
             if row_Y.max() > -np.inf:
-                guesses[r] = _choose(row_Y, request, index)
+                mark = (
+                    None
+                    if marks is None
+                    else Mark.guess(marks, request.output_ids[max(0, index - marks.key.context) : index], more)
+                )
+                guesses[r] = _choose(row_Y, request, index, mark)
         except Exception:
             _log.exception("request %s: no draft can be chosen", request.id)
     return guesses
@@ -102,7 +115,8 @@ def _verified(logits_RY: Tensor | Row, best_ids: list[int], is_finite: list[bool
         if not is_finite[i]:
             return Verdict(tuple(tokens), not_finite())
         try:
-            token = _token(logits_RY[i], best_ids[i], window, start + i, counts)
+            more = tuple(token.token_id for token in tokens)
+            token = _token(logits_RY[i], best_ids[i], window, start + i, counts, more)
             if guide is not None:
                 guide.accept(token.token_id)
         except QnextError as failure:
@@ -123,8 +137,16 @@ def _verified(logits_RY: Tensor | Row, best_ids: list[int], is_finite: list[bool
     return Verdict(tuple(tokens))
 
 
-def _token(logits_Y: Tensor | Row, best_id: int, window: Window, index: int, counts: Mapping[int, int]) -> SampledToken:
-    """Token `index` of the output, given the `counts` of those before it."""
+def _token(
+    logits_Y: Tensor | Row,
+    best_id: int,
+    window: Window,
+    index: int,
+    counts: Mapping[int, int],
+    more: tuple[int, ...],
+) -> SampledToken:
+    """Token `index` of the output, given the `counts` of those before it. `more` are those that the request has not
+    yet."""
     request = window.request
     words = None if window.guide is None else window.guide.allowed()
     if words is None and request.params.takes_likeliest and index >= request.params.min_tokens:
@@ -140,8 +162,9 @@ def _token(logits_Y: Tensor | Row, best_id: int, window: Window, index: int, cou
             raise UsageError(_nothing_left(window, index))
     else:
         row_Y = raw_Y
-    if not request.params.is_greedy:
-        token_id = _choose(row_Y, request, index)
+    mark = None if request.marks is None else Mark.at(request.marks, request.output_ids, more)
+    if mark is not None or not request.params.is_greedy:
+        token_id = _choose(row_Y, request, index, mark)
     return SampledToken(token_id) if num_top is None else with_logprobs(raw_Y, token_id, num_top)
 
 
@@ -158,10 +181,13 @@ def _nothing_left(window: Window, index: int) -> str:
     return f"no token may be chosen as token {index} of the answer: {names} left none"
 
 
-def _choose(row_Y: Row, request: Request, index: int) -> int:
+def _choose(row_Y: Row, request: Request, index: int, mark: Mark | None) -> int:
+    if mark is not None:
+        row_Y = mark.with_green_list(row_Y)
     if request.params.is_greedy:
         return int(row_Y.argmax())
-    return draw(row_Y, request.params, uniform(request.seed, index))
+    tilt = None if mark is None else mark.tilt
+    return draw(row_Y, request.params, uniform(request.seed, index), tilt)
 
 
 def _argmax(logits_RY: Tensor | Row) -> tuple[list[int], list[bool]]:

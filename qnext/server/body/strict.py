@@ -167,6 +167,7 @@ class SamplingBody(Body):
     json_schema: Any = None  # llama.cpp's and SGLang's
     regex: str | None = None  # SGLang's
     cache_salt: Name | None = None
+    watermark: bool | None = None  # whether the answer is marked; see docs/guide/watermark.md
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     timings: bool | None = None  # how long queue, prompt and answer took, with the answer

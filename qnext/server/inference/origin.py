@@ -61,6 +61,7 @@ def replay_of(params: SamplingParams, seeds: Sequence[int]) -> dict[str, Any]:
     `also_given` names fields of the body that the caller has to repeat himself: they may hold content.
     """
     replay: dict[str, Any] = {name: getattr(params, name) for name in _NUMBERS}
+    replay["watermark"] = None if params.watermark is None else params.watermark.name
     replay["seeds"] = list(seeds)
     replay["also_given"] = [field_name for name, field_name in _LISTS.items() if getattr(params, name)]
     return replay
@@ -68,4 +69,5 @@ def replay_of(params: SamplingParams, seeds: Sequence[int]) -> dict[str, Any]:
 
 def body_of(trace: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a request needs beside its own content, from what the audit log has of it."""
-    return {name: trace[name] for name in _NUMBERS if name in trace} | {"seed": trace["seeds"][0]}
+    body = {name: trace[name] for name in _NUMBERS if name in trace} | {"seed": trace["seeds"][0]}
+    return body | ({"watermark": True} if trace.get("watermark") else {})

@@ -7,13 +7,14 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
+from qnext.engine.policy.watermark_key import WatermarkKey
 from qnext.engine.sampling.constraint import Constraint, GrammarLimits
 from qnext.engine.sampling.grammar import CompiledGrammar, CompilersBusy, GrammarCompiler, Vocabulary
 from qnext.errors import CorruptCheckpoint, QnextError
@@ -43,6 +44,22 @@ GRAMMAR_PROGRAM = Path(__file__).with_name("grammar_worker.py")
 DEFAULTS: Mapping[str, float] = {"temperature": 1.0}  # OpenAI's, where neither request nor model says otherwise
 _CLAUDE = re.compile(r"(?:anthropic[./])?claude-")
 _FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+
+
+@dataclass(frozen=True)
+class Marking:
+    """The watermark of answers. `is_optional`: those alone that ask for it have it, otherwise all."""
+
+    key: WatermarkKey | None = None
+    is_optional: bool = False
+
+    def of(self, wanted: bool | None) -> WatermarkKey | None:
+        """The key for a request. Raises ApiError 400 for what the server does not do."""
+        if wanted and self.key is None:
+            raise ApiError.bad("this server marks no answers", param="watermark")
+        if wanted is False and self.key is not None and not self.is_optional:
+            raise ApiError.bad("this server marks all answers", param="watermark")
+        return self.key if wanted or (wanted is None and not self.is_optional) else None
 
 
 class ServedModel:
@@ -79,7 +96,9 @@ class ServedModel:
         self.defaults = {**DEFAULTS, **(defaults or {})}
         self.template_defaults = dict(template_defaults or {})
         TemplateRequest(self.template_defaults).for_template(self.template_arguments)
-        self.origin: AnswerOrigin | None = None  # whoever has loaded the model says it
+        # What whoever has loaded the model says of it, beside what is said to it.
+        self.origin: AnswerOrigin | None = None
+        self.marking = Marking()
         self.created = int(time.time())
         self.tool_style: ToolStyle = tool_style or self._style_of_format()
         self.tokens = list(tokenizer.token_table())

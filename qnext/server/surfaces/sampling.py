@@ -63,6 +63,7 @@ def sampling_params(exchange: Exchange, body: SamplingBody, num_prompt: int, opt
             banned_token_ids=_banned(body, served),
             logprobs=options.logprobs,
             prompt_logprobs=options.prompt_logprobs,
+            watermark=served.marking.of(body.watermark),
         )
         ends = frozenset(stop_ids) | (frozenset() if params.ignore_eos else served.eos_ids)
         params.check_vocabulary(vocab_size=served.vocab_size, stop_ids=ends)
