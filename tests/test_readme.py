@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -118,6 +119,7 @@ def test_qnext_commands_and_python_run_in_order(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    shutil.copytree(ROOT / "docs" / "guide", tmp_path / "docs" / "guide")
     (tmp_path / "requests.jsonl").write_text("".join(blocks("jsonl")), encoding="utf-8")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n', encoding="utf-8")
     with ExitStack() as stack:
@@ -180,6 +182,19 @@ SMALL_BENCHMARKS = {
     "bench_streaming.py": _TINY_STREAMING.split(),
     "bench_residency.py": ["--tokens", "40", "--slots", "0.2", "--half-lives", "64"],
     "bench_spin.py": ["--rounds", "1", "--spins", "default", "1000", "--busy", "1", "--work", "quantize", "decode 16"],
+    "bench_watermark.py": [
+        "MODEL",
+        "--answers",
+        "2",
+        "--lengths",
+        "10,20",
+        "--temperatures",
+        "0,1",
+        "--texts",
+        "4",
+        "--speed",
+        "1",
+    ],
     "bench_quality.py": ["--minutes", "0.02", "--tokens", "2048", "--eval-bytes", "20000"],
 }
 

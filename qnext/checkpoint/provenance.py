@@ -83,8 +83,8 @@ class Making:
     def _cost(self) -> dict[str, Any]:
         seconds = self.cost.get("seconds", time.time() - self._began)
         found = processor()
-        began = datetime.fromtimestamp(self._began, timezone.utc).isoformat(timespec="seconds")
-        cost = {**self.cost, "began": began, "seconds": round(seconds, 3)}
+        ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        cost = {**self.cost, "ended": ended, "seconds": round(seconds, 3)}
         cost["machine"] = {"processor": found.name, "cores": found.num_usable}
         if self.watts is not None:
             cost |= {"watts": self.watts, "joules": round(self.watts * seconds)}
@@ -236,7 +236,7 @@ def _line_of(provenance: Mapping[str, Any]) -> str:
     cost, licence = provenance.get("cost", {}), provenance.get("licence") or {}
     parts = [f"{provenance['made_by']}{f' ({settings})' if settings else ''}", f"qnext {provenance['qnext']}"]
     if "seconds" in cost:
-        parts.append(f"{cost['seconds']:,.0f} s on {cost['machine']['processor']}, {cost['began'][:10]}")
+        parts.append(f"{cost['seconds']:,.0f} s on {cost['machine']['processor']}, {cost['ended'][:10]}")
     if "joules" in cost:
         parts.append(f"{cost['joules']:,} J")
     if licence:

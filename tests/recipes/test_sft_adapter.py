@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from qnext import SamplingParams
 from qnext.checkpoint import load_model
 from qnext.checkpoint.adapters import read_adapter
+from qnext.checkpoint.hashing import sha256_of
+from qnext.checkpoint.provenance import read_provenance
 from qnext.engine import Engine, EngineConfig
 from qnext.errors import QnextWarning
 from qnext.lora.serving import serve_adapters
@@ -97,6 +100,11 @@ def test_a_run_goes_on_and_leaves_the_same_adapter(tmp_path: Path, base: Path, c
     last.rmdir()
     assert sft("--out", str(half), "--resume") == 0
     config = open_folder(str(base)).config
+    made = read_provenance(whole / "adapter")
+    assert made is not None and made["made_by"] == "train sft" and made["settings"]["adapter"]["rank"] == 2
+    assert made["data"] == [{"name": chats.name, "bytes": chats.stat().st_size, "sha256": sha256_of(chats)}]
+    assert (made["cost"]["steps"], made["parents"][0]["role"]) == (6, "base") and len(made["parents"][0]["model"]) == 32
+    assert str(tmp_path) not in json.dumps(made)
     ours, again = (read_adapter(out / "adapter", config) for out in (whole, half))
     assert all(torch.equal(part.A, again.parts[name].A) for name, part in ours.parts.items())
     assert all(torch.equal(part.B, again.parts[name].B) for name, part in ours.parts.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ def ask(running: Running, route: str, body: dict[str, Any]) -> tuple[list[Any], 
     values = reply.json()
     assert values["system_fingerprint"] == reply.headers["x-system-fingerprint"]
     texts = [choice.get("text", choice.get("message")) for choice in values["choices"]]
+    _wait_for_line(running, reply.headers["x-request-id"])
     return texts, reply.headers["x-request-id"], values["system_fingerprint"]
 
 
@@ -56,6 +58,16 @@ def other(chat_model: Path) -> Iterator[Running]:
     """Another server on the same folder."""
     with running_server(chat_model) as running:
         yield running
+
+
+def _wait_for_line(running: Running, request_id: str) -> None:
+    """A line is written when the answer is sent; a client may be faster."""
+    audit = running.server.audit
+    for _ in range(1_000):
+        if audit is None or request_id in audit.path.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no line of {request_id}")
 
 
 @pytest.mark.parametrize("name", ASKED)
