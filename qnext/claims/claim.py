@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +35,8 @@ class Limit(NamedTuple):
 
     def __str__(self) -> str:
         if self.low is not None and self.high is not None:
-            return f"{self.low:g} to {self.high:g}"
-        return f"at least {self.low:g}" if self.low is not None else f"at most {self.high:g}"
+            return f"{_digits(self.low)} to {_digits(self.high)}"
+        return f"at least {_digits(self.low)}" if self.low is not None else f"at most {_digits(self.high)}"
 
 
 class Grid(NamedTuple):
@@ -112,7 +113,7 @@ class Claim:
             "published": self.published,
             "field": self.field,
             "bound": str(self.bound),
-            "found": None if found is None else found._asdict(),
+            "found": None if found is None else interval_document(found),
             "judgement": self.bound.judge(found),
         }
 
@@ -120,3 +121,14 @@ class Claim:
 def exactly(value: float) -> Interval:
     """A number that was counted or computed."""
     return Interval(value, value, value)
+
+
+def interval_document(found: Interval) -> dict[str, float | None]:
+    """For programs: JSON has no infinity, so bounds that one run cannot give are null."""
+    low, high = (bound if math.isfinite(bound) else None for bound in (found.low, found.high))
+    return {"value": found.value, "low": low, "high": high}
+
+
+def _digits(value: float | None) -> str:
+    assert value is not None
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
+from qnext.bench.contest import Contestants, Step
 from qnext.claims.claim import Findings, Grid, Picture, Workplace, exactly
 from qnext.claims.layers.speed import LayerSpeed
 from qnext.claims.notebook import Measured, Point
@@ -81,7 +81,7 @@ def _rate(times: list[tuple[int, float]]) -> float:
     return (last - first) / (ended - started) if last > first else 0.0
 
 
-def read_as_planned(num_tokens: int, *, yarn: float | None, num_new: int, edge: int, context: int) -> dict[str, Any]:
+def read_as_planned(*, num_tokens: int, yarn: float | None, num_new: int, edge: int, context: int) -> dict[str, Any]:
     """The prompt through an engine, and the bytes that it planned beside the weights and those that it took."""
     keep_freed_memory()
     model = reader_model(yarn=yarn, context=context)
@@ -92,6 +92,7 @@ def read_as_planned(num_tokens: int, *, yarn: float | None, num_new: int, edge: 
     plan = engine.memory_plan
     found = read_prompt(engine, num_tokens, num_new, edge)
     return {
+        "plan": plan.describe(),
         "start_seconds": seconds,
         "cache_bytes": plan.kv_bytes + plan.state_bytes,
         "planned_bytes": plan.total_bytes - plan.weight_bytes,
@@ -100,6 +101,11 @@ def read_as_planned(num_tokens: int, *, yarn: float | None, num_new: int, edge: 
         "threads": torch.get_num_threads(),
         **found,
     }
+
+
+def prompt_worker(**arguments: Any) -> Step:
+    """One step: read_as_planned."""
+    return lambda: read_as_planned(edge=8192, **arguments)
 
 
 @dataclass(frozen=True)
@@ -119,8 +125,15 @@ class LinearCost:
             for context, tokens in self.positions
         ]
         facts = {"tokens": self.prompt, "yarn": self.yarn, "native": self.native}
-        read = partial(read_as_planned, self.prompt, yarn=self.yarn, num_new=8, edge=8192, context=self.native)
-        return [*chunks, Point(f"prompt/{self.prompt}", facts, read)]
+        return [*chunks, Point(f"prompt/{self.prompt}", facts, self._read)]
+
+    def _read(self) -> dict[str, Any]:
+        """In a process of its own, whose peak of memory is that of this prompt."""
+        arguments = {"num_tokens": self.prompt, "yarn": self.yarn, "num_new": 8, "context": self.native}
+        if self.layers.in_this_process:
+            return prompt_worker(**arguments)()
+        with Contestants({"reader": (prompt_worker, arguments)}) as worker:
+            return worker.step("reader")[1]
 
     def findings(self, known: Mapping[str, Measured]) -> Findings:
         values: dict[str, Interval] = {}

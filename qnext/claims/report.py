@@ -32,15 +32,16 @@ def summary_rows(document: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def found_text(found: Mapping[str, float] | None) -> str:
+def found_text(found: Mapping[str, float | None] | None) -> str:
     """A value, with its interval where it has one."""
     if found is None:
         return "-"
     value, low, high = found["value"], found["low"], found["high"]
+    assert value is not None
+    if low is None or high is None:
+        return f"{number(value)} (one run)"
     if low == high:
         return number(value)
-    if low == -float("inf") or high == float("inf"):
-        return f"{number(value)} (one run)"
     return f"{number(value)} ({number(low)} to {number(high)})"
 
 

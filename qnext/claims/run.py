@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qnext.claims.catalogue import CLAIMS
-from qnext.claims.claim import Findings, Picture, Script, Workplace
+from qnext.claims.claim import Findings, Picture, Script, Workplace, interval_document
 from qnext.claims.notebook import Measured, Notebook
 from qnext.claims.scripts import SCRIPTS
 from qnext.errors import UsageError, did_you_mean
@@ -59,7 +59,7 @@ def _part(script: Script, found: Findings, known: dict[str, Measured], *, num_po
         "dates": sorted({entry.date for entry in known.values()}),
         "points": {"known": len(known), "of": num_points},
         "claims": [claim.judged(found.values) for claim in CLAIMS if claim.script is script],
-        "values": {name: value._asdict() for name, value in found.values.items()},
+        "values": {name: interval_document(value) for name, value in found.values.items()},
         "grids": [grid._asdict() for grid in found.grids],
         "pictures": [{"name": picture.name, "title": picture.title} for picture in found.pictures],
         "notes": list(found.notes),

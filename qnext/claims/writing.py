@@ -11,7 +11,7 @@ from qnext.claims.claim import Picture
 from qnext.claims.page import html
 from qnext.claims.report import markdown
 from qnext.diagnostics.charts import write_charts
-from qnext.files import write_file
+from qnext.files import remove_file, write_file
 
 TITLE = "The published claims, run here"
 
@@ -22,6 +22,8 @@ def write_report(
     """`NAME.json`, `NAME.md`, `NAME.html`, and the pictures in the folder NAME; returns the path of the Markdown."""
     (folder / name).mkdir(parents=True, exist_ok=True)
     drawn = {}
+    for old in (folder / name).glob("*.svg"):
+        remove_file(old)
     for picture in pictures:
         path = folder / name / f"{picture.name}.svg"
         write_charts(path, picture.charts, title=picture.title)

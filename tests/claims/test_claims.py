@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qnext.claims.catalogue import CLAIMS
-from qnext.claims.claim import Limit, Picture
+from qnext.claims.claim import Limit, Picture, interval_document
 from qnext.claims.notebook import Notebook
 from qnext.claims.report import found_text, markdown, number, summary_rows
 from qnext.claims.run import chosen_scripts, run_claims
@@ -49,7 +49,7 @@ def test_numbers_have_three_digits() -> None:
         "1,234",
         "0.012",
     ]
-    assert found_text({"value": 1.0, "low": -math.inf, "high": math.inf}) == "1.00 (one run)"
+    assert found_text(interval_document(Interval(1.0, -math.inf, math.inf))) == "1.00 (one run)"
 
 
 def test_unknown_claims_are_refused() -> None:
