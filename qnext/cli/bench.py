@@ -56,11 +56,19 @@ def command(
     the rates belong to this machine at this time. Shares of bandwidth and peak relate a figure to what was measured
     here of memory and arithmetic. `qnext bench serve` puts a load on a running server.
     """
+    from qnext.bench.predicted import noted, predicted_rates
     from qnext.bench.run import run_bench
     from qnext.bench.table import format_table
+    from qnext.planning.measured import told_errors
 
-    document = run_bench(_plan(model, flags), say=lambda text: print(text, file=sys.stderr))
+    plan = _plan(model, flags)
+    rates = predicted_rates(plan)
+    document = run_bench(plan, say=lambda text: print(text, file=sys.stderr))
+    figures = noted(plan, document, rates)
+    document["predicted"] = [each._asdict() for each in figures]
     print(json.dumps(document) if as_json else format_table(document), flush=True)
+    if figures and not as_json:
+        print(f"beside the predictions of the calibrated machine: {told_errors(figures)}")
 
 
 def _plan(model: str, flags: BenchFlags) -> BenchPlan:

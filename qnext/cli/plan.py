@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,6 +34,14 @@ class ServingFlags:
         None
     )
     machine: Annotated[str | None, option("plan for another machine: its name or 24GiB,30GB/s,1.5GB/s")] = None
+    yarn: Annotated[float | None, option("context stretched by this factor", min=1.0)] = None
+    calibration: Annotated[Path | None, option("of this machine; else the one in the user's cache", metavar="FILE")] = (
+        None
+    )
+    calibrate: Annotated[bool, option("measure this machine first, a minute or two", "--calibrate")] = False
+    picture: Annotated[Path | None, option("memory by part and speed by context, as .svg or .png", metavar="FILE")] = (
+        None
+    )
     acceptance: Annotated[float | None, option("of each draft, else 0.65, an assumption", min=0.0, max=1.0)] = None
 
 
@@ -94,12 +105,18 @@ def command(
     if training.train is not None:
         _print_training(models, serving, cluster, training, as_json=as_json)
         return
+    from qnext.diagnostics.heatmap import check_picture
     from qnext.diagnostics.plan import plan_document, plan_model
     from qnext.diagnostics.plan_page import format_plans
+    from qnext.diagnostics.plan_picture import write_plan_picture
     from qnext.planning.machines import planned_machine
     from qnext.planning.speculation import ASSUMED_ACCEPTANCE
     from qnext.session.planned import Asked, planned_model
 
+    if serving.picture is not None:
+        check_picture(serving.picture)
+    if serving.calibrate:
+        _calibrate(serving.calibration)
     num_devices = (cluster.gpus or 1) * cluster.nodes
     asked = Asked(
         serving.context,
@@ -109,15 +126,32 @@ def command(
         serving.expert_memory,
         None if serving.machine is None else planned_machine(serving.machine, num_devices=num_devices),
         ASSUMED_ACCEPTANCE if serving.acceptance is None else serving.acceptance,
+        serving.calibration,
         cluster.prices(num_devices),
     )
-    plans = [plan_model(planned_model(name, serving.scheme), asked) for name in models]
+    plans = [plan_model(planned_model(name, serving.scheme, yarn=serving.yarn), asked) for name in models]
+    if serving.picture is not None:
+        write_plan_picture(serving.picture, plans)
     if as_json:
         print(json.dumps([plan_document(plan) for plan in plans], indent=2))
     else:
         print(format_plans(plans))
     if not any(plan.fits for plan in plans):
         raise DoesNotFit("; ".join(plan.problem for plan in plans))
+
+
+def _calibrate(file: Path | None) -> None:
+    """Progress goes to stderr."""
+    import torch
+
+    from qnext.bench.calibrate import calibrate
+    from qnext.planning.calibration import calibration_file, write_calibration
+
+    threads = torch.get_num_threads()
+    place = calibration_file(threads) if file is None else file
+    found = calibrate(date=str(date.today()), threads=threads, say=lambda text: print(text, file=sys.stderr))
+    write_calibration(place, found)
+    print(f"{place}: {found.told}", file=sys.stderr)
 
 
 def _print_training(
@@ -127,7 +161,7 @@ def _print_training(
     from qnext.planning.accelerators import Cluster
     from qnext.planning.machines import planned_machine
     from qnext.planning.training_plan import KINDS, STATES, TrainingWish
-    from qnext.session.planned import FLOAT_SCHEME, planned_model
+    from qnext.session.planned import FLOAT_SCHEME, Asked, calibration_of, planned_model
 
     if training.train not in KINDS:
         raise UsageError(f"--train {training.train}: must be one of {', '.join(KINDS)}")
@@ -160,5 +194,9 @@ def _print_training(
                 model.config, wish, LoraWish(training.lora, training.lora_rank), model.sizes.weight_bytes
             )
         num_devices = None if cluster.gpus is None else cluster.gpus * cluster.nodes
-        reports.append(training_report(model, wanted, found, num_devices=num_devices, prices=cluster.prices(1)))
+        measured = None if found else calibration_of(Asked(calibration=serving.calibration))
+        peak = None if measured is None else measured.peaks("fp32").operations
+        reports.append(
+            training_report(model, wanted, found, num_devices=num_devices, prices=cluster.prices(1), peak=peak)
+        )
     print(json.dumps([each.document() for each in reports], indent=2) if as_json else format_training(reports))

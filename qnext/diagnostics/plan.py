@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from qnext.diagnostics.finding import Finding
 from qnext.planning.anatomy import Anatomy, anatomy
+from qnext.planning.calibration import Calibration
 from qnext.planning.cost import Prices, TokenCost, token_cost
 from qnext.planning.forecast import (
     Bounds,
@@ -18,9 +19,10 @@ from qnext.planning.forecast import (
     with_more_memory,
 )
 from qnext.planning.machine import format_bytes
+from qnext.planning.measured import MeasuredFigure
 from qnext.planning.plan import sequences_that_fit
 from qnext.planning.speculation import DraftedModel, DraftGains, drafts
-from qnext.session.planned import ASSUMED_DISK, Asked, PlannedModel, circumstances
+from qnext.session.planned import ASSUMED_DISK, Asked, PlannedModel, calibration_of, circumstances, measured_of
 
 _LENGTHS = (4096, 32_768, 131_072)  # tokens
 _MORE = (8 << 30, 16 << 30)  # bytes
@@ -39,6 +41,8 @@ class ModelPlan(NamedTuple):
     assumed: tuple[str, ...]
     prices: Prices
     bounds: Bounds | None
+    calibration: Calibration | None
+    measured: tuple[MeasuredFigure, ...]  # of this machine, whatever the model
 
     @property
     def fits(self) -> bool:
@@ -86,7 +90,10 @@ def plan_model(model: PlannedModel, asked: Asked = _NOTHING) -> ModelPlan:
     if other is not None and other.cluster is not None and prices.watts is None:
         prices = prices._replace(watts=other.cluster.watts)
         assumed = (*assumed, f"{prices.watts:,.0f} W, what the GPUs draw at most")
-    return ModelPlan(model, on, known, sped, found, more, assumed, prices, bounds(model.config, model.sizes, on))
+    bound = bounds(model.config, model.sizes, on)
+    calibration = calibration_of(asked)
+    measured = () if calibration is None else tuple(measured_of(asked))
+    return ModelPlan(model, on, known, sped, found, more, assumed, prices, bound, calibration, measured)
 
 
 def plan_document(plan: ModelPlan) -> dict[str, Any]:
@@ -101,6 +108,8 @@ def plan_document(plan: ModelPlan) -> dict[str, Any]:
         "other_weight_bytes": plan.model.sizes.experts.other_bytes,
         **_document(plan.forecast),
         **plan.anatomy.document(),
+        "calibration": None if plan.calibration is None else plan.calibration.told,
+        "measured": [each._asdict() for each in plan.measured],
         "bounds": None if plan.bounds is None else plan.bounds._asdict(),
         "fitting_sequences": {str(length): count for length, count in plan.fitting().items()} if plan.fits else {},
         "costs": {name: cost.document() for name, cost in plan.costs.items()},

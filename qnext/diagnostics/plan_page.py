@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from qnext.diagnostics.plan import ModelPlan, placement_line, speed_text
 from qnext.planning.cost import TokenCost
 from qnext.planning.machine import format_bytes
+from qnext.planning.measured import told_errors
 
 _ROW = "  {:<12} {:>9} {:>14} {:>14}"
 _MORE_ROW = "  {:<12} {:>9} {:>9} {:>9} {:>9} {:>14}"
@@ -37,6 +38,7 @@ def _page(plan: ModelPlan) -> Iterator[str]:
         f"  rates: weights in memory are multiplied at {rates.memory / 1e9:.1f} GB/s, on prompts "
         f"{rates.arithmetic / 1e12:.2f} Top/s{disk}"
     )
+    yield f"  {calibration_line(plan)}"
     if found.advice:
         yield f"  {found.advice}"
     if plan.fits:
@@ -49,6 +51,20 @@ def _page(plan: ModelPlan) -> Iterator[str]:
     yield from _parts(plan)
     yield ""
     yield from _sequences(plan)
+
+
+def calibration_line(plan: ModelPlan) -> str:
+    """Where the speeds come from."""
+    if plan.on.speed is not None and plan.calibration is not None:
+        errors = plan.calibration.errors[plan.model.precision]
+        told = ", ".join(f"{kind} {error:.0%}" for kind, error in errors.items())
+        measured = f"; {told_errors(plan.measured)}" if plan.measured else ""
+        return f"speeds: {plan.calibration.told}, whose times it gives back within (median) {told}{measured}"
+    if plan.on.speed is not None:
+        return "speeds: from published peaks and the assumptions above"
+    if plan.calibration is not None:
+        return f"speeds: by the rates; {plan.calibration.told} has none for {plan.model.precision} weights"
+    return "speeds: by the rates, not calibrated; `qnext plan --calibrate` measures this machine once"
 
 
 def cost_text(cost: TokenCost) -> str:

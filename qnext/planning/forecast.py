@@ -27,7 +27,7 @@ from qnext.planning.machine import format_bytes
 from qnext.planning.plan import default_step_tokens
 from qnext.planning.speed_model import SpeedModel
 from qnext.planning.step_load import Peaks, StoredSizes, bound_seconds, decode_load, prefill_load, sequence_bytes
-from qnext.planning.workspace import StepSizes, step_bytes
+from qnext.planning.workspace import StepSizes, likely_step_bytes, step_bytes
 
 Placement = Literal["resident", "streamed", "too large"]
 
@@ -86,6 +86,7 @@ class Forecast:
     step_bytes: int
     traffic: dict[str, TrafficSpeed]
     prefill_time: dict[int, TokenTime]
+    likely_bytes: int = 0  # of memory in all, as expected; `used_bytes` bounds it
     problem: str = ""
     advice: str = ""
 
@@ -116,7 +117,7 @@ def forecast(config: ModelConfig, sizes: StoredSizes, on: Circumstances) -> Fore
     except DoesNotFit as error:
         step = _step(config, on, _STEPS[-1], streams=sizes.can_stream)
         problem = f"{error}{_hint(config, sizes, on)}"
-        return Forecast("too large", sizes.weight_bytes, 0, 0, 0.0, kv, states, step, {}, {}, problem)
+        return Forecast("too large", sizes.weight_bytes, 0, 0, 0.0, kv, states, step, {}, {}, problem=problem)
     streams = room is not None
     kept = room or _Room(experts.num_experts, experts.all_bytes)
     left = on.free_bytes - experts.other_bytes - kept.num_bytes - kv - states
@@ -139,6 +140,7 @@ def forecast(config: ModelConfig, sizes: StoredSizes, on: Circumstances) -> Fore
         _step(config, on, chunk, streams=streams),
         traffic,
         prompts,
+        _likely_bytes(config, sizes, on, streams=streams) - round((1 - share) * experts.all_bytes),
         advice=kept.advice,
     )
 
@@ -256,6 +258,18 @@ def _carried(config: ModelConfig, on: Circumstances) -> tuple[int, int]:
     """Bytes of keys and values, and of states."""
     kv = on.batch * on.context * kv_bytes_per_token(config, with_mtp=True)
     return kv, on.batch * state_bytes_per_sequence(config).total
+
+
+def _likely_bytes(config: ModelConfig, sizes: StoredSizes, on: Circumstances, *, streams: bool) -> int:
+    """Of weights, sequences and the steps that an engine makes by itself, with all experts."""
+    chunk = _STEPS[0] if streams else min(on.context, default_step_tokens(config))
+    step = likely_step_bytes(
+        config,
+        StepSizes(chunk, on.batch, on.batch, on.context),
+        num_threads=on.num_threads,
+        streams_experts=streams,
+    )
+    return sizes.weight_bytes + sum(_carried(config, on)) + step
 
 
 def _step(config: ModelConfig, on: Circumstances, num_tokens: int, *, streams: bool) -> int:

@@ -10,7 +10,9 @@ import numpy as np
 from qnext.planning.step_load import StepLoad
 
 # What decides how fast weights are multiplied: the width of their numbers.
-PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+_USUAL_ERROR = 0.1
+_ROUNDS = 20
 
 
 class SpeedModel(NamedTuple):
@@ -31,7 +33,8 @@ class SpeedModel(NamedTuple):
         times = StepLoad(*(count * unit for count, unit in zip(load, units, strict=True)))
         if not self.overlaps:
             return sum(times)
-        return times.steps + times.linear_layers + times.full_layers + max(times.num_bytes, times.operations)
+        started = times.steps + times.linear_layers + times.full_layers + times.expert_calls
+        return started + max(times.num_bytes, times.operations)
 
 
 def from_peaks(*, bandwidth: float, operations: float, share: float, layer_seconds: float) -> SpeedModel:
@@ -47,18 +50,23 @@ def from_peaks(*, bandwidth: float, operations: float, share: float, layer_secon
         kv_bytes=1 / bandwidth,
         delta_operations=1 / (share * operations),
         state_bytes=1 / bandwidth,
+        expert_calls=0.0,
     )
     return SpeedModel(units, units, overlaps=True)
 
 
 def fit_units(loads: Sequence[StepLoad], seconds: Sequence[float], *, used: Sequence[str]) -> StepLoad:
-    """Seconds for each of the units `used`, none of them negative, whose relative errors are least in the mean of
-    squares; zero for all other units."""
+    """Seconds for each of the units `used`, none of them negative, whose relative errors are least; zero for all other
+    units. Errors beyond `_USUAL_ERROR` count as if they were linear: a few disturbed measurements do not decide."""
     columns = [StepLoad._fields.index(name) for name in used]
     matrix = np.array([[load[column] for column in columns] for load in loads]) / np.array(seconds)[:, None]
     scale = matrix.max(axis=0, initial=0.0)
     scale[scale == 0] = 1.0
-    found = _non_negative(matrix / scale, np.ones(len(loads))) / scale
+    weights = np.ones(len(loads))
+    for _ in range(_ROUNDS):
+        found = _non_negative(matrix / scale * weights[:, None], weights) / scale
+        wrong = np.abs(matrix @ found - 1)
+        weights = np.sqrt(np.minimum(1.0, _USUAL_ERROR / np.maximum(wrong, 1e-9)))
     values: Mapping[str, float] = {name: float(value) for name, value in zip(used, found, strict=True)}
     return StepLoad(**{name: values.get(name, 0.0) for name in StepLoad._fields})
 

@@ -38,7 +38,7 @@ class Peaks(NamedTuple):
 
 class StepLoad(NamedTuple):
     """Of one step, or of several with all their tokens. `row_numbers` are numbers that go into and out of matrices.
-    Keys and values count where they are read back, attention to a prompt where it is computed."""
+    `expert_calls` count each expert of a layer that is used. Keys and values count where they are read back."""
 
     steps: float
     linear_layers: float
@@ -50,6 +50,7 @@ class StepLoad(NamedTuple):
     kv_bytes: float
     delta_operations: float
     state_bytes: float
+    expert_calls: float
 
     @property
     def num_bytes(self) -> float:
@@ -63,8 +64,11 @@ class StepLoad(NamedTuple):
 def read_bytes(config: ModelConfig, sizes: StoredSizes, num_tokens: int) -> float:
     """Of the weights that a step of so many tokens reads: of the trunk and the head, and each used expert once."""
     experts = sizes.experts
-    touched = distinct_experts(experts.num_experts, config.num_experts_per_tok, num_tokens)
-    return sizes.dense_bytes + experts.num_layers * touched * experts.record_bytes
+    return sizes.dense_bytes + experts.num_layers * _touched(config, sizes, num_tokens) * experts.record_bytes
+
+
+def _touched(config: ModelConfig, sizes: StoredSizes, num_tokens: int) -> float:
+    return distinct_experts(sizes.experts.num_experts, config.num_experts_per_tok, num_tokens)
 
 
 def sequence_bytes(config: ModelConfig, context: int) -> int:
@@ -86,6 +90,7 @@ def decode_load(config: ModelConfig, sizes: StoredSizes, *, context: int, batch:
         batch * context * kv_bytes_per_token(config),
         batch * flops.delta_core,
         batch * 2 * state_bytes_per_sequence(config).total,
+        sizes.experts.num_layers * _touched(config, sizes, batch),
     )
 
 
@@ -107,6 +112,7 @@ def prefill_load(
         0,
         flops.delta_core,
         steps * 2 * state_bytes_per_sequence(config).total,
+        sum(sizes.experts.num_layers * _touched(config, sizes, length) for length in lengths),
     )
 
 

@@ -18,7 +18,7 @@ _FLOAT = 4
 _LOGPROB_ROWS = 2 * 128  # of a prompt's logits: a chunk, and the next one while the first is still there
 _SAMPLER_BYTES = 64  # per token of the vocabulary, for one row: copies, exponentials in fp64, sorted candidates
 _TOKEN_BYTES = 512  # of a step: ids, positions and places as tensors and as Python's integers
-_PYTHON_BYTES = 24 << 20  # modules imported on first use, code pages, threads
+_PYTHON_BYTES = 24 << 20  # at most: modules imported on first use, code pages, threads
 _TILE_ROWS, _KEY_BLOCK, _GROUP_ROWS, _LANES = 128, 64, 32, 16
 _DELTA_TOKENS = 64
 _PARTS_BYTES, _LEAST_PARTS = 8 << 20, 4
@@ -35,9 +35,21 @@ class StepSizes:
 
 
 def step_bytes(config: ModelConfig, sizes: StepSizes, *, num_threads: int, streams_experts: bool = False) -> int:
-    """Bytes of the largest step with native kernels. Kernels that read experts from disk compute all tokens at once."""
+    """The most that a step takes with native kernels: half as much again for the holes that an allocator leaves.
+    Kernels that read experts from disk compute all tokens at once."""
+    used = _used_bytes(config, sizes, num_threads, streams_experts)
+    return used + used // 2 + _PYTHON_BYTES
+
+
+def likely_step_bytes(config: ModelConfig, sizes: StepSizes, *, num_threads: int, streams_experts: bool = False) -> int:
+    """What it is expected to take: without holes, and without log-probabilities of a prompt."""
+    used = _used_bytes(config, sizes, num_threads, streams_experts)
+    return used - min(_LOGPROB_ROWS, 2 * sizes.num_tokens) * (config.vocab_size + config.hidden_size) * _FLOAT
+
+
+def _used_bytes(config: ModelConfig, sizes: StepSizes, num_threads: int, streams_experts: bool) -> int:
     num_tokens = sizes.num_tokens
-    used = (
+    return (
         num_tokens * (_FLOAT * _live_floats(config) + _TOKEN_BYTES)
         + _kernel_bytes(config, num_tokens, num_threads)
         + (_streamed_bytes(config, num_tokens) if streams_experts else 0)
@@ -45,7 +57,6 @@ def step_bytes(config: ModelConfig, sizes: StepSizes, *, num_threads: int, strea
         + sizes.num_sequences * 8 * 2 * (sizes.max_model_len // 16 + 1)  # page tables
         + _widened_bytes(config)
     )
-    return used + used // 2 + _PYTHON_BYTES  # half for the holes that an allocator leaves
 
 
 def recorded_bytes(config: ModelConfig, num_tokens: int) -> int:

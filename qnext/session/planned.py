@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from qnext.errors import UsageError
 from qnext.planning import ParameterInfo, list_parameters, machine
 from qnext.planning.anatomy import part_bytes
+from qnext.planning.calibration import Calibration, calibration_file, read_calibration
 from qnext.planning.cost import Prices
 from qnext.planning.expert_memory import ExpertSizes
 from qnext.planning.expert_records import MatrixForm, RecordFile, RecordLayout
 from qnext.planning.expert_speed import MachineRates
 from qnext.planning.forecast import Circumstances
 from qnext.planning.machines import PlannedMachine
+from qnext.planning.measured import MeasuredFigure, measured_file, read_measured
 from qnext.planning.parameters import QUANTIZED
 from qnext.planning.speculation import ASSUMED_ACCEPTANCE
 from qnext.planning.step_load import Peaks, StoredSizes
@@ -62,14 +64,19 @@ class Asked(NamedTuple):
     expert_bytes: int | None = None
     other: PlannedMachine | None = None
     acceptance: float = ASSUMED_ACCEPTANCE
+    calibration: Path | None = None
     prices: Prices = Prices()
 
 
-def planned_model(model: str, scheme: str | None = None) -> PlannedModel:
-    """A preset, a folder or a hub name, as it lies there or as it would in `scheme` with experts in records.
+def planned_model(model: str, scheme: str | None = None, *, yarn: float | None = None) -> PlannedModel:
+    """A preset, a folder or a hub name, as it lies there or as it would in `scheme` with experts in records; its
+    context stretched by YaRN where a factor is given.
 
     Raises ModelNotFound, CorruptCheckpoint, UsageError for a scheme that there is not.
     """
+    if yarn is not None:
+        found = planned_model(model, scheme)
+        return replace(found, config=found.config.with_yarn(yarn), assumed=(*found.assumed, f"--yarn {yarn:g}"))
     from qnext.config import PRESETS, preset
 
     if model in PRESETS and not Path(model).is_dir():
@@ -132,7 +139,27 @@ def circumstances(planned: PlannedModel, asked: Asked) -> Circumstances:
         disk = probe(files, num_bytes=_PROBED_BYTES).bytes_per_second if files else ASSUMED_DISK
     kernels = kernel_rates(planned.config, is_quantized=planned.is_quantized)
     rates = MachineRates(kernels.memory, disk, kernels.arithmetic)
-    return on._replace(free_bytes=asked.free_bytes or free, rates=rates)
+    on = on._replace(free_bytes=asked.free_bytes or free, rates=rates)
+    found = calibration_of(asked)
+    if found is None:
+        return on
+    return on._replace(speed=found.speeds.get(planned.precision), peaks=found.peaks(planned.precision))
+
+
+def calibration_of(asked: Asked) -> Calibration | None:
+    """Of this machine; None where it has none, or where another one is asked for."""
+    return None if asked.other is not None else read_calibration(_calibration_place(asked))
+
+
+def measured_of(asked: Asked) -> list[MeasuredFigure]:
+    """What was predicted of this machine and measured since."""
+    return read_measured(measured_file(_calibration_place(asked)))
+
+
+def _calibration_place(asked: Asked) -> Path:
+    import torch
+
+    return asked.calibration or calibration_file(torch.get_num_threads())
 
 
 def _elsewhere(planned: PlannedModel, asked: Asked, other: PlannedMachine, on: Circumstances) -> Circumstances:

@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from qnext import ops
+from qnext.bench import calibrate
 from qnext.checkpoint.check import read_layout
 from qnext.checkpoint.streamed import plan_residency
+from qnext.ops import limits
 from qnext.ops.expert_rates import KernelRates
 from qnext.planning import machine
 from qnext.planning.expert_memory import engine_reserve
 from qnext.planning.expert_speed import TRAFFIC
+from qnext.planning.measured import MeasuredFigure, measured_file, note_measured
 from qnext.session import planned
 from qnext.text.train import byte_level_tokenizer, save_tokenizer
 from tests.checkpoint.record_folders import RECORD_CONFIG, RecordForm, record_folder
@@ -31,6 +34,13 @@ needs_kernels = pytest.mark.skipif(ops.instruction_set() is None, reason="record
 def rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that does not change from run to run."""
     monkeypatch.setattr(planned, "kernel_rates", lambda config, is_quantized: KernelRates(30e9, 2e12))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Without a calibration, whatever was measured here before."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 @pytest.fixture
@@ -75,7 +85,8 @@ def test_a_table_for_people(capsys: Capture, rates: None) -> None:
     lines = result.out.splitlines()
     assert lines[0] == "80b-a3b: weights 43.3 GiB, memory free 22.0 GiB"
     assert "of them stay in memory" in lines[2] and "1 x 262,144 tokens" in lines[3]
-    assert "at 30.0 GB/s, on prompts 2.00 Top/s; disk 1.50 GB/s" in lines[4] and "`--expert-memory" in lines[5]
+    assert "at 30.0 GB/s, on prompts 2.00 Top/s; disk 1.50 GB/s" in lines[4] and "not calibrated" in lines[5]
+    assert "`--expert-memory" in lines[6]
     assert [line.split()[0] for line in lines if line.endswith(tuple("0123456789"))][:3] == [
         "uniform",
         "diverse",
@@ -91,13 +102,13 @@ def test_a_folder_is_planned_as_it_would_be_loaded(
     capsys: Capture, folder: Path, rates: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = half_of_the_experts(folder)
-    monkeypatch.setattr(machine, "available_bytes", lambda: free)
-    (found,) = documents(capsys, folder)
-    chosen = plan_residency(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "available_bytes", lambda: free)
+        (found,) = documents(capsys, folder)
+        chosen = plan_residency(folder)
     assert chosen is not None and found["placement"] == "streamed" and found["assumed"] == []
     assert found["share"] == pytest.approx(sum(chosen.slots) / (len(chosen.slots) * RECORD_CONFIG.num_experts))
     assert found["machine"]["disk"] > 1e6, "was measured"
-    monkeypatch.undo()
     assert documents(capsys, folder, "--disk-speed", "2g")[0]["placement"] == "resident"
 
 
@@ -213,6 +224,59 @@ def test_what_a_model_is(capsys: Capture, rates: None) -> None:
     text = run(capsys, "plan", *arguments).out
     assert "90% of them accepted (assumed)" in text and "in all                 81,324,862,720" in text
     assert run(capsys, "plan", "qwen3-32b", "--memory", "60G", "--json").out.count('"drafts": null') == 1
+
+
+def test_a_calibrated_machine(
+    capsys: Capture, rates: None, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small models are timed once; later plans say where their speeds come from, and what was measured since."""
+    thin = calibrate.PROBES["thin"]
+    monkeypatch.setattr(calibrate, "PROBES", {"thin": thin})
+    monkeypatch.setattr(calibrate, "LENGTHS", (16, 32))
+    monkeypatch.setattr(calibrate, "_PROMPT_ROUNDS", {16: 1, 32: 1})
+    monkeypatch.setattr(limits, "read_bandwidth", lambda: 3e10)
+    monkeypatch.setattr(limits, "peak_arithmetic", lambda: {"float32": 1e11, "bfloat16": None, "int8": None})
+    before = documents(capsys, "nano-5m")[0]
+    assert before["calibration"] is None and before["bounds"] is None
+    assert "`qnext plan --calibrate` measures this machine once" in run(capsys, "plan", "nano-5m").out
+    result = run(capsys, "plan", "nano-5m", "--calibrate", "--json")
+    (file,) = (home / ".cache" / "qnext").iterdir()
+    assert result.code == 0 and f"{file}: calibrated" in result.err
+    after = json.loads(result.out)[0]
+    assert "from 1 small models" in after["calibration"]
+    assert after["bounds"]["decode"] == pytest.approx(3e10 / after["bounds"]["bytes_per_token"])
+    note_measured(measured_file(file), [MeasuredFigure("2026-11-30", "m", "decode", 512, 12.0, 10.0)])
+    text = run(capsys, "plan", "nano-5m").out
+    assert "whose times it gives back" in text and "of 1 figure measured here the median error is 20.0%" in text
+    other = tmp_path / "other.json"
+    assert run(capsys, "plan", "nano-5m", "--calibration", other, "--json").out.count('"calibration": null') == 1
+    sft = run(capsys, "plan", "nano-5m", "--train", "sft", "--tokens", "1M")
+    assert sft.code == 0 and "hours of this machine at 40% (assumed) of 0.1 TFLOP/s" in sft.out
+    file.write_text("{")
+    damaged = run(capsys, "plan", "nano-5m")
+    assert damaged.code == 0 and "no calibration that can be read" in damaged.err and "not calibrated" in damaged.out
+
+
+@pytest.mark.parametrize("name", ["plan.svg", "plan.png"])
+def test_a_picture(capsys: Capture, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    arguments = ("80b-a3b", "qwen3-32b", "--machine", "h200", "--gpus", "2", "--scheme", "fp8")
+    assert run(capsys, "plan", *arguments, "--picture", path).code == 0
+    data = path.read_bytes()
+    if name.endswith("svg"):
+        text = data.decode()
+        assert "experts" in text and "80b-a3b, at most" in text and "context, tokens" in text
+    else:
+        assert data.startswith(b"\x89PNG")
+    wrong = run(capsys, "plan", "nano-5m", "--machine", "h200", "--picture", tmp_path / "x.gif")
+    assert wrong.code == 2 and "pictures are" in wrong.error_line
+
+
+def test_a_longer_context_by_yarn(capsys: Capture) -> None:
+    arguments = ("80b-a3b", "--machine", "h200", "--gpus", "2", "--context", "1M")
+    assert run(capsys, "plan", *arguments).code == 2
+    (found,) = documents(capsys, *arguments, "--yarn", "4")
+    assert found["context"] == 1 << 20 and "--yarn 4" in found["assumed"]
 
 
 def test_what_is_wrong_is_said(capsys: Capture, tmp_path: Path) -> None:
