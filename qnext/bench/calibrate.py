@@ -12,18 +12,20 @@ from typing import Any, NamedTuple
 
 from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
 from qnext.planning.calibration import Calibration
+from qnext.planning.machine import cache_bytes
 from qnext.planning.plan import default_step_tokens
 from qnext.planning.speed_model import SpeedModel, fit_units
 from qnext.planning.step_load import StepLoad, decode_load, prefill_load
 
 SCHEMES = {"bf16": None, "int4": "int4-g32"}  # by the precision of the plan
 LENGTHS = (256, 1024, 4096)
-_PROMPT_ROUNDS = {256: 4, 1024: 2, 4096: 1}  # of which the best counts, as it does of what is decoded
+DEEP = 12_288  # of those in which keys and values decide
+_PROMPT_ROUNDS = {256: 4, 1024: 2, 4096: 1, DEEP: 1}  # of which the best counts, as it does of what is decoded
 _DECODED = 16  # tokens
 _ROUNDS = 6
 _DECODE_UNITS = (
     *("steps", "linear_layers", "full_layers", "weight_bytes", "row_numbers", "attention_operations", "kv_bytes"),
-    *("state_bytes", "expert_calls"),
+    *("state_bytes", "expert_calls", "cold_bytes", "cold_kv_bytes"),
 )
 _PREFILL_UNITS = (
     *("steps", "linear_layers", "full_layers", "matrix_operations", "row_numbers", "attention_operations"),
@@ -31,7 +33,7 @@ _PREFILL_UNITS = (
 )
 
 
-class Timing(NamedTuple):
+class ProbeTime(NamedTuple):
     """Of one model at one length: what a step does, and seconds."""
 
     kind: str
@@ -56,10 +58,10 @@ def calibrate(*, date: str, threads: int, say: Callable[[str], None]) -> Calibra
     bandwidth = max(found for found, _ in limits)
     operations = {name: max((each[name] or 0.0 for _, each in limits)) or None for name in limits[0][1]}
     source = f"{len(PROBES)} small models at {', '.join(map(str, LENGTHS))} tokens"
-    return Calibration(date, source, threads, speeds, errors, bandwidth, operations)
+    return Calibration(date, source, threads, speeds, errors, bandwidth, operations, cache_bytes())
 
 
-def fitted(timings: list[Timing]) -> SpeedModel:
+def fitted(timings: list[ProbeTime]) -> SpeedModel:
     """Decoding and prompts apart: other kernels compute them."""
     units = {}
     for kind, used in (("decode", _DECODE_UNITS), ("prefill", _PREFILL_UNITS)):
@@ -68,7 +70,7 @@ def fitted(timings: list[Timing]) -> SpeedModel:
     return SpeedModel(units["decode"], units["prefill"])
 
 
-def fit_errors(speed: SpeedModel, timings: list[Timing]) -> dict[str, float]:
+def fit_errors(speed: SpeedModel, timings: list[ProbeTime]) -> dict[str, float]:
     """Median of |predicted / measured - 1| of decoding and of prompts."""
     found: dict[str, list[float]] = {}
     for kind, load, seconds in timings:
@@ -77,7 +79,7 @@ def fit_errors(speed: SpeedModel, timings: list[Timing]) -> dict[str, float]:
     return {kind: statistics.median(values) for kind, values in found.items()}
 
 
-def _timings(name: str, scheme: str | None, say: Callable[[str], None]) -> Iterator[Timing]:
+def _timings(name: str, scheme: str | None, say: Callable[[str], None]) -> Iterator[ProbeTime]:
     from qnext.bench.speed import SpeedMeter
     from qnext.checkpoint import create_folder, load_model
     from qnext.checkpoint.check import read_layout
@@ -95,13 +97,14 @@ def _timings(name: str, scheme: str | None, say: Callable[[str], None]) -> Itera
         model = load_model(folder, check_finite=False)
     meter = SpeedMeter(model, decode_tokens=_DECODED)
     meter.prefill_seconds(LENGTHS[0])  # warms up
-    for length in LENGTHS:
+    for length in (*LENGTHS, *([DEEP] if name in _DEEP_PROBES else [])):
         chunk = min(length, default_step_tokens(config))
         seconds = min(meter.prefill_seconds(length) for _ in range(_PROMPT_ROUNDS[length]))
-        yield Timing("prefill", prefill_load(config, sizes, num_tokens=length, chunk=chunk), seconds)
+        yield ProbeTime("prefill", prefill_load(config, sizes, num_tokens=length, chunk=chunk), seconds)
         meter.decode_seconds(length)
         decoding = min(meter.decode_seconds(length) for _ in range(_ROUNDS)) / _DECODED
-        yield Timing("decode", decode_load(config, sizes, context=length + _DECODED // 2), decoding)
+        load = decode_load(config, sizes, context=length + _DECODED // 2, cache_bytes=cache_bytes())
+        yield ProbeTime("decode", load, decoding)
 
 
 def _probe(layer_types: str, *, hidden: int, vocab: int, heads: tuple[int, int, int], **more: Any) -> ModelConfig:
@@ -115,7 +118,7 @@ def _probe(layer_types: str, *, hidden: int, vocab: int, heads: tuple[int, int, 
         num_key_value_heads=heads[1],
         head_dim=heads[2],
         rope_theta=1e6,
-        max_position_embeddings=2 * LENGTHS[-1],
+        max_position_embeddings=2 * DEEP,
         **more,
     )
 
@@ -139,6 +142,7 @@ def _sparse(experts: int, used: int, width: int) -> dict[str, int]:
     }
 
 
+_DEEP_PROBES = ("grouped attention", "wide groups", "dense", "sparse")
 PROBES = {
     "thin": _probe("LLLFLLLF", hidden=96, vocab=1024, heads=(4, 2, 32), **_linear(2, 4, 32), **_sparse(16, 2, 32)),
     "thin, attention alone": _probe("FFFFFF", hidden=160, vocab=2048, heads=(5, 1, 64), intermediate_size=448),
@@ -148,11 +152,15 @@ PROBES = {
     "many small experts": _probe(
         "LLF", hidden=192, vocab=8192, heads=(6, 2, 64), **_linear(3, 6, 64), **_sparse(160, 10, 64)
     ),
+    "grouped attention": _probe("FF", hidden=256, vocab=2048, heads=(8, 2, 64), intermediate_size=512),
+    "wide groups": _probe("F", hidden=256, vocab=2048, heads=(16, 2, 128), intermediate_size=512),
     "dense": _probe("FF", hidden=1024, vocab=4096, heads=(8, 2, 128), intermediate_size=4096),
     "wide": _probe("F", hidden=2560, vocab=2048, heads=(20, 4, 128), intermediate_size=10240),
     "linear attention": _probe(
         "LL", hidden=1024, vocab=4096, heads=(8, 2, 128), **_linear(8, 16, 128), intermediate_size=2048
     ),
     "sparse": _probe("LFL", hidden=768, vocab=8192, heads=(6, 2, 128), **_linear(6, 12, 128), **_sparse(48, 6, 256)),
-    "many experts": _probe("FL", hidden=512, vocab=4096, heads=(8, 1, 64), **_linear(4, 8, 64), **_sparse(96, 12, 160)),
+    "many experts": _probe(
+        "FLL", hidden=512, vocab=4096, heads=(8, 1, 64), **_linear(4, 8, 64), **_sparse(192, 12, 160)
+    ),
 }

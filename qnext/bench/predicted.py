@@ -14,13 +14,13 @@ from qnext.planning.plan import default_step_tokens
 from qnext.planning.step_load import decode_load, prefill_load
 from qnext.session.planned import planned_folder
 
-Rates = dict[tuple[str, str, int], float]  # by scheme, decode or prompt, and length
+PredictedRates = dict[tuple[str, str, int], float]  # by scheme, decode or prompt, and length
 
 
-def predicted_rates(plan: BenchPlan) -> Rates:
+def predicted_rates(plan: BenchPlan) -> PredictedRates:
     """Tokens a second, as far as the machine is calibrated for the weights; none for experts on disk."""
     calibration = read_calibration(calibration_file(plan.threads))
-    found: Rates = {}
+    found: PredictedRates = {}
     if calibration is None or plan.expert_memory is not None:
         return found
     config = plan.config
@@ -33,7 +33,8 @@ def predicted_rates(plan: BenchPlan) -> Rates:
         if speed is None:
             continue
         for depth in plan.depths:
-            load = decode_load(config, planned.sizes, context=max(depth, 1) + plan.decode_tokens // 2)
+            context, cached = max(depth, 1) + plan.decode_tokens // 2, calibration.cache_bytes
+            load = decode_load(config, planned.sizes, context=context, cache_bytes=cached)
             found[scheme, "decode", depth] = 1 / speed.decode_seconds(load)
         chunk = min(plan.prefill, default_step_tokens(config))
         prompt = prefill_load(config, planned.sizes, num_tokens=plan.prefill, chunk=chunk)
@@ -41,7 +42,7 @@ def predicted_rates(plan: BenchPlan) -> Rates:
     return found
 
 
-def noted(plan: BenchPlan, document: dict[str, Any], rates: Rates) -> list[MeasuredFigure]:
+def noted(plan: BenchPlan, document: dict[str, Any], rates: PredictedRates) -> list[MeasuredFigure]:
     """The figures that were predicted, put into the machine's file of them."""
     day = plan.date or str(date.today())
     found = []

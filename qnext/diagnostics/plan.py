@@ -9,6 +9,7 @@ from qnext.diagnostics.finding import Finding
 from qnext.planning.anatomy import Anatomy, anatomy
 from qnext.planning.calibration import Calibration
 from qnext.planning.cost import Prices, TokenCost, token_cost
+from qnext.planning.expert_speed import TRAFFIC, expected_hit_rate
 from qnext.planning.forecast import (
     Bounds,
     Circumstances,
@@ -25,6 +26,7 @@ from qnext.planning.speculation import DraftedModel, DraftGains, drafts
 from qnext.session.planned import ASSUMED_DISK, Asked, PlannedModel, calibration_of, circumstances, measured_of
 
 _LENGTHS = (4096, 32_768, 131_072)  # tokens
+_SHARES_IN_MEMORY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 _MORE = (8 << 30, 16 << 30)  # bytes
 _NOTHING = Asked()
 
@@ -66,6 +68,18 @@ class ModelPlan(NamedTuple):
         left = self.on.free_bytes - (found.used_bytes - found.kv_bytes - found.state_bytes)
         lengths = [each for each in _LENGTHS if each < config.context_length] + [config.context_length]
         return sequences_that_fit(config, left, lengths)
+
+    def hit_curve(self) -> dict[str, dict[float, float]]:
+        """By kind of traffic: the share of a token's experts that is found in memory, where such a share of all stays
+        there; none for a model without experts."""
+        config = self.model.config
+        if not config.num_experts:
+            return {}
+        used = config.num_experts_per_tok / config.num_experts
+        return {
+            name: {share: expected_hit_rate(name, share, used_share=used) for share in _SHARES_IN_MEMORY}
+            for name in TRAFFIC
+        }
 
     @property
     def problem(self) -> str:
@@ -109,6 +123,7 @@ def plan_document(plan: ModelPlan) -> dict[str, Any]:
         **_document(plan.forecast),
         **plan.anatomy.document(),
         "calibration": None if plan.calibration is None else plan.calibration.told,
+        "hit_curve": {name: {str(k): v for k, v in curve.items()} for name, curve in plan.hit_curve().items()},
         "measured": [each._asdict() for each in plan.measured],
         "bounds": None if plan.bounds is None else plan.bounds._asdict(),
         "fitting_sequences": {str(length): count for length, count in plan.fitting().items()} if plan.fits else {},

@@ -82,6 +82,9 @@ def _speeds(plan: ModelPlan) -> Iterator[str]:
         for name, speed in found.traffic.items():
             ceiling = "-" if speed.ceiling is None else speed_text(speed.ceiling)
             yield _ROW.format(name, f"{speed.hit_rate:.1%}", f"{speed_text(speed.decode)} tokens/s", ceiling)
+        yield "  hits where such a share of the experts stays in memory:"
+        for name, curve in plan.hit_curve().items():
+            yield f"    {name:<10}" + ", ".join(f"{share:.0%}: {rate:.0%}" for share, rate in curve.items())
     if plan.bounds is not None:
         yield (
             f"  at most, by the peaks: decode {speed_text(plan.bounds.decode)} tokens/s "

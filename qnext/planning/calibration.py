@@ -20,7 +20,7 @@ from qnext.planning.speed_model import SpeedModel
 from qnext.planning.step_load import Peaks, StepLoad
 from qnext.version import __version__
 
-_FORM = 1
+_FORM = 2
 # The arithmetic that weights of a precision are multiplied in at best, as ops.limits names it.
 _ARITHMETIC = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int8", "fp8": "float32"}
 
@@ -29,7 +29,7 @@ _ARITHMETIC = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "i
 class Calibration:
     """`speeds` are by precision of the weights (fp32, bf16, int8, int4), `errors` the median relative errors of the fit
     to its own measurements. `bandwidth` and `operations` are the measured limits, the latter None where the processor
-    has no such arithmetic."""
+    has no such arithmetic; `cache_bytes` is its largest cache."""
 
     date: str
     source: str
@@ -38,6 +38,7 @@ class Calibration:
     errors: Mapping[str, Mapping[str, float]]
     bandwidth: float
     operations: Mapping[str, float | None]
+    cache_bytes: int
 
     def peaks(self, precision: str) -> Peaks:
         """What bounds weights of this precision; without an arithmetic of their own they are multiplied in fp32."""

@@ -48,6 +48,7 @@ class Circumstances(NamedTuple):
     expert_bytes: int | None = None
     speed: SpeedModel | None = None
     peaks: Peaks | None = None
+    cache_bytes: int = 0  # of the processor, as the speed model knows it
 
 
 class TrafficSpeed(NamedTuple):
@@ -174,8 +175,8 @@ def _resident_speeds(
     config: ModelConfig, sizes: StoredSizes, on: Circumstances, speed: SpeedModel
 ) -> tuple[dict[str, TrafficSpeed], dict[int, TokenTime]]:
     """Of each token. Nothing is read from disk, so all traffic is alike."""
-    step = speed.decode_seconds(decode_load(config, sizes, context=on.context, batch=on.batch))
-    token = TokenTime(step / on.batch, 0.0, 0.0)
+    step = decode_load(config, sizes, context=on.context, batch=on.batch, cache_bytes=on.cache_bytes)
+    token = TokenTime(speed.decode_seconds(step) / on.batch, 0.0, 0.0)
     prompts = {}
     for length in _prompts(config, on):
         chunk = min(length, default_step_tokens(config))

@@ -103,6 +103,16 @@ def _processor_quota(groups: ControlGroups) -> float | None:
     return min(found, default=None)
 
 
+def cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Of the processor's largest cache; 0 where the system does not say."""
+    found = [0]
+    for file in folder.glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            text = file.read_text().strip()
+            found.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1:], 0))
+    return max(found)
+
+
 def total_bytes() -> int:
     """Memory of the machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

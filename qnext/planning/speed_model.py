@@ -51,6 +51,8 @@ def from_peaks(*, bandwidth: float, operations: float, share: float, layer_secon
         delta_operations=1 / (share * operations),
         state_bytes=1 / bandwidth,
         expert_calls=0.0,
+        cold_bytes=0.0,
+        cold_kv_bytes=0.0,
     )
     return SpeedModel(units, units, overlaps=True)
 

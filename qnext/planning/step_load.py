@@ -38,7 +38,9 @@ class Peaks(NamedTuple):
 
 class StepLoad(NamedTuple):
     """Of one step, or of several with all their tokens. `row_numbers` are numbers that go into and out of matrices.
-    `expert_calls` count each expert of a layer that is used. Keys and values count where they are read back."""
+    `expert_calls` count each expert of a layer that is used. Keys and values count where they are read back.
+    `cold_bytes` and `cold_kv_bytes` are those of the weights and of keys and values that come from memory, where the
+    others are in the processor's cache: of all that every token passes it keeps its size."""
 
     steps: float
     linear_layers: float
@@ -51,6 +53,8 @@ class StepLoad(NamedTuple):
     delta_operations: float
     state_bytes: float
     expert_calls: float
+    cold_bytes: float
+    cold_kv_bytes: float
 
     @property
     def num_bytes(self) -> float:
@@ -76,21 +80,28 @@ def sequence_bytes(config: ModelConfig, context: int) -> int:
     return context * kv_bytes_per_token(config) + 2 * state_bytes_per_sequence(config).total
 
 
-def decode_load(config: ModelConfig, sizes: StoredSizes, *, context: int, batch: int = 1) -> StepLoad:
-    """Of a step in which `batch` sequences go on by one token behind `context` tokens."""
+def decode_load(
+    config: ModelConfig, sizes: StoredSizes, *, context: int, batch: int = 1, cache_bytes: int = 0
+) -> StepLoad:
+    """Of a step in which `batch` sequences go on by one token behind `context` tokens, beside such a cache."""
     flops = token_flops(config, context=context)
+    weights, kv = read_bytes(config, sizes, batch), batch * context * kv_bytes_per_token(config)
+    states = batch * state_bytes_per_sequence(config).total
+    cold_share = max(0.0, 1 - cache_bytes / max(1, sizes.weight_bytes + kv + states))
     return StepLoad(
         1,
         config.num_linear_layers,
         config.num_full_layers,
-        read_bytes(config, sizes, batch),
+        weights,
         batch * (flops.total - flops.cores),
         batch * row_numbers(config),
         batch * flops.attention_core,
-        batch * context * kv_bytes_per_token(config),
+        kv,
         batch * flops.delta_core,
-        batch * 2 * state_bytes_per_sequence(config).total,
+        2 * states,
         sizes.experts.num_layers * _touched(config, sizes, batch),
+        weights * cold_share,
+        kv * cold_share,
     )
 
 
@@ -113,6 +124,8 @@ def prefill_load(
         flops.delta_core,
         steps * 2 * state_bytes_per_sequence(config).total,
         sum(sizes.experts.num_layers * _touched(config, sizes, length) for length in lengths),
+        0.0,
+        0.0,
     )
 
 

@@ -143,7 +143,9 @@ def circumstances(planned: PlannedModel, asked: Asked) -> Circumstances:
     found = calibration_of(asked)
     if found is None:
         return on
-    return on._replace(speed=found.speeds.get(planned.precision), peaks=found.peaks(planned.precision))
+    return on._replace(
+        speed=found.speeds.get(planned.precision), peaks=found.peaks(planned.precision), cache_bytes=found.cache_bytes
+    )
 
 
 def calibration_of(asked: Asked) -> Calibration | None:

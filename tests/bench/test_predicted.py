@@ -37,7 +37,7 @@ def test_figures_are_predicted_and_noted(tmp_path: Path, monkeypatch: pytest.Mon
     each_step = StepLoad(0.25, *([0.0] * (len(StepLoad._fields) - 1)))
     speeds = {"bf16": SpeedModel(each_step, each_step)}
     place = calibration_file(3)
-    write_calibration(place, Calibration("2026-11-30", "nothing", 3, speeds, {}, 1e10, {"float32": 1e11}))
+    write_calibration(place, Calibration("2026-11-30", "nothing", 3, speeds, {}, 1e10, {"float32": 1e11}, 0))
     rates = predicted_rates(plan)
     assert rates == {("bf16", "decode", 0): 4.0, ("bf16", "decode", 64): 4.0, ("bf16", "prompt", 48): 48 * 4.0}
     figures: list[dict[str, Any]] = [

@@ -100,6 +100,7 @@ OUTPUTS = {
     "eval-tasks picture": "eval-tasks MODEL --tasks needle --lengths 9 --picture X",
     "attention picture": "attention MODEL text --picture X",
     "compare picture": "compare MODEL MODEL --random 4 --picture X",
+    "plan picture": "plan nano-5m --machine h200 --picture X",
 }
 # what is no file of this machine, needs a server or another program, or trains for minutes; tested in the verb's tests
 ELSEWHERE = {
@@ -127,6 +128,7 @@ ELSEWHERE = {
     "merge base",
     "merge out",
     "watch run",
+    "plan calibration",
     "quantize report",
 }
 SERVE = {"serve model", "serve audit_log"}

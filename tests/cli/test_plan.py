@@ -72,6 +72,8 @@ def test_a_preset_in_a_scheme(capsys: Capture, rates: None) -> None:
     traffic = found["traffic"]
     assert traffic["uniform"]["decode"] < traffic["diverse"]["decode"] < traffic["service"]["decode"]
     assert [more["bytes"] >> 30 for more in found["more_memory"]] == [8, 16]
+    curve = found["hit_curve"]
+    assert curve["uniform"]["0.3"] == pytest.approx(0.3) and curve["uniform"]["0.3"] < curve["diverse"]["0.3"] < 0.9
     given = documents(capsys, "80b-a3b", "--memory", "22G", "--scheme", "int8", "--disk-speed", "3g")[0]
     assert given["assumed"] == [] and given["machine"]["disk"] == 3e9
     assert given["weight_bytes"] == pytest.approx(86.8e9, rel=0.002)
@@ -93,6 +95,7 @@ def test_a_table_for_people(capsys: Capture, rates: None) -> None:
         "service",
     ]
     assert any("+ 16.0 GiB" in line for line in lines)
+    assert any(line.startswith("    service   10%: 74%") for line in lines), "a hit curve"
     resident = run(capsys, "plan", "nano-5m", "--memory", "22G").out
     assert "all weights stay in memory" in resident and "more memory" not in resident and "traffic" not in resident
 
@@ -233,6 +236,7 @@ def test_a_calibrated_machine(
     thin = calibrate.PROBES["thin"]
     monkeypatch.setattr(calibrate, "PROBES", {"thin": thin})
     monkeypatch.setattr(calibrate, "LENGTHS", (16, 32))
+    monkeypatch.setattr(calibrate, "_DEEP_PROBES", ())
     monkeypatch.setattr(calibrate, "_PROMPT_ROUNDS", {16: 1, 32: 1})
     monkeypatch.setattr(limits, "read_bandwidth", lambda: 3e10)
     monkeypatch.setattr(limits, "peak_arithmetic", lambda: {"float32": 1e11, "bfloat16": None, "int8": None})

@@ -29,7 +29,7 @@ from qnext.planning.step_load import (
 
 CONFIG = preset("80b-a3b")
 SIZES = StoredSizes(1_400_000_000, ExpertSizes(48, 512, 1_769_472, 3 << 30), can_stream=True)
-UNITS = StepLoad(1e-4, 2e-5, 3e-5, 4e-11, 3e-12, 2e-9, 9e-12, 5e-11, 6e-12, 0.0, 4e-6)
+UNITS = StepLoad(1e-4, 2e-5, 3e-5, 4e-11, 3e-12, 2e-9, 9e-12, 5e-11, 6e-12, 0.0, 4e-6, 1e-11, 2e-11)
 SPEED = SpeedModel(UNITS, UNITS)
 
 
@@ -41,6 +41,14 @@ def test_a_batch_reads_weights_once_and_sequences_each() -> None:
     assert one.weight_bytes == 1_400_000_000 + 10 * experts
     assert many.weight_bytes == pytest.approx(1_400_000_000 + distinct_experts(512, 10, 8) * experts)
     assert (one.expert_calls, round(many.expert_calls / 48)) == (480, 75)
+
+
+def test_what_the_cache_holds_is_not_cold() -> None:
+    sizes = (0, SIZES.weight_bytes // 4, 1 << 50)
+    loads = [decode_load(CONFIG, SIZES, context=1000, cache_bytes=size) for size in sizes]
+    shares = [load.cold_bytes / load.weight_bytes for load in loads]
+    assert shares == pytest.approx([1, 0.75, 0], abs=0.002)
+    assert [load.cold_kv_bytes / load.kv_bytes for load in loads] == pytest.approx(shares)
 
 
 def test_a_prompt_in_pieces_reads_weights_again_and_computes_the_same() -> None:
@@ -64,7 +72,7 @@ def test_drafts_read_one_expert_of_each_token() -> None:
 
 
 def _loads() -> list[StepLoad]:
-    draw, scales = random.Random(1), (1, 9, 9, 1e9, 1e10, 1e6, 1e9, 1e8, 1e9, 1e7, 1e3)
+    draw, scales = random.Random(1), (1, 9, 9, 1e9, 1e10, 1e6, 1e9, 1e8, 1e9, 1e7, 1e3, 1e9, 1e8)
     return [StepLoad(*(draw.random() * scale for scale in scales)) for _ in range(60)]
 
 
@@ -89,7 +97,7 @@ def test_a_fit_is_never_negative_and_not_led_by_a_few() -> None:
 def _calibration() -> Calibration:
     errors = {"bf16": {"decode": 0.05, "prefill": 0.07}}
     operations = {"float32": 1e11, "bfloat16": 2e11, "int8": None}
-    return Calibration("2026-11-30", "seven models", 2, {"bf16": SPEED}, errors, 3e10, operations)
+    return Calibration("2026-11-30", "seven models", 2, {"bf16": SPEED}, errors, 3e10, operations, 1 << 25)
 
 
 def test_a_calibration_is_what_was_written(tmp_path: Path) -> None:
