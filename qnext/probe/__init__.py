@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from qnext.probe.attending import Attended
 from qnext.probe.captures import Captures
+from qnext.probe.changes import avoid_expert, replace, scale, silence_expert, steer
 from qnext.probe.edits import Edit, same_bits
 from qnext.probe.glance import Glance, Glancer, LayerGlance
 from qnext.probe.look import AttentionLook, Look, look
@@ -34,9 +35,14 @@ __all__ = [
     "ModelProbe",
     "Observer",
     "Where",
+    "avoid_expert",
     "look",
     "match",
+    "replace",
     "same_bits",
+    "scale",
+    "silence_expert",
+    "steer",
     "tap_names",
     "updates",
 ]

@@ -11,7 +11,19 @@ from torch import Tensor
 from qnext.errors import UsageError
 from qnext.model import Batch
 from qnext.ops.reference.delta import delta_step
-from qnext.probe import Edit, ModelProbe, Where, look, tap_names
+from qnext.probe import (
+    Edit,
+    ModelProbe,
+    Where,
+    avoid_expert,
+    look,
+    replace,
+    same_bits,
+    scale,
+    silence_expert,
+    steer,
+    tap_names,
+)
 from tests.model.models import PEER_CONFIGS, OneRequest, make_model, random_tokens
 from tests.model.wrapping import CONFIG
 
@@ -129,3 +141,40 @@ def test_names_that_are_none_are_refused() -> None:
         ModelProbe(model, edits=[Edit("layers.*.delta.update", torch.clone)])
     with pytest.raises(UsageError, match="logits"):
         ModelProbe(model, edits=[Edit("logits", torch.clone, Where.at(1))])
+
+
+def test_common_edits() -> None:
+    """Each by what it must do to the tensor behind it."""
+    model = make_model(CONFIG)
+    batch = Batch.from_lengths(TOKENS, [75])
+    names = [
+        "layers.0.router.*",
+        "layers.0.experts.out",
+        "layers.0.ffn_out",
+        "layers.0.shared.*",
+        "layers.1.residual_in",
+    ]
+
+    def run(*edits: Edit) -> dict[str, Tensor]:
+        with torch.no_grad(), ModelProbe(model, names, edits=edits) as probe:
+            model(batch)
+        return {name.removeprefix("layers.0."): probe.captures.values(name) for name in probe.captures.names()}
+
+    plain = run()
+    experts_TA, weights_TA = plain["router.experts"], plain["router.weights"]
+    busiest = int(experts_TA.flatten().bincount().argmax())
+    silent = run(*silence_expert("layers.0", busiest))
+    part_TD = (weights_TA * (experts_TA == busiest))[..., None] * plain["experts.out"]
+    assert torch.allclose(silent["ffn_out"], plain["ffn_out"] - part_TD.sum(1), rtol=1e-3, atol=1e-5)
+    is_free_T = ~(experts_TA == busiest).any(1)
+    assert is_free_T.any() and same_bits(silent["ffn_out"][is_free_T], plain["ffn_out"][is_free_T])
+    avoided = run(avoid_expert("layers.0", busiest))
+    assert not (avoided["router.experts"] == busiest).any()
+    assert torch.allclose(avoided["router.weights"].sum(-1), torch.ones(75))
+    vector = torch.linspace(-1, 1, CONFIG.hidden_size)
+    steered = run(steer("layers.0.residual_out", vector, strength=2.0))
+    assert torch.equal(steered["layers.1.residual_in"], plain["layers.1.residual_in"] + 2 * vector)
+    halved = run(scale("layers.0.residual_out", 0.5, where=Where.at(3)))
+    assert torch.equal(halved["layers.1.residual_in"][3], plain["layers.1.residual_in"][3] / 2)
+    moved = run(replace("layers.0.residual_out", plain["layers.1.residual_in"][7], where=Where.at(4, 5)))
+    assert torch.equal(moved["layers.1.residual_in"][4:6], plain["layers.1.residual_in"][[7, 7]])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qnext.diagnostics.inside.attention_sums import AttentionSums, first_of_bins
 from qnext.diagnostics.inside.delta_sums import DeltaSums
-from qnext.errors import UsageError
+from qnext.errors import DoesNotFit, UsageError
 from qnext.probe import Attended, BatchRows, DeltaSeen, ModelProbe
 from qnext.probe.names import prefix_of
 
@@ -118,6 +118,9 @@ def look_inside(
 
     if len(token_ids) < 2:
         raise UsageError("the text has one token, which can look at nothing but itself")
+    if len(token_ids) + num_generated >= model.config.context_length:
+        more = f" and {num_generated} generated ones" if num_generated else ""
+        raise DoesNotFit(f"{len(token_ids)} tokens{more}, but the context is {model.config.context_length}")
     # The last token of an answer is never computed: one more is asked for.
     room = num_generated + 1
     config = EngineConfig(
