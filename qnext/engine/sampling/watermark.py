@@ -53,10 +53,10 @@ class Mark(NamedTuple):
         return None if self.key.scheme == "green" else partial(tournament_weights, key=self.key, seed=self.seed)
 
 
-def bits_of(seed: int, ids_C: NDArray[np.integer]) -> NDArray[np.uint64]:
-    """64 bits for each token under the seed of a place: SplitMix64 of seed and token."""
+def bits_of(seed: int | NDArray[np.uint64], ids_C: NDArray[np.integer]) -> NDArray[np.uint64]:
+    """64 bits for each token under the seed of a place, or of its own place: SplitMix64 of seed and token."""
     value = ids_C.astype(np.uint64) * _GOLDEN
-    value += np.uint64(seed)
+    value += np.asarray(seed, dtype=np.uint64)
     value ^= value >> np.uint64(30)
     value *= _FACTORS[0]
     value ^= value >> np.uint64(27)
@@ -110,7 +110,8 @@ def score(token_ids: Sequence[int], key: WatermarkKey) -> MarkScore:
             places.append((seed, ids[place]))
     if not places:
         return MarkScore(len(ids), 0, 0.0, 0.0, 1.0)
-    bits_T = np.concatenate([bits_of(seed, np.array([token])) for seed, token in places])
+    seeds, tokens = zip(*places, strict=True)
+    bits_T = bits_of(np.array(seeds, dtype=np.uint64), np.array(tokens))
     found = _green_score(bits_T, key) if key.scheme == "green" else _tournament_score(bits_T, key)
     return MarkScore(len(ids), len(places), *found)
 
