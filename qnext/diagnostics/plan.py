@@ -23,7 +23,15 @@ from qnext.planning.machine import format_bytes
 from qnext.planning.measured import MeasuredFigure
 from qnext.planning.plan import sequences_that_fit
 from qnext.planning.speculation import DraftedModel, DraftGains, drafts
-from qnext.session.planned import ASSUMED_DISK, Asked, PlannedModel, calibration_of, circumstances, measured_of
+from qnext.session.planned import (
+    ASSUMED_DISK,
+    Asked,
+    PlannedModel,
+    bytes_by_scheme,
+    calibration_of,
+    circumstances,
+    measured_of,
+)
 
 _LENGTHS = (4096, 32_768, 131_072)  # tokens
 _SHARES_IN_MEMORY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
@@ -122,6 +130,7 @@ def plan_document(plan: ModelPlan) -> dict[str, Any]:
         "other_weight_bytes": plan.model.sizes.experts.other_bytes,
         **_document(plan.forecast),
         **plan.anatomy.document(),
+        "bytes_by_scheme": bytes_by_scheme(plan.model.config),
         "calibration": None if plan.calibration is None else plan.calibration.told,
         "hit_curve": {name: {str(k): v for k, v in curve.items()} for name, curve in plan.hit_curve().items()},
         "measured": [each._asdict() for each in plan.measured],

@@ -8,6 +8,7 @@ from qnext.diagnostics.plan import ModelPlan, placement_line, speed_text
 from qnext.planning.cost import TokenCost
 from qnext.planning.machine import format_bytes
 from qnext.planning.measured import told_errors
+from qnext.session.planned import bytes_by_scheme
 
 _ROW = "  {:<12} {:>9} {:>14} {:>14}"
 _MORE_ROW = "  {:<12} {:>9} {:>9} {:>9} {:>9} {:>14}"
@@ -49,6 +50,7 @@ def _page(plan: ModelPlan) -> Iterator[str]:
         yield from (f"  a million tokens of {name}s: {cost_text(cost)}" for name, cost in plan.costs.items())
     yield ""
     yield from _parts(plan)
+    yield from _schemes(plan)
     yield ""
     yield from _sequences(plan)
 
@@ -118,6 +120,14 @@ def _parts(plan: ModelPlan) -> Iterator[str]:
         f"without the head, {known.active.without_head / known.parameters.trunk:.1%} of the trunk; decoding after "
         f"{known.context:,} tokens, prompts and sequences of training of {known.context:,}"
     )
+
+
+def _schemes(plan: ModelPlan) -> Iterator[str]:
+    totals = {
+        scheme: sum(count for part, count in parts.items() if part != "records")
+        for scheme, parts in bytes_by_scheme(plan.model.config).items()
+    }
+    yield "  weights in " + ", ".join(f"{scheme} {format_bytes(total)}" for scheme, total in totals.items())
 
 
 def _sequences(plan: ModelPlan) -> Iterator[str]:

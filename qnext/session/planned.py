@@ -186,6 +186,20 @@ def kernel_rates(config: ModelConfig, *, is_quantized: bool) -> KernelRates:
     )
 
 
+PRECISIONS = (FLOAT_SCHEME, FP8_SCHEME, "int8", "int4-g32", "int4-g128")
+
+
+def bytes_by_scheme(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """Of each field of ParameterCounts, in the schemes that a plan may be made for, and `records`: of the experts where
+    each is a record."""
+    found = {}
+    for scheme in PRECISIONS:
+        planned = _in_scheme("", config, scheme)
+        records = {"records": planned.sizes.experts.all_bytes} if planned.sizes.can_stream else {}
+        found[scheme] = {**planned.part_bytes, **records}
+    return found
+
+
 def _in_scheme(name: str, config: ModelConfig, scheme: str) -> PlannedModel:
     if scheme == FP8_SCHEME:
         by_part = part_bytes(config, _fp8_bits)

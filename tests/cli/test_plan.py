@@ -216,6 +216,12 @@ def test_what_a_model_is(capsys: Capture, rates: None) -> None:
     assert found["context"] == 32_000
     assert (found["parameters"]["trunk"], found["parameters"]["mtp"]) == (79_674_391_296, 1_650_471_424)
     assert sum(found["part_bytes"].values()) == pytest.approx(found["weight_bytes"], rel=0.001)
+    by_scheme = found["bytes_by_scheme"]
+    assert by_scheme["bf16"]["experts"] == 2 * found["parameters"]["experts"]
+    assert sum(count for part, count in by_scheme["fp8"].items() if part != "records") / 2**30 == pytest.approx(
+        76.4, abs=0.05
+    )
+    assert by_scheme["int4-g32"]["records"] == 48 * 512 * 1_769_472 and "records" not in by_scheme["fp8"]
     decode = found["flops"]["decode"]
     assert decode["attention_core"] == 12 * 4 * 16 * 256 * 32_000
     assert sum(count for name, count in decode.items() if name != "total") == decode["total"]
@@ -226,6 +232,7 @@ def test_what_a_model_is(capsys: Capture, rates: None) -> None:
     assert found["drafts"]["gains"][0]["tokens"] == pytest.approx(1.9)
     text = run(capsys, "plan", *arguments).out
     assert "90% of them accepted (assumed)" in text and "in all                 81,324,862,720" in text
+    assert "weights in bf16 151.5 GiB, fp8 76.4 GiB" in text
     assert run(capsys, "plan", "qwen3-32b", "--memory", "60G", "--json").out.count('"drafts": null') == 1
 
 
