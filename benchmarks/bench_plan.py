@@ -138,9 +138,9 @@ def shown(name: str, value: float) -> str:
 
 
 def table(results: dict[str, Any]) -> Iterator[str]:
-    yield "| model | weights | context | memory | | | prompt, tokens/s | | | decode, tokens/s | | |"
-    yield "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
-    yield "| | | | predicted | measured | off | predicted | measured | off | predicted | measured | off |"
+    heads = [f"{name} predicted | measured | off" for name in ("memory", "prompt, tokens/s,", "decode, tokens/s,")]
+    yield f"| model | weights | context | {' | '.join(heads)} |"
+    yield f"|---|---|{'--:|' * 10}"
     for row in results["points"].values():
         if "measured" not in row:
             continue
@@ -163,9 +163,9 @@ def page(results: dict[str, Any], folder: Path) -> None:
         "Written by `benchmarks/bench_plan.py --page` from its results; the prediction of a point was noted before it "
         "was measured.",
         "",
-        f"Machine: {about['cpu']}, {about['cores']} cores, {results['threads']} threads, {results['date']}; "
-        f"{results['calibration']}. Memory is the peak of a process beyond what importing took. Each point ran in a "
-        f"process of its own; decoding is the median of five times {DECODED} tokens.",
+        f"Machine: {about['cpu']}, {about['cores']} cores, threads that computed: {results['threads']}, "
+        f"{results['date']}; {results['calibration']}. Memory is the peak of a process beyond what importing took. "
+        f"Each point ran in a process of its own; decoding is the median of five times {DECODED} tokens.",
         "",
         "| figure | median error | limit | points within the limit | worst |",
         "|---|--:|--:|--:|--:|",

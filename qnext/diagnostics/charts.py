@@ -219,10 +219,10 @@ def _grid(y: _Scale, label: str, area: _Area) -> Iterator[Drawn]:
 
 
 def _names(chart: Chart) -> list[tuple[str, str]]:
-    """Names and colours of the legend."""
+    """Names and colours of the legend; a curve without a name is not in it."""
     if isinstance(chart, BarChart):
         return [(name, _color(number)) for number, (name, _) in enumerate(chart.stacks)]
-    return [(each.name, each.color or _color(number)) for number, each in enumerate(chart.curves)]
+    return [(each.name, each.color or _color(number)) for number, each in enumerate(chart.curves) if each.name]
 
 
 def _legend(chart: Chart, area: _Area) -> Iterator[Drawn]:

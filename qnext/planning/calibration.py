@@ -49,7 +49,8 @@ class Calibration:
     @property
     def told(self) -> str:
         """Where it is from, in a line."""
-        return f"calibrated {self.date} from {self.source} with {self.threads} threads"
+        plural = "s" if self.threads > 1 else ""
+        return f"calibrated {self.date} from {self.source} with {self.threads} thread{plural}"
 
 
 def calibration_file(threads: int, folder: Path | None = None) -> Path:
