@@ -105,7 +105,7 @@ class ShowingFlags:
 
     top: Annotated[int, typer.Option("--top", min=1, metavar="N", help="hottest experts and pairs to name")] = 5
     picture: Annotated[
-        Path | None, typer.Option("--picture", metavar="FILE", help="write a heat map of MODEL, .svg or .png")
+        Path | None, typer.Option("--picture", metavar="FILE", help="heat map of MODEL, .svg or .png; more beside it")
     ] = None
 
 
@@ -148,7 +148,7 @@ def command(
     found = _findings(asking, showing, first, other)
     alerts = [] if found is None else judging.judge(found, model=model)
     if showing.picture is not None:
-        _draw(showing.picture, first.layers, f"{model}: load of the experts, {len(tokens):,} tokens")
+        _draw(showing.picture, first, asking, f"{model}, {len(tokens):,} tokens")
     told = _ToldBeside(comparisons, found, None if asking.alert is None else alerts)
     if as_json:
         others = [] if other is None else other.layers
@@ -243,9 +243,18 @@ def _findings(
     )
 
 
-def _draw(path: Path, layers: list[LayerReport], title: str) -> None:
+def _draw(path: Path, found: ExpertAnswer, asking: AskingFlags, title: str) -> None:
+    """The heat map, and beside it a picture of what else was asked."""
     from qnext.diagnostics.experts import relative_loads
     from qnext.diagnostics.heatmap import write_picture
+    from qnext.diagnostics.routing.pictures import beside, write_effects_picture, write_pairs_picture
 
-    write_picture(path, relative_loads(layers), labels=[layer.label for layer in layers], title=title)
+    layers = found.layers
+    write_picture(path, relative_loads(layers), labels=[layer.label for layer in layers], title=f"load of {title}")
     note(str(path))
+    if asking.pairs and found.record is not None:
+        write_pairs_picture(beside(path, "pairs"), found.record, title=title)
+        note(str(beside(path, "pairs")))
+    if found.ablation is not None:
+        write_effects_picture(beside(path, "effects"), found.ablation, title=title)
+        note(str(beside(path, "effects")))

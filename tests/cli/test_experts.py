@@ -264,6 +264,24 @@ def test_usage(plain_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     assert result.code == 4, result.err
 
 
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_pictures_of_pairs_and_effects(plain_folder: Path, tmp_path: Path, capsys: Capture, kind: str) -> None:
+    """Beside the heat map; every layer has its square and its dots."""
+    asked = ("--pairs", "--ablate", "top:3", "--picture", tmp_path / f"a.{kind}")
+    result = run(capsys, "experts", plain_folder, TEXT, *asked)
+    written = [tmp_path / f"a{word}.{kind}" for word in ("", "-pairs", "-effects")]
+    assert result.code == 0 and result.err.split() == list(map(str, written))
+    if kind == "png":
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+        return
+    pairs, effects = (ElementTree.parse(path).getroot() for path in written[1:])
+    texts = [[text.text or "" for text in root.iter("{http://www.w3.org/2000/svg}text")] for root in (pairs, effects)]
+    assert {"layer 0", "layer 1"} < set(texts[0]) and {"layer 0", "layer 1"} < set(texts[1])
+    cells = [each.attrib for each in pairs.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    assert sum(float(cell["width"]) * float(cell["height"]) for cell in cells) == pytest.approx(2 * 192 * 192, rel=0.01)
+    assert len(list(effects.iter("{http://www.w3.org/2000/svg}circle"))) >= 6
+
+
 @pytest.mark.parametrize("name", ["a.svg", "a.PNG"])
 def test_pictures_are_written(plain_folder: Path, tmp_path: Path, capsys: Capture, name: str) -> None:
     assert run(capsys, "experts", plain_folder, TEXT, "--picture", tmp_path / name).code == 0
