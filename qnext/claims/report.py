@@ -68,6 +68,12 @@ def _about(document: Mapping[str, Any]) -> Iterator[str]:
     yield f"Made by {form}, qnext {document['qnext']}, {document['date']}."
     yield ""
     yield (
+        "`qnext claims --long --minutes 3 --out FOLDER` measures for three minutes, and the next call goes on where it "
+        "ended; `--only C5,C7` measures some of them, and `--llama-cpp FOLDER` times the programs of llama.cpp too. "
+        "Speeds need a machine that does nothing else."
+    )
+    yield ""
+    yield (
         "*Shown*: the number here, with its whole 95 % interval, is within the bound. *Not shown here*: it is outside. "
         "*Open*: the interval reaches over the bound."
     )

@@ -127,7 +127,7 @@ C5 = Script(
     "To models of 0.7 M parameters after 0.4 M tokens: five orders of magnitude below the released one. It shows who "
     "learns faster at first, not who is better in the end.",
     short=HybridRatio(_LITTLE_TEXT, _LITTLE_RECALL),
-    long=HybridRatio(_TEXT, _RECALL),
+    long=HybridRatio(_TEXT, _RECALL, rates=(0.5, 2.0)),
 )
 C6 = Script(
     "C6",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -54,6 +54,12 @@ class RecallRuns:
     shapes: Sequence[IdShape]
     tested: Sequence[IdShape]
     num_problems: int = 64
+    label: str = "recall"  # in the names of points and folders
+
+    def at_rate(self, factor: float) -> RecallRuns:
+        """The first seed, with other learning rates."""
+        budget = replace(self.budget, lr=factor * self.budget.lr, muon_lr=factor * self.budget.muon_lr)
+        return replace(self, budget=budget, seeds=1, label=f"{self.label} at {factor:g}x")
 
     def points(self, arms: Iterable[Arm], folder: Path) -> list[Point]:
         arms = list(arms)
@@ -67,7 +73,7 @@ class RecallRuns:
             "tested": [asdict(shape) for shape in self.tested],
             "problems": self.num_problems,
         }
-        return Point(run_name("recall", arm, seed), facts, partial(self._measure, arm, seed, folder))
+        return Point(run_name(self.label, arm, seed), facts, partial(self._measure, arm, seed, folder))
 
     def _measure(self, arm: Arm, seed: int, folder: Path) -> list[float]:
         """The share of right answers for each tested shape."""
@@ -77,7 +83,7 @@ class RecallRuns:
         )
         assert length <= self.budget.sequence_length
         documents = recall_documents(self.task, self.shapes, count, seed=seed)
-        model = trained(arm, self.budget, documents, seed=seed, folder=model_folder(folder, "recall", arm, seed))
+        model = trained(arm, self.budget, documents, seed=seed, folder=model_folder(folder, self.label, arm, seed))
         return [self._score(model, shape) for shape in self.tested]
 
     def _score(self, model: Any, shape: IdShape) -> float:

@@ -41,9 +41,11 @@ class HybridRatio:
 
     text: TextRuns
     recall: RecallRuns
+    rates: tuple[float, ...] = ()  # of learning, times that of all runs: whether one rate is unfair to an arm
 
     def points(self, at: Workplace) -> Iterable[Point]:
-        return [*self.text.points(_KINDS, at.folder), *self.recall.points(_KINDS, at.folder)]
+        others = [point for rate in self.rates for point in self.recall.at_rate(rate).points(_KINDS, at.folder)]
+        return [*self.text.points(_KINDS, at.folder), *self.recall.points(_KINDS, at.folder), *others]
 
     def findings(self, known: Mapping[str, Measured]) -> Findings:
         losses = {arm.name: _numbers(known, "text", arm, self.text.seeds, _loss) for arm in _KINDS}
@@ -64,7 +66,17 @@ class HybridRatio:
         ]
         header = ["layers", "parameters", "tokens", "bits per byte", "recall, mean of all tested"]
         grids = [Grid("Equal operations: means of the seeds, with 95 %", header, rows)]
-        return Findings(self.setting, values, [*grids, *recall_grids(self.recall, known, _KINDS)])
+        grids += [*recall_grids(self.recall, known, _KINDS), *self._rate_grids(known)]
+        return Findings(self.setting, values, grids)
+
+    def _rate_grids(self, known: Mapping[str, Measured]) -> list[Grid]:
+        rows = []
+        for rate in self.rates:
+            runs = self.recall.at_rate(rate)
+            found = [_numbers(known, runs.label, arm, 1, _mean) for arm in _KINDS]
+            rows.append([f"{rate:g}x", *(f"{each[0]:.3f}" if each else "-" for each in found)])
+        header = ["learning rates", *(arm.name for arm in _KINDS)]
+        return [Grid("Recall at other learning rates, mean of all tested, one seed", header, rows)] if rows else []
 
     @property
     def setting(self) -> str:
