@@ -3,8 +3,10 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from qnext.model import CausalLM, Router
 from qnext.ops import backend_of
-from qnext.training import Diverged, Hooks, PackedStream, StepMetrics, TrainConfig, Trainer
+from qnext.training import Diverged, Hooks, PackedStream, StepMetrics, TrainConfig, Trainer, precision
 from qnext.training.metrics import expert_stats
 from qnext.training.precision import choose_precision
 from tests.training.models import documents, tiny_model
@@ -188,12 +190,12 @@ def test_time_budget_ends_the_run_and_moves_the_schedule() -> None:
 
 def test_autocast_runs_and_stays_close() -> None:
     losses: dict[str, list[float]] = {}
-    for precision in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16"):
         seen: list[StepMetrics] = []
-        config = CONFIG.with_(precision=precision, total_steps=2)
+        config = CONFIG.with_(precision=dtype, total_steps=2)
         model = tiny_model()
         make_trainer(config, model=model, hooks=Hooks(on_step=seen.append)).run()
-        losses[precision] = [m.loss for m in seen]
+        losses[dtype] = [m.loss for m in seen]
         assert all(p.dtype == torch.float32 for p in model.parameters())
     assert losses["bfloat16"] != losses["float32"]
     # bf16 has 8 bits; a loss averages the errors of its products.
@@ -207,6 +209,18 @@ def test_precision_is_measured_or_obeyed() -> None:
     is_faster = measured.bfloat16_seconds < measured.float32_seconds * share
     assert measured.precision == ("bfloat16" if is_faster else "float32")
     assert choose_precision("bfloat16", torch.device("cpu")) == ("bfloat16", None, None)
+
+
+def test_a_busy_machine_does_not_change_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other programs run during the first products: by the clock on the wall each of them takes a second longer."""
+    calls = itertools.count()
+
+    def wall() -> float:
+        return time.perf_counter() + min(next(calls), 10)
+
+    monkeypatch.setattr(precision, "time", SimpleNamespace(perf_counter=wall, thread_time=time.thread_time))
+    measured = choose_precision("auto", torch.device("cpu"))
+    assert measured.float32_seconds is not None and measured.float32_seconds < 1.0
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
