@@ -75,7 +75,7 @@ class TrainingPlanFlags:
     sequence_length: Annotated[int, option("tokens of a sequence", metavar="N", parser=human_int)] = 4096
     mfu: Annotated[
         float,
-        option("assumed share of the peak, recomputing included", min=0.001, max=1.0),
+        option("assumed share of the peak, recomputing included", min=0.01, max=1.0),
     ] = 0.4
     states: Annotated[
         str | None, option("adamw, adamw-bf16-gradients, adamw-bf16, muon, muon-bf16, or fp32 as here")

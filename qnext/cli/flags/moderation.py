@@ -25,7 +25,7 @@ class ModerationFlags:
     moderation_on_failure: Annotated[
         Literal["block", "allow"], _moderation("What becomes of a text that it does not judge.")
     ] = "block"
-    moderation_timeout: Annotated[float, _moderation("Seconds of one judgement.", min=0.001)] = 5.0
+    moderation_timeout: Annotated[float, _moderation("Seconds of one judgement.", min=0.01)] = 5.0
     moderation_api_key: Annotated[str | None, _moderation("Sent to the address as Authorization: Bearer.")] = None
 
     def config(self) -> ModerationConfig | None:
