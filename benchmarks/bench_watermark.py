@@ -53,22 +53,30 @@ class Answers(NamedTuple):
         return cls([list(each.output_ids) for each in found], nats)
 
 
-def _key(name: str) -> WatermarkKey:
-    secret = name.encode().ljust(32, b".")
+def _key(name: str, number: int = 0) -> WatermarkKey:
+    """Each answer has its own: what one key prefers is the same wherever a context comes again."""
+    secret = f"{name} {number}".encode().ljust(32, b".")
     return WatermarkKey(secret, **SCHEMES[name])  # type: ignore[arg-type]
 
 
-def _answers(llm: LLM, prompts: list[list[int]], key: WatermarkKey | None, temperature: float, length: int) -> Answers:
+def _answers(llm: LLM, prompts: list[list[int]], name: str | None, temperature: float, length: int) -> Answers:
     params = [
-        SamplingParams(temperature=temperature, seed=n, max_tokens=length, ignore_eos=True, logprobs=0, watermark=key)
+        SamplingParams(
+            temperature=temperature,
+            seed=n,
+            max_tokens=length,
+            ignore_eos=True,
+            logprobs=0,
+            watermark=None if name is None else _key(name, n),
+        )
         for n in range(len(prompts))
     ]
     return Answers.of(llm.engine.generate(prompts, params))
 
 
-def _shares(texts: Sequence[Sequence[int]], key: WatermarkKey) -> dict[str, float]:
+def _shares(texts: Sequence[Sequence[int]], scheme: str) -> dict[str, float]:
     """Of texts that are found, by level; and the median z."""
-    found = [score(text, key) for text in texts]
+    found = [score(text, _key(scheme, n)) for n, text in enumerate(texts)]
     shares = {f"{level:g}": statistics.mean(each.p_value < level for each in found) for level in LEVELS}
     return {**shares, "z": statistics.median(each.z for each in found)}
 
@@ -87,17 +95,17 @@ def _edited(ids: Sequence[int], edit: str, share: float, rng: random.Random, voc
 def _strength(
     name: str, temperature: float, answers: Answers, lengths: Sequence[int], vocab: int
 ) -> list[dict[str, Any]]:
-    key, rng = _key(name), random.Random(1)
+    rng = random.Random(1)
     rows = [
         {"part": "length", "scheme": name, "temperature": temperature, "tokens": length}
-        | _shares([ids[:length] for ids in answers.ids], key)
+        | _shares([ids[:length] for ids in answers.ids], name)
         for length in lengths
     ]
     for edit in EDITS:
         for share in EDIT_SHARES:
             texts = [_edited(ids[:EDITED_LENGTH], edit, share, rng, vocab) for ids in answers.ids]
             row = {"part": "edits", "scheme": name, "temperature": temperature, "edit": edit, "share": share}
-            rows.append(row | _shares(texts, key))
+            rows.append(row | _shares(texts, name))
     return rows
 
 
@@ -207,7 +215,7 @@ def main() -> None:
         for temperature in map(float, arguments.temperatures.split(",")):
             plain = _answers(llm, prompts, None, temperature, max(lengths))
             names = [name for name in SCHEMES if temperature > 0 or name.startswith("green")]
-            marked = {name: _answers(llm, prompts, _key(name), temperature, max(lengths)) for name in names}
+            marked = {name: _answers(llm, prompts, name, temperature, max(lengths)) for name in names}
             for name, answers in marked.items():
                 vocab = llm.tokenizer.vocab_size
                 _print(_strength(name, temperature, answers, lengths, vocab), rows, arguments.out)
