@@ -10,6 +10,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qnext.engine import SamplingParams
+from qnext.harness.pairs import KeepsContinuations
 from qnext.session.llm import LLM
 from qnext.text.messages import message_from_dict
 from qnext.text.prompts import ChatPrompt
@@ -21,7 +22,7 @@ _THOUGHT_END = "</think>"
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-class HarnessModel(TemplateLM):
+class HarnessModel(KeepsContinuations, TemplateLM):
     """An `LLM` as a model of the harness. What stands before the end of a thought is no part of an answer.
 
     `thinks` says whether answers in a chat begin with a thought, where the model allows the choice.

@@ -6,10 +6,12 @@ from typing import Any
 
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
+from qnext.harness.pairs import KeepsContinuations
+
 _SECONDS = 24 * 3600  # of an answer, which may wait for all others
 
 
-class ServedCompletions(LocalCompletionsAPI):
+class ServedCompletions(KeepsContinuations, LocalCompletionsAPI):
     """By token ids of the server's own tokenizer, so that log-likelihoods equal those in process."""
 
     def __init__(self, *, key: str | None, **options: Any) -> None:
