@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qnext.cli.flags.values import AsJson, Strict
+from qnext.cli.flags.values import AsJson, Strict, option
 from qnext.cli.terminal.progress import byte_progress
 from qnext.cli.terminal.source import parse_tokens
 from qnext.cli.terminal.text import note
@@ -71,7 +71,9 @@ def command(
     *,
     reading: ReadFlags,
     sides: SideFlags,
-    tolerance: Annotated[float, typer.Option(min=0.0, metavar="X", help="relative error that is no difference")] = 1e-3,
+    tolerance: Annotated[
+        float, option("relative error that is no difference [default: 1e-3]", min=0.0, metavar="X", show_default=False)
+    ] = 1e-3,
     exact: Annotated[bool, typer.Option("--exact", help="end with exit code 1 where any bit differs")] = False,
     picture: Annotated[
         Path | None, typer.Option("--picture", metavar="FILE", help="errors by layer, .svg or .png")

@@ -80,7 +80,8 @@ def load_served(
     options = EngineConfig(eos_token_ids=eos_ids, kv_dtype=kv_dtype, disk_cache=disk, **config.engine)
     check_options(folder.config, options)
     read = {name: read_adapter(path, folder.config) for name, path in adapters.items()}
-    identity = identity_of(folder.layout or read_layout(folder.path), text.path)
+    folder.layout = folder.layout or read_layout(folder.path)
+    identity = identity_of(folder.layout, text.path)
     model = load_weights(folder, config.dtype, progress=progress)
     if read:
         options = replace(options, adapters=serve_adapters(model, read))

@@ -16,10 +16,10 @@ def test_fields_stand_where_the_record_stood() -> None:
     place = found.index("max_tokens")
     assert found[place - 1] == "complete" and found[place + 1 : place + 4] == ["temperature", "top_k", "top_p"]
     assert found[found.index("stop") + 1] == "think" and found[-5:] == [
-        "yarn",
         "expert_memory",
         "speculation",
         "dtype",
+        "watermark",
         "strict",
     ]
 
