@@ -110,19 +110,28 @@ def prompt_worker(**arguments: Any) -> Step:
 
 @dataclass(frozen=True)
 class LinearCost:
-    """Chunks of a prompt at several positions, as (context, tokens), for a linear and a full layer, and one long
-    prompt, which `yarn` makes room for."""
+    """Chunks of a prompt at several positions, and one long prompt, which `yarn` makes room for.
+
+    `positions` are (context, tokens) of the full layer: the deeper, the fewer tokens. The linear layer is timed on
+    `chunk` tokens everywhere, since its experts take longer for each of few tokens than for each of many.
+    """
 
     layers: LayerSpeed
     positions: tuple[tuple[int, int], ...]
+    chunk: int
     prompt: int
     yarn: float
     native: int = NATIVE_CONTEXT
 
     def points(self, at: Workplace) -> Iterable[Point]:
+        linear = [(context, self.chunk) for context, _ in self.positions]
         chunks = [
-            self.layers.chunk_point(at, context, tokens, ("linear", "full"), name="cost")
-            for context, tokens in self.positions
+            self.layers.chunk_point(at, *position, ("linear", "full"), name="cost") for position in self.positions
+        ]
+        chunks += [
+            self.layers.chunk_point(at, *position, ("linear",), name="cost")
+            for position in linear
+            if position not in self.positions
         ]
         facts = {"tokens": self.prompt, "yarn": self.yarn, "native": self.native}
         return [*chunks, Point(f"prompt/{self.prompt}", facts, self._read)]
@@ -137,22 +146,14 @@ class LinearCost:
 
     def findings(self, known: Mapping[str, Measured]) -> Findings:
         values: dict[str, Interval] = {}
-        rows = []
-        times: dict[str, list[list[float]]] = {"linear": [], "full": []}
-        for context, tokens in self.positions:
-            entry = known.get(self.layers.chunk_name(context, tokens, name="cost"))
-            if entry is None:
-                continue
-            cells = [f"{context:,}"]
-            for kind, found in times.items():
-                found.append([1e6 * each[kind] / tokens for each in entry.value])
-                cells.append(_microseconds(found[-1]))
-            rows.append(cells)
-        for kind, found in times.items():
-            if len(found) == len(self.positions):
-                values[f"{kind}_last_over_first"] = mean_interval(
-                    [last / first for first, last in zip(found[0], found[-1], strict=True)]
-                )
+        linear = {context: self._times(known, "linear", context, self.chunk) for context, _ in self.positions}
+        full = {context: self._times(known, "full", context, tokens) for context, tokens in self.positions}
+        rows = [[f"{context:,}", _microseconds(linear[context]), _microseconds(full[context])] for context in linear]
+        (first, _), (last, _) = self.positions[0], self.positions[-1]
+        for kind, found in (("linear", linear), ("full", full)):
+            if found[first] and found[last]:
+                ratios = [after / before for before, after in zip(found[first], found[last], strict=True)]
+                values[f"{kind}_last_over_first"] = mean_interval(ratios)
         grids = [Grid("Microseconds of a token", ["tokens before it", "linear layer", "full layer"], rows)]
         entry = known.get(f"prompt/{self.prompt}")
         if entry is not None:
@@ -160,19 +161,22 @@ class LinearCost:
             values["prompt_tokens"] = exactly(read["prompt_tokens"])
             values["grown_over_planned"] = exactly(read["grown_bytes"] / read["planned_bytes"])
             grids.append(_prompt_grid(read))
-        return Findings(_SETTING, values, [grid for grid in grids if grid.rows], self._pictures(times))
+        return Findings(_SETTING, values, grids, _pictures({"linear layer": linear, "full layer": full}))
 
-    def _pictures(self, times: Mapping[str, list[list[float]]]) -> list[Picture]:
-        if not times["linear"]:
-            return []
-        contexts = [max(1, context) for context, _ in self.positions]
-        curves = [
-            Curve(f"{kind} layer", contexts[: len(found)], [mean_interval(each).value for each in found])
-            for kind, found in times.items()
-        ]
-        axes = Axis("tokens before it", is_log=True), Axis("microseconds of a token", is_log=True)
-        title = "What a token costs in a layer"
-        return [Picture("cost", title, [LineChart(title, *axes, curves)])]
+    def _times(self, known: Mapping[str, Measured], kind: str, context: int, tokens: int) -> list[float]:
+        """Microseconds of a token, round by round; none where that was not measured."""
+        entry = known.get(self.layers.chunk_name(context, tokens, name="cost"))
+        return [] if entry is None else [1e6 * each[kind] / tokens for each in entry.value]
+
+
+def _pictures(found: Mapping[str, Mapping[int, list[float]]]) -> list[Picture]:
+    curves = [
+        Curve(name, [c for c in times if times[c]], [mean_interval(times[c]).value for c in times if times[c]])
+        for name, times in found.items()
+    ]
+    axes = Axis("tokens before it", is_log=True), Axis("microseconds of a token", is_log=True)
+    title = "What a token costs in a layer"
+    return [Picture("cost", title, [LineChart(title, *axes, curves)])] if all(curve.x for curve in curves) else []
 
 
 def _prompt_grid(read: Mapping[str, Any]) -> Grid:
@@ -193,8 +197,9 @@ def _ends(read: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _microseconds(values: list[float]) -> str:
-    found = mean_interval(values)
-    return f"{found.value:,.1f} ({min(values):,.1f} to {max(values):,.1f})"
+    if not values:
+        return "not measured"
+    return f"{mean_interval(values).value:,.1f} ({min(values):,.1f} to {max(values):,.1f})"
 
 
 _SETTING = (

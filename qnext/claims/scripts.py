@@ -164,10 +164,11 @@ C9 = Script(
     "prompt of 1,010,000 tokens takes 400 s on two cores; its memory stays within the plan.",
     "The layers are the released ones in size. The prompt is read by a model of 0.1 M parameters: its cache, its plan "
     "and its positions are what is tested, not what it understands.",
-    short=LinearCost(_TINY, ((16, 32), (64, 32), (256, 32)), prompt=700, yarn=4.0, native=200),
+    short=LinearCost(_TINY, ((16, 32), (64, 32), (256, 16)), chunk=32, prompt=700, yarn=4.0, native=200),
     long=LinearCost(
         _INT4,
         ((1024, 512), (4096, 512), (16384, 512), (65536, 256), (262144, 128), (1048576, 64)),
+        chunk=512,
         prompt=1_010_000,
         yarn=4.0,
     ),

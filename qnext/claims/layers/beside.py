@@ -1,4 +1,8 @@
-"""The dense layer beside llama.cpp's: the same shape and codes, the same threads, in turn."""
+"""The dense layer beside llama.cpp's: the same shape and codes, the same threads, in turn.
+
+llama.cpp computes the feed-forward of a model's last layer for the rows alone whose logits it needs. So its layer is
+the difference between a file of two layers and one of a single layer, and so is ours.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,18 @@ from pathlib import Path
 
 from qnext.bench.contest import Contestants
 from qnext.bench.llama import LlamaBench
+from qnext.checkpoint.check import read_layout
 from qnext.checkpoint.gguf import export_gguf
 from qnext.claims.claim import Grid, Workplace
 from qnext.claims.layers.meter import layers_worker
-from qnext.claims.layers.shapes import RELEASED, layer_folder
+from qnext.claims.layers.shapes import DENSE_PAIR, RELEASED, layer_folder
 from qnext.claims.layers.times import median_of
 from qnext.claims.notebook import Measured, Point
 from qnext.eval.intervals import Interval, mean_interval
 from qnext.planning.machine import num_allowed_cores
 from qnext.text.gguf import vocabulary_keys
 
+_DENSE = ("dense", DENSE_PAIR)
 _GGUF = {"int4-g32": "q4_0", "bf16": "bf16"}
 
 
@@ -35,7 +41,13 @@ class BesideLlama:
     def points(self, at: Workplace) -> list[Point]:
         if at.llama_bench is None:
             return []
-        facts = {"chunk": self.chunk, "decoded": self.decoded, "rounds": self.rounds, "threads": num_allowed_cores()}
+        facts = {
+            "layer": "second of two",
+            "chunk": self.chunk,
+            "decoded": self.decoded,
+            "rounds": self.rounds,
+            "threads": num_allowed_cores(),
+        }
         return [
             Point(f"beside llama.cpp/{self.scheme}/{kind}@{depth}", facts, partial(self._measure, at, kind, depth))
             for depth in self.depths
@@ -43,31 +55,33 @@ class BesideLlama:
         ]
 
     def _measure(self, at: Workplace, kind: str, depth: int) -> list[dict[str, float]]:
-        """Tokens/s of both, round by round. Ours runs behind a filled cache, llama.cpp's computes its context first,
-        which is not timed."""
+        """Seconds of a layer of both, round by round. Ours runs behind a filled cache, llama.cpp's computes its context
+        first, which is not timed."""
         assert at.llama_bench is not None
-        threads = num_allowed_cores()
-        theirs = LlamaBench(at.llama_bench, self._gguf(at.folder), threads=threads, decode_tokens=self.decoded)
-        folders = {"dense": str(layer_folder(at.folder, RELEASED, "dense", self.scheme))}
-        rounds = []
-        with Contestants({"qnext": (layers_worker, {"folders": folders, "threads": threads})}) as worker:
+        threads, rounds = num_allowed_cores(), []
+        folders = {name: layer_folder(at.folder, RELEASED, name, self.scheme) for name in _DENSE}
+        theirs = {
+            name: LlamaBench(at.llama_bench, self._gguf(at.folder, folder), threads=threads, decode_tokens=self.decoded)
+            for name, folder in folders.items()
+        }
+        arguments = {"folders": {name: str(folder) for name, folder in folders.items()}, "threads": threads}
+        with Contestants({"qnext": (layers_worker, arguments)}) as worker:
             for number in range(self.rounds + 1):
                 if kind == "prefill":
-                    seconds = worker.step("qnext", "chunk", ("dense",), depth, self.chunk)[1]["dense"]
-                    ours, beside = self.chunk / seconds, self.chunk / theirs.prefill_seconds(self.chunk, depth)
+                    ours = worker.step("qnext", "chunk", _DENSE, depth, self.chunk)[1]
+                    beside = {name: each.prefill_seconds(self.chunk, depth) for name, each in theirs.items()}
                 else:
-                    steps = worker.step("qnext", "decode", ("dense",), depth, 1, self.decoded)[1]
-                    ours, beside = 1 / median_of(steps)["dense"], self.decoded / theirs.step("decode", depth)
+                    ours = median_of(worker.step("qnext", "decode", _DENSE, depth, 1, self.decoded)[1])
+                    beside = {name: each.step("decode", depth) / self.decoded for name, each in theirs.items()}
                 if number:
-                    rounds.append({"qnext": ours, "llama.cpp": beside})
+                    rounds.append({"qnext": _layer(ours), "llama.cpp": _layer(beside)})
         return rounds
 
-    def _gguf(self, place: Path) -> Path:
-        kind = _GGUF[self.scheme]
-        path = place / "layers" / RELEASED.name / f"dense-{kind}.gguf"
+    def _gguf(self, place: Path, folder: Path) -> Path:
+        path = place / "layers" / RELEASED.name / f"{folder.name}.gguf"
         if not path.exists():
-            folder = layer_folder(place, RELEASED, "dense", self.scheme)
-            export_gguf(folder, path, kind=kind, tokenizer_keys=vocabulary_keys(folder, num_rows=1024))
+            keys = vocabulary_keys(folder, num_rows=read_layout(folder).config.vocab_size)
+            export_gguf(folder, path, kind=_GGUF[self.scheme], tokenizer_keys=keys)
         return path
 
     def grid(self, known: Mapping[str, Measured]) -> tuple[dict[str, Interval], list[Grid]]:
@@ -79,10 +93,10 @@ class BesideLlama:
                 entry = known.get(f"beside llama.cpp/{self.scheme}/{kind}@{depth}")
                 if entry is None:
                     continue
-                ratio = mean_interval([each["qnext"] / each["llama.cpp"] for each in entry.value])
+                ratio = mean_interval([each["llama.cpp"] / each["qnext"] for each in entry.value])
                 values[f"dense_{kind}_over_llama_{depth}"] = ratio
-                rates = [mean_interval([each[name] for each in entry.value]).value for name in ("qnext", "llama.cpp")]
-                cells = (f"{rate:,.1f}" for rate in rates)
+                times = [mean_interval([each[name] for each in entry.value]).value for name in ("qnext", "llama.cpp")]
+                cells = (f"{1e3 * seconds:,.1f}" for seconds in times)
                 rows.append(
                     [
                         self.scheme,
@@ -93,5 +107,11 @@ class BesideLlama:
                     ]
                 )
         header = ["weights", "what", "context", "qnext", "llama.cpp", "ratio"]
-        title = "The dense layer beside llama.cpp's, one layer, tokens/s, in turn"
+        title = (
+            f"One dense layer beside llama.cpp's: milliseconds of {self.chunk} tokens of a prompt, and of a decoded one"
+        )
         return values, [Grid(title, header, rows)] if rows else []
+
+
+def _layer(seconds: Mapping[str, float]) -> float:
+    return seconds[DENSE_PAIR] - seconds["dense"]

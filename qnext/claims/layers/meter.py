@@ -16,7 +16,7 @@ from torch import Tensor
 from qnext import ops
 from qnext.bench.contest import Step
 from qnext.checkpoint import load_model
-from qnext.claims.layers.shapes import LAYERS
+from qnext.claims.layers.shapes import DENSE_PAIR, LAYERS
 from qnext.engine import EngineConfig
 from qnext.engine.assembly import make_parts
 from qnext.engine.execution.local import LocalExecutor
@@ -24,6 +24,7 @@ from qnext.engine.policy.step import SequencePlan, StepPlan
 from qnext.model import CausalLM
 
 _BLOCK = 16
+_DEEP = (*LAYERS, DENSE_PAIR)
 _RANDOM_PAGES = 64
 _OWN_PAGES_BYTES = 1 << 30  # of all sequences of a batch; above, they share the pages of their context
 
@@ -124,7 +125,7 @@ def layers_worker(*, folders: Mapping[str, str], threads: int | None) -> Step:
         return deep[key]
 
     def decode(names: Sequence[str], context: int, num_sequences: int, steps: int) -> dict[str, list[float]]:
-        depths = {name: context if name in LAYERS else 1 for name in names}
+        depths = {name: context if name in _DEEP else 1 for name in names}
         layers = {name: at(name, depth, num_sequences, 4 * steps) for name, depth in depths.items()}
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for step in range(steps):

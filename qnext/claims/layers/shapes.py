@@ -34,6 +34,8 @@ class Compared(NamedTuple):
         """A model of one layer behind a small vocabulary. The full layer of the hybrid model has few experts here: it
         borrows those of the linear one, which have the same shape."""
         side = self.dense if kind.startswith("dense") else self.hybrid
+        if kind == DENSE_PAIR:
+            return _bare(side, layer_types=(FULL_ATTENTION,) * 2)
         if kind in ("linear", "dense"):
             return _bare(side, layer_types=(LINEAR_ATTENTION if kind == "linear" else FULL_ATTENTION,))
         if kind == "full":
@@ -42,6 +44,7 @@ class Compared(NamedTuple):
 
 
 LAYERS = ("linear", "full", "dense")
+DENSE_PAIR = "dense pair"  # two layers, for a program that computes less of the last one
 KINDS = (*LAYERS, "frame", "dense frame", "head", "dense head")
 RELEASED = Compared("released", preset("80b-a3b"), preset("qwen3-32b"))
 
