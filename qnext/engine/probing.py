@@ -23,8 +23,8 @@ def probed(
     """A ModelProbe on the steps of an engine in the block. Sequences have the ids of their requests.
 
     What a cached prefix has is not computed, so it is not seen. An edit would stay in the prefixes that others share:
-    it needs an engine without prefix cache. Raises UsageError for one that has it, and for a tap that is none;
-    NotSupported where the model is not in this process.
+    it needs an engine without prefix cache, and one of states an engine without drafts. Raises UsageError for others,
+    and for a tap that is none; NotSupported where the model is not in this process.
     """
     executor = engine.executor
     if not isinstance(executor, LocalExecutor):
@@ -32,6 +32,9 @@ def probed(
     if edits and engine.scheduler.limits.has_prefix_cache:
         raise UsageError("an edit would stay in prefixes that others share; make the engine with prefix_cache=False")
     probe = ModelProbe(executor.model, taps, where=where, edits=edits, observer=observer)
+    states = [tap for tap in sorted(probe.sight.edited) if tap.endswith(".delta.state")]
+    if states and engine.drafter is not None:
+        raise UsageError(f"{states[0]}: drafted tokens change no state that an edit could change; turn off speculation")
     executor.request_of_slot = probe.sight.names
     try:
         with probe:

@@ -117,10 +117,8 @@ class SparseMoE(nn.Module):
         chosen_TA: Tensor | None = None,
         pages: RoutingPages | None = None,
     ) -> Tensor:
-        """`load_E` and `chosen_TA` are those of ops.route; the choice is written to `pages`."""
-        routing = self.gate(x_TD, load_E=load_E, chosen_TA=chosen_TA).routing
-        if pages is not None:
-            pages.write(routing.experts_TA)
+        """See `route` for the arguments."""
+        routing = self.route(x_TD, load_E=load_E, chosen_TA=chosen_TA, pages=pages)
         if self.shared_expert is None:
             return self.experts(x_TD, routing)
         shared = self._fusable_shared(self.shared_expert)
@@ -128,6 +126,15 @@ class SparseMoE(nn.Module):
             return self.experts(x_TD, routing, shared)
         scale_T1 = torch.sigmoid(self.shared_expert_gate(x_TD))
         return ops.add(self.experts(x_TD, routing), scale_T1 * self.shared_expert(x_TD))
+
+    def route(
+        self, x_TD: Tensor, *, load_E: Tensor | None, chosen_TA: Tensor | None, pages: RoutingPages | None
+    ) -> ops.Routing:
+        """`load_E` and `chosen_TA` are those of ops.route; the choice is written to `pages`."""
+        routing: ops.Routing = self.gate(x_TD, load_E=load_E, chosen_TA=chosen_TA).routing
+        if pages is not None:
+            pages.write(routing.experts_TA)
+        return routing
 
     def _fusable_shared(self, mlp: MLP) -> ops.SharedExpert | None:
         """None where the experts or a part of the shared one have to be called: see fusable."""

@@ -144,9 +144,7 @@ class SparseShard(SparseMoE):
         chosen_TA: Tensor | None = None,
         pages: RoutingPages | None = None,
     ) -> Tensor:
-        routing = self.gate(x_TD, load_E=load_E, chosen_TA=chosen_TA).routing
-        if pages is not None:
-            pages.write(routing.experts_TA)
+        routing = self.route(x_TD, load_E=load_E, chosen_TA=chosen_TA, pages=pages)
         owner_P = self._owners(routing.experts_TA).flatten()
         order_P = owner_P.argsort(stable=True)
         counts = owner_P.bincount(minlength=self.num_ranks).tolist()

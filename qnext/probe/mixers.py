@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qnext import ops
-from qnext.errors import UsageError
 from qnext.model import Batch
 from qnext.model.attention import Attention
 from qnext.model.delta_net import GatedDeltaNet
@@ -130,10 +129,7 @@ class DeltaHooks(MixerHooks):
         """States come before core_out, which is what they are read for: one that changes changes all behind it."""
         tap = f"{self._prefix}.state"
         if step == "core_out" and tap in self._sight.edited:
-            if self._slots is not None and self._slots.is_draft_N is not None and self._slots.is_draft_N.any():
-                raise UsageError(
-                    f"{tap}: drafted tokens change no state that an edit could change; turn off speculation"
-                )
+            assert self._slots is None or self._slots.is_draft_N is None or not self._slots.is_draft_N.any(), tap
             walked = walk(delta_inputs(steps.seen), steps.rows, self._before_NHKV, self._sight.edits_of(tap))
             if walked is not None:
                 x_T = steps.replace("state", walked.o_THV.to(x_T.dtype), walked.changed_T)

@@ -91,12 +91,12 @@ def test_an_edit_of_one_request_leaves_the_others(tap: str, speculation: bool) -
 def test_what_an_edit_needs() -> None:
     with pytest.raises(UsageError, match="prefix_cache=False"), probed(make_engine(MODEL), edits=[Edit(SCALED, half)]):
         pass
-    engine = engine_of(speculation=True)
-    draft_always(engine)
-    engine.add_request(PROMPTS[0], PARAMS)
-    with probed(engine, edits=[Edit("layers.0.delta.state", half)]):
-        while engine.has_unfinished:
-            engine.step()
+    state = Edit("layers.0.delta.state", half)
+    with (
+        pytest.raises(UsageError, match=r"layers\.0\.delta\.state: .*speculation"),
+        probed(engine_of(speculation=True), edits=[state]),
+    ):
+        pass
 
 
 def test_a_glance_at_a_step_changes_nothing() -> None:
