@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
@@ -56,23 +58,71 @@ TORCH = Backend(
 )
 
 
+# What its kernels do not serve is torch's, in the same dtype: so far that decides how it stands beside torch.
+TRITON = Backend(
+    "triton",
+    activation_dtype=None,
+    is_cut_invariant=False,
+    can_record=False,
+    mixes_lengths=False,
+    copies_context=True,
+    workspace_factor=2,
+    fuses_gradients=False,
+)
+
+
 def backend_of(device: torch.device) -> Backend:
     """The backend of inference on `device`. Calls that it does not serve go to torch, above all most of those
     with gradients."""
-    return CPU if device.type == "cpu" and cpu_kernels() is not None else TORCH
+    if device.type == "cpu" and cpu_kernels() is not None:
+        return CPU
+    return TRITON if triton_serves(device.type) else TORCH
+
+
+def _wanted() -> str:
+    """The backend that the environment demands; empty where it demands none.
+
+    Raises ValueError for an unknown one, and where GPU kernels are demanded that cannot run.
+    """
+    wanted = os.environ.get(BACKEND_VARIABLE, "")
+    if wanted not in ("", "cpu", "triton", *_TORCH_NAMES):
+        raise ValueError(f"{BACKEND_VARIABLE} must be 'cpu', 'torch' (also 'reference') or 'triton', not {wanted!r}")
+    if wanted == "triton" and not torch.cuda.is_available() and not _is_interpreted():
+        raise ValueError(f"{BACKEND_VARIABLE}=triton needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1)")
+    return wanted
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU. Raises ImportError where Triton is missing."""
+    return bool(importlib.import_module("triton.knobs").runtime.interpret)
+
+
+@cache
+def triton_serves(device_type: str) -> bool:
+    """Whether GPU kernels run for tensors on devices of that type: on CUDA devices where Triton is installed.
+
+    On the CPU they run where QNEXT_BACKEND=triton demands it and Triton's interpreter is on; that is for tests. Raises
+    what `cpu_kernels` raises, and ImportError where QNEXT_BACKEND=triton demands what is not installed.
+    """
+    wanted = _wanted()
+    if device_type == "cpu":
+        return wanted == "triton" and _is_interpreted()
+    if device_type != "cuda" or wanted not in ("", "triton"):
+        return False
+    if wanted == "triton":
+        importlib.import_module("triton")
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache
 def cpu_kernels() -> ModuleType | None:
-    """The compiled kernels, or None where they were not built or QNEXT_BACKEND=torch forbids them.
+    """The compiled kernels, or None where they were not built or QNEXT_BACKEND forbids them.
 
     One warning says that they are missing. Raises ValueError for an unknown value of the variable, and ImportError
     where QNEXT_BACKEND=cpu demands kernels that are missing.
     """
-    wanted = os.environ.get(BACKEND_VARIABLE, "")
-    if wanted not in ("", "cpu", *_TORCH_NAMES):
-        raise ValueError(f"{BACKEND_VARIABLE} must be 'cpu' or 'torch' (also 'reference'), not {wanted!r}")
-    if wanted in _TORCH_NAMES:
+    wanted = _wanted()
+    if wanted not in ("", "cpu"):
         return None
     try:
         module = importlib.import_module("qnext.ops.cpu._native")
@@ -96,11 +146,12 @@ def instruction_set() -> str | None:
 def arithmetic_of(device: torch.device) -> str:
     """What the bits of a result depend on beside weights and code: the instruction set, or torch's version and
     device."""
-    if backend_of(device) is CPU:
+    backend = backend_of(device)
+    if backend is CPU:
         return f"native {instruction_set()}"
-    if device.type == "cuda":
-        return f"torch {torch.__version__} {torch.cuda.get_device_name(device)}"
-    return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    kernels = f"triton {importlib.metadata.version('triton')} " if backend is TRITON else ""
+    return f"{kernels}torch {torch.__version__} {name}"
 
 
 def activation_dtype(weight: Tensor) -> torch.dtype:

@@ -5,10 +5,12 @@ Legend: T tokens, D hidden or inputs, F outputs or expert width, E experts, Y vo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from qnext.ops import cpu
+from qnext.ops import cpu, triton
 from qnext.ops import torch as pytorch
 from qnext.ops.inference_forward import with_inference_forward
 from qnext.ops.records import ExpertsLora, MadeByShared, Rope, Routing, SharedExpert
@@ -144,9 +146,9 @@ def route(
     `load_E`, int64, grows by the number of tokens that each expert got. Two calls at the same time must not share one.
     `chosen_TA` replays a choice: the experts are these, and their weights those that the scores give them.
     """
-    serves = cpu.serves_route(logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob, load_E=load_E, chosen_TA=chosen_TA)
-    run = cpu if serves else pytorch
-    return run.route(logits_TE, top_k=top_k, norm_topk_prob=norm_topk_prob, load_E=load_E, chosen_TA=chosen_TA)
+    how: Any = {"top_k": top_k, "norm_topk_prob": norm_topk_prob, "load_E": load_E, "chosen_TA": chosen_TA}
+    run = cpu if cpu.serves_route(logits_TE, **how) else triton if triton.serves_route(logits_TE, **how) else pytorch
+    return run.route(logits_TE, **how)
 
 
 @with_inference_forward
@@ -156,5 +158,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) ->
     Computed in fp32 (fp64 for fp64 input) and cast once, at the end. Qwen3-Next uses the zero-centred form for every
     norm but the one inside Gated DeltaNet; Qwen3 uses the plain form throughout.
     """
-    run = cpu if cpu.serves_rms_norm(x, weight_D, eps=eps, zero_centered=zero_centered) else pytorch
-    return run.rms_norm(x, weight_D, eps=eps, zero_centered=zero_centered)
+    how: Any = {"eps": eps, "zero_centered": zero_centered}
+    serves = triton.serves_rms_norm
+    run = cpu if cpu.serves_rms_norm(x, weight_D, **how) else triton if serves(x, weight_D, **how) else pytorch
+    return run.rms_norm(x, weight_D, **how)

@@ -62,7 +62,7 @@ def test_the_test_leaves_random_numbers_alone() -> None:
     [
         ("torch", "warning", "torch, as QNEXT_BACKEND says"),
         ("reference", "warning", "reference, as QNEXT_BACKEND says"),
-        ("gpu", "problem", "must be 'cpu' or 'torch'"),
+        ("gpu", "problem", "must be 'cpu', 'torch'"),
     ],
 )
 def test_backends(monkeypatch: pytest.MonkeyPatch, value: str, status: str, text: str) -> None:

@@ -55,7 +55,7 @@ def functions_of_many_parameters() -> Offences:
         f"{name}.{called}": 1
         for name, path in modules().items()
         for called, node in functions_of(path)
-        if num_parameters(node) > MAX_PARAMETERS
+        if num_parameters(node) > MAX_PARAMETERS and not is_gpu_program(node)
     }
 
 
@@ -168,6 +168,11 @@ def num_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     given = node.args
     names = [each.arg for each in [*given.posonlyargs, *given.args, *given.kwonlyargs]]
     return len([name for name in names if name not in ("self", "cls")]) + sum(map(bool, (given.vararg, given.kwarg)))
+
+
+def is_gpu_program(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether Triton compiles the function: addresses, strides and sizes are given to it one by one."""
+    return any(ast.unparse(each) == "triton.jit" for each in node.decorator_list)
 
 
 def reads_past_a_module(path: Path) -> list[str]:

@@ -62,7 +62,7 @@ def test_kernels_that_are_demanded_and_missing_are_an_error(monkeypatch: pytest.
 
 
 def test_a_backend_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "QNEXT_BACKEND must be 'cpu' or 'torch' (also 'reference'), not 'cuda'"
+    message = "QNEXT_BACKEND must be 'cpu', 'torch' (also 'reference') or 'triton', not 'cuda'"
     with pytest.raises(ValueError, match=re.escape(message)):
         chosen_anew(monkeypatch, "cuda")
 

@@ -1,0 +1,24 @@
+"""GPU kernels in Triton, for inference. The wrappers check shapes and then start the programs in kernels/.
+
+Nouns: SelfTest, what a kernel must pass on a device before it serves there. May import: ops/reference and the files of
+ops beside it; no other backend. Triton is imported when a kernel first runs. A new op: its program in kernels/, its
+wrapper with a predicate `serves_...` and a self-test `try_...`, all three listed here.
+"""
+
+from __future__ import annotations
+
+from qnext.ops.triton.rows import rms_norm, route, serves_rms_norm, serves_route, try_rms_norm, try_route
+from qnext.ops.triton.trust import SelfTest, is_trusted, self_test_error
+
+SELF_TESTS: tuple[SelfTest, ...] = (try_rms_norm, try_route)
+
+__all__ = [
+    "SELF_TESTS",
+    "SelfTest",
+    "is_trusted",
+    "rms_norm",
+    "route",
+    "self_test_error",
+    "serves_rms_norm",
+    "serves_route",
+]
