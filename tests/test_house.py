@@ -52,7 +52,8 @@ MAY_IMPORT["bench"] = MAY_IMPORT["diagnostics"] = MAY_IMPORT["session"] | {"sess
 MAY_IMPORT["harness"] = MAY_IMPORT["session"] | {"session"}
 MAY_IMPORT["recipes"] = set(MAY_IMPORT) - {"client", "bench", "diagnostics"}
 MAY_IMPORT["claims"] = set(MAY_IMPORT) - {"client"}
-MAY_IMPORT["cli"] = set(MAY_IMPORT)
+MAY_IMPORT["replicas"] = {"server"}
+MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"replicas"}
 
 WITHOUT_TORCH = ["confined", "files", "config", "text", "planning", "client"]
 MODULES_WITHOUT_TORCH = [
@@ -67,6 +68,8 @@ MODULES_WITHOUT_TORCH = [
     "qnext.server.access.audit",
     "qnext.server.access.audit_reading",
     "qnext.server.metrics",
+    "qnext.replicas.prefixes",
+    "qnext.replicas.figures",
 ]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from qnext.cli.flags import serve as flags
 from qnext.cli.flags.moderation import ModerationFlags
@@ -16,8 +18,44 @@ from qnext.session.folder import open_folder
 from qnext.session.served import load_served, name_of
 
 if TYPE_CHECKING:
-    from qnext.server.run import Urls
+    from qnext.server.access.keys import KeyRing
+    from qnext.server.limits import Limits
+    from qnext.server.run import Listen, LoadModel, Urls
     from qnext.server.server import Server
+
+
+@dataclass(frozen=True)
+class ServeFlags:
+    """All flags of `qnext serve`, by what they are about."""
+
+    network: flags.NetworkFlags
+    access: flags.AccessFlags
+    served: flags.ServedFlags
+    memory: flags.MemoryFlags
+    limits: flags.LimitFlags
+    logs: flags.LogFlags
+    moderation: ModerationFlags
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> ServeFlags:
+        """From the values by parameter name, as the command line has them once it is read."""
+        groups = get_type_hints(cls)
+        return cls(
+            **{name: kind(**{each.name: values[each.name] for each in fields(kind)}) for name, kind in groups.items()}
+        )
+
+
+class Prepared(NamedTuple):
+    """What the flags say, checked. `open` reads the model's folder, and gives what makes the server and what loads the
+    weights.
+
+    A name given to `open` sets the files that this server writes apart from those of others with the same flags.
+    """
+
+    keys: KeyRing
+    limits: Limits
+    listen: Listen
+    open: Callable[[str | None], tuple[Callable[[], Server], LoadModel]]
 
 
 def command(
@@ -33,23 +71,44 @@ def command(
     strict: Strict = False,
 ) -> None:
     """Serve MODEL: OpenAI's and Anthropic's APIs, metrics, and a page. SIGTERM ends it without losing an answer."""
-    from qnext.server.access.audit import AuditLog
+    from qnext.server.run import serve
+
+    ready = prepare(model, ServeFlags(network, access, served, memory, limits, logs, moderation))
+    new_server, load = ready.open(None)
+    serve(new_server, load, ready.listen, on_ready=print_ready)
+
+
+def prepare(model: str, given: ServeFlags) -> Prepared:
+    """Check who may call, and set up the log. Raises QnextError."""
     from qnext.server.entrance import check_access, make_key_ring
     from qnext.server.logs import log_to_stderr
-    from qnext.server.run import Listen, serve
-    from qnext.server.server import Server
+    from qnext.server.run import Listen
 
-    if served.trust_remote_code:
+    network, access = given.network, given.access
+    if given.served.trust_remote_code:
         raise UsageError("--trust-remote-code: nothing of a model is run as code here, so there is nothing to trust")
     certificate, key = network.ssl_certfile, network.ssl_keyfile
     listen = Listen(network.host, network.port, network.uds, access.admin_port, certificate, key)
     plain, admin = access.api_key or (), access.admin_api_key or ()
     ring = make_key_ring(access.keys, plain=plain, plain_file=access.api_key_file, admin=admin)
     check_access(ring, listen, is_insecure=access.insecure_no_auth)
-    log_to_stderr(logs.log_format, secrets=[*plain, *admin, *filter(None, [moderation.moderation_api_key])])
-    judging = moderation.config()
+    secrets = [*plain, *admin, *filter(None, [given.moderation.moderation_api_key])]
+    log_to_stderr(given.logs.log_format, secrets=secrets)
+    return Prepared(ring, given.limits.limits(), listen, partial(_opened, model, given, ring))
+
+
+def _opened(model: str, given: ServeFlags, ring: KeyRing, name: str | None) -> tuple[Callable[[], Server], LoadModel]:
+    from qnext.server.access.audit import AuditLog
+    from qnext.server.server import Server
+
+    network, access, served, logs = given.network, given.access, given.served, given.logs
+    judging = given.moderation.config()
     folder = open_folder(model, yarn=served.yarn, expert_memory=served.expert_memory)
     watch = logs.expert_watch(folder.config)
+    audit_log, memory = logs.audit_log, given.memory
+    if name is not None:
+        audit_log = audit_log and audit_log.with_name(f"{audit_log.stem}-{name}{audit_log.suffix}")
+        memory = replace(memory, disk_cache=memory.disk_cache and memory.disk_cache / name)
     load = partial(
         load_served,
         folder,
@@ -61,8 +120,8 @@ def command(
     def new_server() -> Server:
         return Server(
             keys=ring,
-            limits=limits.limits(),
-            audit=None if logs.audit_log is None else AuditLog(logs.audit_log, chain=logs.audit_chain),
+            limits=given.limits.limits(),
+            audit=None if audit_log is None else AuditLog(audit_log, chain=logs.audit_chain),
             metrics_compat=logs.metrics_compat,
             origins=network.origins or (),
             allowed_hosts=network.allowed_hosts or (),
@@ -72,7 +131,7 @@ def command(
             moderation=judging,
         )
 
-    serve(new_server, load, listen, on_ready=print_ready)
+    return new_server, load
 
 
 def print_ready(server: Server, urls: Urls) -> None:

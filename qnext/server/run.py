@@ -97,8 +97,7 @@ def serve(server_of: Callable[[], Server], load: LoadModel, listen: Listen, *, o
 
     Raises what `load` raises, and UsageError where the address is not available.
     """
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    heap.bound_arenas()
+    prepare_process()
 
     def freeze(server: Server, urls: Urls) -> None:
         gc.freeze()  # weights and vocabulary stay: no collection need look at them again
@@ -110,6 +109,20 @@ def serve(server_of: Callable[[], Server], load: LoadModel, listen: Listen, *, o
         await _serve(server, load, listen, freeze)
 
     asyncio.run(main())
+
+
+def prepare_process() -> None:
+    """Settings of the whole process, for one that serves a model and does nothing else."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    heap.bound_arenas()
+
+
+def look_after(server: Server) -> list[asyncio.Task[None]]:
+    """Tasks that run as long as a server does: its janitor, and what gives freed memory back."""
+    return [
+        asyncio.create_task(janitor(server)),
+        asyncio.create_task(heap.keep_trimmed(lambda: bool(server.active))),
+    ]
 
 
 @contextlib.contextmanager
@@ -150,10 +163,7 @@ async def _serve(server: Server, load: LoadModel, listen: Listen, on_ready: OnRe
         sockets.append(_socket(Listen("127.0.0.1", listen.admin_port), server.limits))
         listeners.append(listener(make_application(server, ADMIN_ROUTES), server, Listen()))
     runs = [asyncio.create_task(one.serve([sock])) for one, sock in zip(listeners, sockets, strict=True)]
-    cleaning = [
-        asyncio.create_task(janitor(server)),
-        asyncio.create_task(heap.keep_trimmed(lambda: bool(server.active))),
-    ]
+    cleaning = look_after(server)
     try:
         engine, served = await _loaded(server, load)
         server.attach(engine, served)

@@ -158,7 +158,7 @@ class Server:
         scope = request.route.scope
         if scope == "public" or (self.keys.is_open and scope != "admin"):
             return None
-        secret = _secret(request.headers)
+        secret = secret_of(request.headers)
         key = None if secret is None else self.keys.find(secret)
         if key is None:
             request.claimed = None if secret is None else self.keys.recognise(secret)
@@ -271,7 +271,7 @@ class Server:
             self.counters.count_rejection(visit.error_code or str(visit.status))
         if self.audit is None:
             return
-        secret = _secret({name.decode("latin-1"): value.decode("latin-1") for name, value in visit.headers})
+        secret = secret_of({name.decode("latin-1"): value.decode("latin-1") for name, value in visit.headers})
         key = None if secret is None else self.keys.recognise(secret)
         record = AuditRecord(
             request_id=visit.request_id,
@@ -332,7 +332,8 @@ def describe(served: ServedModel, limits: Limits) -> dict[str, Any]:
     }
 
 
-def _secret(headers: Mapping[str, str]) -> str | None:
+def secret_of(headers: Mapping[str, str]) -> str | None:
+    """The secret that a request comes with; header names are in lower case."""
     authorization = headers.get("authorization")
     if authorization is None:
         return headers.get("x-api-key")

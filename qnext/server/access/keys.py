@@ -142,6 +142,7 @@ class KeyRing:
         self._store = None if file is None else KeyStore(file)
         self._clock = clock
         self._plain = _plain_keys(plain, admin, int(clock()), is_all=file is None)
+        self._version = self._file_version()
         self._keys = self._load()
         self._was_shared = len(self._keys) > 1
 
@@ -189,6 +190,23 @@ class KeyRing:
         except OSError as error:
             return f"{self._store and self._store.path}: {error.strerror or error}"
         return None
+
+    def reload_if_changed(self) -> str | None:
+        """`reload` where the file is another one than before, for servers that no signal reaches."""
+        version = self._file_version()
+        if version is None or version == self._version:
+            return None
+        self._version = version
+        return self.reload()
+
+    def _file_version(self) -> tuple[int, int] | None:
+        if self._store is None:
+            return None
+        try:
+            found = self._store.path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino
 
     def cache_salt(self, key: Key | None) -> str:
         """The salt of a key's cached prefixes, which separates them from those of other keys; empty on an open server.

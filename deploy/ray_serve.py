@@ -1,0 +1,145 @@
+"""Several replicas of `qnext serve` behind one address, by Ray Serve: `serve run ray_serve:app model=/models`.
+
+docs/guide/scale-out.md describes the arguments. The flags are those of `qnext serve`, from a file or the environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from qnext.cli import VERBS, click_command
+from qnext.cli.parsing.command import mistake
+from qnext.cli.parsing.config_file import apply_environment, read_flags, take_config
+from qnext.cli.serve import ServeFlags, prepare
+from qnext.errors import UsageError
+from qnext.replicas.ingress import Ingress
+from qnext.replicas.prefixes import MAX_HELD_CHUNKS, SPREAD
+from qnext.replicas.replica import Replica
+
+# What listens is Ray Serve's proxy, which has options of its own (`http_options`).
+OF_THE_LISTENER = ("host", "port", "uds", "ssl_certfile", "ssl_keyfile", "admin_port")
+_EXTRA_SECONDS = 10.0  # beyond --shutdown-timeout, for last events and the disk cache
+_QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # the servers' audit logs say more
+_RESTART_SECONDS = 2.0  # between two looks at a replica
+
+
+class AppArguments(BaseModel):
+    """Arguments of the application. `config` is a file of flags for `qnext serve`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    config: str | None = None
+    replicas: int | None = Field(default=None, ge=1)  # as many, always
+    min_replicas: int = Field(default=1, ge=0)  # or between these
+    max_replicas: int | None = Field(default=None, ge=1)
+    target_requests: int | None = Field(default=None, ge=1)  # of a replica, running and waiting; more add replicas
+    cpus: float = Field(default=1.0, gt=0)  # of a replica; also its threads, where --threads says nothing
+    gpus: float = Field(default=0.0, ge=0)
+    routers: int = Field(default=1, ge=1)
+    spread: int = Field(default=SPREAD, ge=0)
+    max_chunks: int = Field(default=MAX_HELD_CHUNKS, ge=1)
+
+    @model_validator(mode="after")
+    def _one_way_to_count(self) -> AppArguments:
+        if (self.replicas is None) == (self.max_replicas is None):
+            raise ValueError("give replicas, or max_replicas for as many as the queue needs")
+        if self.max_replicas is None and {"min_replicas", "target_requests"} & self.model_fields_set:
+            raise ValueError("min_replicas and target_requests belong to max_replicas")
+        return self
+
+
+def flag_values(model: str, config: str | None) -> dict[str, Any]:
+    """The values of all flags by parameter name. Raises UsageError for those that have no meaning here."""
+    command = click_command("serve")
+    arguments, file = take_config("serve", [model] if config is None else [model, "--config", config])
+    from_file = {} if file is None else read_flags(file, "serve", command, VERBS)
+    apply_environment("serve", command, from_file)
+    try:
+        context = command.make_context("qnext serve", arguments, default_map=from_file)
+    except Exception as error:
+        if hasattr(error, "format_message"):
+            raise UsageError(mistake(error, "serve")) from None
+        raise
+    for name in OF_THE_LISTENER:
+        if context.get_parameter_source(name).name != "DEFAULT":
+            raise UsageError(f"--{name.replace('_', '-')}: Ray Serve's proxy listens; see its http_options")
+    return {**context.params, "host": "0.0.0.0"}
+
+
+@serve.deployment
+class ModelReplica(Replica):
+    """One model."""
+
+    async def __init__(self, values: Mapping[str, Any]) -> None:
+        def open_server(name: str) -> Any:
+            new_server, load = prepare(values["model"], ServeFlags.of(values)).open(name)
+            return new_server(), load
+
+        await self.open(open_server)
+
+
+@serve.deployment
+@serve.ingress()
+class Router:
+    """The address."""
+
+    def __init__(self, values: Mapping[str, Any], replicas: Any) -> None:
+        ready = prepare(values["model"], ServeFlags.of(values))
+        self._ingress = Ingress(ready.keys, ready.limits, replicas)
+
+    def __serve_build_asgi_app__(self) -> Ingress:
+        return self._ingress
+
+    def check_health(self) -> None:
+        self._ingress.reload_keys()
+
+
+def app(given: dict[str, Any]) -> serve.Application:
+    """The application that `serve run` and serve configs name."""
+    arguments = AppArguments(**given)
+    if arguments.config is not None:
+        arguments.config = str(Path(arguments.config).resolve())
+    values = flag_values(arguments.model, arguments.config)
+    flags = ServeFlags.of(values)
+    prepare(arguments.model, flags)  # raises what every replica would raise
+    limits, seats = flags.limits.limits(), flags.memory.max_num_seqs
+    autoscaling = None
+    if arguments.max_replicas is not None:
+        autoscaling = {
+            "min_replicas": arguments.min_replicas,
+            "max_replicas": arguments.max_replicas,
+            "target_ongoing_requests": arguments.target_requests or seats,
+        }
+    patience = limits.drain_seconds + _EXTRA_SECONDS
+    replicas = ModelReplica.options(
+        num_replicas=arguments.replicas,
+        autoscaling_config=autoscaling,
+        # The server has a queue of its own, in which keys take turns: Ray Serve holds nothing back.
+        max_ongoing_requests=seats + limits.max_queued + 64,
+        graceful_shutdown_timeout_s=patience,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=_RESTART_SECONDS,
+        health_check_timeout_s=30.0,
+        logging_config=_QUIET,
+        ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
+        request_router_config=RequestRouterConfig(
+            request_router_class="qnext.replicas.router.PrefixRouter",
+            request_router_kwargs={"max_chunks": arguments.max_chunks, "spread": arguments.spread},
+        ),
+    ).bind(values)
+    return Router.options(
+        num_replicas=arguments.routers,
+        max_ongoing_requests=limits.max_connections,
+        graceful_shutdown_timeout_s=patience,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=_RESTART_SECONDS,
+        logging_config=_QUIET,
+        ray_actor_options={"num_cpus": 0.1},
+    ).bind(values, replicas)
