@@ -45,7 +45,7 @@ def save_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     """
     assert keep >= 1
     remove_partials(folder)
-    final = folder / f"{_PREFIX}{snapshot.step:08d}"
+    final = path_of(folder, snapshot.step)
     files: dict[str, dict[str, int]] = {}
     with new_folder(final) as partial:
         for name, tensors in snapshot.tensors.items():
@@ -59,6 +59,11 @@ def save_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
         with suppress(OSError):
             remove_folder(old)
     return final
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Of the snapshot of a step."""
+    return folder / f"{_PREFIX}{step:08d}"
 
 
 def list_snapshots(folder: Path) -> list[Path]:
@@ -115,8 +120,15 @@ def _load(path: Path) -> Snapshot:
 
 
 def load_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy `weights` into `parameters` in place. CorruptCheckpoint names what is missing, surplus or of a wrong
-    shape."""
+    """Copy `weights` into `parameters` in place. Raises what check_weights raises."""
+    check_weights(parameters, weights, source=source)
+    with torch.no_grad():
+        for name, target in parameters.items():
+            target.copy_(weights[name])
+
+
+def check_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, source: str) -> None:
+    """CorruptCheckpoint names what is missing, surplus or of a wrong shape."""
     for name in parameters.keys() ^ weights.keys():
         where = "is missing from" if name in parameters else "is unknown to the model but in"
         raise CorruptCheckpoint(f"tensor {name} {where} {source}")
@@ -125,8 +137,6 @@ def load_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]
             raise CorruptCheckpoint(
                 f"{source}: tensor {name} has shape {list(weights[name].shape)}, the model {list(target.shape)}"
             )
-        with torch.no_grad():
-            target.copy_(weights[name])
 
 
 def _read_state(path: Path) -> dict[str, Any]:

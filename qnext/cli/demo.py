@@ -43,6 +43,7 @@ def command(
     The model completes Python code; it is no assistant. Nothing is downloaded. Leaves the model in OUT/model, as a
     Hugging Face folder, and ends with its page open: a URL is printed, and the page is there until the input ends.
     """
+    from qnext.cli.terminal.ranks import refuse_ranks
     from qnext.cli.terminal.text import note
     from qnext.cli.terminal.training import TrainingDisplay, watched
     from qnext.ops import keep_freed_memory
@@ -51,6 +52,7 @@ def command(
     from qnext.training.loggers import check_names
     from qnext.training.stopping import interruptible
 
+    refuse_ranks("qnext demo")
     check_names(watch.log or ())
     recipe = demo(seconds=60.0 * minutes, seed=seed)
     keep_freed_memory()

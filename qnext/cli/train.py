@@ -25,7 +25,9 @@ def command(
     """Train a model by a recipe. Leaves OUT/model, OUT/metrics.jsonl and OUT/snapshots.
 
     Ctrl-C and SIGTERM finish the step, save a snapshot and end with exit code 130 and 143; --resume goes on from there.
+    Started by `torchrun -m qnext train`, its processes share the micro batches of each step and the parameters.
     """
+    from qnext.cli.terminal.ranks import ranks_of_run
     from qnext.cli.terminal.training import TrainingDisplay, run_to_the_end
     from qnext.ops import keep_freed_memory
     from qnext.recipes import override
@@ -37,8 +39,9 @@ def command(
     check_names(watch.log or ())
     keep_freed_memory()
     folder = out or Path("runs") / recipe
-    display = TrainingDisplay()
-    display.note("reading text, making the tokenizer")
-    run = prepare(chosen, folder, resume=resume, hooks=display.hooks())
-    display.describe(run.trainer, run.corpus.description, vocab_size=run.tokenizer.vocab_size)
-    run_to_the_end(run.trainer, display, run.save, watch=watch)
+    with ranks_of_run() as ranks:
+        display = TrainingDisplay(is_quiet=not ranks.is_first)
+        display.note("reading text, making the tokenizer")
+        run = prepare(chosen, folder, resume=resume, hooks=display.hooks(), ranks=ranks)
+        display.describe(run.trainer, run.corpus.description, vocab_size=run.tokenizer.vocab_size)
+        run_to_the_end(run.trainer, display, run.save, watch=watch)

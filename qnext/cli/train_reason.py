@@ -24,11 +24,13 @@ def command(
     It takes a few minutes on two cores. Ctrl-C ends it after its step, and --resume goes on from there; a stage that
     has left its model is not run again.
     """
+    from qnext.cli.terminal.ranks import refuse_ranks
     from qnext.cli.terminal.training import TrainingDisplay, run_to_the_end
     from qnext.errors import UsageError
     from qnext.ops import keep_freed_memory
     from qnext.recipes.reason import STAGES, finished, prepare_stage
 
+    refuse_ranks("train reason")
     if not resume and any((out / name).exists() for name in STAGES):
         raise UsageError(f"{out} holds a run already; --resume continues it, another --out starts a new one")
     keep_freed_memory()

@@ -21,6 +21,7 @@ from qnext.recipes.settings import parse_settings, parse_value, with_end_of_run
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import END_OF_TEXT, save_tokenizer, train_bpe
 from qnext.training import Hooks, PackedStream, TrainConfig, Trainer
+from qnext.training.ranks import ALONE, TrainingRanks, whole_model
 from qnext.training.sources import Corpus, take_bytes, tokenize
 from qnext.version import __version__
 
@@ -52,20 +53,25 @@ class Run:
     def save(self) -> Path:
         """Write weights, configuration, tokenizer, recommended sampling and a README.md to `<folder>/model`, replacing
         an earlier one."""
-        target, model = self.folder / "model", self.trainer.model
+        target, trainer = self.folder / "model", self.trainer
+        model = whole_model(trainer.model, trainer.part_of, trainer.ranks)
         end_id, pad_id = model.config.eos_token_id, model.config.pad_token_id
         generation: dict[str, Any] = {"eos_token_id": end_id, "pad_token_id": pad_id}
         if self.recipe.sampling:
             generation |= {"do_sample": True, **self.recipe.sampling}
-        save_model(
-            model,
-            target,
-            tokenizer_folder=self.folder / "tokenizer",
-            overwrite=True,
-            generation_config=generation,
-            readme=self._card(),
-            making=making_of(f"train {self.recipe.name}", self.trainer, {}, data=data_of_corpus(self.corpus)),
-        )
+
+        def write() -> None:
+            save_model(
+                model,
+                target,
+                tokenizer_folder=self.folder / "tokenizer",
+                overwrite=True,
+                generation_config=generation,
+                readme=self._card(),
+                making=making_of(f"train {self.recipe.name}", trainer, {}, data=data_of_corpus(self.corpus)),
+            )
+
+        trainer.ranks.by_first(write)
         return target
 
     def complete(self, prompt: str, *, max_tokens: int, seed: int) -> str:
@@ -87,24 +93,23 @@ class Run:
         )
 
 
-def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, hooks: Hooks | None = None) -> Run:
+def prepare(
+    recipe: Recipe, folder: Path, *, resume: bool = False, hooks: Hooks | None = None, ranks: TrainingRanks = ALONE
+) -> Run:
     """Read the texts, and make tokenizer, model and trainer. With `resume`, continue from the newest snapshot in
     `folder`.
 
     An `evaluate` in `hooks` is replaced by bits per byte on held-out text. Raises UsageError when `folder` holds a run
     and `resume` is false, or holds none and `resume` is true.
     """
-    has_run = is_run(folder)
-    if has_run and not resume:
-        raise UsageError(f"{folder} holds a run already; --resume continues it, another --out starts a new one")
-    if resume and not has_run:
-        raise UsageError(f"{folder} holds no run that could be resumed")
     corpus = recipe.corpus()
-    tokenizer = _tokenizer(recipe, corpus, folder / "tokenizer", exists=has_run)
+    ranks.by_first(lambda: _begin(recipe, corpus, folder, resume=resume))
+    tokenizer = Tokenizer.from_folder(folder / "tokenizer", num_rows=recipe.model.vocab_size)
     (end_id,) = tokenizer.eos_ids
     config = recipe.model.with_(eos_token_id=end_id, pad_token_id=end_id)
     model = CausalLM(config)
     initialize(model, seed=recipe.train.seed)
+    ranks.shard(model)
     documents = tokenize([file.text for file in corpus.train], tokenizer, end_id=end_id)
     stream = PackedStream(
         documents,
@@ -113,7 +118,8 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, hooks: Hooks 
         seed=recipe.train.seed,
     )
     evaluate = _evaluation(recipe, corpus, tokenizer, model, end_id)
-    trainer = Trainer(model, stream, recipe.train, folder=folder, hooks=replace(hooks or Hooks(), evaluate=evaluate))
+    hooks = replace(hooks or Hooks(), evaluate=evaluate)
+    trainer = Trainer(model, stream, recipe.train, folder=folder, hooks=hooks, ranks=ranks)
     if resume:
         trainer.resume()
     return Run(recipe, folder, corpus, tokenizer, trainer, evaluate)
@@ -126,19 +132,24 @@ def is_run(folder: Path) -> bool:
     return all(file.is_file() for file in tokenizer) or bool(list_snapshots(folder / "snapshots"))
 
 
-def _tokenizer(recipe: Recipe, corpus: Corpus, folder: Path, *, exists: bool) -> Tokenizer:
-    if not exists:
-        if folder.is_dir():
-            remove_folder(folder)  # half of one
-        learned = train_bpe((file.text for file in corpus.train), vocab_size=recipe.model.vocab_size)
-        save_tokenizer(
-            learned,
-            folder,
-            model_max_length=recipe.model.max_position_embeddings,
-            eos_token=END_OF_TEXT,
-            pad_token=END_OF_TEXT,
-        )
-    return Tokenizer.from_folder(folder, num_rows=recipe.model.vocab_size)
+def _begin(recipe: Recipe, corpus: Corpus, folder: Path, *, resume: bool) -> None:
+    """Look at the folder, and make the tokenizer of a new run."""
+    has_run, tokenizer = is_run(folder), folder / "tokenizer"
+    if has_run and not resume:
+        raise UsageError(f"{folder} holds a run already; --resume continues it, another --out starts a new one")
+    if resume and not has_run:
+        raise UsageError(f"{folder} holds no run that could be resumed")
+    if has_run:
+        return
+    if tokenizer.is_dir():
+        remove_folder(tokenizer)  # half of one
+    save_tokenizer(
+        train_bpe((file.text for file in corpus.train), vocab_size=recipe.model.vocab_size),
+        tokenizer,
+        model_max_length=recipe.model.max_position_embeddings,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+    )
 
 
 def _evaluation(

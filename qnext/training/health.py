@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from qnext.model import Batch, CausalLM, RouterOutput, SparseMoE
 from qnext.model.delta_net import GatedDeltaNet
 from qnext.training.optimizer import ParameterRule
+from qnext.training.ranks import ALONE, TrainingRanks
 
 _ROWS = 256  # of a router, and of the longest document where a state is followed
 _LONG = 16  # tokens: the half-life of a head with a long memory
@@ -108,8 +109,9 @@ class HealthProbe:
             self._deltas[index] = _DeltaSigns(torch.linalg.vector_norm(state_HKV, dim=(1, 2)), g_RH.mean(0))
 
     @torch.no_grad()
-    def health(self, rules: Sequence[ParameterRule]) -> Health:
-        norms, largest, name = _gradients(rules)
+    def health(self, rules: Sequence[ParameterRule], ranks: TrainingRanks = ALONE) -> Health:
+        """Of the parts of the parameters, whose gradients add up over all processes."""
+        norms, largest, name = _gradients(rules, ranks)
         seen = [self._activations[i] for i in sorted(self._activations)]
         rms, peaks = torch.stack(seen).unbind(1) if seen else torch.empty(2, 0)
         deltas = [self._deltas[i] for i in sorted(self._deltas)]
@@ -135,20 +137,25 @@ def _longest(x_TD: Tensor, batch: Batch) -> Tensor:
     return x_TD.detach()[start : start + min(_ROWS, lengths[number])]
 
 
-def _gradients(rules: Sequence[ParameterRule]) -> tuple[dict[str, float], float, str]:
+def _gradients(rules: Sequence[ParameterRule], ranks: TrainingRanks) -> tuple[dict[str, float], float, str]:
     """The norm of each kind, and the largest value with its parameter."""
     with_grad = [(rule, rule.parameter.grad) for rule in rules if rule.parameter.grad is not None]
     if not with_grad:
         return {}, 0.0, ""
     grads = [grad for _, grad in with_grad]
-    norms_P = torch.stack(torch._foreach_norm(grads)).double()
-    peaks_P = torch.stack(torch._foreach_norm(grads, math.inf))
+    squares_P = ranks.gather_parts(torch.stack(torch._foreach_norm(grads)).double()).square().sum(0)
+    peaks_P = ranks.gather_parts(torch.stack(_peaks(grads))).amax(0)
     squares: dict[str, float] = {}
-    for (rule, _), norm in zip(with_grad, norms_P.tolist(), strict=True):
-        squares[rule.kind] = squares.get(rule.kind, 0.0) + norm * norm
+    for (rule, _), square in zip(with_grad, squares_P.tolist(), strict=True):
+        squares[rule.kind] = squares.get(rule.kind, 0.0) + square
     largest = int(peaks_P.argmax())
     norms = {kind: _digits(math.sqrt(square)) for kind, square in squares.items()}
     return norms, _digits(float(peaks_P[largest])), with_grad[largest][0].name
+
+
+def _peaks(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Largest absolute values; 0 of a part without elements."""
+    return list(torch._foreach_norm([grad if grad.numel() else grad.new_zeros(1) for grad in grads], math.inf))
 
 
 def _short(values: Tensor) -> Any:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,27 @@ from torch import Tensor
 
 from qnext.checkpoint.snapshot import (
     Snapshot,
+    check_weights,
     list_snapshots,
     load_snapshot,
     load_weights,
     newest_snapshot,
+    path_of,
     save_snapshot,
 )
 from qnext.errors import FULL, CorruptCheckpoint, DiskFull, QnextError, UsageError, line_of, warn
 from qnext.model import CausalLM, DecoderLayer
+from qnext.training.accumulation import Accumulation
 from qnext.training.best import BestModel
 from qnext.training.config import TrainConfig, learning_rate
 from qnext.training.health import HealthProbe
 from qnext.training.losses import RouterTap
 from qnext.training.metrics import MetricsFile, StepMetrics, expert_stats
-from qnext.training.objective import Losses, NextToken, Objective, TrainSource, TrainStep
+from qnext.training.objective import NextToken, Objective, TrainSource, TrainStep
 from qnext.training.optimizer import load_optimizer_tensors, make_optimizers, optimizer_tensors, parameter_rules
 from qnext.training.precision import PrecisionChoice, choose_precision
+from qnext.training.ranks import ALONE, TrainingRanks, cut_tensors, total_norm, whole_tensors
 from qnext.training.spikes import SpikeGuard
-from qnext.training.threads import BackwardThreads
 
 _MAX_SKIPPED_IN_A_ROW = 10
 
@@ -66,7 +68,7 @@ class Trainer:
     """One training run. `model` is trained in place, on its device. Its parameters must be fp32 (fp64 in tests).
 
     `objective` None is NextToken with the coefficients of `config`. With `folder` the run writes `metrics.jsonl` and
-    `snapshots/` there.
+    `snapshots/` there. Of several `ranks` each makes the same Trainer on its share of the model.
     """
 
     def __init__(
@@ -78,30 +80,32 @@ class Trainer:
         objective: Objective | None = None,
         folder: Path | None = None,
         hooks: Hooks | None = None,
+        ranks: TrainingRanks = ALONE,
     ) -> None:
-        self.model, self.stream, self.config = model, stream, config
+        self.model, self.stream, self.config, self.ranks = model, stream, config, ranks
         self.objective = objective or NextToken.of(config)
         self.hooks = hooks or Hooks()
         self.rules = parameter_rules(model, optimizer=config.optimizer)
-        self.precision: PrecisionChoice = choose_precision(config.precision, model.device)
+        self.precision = self._agreed_precision()
         self.step = 0
         self.tokens = 0
         self.num_skipped = 0
         self.spikes = SpikeGuard(config.spike_skip)
-        self.best = BestModel({rule.name: rule.parameter for rule in self.rules}, patience=config.early_stop)
+        self._parts = [rule._replace(parameter=ranks.part(rule.parameter)) for rule in self.rules]
+        self.part_of = {rule.name: rule.parameter for rule in self._parts}
+        self.best = BestModel(self.part_of, patience=config.early_stop)
         self.should_stop = False  # set it, from a hook or a signal, and the run ends after the step
-        self._optimizers = make_optimizers(self.rules, config)
-        self._parameters = [rule.parameter for rule in self.rules]
-        self._threads = BackwardThreads(config.parallel_batches) if config.parallel_batches > 1 else None
+        self._optimizers = make_optimizers(self._parts, config, ranks)
+        self._parameters = list(self.part_of.values())
+        self._accumulation = Accumulation(model, self.objective, config, ranks)
         for module in model.modules():
             if isinstance(module, DecoderLayer):
                 module.is_recomputed = config.checkpoint_activations
         if config.early_stop and self.hooks.evaluate is None:
             raise UsageError("early_stop: nothing is held out that could be evaluated")
-        self._probe: HealthProbe | None = None  # of the step, where it is looked at
         self.folder = folder
         self._metrics: MetricsFile | None = None
-        self._elapsed_before = 0.0
+        self._elapsed_before = self._now = 0.0  # seconds of the run; `_now` is the time of the last step's begin
         self._started = time.perf_counter()
         self._step_seconds = 0.0
         self._furthest = 0.0
@@ -120,7 +124,7 @@ class Trainer:
         if self.config.total_steps is not None:
             return min(1.0, (self.step + 0.5) / self.config.total_steps)
         assert self.config.time_budget is not None
-        return min(1.0, (self.elapsed + 0.5 * self._step_seconds) / self.config.time_budget)
+        return min(1.0, (self._now + 0.5 * self._step_seconds) / self.config.time_budget)
 
     @property
     def is_done(self) -> bool:
@@ -129,7 +133,7 @@ class Trainer:
         if self.config.total_steps is not None:
             return self.step >= self.config.total_steps
         assert self.config.time_budget is not None
-        return self.elapsed >= self.config.time_budget
+        return self._now >= self.config.time_budget
 
     def run(self, *, until_step: int | None = None) -> None:
         """Train to the end of the run, to `until_step`, or until `should_stop`.
@@ -137,19 +141,25 @@ class Trainer:
         The clock of a time budget starts here. Raises Diverged after ten steps in a row without finite gradients.
         """
         self._started = time.perf_counter()
-        if self.folder is not None:
+        if self.folder is not None and self.ranks.is_first:
             self._metrics = MetricsFile(self.folder / "metrics.jsonl", last_step=self.step)
         was_training = self.model.training
         self.model.train()
         tap = RouterTap(self.model)
         try:
-            while not (self.is_done or self.should_stop or self.step == until_step):
-                metrics = self._one_step(tap)
-                self._report(metrics)
+            with self.ranks.guarded():
+                while not self._is_over(until_step):
+                    self._report(self._one_step(tap))
         finally:
             tap.close()
             self.model.train(was_training)
             self._elapsed_before, self._started = self.elapsed, time.perf_counter()
+
+    def _is_over(self, until_step: int | None) -> bool:
+        """Decided by all ranks alike: the clock is that of the first, and a signal to one is one to all."""
+        told_R2 = self.ranks.gather(torch.tensor([self.elapsed, float(self.should_stop)], dtype=torch.float64))
+        self._now, self.should_stop = float(told_R2[0, 0]), bool(told_R2[:, 1].any())
+        return self.is_done or self.should_stop or self.step == until_step
 
     def _one_step(self, tap: RouterTap) -> StepMetrics:
         start = time.perf_counter()
@@ -157,20 +167,23 @@ class Trainer:
         progress = self._furthest = max(self._furthest, self.progress)
         lr = learning_rate(self.config, progress=progress, step=self.step)
         batches = [self.stream.next_batch() for _ in range(self.config.accumulation)]
-        self._probe = probe = HealthProbe(self.model) if self._is_looked_at(self.config.health_every) else None
+        probe = HealthProbe(self.model) if self._is_looked_at(self.config.health_every) else None
+        is_bfloat16 = self.precision.precision == "bfloat16"
         with probe or nullcontext():
-            parts, counts = self._accumulate_gradients(TrainStep(batches, progress, tap))
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            step = TrainStep(batches, progress, tap)
+            parts, counts = self._accumulation.backward(step, self._parameters, is_bfloat16=is_bfloat16, probe=probe)
+        self.ranks.collect_gradients()
+        norm = total_norm([p.grad for p in self._parameters if p.grad is not None], self.ranks)
         # The only place where a step waits for numbers.
         *values, grad_norm = torch.stack([*parts.values(), norm.to(next(iter(parts.values())))]).tolist()
         losses = dict(zip(parts, values, strict=True))
-        health = None if probe is None else probe.health(self.rules)
+        health = None if probe is None else probe.health(self._parts, self.ranks)
         is_finite = math.isfinite(grad_norm)
         skipped_for = self.spikes.judge(losses, grad_norm=grad_norm) if is_finite else "not finite"
         if skipped_for is None:
             self._update(norm, lr)
-        for parameter in self._parameters:
-            parameter.grad = None
+        for rule in (*self.rules, *self._parts):
+            rule.parameter.grad = None
         self._skipped_in_a_row = 0 if is_finite else self._skipped_in_a_row + 1
         self.num_skipped += skipped_for is not None
         wants_stats = counts is not None and self._is_looked_at(self.config.expert_stats_every)
@@ -202,39 +215,6 @@ class Trainer:
     def _is_looked_at(self, every: int) -> bool:
         """Whether the next step is the first one, or one of every so many."""
         return _is_due(self.step + 1, every) or (every > 0 and self.step == 0)
-
-    def _accumulate_gradients(self, step: TrainStep) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Backward of every micro batch of a step; returns the step's losses, and the tokens of each expert."""
-        total: dict[str, Tensor] = {}
-        counts_LE: Tensor | None = None
-        size = self.config.parallel_batches
-        for start in range(0, len(step.batches), size):
-            at = step._replace(counts_LE=counts_LE)
-            group = self._backward([partial(self._losses, batch, at) for batch in step.batches[start : start + size]])
-            for losses in group:
-                for name, value in losses.values.items():
-                    combine = torch.maximum if losses.parts[name].is_maximum else torch.add
-                    total[name] = combine(total[name], value) if name in total else value
-                if losses.counts_LE is not None:
-                    counts_LE = losses.counts_LE if counts_LE is None else counts_LE + losses.counts_LE
-        return total, counts_LE
-
-    def _losses(self, batch: Any, step: TrainStep) -> Losses:
-        device = self.model.device
-        if self._probe is not None and batch is step.batches[0]:
-            self._probe.watch_thread()
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision.precision == "bfloat16"):
-            losses = self.objective(self.model, batch.to(device), step)
-        step.tap.take()  # where the objective has not looked at the routers
-        return losses
-
-    def _backward(self, tasks: Sequence[Callable[[], Losses]]) -> list[Losses]:
-        if self._threads is not None:
-            return self._threads.backward(tasks, self._parameters)
-        (task,) = tasks
-        losses = task()
-        losses.total.backward()
-        return [losses]
 
     def _update(self, norm: Tensor, lr: float) -> None:
         torch.nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_norm, norm)
@@ -276,6 +256,13 @@ class Trainer:
             return ""
         return f"; without {paths[-1]} --resume continues from {paths[-2].name}"
 
+    def _agreed_precision(self) -> PrecisionChoice:
+        """What the first process has chosen."""
+        choice = choose_precision(self.config.precision, self.model.device)
+        if bool(self.ranks.gather(torch.tensor([choice.precision == "bfloat16"]))[0, 0]):
+            return choice._replace(precision="bfloat16")
+        return choice._replace(precision="float32")
+
     def evaluate(self) -> Any:
         """Call the evaluation hook, record its result and return it. None without a hook, or if this step was evaluated
         already."""
@@ -313,12 +300,12 @@ class Trainer:
         if self.model.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.model.device)
         tensors: dict[str, Mapping[str, Tensor]] = {
-            "model": {rule.name: rule.parameter for rule in self.rules},
-            "optimizer": optimizer_tensors(self._optimizers, self.rules),
+            "model": whole_tensors(self.part_of, self.part_of, self.ranks),
+            "optimizer": whole_tensors(optimizer_tensors(self._optimizers, self._parts), self.part_of, self.ranks),
             "random": random,
         }
         if self.best.weights:
-            tensors["best"] = self.best.weights
+            tensors["best"] = whole_tensors(self.best.weights, self.part_of, self.ranks)
         state = {
             "tokens": self.tokens,
             "num_skipped": self.num_skipped,
@@ -333,10 +320,15 @@ class Trainer:
             "config": asdict(self.config),
         }
         folder, snapshot = self.folder / "snapshots", Snapshot(self.step, tensors, state)
-        try:
-            path = save_snapshot(folder, snapshot, keep=self.config.keep_snapshots)
-        except OSError as error:
-            raise SnapshotFailed(error, next(reversed(list_snapshots(folder)), None)) from None
+        failure: OSError | None = None
+        if self.ranks.is_first:
+            try:
+                save_snapshot(folder, snapshot, keep=self.config.keep_snapshots)
+            except OSError as error:
+                failure = error
+        if self.ranks.gather(torch.tensor([failure is not None]))[0, 0]:
+            raise SnapshotFailed(failure or OSError("the first process"), next(reversed(list_snapshots(folder)), None))
+        path = path_of(folder, self.step)
         if self.hooks.on_snapshot is not None:
             self.hooks.on_snapshot(path)
         return path
@@ -363,8 +355,13 @@ class Trainer:
                     f"{path}: taken with optimizer {state['optimizer']!r}, this run has {self.config.optimizer!r}"
                 )
             self.stream.seek(state["data"])
-            load_weights({r.name: r.parameter for r in self.rules}, snapshot.tensors["model"], source=str(path))
-            load_optimizer_tensors(self._optimizers, self.rules, dict(snapshot.tensors["optimizer"]))
+            check_weights({r.name: r.parameter for r in self.rules}, snapshot.tensors["model"], source=str(path))
+            weights, state_of, best = (
+                cut_tensors(snapshot.tensors.get(name, {}), self.part_of, self.ranks)
+                for name in ("model", "optimizer", "best")
+            )
+            load_weights(self.part_of, weights, source=str(path))
+            load_optimizer_tensors(self._optimizers, self._parts, state_of)
             self._restore_random(snapshot.tensors["random"])
             self.step, self.tokens, self.num_skipped = snapshot.step, state["tokens"], state["num_skipped"]
             self._skipped_in_a_row, self._elapsed_before = state["skipped_in_a_row"], state["elapsed"]
@@ -372,7 +369,7 @@ class Trainer:
             self.precision = PrecisionChoice(state["precision"])
             if "spikes" in state:
                 self.spikes.restore(state["spikes"])
-                self.best.restore(state["best"], snapshot.tensors.get("best", {}))
+                self.best.restore(state["best"], best)
         except (KeyError, TypeError) as error:
             raise CorruptCheckpoint(f"{path}: state.json or a tensor file lacks {error}") from error
         return path

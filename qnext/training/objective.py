@@ -17,6 +17,7 @@ from qnext.model import CausalLM, RouterOutput, TrunkOutput
 from qnext.training.config import TrainConfig
 from qnext.training.data import TrainBatch
 from qnext.training.losses import RouterTap, expert_counts, head_loss_sum, router_losses, stack_logits
+from qnext.training.ranks import ALONE, TrainingRanks
 
 
 class MicroBatch(Protocol):
@@ -65,7 +66,8 @@ class LossPart(NamedTuple):
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of a micro batch by name. `counts_LE` are the tokens that each expert of each router got in it."""
+    """The losses of a micro batch by name. `counts_LE` are the tokens that each expert of each router got in it, and in
+    those that other processes computed at the same time."""
 
     parts: Mapping[str, LossPart]
     counts_LE: Tensor | None = None
@@ -92,6 +94,7 @@ class TrainStep(NamedTuple):
     progress: float  # the part of the run that was over when the step began
     tap: RouterTap
     counts_LE: Tensor | None = None  # of the micro batches that had ended when this one began
+    ranks: TrainingRanks = ALONE  # who computes other micro batches at the same time
 
 
 class Objective(Protocol):
@@ -194,10 +197,14 @@ def with_router_losses(
     coefficients: the mean over the micro batches of the step."""
     if not outputs:
         return Losses(parts)
-    counts_LE = expert_counts(outputs, num_experts=outputs[0].logits_TE.shape[-1])
-    seen_LE = counts_LE if step.counts_LE is None else step.counts_LE + counts_LE
+    own_LE = expert_counts(outputs, num_experts=outputs[0].logits_TE.shape[-1])
+    all_RLE = step.ranks.gather(own_LE.flatten()).view(-1, *own_LE.shape)
+    # What one process would have counted by now: the micro batches before this one, and this one.
+    seen_LE = all_RLE[: step.ranks.share + 1].sum(0)
+    if step.counts_LE is not None:
+        seen_LE = step.counts_LE + seen_LE
     balance_loss, z_loss = (loss / len(step.batches) for loss in router_losses(stack_logits(outputs), seen_LE))
-    return Losses({**parts, "balance": LossPart(balance_loss, balance), "z": LossPart(z_loss, z)}, counts_LE)
+    return Losses({**parts, "balance": LossPart(balance_loss, balance), "z": LossPart(z_loss, z)}, all_RLE.sum(0))
 
 
 def _drafts(model: CausalLM, source_TD: Tensor, batch: TrainBatch, *, num_steps: int) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from qnext.model import CausalLM
 from qnext.planning import Kind, list_parameters
 from qnext.planning.parameters import NORMS
 from qnext.training.config import TrainConfig
+from qnext.training.ranks import ALONE, TrainingRanks
 
 Algorithm = Literal["adamw", "muon"]
 
@@ -135,41 +136,50 @@ class Muon(torch.optim.Optimizer):
 
     Every matrix of the last two dims is orthogonalised on its own; matrices of one shape are computed together. The
     step is scaled by 0.2 sqrt(max(rows, columns)), which gives it the size of an AdamW step (arXiv 2502.16982). So both
-    optimisers share a learning rate. Weight decay is decoupled.
+    optimisers share a learning rate. Weight decay is decoupled. Of a parameter that is cut among processes, each has
+    some rows of a matrix, or some matrices of a stack.
     """
 
-    def __init__(self, params: Any, *, lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: Any, *, lr: float, momentum: float, weight_decay: float, ranks: TrainingRanks = ALONE
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._ranks = ranks
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
+            by_shape: dict[tuple[torch.Size, bool], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape[-2:], []).append(parameter)
-            for parameters in by_shape.values():
-                self._update(parameters, group["lr"], group["momentum"], group["weight_decay"])
+                    shape = self._ranks.shape(parameter)
+                    by_shape.setdefault((shape[-2:], len(shape) > 2), []).append(parameter)
+            for (size, is_stack), parameters in by_shape.items():
+                self._update(parameters, size, is_stack, group)
 
-    def _update(self, parameters: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
-        rows, columns = parameters[0].shape[-2:]
+    def _update(self, parameters: list[Tensor], size: torch.Size, is_stack: bool, group: dict[str, Any]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         buffers = [self.state[p]["momentum"] for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1.0 - momentum)
-        directions = torch._foreach_lerp(gradients, buffers, momentum)
-        stacked = torch.cat([direction.reshape(-1, rows, columns) for direction in directions])
-        updates = orthogonalize(stacked).split([p.numel() // (rows * columns) for p in parameters])
-        torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
-        scale = -lr * 0.2 * max(rows, columns) ** 0.5
-        shaped = [update.reshape(p.shape) for update, p in zip(updates, parameters, strict=True)]
-        torch._foreach_add_(parameters, shaped, alpha=scale)
+        torch._foreach_lerp_(buffers, gradients, 1.0 - group["momentum"])
+        directions = list(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+        if not is_stack:
+            directions = self._ranks.whole(directions, parameters)
+        stacked = torch.cat([direction.reshape(-1, *size) for direction in directions])
+        updates = orthogonalize(stacked).split([each.numel() // size.numel() for each in directions])
+        torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
+        shaped = [update.reshape(each.shape) for update, each in zip(updates, directions, strict=True)]
+        if not is_stack:
+            shaped = [self._ranks.cut(update, p) for update, p in zip(shaped, parameters, strict=True)]
+        torch._foreach_add_(parameters, shaped, alpha=-group["lr"] * 0.2 * max(size) ** 0.5)
 
 
-def make_optimizers(rules: Sequence[ParameterRule], config: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    rules: Sequence[ParameterRule], config: TrainConfig, ranks: TrainingRanks = ALONE
+) -> list[torch.optim.Optimizer]:
     """AdamW, then Muon where a rule asks for it. Each has a group with decay and a group without.
 
     `lr_scale` of a group is its learning rate divided by that of the schedule.
@@ -183,7 +193,8 @@ def make_optimizers(rules: Sequence[ParameterRule], config: TrainConfig) -> list
     if muon:
         for group in muon:
             group["lr_scale"] = lr_scale("muon", config)
-        optimizers.append(Muon(muon, lr=config.lr, momentum=config.muon_momentum, weight_decay=config.weight_decay))
+        options = {"momentum": config.muon_momentum, "weight_decay": config.weight_decay}
+        optimizers.append(Muon(muon, lr=config.lr, ranks=ranks, **options))
     return optimizers
 
 

@@ -37,10 +37,10 @@ class Summarised(Protocol):
 
 
 class TrainingDisplay:
-    """Writes to stderr. Use as a context around the run, for the bar."""
+    """Writes to stderr, or nothing. Use as a context around the run, for the bar."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(self, *, is_quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, quiet=is_quiet)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -48,7 +48,7 @@ class TrainingDisplay:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=is_quiet or not self.console.is_terminal,
         )
         self.last_experts: ExpertStats | None = None
         self._task = self._progress.add_task("training", total=1.0)
@@ -126,6 +126,10 @@ def _why_skipped(metrics: StepMetrics) -> str:
     return f"gradient norm {metrics.grad_norm:.4g}{spike}"
 
 
+def _say_nothing(text: str) -> None:
+    """The first process says it."""
+
+
 def run_to_the_end(
     trainer: Trainer, display: TrainingDisplay, save: Callable[[], Path], *, watch: WatchFlags = _UNWATCHED
 ) -> None:
@@ -138,6 +142,9 @@ def run_to_the_end(
 def watched(trainer: Trainer, flags: WatchFlags) -> Iterator[None]:
     """While this is open, the numbers of the run go where the flags say."""
     assert trainer.folder is not None
+    if not trainer.ranks.is_first:
+        yield
+        return
     with logged(trainer, trainer.folder, flags.log or ()), flags.serving(trainer.folder) as address:
         if address is not None:
             note(f"the page of this run: {address}")
@@ -145,7 +152,8 @@ def watched(trainer: Trainer, flags: WatchFlags) -> Iterator[None]:
 
 
 def _run_to_the_end(trainer: Trainer, display: TrainingDisplay, save: Callable[[], Path]) -> None:
-    with interruptible(trainer, note) as stop, display:
+    tell = note if trainer.ranks.is_first else _say_nothing
+    with interruptible(trainer, tell) as stop, display:
         trainer.run()
     if trainer.should_stop and not trainer.is_done:
         display.note(f"snapshot saved in {trainer.save()}; --resume continues")
@@ -166,6 +174,7 @@ def _run_to_the_end(trainer: Trainer, display: TrainingDisplay, save: Callable[[
         display.note(f"the model is that of step {trainer.best.step}, whose evaluation was the best")
     folder = save()
     display.note(f"{folder.name} saved in")
-    print(folder)
+    if trainer.ranks.is_first:
+        print(folder)
     if code:
         raise typer.Exit(code)

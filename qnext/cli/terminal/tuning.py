@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qnext.cli.flags.watching import WatchFlags
 from qnext.cli.terminal.progress import byte_progress
+from qnext.cli.terminal.ranks import refuse_ranks
 from qnext.cli.terminal.samples import show
 from qnext.cli.terminal.training import TrainingDisplay, run_to_the_end
 from qnext.ops import keep_freed_memory
@@ -19,6 +20,7 @@ _UNWATCHED = WatchFlags()
 
 def tune(task: TuningTask, out: Path, *, show_sample: int, resume: bool, watch: WatchFlags = _UNWATCHED) -> None:
     """Run a task in its folder to the end; or show `show_sample` samples of its data, if not zero."""
+    refuse_ranks("fine-tuning")
     check_names(watch.log or ())
     keep_freed_memory()
     if show_sample:

@@ -1,0 +1,127 @@
+"""The processes that torchrun has started for a run, as one of them sees them.
+
+Legend: R processes, N numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from qnext.errors import LostRank, QnextError
+from qnext.model import CausalLM
+from qnext.parallel.train.fsdp import CutParameters, shard_model
+from qnext.parallel.watch import RankWatch
+
+# torchrun ends the other processes half a minute after one has gone.
+PATIENCE = 20.0  # seconds without a sign of life
+_SECONDS_TO_MEET = 600.0
+_FOREVER = timedelta(days=365)  # of a call: the watch knows whether the others live
+
+
+def join_torchrun() -> RanksOfRun:
+    """Meet the other processes. Raises LostRank where they are not found."""
+    try:
+        store, rank, num_ranks = next(dist.rendezvous("env://", timeout=timedelta(seconds=_SECONDS_TO_MEET)))
+    except (RuntimeError, ValueError) as error:
+        raise LostRank(f"the other processes of torchrun were not found: {error}") from error
+    return RanksOfRun(store, rank, num_ranks)
+
+
+class RanksOfRun:
+    """The TrainingRanks of torchrun: every process computes micro batches, and has a part of every parameter."""
+
+    def __init__(self, store: dist.Store, rank: int, num_ranks: int, *, patience: float = PATIENCE) -> None:
+        self.rank, self.num_ranks = rank, num_ranks
+        self._watch = RankWatch(dist.PrefixStore("watch", store), rank, num_ranks, patience=patience)
+        self._parts = CutParameters(num_ranks, rank)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        with self.guarded():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=_FOREVER)
+
+    @property
+    def share(self) -> int:
+        return self.rank
+
+    @property
+    def num_shares(self) -> int:
+        return self.num_ranks
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def shard(self, model: CausalLM) -> None:
+        """Keep this process's part of every parameter alone."""
+        world = dist.group.WORLD
+        assert world is not None
+        with self.guarded():
+            shard_model(model, DeviceMesh.from_group(world, model.device.type))
+
+    def gather(self, values_N: Tensor) -> Tensor:
+        values_N = values_N.contiguous()
+        all_RN = values_N.new_empty(self.num_ranks, len(values_N))
+        dist.all_gather(list(all_RN.unbind(0)), values_N)
+        return all_RN
+
+    def gather_parts(self, values_N: Tensor) -> Tensor:
+        return self.gather(values_N)
+
+    def part(self, parameter: nn.Parameter) -> nn.Parameter:
+        return self._parts.add(parameter)
+
+    def collect_gradients(self) -> None:
+        self._parts.collect_gradients()
+
+    def shape(self, part: Tensor) -> torch.Size:
+        return self._parts.shape(part)
+
+    @torch.no_grad()
+    def whole(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        padded = self._parts.padded(tensors, parts)
+        return self._parts.joined(self.gather(padded.flatten()).view(self.num_ranks, *padded.shape), parts)
+
+    def cut(self, tensor: Tensor, part: Tensor) -> Tensor:
+        return self._parts.cut(tensor, part)
+
+    def by_first(self, action: Callable[[], None]) -> None:
+        """The others end with the same exit code, and leave the words to the first."""
+        failure: BaseException | None = None
+        if self.is_first:
+            try:
+                action()
+            except Exception as error:
+                failure = error
+        code = getattr(failure, "exit_code", 1) if failure is not None else 0
+        with self.guarded():
+            code = int(self.gather(torch.tensor([code]))[0, 0])
+        if failure is not None:
+            raise failure
+        if code:
+            raise SystemExit(code)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # of torch, whose words name an address
+            lost = None if isinstance(error, QnextError) else self._watch.verdict()
+            if lost is None:
+                raise
+            self.leave()
+            raise lost from error
+
+    def leave(self) -> None:
+        """After a failure: nothing more is expected of the others."""
+        self._watch.close()
+
+    def close(self) -> None:
+        """After the last call of all processes."""
+        self.leave()
+        dist.destroy_process_group()

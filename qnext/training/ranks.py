@@ -1,0 +1,141 @@
+"""The processes of a run, as one of them sees them: `TrainingRanks`; `Alone` is a run in one process.
+
+Legend: R processes, N numbers, L routers, E experts, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qnext.checkpoint.snapshot import load_weights
+from qnext.model import CausalLM
+
+
+class TrainingRanks(Protocol):
+    """What processes that train one model together do otherwise than one. All call the same in the same order.
+
+    Each draws all micro batches of a step and computes its share of them. Parameters may be cut: each process has a
+    part of each, and updates it.
+    """
+
+    @property
+    def share(self) -> int:
+        """Of `num_shares` micro batches in a row, this one is the process's."""
+
+    @property
+    def num_shares(self) -> int: ...
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the process that writes files and talks to people."""
+
+    def shard(self, model: CausalLM) -> None:
+        """Cut the parameters of `model`, before anything else looks at them."""
+
+    def gather(self, values_N: Tensor) -> Tensor:
+        """[R, N]: numbers of the micro batches that run side by side, in the order of the shares."""
+
+    def gather_parts(self, values_N: Tensor) -> Tensor:
+        """[R, N]: numbers of the parts of all processes. Every element of a parameter is in one part."""
+
+    def part(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The part of a parameter of the model. It shares its memory."""
+
+    def collect_gradients(self) -> None:
+        """Move the gradients of the model's parameters to the parts."""
+
+    def shape(self, part: Tensor) -> torch.Size:
+        """Of the parameter that is cut."""
+
+    def whole(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors that are cut as the parameters of these parts are, and have one shape."""
+
+    def cut(self, tensor: Tensor, part: Tensor) -> Tensor:
+        """The inverse of `whole` for one tensor."""
+
+    def by_first(self, action: Callable[[], None]) -> None:
+        """Do something in the first process alone. The others wait; where it fails, all fail."""
+
+    def guarded(self) -> AbstractContextManager[object]:
+        """While this is open, an error that comes of a lost process is LostRank."""
+
+
+class Alone:
+    """One process."""
+
+    share, num_shares, is_first = 0, 1, True
+
+    def shard(self, model: CausalLM) -> None:
+        """Nothing is cut."""
+
+    def gather(self, values_N: Tensor) -> Tensor:
+        return values_N[None]
+
+    def gather_parts(self, values_N: Tensor) -> Tensor:
+        return values_N[None]
+
+    def part(self, parameter: nn.Parameter) -> nn.Parameter:
+        return parameter
+
+    def collect_gradients(self) -> None:
+        """They are there."""
+
+    def shape(self, part: Tensor) -> torch.Size:
+        return part.shape
+
+    def whole(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors)
+
+    def cut(self, tensor: Tensor, part: Tensor) -> Tensor:
+        return tensor
+
+    def by_first(self, action: Callable[[], None]) -> None:
+        action()
+
+    def guarded(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+ALONE = Alone()
+
+
+def total_norm(gradients: Sequence[Tensor], ranks: TrainingRanks) -> Tensor:
+    """The norm of the gradients of all parts together."""
+    norms_P = torch.stack(torch._foreach_norm(list(gradients)))
+    return torch.linalg.vector_norm(ranks.gather_parts(norms_P))
+
+
+def whole_tensors(
+    tensors: Mapping[str, Tensor], part_of: Mapping[str, Tensor], ranks: TrainingRanks
+) -> dict[str, Tensor]:
+    """The tensors of a snapshot, `<parameter>` or `<parameter>/<key>`, of all processes together.
+
+    Those without dims, such as a number of steps, are not cut.
+    """
+    parts = {name: part_of[name.split("/")[0]] for name in tensors}
+    return {name: ranks.whole([each], [parts[name]])[0] if each.dim() else each for name, each in tensors.items()}
+
+
+def cut_tensors(
+    tensors: Mapping[str, Tensor], part_of: Mapping[str, Tensor], ranks: TrainingRanks
+) -> dict[str, Tensor]:
+    """The inverse of whole_tensors. Raises KeyError for a parameter that is not there."""
+    return {
+        name: ranks.cut(each, part_of[name.split("/")[0]]) if each.dim() else each for name, each in tensors.items()
+    }
+
+
+def whole_model(model: CausalLM, part_of: Mapping[str, Tensor], ranks: TrainingRanks) -> CausalLM:
+    """`model` with all its parameters, in the first process. All take part; in the others they have no values."""
+    if ranks.num_shares == 1:
+        return model
+    weights = whole_tensors(part_of, part_of, ranks)
+    whole = CausalLM(model.config)
+    if ranks.is_first:
+        load_weights(dict(whole.named_parameters()), weights, source="the run")
+    return whole

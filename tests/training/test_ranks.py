@@ -1,0 +1,181 @@
+"""Processes that train together do what one does: the same samples, losses, norms and parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qnext.checkpoint.snapshot import newest_snapshot
+from qnext.errors import LostRank, UsageError
+from qnext.training import Hooks, PackedStream, StepMetrics, TrainConfig, Trainer
+from qnext.training.ranks import ALONE, TrainingRanks, whole_tensors
+from tests.training.models import documents, tiny_model
+from tests.training.ranked import TrainingProcesses, processes, started
+from tests.training.test_loop import CONFIG
+
+CONFIG = CONFIG.with_(accumulation=4, total_steps=20, tokens_per_batch=24, lr=5e-3, health_every=5)
+WIDE = {"hidden_size": 32, "vocab_size": 64, "head_dim": 32, "linear_value_head_dim": 32}
+CLOCK = ("elapsed", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[TrainingProcesses]:
+    with processes(2) as found:
+        yield found
+
+
+def make_trainer(
+    ranks: TrainingRanks,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    changes: dict[str, Any],
+    folder: Path | None,
+    hooks: Hooks,
+) -> Trainer:
+    model = tiny_model(dtype=dtype, **changes)
+    ranks.shard(model)
+    stream = PackedStream(
+        documents([30, 9, 2, 17, 60, 23]),
+        tokens_per_batch=config.tokens_per_batch,
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+    )
+    return Trainer(model, stream, config, folder=folder, hooks=hooks, ranks=ranks)
+
+
+def trained(
+    ranks: TrainingRanks, config: TrainConfig, dtype: torch.dtype, changes: dict[str, Any], steps: int
+) -> tuple[list[StepMetrics], dict[str, Tensor]]:
+    """The metrics of every step, and the parameters after them."""
+    seen: list[StepMetrics] = []
+    trainer = make_trainer(ranks, config, dtype, changes, None, Hooks(on_step=seen.append))
+    trainer.run(until_step=steps)
+    return seen, whole_tensors(trainer.part_of, trainer.part_of, ranks)
+
+
+def continued(ranks: TrainingRanks, config: TrainConfig, folder: Path, steps: int) -> list[StepMetrics]:
+    """The metrics of the steps from the newest snapshot on, where there is one, to the next."""
+    seen: list[StepMetrics] = []
+    trainer = make_trainer(ranks, config, torch.float64, {}, folder, Hooks(on_step=seen.append))
+    trainer.resume()
+    trainer.run(until_step=steps)
+    trainer.save()
+    return seen
+
+
+def run_and_vanish(ranks: TrainingRanks, config: TrainConfig, folder: Path, steps: int) -> None:
+    """The second process is gone after so many steps."""
+
+    def vanish(metrics: StepMetrics) -> None:
+        if metrics.step == steps and not ranks.is_first:
+            os._exit(9)
+
+    make_trainer(ranks, config, torch.float64, {}, folder, Hooks(on_step=vanish)).run()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_train_as_one(two: TrainingProcesses, optimizer: str) -> None:
+    """In fp64, where the order of a sum hardly shows: every number of the report, and every parameter."""
+    config = CONFIG.with_(optimizer=optimizer)
+    alone, weights = trained(ALONE, config, torch.float64, {}, 6)
+    for rank, (steps, found) in enumerate(two.run(trained, config, torch.float64, {}, 6)):
+        assert len(steps) == 6
+        for mine, theirs in zip(steps, alone, strict=True):
+            assert numbers(mine, of_inside=rank == 0) == pytest.approx(numbers(theirs, of_inside=rank == 0), rel=1e-9)
+        for name, weight in weights.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_no_bit_differs_where_no_sum_is_split(two: TrainingProcesses, optimizer: str) -> None:
+    """Two micro batches, whose sum has one order; parameters that are used once; no clipping, whose norm adds up by
+    parts; and halves of parameters that fill vectors, beside which AdamW rounds otherwise."""
+    changes = {"tie_word_embeddings": False, "num_nextn_predict_layers": 0, **WIDE}
+    config = CONFIG.with_(optimizer=optimizer, accumulation=2, clip_norm=1e9, health_every=0)
+    alone, weights = trained(ALONE, config, torch.float32, changes, 20)
+    for steps, found in two.run(trained, config, torch.float32, changes, 20):
+        assert [each.loss for each in steps] == [each.loss for each in alone]
+        assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_twenty_steps_in_fp32(two: TrainingProcesses, optimizer: str) -> None:
+    """Through the native kernels, where there are any. Sums of four micro batches have another order."""
+    config = CONFIG.with_(optimizer=optimizer, lr=1e-3, health_every=0, checkpoint_activations=True)
+    alone, _ = trained(ALONE, config, torch.float32, {}, 20)
+    for steps, _ in two.run(trained, config, torch.float32, {}, 20):
+        for mine, theirs in zip(steps, alone, strict=True):
+            assert mine.loss == pytest.approx(theirs.loss, rel=1e-6)
+            assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
+            assert mine.experts == theirs.experts
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_goes_on_with_other_processes(two: TrainingProcesses, tmp_path: Path, optimizer: str) -> None:
+    """Two, one, two: as one alone without a break, from the same samples."""
+    config = CONFIG.with_(optimizer=optimizer)
+    straight, _ = trained(ALONE, config, torch.float64, {}, 6)
+    steps = two.run(continued, config, tmp_path, 2)[0]
+    steps += continued(ALONE, config, tmp_path, 4)
+    steps += two.run(continued, config, tmp_path, 6)[0]
+    for mine, theirs in zip(steps, straight, strict=True):
+        assert numbers(mine, of_inside=True) == pytest.approx(numbers(theirs, of_inside=True), rel=1e-9)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_from_two_to_four_to_one(tmp_path: Path) -> None:
+    straight, _ = trained(ALONE, CONFIG, torch.float64, {}, 6)
+    steps = []
+    for num_ranks, until in ((2, 2), (4, 4)):
+        with processes(num_ranks) as ranks:
+            steps += ranks.run(continued, CONFIG, tmp_path, until)[0]
+    steps += continued(ALONE, CONFIG, tmp_path, 6)
+    for mine, theirs in zip(steps, straight, strict=True):
+        assert numbers(mine, of_inside=True) == pytest.approx(numbers(theirs, of_inside=True), rel=1e-9)
+
+
+def test_a_lost_process_ends_the_run(tmp_path: Path) -> None:
+    """The others say which one it was, and the last snapshot is whole."""
+    config = CONFIG.with_(snapshot_every=1)
+    with started(2, patience=3.0) as ranks:
+        for connection in ranks.connections:
+            connection.send((run_and_vanish, (config, tmp_path, 2)))
+        failure = ranks.connections[0].recv()
+    assert isinstance(failure, LostRank), failure
+    assert str(failure).startswith("rank 1 was lost")
+    found = newest_snapshot(tmp_path / "snapshots")
+    assert found is not None
+    assert found[1].step in (1, 2)
+    assert len(continued(ALONE, config, tmp_path, found[1].step + 1)) == 1
+
+
+def test_micro_batches_that_cannot_be_divided_are_refused(two: TrainingProcesses) -> None:
+    for config, name in ((CONFIG.with_(accumulation=3), "accumulation=3"), (CONFIG.with_(parallel_batches=2), "para")):
+        with pytest.raises(UsageError, match=name):
+            two.run(trained, config, torch.float32, {}, 1)
+
+
+def numbers(metrics: StepMetrics, *, of_inside: bool) -> list[float]:
+    """All of them but times. The first process alone looks at the inside of the first micro batch."""
+    values = dataclasses.asdict(metrics)
+    if not of_inside:
+        values["health"] = None
+    found: list[float] = []
+    waiting = [value for name, value in values.items() if name not in CLOCK]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (dict, list)):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, (int, float)):
+            found.append(float(value))
+    return found
