@@ -83,6 +83,17 @@ CLAIMS = (
         )
         for domain in DOMAINS
     ),
+    *(
+        Claim(
+            f"the same of the released model by its layers, one draft, acceptance of the small one, {domain}",
+            _BLOG,
+            C8,
+            f"released_{domain}",
+            Limit(low=1.0),
+            "higher",
+        )
+        for domain in DOMAINS
+    ),
     Claim(
         "a token of a linear layer behind 1M tokens over one behind 1K",
         _BLOG,

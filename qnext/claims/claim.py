@@ -47,6 +47,10 @@ class Grid(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
+def ratio_cell(ratio: Interval) -> str:
+    return f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
 class Picture(NamedTuple):
     """Charts of a report, side by side. `name` is that of its file."""
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qnext.claims.layers.drafted import DraftedSteps
 from qnext.claims.layers.shapes import KINDS, RELEASED, tiny
+from qnext.claims.layers.speed import LayerSpeed
 from qnext.claims.layers.times import fitted_line, step_seconds
+from qnext.claims.notebook import Measured
 from qnext.claims.training.arms import EXPERTS, FULL, HYBRID, LINEAR, MICRO_BALANCE, RunBudget, small_model
 from qnext.claims.training.runs import recall_documents
 from qnext.config import LINEAR_ATTENTION
@@ -41,6 +44,22 @@ def test_a_step_of_a_model_is_the_sum_of_its_layers_and_its_head() -> None:
     hybrid, dense = step_seconds(layers, RELEASED)
     assert hybrid == pytest.approx(36 * 2 + 12 * 4 + rows * 0.5 + 1)
     assert dense == pytest.approx(64 * 9 + rows * 0.5 + 2)
+
+
+def test_drafts_pay_where_right_ones_outweigh_their_cost() -> None:
+    """A step of one row takes 36 x 2 + 12 x 4 + 1 seconds, a draft 4, a row more 0.5 in every layer; heads are free."""
+    run = LayerSpeed(RELEASED, "int4-g32", 2, chunks=(), long_chunk=0, lengths=(1, 2, 3), batches=(1, 2))
+    steps = DraftedSteps(run, context=64, most_drafts=1)
+    one = {"linear": 3.0, "full": 5.0, "frame": 1.0, "head": 1.0}
+    two = {**one, "linear": 3.5, "full": 5.5}
+    known = {run.drafted_name(64, rows): Measured([layers, layers], {}, "") for rows, layers in ((1, one), (2, two))}
+    assert steps.grids({}, {"code": 0.5}) == ({}, [])
+    cost = (121 + 48 * 0.5 + 4) / 121
+    values, (costs, speeds) = steps.grids(known, {"code": 0.5, "never": 0.0})
+    assert values["released_code"].value == pytest.approx(1.5 / cost)
+    assert values["released_never"].value == pytest.approx(1 / cost)
+    assert [row[-1] for row in costs.rows] == [f"{cost - 1:.0%}"]
+    assert [row[0] for row in speeds.rows] == ["code", "never"]
 
 
 def test_timed_layers_are_those_of_the_released_models() -> None:

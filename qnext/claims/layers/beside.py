@@ -15,7 +15,7 @@ from qnext.bench.contest import Contestants
 from qnext.bench.llama import LlamaBench
 from qnext.checkpoint.check import read_layout
 from qnext.checkpoint.gguf import export_gguf
-from qnext.claims.claim import Grid, Workplace
+from qnext.claims.claim import Grid, Workplace, ratio_cell
 from qnext.claims.layers.meter import layers_worker
 from qnext.claims.layers.shapes import DENSE_PAIR, RELEASED, layer_folder
 from qnext.claims.layers.times import median_of
@@ -97,15 +97,7 @@ class BesideLlama:
                 values[f"dense_{kind}_over_llama_{depth}"] = ratio
                 times = [mean_interval([each[name] for each in entry.value]).value for name in ("qnext", "llama.cpp")]
                 cells = (f"{1e3 * seconds:,.1f}" for seconds in times)
-                rows.append(
-                    [
-                        self.scheme,
-                        kind,
-                        f"{depth:,}",
-                        *cells,
-                        f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})",
-                    ]
-                )
+                rows.append([self.scheme, kind, f"{depth:,}", *cells, ratio_cell(ratio)])
         header = ["weights", "what", "context", "qnext", "llama.cpp", "ratio"]
         title = (
             f"One dense layer beside llama.cpp's: milliseconds of {self.chunk} tokens of a prompt, and of a decoded one"

@@ -53,10 +53,12 @@ class DeepLayer:
         self._executor.execute(plan)
         return time.perf_counter() - start
 
-    def decode_seconds(self, step: int) -> float:
-        """Of one token of every sequence, `step` tokens behind the context."""
+    def decode_seconds(self, step: int, num_rows: int = 1) -> float:
+        """Of one token of every sequence and `num_rows` - 1 drafts behind it, `step` such steps behind the context."""
+        start_token = self._context + step * num_rows
         sequences = [
-            self._sequence(slot, 1, self._context + step, needs_sample=True) for slot in range(self._num_sequences)
+            self._sequence(slot, num_rows, start_token, needs_sample=True)._replace(num_drafts=num_rows - 1)
+            for slot in range(self._num_sequences)
         ]
         self._is_known = True
         start = time.perf_counter()
@@ -124,13 +126,16 @@ def layers_worker(*, folders: Mapping[str, str], threads: int | None) -> Step:
             deep[key] = DeepLayer(models[name], context=context, num_sequences=num_sequences, num_more=num_more)
         return deep[key]
 
-    def decode(names: Sequence[str], context: int, num_sequences: int, steps: int) -> dict[str, list[float]]:
+    def decode(
+        names: Sequence[str], context: int, num_sequences: int, steps: int, num_rows: int = 1
+    ) -> dict[str, list[float]]:
         depths = {name: context if name in _DEEP else 1 for name in names}
-        layers = {name: at(name, depth, num_sequences, 4 * steps) for name, depth in depths.items()}
+        num_more = 4 * steps * num_rows
+        layers = {name: at(name, depth, num_sequences, num_more) for name, depth in depths.items()}
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for step in range(steps):
             for name, layer in layers.items():
-                seconds[name].append(layer.decode_seconds(step))
+                seconds[name].append(layer.decode_seconds(step, num_rows))
         return seconds
 
     def chunk(names: Sequence[str], context: int, num_tokens: int) -> dict[str, float]:

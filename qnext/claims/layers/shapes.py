@@ -46,6 +46,7 @@ class Compared(NamedTuple):
 LAYERS = ("linear", "full", "dense")
 DENSE_PAIR = "dense pair"  # two layers, for a program that computes less of the last one
 KINDS = (*LAYERS, "frame", "dense frame", "head", "dense head")
+HYBRID_KINDS = ("linear", "full", "frame", "head")
 RELEASED = Compared("released", preset("80b-a3b"), preset("qwen3-32b"))
 
 

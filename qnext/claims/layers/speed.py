@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from qnext.bench.contest import Contestants, Step
-from qnext.claims.claim import Findings, Grid, Picture, Workplace
+from qnext.claims.claim import Findings, Grid, Picture, Workplace, ratio_cell
 from qnext.claims.layers.beside import BesideLlama
 from qnext.claims.layers.meter import layers_worker
-from qnext.claims.layers.shapes import KINDS, LAYERS, Compared, layer_folder
+from qnext.claims.layers.shapes import HYBRID_KINDS, KINDS, LAYERS, Compared, layer_folder
 from qnext.claims.layers.times import Line, fitted_line, median_of, step_seconds
 from qnext.claims.notebook import Measured, Point
 from qnext.diagnostics.charts import Axis, Curve, LineChart
@@ -53,6 +53,14 @@ class LayerSpeed:
             for batch, context in self.steps
         ]
 
+    def drafted_point(self, at: Workplace, context: int, num_rows: int) -> Point:
+        """Steps of the hybrid's layers with so many rows of one sequence."""
+        measure = partial(self._decode, at, 1, context, names=HYBRID_KINDS, num_rows=num_rows)
+        return Point(self.drafted_name(context, num_rows), {**self._facts, "steps": self.step_tokens}, measure)
+
+    def drafted_name(self, context: int, num_rows: int) -> str:
+        return f"drafted/{self.scheme}/{num_rows} rows@{context}"
+
     @property
     def steps(self) -> list[tuple[int, int]]:
         return [(batch, context) for batch in self.batches for context in self.lengths]
@@ -77,9 +85,11 @@ class LayerSpeed:
             worker("chunk", names, context, tokens)
             return [worker("chunk", names, context, tokens) for _ in range(self.rounds)]
 
-    def _decode(self, at: Workplace, batch: int, context: int) -> list[dict[str, float]]:
-        with self._worker(at, KINDS) as worker:
-            step = partial(worker, "decode", KINDS, context, batch, self.step_tokens)
+    def _decode(
+        self, at: Workplace, batch: int, context: int, *, names: Sequence[str] = KINDS, num_rows: int = 1
+    ) -> list[dict[str, float]]:
+        with self._worker(at, names) as worker:
+            step = partial(worker, "decode", names, context, batch, self.step_tokens, num_rows)
             step()
             return [median_of(step()) for _ in range(self.rounds)]
 
@@ -151,7 +161,7 @@ class PrefillSpeed:
                 values[f"prefill_{_place(run, length)}"] = ratio
                 curves.setdefault(run.scheme, []).append((length, ratio))
                 rates = [mean_interval([length / both[side] for both in seconds]).value for side in (0, 1)]
-                rows.append([run.scheme, f"{length:,}", *(f"{rate:,.1f}" for rate in rates), _ratio(ratio)])
+                rows.append([run.scheme, f"{length:,}", *(f"{rate:,.1f}" for rate in rates), ratio_cell(ratio)])
             lines_rows += _line_rows(run, run.lines(known))
         grids = [
             Grid(
@@ -197,7 +207,7 @@ class DecodeSpeed:
                 curves.setdefault(f"{run.scheme}, {batch} at once", []).append((context, ratio))
                 rates = [mean_interval([batch / both[side] for both in steps]).value for side in (0, 1)]
                 label = [run.scheme, str(batch), f"{context:,}"]
-                rows.append([*label, *(f"{rate:,.2f}" for rate in rates), _ratio(ratio)])
+                rows.append([*label, *(f"{rate:,.2f}" for rate in rates), ratio_cell(ratio)])
                 means = {name: mean_interval([each[name] for each in entry.value]).value for name in KINDS}
                 layer_rows.append([*label, *(f"{1e3 * means[name]:.2f}" for name in KINDS)])
         grids = [
@@ -237,10 +247,6 @@ def _picture(name: str, title: str, x: str, curves: Mapping[str, list[tuple[int,
         for label, points in curves.items()
     ]
     return Picture(name, title, [LineChart(title, Axis(x, is_log=True), Axis("times as fast"), drawn)])
-
-
-def _ratio(ratio: Interval) -> str:
-    return f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 _PREFILL_SETTING = (

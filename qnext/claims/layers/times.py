@@ -40,13 +40,29 @@ def fitted_line(points: Sequence[tuple[float, float]]) -> Line:
 
 def step_seconds(layers: LayerSeconds, of: Compared) -> tuple[float, float]:
     """A decoding step of the hybrid model and of the dense one: their layers without the frame, and their heads."""
-    linear, full, dense = of.layer_counts
-    frame, dense_frame = layers["frame"], layers["dense frame"]
-    hybrid = linear * (layers["linear"] - frame) + full * (layers["full"] - frame)
-    rows = of.hybrid.vocab_size / of.head_rows
-    head = rows * (layers["head"] - frame) + frame
-    dense_head = rows * (layers["dense head"] - dense_frame) + dense_frame
-    return hybrid + head, dense * (layers["dense"] - dense_frame) + dense_head
+    frame, dense = layers["dense frame"], of.layer_counts[2]
+    dense_head = _head_rows(of) * (layers["dense head"] - frame) + frame
+    return hybrid_step(layers, of), dense * (layers["dense"] - frame) + dense_head
+
+
+def hybrid_step(layers: LayerSeconds, of: Compared) -> float:
+    """A decoding step of the hybrid model alone."""
+    linear, full, _ = of.layer_counts
+    frame = layers["frame"]
+    return linear * (layers["linear"] - frame) + full * (layers["full"] - frame) + _hybrid_head(layers, of) + frame
+
+
+def draft_seconds(layers: LayerSeconds, of: Compared) -> float:
+    """A token drafted by the MTP layer: a full layer and the head, without the small matrix before the layer."""
+    return layers["full"] - layers["frame"] + _hybrid_head(layers, of)
+
+
+def _hybrid_head(layers: LayerSeconds, of: Compared) -> float:
+    return _head_rows(of) * (layers["head"] - layers["frame"])
+
+
+def _head_rows(of: Compared) -> float:
+    return of.hybrid.vocab_size / of.head_rows
 
 
 def median_of(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -9,7 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qnext.claims.claim import Findings, Grid, Workplace
+import torch
+
+from qnext.claims.claim import Findings, Grid, Workplace, ratio_cell
+from qnext.claims.layers.drafted import DraftedSteps
 from qnext.claims.notebook import Measured, Point
 from qnext.claims.training.ablations import model_folder, run_name
 from qnext.claims.training.arms import Arm, RunBudget
@@ -31,6 +34,7 @@ class DraftSpeed:
     budget: RunBudget
     seeds: int
     contexts: tuple[int, ...]
+    layers: DraftedSteps
     answer: int = 96
     prompts: int = 6
     rounds: int = 3
@@ -52,6 +56,7 @@ class DraftSpeed:
                 for context in self.contexts
                 for domain in DOMAINS
             ),
+            *self.layers.points(at),
         ]
 
     def _facts(self, seed: int) -> dict[str, Any]:
@@ -78,7 +83,7 @@ class DraftSpeed:
 
     def _speed(self, folder: Path, domain: str, context: int) -> list[dict[str, float]]:
         """Round by round: tokens/s without and with drafts, drafts that were right, and tokens of a step."""
-        model, prompts = self._model(folder, 0), self._prompts(self._texts.held_out[domain], context)
+        model, prompts = self._model(folder, 0).to(torch.bfloat16), self._prompts(self._texts.held_out[domain], context)
         engines = {
             name: Engine.of(
                 model,
@@ -120,6 +125,7 @@ class DraftSpeed:
 
     def findings(self, known: Mapping[str, Measured]) -> Findings:
         values: dict[str, Interval] = {}
+        shares: dict[str, float] = {}
         accepted = [
             known[name].value for seed in range(self.seeds) if (name := run_name("drafts", _ARM, seed)) in known
         ]
@@ -127,7 +133,7 @@ class DraftSpeed:
         for domain in DOMAINS:
             if accepted:
                 share = mean_interval([each[domain]["acceptance"] for each in accepted])
-                values[f"acceptance_{domain}"] = share
+                values[f"acceptance_{domain}"], shares[domain] = share, share.value
                 loss = mean_interval([each[domain]["bits_per_byte"] for each in accepted])
                 rows.append(
                     [domain, share.percent() if len(accepted) > 1 else f"{share.value:.1%}", f"{loss.value:.3f}"]
@@ -148,7 +154,7 @@ class DraftSpeed:
                         f"{context:,}",
                         f"{means['plain']:,.0f}",
                         f"{means['drafted']:,.0f}",
-                        f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})",
+                        ratio_cell(ratio),
                         f"{means['accepted']:.1%}",
                         f"{means['per_step']:.2f}",
                     ]
@@ -162,15 +168,18 @@ class DraftSpeed:
             ),
             Grid("Greedy answers behind held-out text, with and without drafts, in turn", header, speeds),
         ]
-        return Findings(self.setting, values, [grid for grid in grids if grid.rows])
+        released, more = self.layers.grids(known, shares)
+        return Findings(self.setting, values | released, [grid for grid in [*grids, *more] if grid.rows])
 
     @property
     def setting(self) -> str:
         return (
             f"A model of {self.budget.base.num_hidden_layers} layers of width {self.budget.base.hidden_size} and an "
             f"MTP layer, trained with {self.budget.flops:.1e} operations on code (standard library of Python), prose "
-            "(the language reference) and arithmetic (sums with their working), as many bytes of each. The engine "
-            "chooses how many tokens it drafts; answers are the same with and without."
+            "(the language reference) and arithmetic (sums with their working), as many bytes of each, and served in "
+            "bf16. The engine chooses how many tokens it drafts; answers are the same with and without. Then layers of "
+            "the released shape, random weights: steps with drafts to verify, and what follows for the whole model "
+            "with the acceptance of the small one."
         )
 
 
