@@ -42,6 +42,7 @@ class ServingFlags:
     picture: Annotated[Path | None, option("memory by part and speed by context, as .svg or .png", metavar="FILE")] = (
         None
     )
+    tensor_parallel: Annotated[int, option("ranks that cut heads, dense matrices and the vocabulary", min=1)] = 1
     acceptance: Annotated[float | None, option("of each draft, else 0.65, an assumption", min=0.0, max=1.0)] = None
 
 
@@ -109,6 +110,7 @@ def command(
     from qnext.diagnostics.plan import plan_document, plan_model
     from qnext.diagnostics.plan_page import format_plans
     from qnext.diagnostics.plan_picture import write_plan_picture
+    from qnext.parallel.mesh import Mesh
     from qnext.planning.machines import planned_machine
     from qnext.planning.speculation import ASSUMED_ACCEPTANCE
     from qnext.session.planned import Asked, planned_model
@@ -128,6 +130,7 @@ def command(
         ASSUMED_ACCEPTANCE if serving.acceptance is None else serving.acceptance,
         serving.calibration,
         cluster.prices(num_devices),
+        Mesh(serving.tensor_parallel, training.expert_parallel),
     )
     plans = [plan_model(planned_model(name, serving.scheme, yarn=serving.yarn), asked) for name in models]
     if serving.picture is not None:
@@ -167,6 +170,8 @@ def _print_training(
         raise UsageError(f"--train {training.train}: must be one of {', '.join(KINDS)}")
     if training.tokens is None:
         raise UsageError("--train: needs --tokens, such as 15T")
+    if serving.tensor_parallel > 1:
+        raise UsageError("--tensor-parallel: divides a model that answers; a training run has --expert-parallel")
     states = training.states or ("fp32" if serving.machine is None else "adamw")
     if states not in STATES:
         raise UsageError(f"--states {states}: must be one of {', '.join(STATES)}")

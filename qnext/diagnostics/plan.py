@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from qnext.diagnostics.finding import Finding
+from qnext.diagnostics.rank_plan import RankPlan, plan_ranks
 from qnext.planning.anatomy import Anatomy, anatomy
 from qnext.planning.calibration import Calibration
 from qnext.planning.cost import Prices, TokenCost, token_cost
@@ -53,6 +54,7 @@ class ModelPlan(NamedTuple):
     bounds: Bounds | None
     calibration: Calibration | None
     measured: tuple[MeasuredFigure, ...]  # of this machine, whatever the model
+    ranks: RankPlan | None = None  # where there are several
 
     @property
     def fits(self) -> bool:
@@ -115,7 +117,8 @@ def plan_model(model: PlannedModel, asked: Asked = _NOTHING) -> ModelPlan:
     bound = bounds(model.config, model.sizes, on)
     calibration = calibration_of(asked)
     measured = () if calibration is None else tuple(measured_of(asked))
-    return ModelPlan(model, on, known, sped, found, more, assumed, prices, bound, calibration, measured)
+    ranks = plan_ranks(model, asked.mesh) if asked.mesh.num_ranks > 1 else None
+    return ModelPlan(model, on, known, sped, found, more, assumed, prices, bound, calibration, measured, ranks)
 
 
 def plan_document(plan: ModelPlan) -> dict[str, Any]:
@@ -138,6 +141,7 @@ def plan_document(plan: ModelPlan) -> dict[str, Any]:
         "fitting_sequences": {str(length): count for length, count in plan.fitting().items()} if plan.fits else {},
         "costs": {name: cost.document() for name, cost in plan.costs.items()},
         "drafts": None if plan.drafts is None else plan.drafts.document(),
+        "ranks": None if plan.ranks is None else plan.ranks.document(),
         "more_memory": [{"bytes": extra, **_document(found)} for extra, found in plan.more.items()],
     }
 

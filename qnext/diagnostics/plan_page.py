@@ -53,6 +53,8 @@ def _page(plan: ModelPlan) -> Iterator[str]:
     yield from _schemes(plan)
     yield ""
     yield from _sequences(plan)
+    if plan.ranks is not None:
+        yield from plan.ranks.lines()
 
 
 def calibration_line(plan: ModelPlan) -> str:
@@ -169,6 +171,8 @@ def _side_by_side(plans: Sequence[ModelPlan]) -> Iterator[str]:
     for plan in plans:
         assumed = f"; assumed: {', '.join(plan.assumed)}" if plan.assumed else ""
         yield f"{plan.model.name}: {placement_line(plan.forecast)}{assumed}"
+        if plan.ranks is not None:
+            yield from plan.ranks.lines()
 
 
 def _figures(plans: Sequence[ModelPlan]) -> Iterator[tuple[str, list[tuple[float, str]]]]:

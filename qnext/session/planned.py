@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qnext.errors import UsageError
+from qnext.parallel.mesh import Mesh
 from qnext.planning import ParameterInfo, list_parameters, machine
 from qnext.planning.anatomy import part_bytes
 from qnext.planning.calibration import Calibration, calibration_file, read_calibration
@@ -54,8 +55,8 @@ class PlannedModel:
 
 
 class Asked(NamedTuple):
-    """What a plan is asked for: `batch` sequences of `context` tokens, here or on an`other` machine. What is not given
-    is measured or assumed."""
+    """What a plan is asked for: `batch` sequences of `context` tokens, here or on an `other` machine, by the ranks of
+    `mesh`. What is not given is measured or assumed."""
 
     context: int | None = None
     batch: int = 1
@@ -66,6 +67,7 @@ class Asked(NamedTuple):
     acceptance: float = ASSUMED_ACCEPTANCE
     calibration: Path | None = None
     prices: Prices = Prices()
+    mesh: Mesh = Mesh()
 
 
 def planned_model(model: str, scheme: str | None = None, *, yarn: float | None = None) -> PlannedModel:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from qnext.claims.layers.shapes import KINDS, RELEASED, tiny
 from qnext.claims.layers.speed import LayerSpeed
 from qnext.claims.layers.times import fitted_line, step_seconds
 from qnext.claims.notebook import Measured
+from qnext.claims.training.ablations import model_folder
 from qnext.claims.training.arms import EXPERTS, FULL, HYBRID, LINEAR, MICRO_BALANCE, RunBudget, small_model
 from qnext.claims.training.runs import recall_documents
 from qnext.config import LINEAR_ATTENTION
@@ -60,6 +63,14 @@ def test_drafts_pay_where_right_ones_outweigh_their_cost() -> None:
     assert values["released_never"].value == pytest.approx(1 / cost)
     assert [row[-1] for row in costs.rows] == [f"{cost - 1:.0%}"]
     assert [row[0] for row in speeds.rows] == ["code", "never"]
+
+
+def test_a_model_of_another_recipe_has_another_folder() -> None:
+    budgets = (RunBudget(small_model(64), 1e12), RunBudget(small_model(64), 2e12))
+    facts = [budget.facts(HYBRID, seed=0) for budget in (*budgets, budgets[0])]
+    first, second, again = (model_folder(Path("runs"), "text/full, no gate/0", each) for each in facts)
+    assert first == again != second
+    assert first.parent == Path("runs/models") and first.name.startswith("text-full-no-gate-0-")
 
 
 def test_timed_layers_are_those_of_the_released_models() -> None:

@@ -290,6 +290,26 @@ def test_a_longer_context_by_yarn(capsys: Capture) -> None:
     assert found["context"] == 1 << 20 and "--yarn 4" in found["assumed"]
 
 
+def test_ranks(capsys: Capture, rates: None) -> None:
+    """Each of the eight has an eighth of the experts, half of the heads, and what nobody cuts."""
+    (alone,) = documents(capsys, "80b-a3b", "--memory", "24g")
+    (plan,) = documents(capsys, "80b-a3b", "--memory", "24g", "--tensor-parallel", 2, "--expert-parallel", 4)
+    assert alone["ranks"] is None
+    ranks = plan["ranks"]
+    assert len(ranks["weight_bytes"]) == 8
+    assert sum(ranks["weight_bytes"]) > sum(plan["part_bytes"].values()) > 7 * max(ranks["weight_bytes"])
+    assert 2 * ranks["kv_bytes_per_token"] == plan["kv_bytes_per_token"]["bfloat16"]
+    assert 2 * ranks["state_bytes_per_sequence"] == plan["state_bytes_per_sequence"]["float32"]["total"]
+    experts = 48 * 11 * 2048 * 7 * 4  # the results of eleven experts of each layer, to seven others
+    assert ranks["sent_bytes"]["decoded"] > 48 * ranks["sent_bytes"]["sparse"] == experts
+    page = run(capsys, "plan", "80b-a3b", "--memory", "24g", "--tensor-parallel", 2, "--expert-parallel", 4).out
+    assert "on 8 ranks, 2 x 4" in page and "all ranks send for a decoded token" in page
+    refused = run(capsys, "plan", "80b-a3b", "--memory", "24g", "--tensor-parallel", 3)
+    assert (refused.code, "num_attention_heads is 16" in refused.err) == (2, True)
+    training = run(capsys, "plan", "80b-a3b", "--train", "sft", "--tokens", "1B", "--tensor-parallel", 2)
+    assert (training.code, "--tensor-parallel" in training.err) == (2, True)
+
+
 def test_what_is_wrong_is_said(capsys: Capture, tmp_path: Path) -> None:
     assert run(capsys, "plan", tmp_path / "none").code == 3
     wrong = run(capsys, "plan", "80b-a3b", "--scheme", "int3")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -39,7 +42,7 @@ class TextRuns:
 
     def _measure(self, arm: Arm, seed: int, folder: Path) -> dict[str, float]:
         text = code_text(self.budget.base.vocab_size, train_bytes=self.train_bytes, held_out_bytes=self.held_out_bytes)
-        place = model_folder(folder, "text", arm, seed)
+        place = model_folder(folder, run_name("text", arm, seed), self.facts(arm, seed))
         model = trained(arm, self.budget, text.train, seed=seed, folder=place)
         return text_measures(model, text, sequence_length=self.budget.sequence_length)
 
@@ -73,9 +76,10 @@ class RecallRuns:
             "tested": [asdict(shape) for shape in self.tested],
             "problems": self.num_problems,
         }
-        return Point(run_name(self.label, arm, seed), facts, partial(self._measure, arm, seed, folder))
+        name = run_name(self.label, arm, seed)
+        return Point(name, facts, partial(self._measure, arm, seed, model_folder(folder, name, facts)))
 
-    def _measure(self, arm: Arm, seed: int, folder: Path) -> list[float]:
+    def _measure(self, arm: Arm, seed: int, place: Path) -> list[float]:
         """The share of right answers for each tested shape."""
         length = max(shape.length for shape in self.shapes)
         count = 2 + self.budget.steps(arm) * self.budget.tokens_per_step // min(
@@ -83,7 +87,7 @@ class RecallRuns:
         )
         assert length <= self.budget.sequence_length
         documents = recall_documents(self.task, self.shapes, count, seed=seed)
-        model = trained(arm, self.budget, documents, seed=seed, folder=model_folder(folder, self.label, arm, seed))
+        model = trained(arm, self.budget, documents, seed=seed, folder=place)
         return [self._score(model, shape) for shape in self.tested]
 
     def _score(self, model: Any, shape: IdShape) -> float:
@@ -95,8 +99,10 @@ def run_name(kind: str, arm: Arm, seed: int) -> str:
     return f"{kind}/{arm.name}/{seed}"
 
 
-def model_folder(folder: Path, kind: str, arm: Arm, seed: int) -> Path:
-    return folder / "models" / run_name(kind, arm, seed).replace(" ", "-").replace(",", "").replace("/", "-")
+def model_folder(folder: Path, run: str, facts: Mapping[str, Any]) -> Path:
+    """Of the model of a run. Another recipe has another one, so that no old model is taken for it."""
+    recipe = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    return folder / "models" / f"{re.sub('[ ,/]+', '-', run)}-{recipe}"
 
 
 def values_of(known: Mapping[str, Any], kind: str, arm: Arm, seeds: int) -> list[Any]:

@@ -69,7 +69,7 @@ class DraftSpeed:
         )
 
     def _model(self, folder: Path, seed: int) -> CausalLM:
-        place = model_folder(folder, "drafts", _ARM, seed)
+        place = model_folder(folder, run_name("drafts", _ARM, seed), self._facts(seed))
         return trained(_ARM, self.budget, self._texts.train, seed=seed, folder=place)
 
     def _accept(self, folder: Path, seed: int) -> dict[str, dict[str, float]]:

@@ -156,7 +156,8 @@ class Gates:
 
     def _measure(self, at: Workplace, arm: Arm, seed: int) -> dict[str, Any]:
         """Means over held-out documents."""
-        model = load_model(model_folder(at.folder, "text", arm, seed)).eval()
+        place = model_folder(at.folder, run_name("text", arm, seed), self.text.facts(arm, seed))
+        model = load_model(place).eval()
         budget = self.text.budget
         text = code_text(
             budget.base.vocab_size, train_bytes=self.text.train_bytes, held_out_bytes=self.text.held_out_bytes

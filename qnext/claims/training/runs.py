@@ -16,7 +16,6 @@ from qnext.claims.training.arms import Arm, RunBudget
 from qnext.claims.training.texts import CodeText
 from qnext.eval import EvalDocument, evaluate_perplexity
 from qnext.eval.ids import IdShape, id_problems
-from qnext.files import remove_folder
 from qnext.model import Batch, CausalLM, initialize
 from qnext.planning.expert_shape import expert_shape
 from qnext.training import Losses, NextToken, PackedStream, TrainBatch, TrainConfig, Trainer, TrainStep
@@ -108,12 +107,6 @@ def recall_documents(task: str, shapes: Sequence[IdShape], count: int, *, seed: 
             coded[places] = ids[places]
             documents.append(coded)
     return documents
-
-
-def discard(folder: Path) -> None:
-    """A model whose recipe has changed."""
-    if folder.is_dir():
-        remove_folder(folder)
 
 
 def use_one_thread() -> None:
