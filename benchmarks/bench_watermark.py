@@ -3,7 +3,8 @@
 Answers of MODEL to beginnings of texts that it was not trained on, with and without a mark, at several temperatures.
 Strength: the share of answers that the detector finds, by length, temperature and edits, at three rates of false alarm.
 False alarms: on texts of people, pieces of Python's library. Cost: nats per token of the model's own text under the
-model, and, with --speed, the time of a draw for a large vocabulary. Each part is printed as it ends.
+model; with --speed the time of a draw for a large vocabulary; with --rate tokens a second of MODEL; with --task the
+share of right answers of a small model that has learnt to recall. Each part is printed as it ends.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from _pair import machine, print_json
@@ -23,10 +26,14 @@ from _pair import machine, print_json
 import numpy as np
 
 from qnext import LLM
-from qnext.engine import Completion, SamplingParams
+from qnext.claims.training.arms import HYBRID, RunBudget, recall_model
+from qnext.claims.training.runs import recall_documents, trained
+from qnext.engine import Completion, Engine, EngineConfig, SamplingParams
 from qnext.engine.policy.watermark_key import WatermarkKey
 from qnext.engine.sampling.filters import draw
 from qnext.engine.sampling.watermark import Mark, score
+from qnext.eval.ids import IdShape, id_problems
+from qnext.eval.intervals import wilson
 from qnext.recipes.code import standard_library
 
 LEVELS = (1e-2, 1e-3, 1e-6)
@@ -39,6 +46,7 @@ EDITED_LENGTH = 200
 EDITS = ("deleted", "replaced")
 EDIT_SHARES = (0.05, 0.1, 0.2, 0.3)
 VOCABULARY = 151_936  # of the released models
+_RATE_TOKENS = 64
 
 
 class Answers(NamedTuple):
@@ -170,6 +178,80 @@ def _speed(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _rate(llm: LLM, rounds: int) -> list[dict[str, Any]]:
+    """Tokens a second of one sequence at temperature 0.7 and top_k 20, the ways in turn, as ratios to the plain one of
+    the same round."""
+    prompt = list(range(1, 33))
+    rates: dict[str | None, list[float]] = {name: [] for name in (None, "tournament", "green 2")}
+    for number in range(rounds + 1):
+        for name, found in rates.items():
+            params = SamplingParams(
+                temperature=0.7,
+                top_k=20,
+                seed=number,
+                max_tokens=_RATE_TOKENS + 1,
+                ignore_eos=True,
+                watermark=None if name is None else _key(name),
+            )
+            events = llm.engine.stream(prompt, params)
+            next(events)
+            started = time.perf_counter()
+            for _ in events:
+                pass
+            if number:  # the first round warms up
+                found.append(_RATE_TOKENS / (time.perf_counter() - started))
+    rows = []
+    for name, found in rates.items():
+        ratios = [one / plain for one, plain in zip(found, rates[None], strict=True)]
+        rows.append(
+            {
+                "part": "rate",
+                "scheme": name or "plain",
+                "tokens_per_second": statistics.median(found),
+                "ratio": statistics.median(ratios),
+                "least": min(ratios),
+                "most": max(ratios),
+            }
+        )
+    return rows
+
+
+def _task(number: int, flops: float) -> list[dict[str, Any]]:
+    """Right answers of a model of 0.3 M parameters that was taught to recall the value of one of eight keys."""
+    shape = IdShape(512, 64, num_facts=8, num_queries=8)
+    budget = RunBudget(recall_model(64), flops, sequence_length=64)
+    documents = recall_documents("mqar", [shape], 2 + int(budget.steps(HYBRID) * budget.tokens_per_step / 63), seed=0)
+    with TemporaryDirectory() as place:
+        model = trained(HYBRID, budget, documents, seed=0, folder=Path(place) / "m")
+    problems = list(islice(id_problems("mqar", shape, seed="test"), number))
+    prompts = [list(problem.token_ids[: problem.answer_places[0]]) for problem in problems]
+    engine = Engine.of(model, EngineConfig(max_num_seqs=16, max_model_len=128))
+    rows = []
+    for temperature in (0.7, 1.0):
+        for name in (None, *SCHEMES):
+            params = [
+                SamplingParams(
+                    temperature=temperature, seed=n, max_tokens=1, watermark=None if name is None else _key(name, n)
+                )
+                for n in range(number)
+            ]
+            found = engine.generate(prompts, params)
+            hits = sum(each.output_ids[0] == one.answers[0] for each, one in zip(found, problems, strict=True))
+            share = wilson(hits, number)
+            rows.append(
+                {
+                    "part": "task",
+                    "scheme": name or "plain",
+                    "temperature": temperature,
+                    "right": share.value,
+                    "low": share.low,
+                    "high": share.high,
+                }
+            )
+    engine.close()
+    return rows
+
+
 def _prompts(llm: LLM, number: int) -> list[list[int]]:
     corpus = standard_library(held_out_share=0.05)
     texts = [file.text for file in corpus.held_out if len(file.text) > 2000]
@@ -194,11 +276,14 @@ def _print(rows: Sequence[dict[str, Any]], out: list[dict[str, Any]], path: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a small model that was trained on code, such as runs/demo/model")
-    parser.add_argument("--answers", type=int, default=100, help="of each scheme and temperature; 0: draws alone")
+    parser.add_argument("--answers", type=int, default=100, help="of each scheme and temperature; 0: none")
     parser.add_argument("--lengths", default="25,50,100,200,400")
     parser.add_argument("--temperatures", default="0,0.5,0.7,1.0")
     parser.add_argument("--texts", type=int, default=20_000, help="of people")
     parser.add_argument("--speed", type=int, default=0, metavar="ROUNDS")
+    parser.add_argument("--rate", type=int, default=0, metavar="ROUNDS")
+    parser.add_argument("--task", type=int, default=0, metavar="PROBLEMS")
+    parser.add_argument("--task-flops", type=float, default=1e12, help="operations of training of its model")
     parser.add_argument("--out", type=Path, default=None, help="a line of JSON for each row, as they come")
     arguments = parser.parse_args()
     lengths = [int(each) for each in arguments.lengths.split(",")]
@@ -206,6 +291,11 @@ def main() -> None:
     print(json.dumps(machine()))
     if arguments.speed:
         _print(_speed(arguments.speed), rows, arguments.out)
+    if arguments.task:
+        _print(_task(arguments.task, arguments.task_flops), rows, arguments.out)
+    if arguments.rate:
+        with LLM(arguments.model, max_num_seqs=1, max_model_len=1024) as llm:
+            _print(_rate(llm, arguments.rate), rows, arguments.out)
     if not arguments.answers:
         print_json({"rows": rows})
         return

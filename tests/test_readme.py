@@ -194,6 +194,7 @@ SMALL_BENCHMARKS = {
         "4",
         "--speed",
         "1",
+        *("--rate", "1", "--task", "4", "--task-flops", "1e9"),
     ],
     "bench_plan.py": ["--points", "0", "--threads", "1"],
     "bench_probes.py": ["--layers", "4", "--experts", "4", "--tokens", "64", "--steps", "2", "--rounds", "1"],
