@@ -113,6 +113,7 @@ def layers_worker(*, folders: Mapping[str, str], threads: int | None) -> Step:
     """One-layer models by name, in one process. `decode` and `chunk` time some of them in turn, step by step, so that
     a layer never finds its weights in a processor cache from its own last step: between two of its steps others ran, as
     in a whole model. Frames and heads have no context: the small layer in them would have to read it."""
+    ops.keep_freed_memory()  # as whoever opens a folder does
     if threads is not None:
         ops.set_num_threads(threads)
     models = {name: load_model(folder, check_finite=False) for name, folder in folders.items()}
