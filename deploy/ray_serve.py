@@ -6,6 +6,7 @@ docs/guide/scale-out.md describes the arguments. The flags are those of `qnext s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from qnext.cli import VERBS, click_command
+from qnext.cli.flags.ranks import RankFlags
 from qnext.cli.parsing.command import mistake
 from qnext.cli.parsing.config_file import apply_environment, read_flags, take_config
 from qnext.cli.serve import ServeFlags, prepare
@@ -70,6 +72,9 @@ def flag_values(model: str, config: str | None) -> dict[str, Any]:
     for name in OF_THE_LISTENER:
         if context.get_parameter_source(name).name != "DEFAULT":
             raise UsageError(f"--{name.replace('_', '-')}: Ray Serve's proxy listens; see its http_options")
+    for each in fields(RankFlags):
+        if context.get_parameter_source(each.name).name != "DEFAULT":
+            raise UsageError(f"--{each.name.replace('_', '-')}: a replica is one process, and has no ranks")
     return {**context.params, "host": "0.0.0.0"}
 
 

@@ -27,9 +27,11 @@ def one_line(text: str) -> str:
 
 
 class QnextError(ValueError):
-    """One clear line for the user; `exit_code` is what the process ends with."""
+    """One clear line for the user; `exit_code` is what the process ends with. What raised one that `ends_engine` can do
+    nothing more."""
 
     exit_code = 2
+    ends_engine = False
 
     def __init__(self, message: str = "") -> None:
         super().__init__(one_line(message))
@@ -92,6 +94,14 @@ class LostRank(QnextError):
     """A process of a model that runs on several is gone or does not answer; the message names its rank."""
 
     exit_code = 7
+    ends_engine = True
+
+    @classmethod
+    def because(cls, message: str, exit_code: int) -> LostRank:
+        """A rank has ended with an error of its own."""
+        lost = cls(message)
+        lost.exit_code = exit_code
+        return lost
 
 
 class ConstraintFailed(QnextError):
@@ -120,6 +130,11 @@ class RequestBroke(QnextError):
 def is_fault(error: BaseException) -> bool:
     """Whether it is an error, however deep in a library, and no request to end the program."""
     return not isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+
+
+def ends_engine(error: BaseException) -> bool:
+    """Whether the engine that raised it can do nothing more, for no request."""
+    return isinstance(error, QnextError) and error.ends_engine
 
 
 class QnextWarning(UserWarning):

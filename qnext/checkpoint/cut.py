@@ -5,6 +5,7 @@ Rows of a tensor lie one after another in its file, so they are a tensor of thei
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import prod
 
 from qnext.checkpoint.check import Layout
@@ -18,10 +19,10 @@ from qnext.parallel.shard import RankShard, Span
 _REPEATS_SIZES = "shape"  # the content of a tensor that says how large the whole weight is
 
 
-def cut_layout(layout: Layout, shard: RankShard) -> Layout:
-    """What `shard` has of a folder whose structure is sound. Raises NotSupported for weights in a form whose rows
-    cannot be read apart."""
-    layout = layout.with_all_experts()
+def cut_layout(layout: Layout, shard: RankShard, *, but: Collection[str] = ()) -> Layout:
+    """What `shard` has of a folder whose structure is sound, without the experts of the layers `but`, which lie in
+    records. Raises NotSupported for weights in a form whose rows cannot be read apart."""
+    layout = layout.with_experts_of(layout.records.keys() - set(but))
     cut = _Cut(layout)
     places = {
         layer: {expert: place for place, expert in enumerate(shard.experts_of(layer))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -54,9 +55,9 @@ def load_model(
     layout = layout_of(folder)
     for problem in structure_problems(layout):
         raise CorruptCheckpoint(problem)
-    if on_rank is not None:
-        layout = cut_layout(layout, on_rank.shard)
     streamed = {} if residency is None else open_streamed(layout, residency)
+    if on_rank is not None:
+        layout, on_rank = _cut(layout, on_rank, set(map(layer_of, streamed)))
     tables = RecordTables([] if dequantize or on_rank else RecordTables.serve(layout, but=set(map(layer_of, streamed))))
     given = {**streamed, **tables.weights}
     layout = layout.with_experts_of(layout.records.keys() - set(map(layer_of, given)))
@@ -70,8 +71,16 @@ def load_model(
         make = None if on_rank is None else partial(make_sharded, *on_rank)
         model = empty_model(layout.config, dtypes=dtypes, device=device, quantized=codes, given=given, make=make)
         _fill(model, layout, files, tables, check_finite=check_finite, progress=progress)
-    look_ahead(model)
+    if on_rank is None:  # most guesses would be of other ranks
+        look_ahead(model)
     return model
+
+
+def _cut(layout: Layout, on_rank: OnRank, streamed: set[str]) -> tuple[Layout, OnRank]:
+    """What a rank reads at once, and its shard with the layers that it streams."""
+    numbers = frozenset(int(layer.rpartition(".")[2]) for layer in streamed)
+    shard = replace(on_rank.shard, streamed=numbers)
+    return cut_layout(layout, shard, but=streamed), on_rank._replace(shard=shard)
 
 
 def _recalling(streamed: Mapping[str, ops.RecordWeight], plan: ResidencyPlan | None) -> AbstractContextManager[object]:

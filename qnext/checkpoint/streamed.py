@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,8 @@ from qnext.checkpoint.records import record_files
 from qnext.errors import UsageError
 from qnext.model import CausalLM, SparseMoE, residency_of
 from qnext.ops import RecordWeight
-from qnext.planning import machine
+from qnext.parallel.shard import RankShard
+from qnext.planning import list_parameters, machine
 from qnext.planning.expert_memory import ExpertSizes, plan_expert_memory
 from qnext.planning.expert_records import RecordFile
 from qnext.residency.probe import probe
@@ -81,9 +83,18 @@ def look_ahead(model: CausalLM) -> None:
         residency.look_ahead(number, router.detach())
 
 
-def plan_residency(folder: str | Path | Layout, *, expert_memory: int | None = None) -> ResidencyPlan | None:
-    """How the experts of a folder are kept where not all fit beside an engine, or `expert_memory` bytes are for them;
-    None where all stay in memory. Reads some of them, to find out how that goes fastest here.
+class RoomOnRank(NamedTuple):
+    """Where one rank's part of a model goes: so much memory is free for it."""
+
+    shard: RankShard
+    free_bytes: int
+
+
+def plan_residency(
+    folder: str | Path | Layout, *, expert_memory: int | None = None, room: RoomOnRank | None = None
+) -> ResidencyPlan | None:
+    """How the experts of a folder, or of one rank, are kept where not all fit beside an engine, or `expert_memory`
+    bytes are for them; None where all stay in memory. Reads some of them, to find out how that goes fastest here.
 
     Raises DoesNotFit where memory is too short, UsageError for `expert_memory` where experts cannot be streamed.
     """
@@ -96,11 +107,19 @@ def plan_residency(folder: str | Path | Layout, *, expert_memory: int | None = N
                 f"`qnext convert {layout.index.folder} OUT --records` writes a folder where they can"
             )
         return None
+    sizes = expert_sizes(layout, files)
     memory = plan_expert_memory(
-        layout.config,
-        expert_sizes(layout, files),
-        free_bytes=machine.available_bytes(),
+        layout.config if room is None else room.shard.config,
+        sizes if room is None else _sizes_on_rank(sizes, room.shard),
+        free_bytes=machine.available_bytes() if room is None else room.free_bytes,
         wanted_bytes=expert_memory,
         num_threads=torch.get_num_threads(),
     )
     return None if memory is None else ResidencyPlan(memory.slots, memory.num_spare, probe(files).best)
+
+
+def _sizes_on_rank(sizes: ExpertSizes, shard: RankShard) -> ExpertSizes:
+    infos = [info for info in list_parameters(shard.whole).values() if info.part != "experts"]
+    layers = [layer for layer in range(shard.whole.num_hidden_layers) if shard.whole.is_moe_layer(layer)]
+    most = max(len(shard.experts_of(layer)) for layer in layers)
+    return replace(sizes, num_experts=most, other_bytes=int(sizes.other_bytes * shard.share_of(infos)))

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from qnext.cli.flags import sampling as options
+from qnext.cli.flags.ranks import RankFlags
 from qnext.cli.flags.values import ApiKey, Strict, Url, human_int, option
 from qnext.cli.terminal.chat_loop import converse
 from qnext.cli.terminal.progress import byte_progress
 from qnext.cli.terminal.text import note
 from qnext.errors import UsageError
 from qnext.session.conversation import ConversationOpening
-from qnext.session.folder import chat_format_of, open_folder
+from qnext.session.folder import EngineOpening, chat_format_of, open_folder
 from qnext.session.sampling import resolve_sampling
 
 
@@ -44,6 +45,7 @@ def command(
         int | None, option("Tokens of context, such as 32k; default: the model's.", parser=human_int, metavar="N")
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Times and rates after each answer.")] = False,
+    ranks: RankFlags,
     loading: options.LoadingFlags,
     strict: Strict = False,
 ) -> None:
@@ -63,9 +65,10 @@ def command(
     talk["template_arguments"] = template.request().arguments
     if model is None:
         assert url is not None
-        if context is not None or loading != options.LoadingFlags():
+        if context is not None or loading != options.LoadingFlags() or ranks != RankFlags():
             raise UsageError(
-                "--context, --yarn, --expert-memory, --speculation, --dtype and --watermark are the server's to say"
+                "--context, --yarn, --expert-memory, --speculation, --dtype, --watermark and the flags of ranks are "
+                "the server's to say"
             )
         from qnext.client.conversation import open_remote
 
@@ -76,13 +79,15 @@ def command(
         return
     if partner.api_key is not None or name is not None:
         raise UsageError("--api-key and --model belong to --url")
+    spread = ranks.begin(model)
     folder = open_folder(model, yarn=loading.yarn, expert_memory=loading.expert_memory)
     params = resolve_sampling(folder.path, {**sampling.given, "watermark": loading.watermark_key})
     without = "each input is completed as plain text, and questions get no answer"
     chat_format = None if complete else chat_format_of(folder, note, without=without)
-    opening = ConversationOpening(folder, chat_format, params, context, loading.speculation, loading.dtype)
-    conversation = opening.open(progress=byte_progress, **talk)
-    note(conversation.engine.memory_plan.describe())
-    if template.think is not None:
-        conversation.set_thinking(template.think)
-    converse(conversation)
+    opening = ConversationOpening(folder, chat_format, params, context, loading.speculation)
+    conversation = opening.open(EngineOpening(loading.dtype, spread, byte_progress, note), **talk)
+    with conversation.engine as engine:
+        note(engine.memory_plan.describe())
+        if template.think is not None:
+            conversation.set_thinking(template.think)
+        converse(conversation)

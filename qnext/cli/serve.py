@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from qnext.cli.flags import serve as flags
 from qnext.cli.flags.moderation import ModerationFlags
+from qnext.cli.flags.ranks import RankFlags
 from qnext.cli.flags.values import Model, Strict
 from qnext.cli.terminal.progress import byte_progress
 from qnext.cli.terminal.text import note
 from qnext.errors import UsageError
 from qnext.session.folder import open_folder
+from qnext.session.rank_options import ONE_PROCESS, RankOptions
 from qnext.session.served import load_served, name_of
 
 if TYPE_CHECKING:
@@ -67,18 +69,20 @@ def command(
     memory: flags.MemoryFlags,
     limits: flags.LimitFlags,
     logs: flags.LogFlags,
+    ranks: RankFlags,
     moderation: ModerationFlags,
     strict: Strict = False,
 ) -> None:
     """Serve MODEL: OpenAI's and Anthropic's APIs, metrics, and a page. SIGTERM ends it without losing an answer."""
     from qnext.server.run import serve
 
-    ready = prepare(model, ServeFlags(network, access, served, memory, limits, logs, moderation))
+    given = ServeFlags(network, access, served, memory, limits, logs, moderation)
+    ready = prepare(model, given, ranks.begin(model))
     new_server, load = ready.open(None)
     serve(new_server, load, ready.listen, on_ready=print_ready)
 
 
-def prepare(model: str, given: ServeFlags) -> Prepared:
+def prepare(model: str, given: ServeFlags, ranks: RankOptions = ONE_PROCESS) -> Prepared:
     """Check who may call, and set up the log. Raises QnextError."""
     from qnext.server.entrance import check_access, make_key_ring
     from qnext.server.logs import log_to_stderr
@@ -94,10 +98,12 @@ def prepare(model: str, given: ServeFlags) -> Prepared:
     check_access(ring, listen, is_insecure=access.insecure_no_auth)
     secrets = [*plain, *admin, *filter(None, [given.moderation.moderation_api_key])]
     log_to_stderr(given.logs.log_format, secrets=secrets)
-    return Prepared(ring, given.limits.limits(), listen, partial(_opened, model, given, ring))
+    return Prepared(ring, given.limits.limits(), listen, partial(_opened, model, given, ranks, ring))
 
 
-def _opened(model: str, given: ServeFlags, ring: KeyRing, name: str | None) -> tuple[Callable[[], Server], LoadModel]:
+def _opened(
+    model: str, given: ServeFlags, ranks: RankOptions, ring: KeyRing, name: str | None
+) -> tuple[Callable[[], Server], LoadModel]:
     from qnext.server.access.audit import AuditLog
     from qnext.server.server import Server
 
@@ -112,7 +118,7 @@ def _opened(model: str, given: ServeFlags, ring: KeyRing, name: str | None) -> t
     load = partial(
         load_served,
         folder,
-        flags.serve_config(served.served_model_name or [name_of(model)], served, memory),
+        replace(flags.serve_config(served.served_model_name or [name_of(model)], served, memory), ranks=ranks),
         note=note,
         progress=byte_progress,
     )

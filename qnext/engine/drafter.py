@@ -20,6 +20,7 @@ from qnext.engine.policy.request import Request
 from qnext.engine.policy.sequence import Sequence
 from qnext.engine.policy.step import DraftPlan, Rows
 from qnext.engine.sampling.sampler import Verdict, Window, draft
+from qnext.errors import ends_engine
 
 _log = logging.getLogger("qnext.engine")
 
@@ -60,12 +61,14 @@ class Drafter:
     def draft(self, sequences: Iterable[Sequence]) -> Drafts:
         """Tokens that may follow the last ones of these sequences, all of which go on from there, by request id.
 
-        Whose drafts cannot be made, goes on without any.
+        Whose drafts cannot be made, goes on without any. Raises what ends the engine.
         """
         able = [sequence for sequence in sequences if sequence.request not in self._barred]
         try:
             return self.propose(able)
-        except Exception:
+        except Exception as error:
+            if ends_engine(error):
+                raise
             _log.exception("drafts for %d requests failed", len(able))
         for sequence in able:
             self._table.pop(sequence.request, None)
@@ -73,7 +76,9 @@ class Drafter:
         for sequence in able:
             try:
                 drafts |= self.propose([sequence])
-            except Exception:
+            except Exception as error:
+                if ends_engine(error):
+                    raise
                 _log.exception("request %s goes on without drafts", sequence.id)
                 self._table.pop(sequence.request, None)
                 self._barred.add(sequence.request)

@@ -25,7 +25,7 @@ from qnext.engine.policy.scheduler import OwnerGauges, Scheduler
 from qnext.engine.policy.step import EndEvent, StepPlan, StepResult, TokenEvent
 from qnext.engine.sampling.sampler import Verdict, Window, verify
 from qnext.engine.sampling.seeds import child_seed
-from qnext.errors import QnextError, RequestBroke, UsageError, is_fault
+from qnext.errors import QnextError, RequestBroke, UsageError, ends_engine, is_fault
 from qnext.model import CausalLM
 
 _log = logging.getLogger("qnext.engine")
@@ -286,7 +286,7 @@ class Engine:
 
     def _fail_step(self, plan: StepPlan, error: BaseException) -> list[EndEvent]:
         """What ends with a step that raised; raises what is nobody's failure."""
-        if plan.sequences and is_fault(error):
+        if plan.sequences and is_fault(error) and not ends_engine(error):
             told = error if isinstance(error, QnextError) else None  # says more than that something broke
             reason = "" if told is None else f": {told}"
             _log.error("a step of %d requests failed%s", len(plan.sequences), reason, exc_info=None if told else error)

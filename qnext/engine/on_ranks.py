@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple, replace
 from functools import partial
 
@@ -11,16 +12,19 @@ from qnext.engine.drafter import Drafter
 from qnext.engine.engine import Engine
 from qnext.engine.execution.ranks import Ranks, RanksExecutor, follow
 from qnext.engine.sizes import choose_sizes
-from qnext.errors import DoesNotFit, QnextError, UsageError
+from qnext.errors import DoesNotFit, LostRank, QnextError, UsageError
 from qnext.model import CausalLM
 from qnext.planning.plan import Sizes, WantedSizes
 
 
-def engine_on_ranks(model: CausalLM, config: EngineConfig, ranks: Ranks) -> Engine:
-    """In the first rank. The others call `follow_engine` with the same options. Raises the errors of Engine.of, and
+def engine_on_ranks(
+    model: CausalLM, config: EngineConfig, ranks: Ranks, *, at_end: Callable[[bool], None] = lambda is_heard: None
+) -> Engine:
+    """In the first rank, when all have loaded their part. The others call `follow_engine` with the same options.
+    `at_end` is called when the engine is closed, with whether the others know it. Raises the errors of Engine.of, and
     UsageError for what ranks do not have."""
     executor, scheduler, wanted, max_model_len = build(model, _checked(config), partial(_agree, ranks))
-    everywhere = RanksExecutor(executor, ranks)
+    everywhere = RanksExecutor(executor, ranks, at_end)
     drafter = Drafter(everywhere, max_draft_tokens=wanted.max_draft_tokens) if wanted.has_drafter else None
     return Engine(
         everywhere, scheduler, max_model_len=max_model_len, drafter=drafter, eos_token_ids=config.eos_token_ids
@@ -49,12 +53,12 @@ def _agree(ranks: Ranks, model: CausalLM, wanted: WantedSizes) -> Sizes:
     """The least of what each rank has room for. Where one has none, all of them raise an error."""
     mine, failure = Sizes(0, 0, 0, 0, 0), None
     try:
-        mine = choose_sizes(model, wanted)
+        mine = choose_sizes(model, wanted, num_sharing=ranks.num_local)
     except QnextError as error:
         failure = error
     least = Sizes(*ranks.least(astuple(mine)))
     if failure is not None:
         raise failure
     if not least.max_model_len:
-        raise DoesNotFit("another rank has no room for the engine; its own line says why")
+        raise LostRank.because("another rank has no room for the engine", DoesNotFit.exit_code)
     return replace(least, workspace_bytes=mine.workspace_bytes)

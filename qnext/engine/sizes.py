@@ -53,12 +53,13 @@ def wanted_sizes(model: CausalLM, config: EngineConfig) -> WantedSizes:
     )
 
 
-def choose_sizes(model: CausalLM, wanted: WantedSizes) -> Sizes:
-    """Those of `plan_engine`, when the weights are loaded and nothing else is. Raises UsageError and DoesNotFit."""
+def choose_sizes(model: CausalLM, wanted: WantedSizes, *, num_sharing: int = 1) -> Sizes:
+    """Those of `plan_engine`, when the weights are loaded and nothing else is, in a part of the host's memory that
+    `num_sharing` processes share. Raises UsageError and DoesNotFit."""
     backend = backend_of(model.device)
     recorded = largest_recordings(wanted.max_num_seqs, wanted.max_draft_tokens) if backend.can_record else []
     around = Surroundings(
-        available_bytes=free_bytes(model.device),
+        available_bytes=free_bytes(model.device) // (num_sharing if model.device.type == "cpu" else 1),
         num_threads=torch.get_num_threads(),
         workspace_factor=backend.workspace_factor,
         copies_context=backend.copies_context,

@@ -43,12 +43,12 @@ class Traffic:
 class DistributedLink:
     """The process groups of torch.distributed. Raises LostRank, which names the rank, where another one is gone.
 
-    A call waits as long as `watch` sees all ranks alive.
+    A call waits as long as `watch` sees all ranks alive. `num_local` ranks are on this machine.
     """
 
-    def __init__(self, mesh: Mesh, store: dist.Store, watch: RankWatch) -> None:
+    def __init__(self, mesh: Mesh, store: dist.Store, watch: RankWatch, *, num_local: int = 1) -> None:
         self.mesh, self.traffic = mesh, Traffic()
-        self._watch = watch
+        self.watch, self.num_local = watch, num_local
         # How long a call may take is the affair of the watch, which knows whether the others live.
         forever = timedelta(days=365)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -135,12 +135,12 @@ class DistributedLink:
         try:
             yield
         except RuntimeError as error:  # of torch, whose words name an address
-            lost = self._watch.verdict()
+            lost = self.watch.verdict()
             if lost is None:
                 raise
             raise lost from error
 
     def close(self) -> None:
         """After the last call of all ranks."""
-        self._watch.close()
+        self.watch.close()
         dist.destroy_process_group()

@@ -121,7 +121,7 @@ class SparseShard(SparseMoE):
     ranks, and all add that up as one process does, so that results keep their bits."""
 
     def __init__(self, shard: RankShard, layer: int, link: Link) -> None:
-        whole, own = shard.whole, shard.experts_of(layer)
+        whole, own = shard.whole, shard.stacked(layer)
         super().__init__(whole)
         self.experts = Experts(whole.with_(num_experts=len(own), num_experts_per_tok=1))
         self.has_shared = self.shared_expert is not None

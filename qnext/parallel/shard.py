@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -28,6 +29,7 @@ class RankShard:
     whole: ModelConfig
     mesh: Mesh
     placement: ExpertPlacement
+    streamed: frozenset[int] = frozenset()  # layers whose experts stay on disk, with all numbers, also of other ranks
 
     @classmethod
     def of(cls, whole: ModelConfig, mesh: Mesh, placement: ExpertPlacement | None = None) -> RankShard:
@@ -46,8 +48,12 @@ class RankShard:
         )
 
     def experts_of(self, layer: int) -> tuple[int, ...]:
-        """The numbers of this rank's experts of a layer, in the order in which they are stacked."""
+        """The numbers of this rank's experts of a layer, in ascending order."""
         return self.placement.experts_of(layer, self.mesh.rank)
+
+    def stacked(self, layer: int) -> tuple[int, ...]:
+        """The numbers of the experts in the weights of this rank, in the order in which they are stacked."""
+        return tuple(range(self.whole.num_experts)) if layer in self.streamed else self.experts_of(layer)
 
     def has_shared_expert(self, layer: int) -> bool:
         return self.owner_of_shared(layer) == self.mesh.rank
@@ -85,6 +91,11 @@ class RankShard:
 
     def num_values(self, info: ParameterInfo) -> int:
         return prod(self.info_of(info).shape)
+
+    def share_of(self, infos: Iterable[ParameterInfo]) -> float:
+        """Which part of the numbers of these parameters is on this rank; 1 where there are none."""
+        known = list(infos)
+        return sum(map(self.num_values, known)) / (sum(prod(info.shape) for info in known) or 1) if known else 1.0
 
     def _is_of_kv_heads(self, info: ParameterInfo) -> bool:
         if info.kind is Kind.BIAS:

@@ -87,12 +87,14 @@ def checked_model_len(config: ModelConfig, wanted: int | None) -> int:
     return length
 
 
-def check_weights(name: object, needed: int, *, hint: Callable[[int], str] = lambda free: "") -> None:
-    """Raise DoesNotFit for weights that do not fit into the free memory, before they are read.
+def check_weights(
+    name: object, needed: int, *, hint: Callable[[int], str] = lambda free: "", free_bytes: int | None = None
+) -> None:
+    """Raise DoesNotFit for weights that do not fit into the free memory, or `free_bytes` of it, before they are read.
 
     `hint` gets the free bytes and returns what would fit, after a semicolon.
     """
-    free = machine.available_bytes()
+    free = machine.available_bytes() if free_bytes is None else free_bytes
     if needed > free:
         raise DoesNotFit(
             f"{name}: weights of {format_bytes(needed)}, but {format_bytes(free)} of memory are free{hint(free)}"

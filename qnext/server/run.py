@@ -181,6 +181,8 @@ async def _serve(server: Server, load: LoadModel, listen: Listen, on_ready: OnRe
         for task in cleaning:
             task.cancel()
         server.close()
+    if server.lost is not None:
+        raise server.lost
 
 
 async def _loaded(server: Server, load: LoadModel) -> tuple[Engine, ServedModel]:
@@ -311,6 +313,9 @@ async def janitor(server: Server) -> None:
                 task.cancel()
             elif unread > server.limits.park_seconds:
                 exchange.rest(is_parked=True)
+        if server.lost is not None and not server.stop_wanted.is_set():
+            server.is_hurried = True
+            server.request_stop()
         fault = server.fault
         # A process that was stopped for long wakes up with an old heartbeat: the engine's thread gets a moment.
         num_faults = 0 if fault is None else num_faults + 1

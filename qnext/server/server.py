@@ -147,6 +147,11 @@ class Server:
         return None
 
     @property
+    def lost(self) -> BaseException | None:
+        """What has ended the engine for good, so that the server ends as well."""
+        return None if self._worker is None else self._worker.lost
+
+    @property
     def losses(self) -> list[str]:
         """What is lost while requests are still answered."""
         return ["the audit log loses lines"] if self.audit is not None and self.audit.is_failing else []

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from qnext.errors import UsageError
 from qnext.session.answer_reads import AnswerReads, ReadMarks
-from qnext.session.folder import ProgressOf, TextFolder, end_token_ids, load_weights, no_progress
+from qnext.session.folder import EngineOpening, TextFolder, end_token_ids
+from qnext.session.opening import open_engine
 from qnext.session.talk import DEFAULT_MAX_TOKENS, ChatReply, Stopwatch, Talk, Write, parameter_value
 
 if TYPE_CHECKING:
@@ -191,10 +192,16 @@ def open_conversation(
     engine = Engine.of(
         model, EngineConfig(max_num_seqs=1, max_model_len=max_model_len, speculation=speculation, eos_token_ids=ends)
     )
-    params = params or SamplingParams()
+    return Conversation(
+        engine, tokenizer, chat_format, _with_an_end(params or SamplingParams(), chat_format), **settings
+    )
+
+
+def _with_an_end(params: SamplingParams, chat_format: ChatFormat | None) -> SamplingParams:
+    """Plain text may never come to an end."""
     if chat_format is None and params.max_tokens is None:
-        params = replace(params, max_tokens=DEFAULT_MAX_TOKENS)
-    return Conversation(engine, tokenizer, chat_format, params, **settings)
+        return replace(params, max_tokens=DEFAULT_MAX_TOKENS)
+    return params
 
 
 @dataclass(frozen=True)
@@ -207,23 +214,20 @@ class ConversationOpening:
     params: SamplingParams
     max_model_len: int | None = None
     speculation: bool | None = None
-    dtype: str | None = None
 
-    def open(self, *, progress: ProgressOf = no_progress, **talk: Any) -> Conversation:
-        """`talk` are fields of Talk. Raises UsageError, DoesNotFit, CorruptCheckpoint."""
+    def open(self, how: EngineOpening, **talk: Any) -> Conversation:
+        """`talk` are fields of Talk. Raises UsageError, DoesNotFit, CorruptCheckpoint, LostRank."""
         from qnext.engine import EngineConfig, check_options
 
-        options = EngineConfig(max_model_len=self.max_model_len, speculation=self.speculation)
-        check_options(self.folder.config, options)
+        ends = end_token_ids(self.folder.tokenizer, self.folder.config)
+        config = EngineConfig(
+            max_num_seqs=1, max_model_len=self.max_model_len, speculation=self.speculation, eos_token_ids=ends
+        )
+        check_options(self.folder.config, config)
         self._check(talk.get("system"), talk.get("template_arguments", {}))
-        return open_conversation(
-            load_weights(self.folder, self.dtype, progress=progress),
-            self.folder.tokenizer,
-            self.params,
-            chat_format=self.chat_format,
-            max_model_len=self.max_model_len,
-            speculation=self.speculation,
-            **talk,
+        engine = open_engine(self.folder, config, how)[1]
+        return Conversation(
+            engine, self.folder.tokenizer, self.chat_format, _with_an_end(self.params, self.chat_format), **talk
         )
 
     def _check(self, system: str | None, arguments: Mapping[str, Any]) -> None:

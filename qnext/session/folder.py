@@ -7,14 +7,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qnext.errors import CorruptCheckpoint, UsageError
+from qnext.session.rank_options import ONE_PROCESS, RankOptions
 
 if TYPE_CHECKING:
     from qnext.checkpoint.check import Layout
     from qnext.config import ModelConfig
     from qnext.model import CausalLM
+    from qnext.parallel.modules import OnRank
     from qnext.text.chat import ChatFormat
     from qnext.text.tokenizer import Tokenizer
 
@@ -25,6 +27,17 @@ ProgressOf = Callable[[str], AbstractContextManager[Report | None]]  # a label -
 def no_progress(label: str) -> AbstractContextManager[None]:
     """Reports progress to nobody."""
     return nullcontext()
+
+
+class EngineOpening(NamedTuple):
+    """How a folder becomes an engine, and who is told of it. `ends_process`: the process ends where a rank is lost
+    while nothing waits for it."""
+
+    dtype: str | None = None
+    ranks: RankOptions = ONE_PROCESS
+    progress: ProgressOf = no_progress
+    note: Callable[[str], None] = lambda line: None
+    ends_process: bool = True
 
 
 @dataclass
@@ -53,6 +66,13 @@ class TextFolder(ModelFolder):
     tokenizer: Tokenizer
 
 
+class PartOfModel(NamedTuple):
+    """One rank's, for which so much memory is free."""
+
+    on_rank: OnRank
+    free_bytes: int
+
+
 def open_folder(model: str, *, yarn: float | None = None, expert_memory: int | None = None) -> TextFolder:
     """Configuration and tokenizer of MODEL. `yarn` is the factor by which YaRN stretches the context.
 
@@ -78,17 +98,24 @@ def open_model(model: str, *, yarn: float | None = None, expert_memory: int | No
     return ModelFolder(path, config, layout.num_bytes, yarn, expert_memory, layout)
 
 
-def load_weights(folder: ModelFolder, dtype: str | None = None, *, progress: ProgressOf = no_progress) -> CausalLM:
-    """The model in the folder, in `dtype` or as stored. Experts in records stay on disk where they do not fit into
-    memory, or where memory for them is given. Raises DoesNotFit before it reads weights that memory cannot hold."""
+def load_weights(
+    folder: ModelFolder,
+    dtype: str | None = None,
+    *,
+    progress: ProgressOf = no_progress,
+    part: PartOfModel | None = None,
+) -> CausalLM:
+    """The model in the folder, or one rank's part of it, in `dtype` or as stored. Experts in records stay on disk where
+    they do not fit into memory, or where memory for them is given. Raises DoesNotFit before it reads weights that
+    memory cannot hold."""
     import torch
 
     from qnext.checkpoint import load_model
     from qnext.checkpoint.check import layout_of
-    from qnext.checkpoint.streamed import plan_residency
+    from qnext.checkpoint.streamed import RoomOnRank, plan_residency
     from qnext.model import residency_of
     from qnext.ops import keep_freed_memory
-    from qnext.planning import weight_bytes
+    from qnext.planning import list_parameters, weight_bytes
     from qnext.planning.machine import format_bytes
     from qnext.planning.plan import check_weights
     from qnext.residency.remembered import remember
@@ -98,6 +125,11 @@ def load_weights(folder: ModelFolder, dtype: str | None = None, *, progress: Pro
         raise UsageError(f"dtype must be float32 or bfloat16, not {dtype!r}")
     needed = folder.stored_bytes if dtype is None else weight_bytes(folder.config, dtype=dtype)
     smallest = weight_bytes(folder.config, dtype="bfloat16")
+    free, room = None, None
+    if part is not None:
+        free, shard = part.free_bytes, part.on_rank.shard
+        share, room = shard.share_of(list_parameters(folder.config).values()), RoomOnRank(shard, free)
+        needed, smallest = int(needed * share), int(smallest * share)
 
     def hint(free: int) -> str:
         if smallest <= free:
@@ -107,17 +139,17 @@ def load_weights(folder: ModelFolder, dtype: str | None = None, *, progress: Pro
         return ""
 
     layout = layout_of(folder.take_layout())
-    residency = plan_residency(layout, expert_memory=folder.expert_memory)
+    residency = plan_residency(layout, expert_memory=folder.expert_memory, room=room)
     if residency is None:
-        check_weights(folder.path, needed, hint=hint)
-    else:
+        check_weights(folder.path, needed, hint=hint, free_bytes=free)
+    elif part is None:
         residency = replace(residency, remembered_in=folder.path)
-    wanted = None if dtype is None else getattr(torch, dtype)
+    wanted, on_rank = None if dtype is None else getattr(torch, dtype), None if part is None else part.on_rank
     with progress("loading") as report:
-        model = load_model(layout, dtype=wanted, residency=residency, progress=report)
+        model = load_model(layout, dtype=wanted, residency=residency, on_rank=on_rank, progress=report)
     if folder.yarn is not None:
         model.stretch(folder.yarn)
-    if (experts := residency_of(model)) is not None:
+    if part is None and (experts := residency_of(model)) is not None:
         weakref.finalize(model, remember, experts, folder.path)  # also when the program ends
     return model
 

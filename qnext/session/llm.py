@@ -9,10 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
 
-from qnext.engine import Engine, EngineConfig, Request, SamplingParams, TokenEvent, check_options
+from qnext.engine import Engine, EngineConfig, Request, SamplingParams, TokenEvent
 from qnext.errors import UsageError
 from qnext.session.answering import Answering
-from qnext.session.folder import end_token_ids, load_weights, open_folder
+from qnext.session.folder import EngineOpening, end_token_ids, open_folder
+from qnext.session.opening import open_engine
+from qnext.session.rank_options import ONE_PROCESS, RankOptions
 from qnext.session.results import ChatAnswer, GeneratedText, TextPiece, TextScore
 from qnext.session.sampling import resolve_sampling
 from qnext.session.talk import DEFAULT_MAX_TOKENS
@@ -32,9 +34,9 @@ class LLM:
 
     `model` is a folder, or the name of a model that `qnext pull` has downloaded. `dtype` is float32 or bfloat16; the
     default is the stored dtype. `yarn` stretches the context by a factor. `expert_memory` is the number of bytes for
-    experts; the other experts stay on disk. By default all experts are in memory where they fit. All other options are
-    fields of EngineConfig. An LLM is not thread-safe. Raises ModelNotFound, CorruptCheckpoint, NotSupported,
-    DoesNotFit, UsageError.
+    experts; the other experts stay on disk. By default all experts are in memory where they fit. `ranks` spreads the
+    model over processes, which `close` ends. All other options are fields of EngineConfig. An LLM is not thread-safe.
+    Raises ModelNotFound, CorruptCheckpoint, NotSupported, DoesNotFit, UsageError; then and later LostRank.
     """
 
     def __init__(
@@ -44,15 +46,16 @@ class LLM:
         dtype: str | None = None,
         yarn: float | None = None,
         expert_memory: int | None = None,
+        ranks: RankOptions | None = None,
         **options: Any,
     ) -> None:
         folder = open_folder(str(model), yarn=yarn, expert_memory=expert_memory)
         config = EngineConfig(**{"eos_token_ids": end_token_ids(folder.tokenizer, folder.config), **options})
-        check_options(folder.config, config)
         self.path = folder.path
         self.config = folder.config
         self.tokenizer = folder.tokenizer
-        self.engine = Engine.of(load_weights(folder, dtype), config)
+        opening = EngineOpening(dtype, ranks or ONE_PROCESS, ends_process=False)
+        self.engine: Engine = open_engine(folder, config, opening)[1]
 
     @cached_property
     def chat_format(self) -> ChatFormat:

@@ -10,14 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qnext.errors import UsageError, warn
-from qnext.session.folder import ProgressOf, TextFolder, chat_format_of, end_token_ids, load_weights, no_progress
+from qnext.session.folder import (
+    EngineOpening,
+    ProgressOf,
+    TextFolder,
+    chat_format_of,
+    end_token_ids,
+    load_weights,
+    no_progress,
+)
+from qnext.session.opening import open_engine
+from qnext.session.rank_options import ONE_PROCESS, RankOptions
 from qnext.session.sampling import sampling_defaults
 from qnext.session.talk import drop
 from qnext.version import __version__
 
 if TYPE_CHECKING:
     from qnext.checkpoint.identity import FolderIdentity
-    from qnext.engine import Engine
+    from qnext.engine import Engine, EngineConfig
+    from qnext.lora.adapt import Adapter
+    from qnext.model import CausalLM
     from qnext.server.inference.origin import AnswerOrigin
     from qnext.server.inference.served import ServedModel
 
@@ -46,6 +58,7 @@ class ServeConfig:
     template_defaults: Mapping[str, Any] | None = None
     tool_style: Any = None
     warms_grammars: bool = False
+    ranks: RankOptions = ONE_PROCESS
     marking: Any = None  # of answers by a watermark: a Marking
 
 
@@ -62,13 +75,14 @@ def load_served(
     from qnext.checkpoint.adapters import find_adapter, read_adapter
     from qnext.checkpoint.check import read_layout
     from qnext.checkpoint.identity import identity_of
-    from qnext.engine import DiskCache, Engine, EngineConfig, check_options
-    from qnext.lora.serving import serve_adapters
+    from qnext.engine import DiskCache, EngineConfig, check_options
     from qnext.ops import arithmetic_of
     from qnext.server.inference.served import ServedModel
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if config.ranks.num_ranks > 1:
+        _check_on_ranks(config)
     adapters = {name: find_adapter(path) for name, path in config.adapters.items()}
     text = _text_side(folder, adapters, note)
     defaults = sampling_defaults(text.path) if config.with_defaults else {}
@@ -80,12 +94,10 @@ def load_served(
     options = EngineConfig(eos_token_ids=eos_ids, kv_dtype=kv_dtype, disk_cache=disk, **config.engine)
     check_options(folder.config, options)
     read = {name: read_adapter(path, folder.config) for name, path in adapters.items()}
+    how = EngineOpening(config.dtype, replace(config.ranks, threads=config.threads), progress, note)
     folder.layout = folder.layout or read_layout(folder.path)
     identity = identity_of(folder.layout, text.path)
-    model = load_weights(folder, config.dtype, progress=progress)
-    if read:
-        options = replace(options, adapters=serve_adapters(model, read))
-    engine = Engine.of(model, options)
+    model, engine = _open(folder, options, how, read)
     note(engine.memory_plan.describe())
     served = ServedModel(
         text.tokenizer,
@@ -105,6 +117,26 @@ def load_served(
     if config.warms_grammars:
         served.warm()
     return engine, served
+
+
+def _open(
+    folder: TextFolder, options: EngineConfig, how: EngineOpening, adapters: Mapping[str, Adapter]
+) -> tuple[CausalLM, Engine]:
+    from qnext.engine import Engine
+    from qnext.lora.serving import serve_adapters
+
+    if not adapters:
+        return open_engine(folder, options, how)
+    model = load_weights(folder, how.dtype, progress=how.progress)
+    return model, Engine.of(model, replace(options, adapters=serve_adapters(model, adapters)))
+
+
+def _check_on_ranks(config: ServeConfig) -> None:
+    """Raises UsageError for what an engine on ranks does not have."""
+    if config.adapters:
+        raise UsageError("--lora: adapters are not served on ranks; `qnext merge` makes one a part of the model")
+    if config.disk_cache is not None:
+        raise UsageError("--disk-cache: on ranks prefixes stay in the memory of each rank")
 
 
 def _origin_of(identity: FolderIdentity, engine: Engine, arithmetic: str, settings: Mapping[str, Any]) -> AnswerOrigin:

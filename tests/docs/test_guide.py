@@ -138,7 +138,10 @@ def test_flags_named_in_the_text_exist() -> None:
     for path in PAGES:
         text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
         for code in re.findall(r"`([^`\n]+)`", text):
-            if code.startswith(("docker", "kubectl", "helm", "tensorboard")) or "PYTHON_IMAGE" in code:
+            if (
+                code.startswith(("docker", "kubectl", "helm", "tensorboard", "ray ", "torchrun"))
+                or "PYTHON_IMAGE" in code
+            ):
                 continue
             for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
                 assert flag in known, f"{path.name}: {flag}"

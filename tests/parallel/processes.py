@@ -13,6 +13,7 @@ import torch
 
 from qnext.parallel.join import join, open_store
 from qnext.parallel.mesh import Mesh
+from qnext.parallel.watch import Vigilance
 
 Job = Callable[..., Any]  # of the mesh, the link and what is sent with it
 
@@ -61,7 +62,7 @@ def processes(tensor: int, expert: int = 1, *, patience: float = 20.0) -> Iterat
 
 def _rank(connection: Connection, mesh: Mesh, port: int, patience: float) -> None:
     torch.set_num_threads(1)
-    link = join(mesh, open_store("127.0.0.1", port, is_first=False), patience=patience)
+    link = join(mesh, open_store("127.0.0.1", port, is_first=False), Vigilance(patience))
     while (order := connection.recv()) is not None:
         job, arguments = order
         try:

@@ -40,6 +40,7 @@ class MemoryLink:
 
     def __init__(self, mesh: Mesh, meeting: Meeting) -> None:
         self.mesh, self.traffic, self._meeting = mesh, Traffic(), meeting
+        self.num_local = mesh.num_ranks
 
     def gather(self, x_TC: Tensor, widths: Sequence[int]) -> Tensor:
         found = self._meeting.exchange(self.mesh.rank, x_TC)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -88,6 +88,6 @@ class ExamineeFlags:
         """The model of this process."""
         from qnext.session.llm import LLM
 
-        options = {"max_num_seqs": self.max_num_seqs, "max_model_len": self.max_model_len}
+        options: dict[str, Any] = {"max_num_seqs": self.max_num_seqs, "max_model_len": self.max_model_len}
         with LLM(str(model), dtype=self.dtype, yarn=self.yarn, expert_memory=self.expert_memory, **options) as llm:
             yield llm

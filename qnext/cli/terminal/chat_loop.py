@@ -65,6 +65,8 @@ def _answer_all(talk: Talk, read_line: ReadLine, is_terminal: bool) -> None:
                 raise
             note("interrupted")
         except QnextError as error:
+            if error.ends_engine:
+                raise
             note(str(error))
         except OSError as error:
             note(line_of(error))

@@ -6,8 +6,8 @@ modules of their models. Logits come together in all ranks, and the engine sampl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,16 @@ from qnext.engine.execution.orders import from_bytes, to_bytes
 from qnext.engine.memory import HeldBytes
 from qnext.engine.policy.draft_lengths import DraftCosts
 from qnext.engine.policy.step import DraftPlan, StepPlan
+from qnext.errors import LostRank, QnextError
+
+_Output = TypeVar("_Output")
 
 
 class Ranks(Protocol):
-    """How orders come from the first rank to the others. Raises LostRank where one is gone."""
+    """How orders come from the first rank to the others. Raises LostRank where one is gone. `num_local` ranks share the
+    memory of this machine."""
+
+    num_local: int
 
     def tell(self, order: bytes) -> None: ...
 
@@ -34,22 +40,37 @@ class Ranks(Protocol):
 
 
 class RanksExecutor:
-    """The executor of the first rank: what `own` does, all others do as well."""
+    """The executor of the first rank: what `own` does, all others do as well.
 
-    def __init__(self, own: Executor, ranks: Ranks) -> None:
-        self._own, self._ranks = own, ranks
+    Where a plan breaks off here, or another rank is lost, the ranks stand at different places of a step, so that this
+    executor raises LostRank from then on. `at_end` is told whether the others have heard that there is no more.
+    """
+
+    def __init__(self, own: Executor, ranks: Ranks, at_end: Callable[[bool], None]) -> None:
+        self._own, self._ranks, self._at_end = own, ranks, at_end
+        self._lost: LostRank | None = None
         self.model_config: ModelConfig = own.model_config
         self.draft_costs: DraftCosts | None = own.draft_costs  # of one rank
         self.experts: ExpertCounter | None = own.experts  # of all: each router sees every token
         self.adapters: Mapping[str, str] = own.adapters
 
     def execute(self, plan: StepPlan) -> StepOutput:
-        self._ranks.tell(to_bytes(plan))
-        return self._own.execute(plan)
+        return self._with_all(plan, lambda: self._own.execute(plan))
 
     def draft(self, plan: DraftPlan) -> DraftOutput:
-        self._ranks.tell(to_bytes(plan))
-        return self._own.draft(plan)
+        return self._with_all(plan, lambda: self._own.draft(plan))
+
+    def _with_all(self, plan: StepPlan | DraftPlan, run: Callable[[], _Output]) -> _Output:
+        if self._lost is not None:
+            raise self._lost
+        try:
+            self._ranks.tell(to_bytes(plan))
+            return run()
+        except BaseException as error:
+            self._lost = _lost_by(error)
+            if isinstance(error, Exception):
+                raise self._lost from error
+            raise
 
     def held_bytes(self) -> HeldBytes:
         """Of one rank."""
@@ -63,8 +84,22 @@ class RanksExecutor:
         return self._own.expert_reads()
 
     def close(self, *plans: StepPlan) -> None:
-        self._ranks.tell(to_bytes(None))
-        self._own.close()
+        try:
+            if self._lost is None:
+                self._ranks.tell(to_bytes(None))
+        except LostRank as lost:  # there is nothing left that could be wrong
+            self._lost = lost
+        finally:
+            self._own.close()
+            self._at_end(self._lost is None)
+
+
+def _lost_by(error: BaseException) -> LostRank:
+    if isinstance(error, LostRank):
+        return error
+    if isinstance(error, QnextError):
+        return LostRank.because(f"rank 0: {error}", error.exit_code)
+    return LostRank(f"rank 0 could not run a step: {type(error).__name__}")
 
 
 def follow(own: Executor, ranks: Ranks) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from qnext.engine.policy.params import SamplingParams
 from qnext.engine.policy.request import Request
 from qnext.engine.policy.step import EndEvent, TokenEvent
-from qnext.errors import CorruptCheckpoint, NotFinite, QnextError, is_fault
+from qnext.errors import CorruptCheckpoint, NotFinite, QnextError, ends_engine, is_fault
 from qnext.server.errors import ApiError, from_user_error
 from qnext.server.inference.generation import Generation, Update
 from qnext.server.limits import Limits
@@ -45,6 +45,7 @@ class EngineWorker:
         self.engine = engine
         self.limits = limits
         self.is_broken = False
+        self.lost: BaseException | None = None  # after which the engine can do nothing more
         self.heartbeat = time.monotonic()  # when the thread last showed that it lives
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = threading.Condition()
@@ -136,8 +137,11 @@ class EngineWorker:
                 self._admit()
                 self._step()
                 self.heartbeat = time.monotonic()
-        except BaseException:
-            _log.exception("the engine's thread ended")
+        except BaseException as error:
+            if ends_engine(error):
+                self.lost = error
+            else:
+                _log.exception("the engine's thread ended")
             self.is_broken = True
         finally:
             self._fail_all(ApiError.busy("the server is stopping", retry_after=10.0, code="unavailable"))
@@ -265,7 +269,7 @@ class EngineWorker:
         try:
             events = self.engine.step()
         except BaseException as error:
-            if not is_fault(error):
+            if not is_fault(error) or ends_engine(error):
                 raise
             _log.exception("a step of the engine failed")
             self._num_failures += 1
