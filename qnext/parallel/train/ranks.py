@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from qnext.errors import LostRank, QnextError
 from qnext.model import CausalLM
 from qnext.parallel.train.fsdp import CutParameters, shard_model
-from qnext.parallel.watch import RankWatch
+from qnext.parallel.watch import RankWatch, Vigilance
 
 # torchrun ends the other processes half a minute after one has gone.
 PATIENCE = 20.0  # seconds without a sign of life
@@ -39,7 +39,7 @@ class RanksOfRun:
 
     def __init__(self, store: dist.Store, rank: int, num_ranks: int, *, patience: float = PATIENCE) -> None:
         self.rank, self.num_ranks = rank, num_ranks
-        self._watch = RankWatch(dist.PrefixStore("watch", store), rank, num_ranks, patience=patience)
+        self._watch = RankWatch(dist.PrefixStore("watch", store), rank, num_ranks, Vigilance(patience))
         self._parts = CutParameters(num_ranks, rank)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with self.guarded():
