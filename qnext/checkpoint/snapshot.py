@@ -121,21 +121,21 @@ def _load(path: Path) -> Snapshot:
 
 def load_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, source: str) -> None:
     """Copy `weights` into `parameters` in place. Raises what check_weights raises."""
-    check_weights(parameters, weights, source=source)
+    check_weights({name: each.shape for name, each in parameters.items()}, weights, source=source)
     with torch.no_grad():
         for name, target in parameters.items():
             target.copy_(weights[name])
 
 
-def check_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, source: str) -> None:
+def check_weights(shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor], *, source: str) -> None:
     """CorruptCheckpoint names what is missing, surplus or of a wrong shape."""
-    for name in parameters.keys() ^ weights.keys():
-        where = "is missing from" if name in parameters else "is unknown to the model but in"
+    for name in shapes.keys() ^ weights.keys():
+        where = "is missing from" if name in shapes else "is unknown to the model but in"
         raise CorruptCheckpoint(f"tensor {name} {where} {source}")
-    for name, target in parameters.items():
-        if target.shape != weights[name].shape:
+    for name, shape in shapes.items():
+        if shape != weights[name].shape:
             raise CorruptCheckpoint(
-                f"{source}: tensor {name} has shape {list(weights[name].shape)}, the model {list(target.shape)}"
+                f"{source}: tensor {name} has shape {list(weights[name].shape)}, the model {list(shape)}"
             )
 
 

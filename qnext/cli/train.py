@@ -19,6 +19,9 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the run; default runs/RECIPE")] = None,
     resume: Resume = False,
+    expert_parallel: Annotated[
+        int, typer.Option(min=1, metavar="M", help="under torchrun: so many processes in a row share the experts")
+    ] = 1,
     *,
     watch: WatchFlags,
 ) -> None:
@@ -39,7 +42,7 @@ def command(
     check_names(watch.log or ())
     keep_freed_memory()
     folder = out or Path("runs") / recipe
-    with ranks_of_run() as ranks:
+    with ranks_of_run(expert=expert_parallel) as ranks:
         display = TrainingDisplay(is_quiet=not ranks.is_first)
         display.note("reading text, making the tokenizer")
         run = prepare(chosen, folder, resume=resume, hooks=display.hooks(), ranks=ranks)

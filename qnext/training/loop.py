@@ -355,7 +355,8 @@ class Trainer:
                     f"{path}: taken with optimizer {state['optimizer']!r}, this run has {self.config.optimizer!r}"
                 )
             self.stream.seek(state["data"])
-            check_weights({r.name: r.parameter for r in self.rules}, snapshot.tensors["model"], source=str(path))
+            shapes = {name: self.ranks.shape(part) for name, part in self.part_of.items()}
+            check_weights(shapes, snapshot.tensors["model"], source=str(path))
             weights, state_of, best = (
                 cut_tensors(snapshot.tensors.get(name, {}), self.part_of, self.ranks)
                 for name in ("model", "optimizer", "best")

@@ -77,7 +77,7 @@ def parameter_rules(model: CausalLM, *, optimizer: Algorithm) -> list[ParameterR
         elif parameter.requires_grad:
             assert name in infos, f"no update rule for {name}"
             update = updates.get(infos[name].kind, _MATRIX)
-            is_matrix = update.is_matrix and min(parameter.shape) > 1
+            is_matrix = update.is_matrix and min(parameter.shape[-2:]) > 1
             algorithm: Algorithm = "muon" if optimizer == "muon" and is_matrix else "adamw"
             rules.append(ParameterRule(name, parameter, update.label, update.has_decay, algorithm))
     return rules

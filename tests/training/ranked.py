@@ -35,9 +35,9 @@ class TrainingProcesses:
 
 
 @contextmanager
-def processes(num_ranks: int) -> Iterator[TrainingProcesses]:
+def processes(num_ranks: int, *, expert: int = 1) -> Iterator[TrainingProcesses]:
     """That end well."""
-    with started(num_ranks) as found:
+    with started(num_ranks, expert=expert) as found:
         yield found
         for connection in found.connections:
             connection.send(None)
@@ -47,14 +47,14 @@ def processes(num_ranks: int) -> Iterator[TrainingProcesses]:
 
 
 @contextmanager
-def started(num_ranks: int, *, patience: float = 20.0) -> Iterator[TrainingProcesses]:
+def started(num_ranks: int, *, expert: int = 1, patience: float = 20.0) -> Iterator[TrainingProcesses]:
     """That are killed in the end."""
     context = multiprocessing.get_context("spawn")
     store = open_store("127.0.0.1", 0, is_first=True)
     made, connections = [], []
     for rank in range(num_ranks):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_rank, args=(theirs, rank, num_ranks, store.port, patience))
+        process = context.Process(target=_rank, args=(theirs, rank, num_ranks, store.port, expert, patience))
         process.start()
         theirs.close()
         made.append(process)
@@ -67,9 +67,10 @@ def started(num_ranks: int, *, patience: float = 20.0) -> Iterator[TrainingProce
             process.join()
 
 
-def _rank(connection: Connection, rank: int, num_ranks: int, port: int, patience: float) -> None:
+def _rank(connection: Connection, rank: int, num_ranks: int, port: int, expert: int, patience: float) -> None:
     torch.set_num_threads(1)
-    ranks = RanksOfRun(open_store("127.0.0.1", port, is_first=False), rank, num_ranks, patience=patience)
+    store = open_store("127.0.0.1", port, is_first=False)
+    ranks = RanksOfRun(store, rank, num_ranks, expert=expert, patience=patience)
     while (order := connection.recv()) is not None:
         job, arguments = order
         try:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from qnext.checkpoint.snapshot import newest_snapshot
 from qnext.errors import LostRank, UsageError
+from qnext.parallel.train.experts import check_experts
 from qnext.training import Hooks, PackedStream, StepMetrics, TrainConfig, Trainer
 from qnext.training.ranks import ALONE, TrainingRanks, whole_tensors
-from tests.training.models import documents, tiny_model
+from tests.training.models import documents, tiny_config, tiny_model
 from tests.training.ranked import TrainingProcesses, processes, started
 from tests.training.test_loop import CONFIG
 
@@ -29,6 +30,13 @@ CLOCK = ("elapsed", "tokens_per_second")
 @pytest.fixture(scope="module")
 def two() -> Iterator[TrainingProcesses]:
     with processes(2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def dealt() -> Iterator[TrainingProcesses]:
+    """Each has half of the experts."""
+    with processes(2, expert=2) as found:
         yield found
 
 
@@ -83,10 +91,26 @@ def run_and_vanish(ranks: TrainingRanks, config: TrainConfig, folder: Path, step
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_processes_train_as_one(two: TrainingProcesses, optimizer: str) -> None:
+    train_as_one(two, CONFIG.with_(optimizer=optimizer))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_experts_on_two_processes(dealt: TrainingProcesses, optimizer: str) -> None:
+    train_as_one(dealt, CONFIG.with_(optimizer=optimizer, checkpoint_activations=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_experts_on_two_of_four_processes(optimizer: str) -> None:
+    """Each expert is on two, which have cut it among them."""
+    with processes(4, expert=2) as ranks:
+        train_as_one(ranks, CONFIG.with_(optimizer=optimizer))
+
+
+def train_as_one(ranks: TrainingProcesses, config: TrainConfig) -> None:
     """In fp64, where the order of a sum hardly shows: every number of the report, and every parameter."""
-    config = CONFIG.with_(optimizer=optimizer)
     alone, weights = trained(ALONE, config, torch.float64, {}, 6)
-    for rank, (steps, found) in enumerate(two.run(trained, config, torch.float64, {}, 6)):
+    for rank, (steps, found) in enumerate(ranks.run(trained, config, torch.float64, {}, 6)):
         assert len(steps) == 6
         for mine, theirs in zip(steps, alone, strict=True):
             assert numbers(mine, of_inside=rank == 0) == pytest.approx(numbers(theirs, of_inside=rank == 0), rel=1e-9)
@@ -119,11 +143,13 @@ def test_twenty_steps_in_fp32(two: TrainingProcesses, optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_goes_on_with_other_processes(two: TrainingProcesses, tmp_path: Path, optimizer: str) -> None:
-    """Two, one, two: as one alone without a break, from the same samples."""
+def test_a_run_goes_on_with_other_processes(
+    two: TrainingProcesses, dealt: TrainingProcesses, tmp_path: Path, optimizer: str
+) -> None:
+    """Two that have dealt out the experts, one, two: as one alone without a break, from the same samples."""
     config = CONFIG.with_(optimizer=optimizer)
     straight, _ = trained(ALONE, config, torch.float64, {}, 6)
-    steps = two.run(continued, config, tmp_path, 2)[0]
+    steps = dealt.run(continued, config, tmp_path, 2)[0]
     steps += continued(ALONE, config, tmp_path, 4)
     steps += two.run(continued, config, tmp_path, 6)[0]
     for mine, theirs in zip(steps, straight, strict=True):
@@ -163,6 +189,14 @@ def test_micro_batches_that_cannot_be_divided_are_refused(two: TrainingProcesses
     for config, name in ((CONFIG.with_(accumulation=3), "accumulation=3"), (CONFIG.with_(parallel_batches=2), "para")):
         with pytest.raises(UsageError, match=name):
             two.run(trained, config, torch.float32, {}, 1)
+
+
+def test_experts_that_cannot_be_dealt_are_refused() -> None:
+    for num_parts, num_ranks in ((4, 4), (2, 3), (7, 7)):
+        with pytest.raises(UsageError, match=f"--expert-parallel {num_parts}: it must divide"):
+            check_experts(tiny_config(), num_parts, num_ranks=num_ranks)
+    with pytest.raises(UsageError, match="has no experts"):
+        check_experts(tiny_config(num_experts=0, intermediate_size=8), 2, num_ranks=2)
 
 
 def numbers(metrics: StepMetrics, *, of_inside: bool) -> list[float]:

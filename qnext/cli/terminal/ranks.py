@@ -17,14 +17,17 @@ _COMMON = (UsageError, CorruptCheckpoint, Diverged)
 
 
 @contextmanager
-def ranks_of_run() -> Iterator[TrainingRanks]:
-    """Who trains. Of an error that all processes have alike, the first one tells."""
+def ranks_of_run(*, expert: int = 1) -> Iterator[TrainingRanks]:
+    """Who trains; `expert` processes in a row share the experts. Of an error that all processes have alike, the first
+    one tells."""
     if not _is_one_of_several():
+        if expert > 1:
+            raise UsageError(f"--expert-parallel {expert}: start as many processes: torchrun -m qnext train")
         yield ALONE
         return
     from qnext.parallel.train.ranks import join_torchrun
 
-    ranks = join_torchrun()
+    ranks = join_torchrun(expert=expert)
     if not ranks.is_first:
         warnings.simplefilter("ignore", QnextWarning)
     try:

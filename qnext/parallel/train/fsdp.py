@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,16 @@ from torch.distributed.tensor import DTensor
 from qnext.model import CausalLM
 
 
-def shard_model(model: CausalLM, mesh: DeviceMesh) -> None:
-    """Cut every parameter of `model` into as many rows as there are processes, in place.
+def shard_model(model: CausalLM, mesh: DeviceMesh, *, dealt: Sequence[nn.Module], dealt_mesh: DeviceMesh) -> None:
+    """Cut every parameter of `model` into as many rows as there are processes, in place. Those of `dealt` modules are
+    cut among the processes that have the same experts.
 
     A layer has whole parameters while it computes, which are plain tensors to whoever reads them there; embedding, head
     and final norm have them from the first layer to the end of the backward pass. Gradients are summed over the
     processes, not averaged: losses are divided by what the whole step holds.
     """
+    for module in dealt:
+        fully_shard(module, mesh=dealt_mesh)
     for part in (*model.model.layers, *(() if model.mtp is None else (model.mtp,)), model):
         fully_shard(part, mesh=mesh)
     for module in model.modules():
@@ -29,25 +32,52 @@ def shard_model(model: CausalLM, mesh: DeviceMesh) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-class CutParameter(NamedTuple):
-    """A parameter of the model, and what of it is here."""
+@dataclass(frozen=True)
+class CutParameter:
+    """A parameter of the model and what of it is here. Of `num_dealt` processes in a row each has as many rows of the
+    whole; those at the same place in their rows of processes have cut these among them."""
 
     parameter: DTensor
     part: nn.Parameter
+    num_dealt: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole."""
+        rows, *more = self.parameter.shape
+        return torch.Size([rows * self.num_dealt, *more])
+
+    @property
+    def largest(self) -> int:
+        """The rows of the largest part."""
+        return -(-self.parameter.shape[0] // self.parameter.device_mesh.size())
+
+    def joined(self, parts_RX: Tensor) -> Tensor:
+        """[processes, rows of the largest part, ...] -> the whole."""
+        dealt = parts_RX.unflatten(0, (-1, self.num_dealt)).transpose(0, 1).flatten(1, 2)
+        return dealt[:, : self.parameter.shape[0]].flatten(0, 1)
+
+    def cut(self, whole: Tensor, rank: int) -> Tensor:
+        group, place = divmod(rank, self.num_dealt)
+        start = place * self.parameter.shape[0] + group * self.largest
+        return whole[start : start + len(self.part)]
 
 
 class CutParameters:
     """The parts of parameters that FSDP2 has cut: plain tensors, which share the memory of the cut ones."""
 
-    def __init__(self, num_ranks: int, rank: int) -> None:
-        self._num_ranks, self._rank = num_ranks, rank
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
         self._cuts: dict[int, CutParameter] = {}
 
     def add(self, parameter: nn.Parameter) -> nn.Parameter:
         assert isinstance(parameter, DTensor)
         part = nn.Parameter(parameter.to_local().detach())
-        self._cuts[id(part)] = CutParameter(parameter, part)
+        self._cuts[id(part)] = CutParameter(parameter, part, self._num_ranks // parameter.device_mesh.size())
         return part
+
+    def of(self, part: Tensor) -> CutParameter:
+        return self._cuts[id(part)]
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
@@ -55,23 +85,10 @@ class CutParameters:
             gradient = cut.parameter.grad
             cut.part.grad = gradient.to_local() if isinstance(gradient, DTensor) else None
 
-    def shape(self, part: Tensor) -> torch.Size:
-        return self._cuts[id(part)].parameter.shape
-
     def padded(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
         """[N, rows of the largest part, ...]: tensors of one shape that are cut as `parts` are."""
-        shape = self.shape(parts[0])
-        rows = -(-shape[0] // self._num_ranks)
-        padded = tensors[0].new_zeros(len(tensors), rows, *shape[1:])
+        cut = self.of(parts[0])
+        padded = tensors[0].new_zeros(len(tensors), cut.largest, *cut.shape[1:])
         for place, tensor in zip(padded, tensors, strict=True):
             place[: len(tensor)] = tensor
         return padded
-
-    def joined(self, padded: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
-        """[processes, N, rows, ...] -> N whole tensors."""
-        shape = self.shape(parts[0])
-        return [each.flatten(0, 1)[: shape[0]] for each in padded.unbind(1)]
-
-    def cut(self, tensor: Tensor, part: Tensor) -> Tensor:
-        rows = -(-self.shape(part)[0] // self._num_ranks)
-        return tensor[self._rank * rows : self._rank * rows + len(part)]

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qnext.errors import LostRank, QnextError
 from qnext.model import CausalLM
+from qnext.parallel.train.experts import check_experts, deal_experts
 from qnext.parallel.train.fsdp import CutParameters, shard_model
 from qnext.parallel.watch import RankWatch, Vigilance
 
@@ -25,22 +26,25 @@ _SECONDS_TO_MEET = 600.0
 _FOREVER = timedelta(days=365)  # of a call: the watch knows whether the others live
 
 
-def join_torchrun() -> RanksOfRun:
-    """Meet the other processes. Raises LostRank where they are not found."""
+def join_torchrun(*, expert: int = 1) -> RanksOfRun:
+    """Meet the other processes, of which `expert` in a row share the experts. Raises LostRank where they are not
+    found."""
     try:
         store, rank, num_ranks = next(dist.rendezvous("env://", timeout=timedelta(seconds=_SECONDS_TO_MEET)))
     except (RuntimeError, ValueError) as error:
         raise LostRank(f"the other processes of torchrun were not found: {error}") from error
-    return RanksOfRun(store, rank, num_ranks)
+    return RanksOfRun(store, rank, num_ranks, expert=expert)
 
 
 class RanksOfRun:
     """The TrainingRanks of torchrun: every process computes micro batches, and has a part of every parameter."""
 
-    def __init__(self, store: dist.Store, rank: int, num_ranks: int, *, patience: float = PATIENCE) -> None:
-        self.rank, self.num_ranks = rank, num_ranks
+    def __init__(
+        self, store: dist.Store, rank: int, num_ranks: int, *, expert: int = 1, patience: float = PATIENCE
+    ) -> None:
+        self.rank, self.num_ranks, self.expert = rank, num_ranks, expert
         self._watch = RankWatch(dist.PrefixStore("watch", store), rank, num_ranks, Vigilance(patience))
-        self._parts = CutParameters(num_ranks, rank)
+        self._parts = CutParameters(num_ranks)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with self.guarded():
             dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=_FOREVER)
@@ -59,10 +63,17 @@ class RanksOfRun:
 
     def shard(self, model: CausalLM) -> None:
         """Keep this process's part of every parameter alone."""
-        world = dist.group.WORLD
+        check_experts(model.config, self.expert, num_ranks=self.num_ranks)
+        world, device = dist.group.WORLD, model.device.type
         assert world is not None
         with self.guarded():
-            shard_model(model, DeviceMesh.from_group(world, model.device.type))
+            mesh = dealt_mesh = DeviceMesh.from_group(world, device)
+            dealt: list[nn.Module] = []
+            if self.expert > 1:
+                table = torch.arange(self.num_ranks).view(-1, self.expert)
+                both = DeviceMesh(device, table, mesh_dim_names=("copies", "experts"))
+                dealt, dealt_mesh = deal_experts(model, both.get_group("experts")), both["copies"]
+            shard_model(model, mesh, dealt=dealt, dealt_mesh=dealt_mesh)
 
     def gather(self, values_N: Tensor) -> Tensor:
         values_N = values_N.contiguous()
@@ -80,15 +91,16 @@ class RanksOfRun:
         self._parts.collect_gradients()
 
     def shape(self, part: Tensor) -> torch.Size:
-        return self._parts.shape(part)
+        return self._parts.of(part).shape
 
     @torch.no_grad()
     def whole(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
         padded = self._parts.padded(tensors, parts)
-        return self._parts.joined(self.gather(padded.flatten()).view(self.num_ranks, *padded.shape), parts)
+        found = self.gather(padded.flatten()).view(self.num_ranks, *padded.shape)
+        return [self._parts.of(part).joined(each) for part, each in zip(parts, found.unbind(1), strict=True)]
 
     def cut(self, tensor: Tensor, part: Tensor) -> Tensor:
-        return self._parts.cut(tensor, part)
+        return self._parts.of(part).cut(tensor, self.rank)
 
     def by_first(self, action: Callable[[], None]) -> None:
         """The others end with the same exit code, and leave the words to the first."""
