@@ -18,16 +18,22 @@ from qnext.cli import VERBS, click_command
 from qnext.cli.flags.ranks import RankFlags
 from qnext.cli.parsing.command import mistake
 from qnext.cli.parsing.config_file import apply_environment, read_flags, take_config
-from qnext.cli.serve import ServeFlags, prepare
+from qnext.cli.serve import Prepared, ServeFlags, prepare
 from qnext.errors import UsageError
 from qnext.replicas.ingress import Ingress
+from qnext.replicas.listening import OwnListener
 from qnext.replicas.prefixes import MAX_HELD_CHUNKS, SPREAD
 from qnext.replicas.replica import Replica
+from qnext.server.server import Server
 
-# What listens is Ray Serve's proxy, which has options of its own (`http_options`).
-OF_THE_LISTENER = ("host", "port", "uds", "ssl_certfile", "ssl_keyfile", "admin_port")
+# Flags of an own listener. Without --port Ray Serve's proxy listens alone, whose options are its `http_options`.
+OF_THE_LISTENER = ("host", "uds", "ssl_certfile", "ssl_keyfile")
 _EXTRA_SECONDS = 10.0  # beyond --shutdown-timeout, for last events and the disk cache
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # the servers' audit logs say more
+# Ray Serve's work, its router and ours in one event loop: a request need not wake several threads in each process.
+_ONE_LOOP = {
+    "env_vars": {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+}
 _RESTART_SECONDS = 2.0  # between two looks at a replica
 
 
@@ -44,6 +50,7 @@ class AppArguments(BaseModel):
     target_requests: int | None = Field(default=None, ge=1)  # of a replica, running and waiting; more add replicas
     cpus: float = Field(default=1.0, gt=0)  # of a replica; also its threads, where --threads says nothing
     gpus: float = Field(default=0.0, ge=0)
+    resource: str | None = None  # one of these of Ray's own resources for each replica, to say which machines have them
     routers: int = Field(default=1, ge=1)
     spread: int = Field(default=SPREAD, ge=0)
     max_chunks: int = Field(default=MAX_HELD_CHUNKS, ge=1)
@@ -69,13 +76,22 @@ def flag_values(model: str, config: str | None) -> dict[str, Any]:
         if hasattr(error, "format_message"):
             raise UsageError(mistake(error, "serve")) from None
         raise
-    for name in OF_THE_LISTENER:
-        if context.get_parameter_source(name).name != "DEFAULT":
-            raise UsageError(f"--{name.replace('_', '-')}: Ray Serve's proxy listens; see its http_options")
+    given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}
+    if "admin_port" in given:
+        raise UsageError("--admin-port: replicas have no routes for administrators")
     for each in fields(RankFlags):
-        if context.get_parameter_source(each.name).name != "DEFAULT":
+        if each.name in given:
             raise UsageError(f"--{each.name.replace('_', '-')}: a replica is one process, and has no ranks")
-    return {**context.params, "host": "0.0.0.0"}
+    for name in given & set(OF_THE_LISTENER):
+        if "port" not in given:
+            raise UsageError(f"--{name.replace('_', '-')}: needs --port; without it Ray Serve's proxy listens alone")
+    return {**context.params, "port": context.params["port"] if "port" in given else None}
+
+
+def prepared(values: Mapping[str, Any]) -> Prepared:
+    """What the flags say. Raises UsageError, also where nobody needs a key: the proxy may be reached from anywhere."""
+    prepare(values["model"], ServeFlags.of({**values, "host": "0.0.0.0"}))
+    return prepare(values["model"], ServeFlags.of(values))
 
 
 @serve.deployment
@@ -84,10 +100,14 @@ class ModelReplica(Replica):
 
     async def __init__(self, values: Mapping[str, Any]) -> None:
         def open_server(name: str) -> Any:
-            new_server, load = prepare(values["model"], ServeFlags.of(values)).open(name)
+            new_server, load = prepared(values).open(name)
             return new_server(), load
 
         await self.open(open_server)
+
+    async def __del__(self) -> None:
+        """Ray Serve calls it when the requests have ended, or their time has."""
+        await self.close()
 
 
 @serve.deployment
@@ -96,11 +116,22 @@ class Router:
     """The address."""
 
     def __init__(self, values: Mapping[str, Any], replicas: Any) -> None:
-        ready = prepare(values["model"], ServeFlags.of(values))
+        ready = prepared(values)
         self._ingress = Ingress(ready.keys, ready.limits, replicas)
+        self._own = None
+        if values["port"] is not None:
+            own = Ingress(ready.keys, ready.limits, replicas, is_behind_proxy=False)
+            server = Server(keys=ready.keys, limits=ready.limits, with_page=False)
+            self._own = OwnListener(own, server, ready.listen)
 
-    def __serve_build_asgi_app__(self) -> Ingress:
+    async def __serve_build_asgi_app__(self) -> Ingress:
+        if self._own is not None:
+            self._own.start()
         return self._ingress
+
+    async def __del__(self) -> None:
+        if getattr(self, "_own", None) is not None:
+            await self._own.stop()
 
     def check_health(self) -> None:
         self._ingress.reload_keys()
@@ -112,9 +143,7 @@ def app(given: dict[str, Any]) -> serve.Application:
     if arguments.config is not None:
         arguments.config = str(Path(arguments.config).resolve())
     values = flag_values(arguments.model, arguments.config)
-    flags = ServeFlags.of(values)
-    prepare(arguments.model, flags)  # raises what every replica would raise
-    limits, seats = flags.limits.limits(), flags.memory.max_num_seqs
+    limits, seats = prepared(values).limits, values["max_num_seqs"]
     autoscaling = None
     if arguments.max_replicas is not None:
         autoscaling = {
@@ -133,7 +162,12 @@ def app(given: dict[str, Any]) -> serve.Application:
         health_check_period_s=_RESTART_SECONDS,
         health_check_timeout_s=30.0,
         logging_config=_QUIET,
-        ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
+        ray_actor_options={
+            "num_cpus": arguments.cpus,
+            "num_gpus": arguments.gpus,
+            "runtime_env": _ONE_LOOP,
+            "resources": {} if arguments.resource is None else {arguments.resource: 1},
+        },
         request_router_config=RequestRouterConfig(
             request_router_class="qnext.replicas.router.PrefixRouter",
             request_router_kwargs={"max_chunks": arguments.max_chunks, "spread": arguments.spread},
@@ -146,5 +180,6 @@ def app(given: dict[str, Any]) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=_RESTART_SECONDS,
         logging_config=_QUIET,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": _ONE_LOOP},
+        max_replicas_per_node=None if values["port"] is None else 1,  # one process has the port
     ).bind(values, replicas)

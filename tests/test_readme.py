@@ -181,6 +181,9 @@ SMALL_BENCHMARKS = {
     "bench_quantize.py": ["--model", "MODEL", "--reference", "--rounds", "1", "--isa", "best"],
     "bench_streaming.py": _TINY_STREAMING.split(),
     "bench_residency.py": ["--tokens", "40", "--slots", "0.2", "--half-lives", "64"],
+    "bench_replicas.py": [
+        *("MODEL", "--conversations", "4", "--turns", "2", "--streams", "4", "--tokens", "400", "--rounds", "2")
+    ],
     "bench_spin.py": ["--rounds", "1", "--spins", "default", "1000", "--busy", "1", "--work", "quantize", "decode 16"],
     "bench_watermark.py": [
         "MODEL",

@@ -37,6 +37,10 @@ _METRICS = "/metrics"
 _SEQUENCE = re.compile(rb'"sequence_number": ?(\d+)')
 
 
+class _CallerLeft(Exception):
+    """The connection closed before the body was there."""
+
+
 class Ingress:
     """An ASGI application before replicas. `replicas` is Ray Serve's handle of the deployment of `Replica`.
 
@@ -44,8 +48,10 @@ class Ingress:
     a request may find, and a limit how much is read.
     """
 
-    def __init__(self, keys: KeyRing, limits: Limits, replicas: Any) -> None:
+    def __init__(self, keys: KeyRing, limits: Limits, replicas: Any, *, is_behind_proxy: bool = True) -> None:
+        """`is_behind_proxy`: Ray Serve's proxy listens, which tells clients the ids that it has seen."""
         self._keys = keys
+        self._is_behind_proxy = is_behind_proxy
         self._limits = limits
         self._replicas = replicas
         self._streams = replicas.options(stream=True)
@@ -58,7 +64,8 @@ class Ingress:
             return
         headers = _named(scope["headers"])
         given = headers.get("x-request-id", "")
-        reply = _Reply(send, scope["path"], given if _REQUEST_ID.fullmatch(given) else new_request_id(), given)
+        reply = _Reply(send, scope["path"], given if _REQUEST_ID.fullmatch(given) else new_request_id())
+        reply.is_named = self._is_behind_proxy and reply.request_id == given
         key = None if self._keys.is_open else self._keys.find(secret_of(headers) or "")
         is_known = self._keys.is_open or key is not None
         payer = f"key {key.id}" if key is not None else network_of((scope.get("client") or ("",))[0])
@@ -70,6 +77,8 @@ class Ingress:
             chain = await _chain(key.id if key is not None else "", body) if body else ()
             call = RoutedCall(_data_of(scope, reply.request_id), body, chain)
             await self._answer(call, receive, reply)
+        except _CallerLeft:
+            return
         except ApiError as error:
             await reply.fail(error)
         finally:
@@ -95,7 +104,7 @@ class Ingress:
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise asyncio.CancelledError
+                    raise _CallerLeft
                 part = message.get("body", b"")
                 if held + len(part) > limit:
                     raise _too_large(limit)
@@ -169,9 +178,10 @@ class Ingress:
 class _Reply:
     """What the client of one request gets."""
 
-    def __init__(self, send: Send, path: str, request_id: str, given: str) -> None:
+    is_named = False  # somebody else tells the client the request's id
+
+    def __init__(self, send: Send, path: str, request_id: str) -> None:
         self.request_id = request_id
-        self._is_named = request_id == given  # Ray Serve's proxy names the request to the client then
         self._send = send
         self._path = path
         self._style = style_of(path)
@@ -208,7 +218,7 @@ class _Reply:
 
     async def _begin(self, status: int, headers: Headers) -> None:
         self._has_begun = True
-        if self._is_named:
+        if self.is_named:
             headers = [(name, value) for name, value in headers if name != b"x-request-id"]
         self._is_stream = any(name == b"content-type" and b"event-stream" in value for name, value in headers)
         await self._send({"type": "http.response.start", "status": status, "headers": headers})

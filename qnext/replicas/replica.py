@@ -75,9 +75,9 @@ class Replica:
         if self._server.fault is not None:
             raise RuntimeError(self._server.fault)
 
-    async def __del__(self) -> None:
-        """Ray Serve calls it when the requests have ended, or their time has."""
-        if not hasattr(self, "_tasks"):
+    async def close(self) -> None:
+        """End it, when its requests have ended or their time has."""
+        if not hasattr(self, "_tasks"):  # it was never open
             return
         await self._server.drain(0.0)
         for task in self._tasks:

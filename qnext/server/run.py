@@ -155,12 +155,12 @@ def serving(server_of: Callable[[], Server], load: LoadModel, listen: Listen) ->
 
 
 async def _serve(server: Server, load: LoadModel, listen: Listen, on_ready: OnReady) -> None:
-    sockets = [_socket(listen, server.limits)]
+    sockets = [open_socket(listen, server.limits)]
     routes = public_routes(with_page=server.with_page, open_readiness=server.open_readiness)
     bound = listen.host if listen.uds is None else None
     listeners = [listener(make_application(server, routes, bound=bound), server, listen)]
     if listen.admin_port is not None:
-        sockets.append(_socket(Listen("127.0.0.1", listen.admin_port), server.limits))
+        sockets.append(open_socket(Listen("127.0.0.1", listen.admin_port), server.limits))
         listeners.append(listener(make_application(server, ADMIN_ROUTES), server, Listen()))
     runs = [asyncio.create_task(one.serve([sock])) for one, sock in zip(listeners, sockets, strict=True)]
     cleaning = look_after(server)
@@ -221,7 +221,8 @@ def listener(application: Any, server: Server, listen: Listen) -> uvicorn.Server
     return _Uvicorn(config)
 
 
-def _socket(listen: Listen, limits: Limits) -> socket.socket:
+def open_socket(listen: Listen, limits: Limits) -> socket.socket:
+    """A bound socket. Raises UsageError where the address is not available."""
     try:
         if listen.uds is not None:
             with contextlib.suppress(FileNotFoundError):

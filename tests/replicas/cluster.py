@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -41,9 +42,9 @@ class Cluster:
         said = self.process.stdout.readline().strip()
         assert said == "up", (self.folder / "log").read_text()[-5_000:]
 
-    def client(self, key: str | None = None) -> httpx2.Client:
+    def client(self, key: str | None = None, *, url: str | None = None) -> httpx2.Client:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx2.Client(base_url=self.url, headers=headers, timeout=120.0)
+        return httpx2.Client(base_url=url or self.url, headers=headers, timeout=120.0)
 
     def replicas(self) -> list[psutil.Process]:
         """The processes of the replicas that run."""
@@ -57,8 +58,13 @@ class Cluster:
 def cluster(*, num_cpus: int = 2) -> Iterator[Cluster]:
     """Ray without replicas. At the end nothing of it is left, neither processes nor files."""
     folder = Path(tempfile.mkdtemp(prefix="qnext-ray-"))  # sockets have short names
-    port = _free_port()
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'deploy'}"}
+    port = free_port()
+    environment = {
+        **os.environ,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray writes one into the home of the user
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'deploy'}",
+    }
     command = [sys.executable, "-m", "tests.replicas.cluster", str(folder), str(port), str(num_cpus)]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -90,7 +96,8 @@ def _command(one: psutil.Process) -> list[str]:
         return []
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nobody has now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

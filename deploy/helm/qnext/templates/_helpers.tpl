@@ -57,7 +57,16 @@ yes
 {{- if and .Values.diskCache.existingClaim .Values.diskCache.hostPath -}}
 {{- fail "set at most one of diskCache.existingClaim and diskCache.hostPath" -}}
 {{- end -}}
-{{- if include "qnext.keepsFiles" . -}}
+{{- if and .Values.ray.enabled (or (ne .Values.autoscaling.kind "none") .Values.serviceMonitor.enabled) -}}
+{{- fail "ray.enabled scales by ray.maxReplicas, and has neither autoscaling.kind nor a serviceMonitor" -}}
+{{- end -}}
+{{- if and .Values.ray.enabled (lt (int .Values.replicas) 1) -}}
+{{- fail "ray.enabled needs replicas of at least 1" -}}
+{{- end -}}
+{{- if and .Values.ray.enabled .Values.ray.maxReplicas (lt (int .Values.ray.maxReplicas) (int .Values.replicas)) -}}
+{{- fail "ray.maxReplicas must be at least replicas" -}}
+{{- end -}}
+{{- if and (include "qnext.keepsFiles" .) (not .Values.ray.enabled) -}}
 {{- if or (gt (int .Values.replicas) 1) (ne .Values.autoscaling.kind "none") -}}
 {{- fail "a disk cache or audit log that outlives its pod belongs to one replica: two cannot share it" -}}
 {{- end -}}
@@ -70,15 +79,120 @@ yes
 {{- end -}}
 {{- end -}}
 
+{{- define "qnext.mounts" -}}
+- name: flags
+  mountPath: /etc/qnext/serve.yaml
+  subPath: serve.yaml
+  readOnly: true
+{{- if not .Values.keys.insecureNoAuth }}
+- name: keys
+  mountPath: /etc/qnext/keys
+  readOnly: true
+{{- end }}
+- name: model
+  mountPath: {{ .Values.model.path | quote }}
+  readOnly: true
+  {{- with .Values.model.subPath }}
+  subPath: {{ . | quote }}
+  {{- end }}
+- name: tmp
+  mountPath: /tmp
+{{- if .Values.diskCache.enabled }}
+- name: cache
+  mountPath: /var/cache/qnext
+{{- end }}
+{{- if .Values.audit.enabled }}
+- name: audit
+  mountPath: /var/log/qnext
+{{- end }}
+{{- end -}}
+
+{{- define "qnext.volumes" -}}
+- name: flags
+  configMap:
+    name: {{ include "qnext.fullname" . }}
+{{- if not .Values.keys.insecureNoAuth }}
+# Root's, readable by the group of the pod; the server refuses a file that others may read.
+- name: keys
+  secret:
+    secretName: {{ include "qnext.keysSecret" . }}
+    defaultMode: 0440
+{{- end }}
+- name: model
+  {{- if .Values.model.existingClaim }}
+  persistentVolumeClaim:
+    claimName: {{ .Values.model.existingClaim }}
+    readOnly: true
+  {{- else }}
+  hostPath:
+    path: {{ .Values.model.hostPath | quote }}
+    type: Directory
+  {{- end }}
+- name: tmp
+  emptyDir:
+    medium: Memory
+    sizeLimit: 256Mi
+{{- with .Values.diskCache }}
+{{- if .enabled }}
+- name: cache
+  {{- if .existingClaim }}
+  persistentVolumeClaim:
+    claimName: {{ .existingClaim }}
+  {{- else if .hostPath }}
+  hostPath:
+    path: {{ .hostPath | quote }}
+    type: Directory
+  {{- else }}
+  emptyDir:
+    sizeLimit: {{ add .gibibytes 1 }}Gi
+  {{- end }}
+{{- end }}
+{{- end }}
+{{- with .Values.audit }}
+{{- if .enabled }}
+- name: audit
+  {{- if .existingClaim }}
+  persistentVolumeClaim:
+    claimName: {{ .existingClaim }}
+  {{- else }}
+  emptyDir:
+    sizeLimit: {{ .gibibytes }}Gi
+  {{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "qnext.placement" -}}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.topologySpreadConstraints }}
+topologySpreadConstraints:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
 {{- define "qnext.flags" -}}
 {{- $flags := deepCopy .Values.serve -}}
+{{- if not .Values.ray.enabled -}}
 {{- $_ := set $flags "host" "0.0.0.0" -}}
 {{- $_ := set $flags "port" 8000 -}}
+{{- end -}}
 {{- $_ := set $flags "served-model-name" (list .Values.model.name) -}}
 {{- $_ := set $flags "shutdown-timeout" .Values.shutdownTimeoutSeconds -}}
 {{- $_ := set $flags "open-readiness" true -}}
 {{- /* The service's names. Probes and Prometheus ask by address. */ -}}
 {{- $name := include "qnext.fullname" . -}}
+{{- if .Values.ray.enabled }}{{ $name = printf "%s-serve-svc" $name }}{{ end -}}
 {{- $inside := printf "%s.%s" $name .Release.Namespace -}}
 {{- $hosts := list $name $inside (printf "%s.svc" $inside) (printf "%s.svc.cluster.local" $inside) -}}
 {{- $_ := set $flags "allowed-hosts" (concat $hosts .Values.allowedHosts) -}}
@@ -96,4 +210,72 @@ yes
 {{- $_ := set $flags "audit-chain" .Values.audit.chain -}}
 {{- end -}}
 {{- toYaml (dict "serve" $flags) -}}
+{{- end -}}
+
+{{- /* A pod of Ray. KubeRay adds the command, the ports of the cluster and the probes. */ -}}
+{{- define "qnext.rayPod" -}}
+{{- $root := .root -}}
+metadata:
+  labels:
+    {{- include "qnext.labels" $root | nindent 4 }}
+    {{- with $root.Values.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  annotations:
+    checksum/flags: {{ include "qnext.flags" $root | sha256sum }}
+    {{- with $root.Values.podAnnotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+spec:
+  # The variables of a service called qnext-serve would be read as flags.
+  enableServiceLinks: false
+  terminationGracePeriodSeconds: {{ add $root.Values.preStopSeconds $root.Values.shutdownTimeoutSeconds 30 }}
+  securityContext:
+    runAsNonRoot: true
+    runAsUser: 10001
+    runAsGroup: 10001
+    fsGroup: 10001
+    fsGroupChangePolicy: OnRootMismatch
+    seccompProfile:
+      type: RuntimeDefault
+  {{- with $root.Values.imagePullSecrets }}
+  imagePullSecrets:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $root.Values.priorityClassName }}
+  priorityClassName: {{ . }}
+  {{- end }}
+  containers:
+    - name: {{ .container }}
+      image: {{ include "qnext.image" $root | quote }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      env:
+        # Ray tells its makers of its use otherwise.
+        - name: RAY_USAGE_STATS_ENABLED
+          value: "0"
+      securityContext:
+        allowPrivilegeEscalation: false
+        readOnlyRootFilesystem: true
+        capabilities:
+          drop:
+            - ALL
+      resources:
+        {{- toYaml .resources | nindent 8 }}
+      volumeMounts:
+        {{- include "qnext.mounts" $root | nindent 8 }}
+        - name: ray
+          mountPath: /tmp/ray
+        - name: shm
+          mountPath: /dev/shm
+  volumes:
+    {{- include "qnext.volumes" $root | nindent 4 }}
+    # Logs and sockets of Ray, and what passes between its processes.
+    - name: ray
+      emptyDir:
+        sizeLimit: 4Gi
+    - name: shm
+      emptyDir:
+        medium: Memory
+        sizeLimit: 1Gi
+  {{- include "qnext.placement" $root | nindent 2 }}
 {{- end -}}
