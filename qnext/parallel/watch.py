@@ -43,6 +43,8 @@ class RankWatch:
         self._lost: LostRank | None = None
         self._is_known, self._is_closed, self._is_told = threading.Event(), threading.Event(), threading.Event()
         self._is_suspected = False
+        with contextlib.suppress(RuntimeError):  # found by the thread
+            self._beat()  # from the first moment on its silence counts
         self._thread = threading.Thread(target=self._run, name="watch of ranks", daemon=True)
         self._thread.start()
 
@@ -90,6 +92,9 @@ class RankWatch:
         if self._thread is not threading.current_thread():
             self._thread.join()
 
+    def _beat(self) -> None:
+        self._store.add(f"beat/{self._rank}", 1)
+
     @property
     def _patience(self) -> float:
         longest = self._vigilance.patience
@@ -117,7 +122,7 @@ class RankWatch:
                 how = f"signal {-code} ended it" if code < 0 else f"it ended with {code}"
                 return self.told() or LostRank(f"rank {rank} was lost: {how}")
         try:
-            self._store.add(f"beat/{self._rank}", 1)
+            self._beat()
             now = time.monotonic()
             for rank in range(self._num_ranks):
                 beats = self._store.add(f"beat/{rank}", 0)

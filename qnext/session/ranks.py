@@ -115,6 +115,7 @@ def open_on_ranks(folder: ModelFolder, config: EngineConfig, how: EngineOpening)
         if cause is error:
             raise
         raise cause from error
+    how.note(f"{options.num_ranks} ranks with {torch.get_num_threads()} threads each; sizes are those of the first")
     return model, engine
 
 

@@ -120,9 +120,10 @@ def is_running(pid: int) -> bool:
     return False
 
 
-def begun(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
+def begun(folder: Path, *flags: str) -> tuple[subprocess.Popen[str], list[int]]:
     """`qnext generate` on two ranks that has written something, and its ranks."""
     command = [sys.executable, "-m", "qnext", "generate", folder, "Hello", "--max-tokens", "2000", "--ignore-eos", *TWO]
+    command += flags
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     one = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -164,16 +165,14 @@ def test_a_killed_rank_ends_the_command(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_stopped_rank_is_lost_when_patience_ends(folder: Path) -> None:
     """It does not answer, and its process is there."""
-    command = [sys.executable, "-m", "qnext", "generate", folder, "Hello", "--max-tokens", "2000", "--ignore-eos", *TWO]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    one = subprocess.Popen(
-        [*map(str, command), "--rank-patience", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    )
-    assert one.stdout is not None and one.stdout.read(1)
-    (rank,) = children(one.pid)
+    one, (rank,) = begun(folder, "--rank-patience", "2")
     os.kill(rank, signal.SIGSTOP)
-    _, said = one.communicate(timeout=30)
-    assert one.returncode == 7 and b"rank 1 was lost: it has shown no life for 2 seconds" in said
+    try:
+        _, said = one.communicate(timeout=30)
+    finally:
+        one.kill()
+    lost = "qnext generate: rank 1 was lost: it has shown no life for 2 seconds"
+    assert (one.returncode, said.splitlines()[-1]) == (7, lost)
     assert not is_running(rank)
 
 

@@ -11,11 +11,13 @@ import torch
 
 from qnext.checkpoint import load_model, save_model
 from qnext.checkpoint.quantize import quantize_folder
+from qnext.errors import NotSupported
 from qnext.parallel.mesh import Mesh
 from qnext.parallel.modules import OnRank
 from qnext.parallel.shard import RankShard
 from qnext.planning import list_parameters
 from qnext.quant.scheme import make_policy
+from tests.checkpoint.folders import make_fp8
 from tests.model.models import make_model, random_tokens
 from tests.parallel.ranks import MemoryLink
 from tests.parallel.test_forward import CONFIGS, rows, rows_on_ranks
@@ -56,3 +58,17 @@ def test_codes_on_ranks(tmp_path: Path, name: str, scheme: str, with_records: bo
         for found in rows_on_ranks(tmp_path / "q", config, tensor, expert, tokens_T):
             for mine, theirs in zip(found, alone, strict=True):
                 assert torch.equal(mine, theirs)
+
+
+def test_fp8_on_ranks(tmp_path: Path) -> None:
+    """Where ranks are cut between blocks that share a scale; a cut through one is refused by name."""
+    wide = {"hidden_size": 256, "head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    config = CONFIGS["sparse"].with_(**wide, num_key_value_heads=4)
+    save_model(make_model(config, dtype=torch.bfloat16), tmp_path / "m")
+    make_fp8(tmp_path / "m")
+    tokens_T = random_tokens(config, 23)
+    alone = rows(load_model(tmp_path / "m"), tokens_T)
+    for found in rows_on_ranks(tmp_path / "m", config, 2, 2, tokens_T):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, alone, strict=True))
+    with pytest.raises(NotSupported, match=r"tensor \S+: one number belongs to several rows, and ranks would cut"):
+        rows_on_ranks(tmp_path / "m", config, 4, 1, tokens_T)
