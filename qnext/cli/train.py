@@ -22,6 +22,9 @@ def command(
     expert_parallel: Annotated[
         int, typer.Option(min=1, metavar="M", help="under torchrun: so many processes in a row share the experts")
     ] = 1,
+    context_parallel: Annotated[
+        int, typer.Option(min=1, metavar="C", help="under torchrun: so many processes in a row share a micro batch")
+    ] = 1,
     *,
     watch: WatchFlags,
 ) -> None:
@@ -42,7 +45,7 @@ def command(
     check_names(watch.log or ())
     keep_freed_memory()
     folder = out or Path("runs") / recipe
-    with ranks_of_run(expert=expert_parallel) as ranks:
+    with ranks_of_run(expert=expert_parallel, context=context_parallel) as ranks:
         display = TrainingDisplay(is_quiet=not ranks.is_first)
         display.note("reading text, making the tokenizer")
         run = prepare(chosen, folder, resume=resume, hooks=display.hooks(), ranks=ranks)

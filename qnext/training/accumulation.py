@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 from qnext.training.config import TrainConfig
+from qnext.training.data import TrainBatch
 from qnext.training.health import HealthProbe
 from qnext.training.objective import Losses, Objective, TrainStep
-from qnext.training.ranks import TrainingRanks
+from qnext.training.ranks import ALONE, TrainingRanks
 from qnext.training.threads import BackwardThreads
 
 
@@ -32,11 +33,16 @@ class Accumulation:
         self._model, self._objective, self._ranks = model, objective, ranks
         self._size = config.parallel_batches * ranks.num_shares  # of the micro batches that run at once
         self._threads = BackwardThreads(config.parallel_batches) if config.parallel_batches > 1 else None
-        if ranks.num_shares > 1 and self._threads is not None:
+        if ranks is not ALONE and self._threads is not None:
             raise UsageError(
-                f"parallel_batches={config.parallel_batches}: each of {ranks.num_shares} processes computes one micro "
-                "batch at a time; set it to 1"
+                f"parallel_batches={config.parallel_batches}: each of several processes computes one micro batch at a "
+                "time; set it to 1"
             )
+        if ranks.num_cuts > 1 and config.mtp_steps > 1:
+            raise UsageError(
+                f"mtp_steps={config.mtp_steps}: drafts in a row need all rows of a micro batch in a process"
+            )
+        ranks.rows(config.tokens_per_batch)
         if config.accumulation % self._size:
             raise UsageError(
                 f"accumulation={config.accumulation}: the micro batches of a step are divided among {ranks.num_shares} "
@@ -71,9 +77,22 @@ class Accumulation:
         if probe is not None:
             probe.watch_thread()
         with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
-            losses = self._objective(self._model, batch.to(device), step)
+            losses = self._objective(self._model, self._own_rows(batch.to(device)), step)
         step.tap.take()  # where the objective has not looked at the routers
         return losses
+
+    def _own_rows(self, batch: Any) -> Any:
+        """What this process computes of a micro batch."""
+        if self._ranks.num_cuts == 1:
+            return batch
+        assert isinstance(batch, TrainBatch), "no other kind of micro batch is cut"
+        rows = slice(*self._ranks.rows(batch.num_tokens))
+        return batch._replace(
+            batch=self._ranks.cut_rows(batch.batch),
+            next_ids_T=batch.next_ids_T[rows],
+            labels_T=batch.labels_T[rows],
+            mtp_labels_T=batch.mtp_labels_T[rows],
+        )
 
     def _backward(self, tasks: Sequence[Callable[[], Losses]], parameters: Sequence[nn.Parameter]) -> list[Losses]:
         if self._threads is not None:
@@ -94,7 +113,7 @@ class Accumulation:
         return total
 
     def _of_all_ranks(self, per_batch: Sequence[Losses]) -> Iterator[Mapping[str, Tensor]]:
-        if self._ranks.num_shares == 1:
+        if self._ranks is ALONE:
             yield from (losses.values for losses in per_batch)
             return
         own_BN = torch.stack([torch.stack(list(losses.values.values())) for losses in per_batch])

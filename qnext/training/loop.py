@@ -157,7 +157,7 @@ class Trainer:
 
     def _is_over(self, until_step: int | None) -> bool:
         """Decided by all ranks alike: the clock is that of the first, and a signal to one is one to all."""
-        told_R2 = self.ranks.gather(torch.tensor([self.elapsed, float(self.should_stop)], dtype=torch.float64))
+        told_R2 = self.ranks.gather_parts(torch.tensor([self.elapsed, float(self.should_stop)], dtype=torch.float64))
         self._now, self.should_stop = float(told_R2[0, 0]), bool(told_R2[:, 1].any())
         return self.is_done or self.should_stop or self.step == until_step
 
@@ -259,7 +259,7 @@ class Trainer:
     def _agreed_precision(self) -> PrecisionChoice:
         """What the first process has chosen."""
         choice = choose_precision(self.config.precision, self.model.device)
-        if bool(self.ranks.gather(torch.tensor([choice.precision == "bfloat16"]))[0, 0]):
+        if bool(self.ranks.gather_parts(torch.tensor([choice.precision == "bfloat16"]))[0, 0]):
             return choice._replace(precision="bfloat16")
         return choice._replace(precision="float32")
 
@@ -326,7 +326,7 @@ class Trainer:
                 save_snapshot(folder, snapshot, keep=self.config.keep_snapshots)
             except OSError as error:
                 failure = error
-        if self.ranks.gather(torch.tensor([failure is not None]))[0, 0]:
+        if self.ranks.gather_parts(torch.tensor([failure is not None]))[0, 0]:
             raise SnapshotFailed(failure or OSError("the first process"), next(reversed(list_snapshots(folder)), None))
         path = path_of(folder, self.step)
         if self.hooks.on_snapshot is not None:

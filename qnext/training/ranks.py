@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qnext.checkpoint.snapshot import load_weights
-from qnext.model import CausalLM
+from qnext.model import Batch, CausalLM
 
 
 class TrainingRanks(Protocol):
@@ -31,14 +31,25 @@ class TrainingRanks(Protocol):
     def num_shares(self) -> int: ...
 
     @property
+    def num_cuts(self) -> int:
+        """How many processes share the rows of one micro batch."""
+
+    @property
     def is_first(self) -> bool:
         """Whether it is the process that writes files and talks to people."""
 
     def shard(self, model: CausalLM) -> None:
         """Cut the parameters of `model`, before anything else looks at them."""
 
+    def rows(self, num_rows: int) -> tuple[int, int]:
+        """The rows of a micro batch that this process computes."""
+
+    def cut_rows(self, batch: Batch) -> Batch:
+        """These rows, for a model that will be told of those before them."""
+
     def gather(self, values_N: Tensor) -> Tensor:
-        """[R, N]: numbers of the micro batches that run side by side, in the order of the shares."""
+        """[shares, N]: numbers of the micro batches that run side by side, in the order of the shares. What the rows of
+        one micro batch have is added up."""
 
     def gather_parts(self, values_N: Tensor) -> Tensor:
         """[R, N]: numbers of the parts of all processes. Every element of a parameter is in one part."""
@@ -68,10 +79,16 @@ class TrainingRanks(Protocol):
 class Alone:
     """One process."""
 
-    share, num_shares, is_first = 0, 1, True
+    share, num_shares, num_cuts, is_first = 0, 1, 1, True
 
     def shard(self, model: CausalLM) -> None:
         """Nothing is cut."""
+
+    def rows(self, num_rows: int) -> tuple[int, int]:
+        return 0, num_rows
+
+    def cut_rows(self, batch: Batch) -> Batch:
+        return batch
 
     def gather(self, values_N: Tensor) -> Tensor:
         return values_N[None]
@@ -132,7 +149,7 @@ def cut_tensors(
 
 def whole_model(model: CausalLM, part_of: Mapping[str, Tensor], ranks: TrainingRanks) -> CausalLM:
     """`model` with all its parameters, in the first process. All take part; in the others they have no values."""
-    if ranks.num_shares == 1:
+    if ranks is ALONE:
         return model
     weights = whole_tensors(part_of, part_of, ranks)
     whole = CausalLM(model.config)

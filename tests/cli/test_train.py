@@ -67,9 +67,10 @@ def test_what_cannot_share_its_work_is_refused_under_torchrun(
     assert not (tmp_path / "run").exists()
 
 
-def test_experts_need_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", "tiny", "--out", str(tmp_path / "run"), "--expert-parallel", "2") == 2
-    assert "--expert-parallel 2: start as many processes" in capsys.readouterr().err
+@pytest.mark.parametrize("flag", ["--expert-parallel", "--context-parallel"])
+def test_a_division_needs_processes(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "tiny", "--out", str(tmp_path / "run"), flag, "2") == 2
+    assert f"{flag} 2: start as many processes" in capsys.readouterr().err
 
 
 def test_train_then_resume_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from qnext.parallel.join import open_store
-from qnext.parallel.train.ranks import RanksOfRun
+from qnext.parallel.train.ranks import Division, RanksOfRun
 
+ALL_ALIKE = Division()
 Job = Callable[..., Any]  # of the ranks and what is sent with it
 
 
@@ -35,9 +36,9 @@ class TrainingProcesses:
 
 
 @contextmanager
-def processes(num_ranks: int, *, expert: int = 1) -> Iterator[TrainingProcesses]:
+def processes(num_ranks: int, division: Division = ALL_ALIKE) -> Iterator[TrainingProcesses]:
     """That end well."""
-    with started(num_ranks, expert=expert) as found:
+    with started(num_ranks, division) as found:
         yield found
         for connection in found.connections:
             connection.send(None)
@@ -47,14 +48,14 @@ def processes(num_ranks: int, *, expert: int = 1) -> Iterator[TrainingProcesses]
 
 
 @contextmanager
-def started(num_ranks: int, *, expert: int = 1, patience: float = 20.0) -> Iterator[TrainingProcesses]:
+def started(num_ranks: int, division: Division = ALL_ALIKE, *, patience: float = 20.0) -> Iterator[TrainingProcesses]:
     """That are killed in the end."""
     context = multiprocessing.get_context("spawn")
     store = open_store("127.0.0.1", 0, is_first=True)
     made, connections = [], []
     for rank in range(num_ranks):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_rank, args=(theirs, rank, num_ranks, store.port, expert, patience))
+        process = context.Process(target=_rank, args=(theirs, rank, num_ranks, store.port, division, patience))
         process.start()
         theirs.close()
         made.append(process)
@@ -67,10 +68,10 @@ def started(num_ranks: int, *, expert: int = 1, patience: float = 20.0) -> Itera
             process.join()
 
 
-def _rank(connection: Connection, rank: int, num_ranks: int, port: int, expert: int, patience: float) -> None:
+def _rank(connection: Connection, rank: int, num_ranks: int, port: int, division: Division, patience: float) -> None:
     torch.set_num_threads(1)
     store = open_store("127.0.0.1", port, is_first=False)
-    ranks = RanksOfRun(store, rank, num_ranks, expert=expert, patience=patience)
+    ranks = RanksOfRun(store, rank, num_ranks, division, patience=patience)
     while (order := connection.recv()) is not None:
         job, arguments = order
         try:

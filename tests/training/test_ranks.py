@@ -15,7 +15,9 @@ from torch import Tensor
 
 from qnext.checkpoint.snapshot import newest_snapshot
 from qnext.errors import LostRank, UsageError
+from qnext.parallel.train.context import check_context
 from qnext.parallel.train.experts import check_experts
+from qnext.parallel.train.ranks import Division
 from qnext.training import Hooks, PackedStream, StepMetrics, TrainConfig, Trainer
 from qnext.training.ranks import ALONE, TrainingRanks, whole_tensors
 from tests.training.models import documents, tiny_config, tiny_model
@@ -36,7 +38,14 @@ def two() -> Iterator[TrainingProcesses]:
 @pytest.fixture(scope="module")
 def dealt() -> Iterator[TrainingProcesses]:
     """Each has half of the experts."""
-    with processes(2, expert=2) as found:
+    with processes(2, Division(expert=2)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def cut() -> Iterator[TrainingProcesses]:
+    """Each has half of the rows of every micro batch."""
+    with processes(2, Division(context=2)) as found:
         yield found
 
 
@@ -103,17 +112,34 @@ def test_experts_on_two_processes(dealt: TrainingProcesses, optimizer: str) -> N
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_experts_on_two_of_four_processes(optimizer: str) -> None:
     """Each expert is on two, which have cut it among them."""
-    with processes(4, expert=2) as ranks:
+    with processes(4, Division(expert=2)) as ranks:
         train_as_one(ranks, CONFIG.with_(optimizer=optimizer))
 
 
-def train_as_one(ranks: TrainingProcesses, config: TrainConfig) -> None:
+def test_rows_on_two_processes(cut: TrainingProcesses) -> None:
+    """Documents go over the cut, and end before it. What is seen of the inside is that of the rows of a process."""
+    config = CONFIG.with_(accumulation=3, tokens_per_batch=48, sequence_length=40)
+    for recompute in (False, True):
+        train_as_one(cut, config.with_(checkpoint_activations=recompute), sees_all_rows=False)
+
+
+@pytest.mark.slow
+def test_rows_and_experts_on_four_processes() -> None:
+    """A document goes through three and four ranks; and two cuts of micro batches beside two of experts."""
+    config = CONFIG.with_(tokens_per_batch=48, sequence_length=60, optimizer="muon")
+    for division in (Division(context=4), Division(expert=2, context=2)):
+        with processes(4, division) as ranks:
+            train_as_one(ranks, config, sees_all_rows=False)
+
+
+def train_as_one(ranks: TrainingProcesses, config: TrainConfig, *, sees_all_rows: bool = True) -> None:
     """In fp64, where the order of a sum hardly shows: every number of the report, and every parameter."""
     alone, weights = trained(ALONE, config, torch.float64, {}, 6)
     for rank, (steps, found) in enumerate(ranks.run(trained, config, torch.float64, {}, 6)):
         assert len(steps) == 6
+        inside = sees_all_rows and rank == 0
         for mine, theirs in zip(steps, alone, strict=True):
-            assert numbers(mine, of_inside=rank == 0) == pytest.approx(numbers(theirs, of_inside=rank == 0), rel=1e-9)
+            assert numbers(mine, of_inside=inside) == pytest.approx(numbers(theirs, of_inside=inside), rel=1e-9)
         for name, weight in weights.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-8, atol=1e-10, msg=name)
 
@@ -189,6 +215,15 @@ def test_micro_batches_that_cannot_be_divided_are_refused(two: TrainingProcesses
     for config, name in ((CONFIG.with_(accumulation=3), "accumulation=3"), (CONFIG.with_(parallel_batches=2), "para")):
         with pytest.raises(UsageError, match=name):
             two.run(trained, config, torch.float32, {}, 1)
+
+
+def test_rows_that_cannot_be_cut_are_refused(cut: TrainingProcesses) -> None:
+    with pytest.raises(UsageError, match=r"--context-parallel 2: it must divide the 25 tokens"):
+        cut.run(trained, CONFIG.with_(tokens_per_batch=25), torch.float32, {}, 1)
+    with pytest.raises(UsageError, match="mtp_steps=2"):
+        cut.run(trained, CONFIG.with_(mtp_steps=2), torch.float32, {}, 1)
+    with pytest.raises(UsageError, match=r"--context-parallel 2: it must divide the 3 ranks"):
+        check_context(2, num_ranks=3)
 
 
 def test_experts_that_cannot_be_dealt_are_refused() -> None:

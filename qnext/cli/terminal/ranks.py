@@ -17,21 +17,22 @@ _COMMON = (UsageError, CorruptCheckpoint, Diverged)
 
 
 @contextmanager
-def ranks_of_run(*, expert: int = 1) -> Iterator[TrainingRanks]:
-    """Who trains; `expert` processes in a row share the experts. Of an error that all processes have alike, the first
-    one tells."""
+def ranks_of_run(*, expert: int = 1, context: int = 1) -> Iterator[TrainingRanks]:
+    """Who trains; see parallel.train.Division. Of an error that all processes have alike, the first one tells."""
     if not _is_one_of_several():
-        if expert > 1:
-            raise UsageError(f"--expert-parallel {expert}: start as many processes: torchrun -m qnext train")
+        for flag, size in (("expert", expert), ("context", context)):
+            if size > 1:
+                raise UsageError(f"--{flag}-parallel {size}: start as many processes: torchrun -m qnext train")
         yield ALONE
         return
-    from qnext.parallel.train.ranks import join_torchrun
+    from qnext.parallel.train.ranks import Division, join_torchrun
 
-    ranks = join_torchrun(expert=expert)
+    ranks = join_torchrun(Division(expert, context))
     if not ranks.is_first:
         warnings.simplefilter("ignore", QnextWarning)
     try:
-        yield ranks
+        with ranks.guarded():
+            yield ranks
         ranks.close()
     except QnextError as error:
         ranks.leave()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qnext.errors import LostRank, QnextError
-from qnext.model import CausalLM
+from qnext.model import Batch, CausalLM
+from qnext.parallel.train.context import RowContext, check_context, put_into_context
 from qnext.parallel.train.experts import check_experts, deal_experts
 from qnext.parallel.train.fsdp import CutParameters, shard_model
 from qnext.parallel.watch import RankWatch, Vigilance
@@ -26,36 +28,47 @@ _SECONDS_TO_MEET = 600.0
 _FOREVER = timedelta(days=365)  # of a call: the watch knows whether the others live
 
 
-def join_torchrun(*, expert: int = 1) -> RanksOfRun:
-    """Meet the other processes, of which `expert` in a row share the experts. Raises LostRank where they are not
-    found."""
+def join_torchrun(division: Division) -> RanksOfRun:
+    """Meet the other processes. Raises LostRank where they are not found."""
     try:
         store, rank, num_ranks = next(dist.rendezvous("env://", timeout=timedelta(seconds=_SECONDS_TO_MEET)))
     except (RuntimeError, ValueError) as error:
         raise LostRank(f"the other processes of torchrun were not found: {error}") from error
-    return RanksOfRun(store, rank, num_ranks, expert=expert)
+    return RanksOfRun(store, rank, num_ranks, division)
+
+
+class Division(NamedTuple):
+    """Of all processes so many in a row share the routed experts, or the rows of a micro batch."""
+
+    expert: int = 1
+    context: int = 1
 
 
 class RanksOfRun:
     """The TrainingRanks of torchrun: every process computes micro batches, and has a part of every parameter."""
 
     def __init__(
-        self, store: dist.Store, rank: int, num_ranks: int, *, expert: int = 1, patience: float = PATIENCE
+        self, store: dist.Store, rank: int, num_ranks: int, division: Division, *, patience: float = PATIENCE
     ) -> None:
-        self.rank, self.num_ranks, self.expert = rank, num_ranks, expert
+        self.rank, self.num_ranks, self.division = rank, num_ranks, division
         self._watch = RankWatch(dist.PrefixStore("watch", store), rank, num_ranks, Vigilance(patience))
         self._parts = CutParameters(num_ranks)
+        self._context: RowContext | None = None
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with self.guarded():
             dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=_FOREVER)
 
     @property
     def share(self) -> int:
-        return self.rank
+        return self.rank // self.division.context
 
     @property
     def num_shares(self) -> int:
-        return self.num_ranks
+        return self.num_ranks // self.division.context
+
+    @property
+    def num_cuts(self) -> int:
+        return self.division.context
 
     @property
     def is_first(self) -> bool:
@@ -63,32 +76,47 @@ class RanksOfRun:
 
     def shard(self, model: CausalLM) -> None:
         """Keep this process's part of every parameter alone."""
-        check_experts(model.config, self.expert, num_ranks=self.num_ranks)
+        expert, context = self.division
+        check_experts(model.config, expert, num_ranks=self.num_ranks)
+        check_context(context, num_ranks=self.num_ranks)
         world, device = dist.group.WORLD, model.device.type
         assert world is not None
         with self.guarded():
             mesh = dealt_mesh = DeviceMesh.from_group(world, device)
             dealt: list[nn.Module] = []
-            if self.expert > 1:
-                table = torch.arange(self.num_ranks).view(-1, self.expert)
-                both = DeviceMesh(device, table, mesh_dim_names=("copies", "experts"))
+            if context > 1:
+                self._context = RowContext(self._in_a_row(device, context, "rows").get_group("rows"))
+                put_into_context(model, self._context)
+            if expert > 1:
+                both = self._in_a_row(device, expert, "experts")
                 dealt, dealt_mesh = deal_experts(model, both.get_group("experts")), both["copies"]
             shard_model(model, mesh, dealt=dealt, dealt_mesh=dealt_mesh)
 
+    def _in_a_row(self, device: str, size: int, name: str) -> DeviceMesh:
+        return DeviceMesh(device, torch.arange(self.num_ranks).view(-1, size), mesh_dim_names=("copies", name))
+
+    def rows(self, num_rows: int) -> tuple[int, int]:
+        return (0, num_rows) if self._context is None else self._context.span(num_rows)
+
+    def cut_rows(self, batch: Batch) -> Batch:
+        return batch if self._context is None else self._context.cut(batch)
+
     def gather(self, values_N: Tensor) -> Tensor:
+        return self.gather_parts(values_N).view(self.num_shares, self.num_cuts, -1).sum(1)
+
+    def gather_parts(self, values_N: Tensor) -> Tensor:
         values_N = values_N.contiguous()
         all_RN = values_N.new_empty(self.num_ranks, len(values_N))
         dist.all_gather(list(all_RN.unbind(0)), values_N)
         return all_RN
-
-    def gather_parts(self, values_N: Tensor) -> Tensor:
-        return self.gather(values_N)
 
     def part(self, parameter: nn.Parameter) -> nn.Parameter:
         return self._parts.add(parameter)
 
     def collect_gradients(self) -> None:
         self._parts.collect_gradients()
+        if self._context is not None:
+            self._context.whole = None  # what comes between two steps is not cut
 
     def shape(self, part: Tensor) -> torch.Size:
         return self._parts.of(part).shape
@@ -96,7 +124,7 @@ class RanksOfRun:
     @torch.no_grad()
     def whole(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
         padded = self._parts.padded(tensors, parts)
-        found = self.gather(padded.flatten()).view(self.num_ranks, *padded.shape)
+        found = self.gather_parts(padded.flatten()).view(self.num_ranks, *padded.shape)
         return [self._parts.of(part).joined(each) for part, each in zip(parts, found.unbind(1), strict=True)]
 
     def cut(self, tensor: Tensor, part: Tensor) -> Tensor:
@@ -112,7 +140,7 @@ class RanksOfRun:
                 failure = error
         code = getattr(failure, "exit_code", 1) if failure is not None else 0
         with self.guarded():
-            code = int(self.gather(torch.tensor([code]))[0, 0])
+            code = int(self.gather_parts(torch.tensor([code]))[0, 0])
         if failure is not None:
             raise failure
         if code:
