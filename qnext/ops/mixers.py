@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qnext.ops import cpu
+from qnext.ops import cpu, triton
 from qnext.ops import torch as pytorch
 from qnext.ops.caches import AttentionCache, DeltaCache, PendingTokens
 from qnext.ops.inference_forward import with_inference_forward
@@ -50,7 +50,10 @@ def gated_delta_mixer(
     in place, or starts from zeros. Kernels take heads of multiples of 16 dims and fp32 slots; the state may be bf16
     too. The bits of a token do not depend on cuts and drafts: see DeltaCache.
     """
-    run = cpu if cpu.serves_gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=cache) else pytorch
+    native = cpu.serves_gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=cache)
+    serves = triton.serves_gated_delta_mixer
+    on_gpu = not native and serves(qkvz_TX, ba_TY, weights, packing=packing, cache=cache)
+    run = cpu if native else triton if on_gpu else pytorch
     return run.gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=cache)
 
 

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from qnext.ops import DeltaCache, DeltaWeights, Packing, PendingTokens
 from qnext.ops import triton as gpu
 from qnext.ops.triton.trust import numbers
 
@@ -80,7 +81,24 @@ def calls(dtype: torch.dtype) -> Iterator[Any]:
     x_TD = numbers(4, 2048, seed=0, device=CPU).to(dtype)
     yield gpu.rms_norm(x_TD, numbers(2048, seed=1, device=CPU).to(dtype), eps=1e-6, zero_centered=True)
     load_E = torch.zeros(512, dtype=torch.int64)
+    yield from delta_steps(dtype)
     yield gpu.route(numbers(4, 512, seed=2, device=CPU).to(dtype), top_k=10, norm_topk_prob=True, load_E=load_E)
+
+
+def delta_steps(dtype: torch.dtype) -> Iterator[Any]:
+    """Drafts on states in fp32, and single tokens on states in bf16."""
+    small = {"eps": 1e-6, "num_key_heads": 16, "key_head_dim": 128}
+    weights = DeltaWeights(
+        *(torch.ones(*shape, dtype=dtype) for shape in ((8192, 1, 4), (32,), (32,), (128,))), **small
+    )
+    packing, yes_N = Packing([4]), torch.ones(1, dtype=torch.bool)
+    pending = PendingTokens.empty(1, 4, num_channels=8192, num_key_heads=16, state_shape=(32, 128, 128), device=CPU)
+    cache = DeltaCache(torch.zeros(1, 3, 8192), torch.zeros(1, 32, 128, 128), torch.zeros(1).long(), yes_N)
+    qkvz_TX, ba_TY = torch.zeros(4, 12288, dtype=dtype), torch.zeros(4, 64, dtype=dtype)
+    drafting = cache._replace(pending=pending, is_draft_N=yes_N)
+    yield gpu.gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=drafting)
+    narrow = cache._replace(state=cache.state.bfloat16())
+    yield gpu.gated_delta_mixer(qkvz_TX[:1], ba_TY[:1], weights, packing=Packing([1]), cache=narrow)
 
 
 def main() -> None:

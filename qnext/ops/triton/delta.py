@@ -1,0 +1,184 @@
+"""The token mixer of Gated DeltaNet by GPU kernels: steps of a few tokens. Legend: see qnext.ops.mixers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qnext.ops import reference
+from qnext.ops.caches import DeltaCache, PendingTokens
+from qnext.ops.checks import check_delta
+from qnext.ops.packing import Packing
+from qnext.ops.records import DeltaWeights
+from qnext.ops.triton.sizes import next_power_of_2
+from qnext.ops.triton.trust import is_trusted, numbers, take
+
+_MAX_STEP = 16  # tokens of a sequence; longer pieces go faster in chunks
+_MAX_HEAD_DIM = 256
+_BLOCK_VALUES = 32  # columns of a state that one program holds in registers
+
+
+def serves_gated_delta_mixer(
+    qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing, cache: DeltaCache | None = None
+) -> bool:
+    """Whether the call is a step of a few tokens on slots that the kernel can read and write.
+
+    A state in bf16 is rounded where the prompt's grid says; the kernel rounds after every token, so it takes single
+    tokens and drafts of one.
+    """
+    if cache is None or not take(qkvz_TX, ba_TY, *weights.tensors) or packing.max_length > _MAX_STEP:
+        return False
+    is_state = cache.state.dtype == torch.float32 or (cache.state.dtype == torch.bfloat16 and packing.max_length == 1)
+    return (
+        is_state
+        and cache.state.is_contiguous()
+        and weights.conv_weight_C1W.shape[2] > 1
+        and max(weights.key_head_dim, weights.value_head_dim) <= _MAX_HEAD_DIM
+        and all(map(_is_plain, (cache.conv, *([] if cache.pending is None else cache.pending[:-1]))))
+        and is_trusted(try_gated_delta_step, qkvz_TX.device)
+    )
+
+
+def gated_delta_mixer(
+    qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing, cache: DeltaCache | None = None
+) -> Tensor:
+    """See ops.gated_delta_mixer. Everything is fp32 and the output is cast once.
+
+    Slots must be in range: they are not checked, because a GPU is not waited for.
+    """
+    assert cache is not None, "ask whether it serves first"
+    check_delta(qkvz_TX, ba_TY, weights, packing)
+    cache.check_pending()
+    cache.check_drafts(packing)
+    qkvz_TX, ba_TY = (x if x.stride(1) == 1 else x.contiguous() for x in (qkvz_TX, ba_TY))
+    pending, is_draft_N = _space_of(cache), cache.is_fresh_N if cache.is_draft_N is None else cache.is_draft_N
+    num_channels, _, width = weights.conv_weight_C1W.shape
+    heads = (weights.num_key_heads, weights.num_heads, weights.key_head_dim, weights.value_head_dim)
+    call = _Launch(
+        projections=(qkvz_TX, ba_TY, *(x.contiguous() for x in weights.tensors[:3])),
+        sequences=(packing.cu_seqlens, cache.slots_N, cache.is_fresh_N, is_draft_N),
+        strides=(qkvz_TX.stride(0), ba_TY.stride(0)),
+        sizes=(*heads, num_channels, pending.conv.shape[1]),
+        form={
+            "WIDTH": width,
+            "HAS_FRESH": cache.has_fresh,
+            "HAS_PENDING": cache.pending is not None,
+            "HAS_DRAFT": cache.is_draft_N is not None,
+        },
+    )
+    o_TZ = _step(call, cache, pending)
+    out_TZ = _commit(call, cache, pending, o_TZ, weights)
+    if cache.pending is not None:
+        cache.pending.num_accepted.index_fill_(0, cache.slots_N, 0)
+    return out_TZ
+
+
+class _Launch(NamedTuple):
+    """What both launches are given."""
+
+    projections: tuple[Tensor, ...]
+    sequences: tuple[Tensor, ...]
+    strides: tuple[int, int]
+    sizes: tuple[int, ...]
+    form: dict[str, Any]
+
+
+def _step(call: _Launch, cache: DeltaCache, pending: PendingTokens) -> Tensor:
+    """Outputs before the norm [T, Z], in fp32. The states become those after the call."""
+    from qnext.ops.triton.kernels.delta_step import delta_step_kernel
+
+    num_sequences = len(cache.slots_N)
+    _, num_heads, key_dim, value_dim = call.sizes[:4]
+    qkvz_TX = call.projections[0]
+    o_TZ = torch.empty((len(qkvz_TX), num_heads * value_dim), dtype=torch.float32, device=qkvz_TX.device)
+    block = min(_BLOCK_VALUES, next_power_of_2(value_dim))
+    delta_step_kernel[(num_sequences, num_heads, -(-value_dim // block))](
+        *call.projections,
+        *call.sequences,
+        cache.conv,
+        cache.state,
+        *pending,
+        o_TZ,
+        *call.strides,
+        *call.sizes,
+        **call.form,
+        HAS_BF16_STATE=cache.state.dtype == torch.bfloat16,
+        BLOCK_K=next_power_of_2(key_dim),
+        BLOCK_V=block,
+        num_warps=4,
+    )
+    return o_TZ
+
+
+def _commit(call: _Launch, cache: DeltaCache, pending: PendingTokens, o_TZ: Tensor, weights: DeltaWeights) -> Tensor:
+    """The normed and gated outputs. The carried inputs and what drafts keep become those after the call."""
+    from qnext.ops.triton.kernels.delta_step import delta_commit_kernel
+
+    num_key_heads, num_heads, key_dim, value_dim = call.sizes[:4]
+    out_TZ = torch.empty_like(o_TZ, dtype=call.projections[0].dtype)
+    delta_commit_kernel[(len(cache.slots_N), 2 * num_key_heads + num_heads)](
+        *call.projections,
+        weights.norm_weight_V.contiguous(),
+        *call.sequences,
+        cache.conv,
+        pending.conv,
+        pending.k,
+        pending.decay,
+        pending.num_accepted,
+        o_TZ,
+        out_TZ,
+        *call.strides,
+        *call.sizes,
+        weights.eps,
+        **call.form,
+        BLOCK=next_power_of_2(max(key_dim, value_dim)),
+        BLOCK_W=next_power_of_2(cache.conv.shape[1]),
+        BLOCK_L=next_power_of_2(max(1, pending.conv.shape[1])),
+        num_warps=1,
+    )
+    return out_TZ
+
+
+def _space_of(cache: DeltaCache) -> PendingTokens:
+    """The pending tokens; where there are none, memory that nothing reads or writes."""
+    if cache.pending is not None:
+        return cache.pending
+    return PendingTokens(cache.conv[:, :0], cache.conv, cache.conv, cache.conv, cache.slots_N)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
+def try_gated_delta_step(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """A continued sequence, a fresh one and a draft, with accepted tokens before them."""
+    packing = Packing([2, 1, 3], device=device)
+    weights = DeltaWeights(
+        numbers(112, 1, 4, seed=0, device=device, scale=0.5),
+        numbers(4, seed=1, device=device),
+        numbers(4, seed=2, device=device),
+        numbers(12, seed=3, device=device),
+        eps=1e-6,
+        num_key_heads=2,
+        key_head_dim=16,
+    )
+    pending = PendingTokens(
+        numbers(5, 3, 112, seed=4, device=device),
+        numbers(5, 3, 2, 16, seed=5, device=device, scale=0.25),
+        numbers(5, 3, 4, 12, seed=6, device=device),
+        numbers(5, 3, 4, seed=7, device=device).sigmoid(),
+        torch.tensor([2, 0, 3, 0, 1], device=device),
+    )
+    conv, state = numbers(5, 3, 112, seed=8, device=device), numbers(5, 4, 16, 12, seed=9, device=device)
+    slots_N, is_fresh_N = torch.tensor([2, 0, 4], device=device), torch.tensor([False, True, False], device=device)
+    cache = DeltaCache(conv, state, slots_N, is_fresh_N, True, pending, is_fresh_N.roll(1))
+    theirs = cache._replace(
+        conv=conv.clone(), state=state.clone(), pending=PendingTokens(*(x.clone() for x in pending))
+    )
+    qkvz_TX, ba_TY = numbers(6, 160, seed=10, device=device), numbers(6, 8, seed=11, device=device)
+    wanted = reference.gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=theirs)
+    yield gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=cache), wanted
+    yield from zip((conv, state, *pending), (theirs.conv, theirs.state, *(theirs.pending or ())), strict=True)
