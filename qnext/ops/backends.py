@@ -65,7 +65,7 @@ TRITON = Backend(
     is_cut_invariant=False,
     can_record=False,
     mixes_lengths=False,
-    copies_context=True,
+    copies_context=False,
     workspace_factor=2,
     fuses_gradients=False,
 )
@@ -87,12 +87,12 @@ def _wanted() -> str:
     wanted = os.environ.get(BACKEND_VARIABLE, "")
     if wanted not in ("", "cpu", "triton", *_TORCH_NAMES):
         raise ValueError(f"{BACKEND_VARIABLE} must be 'cpu', 'torch' (also 'reference') or 'triton', not {wanted!r}")
-    if wanted == "triton" and not torch.cuda.is_available() and not _is_interpreted():
+    if wanted == "triton" and not torch.cuda.is_available() and not is_interpreted():
         raise ValueError(f"{BACKEND_VARIABLE}=triton needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1)")
     return wanted
 
 
-def _is_interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether Triton interprets kernels on the CPU. Raises ImportError where Triton is missing."""
     return bool(importlib.import_module("triton.knobs").runtime.interpret)
 
@@ -106,7 +106,7 @@ def triton_serves(device_type: str) -> bool:
     """
     wanted = _wanted()
     if device_type == "cpu":
-        return wanted == "triton" and _is_interpreted()
+        return wanted == "triton" and is_interpreted()
     if device_type != "cuda" or wanted not in ("", "triton"):
         return False
     if wanted == "triton":

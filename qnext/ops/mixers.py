@@ -34,8 +34,10 @@ def attention_mixer(
     The output is multiplied by sigmoid(gate) where there is a gate. Kernels raise IndexError for places outside the
     pages.
     """
-    serves = cpu.serves_attention_mixer(q_TX, k_TY, v_TY, weights, rope=rope, packing=packing, cache=cache)
-    run = cpu if serves else pytorch
+    native = cpu.serves_attention_mixer(q_TX, k_TY, v_TY, weights, rope=rope, packing=packing, cache=cache)
+    serves = triton.serves_attention_mixer
+    on_gpu = not native and serves(q_TX, k_TY, v_TY, weights, rope=rope, packing=packing, cache=cache)
+    run = cpu if native else triton if on_gpu else pytorch
     return run.attention_mixer(q_TX, k_TY, v_TY, weights, rope=rope, packing=packing, cache=cache)
 
 

