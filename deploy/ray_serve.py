@@ -139,6 +139,11 @@ class Router:
 
 def app(given: dict[str, Any]) -> serve.Application:
     """The application that `serve run` and serve configs name."""
+    return application(given, ModelReplica)
+
+
+def application(given: Mapping[str, Any], deployment: serve.Deployment) -> serve.Application:
+    """The same with any deployment in the place of the model's."""
     arguments = AppArguments(**given)
     if arguments.config is not None:
         arguments.config = str(Path(arguments.config).resolve())
@@ -152,7 +157,8 @@ def app(given: dict[str, Any]) -> serve.Application:
             "target_ongoing_requests": arguments.target_requests or seats,
         }
     patience = limits.drain_seconds + _EXTRA_SECONDS
-    replicas = ModelReplica.options(
+    replicas = deployment.options(
+        name="ModelReplica",
         num_replicas=arguments.replicas,
         autoscaling_config=autoscaling,
         # The server has a queue of its own, in which keys take turns: Ray Serve holds nothing back.

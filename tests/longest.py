@@ -6,6 +6,7 @@ from __future__ import annotations
 # files are shared out no process is left alone with one.
 LONGEST = (
     "tests/test_readme.py",
+    "tests/replicas/test_ray_serve.py",
     "tests/engine/test_hybrid_cache.py",
     "tests/server/test_streamed_calls.py",
     "tests/server/test_process.py",

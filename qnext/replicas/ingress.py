@@ -53,6 +53,7 @@ class Ingress:
         self._keys = keys
         self._is_behind_proxy = is_behind_proxy
         self._limits = limits
+        self.num_running = 0
         self._replicas = replicas
         self._streams = replicas.options(stream=True)
         most = max(MAX_HELD_BYTES_PER_KEY, limits.max_body_bytes)
@@ -70,6 +71,7 @@ class Ingress:
         is_known = self._keys.is_open or key is not None
         payer = f"key {key.id}" if key is not None else network_of((scope.get("client") or ("",))[0])
         held = 0
+        self.num_running += 1
         try:
             # Without a valid key nothing is read: the replica refuses before it looks at the body.
             body = await self._read(headers, receive, payer) if is_known and scope["method"] == "POST" else b""
@@ -82,6 +84,7 @@ class Ingress:
         except ApiError as error:
             await reply.fail(error)
         finally:
+            self.num_running -= 1
             self._bodies.give_back(payer, held)
 
     def reload_keys(self) -> None:

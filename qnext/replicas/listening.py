@@ -6,12 +6,13 @@ Slow clients, large heads and other bytes than HTTP are refused as `http/protoco
 from __future__ import annotations
 
 import asyncio
+import time
 
 from qnext.replicas.ingress import Ingress
 from qnext.server.run import Listen, listener, open_socket
 from qnext.server.server import Server
 
-_END_SECONDS = 5.0
+_LOOK_SECONDS = 0.05
 
 
 class OwnListener:
@@ -19,6 +20,7 @@ class OwnListener:
 
     def __init__(self, ingress: Ingress, server: Server, listen: Listen) -> None:
         """Raises UsageError where the address is not available."""
+        self._ingress = ingress
         self._server = server
         self._socket = open_socket(listen, server.limits)
         self._listener = listener(ingress, server, listen)
@@ -32,8 +34,14 @@ class OwnListener:
         self._running = asyncio.create_task(self._listener.serve([self._socket]))
 
     async def stop(self) -> None:
-        """Take no more requests; those that run have a moment to end."""
-        self._listener.should_exit = True
-        if self._running is not None:
-            await asyncio.wait((self._running,), timeout=_END_SECONDS)
+        """Listen no more. Requests that run have `drain_seconds` to end."""
+        if self._running is not None and self._listener.started:
+            for accepting in self._listener.servers:
+                accepting.close()
+            end = time.monotonic() + self._server.limits.drain_seconds
+            while self._ingress.num_running and time.monotonic() < end:
+                await asyncio.sleep(_LOOK_SECONDS)
+            self._listener.should_exit = True
+            await self._running
+        self._socket.close()
         self._server.close()

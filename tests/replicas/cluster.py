@@ -5,6 +5,7 @@ The program obeys lines of JSON, which are arguments of deploy/ray_serve.py, and
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import secrets
@@ -55,8 +56,11 @@ class Cluster:
 
 
 @contextmanager
-def cluster(*, num_cpus: int = 2) -> Iterator[Cluster]:
-    """Ray without replicas. At the end nothing of it is left, neither processes nor files."""
+def cluster(*, num_cpus: int = 2, application: str = "ray_serve") -> Iterator[Cluster]:
+    """Ray without replicas. At the end nothing of it is left, neither processes nor files.
+
+    `application` is a module with a function `app`, as deploy/ray_serve.py.
+    """
     folder = Path(tempfile.mkdtemp(prefix="qnext-ray-"))  # sockets have short names
     port = free_port()
     environment = {
@@ -65,7 +69,7 @@ def cluster(*, num_cpus: int = 2) -> Iterator[Cluster]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray writes one into the home of the user
         "PYTHONPATH": f"{ROOT}:{ROOT / 'deploy'}",
     }
-    command = [sys.executable, "-m", "tests.replicas.cluster", str(folder), str(port), str(num_cpus)]
+    command = [sys.executable, "-m", "tests.replicas.cluster", str(folder), str(port), str(num_cpus), application]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=ROOT
@@ -103,12 +107,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def main(folder: str, port: str, num_cpus: str) -> None:
+def main(folder: str, port: str, num_cpus: str, application: str) -> None:
     """The process that has Ray."""
     import ray
     from ray import serve
-    from ray_serve import app
 
+    app = importlib.import_module(application).app
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
     ray.init(num_cpus=int(num_cpus), include_dashboard=False, _temp_dir=folder, log_to_driver=True)
@@ -116,7 +120,6 @@ def main(folder: str, port: str, num_cpus: str) -> None:
     for line in sys.stdin:
         serve.run(app(json.loads(line)), name="qnext", route_prefix="/")
         print("up", file=out, flush=True)
-    serve.shutdown()
     ray.shutdown()
 
 

@@ -18,9 +18,12 @@ from ray.serve.exceptions import BackPressureError
 from qnext.replicas.call import AnswerHead, RoutedCall
 from qnext.replicas.figures import merged
 from qnext.replicas.ingress import Ingress
+from qnext.replicas.listening import OwnListener
 from qnext.replicas.prefixes import chain_of
 from qnext.server.access.keys import KeyRing
 from qnext.server.limits import Limits
+from qnext.server.run import Listen
+from qnext.server.server import Server
 
 Pieces = Callable[[RoutedCall], AsyncIterator[Any]]
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -232,6 +235,43 @@ def test_a_client_that_leaves_ends_the_call() -> None:
 async def _endless(call: RoutedCall) -> AsyncIterator[Any]:
     yield AnswerHead(200, EVENTS, b"", False)
     await asyncio.sleep(3600)
+
+
+def test_the_own_listener_ends_without_losing_an_answer() -> None:
+    """It takes no more connections, and what runs goes on."""
+    may_end = asyncio.Event()
+
+    async def slow(call: RoutedCall) -> AsyncIterator[Any]:
+        yield AnswerHead(200, EVENTS, b"first ", False)
+        await may_end.wait()
+        yield b"last"
+
+    async def run() -> bytes:
+        server = Server(limits=Limits(), with_page=False)
+        ingress = Ingress(KeyRing(), server.limits, Handle(slow), is_behind_proxy=False)
+        own = OwnListener(ingress, server, Listen(port=0))
+        own.start()
+        port = own.port
+        while True:
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                break
+            except ConnectionRefusedError:
+                await asyncio.sleep(0.01)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}")
+        assert (await reader.readuntil(b"first ")).startswith(b"HTTP/1.1 200 ")
+        stopping = asyncio.create_task(own.stop())
+        await asyncio.sleep(0.1)
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port)
+        assert not stopping.done()
+        may_end.set()
+        rest = await reader.readuntil(b"0\r\n\r\n")
+        await asyncio.wait_for(stopping, 60)
+        writer.close()
+        return rest
+
+    assert b"last" in asyncio.run(run())
 
 
 def test_metrics_of_replicas_are_one_text() -> None:
