@@ -241,12 +241,12 @@ class _Reply:
 
 
 async def _chain(owner: str, body: bytes) -> tuple[bytes, ...]:
-    """What a body is routed by. A body that is no JSON has none, and a replica says so to the client."""
+    """What a body is routed by. A body that is no JSON, or too deep, has none, and a replica says so to the client."""
 
     def find() -> tuple[bytes, ...]:
         try:
             return chain_of(owner, orjson.loads(body))
-        except ValueError:
+        except (ValueError, TypeError, RecursionError):
             return ()
 
     return await asyncio.to_thread(find) if len(body) > LARGE else find()

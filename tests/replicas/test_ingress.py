@@ -211,6 +211,23 @@ def test_bodies_have_a_bound() -> None:
     assert ask(handle, body=b"x" * 10, limits=limits).status == 200, "what is no JSON is the replica's to refuse"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"\xff",
+        b'{"messages":[{"content":' + 300 * b"[" + 300 * b"]" + b"}]}",
+        b'{"messages":' + 2_000 * b"[" + 2_000 * b"]" + b"}",
+        b'{"prompt":"\\ud800"}',
+        b'{"prompt":{"a":[1e999]},"tools":99999999999999999999999}',
+    ],
+)
+def test_what_has_no_beginning_goes_to_a_replica_all_the_same(body: bytes) -> None:
+    handle = answering(AnswerHead(400, [], b"no", True))
+    assert ask(handle, body=body).status == 400
+    assert handle.calls[0].body == body
+
+
 def test_a_client_that_leaves_ends_the_call() -> None:
     handle = Handle(_endless)
     started = asyncio.Event()
