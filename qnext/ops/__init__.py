@@ -47,6 +47,7 @@ from qnext.ops.dispatch import (
     route,
     swiglu,
 )
+from qnext.ops.float8 import Fp8Weight
 from qnext.ops.inference_forward import in_this_mode, inference_forward
 from qnext.ops.invariance import (
     attention_keeps_bits,
@@ -97,6 +98,7 @@ __all__ = [
     "DeltaWeights",
     "ExpertTable",
     "ExpertsLora",
+    "Fp8Weight",
     "LayerRecords",
     "LowRank",
     "MadeByShared",

@@ -77,7 +77,8 @@ def linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = Non
     Native kernels round x as the weight requires: to bf16 for bf16, to int8 with a scale per group for integer codes.
     Each row of the result depends only on its own row of x, to the last bit.
     """
-    run = cpu if cpu.serves_linear(x_TD, weight_FD, bias_F) else pytorch
+    serves = triton.serves_linear
+    run = cpu if cpu.serves_linear(x_TD, weight_FD, bias_F) else triton if serves(x_TD, weight_FD, bias_F) else pytorch
     return run.linear(x_TD, weight_FD, bias_F)
 
 
@@ -105,8 +106,10 @@ def experts_swiglu(
     `gate_up_E2FD` holds the gate rows of each expert, then its up rows. Work is grouped by expert. Experts without a
     token cost nothing.
     """
-    serves = cpu.serves_experts_swiglu(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
-    run = cpu if serves else pytorch
+    native = cpu.serves_experts_swiglu(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
+    serves = triton.serves_experts_swiglu
+    on_gpu = not native and serves(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
+    run = cpu if native else triton if on_gpu else pytorch
     return run.experts_swiglu(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
 
 

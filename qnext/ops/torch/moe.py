@@ -76,7 +76,7 @@ def _quantized_experts(
     x_TD: Tensor, gate_up_E2FD: Tensor | Weight, down_EDF: Tensor | Weight, routing: Routing
 ) -> Tensor:
     """Each used expert's matrices dequantised in turn, in fp32."""
-    out_TD = torch.zeros(x_TD.shape, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    out_TD = torch.zeros(x_TD.shape, dtype=torch.promote_types(x_TD.dtype, torch.float32), device=x_TD.device)
     for expert in routing.experts_TA.unique().tolist():
         tokens_A, place_A = (routing.experts_TA == expert).nonzero(as_tuple=True)
         gate_up, down = (dequantize(weight[expert], out_TD.dtype) for weight in (gate_up_E2FD, down_EDF))

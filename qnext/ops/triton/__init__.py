@@ -1,30 +1,49 @@
 """GPU kernels in Triton, for inference. The wrappers check shapes and then start the programs in kernels/.
 
-Nouns: SelfTest, what a kernel must pass on a device before it serves there. May import: ops/reference and the files of
-ops beside it; no other backend. Triton is imported when a kernel first runs. A new op: its program in kernels/, its
-wrapper with a predicate `serves_...` and a self-test `try_...`, all three listed here.
+Nouns: SelfTest, what a kernel must pass on a device before it serves there. May import: ops/reference, ops/torch and
+the files of ops beside it. Triton is imported when a kernel first runs. A new op: its program in kernels/, its wrapper
+with a predicate `serves_...` and a self-test `try_...`, all three listed here.
 """
 
 from __future__ import annotations
 
 from qnext.ops.triton.attention import attention_mixer, serves_attention_mixer, try_attention_mixer
 from qnext.ops.triton.delta import gated_delta_mixer, serves_gated_delta_mixer, try_gated_delta_step
+from qnext.ops.triton.matrices import (
+    experts_swiglu,
+    linear,
+    serves_experts_swiglu,
+    serves_linear,
+    try_experts_swiglu,
+    try_linear,
+)
 from qnext.ops.triton.rows import rms_norm, route, serves_rms_norm, serves_route, try_rms_norm, try_route
 from qnext.ops.triton.trust import SelfTest, is_trusted, self_test_error
 
-SELF_TESTS: tuple[SelfTest, ...] = (try_rms_norm, try_route, try_gated_delta_step, try_attention_mixer)
+SELF_TESTS: tuple[SelfTest, ...] = (
+    try_rms_norm,
+    try_route,
+    try_gated_delta_step,
+    try_attention_mixer,
+    try_linear,
+    try_experts_swiglu,
+)
 
 __all__ = [
     "SELF_TESTS",
     "SelfTest",
     "attention_mixer",
+    "experts_swiglu",
     "gated_delta_mixer",
     "is_trusted",
+    "linear",
     "rms_norm",
     "route",
     "self_test_error",
     "serves_attention_mixer",
+    "serves_experts_swiglu",
     "serves_gated_delta_mixer",
+    "serves_linear",
     "serves_rms_norm",
     "serves_route",
 ]

@@ -21,7 +21,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from qnext.ops import AttentionCache, AttentionWeights, DeltaCache, DeltaWeights, Packing, PendingTokens, Rope
+from qnext.ops import (
+    AttentionCache,
+    AttentionWeights,
+    DeltaCache,
+    DeltaWeights,
+    Fp8Weight,
+    Packing,
+    PendingTokens,
+    QuantizedWeight,
+    Rope,
+    Routing,
+    Weight,
+)
 from qnext.ops import triton as gpu
 from qnext.ops.triton.trust import numbers
 
@@ -84,6 +96,7 @@ def calls(dtype: torch.dtype) -> Iterator[Any]:
     load_E = torch.zeros(512, dtype=torch.int64)
     yield from delta_steps(dtype)
     yield from attention(dtype)
+    yield from experts(dtype)
     yield gpu.route(numbers(4, 512, seed=2, device=CPU).to(dtype), top_k=10, norm_topk_prob=True, load_E=load_E)
 
 
@@ -116,6 +129,27 @@ def attention(dtype: torch.dtype) -> Iterator[Any]:
         rows = [torch.zeros(num_tokens, width, dtype=dtype) for width in (8192, 512, 512)]
         rope = Rope(torch.ones(num_tokens, 32), torch.ones(num_tokens, 32))
         yield gpu.attention_mixer(*rows, weights, rope=rope, packing=Packing([num_tokens]), cache=cache)
+
+
+def experts(dtype: torch.dtype) -> Iterator[Any]:
+    """Four of the experts, for few tokens and for many, in every form; and matrices that stay codes."""
+    for gate_up, down in zip(weights((4, 1024, 2048), dtype), weights((4, 2048, 512), dtype), strict=True):
+        for num_tokens in (1, 9):
+            x_TD, experts_TA = torch.zeros(num_tokens, 2048, dtype=dtype), torch.zeros(num_tokens, 2).long()
+            routing = Routing(torch.zeros(num_tokens, 2), experts_TA)
+            if num_tokens == 1 or not isinstance(down, torch.Tensor):
+                yield gpu.experts_swiglu(x_TD, gate_up, down, routing=routing)
+            if not isinstance(down, torch.Tensor):
+                yield gpu.linear(x_TD, gate_up[0])
+
+
+def weights(shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[torch.Tensor | Weight]:
+    yield torch.zeros(shape, dtype=dtype)
+    num_experts, rows, columns = shape
+    for bits in (4, 8):
+        codes = torch.zeros(num_experts, rows, columns * bits // 8, dtype=torch.uint8)
+        yield QuantizedWeight(codes, torch.zeros(num_experts, rows, columns // 32, dtype=torch.bfloat16), bits, 32)
+    yield Fp8Weight(torch.zeros(shape).to(torch.float8_e4m3fn), torch.zeros(num_experts, rows // 128, columns // 128))
 
 
 def main() -> None:
