@@ -34,15 +34,22 @@ def losses(out: Path) -> list[float]:
 
 def test_the_command_on_two_ranks_and_alone(tmp_path: Path) -> None:
     found = {}
-    for num_ranks in (1, 2):
-        process = train(num_ranks, "tiny", tmp_path / str(num_ranks))
+    ways = {
+        "alone": (1,),
+        "two": (2,),
+        "experts": (2, "--expert-parallel", "2"),
+        "rows": (2, "--context-parallel", "2"),
+    }
+    for name, (num_ranks, *flags) in ways.items():
+        process = train(num_ranks, "tiny", tmp_path / name, *flags)
         out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
-        assert out.split() == [str(tmp_path / str(num_ranks) / "model")]
+        assert out.split() == [str(tmp_path / name / "model")]
         assert err.count("held-out") == 2
-        found[num_ranks] = losses(tmp_path / str(num_ranks))
-    assert found[2] == pytest.approx(found[1], rel=1e-5)
-    assert load_model(tmp_path / "2" / "model").config == load_model(tmp_path / "1" / "model").config
+        found[name] = losses(tmp_path / name)
+        model = load_model(tmp_path / name / "model")
+        assert model.config == load_model(tmp_path / "alone" / "model").config
+    assert all(each == pytest.approx(found["alone"], rel=1e-5) for each in found.values()), found
 
 
 def test_a_killed_rank_is_named_once_and_the_run_goes_on(tmp_path: Path) -> None:
