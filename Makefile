@@ -4,6 +4,7 @@ PYTEST_ARGS ?=
 # Files of tests are shared out among so many processes, each with one thread, the longest first (tests/conftest.py).
 WORKERS ?= 2
 DEMO_ARGS ?=
+BENCH_GPU_ARGS ?= --out bench-gpu.json
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,14 +23,16 @@ WHO_COMPUTES := $(OPERATORS:%=tests/ops/test_%.py) $(MODELS:%=tests/model/test_%
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-all test-gpu check bench bench-gpu clean
 
 help:
 	@echo "make demo      train a small Qwen3-Next here on the CPU; it completes code (DEMO_ARGS=\"--minutes 5\")"
 	@echo "make test      the tests that every change must pass, a few minutes        (PYTEST_ARGS=tests/ops)"
 	@echo "make test-all  every test: also the slow ones, and those for a GPU where there is one"
+	@echo "make test-gpu  the tests of GPU kernels, on the GPU of this machine"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     the benchmarks on this machine"
+	@echo "make bench-gpu errors and times of the GPU kernels, and bench-gpu.json   (BENCH_GPU_ARGS=\"--out FILE\")"
 	@echo "make clean     remove the environment and caches; runs/ stays"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made from (3.10 or newer)."
@@ -56,6 +59,11 @@ endif
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-gpu: $(VENV)/.installed-dev
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+		echo "make test-gpu: there is no CUDA device here, or PyTorch was built without CUDA" >&2; exit 2; }
+	$(BIN)/python -m pytest -m gpu tests $(PYTEST_ARGS)
+
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -66,6 +74,9 @@ bench: $(VENV)/.installed-dev
 		if [ ! -f "$$script" ]; then echo "no benchmarks here" >&2; exit 2; fi; \
 		echo "== $$script"; $(BIN)/python "$$script"; \
 	done
+
+bench-gpu: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/check_gpu.py $(BENCH_GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -8,6 +8,7 @@ LONGEST = (
     "tests/test_readme.py",
     "tests/replicas/test_ray_serve.py",
     "tests/engine/test_hybrid_cache.py",
+    "tests/ops/test_triton.py",
     "tests/server/test_streamed_calls.py",
     "tests/server/test_process.py",
     "tests/text/output/test_cuts.py",
