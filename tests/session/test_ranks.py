@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,12 @@ import torch
 import torch.distributed as dist
 
 from qnext.engine import SamplingParams
-from qnext.errors import UsageError
+from qnext.errors import LostRank, UsageError
 from qnext.session.expert_loads import FILE_NAME, find_placement, keep_loads
 from qnext.session.folder import open_model
 from qnext.session.llm import LLM
 from qnext.session.rank_options import Launched, RankOptions
+from tests.cli.test_ranks import children
 from tests.server.serving import save_served
 
 GREEDY = SamplingParams(max_tokens=16, ignore_eos=True, seed=3)
@@ -27,7 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_llm_on_ranks_leaves_its_loads_and_nothing_else(folder: Path) -> None:
-    """And the next one places its experts by them, with copies: the same answers."""
+    """And the next one places its experts by them, with copies: the same answers. A killed rank ends the engine, and
+    not the process."""
     with LLM(folder) as alone:
         expected = alone.generate(PROMPTS, GREEDY)
     options, threads = RankOptions(expert_parallel=2, placement="auto"), torch.get_num_threads()
@@ -45,8 +49,17 @@ def test_an_llm_on_ranks_leaves_its_loads_and_nothing_else(folder: Path) -> None
     placement = find_placement(model, RankOptions(expert_parallel=2, placement="auto", copies=2), told.append)
     assert placement is not None and told == []
     assert all(sum(len(ranks) == 2 for ranks in placement.owners(layer)) == 2 for layer in placement.of_layer)
-    with LLM(folder, ranks=RankOptions(expert_parallel=2, placement="auto", copies=2)) as llm:
+    narrow = {"kv_dtype": torch.int8, "state_dtype": torch.bfloat16}
+    with LLM(folder, **narrow) as alone:
+        expected = alone.generate(PROMPTS, GREEDY)
+    with LLM(folder, ranks=RankOptions(expert_parallel=2, placement="auto", copies=2), **narrow) as llm:
         assert llm.generate(PROMPTS, GREEDY) == expected
+        (rank,) = children(os.getpid())
+        os.kill(rank, signal.SIGKILL)
+        for _ in range(2):
+            with pytest.raises(LostRank, match=r"^rank 1 was lost: signal 9 ended it$"):
+                llm.generate(PROMPTS, GREEDY)
+    assert not dist.is_initialized() and children(os.getpid()) == []
     assert sum(json.loads((folder / FILE_NAME).read_text())["layers"][0]["counts"]) > sum(kept["layers"][0]["counts"])
 
 
