@@ -1,0 +1,44 @@
+"""A whole model on GPU kernels: steps, drafts that are accepted or rejected, and pieces of prompts, over real caches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from qnext.ops import triton as gpu
+from tests.engine.models import reference_logits, tiny_model
+from tests.engine.sequences import Sequences
+
+from .device import DEVICE
+
+SERVED = ["rms_norm", "route", "gated_delta_mixer", "attention_mixer", "experts_swiglu"]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the sequences of these tests are on the CPU")
+@torch.inference_mode()
+def test_a_model_with_drafts_has_the_logits_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> None:
+        op = getattr(gpu, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return op(*args, **kwargs)
+
+        monkeypatch.setattr(gpu, name, call)
+
+    for name in SERVED:
+        counted(name)
+    model = tiny_model("hybrid")
+    sequences = Sequences(model, [6, 4])
+    all_logits = sequences.run_to_the_end(0)
+    assert set(calls) == set(SERVED)
+    with monkeypatch.context() as patch:
+        for name in SERVED:
+            patch.setattr(gpu, f"serves_{name}", lambda *args, **kwargs: False)
+        for tokens, logits in zip(sequences.tokens, all_logits, strict=True):
+            assert (logits - reference_logits(model, tokens)).abs().max() < 2e-4
