@@ -36,17 +36,15 @@ def two() -> Iterator[TrainingProcesses]:
 
 
 @pytest.fixture(scope="module")
-def dealt() -> Iterator[TrainingProcesses]:
+def dealt(two: TrainingProcesses) -> TrainingProcesses:
     """Each has half of the experts."""
-    with processes(2, Division(expert=2)) as found:
-        yield found
+    return two.divided(Division(expert=2))
 
 
 @pytest.fixture(scope="module")
-def cut() -> Iterator[TrainingProcesses]:
+def cut(two: TrainingProcesses) -> TrainingProcesses:
     """Each has half of the rows of every micro batch."""
-    with processes(2, Division(context=2)) as found:
-        yield found
+    return two.divided(Division(context=2))
 
 
 def make_trainer(
@@ -112,8 +110,8 @@ def test_experts_on_two_processes(dealt: TrainingProcesses, optimizer: str) -> N
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_experts_on_two_of_four_processes(optimizer: str) -> None:
     """Each expert is on two, which have cut it among them."""
-    with processes(4, Division(expert=2)) as ranks:
-        train_as_one(ranks, CONFIG.with_(optimizer=optimizer))
+    with processes(4) as ranks:
+        train_as_one(ranks.divided(Division(expert=2)), CONFIG.with_(optimizer=optimizer))
 
 
 def test_rows_on_two_processes(cut: TrainingProcesses) -> None:
@@ -127,9 +125,9 @@ def test_rows_on_two_processes(cut: TrainingProcesses) -> None:
 def test_rows_and_experts_on_four_processes() -> None:
     """A document goes through three and four ranks; and two cuts of micro batches beside two of experts."""
     config = CONFIG.with_(tokens_per_batch=48, sequence_length=60, optimizer="muon")
-    for division in (Division(context=4), Division(expert=2, context=2)):
-        with processes(4, division) as ranks:
-            train_as_one(ranks, config, sees_all_rows=False)
+    with processes(4) as ranks:
+        for division in (Division(context=4), Division(expert=2, context=2)):
+            train_as_one(ranks.divided(division), config, sees_all_rows=False)
 
 
 def train_as_one(ranks: TrainingProcesses, config: TrainConfig, *, sees_all_rows: bool = True) -> None:
@@ -200,8 +198,7 @@ def test_a_lost_process_ends_the_run(tmp_path: Path) -> None:
     """The others say which one it was, and the last snapshot is whole."""
     config = CONFIG.with_(snapshot_every=1)
     with started(2, patience=3.0) as ranks:
-        for connection in ranks.connections:
-            connection.send((run_and_vanish, (config, tmp_path, 2)))
+        ranks.send(run_and_vanish, config, tmp_path, 2)
         failure = ranks.connections[0].recv()
     assert isinstance(failure, LostRank), failure
     assert str(failure).startswith("rank 1 was lost")
