@@ -1,4 +1,4 @@
-"""A whole model on GPU kernels: steps, drafts that are accepted or rejected, and pieces of prompts, over real caches."""
+"""A whole model on GPU kernels: steps, drafts that are accepted or rejected, pieces of prompts, over real caches."""
 
 from __future__ import annotations
 
