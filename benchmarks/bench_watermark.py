@@ -24,16 +24,18 @@ from typing import Any, NamedTuple
 from _pair import machine, print_json
 
 import numpy as np
+import torch
 
 from qnext import LLM
 from qnext.claims.training.arms import HYBRID, RunBudget, recall_model
 from qnext.claims.training.runs import recall_documents, trained
-from qnext.engine import Completion, Engine, EngineConfig, SamplingParams
+from qnext.engine import Completion, SamplingParams
 from qnext.engine.policy.watermark_key import WatermarkKey
 from qnext.engine.sampling.filters import draw
 from qnext.engine.sampling.watermark import Mark, score
 from qnext.eval.ids import IdShape, id_problems
 from qnext.eval.intervals import wilson
+from qnext.model import Batch
 from qnext.recipes.code import standard_library
 
 LEVELS = (1e-2, 1e-3, 1e-6)
@@ -47,6 +49,7 @@ EDITS = ("deleted", "replaced")
 EDIT_SHARES = (0.05, 0.1, 0.2, 0.3)
 VOCABULARY = 151_936  # of the released models
 _RATE_TOKENS = 64
+_CONTEXT = 4  # tokens whose hash seeds a mark, the default of keys
 
 
 class Answers(NamedTuple):
@@ -217,39 +220,46 @@ def _rate(llm: LLM, rounds: int) -> list[dict[str, Any]]:
 
 
 def _task(number: int, flops: float) -> list[dict[str, Any]]:
-    """Right answers of a model of 0.3 M parameters that was taught to recall the value of one of eight keys."""
+    """Right answers of a model of 0.3 M parameters that was taught to recall the values of eight keys.
+
+    They are drawn at marked places: the first tokens of an answer have no mark, so an engine would show nothing here.
+    """
     shape = IdShape(512, 64, num_facts=8, num_queries=8)
     budget = RunBudget(recall_model(64), flops, sequence_length=64)
     documents = recall_documents("mqar", [shape], 2 + int(budget.steps(HYBRID) * budget.tokens_per_step / 63), seed=0)
     with TemporaryDirectory() as place:
         model = trained(HYBRID, budget, documents, seed=0, folder=Path(place) / "m")
-    problems = list(islice(id_problems("mqar", shape, seed="test"), number))
-    prompts = [list(problem.token_ids[: problem.answer_places[0]]) for problem in problems]
-    engine = Engine.of(model, EngineConfig(max_num_seqs=16, max_model_len=128))
-    rows = []
-    for temperature in (0.7, 1.0):
-        for name in (None, *SCHEMES):
-            params = [
-                SamplingParams(
-                    temperature=temperature, seed=n, max_tokens=1, watermark=None if name is None else _key(name, n)
-                )
-                for n in range(number)
-            ]
-            found = engine.generate(prompts, params)
-            hits = sum(each.output_ids[0] == one.answers[0] for each, one in zip(found, problems, strict=True))
-            share = wilson(hits, number)
-            rows.append(
-                {
-                    "part": "task",
-                    "scheme": name or "plain",
-                    "temperature": temperature,
-                    "right": share.value,
-                    "low": share.low,
-                    "high": share.high,
-                }
-            )
-    engine.close()
-    return rows
+    places: list[tuple[np.ndarray, tuple[int, ...], int]] = []  # logits, the tokens before it, the right one
+    for problem in islice(id_problems("mqar", shape, seed="test"), number):
+        ids = list(problem.token_ids)
+        with torch.no_grad():
+            hidden_TD = model(Batch.from_lengths(torch.tensor(ids[:-1]), [len(ids) - 1])).hidden_TD
+            rows_RY = model.logits(hidden_TD[torch.tensor(problem.answer_places) - 1]).float().numpy()
+        places += [
+            (row_Y, tuple(ids[at - _CONTEXT : at]), answer)
+            for row_Y, at, answer in zip(rows_RY, problem.answer_places, problem.answers, strict=True)
+        ]
+    return [_right(places, name, temperature) for temperature in (0.7, 1.0, 1.5) for name in (None, *SCHEMES)]
+
+
+def _right(
+    places: list[tuple[np.ndarray, tuple[int, ...], int]], name: str | None, temperature: float
+) -> dict[str, Any]:
+    """Every place has a key of its own, and the same number to draw with in every scheme."""
+    rng, params = random.Random(2), SamplingParams(temperature=temperature)
+    hits = 0
+    for n, (row_Y, context, answer) in enumerate(places):
+        drawn = rng.random()
+        if name is None:
+            token = draw(row_Y, params, drawn)
+        else:
+            key = _key(name, n)
+            mark = Mark(key, key.seed(context))
+            token = draw(mark.with_green_list(row_Y), params, drawn, mark.tilt)
+        hits += token == answer
+    share = wilson(hits, len(places))
+    row = {"part": "task", "scheme": name or "plain", "temperature": temperature}
+    return {**row, "right": share.value, "low": share.low, "high": share.high}
 
 
 def _prompts(llm: LLM, number: int) -> list[list[int]]:
