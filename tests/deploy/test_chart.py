@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
-import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -21,9 +19,8 @@ from qnext.cli.parsing.config_file import read_flags
 from qnext.server.access.hosts import AllowedHosts, parse_host
 from qnext.server.limits import Limits
 from qnext.server.table import public_routes
-from tests.docs.snippets import ROOT
+from tests.deploy.charts import CHART, manifests_of, render
 
-CHART = ROOT / "deploy" / "helm" / "qnext"
 OLDEST, NEWEST = "1.30.0", "1.37.0"  # of Kubernetes
 _MODEL = {"existingClaim": "models"}
 _KEYS = {"existingSecret": "team-keys"}
@@ -113,24 +110,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 @cache
 def rendered() -> dict[str, Any]:
-    pytest.importorskip("helm_python", reason="helm-python-sdk is not here")
-    cases = GOOD | {name: values for name, (values, _) in BAD.items()}
-    command = [sys.executable, str(Path(__file__).with_name("render_chart.py")), str(CHART)]
-    done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return render(GOOD, BAD)
 
 
 def manifests(case: str) -> dict[str, dict[str, Any]]:
-    """Kind to manifest."""
-    result = rendered()["cases"][case]
-    assert "error" not in result, result
-    texts = [text for name, text in result["manifests"].items() if name.endswith(".yaml")]
-    found = [manifest for text in texts for manifest in yaml.safe_load_all(text) if manifest]
-    kinds = {manifest["kind"]: manifest for manifest in found}
-    assert len(kinds) == len(found)
-    return kinds
+    return manifests_of(rendered(), case)
 
 
 def pod(case: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import yaml
 
 from qnext.server.access.hosts import AllowedHosts, parse_host
-from tests.deploy.test_chart import CHART
+from tests.deploy.charts import manifests_of, render
 from tests.deploy.test_container import stages
 from tests.docs.snippets import ROOT
 
@@ -42,19 +41,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 @cache
 def rendered() -> dict[str, Any]:
-    cases = GOOD | {name: values for name, (values, _) in BAD.items()}
-    command = [sys.executable, str(Path(__file__).with_name("render_chart.py")), str(CHART)]
-    done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return render(GOOD, BAD)
 
 
 def manifests(case: str) -> dict[str, dict[str, Any]]:
-    result = rendered()["cases"][case]
-    assert "error" not in result, result
-    texts = [text for name, text in result["manifests"].items() if name.endswith(".yaml")]
-    return {found["kind"]: found for text in texts for found in yaml.safe_load_all(text) if found}
+    return manifests_of(rendered(), case)
 
 
 def pods(case: str) -> dict[str, dict[str, Any]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from qnext.parallel.join import join, open_store
 from qnext.parallel.mesh import Mesh
 from qnext.parallel.watch import Vigilance
+from tests.parallel.workers import Workers, ending_well
 
 Job = Callable[..., Any]  # of the mesh, the link and what is sent with it
 
@@ -21,50 +21,25 @@ Job = Callable[..., Any]  # of the mesh, the link and what is sent with it
 class Ranks:
     """All ranks, from the outside."""
 
-    def __init__(self, processes: list[BaseProcess], connections: list[Connection]) -> None:
-        self.processes, self.connections = processes, connections
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
 
     def run(self, job: Job, *arguments: Any) -> list[Any]:
         """What a job, a function of a module, gives on each rank. Raises what the first rank raises."""
-        for connection in self.connections:
-            connection.send((job, arguments))
-        found = [connection.recv() for connection in self.connections]
-        for each in found:
-            if isinstance(each, BaseException):
-                raise each
-        return found
+        return self._workers.ask((job, arguments))
 
 
 @contextmanager
 def processes(tensor: int, expert: int = 1, *, patience: float = 20.0) -> Iterator[Ranks]:
-    context = multiprocessing.get_context("spawn")
-    store = open_store("127.0.0.1", 0, is_first=True)
-    started, connections = [], []
-    for rank in range(tensor * expert):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_rank, args=(theirs, Mesh(tensor, expert, rank), store.port, patience))
-        process.start()
-        theirs.close()
-        started.append(process)
-        connections.append(ours)
-    try:
-        yield Ranks(started, connections)
-        for connection in connections:
-            connection.send(None)
-        for process in started:
-            process.join(30)
-            assert process.exitcode == 0
-    finally:
-        for process in started:
-            process.kill()
-            process.join()
+    with ending_well(tensor * expert, partial(_rank, Mesh(tensor, expert), patience)) as workers:
+        yield Ranks(workers)
 
 
-def _rank(connection: Connection, mesh: Mesh, port: int, patience: float) -> None:
+def _rank(whole: Mesh, patience: float, connection: Connection, rank: int, port: int) -> None:
     torch.set_num_threads(1)
+    mesh = whole._replace(rank=rank)
     link = join(mesh, open_store("127.0.0.1", port, is_first=False), Vigilance(patience))
-    while (order := connection.recv()) is not None:
-        job, arguments = order
+    for job, arguments in iter(connection.recv, None):
         try:
             connection.send(job(mesh, link, *arguments))
         except Exception as error:

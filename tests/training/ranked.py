@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from qnext.parallel.join import open_store
 from qnext.parallel.train.ranks import Division, RanksOfRun
+from tests.parallel.workers import Workers, ending_well, killed_in_the_end
 
 ALL_ALIKE = Division()
 Job = Callable[..., Any]  # of the ranks and what is sent with it
@@ -22,64 +22,37 @@ Job = Callable[..., Any]  # of the ranks and what is sent with it
 class TrainingProcesses:
     """All of them, from the outside."""
 
-    def __init__(
-        self, processes: list[BaseProcess], connections: list[Connection], division: Division = ALL_ALIKE
-    ) -> None:
-        self.processes, self.connections, self.division = processes, connections, division
+    def __init__(self, workers: Workers, division: Division = ALL_ALIKE) -> None:
+        self.workers, self._division = workers, division
 
     def divided(self, division: Division) -> TrainingProcesses:
         """The same ones, divided otherwise."""
-        return TrainingProcesses(self.processes, self.connections, division)
+        return TrainingProcesses(self.workers, division)
 
     def send(self, job: Job, *arguments: Any) -> None:
         """A job, to all of them."""
-        for connection in self.connections:
-            connection.send((job, self.division, arguments))
+        self.workers.send((job, self._division, arguments))
 
     def run(self, job: Job, *arguments: Any) -> list[Any]:
         """What a job, a function of a module, gives on each. Raises what the first one raises."""
-        self.send(job, *arguments)
-        found = [connection.recv() for connection in self.connections]
-        for each in found:
-            if isinstance(each, BaseException):
-                raise each
-        return found
+        return self.workers.ask((job, self._division, arguments))
 
 
 @contextmanager
 def processes(num_ranks: int) -> Iterator[TrainingProcesses]:
     """That end well."""
-    with started(num_ranks) as found:
-        yield found
-        for connection in found.connections:
-            connection.send(None)
-        for process in found.processes:
-            process.join(60)
-            assert process.exitcode == 0
+    with ending_well(num_ranks, partial(_rank, num_ranks, 20.0)) as workers:
+        yield TrainingProcesses(workers)
 
 
 @contextmanager
-def started(num_ranks: int, *, patience: float = 20.0) -> Iterator[TrainingProcesses]:
+def started(num_ranks: int, *, patience: float) -> Iterator[TrainingProcesses]:
     """That are killed in the end."""
-    context = multiprocessing.get_context("spawn")
-    store = open_store("127.0.0.1", 0, is_first=True)
-    made, connections = [], []
-    for rank in range(num_ranks):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_rank, args=(theirs, rank, num_ranks, store.port, patience))
-        process.start()
-        theirs.close()
-        made.append(process)
-        connections.append(ours)
-    try:
-        yield TrainingProcesses(made, connections)
-    finally:
-        for process in made:
-            process.kill()
-            process.join()
+    with killed_in_the_end(num_ranks, partial(_rank, num_ranks, patience)) as workers:
+        yield TrainingProcesses(workers)
 
 
-def _rank(connection: Connection, rank: int, num_ranks: int, port: int, patience: float) -> None:
+def _rank(num_ranks: int, patience: float, connection: Connection, rank: int, port: int) -> None:
     torch.set_num_threads(1)
     store = open_store("127.0.0.1", port, is_first=False)
     for number, (job, division, arguments) in enumerate(iter(connection.recv, None)):

@@ -199,7 +199,7 @@ def test_a_lost_process_ends_the_run(tmp_path: Path) -> None:
     config = CONFIG.with_(snapshot_every=1)
     with started(2, patience=3.0) as ranks:
         ranks.send(run_and_vanish, config, tmp_path, 2)
-        failure = ranks.connections[0].recv()
+        failure = ranks.workers.connections[0].recv()
     assert isinstance(failure, LostRank), failure
     assert str(failure).startswith("rank 1 was lost")
     found = newest_snapshot(tmp_path / "snapshots")
