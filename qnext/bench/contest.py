@@ -114,7 +114,8 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """The machine of the measurement: name of the CPU, cores, features that kernels use, bytes of memory."""
+    """The machine of the measurement: name and generation of the CPU, cores, features that kernels use, bytes of
+    memory."""
     cpu = processor()
-    facts = {"cpu": cpu.name, "cores": cpu.num_cores, "features": list(cpu.features)}
+    facts = {"cpu": cpu.name, "generation": cpu.generation, "cores": cpu.num_cores, "features": list(cpu.features)}
     return {**facts, "memory_bytes": total_bytes()}

@@ -119,6 +119,11 @@ def machine_text(part: Mapping[str, Any]) -> str:
     points = part["points"]
     if not points["known"]:
         return "Nothing was measured yet."
-    machines = " and ".join(f"{each['cpu']}, {each['cores']} cores" for each in part["machines"])
+    machines = " and ".join(map(_machine, part["machines"]))
     rest = "" if points["known"] == points["of"] else f" {points['known']} of {points['of']} points were measured."
     return f"Measured on {machines}; {' to '.join(dict.fromkeys([part['dates'][0], part['dates'][-1]]))}.{rest}"
+
+
+def _machine(found: Mapping[str, Any]) -> str:
+    generation = f" ({found['generation']})" if found.get("generation") else ""
+    return f"{found['cpu']}{generation}, {found['cores']} cores"

@@ -48,7 +48,7 @@ def run_claims(
 
 def _part(script: Script, found: Findings, known: dict[str, Measured], *, num_points: int) -> dict[str, Any]:
     """For programs."""
-    machines = {entry.machine["cpu"]: entry.machine for entry in known.values()}
+    machines = {(entry.machine["cpu"], entry.machine.get("generation")): entry.machine for entry in known.values()}
     return {
         "number": script.number,
         "title": script.title,

@@ -56,7 +56,7 @@ class Calibration:
 def calibration_file(threads: int, folder: Path | None = None) -> Path:
     """Of this machine with so many threads."""
     cpu = machine.processor()
-    facts = (cpu.name, cpu.features, cpu.num_usable, machine.total_bytes() >> 28, threads, __version__)
+    facts = (cpu.name, cpu.generation, cpu.features, cpu.num_usable, machine.total_bytes() >> 28, threads, __version__)
     name = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
     return (folder or Path.home() / ".cache" / "qnext") / f"machine-{name}.json"
 

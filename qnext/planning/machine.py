@@ -54,13 +54,14 @@ _GROUPS = ControlGroups()
 class Processor:
     """`num_cores` counts the cores of the machine, `num_allowed` those that this process may use. `quota` is the number
     of cores that its control group grants, None without a limit. `features` are the extensions that decide which
-    kernels run."""
+    kernels run. `generation` tells chips of one name apart; it is empty where the system does not say it."""
 
     name: str
     num_cores: int
     num_allowed: int
     quota: float | None
     features: tuple[str, ...]
+    generation: str = ""
 
     @property
     def num_usable(self) -> float:
@@ -81,6 +82,7 @@ def processor(file: Path = Path("/proc/cpuinfo"), groups: ControlGroups = _GROUP
         num_allowed=num_allowed_cores(),
         quota=_processor_quota(groups),
         features=tuple(name for name in _KERNEL_FEATURES if name in flags),
+        generation=f"family {fields['cpu family']}, model {fields.get('model', '?')}" if "cpu family" in fields else "",
     )
 
 

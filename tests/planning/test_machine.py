@@ -67,18 +67,21 @@ def test_shares_of_the_processor(groups: ControlGroups) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "features"),
+    ("text", "name", "generation", "features"),
     [
-        ("processor\t: 0\nmodel name\t: A chip\nflags\t\t: fpu avx2 fma f16c\n", "A chip", ("avx2", "fma", "f16c")),
-        ("Features\t: fp asimd sve\n", None, ("asimd", "sve")),
-        ("", None, ()),
+        ("processor\t: 0\nmodel name\t: A chip\nflags\t\t: fpu avx2 f16c\n", "A chip", "", ("avx2", "f16c")),
+        ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: A chip\n", "A chip", "family 26, model 2", ()),
+        ("Features\t: fp asimd sve\n", None, "", ("asimd", "sve")),
+        ("", None, "", ()),
     ],
 )
-def test_what_a_processor_is(tmp_path: Path, text: str, name: str | None, features: tuple[str, ...]) -> None:
+def test_what_a_processor_is(
+    tmp_path: Path, text: str, name: str | None, generation: str, features: tuple[str, ...]
+) -> None:
     (tmp_path / "cpuinfo").write_text(text)
     found = processor(tmp_path / "cpuinfo")
     assert name is None or found.name == name
-    assert found.features == features
+    assert (found.generation, found.features) == (generation, features)
     assert 1 <= found.num_allowed <= found.num_cores
 
 
