@@ -107,7 +107,8 @@ def test_a_stream_that_breaks_says_so(server: Running) -> None:
 def test_text_that_cannot_be_written_ends_its_request(
     server: Running, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    """A fault while an answer becomes text, after some of it was sent."""
+    """A fault while an answer becomes text. A stream that has begun ends with an error; where the first tokens came to
+    be written all at once, as on a busy machine, it has not begun, and the answer is an error as without a stream."""
     from qnext.text.stream import TextStream
 
     usual = TextStream.push
@@ -122,7 +123,11 @@ def test_text_that_cannot_be_written_ends_its_request(
     with monkeypatch.context() as patch:
         patch.setattr(TextStream, "push", push)
         with server.client() as client:
-            answer = client.post("/v1/completions", json=body)
+            for _ in range(20 if stream else 1):
+                answer = client.post("/v1/completions", json=body)
+                if answer.status_code == 200:
+                    break
+                assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
     if stream:
         events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
         assert json.loads(events[-2])["error"]["code"] == "internal_error"
