@@ -236,7 +236,7 @@ def test_no_stream_is_silent_for_long_whatever_the_engine_does(monkeypatch: pyte
 
 @pytest.fixture(scope="module")
 def impatient(chat_model: Path) -> Iterator[Running]:
-    with running_server(chat_model, limits=Limits(drain_seconds=1.0, ping_seconds=0.02)) as running:
+    with running_server(chat_model, limits=Limits(drain_seconds=1.0, ping_seconds=0.005)) as running:
         yield running
 
 

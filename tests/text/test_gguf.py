@@ -183,7 +183,8 @@ def test_the_same_tokenizer_from_fewer_or_other_keys(
     keys = {key: value for key, value in (keys_of(folder) | changes).items() if value is not None}
     write_vocabulary(keys, tmp_path, source="m.gguf", model_max_length=77)
     texts_agree(tmp_path, folder)
-    messages = [str(item.message) for item in recwarn]
+    # What other tests of this process have left may be collected meanwhile, and warns of itself.
+    messages = [str(item.message) for item in recwarn if not issubclass(item.category, ResourceWarning)]
     assert (warning is None) == (not messages)
     assert warning is None or warning in messages[0]
 
