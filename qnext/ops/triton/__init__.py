@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from qnext.ops.triton.attention import attention_mixer, serves_attention_mixer, try_attention_mixer
 from qnext.ops.triton.delta import gated_delta_mixer, serves_gated_delta_mixer, try_gated_delta_step
+from qnext.ops.triton.delta_chunks import chunked_delta_rule, try_gated_delta_chunks
 from qnext.ops.triton.matrices import (
     experts_swiglu,
     linear,
@@ -24,6 +25,7 @@ SELF_TESTS: tuple[SelfTest, ...] = (
     try_rms_norm,
     try_route,
     try_gated_delta_step,
+    try_gated_delta_chunks,
     try_attention_mixer,
     try_linear,
     try_experts_swiglu,
@@ -33,6 +35,7 @@ __all__ = [
     "SELF_TESTS",
     "SelfTest",
     "attention_mixer",
+    "chunked_delta_rule",
     "experts_swiglu",
     "gated_delta_mixer",
     "is_trusted",

@@ -1,4 +1,4 @@
-"""The token mixer of Gated DeltaNet by GPU kernels: steps of a few tokens. Legend: see qnext.ops.mixers."""
+"""The token mixer of Gated DeltaNet by GPU kernels: in steps or in chunks. Legend: see qnext.ops.mixers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from qnext.ops.caches import DeltaCache, PendingTokens
 from qnext.ops.checks import check_delta
 from qnext.ops.packing import Packing
 from qnext.ops.records import DeltaWeights
+from qnext.ops.triton.delta_chunks import chunked_delta_mixer, try_gated_delta_chunks
 from qnext.ops.triton.sizes import next_power_of_2
 from qnext.ops.triton.trust import is_trusted, numbers, take
 
@@ -24,19 +25,22 @@ _BLOCK_VALUES = 32  # columns of a state that one program holds in registers
 def serves_gated_delta_mixer(
     qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing, cache: DeltaCache | None = None
 ) -> bool:
-    """Whether the call is a step of a few tokens on slots that the kernel can read and write.
+    """Whether kernels take the call: as a step of a few tokens on slots, or in chunks.
 
-    A state in bf16 is rounded where the prompt's grid says; the kernel rounds after every token, so it takes single
-    tokens and drafts of one.
+    A state in bf16 is rounded where the prompt's grid says; the step's kernel rounds after every token, so it takes
+    single tokens and drafts of one. Chunks take states in fp32 and no drafts.
     """
-    if cache is None or not take(qkvz_TX, ba_TY, *weights.tensors) or packing.max_length > _MAX_STEP:
+    if not take(qkvz_TX, ba_TY, *weights.tensors):
         return False
+    if max(weights.key_head_dim, weights.value_head_dim) > _MAX_HEAD_DIM or weights.conv_weight_C1W.shape[2] == 1:
+        return False
+    if cache is None or packing.max_length > _MAX_STEP:
+        is_plain = cache is None or (cache.state.dtype == torch.float32 and cache.is_draft_N is None)
+        return is_plain and is_trusted(try_gated_delta_chunks, qkvz_TX.device)
     is_state = cache.state.dtype == torch.float32 or (cache.state.dtype == torch.bfloat16 and packing.max_length == 1)
     return (
         is_state
         and cache.state.is_contiguous()
-        and weights.conv_weight_C1W.shape[2] > 1
-        and max(weights.key_head_dim, weights.value_head_dim) <= _MAX_HEAD_DIM
         and all(map(_is_plain, (cache.conv, *([] if cache.pending is None else cache.pending[:-1]))))
         and is_trusted(try_gated_delta_step, qkvz_TX.device)
     )
@@ -49,7 +53,8 @@ def gated_delta_mixer(
 
     Slots must be in range: they are not checked, because a GPU is not waited for.
     """
-    assert cache is not None, "ask whether it serves first"
+    if cache is None or packing.max_length > _MAX_STEP:
+        return chunked_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=cache)
     check_delta(qkvz_TX, ba_TY, weights, packing)
     cache.check_pending()
     cache.check_drafts(packing)

@@ -101,7 +101,7 @@ def calls(dtype: torch.dtype) -> Iterator[Any]:
 
 
 def delta_steps(dtype: torch.dtype) -> Iterator[Any]:
-    """Drafts on states in fp32, and single tokens on states in bf16."""
+    """Drafts on states in fp32, single tokens on states in bf16, and pieces of prompts in chunks."""
     small: dict[str, Any] = {"eps": 1e-6, "num_key_heads": 16, "key_head_dim": 128}
     weights = DeltaWeights(
         *(torch.ones(*shape, dtype=dtype) for shape in ((8192, 1, 4), (32,), (32,), (128,))), **small
@@ -114,6 +114,9 @@ def delta_steps(dtype: torch.dtype) -> Iterator[Any]:
     yield gpu.gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=drafting)
     narrow = cache._replace(state=cache.state.bfloat16())
     yield gpu.gated_delta_mixer(qkvz_TX[:1], ba_TY[:1], weights, packing=Packing([1]), cache=narrow)
+    qkvz_TX, ba_TY = torch.zeros(40, 12288, dtype=dtype), torch.zeros(40, 64, dtype=dtype)
+    for given in (cache, None):
+        yield gpu.gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=Packing([40]), cache=given)
 
 
 def attention(dtype: torch.dtype) -> Iterator[Any]:

@@ -133,15 +133,11 @@ def test_drafts_accepted_and_rejected(sizes: Sizes, seed: int) -> None:
     assert_same_caches(ours._replace(slots_N=slots_N), theirs._replace(slots_N=slots_N))
 
 
-def test_what_the_step_does_not_serve() -> None:
-    sizes, inputs = SIZES[0], here(make_inputs(17, SIZES[0]))
-    arguments, cache = mixer_arguments(inputs, [17]), here(make_cache(sizes, [1]))
-    packing = Packing([17], device=DEVICE)
-    assert not gpu.serves_gated_delta_mixer(*arguments, packing=packing, cache=cache)
-    assert not gpu.serves_gated_delta_mixer(*arguments, packing=packing, cache=None)
+def test_a_draft_longer_than_its_space_is_refused() -> None:
+    sizes, inputs = SIZES[0], here(make_inputs(3, SIZES[0]))
+    cache = here(make_cache(sizes, [1]))
+    drafting = here(make_empty_cache(sizes, 2))._replace(
+        slots_N=cache.slots_N, is_fresh_N=~cache.is_fresh_N, is_draft_N=~cache.is_fresh_N
+    )
     with pytest.raises(ValueError, match="a draft of 3 tokens"):
-        drafting = here(make_empty_cache(sizes, 2))._replace(
-            slots_N=cache.slots_N, is_fresh_N=~cache.is_fresh_N, is_draft_N=~cache.is_fresh_N
-        )
-        three = rows(inputs, slice(0, 3))
-        ops.gated_delta_mixer(*mixer_arguments(three, [3]), packing=Packing([3], device=DEVICE), cache=drafting)
+        ops.gated_delta_mixer(*mixer_arguments(inputs, [3]), packing=Packing([3], device=DEVICE), cache=drafting)

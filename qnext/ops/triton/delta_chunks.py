@@ -1,0 +1,104 @@
+"""The gated delta rule in chunks by a GPU kernel, for prompts. Legend: see qnext.ops.torch.delta."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qnext.ops.caches import DeltaCache
+from qnext.ops.checks import check_delta
+from qnext.ops.packing import Packing
+from qnext.ops.records import DeltaInputs, DeltaOutput, DeltaWeights
+from qnext.ops.reference.delta import gated_delta_rule
+from qnext.ops.torch.conv import causal_conv1d_silu
+from qnext.ops.torch.delta_cache import Carried, read_carried, write_carried
+from qnext.ops.torch.delta_mixer import delta_gates, split_qkvz
+from qnext.ops.torch.norm import gated_rms_norm, l2_norm
+from qnext.ops.triton.sizes import next_power_of_2
+from qnext.ops.triton.trust import numbers
+
+_CHUNK_SIZE = 16  # with 32, operands of the products spill 3 KiB of a thread's registers
+_BLOCK_VALUES = 32  # columns of a state that one program holds
+_LEAST_BLOCK = 16  # of a product
+_NUM_WARPS = 8
+
+
+def chunked_delta_mixer(
+    qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing, cache: DeltaCache | None = None
+) -> Tensor:
+    """See ops.gated_delta_mixer. The delta rule is the kernel's and PyTorch does the rest, in fp32 with one cast at the
+    end. Slots hold states in fp32, and nothing is a draft."""
+    check_delta(qkvz_TX, ba_TY, weights, packing)
+    num_tokens, num_heads, num_key_heads = len(qkvz_TX), weights.num_heads, weights.num_key_heads
+    key_dim, value_dim = weights.key_head_dim, weights.value_head_dim
+    qkv_TC, z_THV = split_qkvz(qkvz_TX.float(), num_key_heads=num_key_heads, key_head_dim=key_dim, num_heads=num_heads)
+    beta_TH, g_TH = delta_gates(ba_TY, weights.A_log_H, weights.dt_bias_H, num_key_heads=num_key_heads)
+    carried = None if cache is None else read_carried(cache, packing)
+    mixed_TC, conv_NWC = causal_conv1d_silu(
+        qkv_TC, weights.conv_weight_C1W.squeeze(1), packing=packing, initial_state_NWC=carried and carried.conv_NWC
+    )
+    qk_TC, v_TC = mixed_TC.split([2 * num_key_heads * key_dim, num_heads * value_dim], dim=-1)
+    q_TJK, k_TJK = l2_norm(qk_TC.reshape(num_tokens, 2 * num_key_heads, key_dim)).chunk(2, dim=1)
+    inputs = DeltaInputs(q_TJK, k_TJK, v_TC.unflatten(1, (num_heads, value_dim)), g_TH, beta_TH)
+    o_THV, state_NHKV = chunked_delta_rule(inputs, packing=packing, initial_state_NHKV=carried and carried.state_NHKV)
+    if cache is not None and carried is not None:
+        write_carried(cache, carried, Carried(conv_NWC, state_NHKV))
+    out_THV = gated_rms_norm(o_THV, z_THV, weights.norm_weight_V, eps=weights.eps)
+    return out_THV.flatten(1).to(qkvz_TX.dtype)
+
+
+def chunked_delta_rule(
+    inputs: DeltaInputs, *, packing: Packing, initial_state_NHKV: Tensor | None = None
+) -> DeltaOutput:
+    """See ops.gated_delta_rule. All inputs and the states are fp32."""
+    from qnext.ops.triton.kernels.delta_chunks import delta_chunks_kernel
+
+    q_TJK, k_TJK, v_THV = (x if x[0].is_contiguous() else x.contiguous() for x in inputs[:3])
+    num_key_heads, key_dim = k_TJK.shape[1:]
+    num_tokens, num_heads, value_dim = v_THV.shape
+    o_THV = torch.empty((num_tokens, num_heads, value_dim), dtype=torch.float32, device=v_THV.device)
+    state_NHKV = o_THV.new_empty(packing.num_sequences, num_heads, key_dim, value_dim)
+    block = max(_LEAST_BLOCK, min(_BLOCK_VALUES, next_power_of_2(value_dim)))
+    delta_chunks_kernel[(packing.num_sequences, num_heads, -(-value_dim // block))](
+        q_TJK,
+        k_TJK,
+        v_THV,
+        inputs.g_TH.contiguous(),
+        inputs.beta_TH.contiguous(),
+        packing.cu_seqlens,
+        state_NHKV if initial_state_NHKV is None else initial_state_NHKV.contiguous(),
+        o_THV,
+        state_NHKV,
+        q_TJK.stride(0),
+        k_TJK.stride(0),
+        v_THV.stride(0),
+        num_key_heads,
+        num_heads,
+        key_dim,
+        value_dim,
+        HAS_STATE=initial_state_NHKV is not None,
+        BLOCK_C=_CHUNK_SIZE,
+        BLOCK_K=max(_LEAST_BLOCK, next_power_of_2(key_dim)),
+        BLOCK_V=block,
+        num_warps=_NUM_WARPS,
+    )
+    return DeltaOutput(o_THV, state_NHKV)
+
+
+def try_gated_delta_chunks(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sequences of less and of more than a chunk, from states and from zeros."""
+    packing = Packing([5, _CHUNK_SIZE + 3], device=device)
+    num_tokens = packing.num_tokens
+    inputs = DeltaInputs(
+        l2_norm(numbers(num_tokens, 2, 24, seed=0, device=device)),
+        l2_norm(numbers(num_tokens, 2, 24, seed=1, device=device)),
+        numbers(num_tokens, 4, 20, seed=2, device=device),
+        -numbers(num_tokens, 4, seed=3, device=device, scale=0.5).abs(),
+        numbers(num_tokens, 4, seed=4, device=device).sigmoid(),
+    )
+    for state_NHKV in (None, numbers(2, 4, 24, 20, seed=5, device=device)):
+        actual = chunked_delta_rule(inputs, packing=packing, initial_state_NHKV=state_NHKV)
+        wanted = gated_delta_rule(inputs, packing=packing, initial_state_NHKV=state_NHKV)
+        yield from zip(actual, wanted, strict=True)
