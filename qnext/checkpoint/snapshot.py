@@ -1,16 +1,18 @@
 """Snapshots of a training run: folders that appear whole or not at all, of safetensors and JSON only.
 
 A snapshot is `step-<number>/` with one `<name>.safetensors` per tensor collection and `state.json`, which holds the
-run's own state and, for every other file, its size and CRC-32.
+run's own state and, for every other file, its size and CRC-32. Where several processes wrote it,
+`rank-<number>.safetensors` has the parts of each: see parts.py.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from errno import ENOENT
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +25,43 @@ from qnext.errors import CorruptCheckpoint, warn
 from qnext.files import new_folder, remove_folder, remove_partials, write_inside
 
 _FORMAT = "qnext-snapshot-1"
-_PREFIX, _STATE = "step-", "state.json"
+_PREFIX, _STATE, _PART = "step-", "state.json", "rank-"
+
+FileEntries = dict[str, dict[str, int]]  # of state.json
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The content of a snapshot: named collections of tensors and a JSON object."""
+    """The content of a snapshot: named collections of tensors and a JSON object. `parts` are files of processes."""
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
+    parts: Sequence[Path] = ()
 
 
-def save_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
+def save_snapshot(
+    folder: Path, snapshot: Snapshot, *, keep: int, others: Callable[[Path], FileEntries] | None = None
+) -> Path:
     """Write `snapshot` under `folder`, then delete all but the newest `keep`. Returns the path of the new snapshot.
 
     The data is on disk before the folder gets its name, and a deleted snapshot loses its name before its data. So a
     crash leaves only complete snapshots. Snapshots of later steps are not deleted: a run that went back will reach
     these steps again. Raises OSError and DiskFull where the snapshot cannot be written; the earlier ones still exist
-    then. A snapshot that cannot be deleted is no error.
+    then. A snapshot that cannot be deleted is no error. `others` adds files to the folder that is being made.
     """
     assert keep >= 1
     remove_partials(folder)
     final = path_of(folder, snapshot.step)
-    files: dict[str, dict[str, int]] = {}
     with new_folder(final) as partial:
+        files = {} if others is None else others(partial)
+        for name in files:
+            if not (partial / name).is_file():
+                raise FileNotFoundError(ENOENT, "a process wrote it into another folder", str(final / name))
         for name, tensors in snapshot.tensors.items():
             path = partial / f"{name}.safetensors"
             write_tensors(path, tensors)
-            files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+            files[path.name] = file_entry(path)
         document = {"format": _FORMAT, "step": snapshot.step, "files": files, "state": dict(snapshot.state)}
         write_inside(partial / _STATE, json.dumps(document, indent=1) + "\n")
     older = [path for path in list_snapshots(folder) if _step_of(path) < snapshot.step]
@@ -59,6 +69,16 @@ def save_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
         with suppress(OSError):
             remove_folder(old)
     return final
+
+
+def file_entry(path: Path) -> dict[str, int]:
+    """What state.json says of a file."""
+    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+
+
+def part_file(rank: int) -> str:
+    """The name of the file of a process."""
+    return f"{_PART}{rank:05d}.safetensors"
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -106,6 +126,7 @@ def load_snapshot(path: Path) -> Snapshot:
 def _load(path: Path) -> Snapshot:
     document = _read_state(path / _STATE)
     tensors: dict[str, dict[str, Tensor]] = {}
+    parts: list[Path] = []
     for name, expected in document["files"].items():
         file = path / name
         if not file.is_file():
@@ -115,8 +136,11 @@ def _load(path: Path) -> Snapshot:
             raise CorruptCheckpoint(f"{file}: {size} bytes, expected {expected['bytes']}")
         if _crc32(file) != expected["crc32"]:
             raise CorruptCheckpoint(f"{file}: content differs from what was written (CRC-32)")
-        tensors[file.stem] = read_tensors(file)
-    return Snapshot(document["step"], tensors, document["state"])
+        if name.startswith(_PART):
+            parts.append(file)
+        else:
+            tensors[file.stem] = read_tensors(file)
+    return Snapshot(document["step"], tensors, document["state"], parts)
 
 
 def load_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, source: str) -> None:

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from qnext.checkpoint.snapshot import (
     Snapshot,
-    check_weights,
     list_snapshots,
     load_snapshot,
     load_weights,
     newest_snapshot,
     path_of,
-    save_snapshot,
 )
 from qnext.errors import FULL, CorruptCheckpoint, DiskFull, QnextError, UsageError, line_of, warn
 from qnext.model import CausalLM, DecoderLayer
@@ -34,7 +32,8 @@ from qnext.training.metrics import MetricsFile, StepMetrics, expert_stats
 from qnext.training.objective import NextToken, Objective, TrainSource, TrainStep
 from qnext.training.optimizer import load_optimizer_tensors, make_optimizers, optimizer_tensors, parameter_rules
 from qnext.training.precision import PrecisionChoice, choose_precision
-from qnext.training.ranks import ALONE, TrainingRanks, cut_tensors, total_norm, whole_tensors
+from qnext.training.ranks import ALONE, TrainingRanks, total_norm
+from qnext.training.saving import parts_of_snapshot, save_of_ranks
 from qnext.training.spikes import SpikeGuard
 
 _MAX_SKIPPED_IN_A_ROW = 10
@@ -300,12 +299,12 @@ class Trainer:
         if self.model.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.model.device)
         tensors: dict[str, Mapping[str, Tensor]] = {
-            "model": whole_tensors(self.part_of, self.part_of, self.ranks),
-            "optimizer": whole_tensors(optimizer_tensors(self._optimizers, self._parts), self.part_of, self.ranks),
+            "model": self.part_of,
+            "optimizer": optimizer_tensors(self._optimizers, self._parts),
             "random": random,
         }
         if self.best.weights:
-            tensors["best"] = whole_tensors(self.best.weights, self.part_of, self.ranks)
+            tensors["best"] = self.best.weights
         state = {
             "tokens": self.tokens,
             "num_skipped": self.num_skipped,
@@ -320,14 +319,10 @@ class Trainer:
             "config": asdict(self.config),
         }
         folder, snapshot = self.folder / "snapshots", Snapshot(self.step, tensors, state)
-        failure: OSError | None = None
-        if self.ranks.is_first:
-            try:
-                save_snapshot(folder, snapshot, keep=self.config.keep_snapshots)
-            except OSError as error:
-                failure = error
-        if self.ranks.gather_parts(torch.tensor([failure is not None]))[0, 0]:
-            raise SnapshotFailed(failure or OSError("the first process"), next(reversed(list_snapshots(folder)), None))
+        try:
+            save_of_ranks(folder, snapshot, keep=self.config.keep_snapshots, part_of=self.part_of, ranks=self.ranks)
+        except OSError as error:
+            raise SnapshotFailed(error, next(reversed(list_snapshots(folder)), None)) from error
         path = path_of(folder, self.step)
         if self.hooks.on_snapshot is not None:
             self.hooks.on_snapshot(path)
@@ -355,14 +350,9 @@ class Trainer:
                     f"{path}: taken with optimizer {state['optimizer']!r}, this run has {self.config.optimizer!r}"
                 )
             self.stream.seek(state["data"])
-            shapes = {name: self.ranks.shape(part) for name, part in self.part_of.items()}
-            check_weights(shapes, snapshot.tensors["model"], source=str(path))
-            weights, state_of, best = (
-                cut_tensors(snapshot.tensors.get(name, {}), self.part_of, self.ranks)
-                for name in ("model", "optimizer", "best")
-            )
-            load_weights(self.part_of, weights, source=str(path))
-            load_optimizer_tensors(self._optimizers, self._parts, state_of)
+            found_of = parts_of_snapshot(snapshot, self.part_of, self.ranks, source=str(path))
+            load_weights(self.part_of, found_of["model"], source=str(path))
+            load_optimizer_tensors(self._optimizers, self._parts, found_of["optimizer"])
             self._restore_random(snapshot.tensors["random"])
             self.step, self.tokens, self.num_skipped = snapshot.step, state["tokens"], state["num_skipped"]
             self._skipped_in_a_row, self._elapsed_before = state["skipped_in_a_row"], state["elapsed"]
@@ -370,7 +360,7 @@ class Trainer:
             self.precision = PrecisionChoice(state["precision"])
             if "spikes" in state:
                 self.spikes.restore(state["spikes"])
-                self.best.restore(state["best"], best)
+                self.best.restore(state["best"], found_of["best"])
         except (KeyError, TypeError) as error:
             raise CorruptCheckpoint(f"{path}: state.json or a tensor file lacks {error}") from error
         return path

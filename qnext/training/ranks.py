@@ -69,6 +69,12 @@ class TrainingRanks(Protocol):
     def cut(self, tensor: Tensor, part: Tensor) -> Tensor:
         """The inverse of `whole` for one tensor."""
 
+    def placed(self, tensor: Tensor, part: Tensor) -> Tensor:
+        """A tensor that is cut as this part is, with its place in the whole: a DTensor, which shares its memory."""
+
+    def told(self, text: str) -> str:
+        """What the first process says: its `text`, of at most 4096 bytes."""
+
     def by_first(self, action: Callable[[], None]) -> None:
         """Do something in the first process alone. The others wait; where it fails, all fail."""
 
@@ -110,6 +116,12 @@ class Alone:
 
     def cut(self, tensor: Tensor, part: Tensor) -> Tensor:
         return tensor
+
+    def placed(self, tensor: Tensor, part: Tensor) -> Tensor:
+        return tensor
+
+    def told(self, text: str) -> str:
+        return text
 
     def by_first(self, action: Callable[[], None]) -> None:
         action()

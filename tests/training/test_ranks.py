@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from qnext.checkpoint.snapshot import newest_snapshot
-from qnext.errors import LostRank, UsageError
+from qnext.checkpoint import parts
+from qnext.checkpoint.header import read_header
+from qnext.checkpoint.snapshot import newest_snapshot, part_file
+from qnext.errors import CorruptCheckpoint, LostRank, UsageError
 from qnext.parallel.train.context import check_context
 from qnext.parallel.train.experts import check_experts
 from qnext.parallel.train.ranks import Division
 from qnext.training import Hooks, PackedStream, StepMetrics, TrainConfig, Trainer
+from qnext.training.loop import SnapshotFailed
 from qnext.training.ranks import ALONE, TrainingRanks, whole_tensors
 from tests.training.models import documents, tiny_config, tiny_model
 from tests.training.ranked import TrainingProcesses, processes, started
@@ -94,6 +100,53 @@ def run_and_vanish(ranks: TrainingRanks, config: TrainConfig, folder: Path, step
             os._exit(9)
 
     make_trainer(ranks, config, torch.float64, {}, folder, Hooks(on_step=vanish)).run()
+
+
+def save_parts(ranks: TrainingRanks, config: TrainConfig, folder: Path) -> tuple[int, int]:
+    """The most numbers that one process gathered for a snapshot, and those of the whole model."""
+    trainer = make_trainer(ranks, config, torch.float64, {}, folder, Hooks())
+    trainer.run(until_step=1)
+    with (
+        mock.patch.object(ranks, "whole", side_effect=AssertionError("a parameter is gathered")),
+        mock.patch.object(ranks, "gather_parts", wraps=ranks.gather_parts) as gather,
+    ):
+        trainer.save()
+    most = max(call.args[0].numel() for call in gather.call_args_list if call.args[0].dtype != torch.uint8)
+    return most, sum(ranks.shape(part).numel() for part in trainer.part_of.values())
+
+
+def save_where_one_disk_is_full(ranks: TrainingRanks, config: TrainConfig, folder: Path) -> str:
+    """What the failure of the second snapshot says."""
+    trainer = make_trainer(ranks, config, torch.float64, {}, folder, Hooks())
+    trainer.run(until_step=1)
+    trainer.save()
+    trainer.run(until_step=2)
+    error = None if ranks.is_first else OSError(errno.EIO, "this disk is broken")
+    with mock.patch("qnext.checkpoint.parts.write_tensors", wraps=parts.write_tensors, side_effect=error):
+        try:
+            trainer.save()
+        except SnapshotFailed as failure:
+            return str(failure)
+    return ""
+
+
+def run_and_die_unpublished(ranks: TrainingRanks, config: TrainConfig, folder: Path, steps: int) -> None:
+    """The first process is gone when all have written the snapshot of a step and before it has its name."""
+    gather, told = ranks.gather_parts, ranks.told
+
+    def gather_and_die(values_N: Tensor) -> Tensor:
+        gather(values_N)
+        os._exit(9)
+
+    def tell(text: str) -> str:
+        place = told(text)
+        if trainer.step == steps and ranks.is_first:
+            mock.patch.object(ranks, "gather_parts", gather_and_die).start()
+        return place
+
+    trainer = make_trainer(ranks, config, torch.float64, {}, folder, Hooks())
+    with mock.patch.object(ranks, "told", tell):
+        trainer.run()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -186,9 +239,11 @@ def test_a_run_goes_on_with_other_processes(
 def test_from_two_to_four_to_one(tmp_path: Path) -> None:
     straight, _ = trained(ALONE, CONFIG, torch.float64, {}, 6)
     steps = []
-    for num_ranks, until in ((2, 2), (4, 4)):
+    for num_ranks, until in ((2, 1), (4, 3)):
         with processes(num_ranks) as ranks:
             steps += ranks.run(continued, CONFIG, tmp_path, until)[0]
+            if num_ranks == 4:  # each expert is on two, which have cut it
+                steps += ranks.divided(Division(expert=2)).run(continued, CONFIG, tmp_path, until + 1)[0]
     steps += continued(ALONE, CONFIG, tmp_path, 6)
     for mine, theirs in zip(steps, straight, strict=True):
         assert numbers(mine, of_inside=True) == pytest.approx(numbers(theirs, of_inside=True), rel=1e-9)
@@ -206,6 +261,48 @@ def test_a_lost_process_ends_the_run(tmp_path: Path) -> None:
     assert found is not None
     assert found[1].step in (1, 2)
     assert len(continued(ALONE, config, tmp_path, found[1].step + 1)) == 1
+
+
+def test_no_process_has_the_whole_model_when_it_saves(two: TrainingProcesses, tmp_path: Path) -> None:
+    """Nothing but sizes and a path goes from one to the other. The files hold every number once."""
+    (most, num_parameters), (most_of_other, _) = two.run(save_parts, CONFIG, tmp_path)
+    assert max(most, most_of_other) <= 3
+    found = newest_snapshot(tmp_path / "snapshots")
+    assert found is not None
+    sizes = [
+        sum(math.prod(info.shape) for info in read_header(file, any_name=True).values()) for file in found[1].parts
+    ]
+    assert len(sizes) == 2
+    assert sum(sizes) == 3 * num_parameters  # and two moments
+    assert max(sizes) < 0.7 * sum(sizes)
+
+
+def test_a_part_that_cannot_be_written_costs_one_snapshot(two: TrainingProcesses, tmp_path: Path) -> None:
+    for told in two.run(save_where_one_disk_is_full, CONFIG, tmp_path):
+        assert "this disk is broken" in told
+        assert told.endswith("the newest is step-00000001")
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step-00000001"]
+    damaged = tmp_path / "snapshots" / "step-00000001" / part_file(1)
+    damaged.unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"rank-00001.safetensors: missing"):
+        newest_snapshot(tmp_path / "snapshots")
+
+
+def test_a_kill_before_a_snapshot_has_its_name_leaves_the_last_one(tmp_path: Path) -> None:
+    config = CONFIG.with_(snapshot_every=1)
+    with started(2, patience=3.0) as ranks:
+        ranks.send(run_and_die_unpublished, config, tmp_path, 2)
+        failure = ranks.workers.connections[1].recv()
+    assert isinstance(failure, LostRank), failure
+    written = [file.name for file in (tmp_path / "snapshots").glob(".step-00000002.partial-*/*")]
+    assert sorted(written) == [part_file(0), part_file(1)]
+    found = newest_snapshot(tmp_path / "snapshots")
+    assert found is not None
+    assert found[1].step == 1
+    straight, _ = trained(ALONE, config, torch.float64, {}, 2)
+    (step,) = continued(ALONE, config, tmp_path, 2)
+    assert numbers(step, of_inside=True) == pytest.approx(numbers(straight[1], of_inside=True), rel=1e-9)
+    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_micro_batches_that_cannot_be_divided_are_refused(two: TrainingProcesses) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from qnext.model import CausalLM
 
@@ -40,6 +40,7 @@ class CutParameter:
     parameter: DTensor
     part: nn.Parameter
     num_dealt: int
+    mesh: DeviceMesh  # all processes, in the order of their rows
 
     @property
     def shape(self) -> torch.Size:
@@ -62,6 +63,13 @@ class CutParameter:
         start = place * self.parameter.shape[0] + group * self.largest
         return whole[start : start + len(self.part)]
 
+    def placed(self, tensor: Tensor) -> DTensor:
+        """A tensor that is cut as the part is, with its place in the whole."""
+        shape = self.shape
+        stride = torch.empty(shape, device="meta").stride()
+        rows = [Shard(0)] * self.mesh.ndim
+        return DTensor.from_local(tensor, self.mesh, rows, run_check=False, shape=shape, stride=stride)
+
 
 class CutParameters:
     """The parts of parameters that FSDP2 has cut: plain tensors, which share the memory of the cut ones."""
@@ -69,11 +77,17 @@ class CutParameters:
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
         self._cuts: dict[int, CutParameter] = {}
+        self.dealt_mesh: DeviceMesh | None = None  # [dealt, copies], where experts are dealt
 
     def add(self, parameter: nn.Parameter) -> nn.Parameter:
         assert isinstance(parameter, DTensor)
         part = nn.Parameter(parameter.to_local().detach())
-        self._cuts[id(part)] = CutParameter(parameter, part, self._num_ranks // parameter.device_mesh.size())
+        mesh = parameter.device_mesh
+        num_dealt = self._num_ranks // mesh.size()
+        if num_dealt > 1:
+            assert self.dealt_mesh is not None
+            mesh = self.dealt_mesh
+        self._cuts[id(part)] = CutParameter(parameter, part, num_dealt, mesh)
         return part
 
     def of(self, part: Tensor) -> CutParameter:

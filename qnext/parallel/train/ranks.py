@@ -5,6 +5,7 @@ Legend: R processes, N numbers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +26,7 @@ from qnext.parallel.watch import RankWatch, Vigilance
 # torchrun ends the other processes half a minute after one has gone.
 PATIENCE = 20.0  # seconds without a sign of life
 _SECONDS_TO_MEET = 600.0
+_MOST_BYTES_TOLD = 4096  # a path
 _FOREVER = timedelta(days=365)  # of a call: the watch knows whether the others live
 
 
@@ -90,6 +92,8 @@ class RanksOfRun:
             if expert > 1:
                 both = self._in_a_row(device, expert, "experts")
                 dealt, dealt_mesh = deal_experts(model, both.get_group("experts")), both["copies"]
+                order_MC = torch.arange(self.num_ranks).view(-1, expert).T.contiguous()
+                self._parts.dealt_mesh = DeviceMesh(device, order_MC, mesh_dim_names=("dealt", "copy"))
             shard_model(model, mesh, dealt=dealt, dealt_mesh=dealt_mesh)
 
     def _in_a_row(self, device: str, size: int, name: str) -> DeviceMesh:
@@ -129,6 +133,14 @@ class RanksOfRun:
 
     def cut(self, tensor: Tensor, part: Tensor) -> Tensor:
         return self._parts.of(part).cut(tensor, self.rank)
+
+    def placed(self, tensor: Tensor, part: Tensor) -> Tensor:
+        return self._parts.of(part).placed(tensor)
+
+    def told(self, text: str) -> str:
+        raw = os.fsencode(text).ljust(_MOST_BYTES_TOLD, b"\0")
+        told_N = self.gather_parts(torch.tensor(list(raw), dtype=torch.uint8))[0]
+        return os.fsdecode(bytes(told_N.tolist()).rstrip(b"\0"))
 
     def by_first(self, action: Callable[[], None]) -> None:
         """The others end with the same exit code, and leave the words to the first."""
