@@ -8,6 +8,7 @@ have to give the same tokens.
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from typing import Any
 
@@ -61,10 +62,10 @@ def main() -> None:
     for place, part, count in ((0, "prompt", given.prompt), (1, "decode", given.tokens - 1)):
         seconds = {name: [value[place] for value in found[1:]] for name, found in values.items()}
         for name, each in seconds.items():
-            speed = ratios(seconds["one process"], each)
-            result[f"{part}, {name}"] = {"tokens_per_second": count / sorted(each)[len(each) // 2], "speed": speed}
+            speed, rate = ratios(seconds["one process"], each), count / statistics.median(each)
+            result[f"{part}, {name}"] = {"tokens_per_second": rate, "speed": speed}
             print(
-                f"{part:<7} {name:<16} {count / sorted(each)[len(each) // 2]:8.1f} tokens/s, "
+                f"{part:<7} {name:<16} {rate:8.1f} tokens/s, "
                 f"{speed['median']:.2f}x ({speed['min']:.2f} to {speed['max']:.2f}) of one process"
             )
     print_json(result)

@@ -45,9 +45,9 @@ def write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
     return folder / part_file(dist.get_rank())
 
 
-def read_parts(files: Sequence[Path], wanted: Callable[[str, torch.Size, torch.dtype], Tensor]) -> dict[str, Tensor]:
-    """The tensors of these files, each read into what `wanted` makes for its name, whole shape and type: all of it, or
-    a DTensor. No process waits for another. Raises CorruptCheckpoint where a part is missing."""
+def read_parts(files: Sequence[Path], wanted: Callable[[str, torch.Size, torch.dtype], Tensor]) -> None:
+    """Read each tensor of these files into what `wanted` makes for its name, whole shape and type: all of it, or a
+    DTensor. No process waits for another. Raises CorruptCheckpoint where a part is missing."""
     reader = _PartReader(files)
     found = {
         name: wanted(name, each.size, each.properties.dtype)
@@ -63,7 +63,6 @@ def read_parts(files: Sequence[Path], wanted: Callable[[str, torch.Size, torch.d
         raise cause from None
     finally:
         reader.close()
-    return found
 
 
 class _PartWriter(dcp.StorageWriter):

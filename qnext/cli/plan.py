@@ -43,6 +43,7 @@ class ServingFlags:
         None
     )
     tensor_parallel: Annotated[int, option("ranks that cut heads, dense matrices and the vocabulary", min=1)] = 1
+    expert_parallel: Annotated[int, option("ranks that divide the experts of a layer", min=1)] = 1
     acceptance: Annotated[float | None, option("of each draft, else 0.65, an assumption", min=0.0, max=1.0)] = None
 
 
@@ -83,7 +84,6 @@ class TrainingPlanFlags:
     ] = None
     recompute: Annotated[bool, option("activations are computed again in the backward pass", "--recompute")] = False
     sequences: Annotated[int, option("of a rank at once", min=1)] = 1
-    expert_parallel: Annotated[int, option("ranks that divide the experts of a layer", min=1)] = 1
     lora: Annotated[str, option("all, attention or experts: what an adapter changes")] = "all"
     lora_rank: Annotated[int, option("of the adapter", min=1)] = 16
 
@@ -130,7 +130,7 @@ def command(
         ASSUMED_ACCEPTANCE if serving.acceptance is None else serving.acceptance,
         serving.calibration,
         cluster.prices(num_devices),
-        Mesh(serving.tensor_parallel, training.expert_parallel),
+        Mesh(serving.tensor_parallel, serving.expert_parallel),
     )
     plans = [plan_model(planned_model(name, serving.scheme, yarn=serving.yarn), asked) for name in models]
     if serving.picture is not None:
@@ -188,7 +188,7 @@ def _print_training(
         states,
         training.recompute,
         training.sequences,
-        training.expert_parallel,
+        serving.expert_parallel,
     )
     reports = []
     for name in models:

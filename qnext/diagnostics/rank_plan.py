@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
-from math import prod
 from typing import Any, NamedTuple
 
 from qnext.config import ModelConfig
 from qnext.parallel.mesh import Mesh, check_mesh
 from qnext.parallel.shard import RankShard
 from qnext.parallel.traffic import TokenTraffic
-from qnext.planning import list_parameters
+from qnext.planning import ParameterInfo, list_parameters
 from qnext.planning.counts import kv_bytes_per_token, state_bytes_per_sequence
 from qnext.planning.machine import format_bytes
 from qnext.session.planned import PlannedModel
@@ -51,6 +50,7 @@ class RankPlan(NamedTuple):
             "a linear layer's mixer": sent.linear * self.config.has_linear_layers,
             "a full layer's": sent.full * (self.config.num_full_layers > 0),
             "experts": sent.sparse,
+            "a dense MLP": sent.dense * (not all(map(self.config.is_moe_layer, range(self.config.num_hidden_layers)))),
             "logits": sent.head,
         }
         each = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts.items() if count)
@@ -76,12 +76,10 @@ def plan_ranks(model: PlannedModel, mesh: Mesh) -> RankPlan:
 
 def _weight_bytes(model: PlannedModel, shard: RankShard) -> int:
     """Of each part the bytes of as many of its numbers as the rank has."""
-    own: Counter[str] = Counter()
-    whole: Counter[str] = Counter()
+    by_part: dict[str, list[ParameterInfo]] = defaultdict(list)
     for info in list_parameters(model.config).values():
-        own[info.part] += shard.num_values(info)
-        whole[info.part] += prod(info.shape)
-    return round(sum(count * own[part] / whole[part] for part, count in model.part_bytes.items() if whole[part]))
+        by_part[info.part].append(info)
+    return round(sum(model.part_bytes[part] * shard.share_of(infos) for part, infos in by_part.items()))
 
 
 def _range(counts: tuple[int, ...]) -> str:

@@ -31,8 +31,8 @@ def attention_mixer(
 
     Queries and keys are normalised per head, and their first dims are rotated. Each query attends causally to its
     sequence: to the tokens of the call, or with a cache to its pages, where the new keys and values are written first.
-    The output is multiplied by sigmoid(gate) where there is a gate. Kernels raise IndexError for places outside the
-    pages.
+    The output is multiplied by sigmoid(gate) where there is a gate. Native kernels raise IndexError for places outside
+    the pages.
     """
     native = cpu.serves_attention_mixer(q_TX, k_TY, v_TY, weights, rope=rope, packing=packing, cache=cache)
     serves = triton.serves_attention_mixer

@@ -22,6 +22,15 @@ from qnext.parallel.watch import RankWatch
 _FIRST_BYTES = 8192  # of an order, with its length before it; the rest of a longer one follows
 
 
+FOREVER = timedelta(days=365)  # of a call: a watch knows whether the others live
+
+
+def meet_all(store: dist.Store, rank: int, num_ranks: int) -> None:
+    """Make the group of all ranks, which talk by gloo and on GPUs by NCCL."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=FOREVER)
+
+
 class Link(Protocol):
     """Between the ranks of a model, which all call the same in the same order."""
 
@@ -49,14 +58,11 @@ class DistributedLink:
     def __init__(self, mesh: Mesh, store: dist.Store, watch: RankWatch, *, num_local: int = 1) -> None:
         self.mesh, self.traffic = mesh, Traffic()
         self.watch, self.num_local = watch, num_local
-        # How long a call may take is the affair of the watch, which knows whether the others live.
-        forever = timedelta(days=365)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with self._naming_the_lost():
-            dist.init_process_group(backend, store=store, rank=mesh.rank, world_size=mesh.num_ranks, timeout=forever)
-            self._orders = dist.new_group(backend="gloo", timeout=forever)
+            meet_all(store, mesh.rank, mesh.num_ranks)
+            self._orders = dist.new_group(backend="gloo", timeout=FOREVER)
             firsts = range(0, mesh.num_ranks, mesh.tensor)
-            groups = [dist.new_group(list(range(first, first + mesh.tensor)), timeout=forever) for first in firsts]
+            groups = [dist.new_group(list(range(first, first + mesh.tensor)), timeout=FOREVER) for first in firsts]
         self._tensor_group = groups[mesh.rank // mesh.tensor]
 
     # ---- tensors ----

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from qnext.config import ModelConfig
 from qnext.errors import UsageError
 
+PATIENCE = 60.0  # seconds without a sign of life of a rank, whose process gives one twice a second whatever it computes
+
 
 class Mesh(NamedTuple):
     """`tensor` times `expert` ranks. Heads, dense matrices and the vocabulary are cut into `tensor` parts, of which

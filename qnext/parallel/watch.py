@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from qnext.errors import LostRank, QnextError
+from qnext.parallel.mesh import PATIENCE
 
-PATIENCE = 60.0  # seconds without a sign of life of a rank, whose process beats twice a second whatever it computes
 _BEAT_SECONDS = 0.5
 _LOOK_SECONDS = 0.02
 _GRACE_SECONDS = 3.0  # for whoever runs to end by itself, with its own last words

@@ -22,8 +22,8 @@ from qnext.replicas.prefixes import chain_of
 from qnext.server.access.keys import KeyRing
 from qnext.server.access.rates import network_of
 from qnext.server.errors import ApiError, error_body, error_object, style_of
-from qnext.server.http.endpoint import Receive, Send
 from qnext.server.http.guard import SAFE_HEADERS, Headers
+from qnext.server.http.reading import ClientGone, Receive, Send, check_length, disconnected, read_all
 from qnext.server.lanes import LARGE, Budget
 from qnext.server.limits import MAX_HELD_BYTES, MAX_HELD_BYTES_PER_KEY, Limits
 from qnext.server.requests import new_request_id
@@ -35,10 +35,6 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "client", "server")
 _METRICS = "/metrics"
 _SEQUENCE = re.compile(rb'"sequence_number": ?(\d+)')
-
-
-class _CallerLeft(Exception):
-    """The connection closed before the body was there."""
 
 
 class Ingress:
@@ -79,7 +75,7 @@ class Ingress:
             chain = await _chain(key.id if key is not None else "", body) if body else ()
             call = RoutedCall(_data_of(scope, reply.request_id), body, chain)
             await self._answer(call, receive, reply)
-        except _CallerLeft:
+        except ClientGone:
             return
         except ApiError as error:
             await reply.fail(error)
@@ -94,40 +90,25 @@ class Ingress:
             _log.warning("keys not reloaded: %s", problem)
 
     async def _read(self, headers: Mapping[str, str], receive: Receive, payer: str) -> bytes:
-        limit = self._limits.max_body_bytes
-        length = headers.get("content-length", "")
-        if length.isascii() and length.isdigit() and int(length[:20]) > limit:
-            raise _too_large(limit)
-        held = 0
-        parts: list[bytes] = []
+        limit, held = self._limits.max_body_bytes, 0
+        check_length(headers, limit)
 
-        async def read() -> None:
+        def take(num_bytes: int) -> None:
             nonlocal held
-            more = True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise _CallerLeft
-                part = message.get("body", b"")
-                if held + len(part) > limit:
-                    raise _too_large(limit)
-                self._bodies.take(payer, len(part))
-                held += len(part)
-                parts.append(part)
-                more = message.get("more_body", False)
+            self._bodies.take(payer, num_bytes)
+            held += num_bytes
 
         try:
-            await asyncio.wait_for(read(), self._limits.body_seconds)
+            return await asyncio.wait_for(read_all(receive, limit, take), self._limits.body_seconds)
         except BaseException as error:
             self._bodies.give_back(payer, held)
             if isinstance(error, asyncio.TimeoutError):
                 raise ApiError(408, "the body did not come in time") from None
             raise
-        return b"".join(parts)
 
     async def _answer(self, call: RoutedCall, receive: Receive, reply: _Reply) -> None:
         passing = asyncio.ensure_future(self._pass_on(call, reply))
-        gone = asyncio.ensure_future(_disconnected(receive))
+        gone = asyncio.ensure_future(disconnected(receive))
         try:
             await asyncio.wait((passing, gone), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -263,15 +244,6 @@ def _named(headers: Headers) -> dict[str, str]:
     for name, value in headers:
         found.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
     return found
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _live(receive: Receive, send: Send) -> None:

@@ -217,13 +217,12 @@ class ConversationOpening:
 
     def open(self, how: EngineOpening, **talk: Any) -> Conversation:
         """`talk` are fields of Talk. Raises UsageError, DoesNotFit, CorruptCheckpoint, LostRank."""
-        from qnext.engine import EngineConfig, check_options
+        from qnext.engine import EngineConfig
 
         ends = end_token_ids(self.folder.tokenizer, self.folder.config)
         config = EngineConfig(
             max_num_seqs=1, max_model_len=self.max_model_len, speculation=self.speculation, eos_token_ids=ends
         )
-        check_options(self.folder.config, config)
         self._check(talk.get("system"), talk.get("template_arguments", {}))
         engine = open_engine(self.folder, config, how)[1]
         return Conversation(

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from qnext.errors import UsageError
+from qnext.parallel.mesh import PATIENCE, Mesh, check_mesh
 
 if TYPE_CHECKING:
     from qnext.config import ModelConfig
-    from qnext.parallel.mesh import Mesh
 
 EVEN, AUTO = "even", "auto"
-DEFAULT_PATIENCE = 60.0  # that of parallel.watch, which needs torch
 
 
 class Launched(NamedTuple):
@@ -55,7 +54,7 @@ class RankOptions:
 
     tensor_parallel: int = 1
     expert_parallel: int = 1
-    patience: float = DEFAULT_PATIENCE
+    patience: float = PATIENCE
     placement: str = EVEN
     copies: int = 0
     threads: int | None = None
@@ -71,8 +70,6 @@ class RankOptions:
         return self.num_ranks if self.launched is None else self.launched.num_local
 
     def mesh(self, rank: int) -> Mesh:
-        from qnext.parallel.mesh import Mesh
-
         return Mesh(self.tensor_parallel, self.expert_parallel, rank)
 
     def check(self) -> None:
@@ -84,7 +81,7 @@ class RankOptions:
                 f"--tensor-parallel {self.tensor_parallel} --expert-parallel {self.expert_parallel} make "
                 f"{self.num_ranks} ranks, but torchrun has started {self.launched.num_ranks} processes"
             )
-        if self.num_ranks == 1 and (self.placement, self.copies, self.patience) != (EVEN, 0, DEFAULT_PATIENCE):
+        if self.num_ranks == 1 and (self.placement, self.copies, self.patience) != (EVEN, 0, PATIENCE):
             raise UsageError(
                 "--expert-placement, --expert-copies and --rank-patience need several ranks: --tensor-parallel or "
                 "--expert-parallel"
@@ -94,8 +91,6 @@ class RankOptions:
 
     def check_model(self, config: ModelConfig) -> None:
         """Raises UsageError for a model that cannot be divided so."""
-        from qnext.parallel.mesh import check_mesh
-
         check_mesh(config, self.mesh(0))
         if self.placement != EVEN and not config.num_experts:
             raise UsageError(f"--expert-placement {self.placement}: the model has no experts")

@@ -139,31 +139,16 @@ def total_norm(gradients: Sequence[Tensor], ranks: TrainingRanks) -> Tensor:
     return torch.linalg.vector_norm(ranks.gather_parts(norms_P))
 
 
-def whole_tensors(
-    tensors: Mapping[str, Tensor], part_of: Mapping[str, Tensor], ranks: TrainingRanks
-) -> dict[str, Tensor]:
-    """The tensors of a snapshot, `<parameter>` or `<parameter>/<key>`, of all processes together.
-
-    Those without dims, such as a number of steps, are not cut.
-    """
-    parts = {name: part_of[name.split("/")[0]] for name in tensors}
-    return {name: ranks.whole([each], [parts[name]])[0] if each.dim() else each for name, each in tensors.items()}
-
-
-def cut_tensors(
-    tensors: Mapping[str, Tensor], part_of: Mapping[str, Tensor], ranks: TrainingRanks
-) -> dict[str, Tensor]:
-    """The inverse of whole_tensors. Raises KeyError for a parameter that is not there."""
-    return {
-        name: ranks.cut(each, part_of[name.split("/")[0]]) if each.dim() else each for name, each in tensors.items()
-    }
+def whole_weights(part_of: Mapping[str, Tensor], ranks: TrainingRanks) -> dict[str, Tensor]:
+    """The parameters whose parts these are, of all processes together."""
+    return {name: ranks.whole([part], [part])[0] for name, part in part_of.items()}
 
 
 def whole_model(model: CausalLM, part_of: Mapping[str, Tensor], ranks: TrainingRanks) -> CausalLM:
     """`model` with all its parameters, in the first process. All take part; in the others they have no values."""
     if ranks is ALONE:
         return model
-    weights = whole_tensors(part_of, part_of, ranks)
+    weights = whole_weights(part_of, ranks)
     whole = CausalLM(model.config)
     if ranks.is_first:
         load_weights(dict(whole.named_parameters()), weights, source="the run")

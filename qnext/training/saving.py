@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qnext.checkpoint.snapshot import Snapshot, check_weights, file_entry, part_file, save_snapshot
-from qnext.training.ranks import ALONE, TrainingRanks, cut_tensors
+from qnext.training.ranks import ALONE, TrainingRanks
 
 Collections = dict[str, dict[str, Tensor]]
 _CUT = ("model", "optimizer", "best")  # collections of `<parameter>` or `<parameter>/<key>`
@@ -86,7 +86,7 @@ def parts_of_snapshot(
     if not snapshot.parts:
         shapes = {name: ranks.shape(part) for name, part in part_of.items()}
         check_weights(shapes, snapshot.tensors["model"], source=source)
-    found = {kind: cut_tensors(snapshot.tensors.get(kind, {}), part_of, ranks) for kind in _CUT}
+    found = {kind: _cut(snapshot.tensors.get(kind, {}), part_of, ranks) for kind in _CUT}
     if snapshot.parts:
         from qnext.checkpoint.parts import read_parts
 
@@ -99,3 +99,11 @@ def parts_of_snapshot(
 
         read_parts(snapshot.parts, wanted)
     return found
+
+
+def _cut(tensors: Mapping[str, Tensor], part_of: Mapping[str, Tensor], ranks: TrainingRanks) -> dict[str, Tensor]:
+    """Of whole tensors, `<parameter>` or `<parameter>/<key>`, what is here; a number of steps has no dims and is all
+    here."""
+    return {
+        name: ranks.cut(each, part_of[name.split("/")[0]]) if each.dim() else each for name, each in tensors.items()
+    }

@@ -25,7 +25,7 @@ from qnext.parallel.train.experts import check_experts
 from qnext.parallel.train.ranks import Division
 from qnext.training import Hooks, PackedStream, StepMetrics, TrainConfig, Trainer
 from qnext.training.loop import SnapshotFailed
-from qnext.training.ranks import ALONE, TrainingRanks, whole_tensors
+from qnext.training.ranks import ALONE, TrainingRanks, whole_weights
 from tests.training.models import documents, tiny_config, tiny_model
 from tests.training.ranked import TrainingProcesses, processes, started
 from tests.training.test_loop import CONFIG
@@ -79,7 +79,7 @@ def trained(
     seen: list[StepMetrics] = []
     trainer = make_trainer(ranks, config, dtype, changes, None, Hooks(on_step=seen.append))
     trainer.run(until_step=steps)
-    return seen, whole_tensors(trainer.part_of, trainer.part_of, ranks)
+    return seen, whole_weights(trainer.part_of, ranks)
 
 
 def continued(ranks: TrainingRanks, config: TrainConfig, folder: Path, steps: int) -> list[StepMetrics]:

@@ -51,7 +51,7 @@ class DraftedSteps:
                 ],
             ),
             Grid(
-                f"Speed over that without drafts, by arithmetic from this table and the first: {place}",
+                f"Speed over that without drafts, by arithmetic, intervals of the times alone: {place}",
                 ["text", *(f"{count} drafted" for count in range(1, len(costs)))],
                 [[text, *map(ratio_cell, ratios[1:])] for text, ratios in gains.items()],
             ),

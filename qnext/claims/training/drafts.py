@@ -125,7 +125,6 @@ class DraftSpeed:
 
     def findings(self, known: Mapping[str, Measured]) -> Findings:
         values: dict[str, Interval] = {}
-        shares: dict[str, float] = {}
         accepted = [
             known[name].value for seed in range(self.seeds) if (name := run_name("drafts", _ARM, seed)) in known
         ]
@@ -133,7 +132,7 @@ class DraftSpeed:
         for domain in DOMAINS:
             if accepted:
                 share = mean_interval([each[domain]["acceptance"] for each in accepted])
-                values[f"acceptance_{domain}"], shares[domain] = share, share.value
+                values[f"acceptance_{domain}"] = share
                 loss = mean_interval([each[domain]["bits_per_byte"] for each in accepted])
                 rows.append(
                     [domain, share.percent() if len(accepted) > 1 else f"{share.value:.1%}", f"{loss.value:.3f}"]
@@ -168,7 +167,8 @@ class DraftSpeed:
             ),
             Grid("Greedy answers behind held-out text, with and without drafts, in turn", header, speeds),
         ]
-        released, more = self.layers.grids(known, shares)
+        acceptance = {domain: values[f"acceptance_{domain}"].value for domain in DOMAINS} if accepted else {}
+        released, more = self.layers.grids(known, acceptance)
         return Findings(self.setting, values | released, [grid for grid in [*grids, *more] if grid.rows])
 
     @property

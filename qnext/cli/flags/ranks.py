@@ -10,7 +10,8 @@ import typer
 
 from qnext.cli.flags.values import panel
 from qnext.errors import UsageError
-from qnext.session.rank_options import DEFAULT_PATIENCE, EVEN, Launched, RankOptions
+from qnext.parallel.mesh import PATIENCE
+from qnext.session.rank_options import EVEN, Launched, RankOptions
 
 _ranks = panel("Ranks")
 
@@ -28,7 +29,7 @@ class RankFlags:
         str, _ranks("even, auto (by the loads of earlier runs) or a baseline of `qnext experts`.", metavar="HOW")
     ] = EVEN
     expert_copies: Annotated[int, _ranks("So many hot experts of a layer on further ranks.", min=0)] = 0
-    rank_patience: Annotated[float, _ranks("Seconds without a sign of life of a rank.", min=1)] = DEFAULT_PATIENCE
+    rank_patience: Annotated[float, _ranks("Seconds without a sign of life of a rank.", min=1)] = PATIENCE
 
     def begin(self, model: str) -> RankOptions:
         """The same, as the session has it. Only the first rank returns: another one that torchrun has started follows

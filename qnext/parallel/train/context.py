@@ -30,6 +30,8 @@ class RowContext:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.num_ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         self.whole: Batch | None = None
+        self.first = 0  # row whose sequence goes on here, and what the rows here may see from it on
+        self.is_seen_RQ: Tensor | None = None
 
     def span(self, num_rows: int) -> tuple[int, int]:
         """The rows of this rank."""
@@ -45,6 +47,10 @@ class RowContext:
         spans = zip([0, *ends], ends, strict=False)
         lengths = [min(last, end) - max(first, start) for first, last in spans if first < end and last > start]
         self.whole = whole
+        self.first = start - int(whole.positions_T[start])
+        ids_T, rows_T = whole.packing.sequence_ids_T, torch.arange(end, device=whole.token_ids_T.device)
+        is_same_RQ = ids_T[start:end, None] == ids_T[None, self.first : end]
+        self.is_seen_RQ = is_same_RQ & (rows_T[start:, None] >= rows_T[None, self.first :])
         packing = ops.Packing(lengths, device=whole.token_ids_T.device)
         return Batch(whole.token_ids_T[start:end], whole.positions_T[start:end], packing)
 
@@ -64,24 +70,15 @@ def put_into_context(model: CausalLM, context: RowContext) -> None:
     """Let the mixers of `model` ask other ranks for what stands before their rows."""
     for module in model.modules():
         if isinstance(module, DecoderLayer):
-            if module.is_linear:
-                module.linear_attn = DeltaInContext.of(module.linear_attn, context)
-            else:
-                module.self_attn = AttentionInContext.of(module.self_attn, context)
+            mixer: Any = module.linear_attn if module.is_linear else module.self_attn
+            mixer.__class__ = DeltaInContext if module.is_linear else AttentionInContext  # with its parameters
+            mixer.context = context
 
 
 class DeltaInContext(GatedDeltaNet):
     """Its first sequence goes on from the states of convolution and delta rule of the rank before."""
 
     context: RowContext
-
-    @staticmethod
-    def of(module: GatedDeltaNet, context: RowContext) -> DeltaInContext:
-        """`module` itself, with its parameters."""
-        module.__class__ = DeltaInContext
-        assert isinstance(module, DeltaInContext)
-        module.context = context
-        return module
 
     def forward(self, x_RD: Tensor, batch: Batch) -> Tensor:
         if self.context.whole is None:
@@ -114,27 +111,17 @@ class AttentionInContext(Attention):
 
     context: RowContext
 
-    @staticmethod
-    def of(module: Attention, context: RowContext) -> AttentionInContext:
-        """`module` itself, with its parameters."""
-        module.__class__ = AttentionInContext
-        assert isinstance(module, AttentionInContext)
-        module.context = context
-        return module
-
     def forward(self, x_RD: Tensor, batch: Batch, rope: ops.Rope) -> Tensor:
-        whole = self.context.whole
-        if whole is None:
+        if self.context.whole is None:
             return super().forward(x_RD, batch, rope)
         q_RHK, gate_RHK = self._queries_and_gates(self.q_proj(x_RD))
         k_RGK, v_RGK = (x.unflatten(1, (-1, self.head_dim)) for x in (self.k_proj(x_RD), self.v_proj(x_RD)))
         q_RHK, k_RGK = ops.apply_rope(self.q_norm(q_RHK), rope), ops.apply_rope(self.k_norm(k_RGK), rope)
         k_TGK, v_TGK = (_GatherRows.apply(x, self.context) for x in (k_RGK, v_RGK))
-        start, end = self.context.span(len(whole.token_ids_T))
-        first = start - int(whole.positions_T[start])  # of the sequence that the first row here belongs to
-        ids_T, rows_T = whole.packing.sequence_ids_T, torch.arange(end, device=x_RD.device)
-        is_seen_RQ = (ids_T[start:end, None] == ids_T[None, first:end]) & (rows_T[start:, None] >= rows_T[None, first:])
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_RHK, k_TGK[first:end], v_TGK[first:end]))
+        is_seen_RQ, first = self.context.is_seen_RQ, self.context.first
+        assert is_seen_RQ is not None
+        seen = slice(first, first + is_seen_RQ.shape[1])
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_RHK, k_TGK[seen], v_TGK[seen]))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_seen_RQ, scale=self.scale, enable_gqa=True)
         out_RHK = out[0].transpose(0, 1)
         if gate_RHK is not None:

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qnext.errors import LostRank, QnextError
 from qnext.model import Batch, CausalLM
+from qnext.parallel.link import meet_all
 from qnext.parallel.train.context import RowContext, check_context, put_into_context
 from qnext.parallel.train.experts import check_experts, deal_experts
 from qnext.parallel.train.fsdp import CutParameters, shard_model
@@ -27,7 +28,6 @@ from qnext.parallel.watch import RankWatch, Vigilance
 PATIENCE = 20.0  # seconds without a sign of life
 _SECONDS_TO_MEET = 600.0
 _MOST_BYTES_TOLD = 4096  # a path
-_FOREVER = timedelta(days=365)  # of a call: the watch knows whether the others live
 
 
 def join_torchrun(division: Division) -> RanksOfRun:
@@ -56,9 +56,8 @@ class RanksOfRun:
         self._watch = RankWatch(dist.PrefixStore("watch", store), rank, num_ranks, Vigilance(patience))
         self._parts = CutParameters(num_ranks)
         self._context: RowContext | None = None
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with self.guarded():
-            dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=_FOREVER)
+            meet_all(store, rank, num_ranks)
 
     @property
     def share(self) -> int:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,18 +14,12 @@ from qnext.server.body.foreign_fields import review
 from qnext.server.body.parsing import is_small, parse_body
 from qnext.server.errors import ApiError, error_body
 from qnext.server.exchange import Exchange
+from qnext.server.http.reading import ClientGone, Receive, Send, check_length, disconnected, read_all
 from qnext.server.requests import NO_ANSWER, AsgiMessage, Visit
 from qnext.server.routes import EventStream, HttpResponse, Route
 from qnext.server.server import Server
 
-Receive = Callable[[], Awaitable[AsgiMessage]]
-Send = Callable[[AsgiMessage], Awaitable[None]]
-
 _log = logging.getLogger("qnext.server")
-
-
-class _ClientGone(Exception):
-    """The connection closed before the body was there."""
 
 
 class Endpoint:
@@ -44,7 +37,7 @@ class Endpoint:
             await self._answer(exchange, receive, send)
         except ApiError as error:
             await self._refuse(exchange, send, error)
-        except _ClientGone:
+        except ClientGone:
             exchange.outcome.status, exchange.outcome.error_code = NO_ANSWER, "client_disconnected"
             self._count_abort(exchange, "body")
         except Exception:
@@ -82,7 +75,7 @@ class Endpoint:
         if self.route.body is not None:
             exchange.body = await self._read_body(exchange, receive, self.route.body)
         work = asyncio.ensure_future(self._work(exchange, send))
-        gone = asyncio.ensure_future(_disconnected(receive))
+        gone = asyncio.ensure_future(disconnected(receive))
         exchange.server.tasks[exchange] = work
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -118,11 +111,14 @@ class Endpoint:
         if kind != "application/json":
             raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
         limits = self.server.limits
-        length = exchange.headers.get("content-length", "")
-        if length.isascii() and length.isdigit() and int(length[:20]) > limits.max_body_bytes:
-            raise _too_large(limits.max_body_bytes)
+        check_length(exchange.headers, limits.max_body_bytes)
+
+        def take(num_bytes: int) -> None:
+            self.server.bodies.take(exchange.payer, num_bytes)
+            exchange.num_held += num_bytes
+
         try:
-            raw = await asyncio.wait_for(_read_all(exchange, receive, limits.max_body_bytes), limits.body_seconds)
+            raw = await asyncio.wait_for(read_all(receive, limits.max_body_bytes, take), limits.body_seconds)
         except asyncio.TimeoutError:
             raise ApiError(408, "the body did not come in time", headers={"Connection": "close"}) from None
         exchange.is_small = is_small(raw)
@@ -141,33 +137,6 @@ class Endpoint:
         self.server.counters.count_rejection(error.code or str(error.status))
         body = error_body(error, self.route.errors)
         await _send_reply(exchange, send, HttpResponse(body, status=error.status, headers=error.headers))
-
-
-async def _read_all(exchange: Exchange, receive: Receive, limit: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _ClientGone
-        part = message.get("body", b"")
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        exchange.server.bodies.take(exchange.payer, len(part))
-        exchange.num_held = size
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _send_reply(exchange: Exchange, send: Send, reply: HttpResponse | EventStream) -> None:
