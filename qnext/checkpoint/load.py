@@ -24,7 +24,7 @@ from qnext.checkpoint.record_values import record_problem
 from qnext.checkpoint.streamed import layer_of, look_ahead, open_streamed
 from qnext.checkpoint.values import not_finite, read_weight, tensor_value_problems
 from qnext.config import ModelConfig
-from qnext.errors import CorruptCheckpoint, UsageError
+from qnext.errors import CorruptCheckpoint, NotSupported, UsageError
 from qnext.model import CausalLM, HoldsWeights
 from qnext.parallel.modules import OnRank, make_sharded
 from qnext.planning import Kind
@@ -46,8 +46,8 @@ def load_model(
 ) -> CausalLM:
     """The model in a Hugging Face folder of safetensors files, or in the folder that a Layout was read from.
 
-    `dtype` None keeps the stored dtype, tensor by tensor; FP8 weights become bfloat16. Integer codes stay codes, on the
-    CPU, unless `dequantize`; gates always become tensors. With `residency` experts stay on disk until they are needed;
+    `dtype` None keeps the stored dtype, tensor by tensor; FP8 weights become bfloat16. Integer codes stay codes unless
+    `dequantize`; gates always become tensors. With `residency` experts stay on disk until they are needed;
     `on_rank` reads one rank's part. `progress` gets the bytes read and the bytes in all. Warns of what is ignored.
     Raises ModelNotFound, ConfigError, CorruptCheckpoint for a missing, surplus, misshaped or (with `check_finite`)
     non-finite tensor, NotSupported for a form that is not read, UsageError for what does not fit together.
@@ -55,18 +55,18 @@ def load_model(
     layout = layout_of(folder)
     for problem in structure_problems(layout):
         raise CorruptCheckpoint(problem)
+    device = torch.device(device)
+    if residency is not None and device.type != "cpu":
+        raise NotSupported(f"{layout.index.folder}: experts on disk are computed on the CPU, not on {device}")
     streamed = {} if residency is None else open_streamed(layout, residency)
     if on_rank is not None:
         layout, on_rank = _cut(layout, on_rank, set(map(layer_of, streamed)))
-    tables = RecordTables([] if dequantize or on_rank else RecordTables.serve(layout, but=set(map(layer_of, streamed))))
+    has_tables = not dequantize and on_rank is None and device.type == "cpu"
+    tables = RecordTables(RecordTables.serve(layout, but=set(map(layer_of, streamed))) if has_tables else [])
     given = {**streamed, **tables.weights}
     layout = layout.with_experts_of(layout.records.keys() - set(map(layer_of, given)))
     with TensorFiles(layout.index) as files, _recalling(streamed, residency):
         codes: dict[str, Codes] = {} if dequantize else coded_parameters(layout, files)
-        if (codes or given) and torch.device(device).type != "cpu":
-            raise UsageError(
-                f"{files.folder}: integer weights are computed on the CPU only; dequantize to use {device}"
-            )
         dtypes = _parameter_dtypes(layout, files.tensors, dtype, codes.keys() | given.keys())
         make = None if on_rank is None else partial(make_sharded, *on_rank)
         model = empty_model(layout.config, dtypes=dtypes, device=device, quantized=codes, given=given, make=make)
@@ -153,7 +153,7 @@ def empty_model(
                 module.set_weight(key, given[f"{prefix}.{key}"])
                 continue
             if quantized and f"{prefix}.{key}" in quantized:
-                weight = _empty_codes(quantized[f"{prefix}.{key}"])
+                weight = _empty_codes(quantized[f"{prefix}.{key}"], device)
                 assert isinstance(module, HoldsWeights)
                 module.set_weight(key, weight)
                 storage += weight.tensors
@@ -172,13 +172,14 @@ def _check(layout: Layout, files: TensorFiles, name: str, check_finite: bool) ->
         raise CorruptCheckpoint(problem)
 
 
-def _empty_codes(codes: Codes) -> ops.QuantizedWeight | ops.PanelWeight:
+def _empty_codes(codes: Codes, device: torch.device | str) -> ops.QuantizedWeight | ops.PanelWeight:
     return ops.empty_quantized(
         codes.shape,
         bits=codes.bits,
         group_size=codes.group_size,
         scale_dtype=codes.scale_dtype,
         has_zeros=codes.has_zeros,
+        device=device,
     )
 
 

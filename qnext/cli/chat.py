@@ -67,8 +67,8 @@ def command(
         assert url is not None
         if context is not None or loading != options.LoadingFlags() or ranks != RankFlags():
             raise UsageError(
-                "--context, --yarn, --expert-memory, --speculation, --dtype, --watermark and the flags of ranks are "
-                "the server's to say"
+                "--context, --yarn, --expert-memory, --speculation, --dtype, --device, --watermark and the flags of "
+                "ranks are the server's to say"
             )
         from qnext.client.conversation import open_remote
 
@@ -80,7 +80,7 @@ def command(
     if partner.api_key is not None or name is not None:
         raise UsageError("--api-key and --model belong to --url")
     spread = ranks.begin(model)
-    folder = open_folder(model, yarn=loading.yarn, expert_memory=loading.expert_memory)
+    folder = open_folder(model, yarn=loading.yarn, expert_memory=loading.expert_memory, device=loading.device)
     params = resolve_sampling(folder.path, {**sampling.given, "watermark": loading.watermark_key})
     without = "each input is completed as plain text, and questions get no answer"
     chat_format = None if complete else chat_format_of(folder, note, without=without)

@@ -75,7 +75,7 @@ def _ids(model: str | None, tasks: str, asked: TaskFlags, examinee: ExamineeFlag
     from qnext.eval.ids.scores import evaluate_ids
     from qnext.session.folder import load_weights, open_model
 
-    folder = open_model(model, yarn=examinee.yarn, expert_memory=examinee.expert_memory)
+    folder = open_model(model, yarn=examinee.yarn, expert_memory=examinee.expert_memory, device=examinee.device)
     kinds = list(ID_TASKS) if tasks == "all" else words_of(tasks)
     shapes = [
         IdShape(folder.config.vocab_size, length, asked.facts, asked.queries) for length in lengths_of(asked.lengths)

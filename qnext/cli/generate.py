@@ -80,7 +80,7 @@ def command(
     if asking.logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json")
     asked, spread = form.request(template), ranks.begin(model)
-    folder = open_folder(model, yarn=loading.yarn, expert_memory=loading.expert_memory)
+    folder = open_folder(model, yarn=loading.yarn, expert_memory=loading.expert_memory, device=loading.device)
     params = resolve_sampling(folder.path, {**sampling.given, **asdict(asking), "watermark": loading.watermark_key})
     text = read_stdin() if prompt == "-" else prompt
     prompt_ids = encode_prompt(folder, text, asked=asked, special=form.special is not False)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from qnext.cli.flags.sampling import DType, ExpertMemory
+from qnext.cli.flags.sampling import Device, DType, ExpertMemory
 from qnext.cli.flags.values import Model, Strict
+from qnext.session.placement import AUTO
 
 
 def command(
@@ -16,6 +17,7 @@ def command(
     tokens: Annotated[str, typer.Option(metavar="1,2,3|@FILE", help="token ids, or a JSON file with a list of them")],
     out: Annotated[Path, typer.Option(help="the .npy file to write: float32 [tokens, vocabulary]")],
     dtype: DType = None,
+    device: Device = AUTO,
     chunk: Annotated[int | None, typer.Option(help="read N tokens at a time through the cache", metavar="N")] = None,
     expert_memory: ExpertMemory = None,
     strict: Strict = False,
@@ -30,7 +32,7 @@ def command(
     if chunk is not None and chunk < 1:
         raise UsageError(f"--chunk must be at least 1, not {chunk}")
     token_ids = parse_tokens(tokens)
-    folder = open_model(model, expert_memory=expert_memory)
+    folder = open_model(model, expert_memory=expert_memory, device=device)
     # The ids are checked before the weights are read, which takes minutes for a large model.
     check_token_ids(token_ids, folder.config)
     if not out.absolute().parent.is_dir():

@@ -17,6 +17,7 @@ from qnext.cli.flags.values import ApiKey, Strict, Url, human_int, option
 from qnext.cli.terminal.progress import bars, byte_progress
 from qnext.cli.terminal.text import note
 from qnext.errors import ModelNotFound, UsageError
+from qnext.session.placement import AUTO
 
 if TYPE_CHECKING:
     from qnext.client.batch import Tally
@@ -42,6 +43,7 @@ class BatchModelFlags:
     expert_memory: options.ExpertMemory = None
     speculation: options.Speculation = None
     dtype: options.DType = None
+    device: options.Device = AUTO
 
 
 def command(
@@ -121,7 +123,7 @@ def _model(model: str, served: BatchModelFlags, seconds: float) -> Begin:
         served.threads,
         template_defaults=served.chat_template_kwargs,
     )
-    folder = open_folder(model, yarn=served.yarn, expert_memory=served.expert_memory)
+    folder = open_folder(model, yarn=served.yarn, expert_memory=served.expert_memory, device=served.device)
 
     def begin() -> AbstractAsyncContextManager[Ask]:
         loaded = load_served(folder, config, note=note, progress=byte_progress)

@@ -109,7 +109,7 @@ def _opened(
 
     network, access, served, logs = given.network, given.access, given.served, given.logs
     judging = given.moderation.config()
-    folder = open_folder(model, yarn=served.yarn, expert_memory=served.expert_memory)
+    folder = open_folder(model, yarn=served.yarn, expert_memory=served.expert_memory, device=served.device)
     watch = logs.expert_watch(folder.config)
     audit_log, memory = logs.audit_log, given.memory
     if name is not None:

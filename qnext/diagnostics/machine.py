@@ -123,7 +123,9 @@ def _kernels() -> Iterator[Finding]:
 
 
 def _gpu() -> Finding:
-    """Verbs compute on the CPU, whatever is there. A build of torch for the CPU sees no GPU; the driver's files do."""
+    """Whether torch finds a GPU that computes. A build of torch for the CPU sees none; the driver's files do."""
+    from qnext.ops import cuda_computes
+
     devices = _gpus_of_torch() or [{"name": name} for name in machine.gpus_of_drivers()]
     if not devices:
         return Finding("gpu", "ok", "none found; qnext computes on the CPU", data={"devices": [], "is_used": False})
@@ -131,8 +133,12 @@ def _gpu() -> Finding:
         each["name"] + (f" ({each['total_bytes'] / 2**30:.0f} GiB)" if "total_bytes" in each else "")
         for each in devices
     )
-    text += ": not used yet, qnext computes on the CPU"
-    return Finding("gpu", "ok", text, data={"devices": devices, "is_used": False})
+    is_used = cuda_computes()
+    if is_used:
+        text += ": computes where the weights of a model fit (--device)"
+    else:
+        text += ": not used, qnext computes on the CPU; PyTorch for CUDA uses NVIDIA's"
+    return Finding("gpu", "ok", text, data={"devices": devices, "is_used": is_used})
 
 
 def _gpus_of_torch() -> list[dict[str, Any]]:

@@ -18,15 +18,15 @@ from qnext.ops import backend_of
 from qnext.planning.plan import checked_model_len
 
 
-def check_options(model_config: ModelConfig, config: EngineConfig) -> None:
-    """Raises UsageError as `Engine.of` would for a model of this configuration.
+def check_options(model_config: ModelConfig, config: EngineConfig, device: torch.device) -> None:
+    """Raises UsageError as `Engine.of` would for a model of this configuration on `device`.
 
     Whether sizes fit the memory, and whether prompts can be cut anywhere, is known only when the weights are there.
     """
     checked_model_len(model_config, config.max_model_len)
     wants_drafter(config.speculation, has_layer=model_config.num_nextn_predict_layers > 0)
     if config.max_num_batched_tokens is not None:
-        may_cut = backend_of(torch.device("cpu")).is_cut_invariant
+        may_cut = backend_of(device).is_cut_invariant
         grid = prompt_grid(config.state_dtype, is_cut_invariant=may_cut)
         check_step_size(config.max_num_batched_tokens, max_num_seqs=config.max_num_seqs, chunk_size=grid)
     check_tiers(config.prefix_cache, config.disk_cache, config.host_cache_bytes)

@@ -21,6 +21,7 @@ class HeldBytes(NamedTuple):
     states: int
     workspace: int
     state_of_sequence: int  # of the linear layers, the figure of qnext.planning
+    device: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class MemoryPlan:
     max_model_len: int
     workspace_bytes: int
     state_bytes_per_sequence: int  # of the linear layers, the figure of qnext.planning
+    device: str
 
     @classmethod
     def of(cls, held: HeldBytes, limits: EngineLimits, *, max_model_len: int) -> MemoryPlan:
@@ -58,6 +60,7 @@ class MemoryPlan:
             max_model_len=max_model_len,
             workspace_bytes=held.workspace,
             state_bytes_per_sequence=held.state_of_sequence,
+            device=held.device,
         )
 
     @property
@@ -88,7 +91,7 @@ class MemoryPlan:
         """Two lines for people."""
         drafts = self.draft_bytes_per_sequence
         return (
-            f"weights {format_bytes(self.weight_bytes)}, "
+            f"weights {format_bytes(self.weight_bytes)}{'' if self.device == 'cpu' else f' on {self.device}'}, "
             + (f"experts from disk in {format_bytes(self.expert_bytes)} of memory, " if self.expert_bytes else "")
             + f"KV {format_bytes(self.kv_bytes_per_1000_tokens)} per 1,000 "
             f"tokens, state {format_bytes(self.state_bytes_per_sequence)} per sequence, "
@@ -102,5 +105,9 @@ class MemoryPlan:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that an allocation on `device` can use now, reclaimable file cache included."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.available_bytes()
+    """Memory that an allocation on `device` can use now. Reclaimable file cache is included, and on a GPU what torch
+    keeps of freed tensors."""
+    if device.type != "cuda":
+        return machine.available_bytes()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

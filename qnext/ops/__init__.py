@@ -14,6 +14,7 @@ from qnext.ops.backends import (
     arithmetic_of,
     backend_of,
     compute_alone,
+    cuda_computes,
     instruction_set,
     set_num_threads,
 )
@@ -139,6 +140,7 @@ __all__ = [
     "concat",
     "crc32",
     "cross_entropy_sum",
+    "cuda_computes",
     "delta_gates",
     "delta_keeps_bits",
     "dequantize",

@@ -92,6 +92,13 @@ def _wanted() -> str:
     return wanted
 
 
+def cuda_computes() -> bool:
+    """Whether inference may go to a CUDA device: torch finds one, and QNEXT_BACKEND demands nothing that runs on the
+    CPU."""
+    wanted = _wanted()
+    return torch.cuda.is_available() and wanted != "cpu" and not (wanted == "triton" and is_interpreted())
+
+
 def is_interpreted() -> bool:
     """Whether Triton interprets kernels on the CPU. Raises ImportError where Triton is missing."""
     return bool(importlib.import_module("triton.knobs").runtime.interpret)

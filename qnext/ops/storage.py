@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qnext.ops.backends import cpu_kernels
+from qnext.ops.backends import CPU, backend_of
 from qnext.ops.cpu.panels import PanelWeight
 from qnext.ops.quantized import QuantizedWeight
 
@@ -16,22 +16,23 @@ def empty_quantized(
     group_size: int,
     scale_dtype: torch.dtype,
     has_zeros: bool = False,
+    device: torch.device | str = "cpu",
 ) -> QuantizedWeight | PanelWeight:
-    """Memory for matrices [F, D] or [E, F, D]. On the CPU, where native kernels run, it has the order of the kernels.
+    """Memory for matrices [F, D] or [E, F, D]. Where the native kernels of the CPU run, it has the order of these.
 
     write_quantized fills it. Raises ValueError where the sizes do not fit together.
     """
     if group_size <= 0 or shape[-1] % group_size:
         raise ValueError(f"{shape[-1]} inputs are no whole number of groups of {group_size}")
-    if cpu_kernels() is not None and PanelWeight.fits(shape, group_size=group_size):
+    if backend_of(torch.device(device)) is CPU and PanelWeight.fits(shape, group_size=group_size):
         return PanelWeight(shape, bits=bits, group_size=group_size, scale_dtype=scale_dtype, has_zeros=has_zeros)
     groups = (*shape[:-1], shape[-1] // group_size)
     return QuantizedWeight(
-        torch.empty((*shape[:-1], shape[-1] * bits // 8), dtype=torch.uint8),
-        torch.empty(groups, dtype=scale_dtype),
+        torch.empty((*shape[:-1], shape[-1] * bits // 8), dtype=torch.uint8, device=device),
+        torch.empty(groups, dtype=scale_dtype, device=device),
         bits,
         group_size,
-        torch.empty(groups, dtype=torch.uint8) if has_zeros else None,
+        torch.empty(groups, dtype=torch.uint8, device=device) if has_zeros else None,
     )
 
 

@@ -87,17 +87,28 @@ def checked_model_len(config: ModelConfig, wanted: int | None) -> int:
     return length
 
 
+def weights_fit(needed: int, free_bytes: int) -> bool:
+    """Whether so many bytes of weights go into the free memory of a device."""
+    return needed <= free_bytes
+
+
 def check_weights(
-    name: object, needed: int, *, hint: Callable[[int], str] = lambda free: "", free_bytes: int | None = None
+    name: object,
+    needed: int,
+    *,
+    hint: Callable[[int], str] = lambda free: "",
+    free_bytes: int | None = None,
+    device: str = "cpu",
 ) -> None:
     """Raise DoesNotFit for weights that do not fit into the free memory, or `free_bytes` of it, before they are read.
 
-    `hint` gets the free bytes and returns what would fit, after a semicolon.
+    `hint` gets the free bytes and returns what would fit, after a semicolon. `device` is where those bytes are free.
     """
     free = machine.available_bytes() if free_bytes is None else free_bytes
-    if needed > free:
+    if not weights_fit(needed, free):
+        where = "memory" if device == "cpu" else f"the memory of {device}"
         raise DoesNotFit(
-            f"{name}: weights of {format_bytes(needed)}, but {format_bytes(free)} of memory are free{hint(free)}"
+            f"{name}: weights of {format_bytes(needed)}, but {format_bytes(free)} of {where} are free{hint(free)}"
         )
 
 

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qnext.errors import CorruptCheckpoint, UsageError
+from qnext.session.placement import CPU, Wanted, check_device, choose_device, device_of_rank, kind_on_ranks, use_device
 from qnext.session.rank_options import ONE_PROCESS, RankOptions
 
 if TYPE_CHECKING:
+    import torch
+
     from qnext.checkpoint.check import Layout
     from qnext.config import ModelConfig
     from qnext.model import CausalLM
     from qnext.parallel.modules import OnRank
+    from qnext.residency.store import ResidencyPlan
     from qnext.text.chat import ChatFormat
     from qnext.text.tokenizer import Tokenizer
 
@@ -50,6 +54,7 @@ class ModelFolder:
     stored_bytes: int  # of all weights, as stored
     yarn: float | None
     expert_memory: int | None  # bytes for experts, the others of which stay on disk; None: as many as fit
+    device: str  # as asked for, see qnext.session.placement
     layout: Layout | None
 
     def take_layout(self) -> Path | Layout:
@@ -67,35 +72,54 @@ class TextFolder(ModelFolder):
 
 
 class PartOfModel(NamedTuple):
-    """One rank's, for which so much memory is free."""
+    """One rank's, for which so much memory of `device` is free."""
 
     on_rank: OnRank
+    device: torch.device
     free_bytes: int
 
 
-def open_folder(model: str, *, yarn: float | None = None, expert_memory: int | None = None) -> TextFolder:
-    """Configuration and tokenizer of MODEL. `yarn` is the factor by which YaRN stretches the context.
+def open_folder(
+    model: str, *, yarn: float | None = None, expert_memory: int | None = None, device: str = CPU
+) -> TextFolder:
+    """Configuration and tokenizer of MODEL. `yarn` is the factor by which YaRN stretches the context, `device` is auto,
+    cpu, cuda or cuda:N.
 
-    Raises ModelNotFound, CorruptCheckpoint, and UsageError for an impossible factor.
+    Raises ModelNotFound, CorruptCheckpoint, and UsageError for an impossible factor or device.
     """
     from qnext.text.tokenizer import Tokenizer
 
-    folder = open_model(model, yarn=yarn, expert_memory=expert_memory)
+    folder = open_model(model, yarn=yarn, expert_memory=expert_memory, device=device)
     tokenizer = Tokenizer.from_folder(folder.path, num_rows=folder.config.vocab_size)
     return TextFolder(**vars(folder), tokenizer=tokenizer)
 
 
-def open_model(model: str, *, yarn: float | None = None, expert_memory: int | None = None) -> ModelFolder:
+def open_model(
+    model: str, *, yarn: float | None = None, expert_memory: int | None = None, device: str = CPU
+) -> ModelFolder:
     """The same as open_folder without the tokenizer, for verbs that take token ids."""
     from qnext.checkpoint.check import read_layout
     from qnext.checkpoint.resolve import resolve_model
 
     if yarn is not None and not 1.0 <= yarn <= 64.0:
         raise UsageError(f"--yarn must be between 1 and 64, not {yarn:g}")
+    check_device(device)
     path = resolve_model(model)
     layout = read_layout(path)
     config = layout.config if yarn is None else layout.config.with_yarn(yarn)
-    return ModelFolder(path, config, layout.num_bytes, yarn, expert_memory, layout)
+    return ModelFolder(path, config, layout.num_bytes, yarn, expert_memory, device, layout)
+
+
+def place_model(folder: ModelFolder, dtype: str | None = None, ranks: RankOptions = ONE_PROCESS) -> torch.device:
+    """Decide where `load_weights` loads the model, which `folder.device` says from then on: of several ranks only
+    whether they use GPUs. Returns the device, of ranks that of the first. Raises UsageError and NotSupported."""
+    wanted = Wanted(folder.device, _weight_bytes(folder, dtype), folder.expert_memory is not None)
+    if ranks.num_ranks == 1:
+        device = choose_device(wanted)
+        folder.device = str(device)
+        return device
+    folder.device = kind_on_ranks(wanted, num_local=ranks.num_local)
+    return device_of_rank(folder.device, ranks.local_rank(0))
 
 
 def load_weights(
@@ -105,27 +129,54 @@ def load_weights(
     progress: ProgressOf = no_progress,
     part: PartOfModel | None = None,
 ) -> CausalLM:
-    """The model in the folder, or one rank's part of it, in `dtype` or as stored. Experts in records stay on disk where
-    they do not fit into memory, or where memory for them is given. Raises DoesNotFit before it reads weights that
-    memory cannot hold."""
+    """The model in the folder, or one rank's part of it, in `dtype` or as stored, on the folder's device. On the CPU
+    experts in records stay on disk where they do not fit into memory, or where memory for them is given. Raises
+    DoesNotFit before it reads weights that memory cannot hold, and what place_model raises."""
     import torch
 
     from qnext.checkpoint import load_model
     from qnext.checkpoint.check import layout_of
-    from qnext.checkpoint.streamed import RoomOnRank, plan_residency
     from qnext.model import residency_of
     from qnext.ops import keep_freed_memory
-    from qnext.planning import list_parameters, weight_bytes
-    from qnext.planning.machine import format_bytes
-    from qnext.planning.plan import check_weights
     from qnext.residency.remembered import remember
 
     keep_freed_memory()
+    device = place_model(folder, dtype) if part is None else part.device
+    use_device(device)
+    layout = layout_of(folder.take_layout())
+    residency = _residency_or_room(folder, layout, dtype, device, part)
+    wanted, on_rank = None if dtype is None else getattr(torch, dtype), None if part is None else part.on_rank
+    with progress("loading") as report:
+        model = load_model(layout, dtype=wanted, device=device, residency=residency, on_rank=on_rank, progress=report)
+    if folder.yarn is not None:
+        model.stretch(folder.yarn)
+    if part is None and (experts := residency_of(model)) is not None:
+        weakref.finalize(model, remember, experts, folder.path)  # also when the program ends
+    return model
+
+
+def _weight_bytes(folder: ModelFolder, dtype: str | None) -> int:
+    """Of all weights in memory. Raises UsageError for a dtype that they cannot have."""
+    from qnext.planning import weight_bytes
+
     if dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"dtype must be float32 or bfloat16, not {dtype!r}")
-    needed = folder.stored_bytes if dtype is None else weight_bytes(folder.config, dtype=dtype)
+    return folder.stored_bytes if dtype is None else weight_bytes(folder.config, dtype=dtype)
+
+
+def _residency_or_room(
+    folder: ModelFolder, layout: Layout, dtype: str | None, device: torch.device, part: PartOfModel | None
+) -> ResidencyPlan | None:
+    """How experts stay on disk, or None, where there is room for all weights. Raises DoesNotFit where there is none."""
+    from qnext.checkpoint.streamed import RoomOnRank, plan_residency
+    from qnext.engine.memory import free_bytes
+    from qnext.planning import list_parameters, weight_bytes
+    from qnext.planning.machine import format_bytes
+    from qnext.planning.plan import check_weights
+
+    needed = _weight_bytes(folder, dtype)
     smallest = weight_bytes(folder.config, dtype="bfloat16")
-    free, room = None, None
+    free, room = free_bytes(device), None
     if part is not None:
         free, shard = part.free_bytes, part.on_rank.shard
         share, room = shard.share_of(list_parameters(folder.config).values()), RoomOnRank(shard, free)
@@ -136,22 +187,16 @@ def load_weights(
             return f"; --dtype bfloat16 needs {format_bytes(smallest)}"
         if needed > smallest // 2:
             return f"; `qnext quantize {folder.path} OUT --scheme int4-g32` makes a much smaller folder"
-        return ""
+        return "" if device.type == CPU else "; --device cpu takes the memory of the machine"
 
-    layout = layout_of(folder.take_layout())
-    residency = plan_residency(layout, expert_memory=folder.expert_memory, room=room)
+    residency = None
+    if device.type == CPU:
+        residency = plan_residency(layout, expert_memory=folder.expert_memory, room=room)
     if residency is None:
-        check_weights(folder.path, needed, hint=hint, free_bytes=free)
+        check_weights(folder.path, needed, hint=hint, free_bytes=free, device=str(device))
     elif part is None:
         residency = replace(residency, remembered_in=folder.path)
-    wanted, on_rank = None if dtype is None else getattr(torch, dtype), None if part is None else part.on_rank
-    with progress("loading") as report:
-        model = load_model(layout, dtype=wanted, residency=residency, on_rank=on_rank, progress=report)
-    if folder.yarn is not None:
-        model.stretch(folder.yarn)
-    if part is None and (experts := residency_of(model)) is not None:
-        weakref.finalize(model, remember, experts, folder.path)  # also when the program ends
-    return model
+    return residency
 
 
 def end_token_ids(tokenizer: Tokenizer, config: ModelConfig) -> frozenset[int]:

@@ -14,6 +14,7 @@ from qnext.errors import UsageError
 from qnext.session.answering import Answering
 from qnext.session.folder import EngineOpening, end_token_ids, open_folder
 from qnext.session.opening import open_engine
+from qnext.session.placement import AUTO
 from qnext.session.rank_options import ONE_PROCESS, RankOptions
 from qnext.session.results import ChatAnswer, GeneratedText, TextPiece, TextScore
 from qnext.session.sampling import resolve_sampling
@@ -34,8 +35,9 @@ class LLM:
 
     `model` is a folder, or the name of a model that `qnext pull` has downloaded. `dtype` is float32 or bfloat16; the
     default is the stored dtype. `yarn` stretches the context by a factor. `expert_memory` is the number of bytes for
-    experts; the other experts stay on disk. By default all experts are in memory where they fit. `ranks` spreads the
-    model over processes, which `close` ends. All other options are fields of EngineConfig. An LLM is not thread-safe.
+    experts; the other experts stay on disk. By default all experts are in memory where they fit. `device` is auto (a
+    GPU where there is one and the weights fit), cpu, cuda or cuda:N. `ranks` spreads the model over processes, which
+    `close` ends. All other options are fields of EngineConfig. An LLM is not thread-safe.
     Raises ModelNotFound, CorruptCheckpoint, NotSupported, DoesNotFit, UsageError; then and later LostRank.
     """
 
@@ -46,10 +48,11 @@ class LLM:
         dtype: str | None = None,
         yarn: float | None = None,
         expert_memory: int | None = None,
+        device: str = AUTO,
         ranks: RankOptions | None = None,
         **options: Any,
     ) -> None:
-        folder = open_folder(str(model), yarn=yarn, expert_memory=expert_memory)
+        folder = open_folder(str(model), yarn=yarn, expert_memory=expert_memory, device=device)
         config = EngineConfig(**{"eos_token_ids": end_token_ids(folder.tokenizer, folder.config), **options})
         self.path = folder.path
         self.config = folder.config

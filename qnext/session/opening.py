@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qnext.session.folder import EngineOpening, ModelFolder, load_weights
+from qnext.session.folder import EngineOpening, ModelFolder, load_weights, place_model
 
 if TYPE_CHECKING:
     from qnext.engine import Engine, EngineConfig
@@ -16,7 +16,7 @@ def open_engine(folder: ModelFolder, config: EngineConfig, how: EngineOpening) -
     weights are read. Raises the errors of load_weights and Engine.of, and LostRank."""
     from qnext.engine import Engine, check_options
 
-    check_options(folder.config, config)
+    check_options(folder.config, config, place_model(folder, how.dtype, how.ranks))
     if how.ranks.num_ranks == 1:
         model = load_weights(folder, how.dtype, progress=how.progress)
         return model, Engine.of(model, config)

@@ -26,6 +26,7 @@ class Launched(NamedTuple):
     port: int
     has_store: bool = False
     attempt: int = 0
+    local_rank: int = 0  # among the processes of this machine
 
     @classmethod
     def found_in(cls, environment: Mapping[str, str]) -> Launched | None:
@@ -36,11 +37,12 @@ class Launched(NamedTuple):
         try:
             rank, num_ranks, port = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
             num_local = int(environment.get("LOCAL_WORLD_SIZE", num_ranks))
+            local_rank = int(environment.get("LOCAL_RANK", rank % max(1, num_local)))
             attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
         except ValueError:
             raise UsageError("RANK, WORLD_SIZE and MASTER_PORT of the environment must be whole numbers") from None
         has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return cls(rank, num_ranks, num_local, environment["MASTER_ADDR"], port, has_store, attempt)
+        return cls(rank, num_ranks, num_local, environment["MASTER_ADDR"], port, has_store, attempt, local_rank)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class RankOptions:
     def num_local(self) -> int:
         """Ranks on this machine."""
         return self.num_ranks if self.launched is None else self.launched.num_local
+
+    def local_rank(self, rank: int) -> int:
+        """The number of rank `rank`, which is this process's, among those of this machine."""
+        return rank if self.launched is None else self.launched.local_rank
 
     def mesh(self, rank: int) -> Mesh:
         return Mesh(self.tensor_parallel, self.expert_parallel, rank)

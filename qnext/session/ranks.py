@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from qnext.engine import Engine, EngineConfig
+from qnext.engine.memory import free_bytes
 from qnext.engine.on_ranks import check_on_ranks, engine_on_ranks, follow_engine
 from qnext.errors import LostRank, QnextError, UsageError
 from qnext.interrupts import ENDING_SIGNALS
@@ -25,7 +26,6 @@ from qnext.parallel.modules import OnRank
 from qnext.parallel.placement import ExpertPlacement
 from qnext.parallel.shard import RankShard
 from qnext.parallel.watch import Vigilance
-from qnext.planning import machine
 from qnext.session.expert_loads import find_placement, keep_loads
 from qnext.session.folder import (
     EngineOpening,
@@ -35,7 +35,9 @@ from qnext.session.folder import (
     load_weights,
     no_progress,
     open_model,
+    place_model,
 )
+from qnext.session.placement import CPU, device_of_rank, use_device
 from qnext.session.rank_options import AUTO, Launched, RankOptions, share_of_threads
 from qnext.session.rank_processes import RankProcesses, RankStart
 
@@ -52,6 +54,7 @@ class RankJob(NamedTuple):
     yarn: float | None
     expert_memory: int | None
     dtype: str | None
+    device: str  # cpu or cuda
     engine: Mapping[str, Any]
     placement: Mapping[str, list[list[int]]] | None  # by layer, the experts of each rank
 
@@ -83,7 +86,9 @@ def _job(folder: ModelFolder, config: EngineConfig, placement: ExpertPlacement |
     of_layer = None
     if placement is not None:
         of_layer = {str(layer): [list(experts) for experts in ranks] for layer, ranks in placement.of_layer.items()}
-    return RankJob(str(folder.path.absolute()), folder.yarn, folder.expert_memory, dtype, options, of_layer)
+    return RankJob(
+        str(folder.path.absolute()), folder.yarn, folder.expert_memory, dtype, folder.device, options, of_layer
+    )
 
 
 def open_on_ranks(folder: ModelFolder, config: EngineConfig, how: EngineOpening) -> tuple[CausalLM, Engine]:
@@ -98,6 +103,7 @@ def open_on_ranks(folder: ModelFolder, config: EngineConfig, how: EngineOpening)
     check_on_ranks(config)
     if dist.is_initialized():
         raise UsageError("torch.distributed is in use in this process, by an engine on ranks or by other code")
+    place_model(folder, how.dtype, options)
     job = _job(folder, config, find_placement(folder, options, how.note), how.dtype)
     crew = _Crew(options, ends_process=how.ends_process)
 
@@ -108,7 +114,8 @@ def open_on_ranks(folder: ModelFolder, config: EngineConfig, how: EngineOpening)
 
     try:
         crew.link.tell(job.to_bytes())
-        model = _load_part(folder, job, crew.link, how.progress)
+        device = device_of_rank(job.device, options.local_rank(0))
+        model = _load_part(folder, job, crew.link, device, how.progress)
         engine = engine_on_ranks(model, config, crew.link, at_end=end)
     except BaseException as error:
         cause = crew.fail(error)
@@ -119,12 +126,15 @@ def open_on_ranks(folder: ModelFolder, config: EngineConfig, how: EngineOpening)
     return model, engine
 
 
-def _load_part(folder: ModelFolder, job: RankJob, link: DistributedLink, progress: ProgressOf) -> CausalLM:
+def _load_part(
+    folder: ModelFolder, job: RankJob, link: DistributedLink, device: torch.device, progress: ProgressOf
+) -> CausalLM:
     """Returns when all ranks have loaded theirs. What is free is looked at before any of them begins."""
-    free_bytes = machine.available_bytes() // link.num_local
+    use_device(device)
+    free = free_bytes(device) // (link.num_local if device.type == CPU else 1)
     link.watch.meet("free memory is known")
     on_rank = OnRank(job.shard(folder, link.mesh), link)
-    model = load_weights(folder, job.dtype, progress=progress, part=PartOfModel(on_rank, free_bytes))
+    model = load_weights(folder, job.dtype, progress=progress, part=PartOfModel(on_rank, device, free))
     link.watch.meet("weights are loaded")
     return model
 
@@ -135,6 +145,7 @@ class _Place(NamedTuple):
     mesh: Mesh
     store: dist.Store
     num_local: int  # ranks on this machine
+    local_rank: int  # the number of this one among them
     on_loopback: bool
 
     @classmethod
@@ -142,7 +153,7 @@ class _Place(NamedTuple):
         is_first = launched.rank == 0 and not launched.has_store
         store = open_store(launched.host, launched.port, is_first=is_first)
         own = dist.PrefixStore(f"qnext/{launched.attempt}", store)
-        return cls(options.mesh(launched.rank), own, launched.num_local, on_loopback=False)
+        return cls(options.mesh(launched.rank), own, launched.num_local, launched.local_rank, on_loopback=False)
 
     def join(self, vigilance: Vigilance) -> DistributedLink:
         return join(self.mesh, self.store, vigilance, num_local=self.num_local, on_loopback=self.on_loopback)
@@ -164,7 +175,7 @@ class _Crew:
         self._processes = RankProcesses(mesh, port=store.port, threads=threads, patience=options.patience)
         vigilance = vigilance._replace(exits=self._processes.exits, on_lost=self._processes.kill)
         try:
-            self.link = _Place(mesh, store, mesh.num_ranks, on_loopback=True).join(vigilance)
+            self.link = _Place(mesh, store, mesh.num_ranks, mesh.rank, on_loopback=True).join(vigilance)
         except BaseException:
             self._processes.end(0.0)
             raise
@@ -192,7 +203,7 @@ def follow_first(start: RankStart) -> int:
     """Be a rank that the first one has started, until it closes its engine. The exit code of the process."""
     torch.set_num_threads(start.threads)
     store = open_store(LOOPBACK, start.port, is_first=False)
-    return _follow(_Place(start.mesh, store, start.mesh.num_ranks, on_loopback=True), start.patience)
+    return _follow(_Place(start.mesh, store, start.mesh.num_ranks, start.mesh.rank, on_loopback=True), start.patience)
 
 
 def follow_launched(model: str, options: RankOptions) -> int:
@@ -213,8 +224,10 @@ def _follow(place: _Place, patience: float, model: str | None = None) -> int:
         signal.signal(number, signal.SIG_IGN)
     try:
         job = RankJob.from_bytes(link.hear())
-        folder = open_model(job.folder if model is None else model, yarn=job.yarn, expert_memory=job.expert_memory)
-        follow_engine(_load_part(folder, job, link, no_progress), job.config, link)
+        path = job.folder if model is None else model
+        folder = open_model(path, yarn=job.yarn, expert_memory=job.expert_memory, device=job.device)
+        device = device_of_rank(job.device, place.local_rank)
+        follow_engine(_load_part(folder, job, link, device, no_progress), job.config, link)
     except Exception as error:
         link.watch.tell(error)
         if isinstance(error, QnextError):

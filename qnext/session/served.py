@@ -18,6 +18,7 @@ from qnext.session.folder import (
     end_token_ids,
     load_weights,
     no_progress,
+    place_model,
 )
 from qnext.session.opening import open_engine
 from qnext.session.rank_options import ONE_PROCESS, RankOptions
@@ -92,7 +93,7 @@ def load_served(
     eos_ids = end_token_ids(text.tokenizer, folder.config)
     kv_dtype = None if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
     options = EngineConfig(eos_token_ids=eos_ids, kv_dtype=kv_dtype, disk_cache=disk, **config.engine)
-    check_options(folder.config, options)
+    check_options(folder.config, options, place_model(folder, config.dtype, config.ranks))
     read = {name: read_adapter(path, folder.config) for name, path in adapters.items()}
     how = EngineOpening(config.dtype, replace(config.ranks, threads=config.threads), progress, note)
     folder.layout = folder.layout or read_layout(folder.path)

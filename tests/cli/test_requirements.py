@@ -81,14 +81,17 @@ def test_what_a_failed_import_says() -> None:
     assert text == "the Python package torch cannot be loaded: libc10.so: cannot open shared object"
 
 
-def test_a_gpu_that_torch_sees_is_said_to_be_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_torch_sees_is_said_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     properties = SimpleNamespace(name="NVIDIA H200", total_memory=141 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     finding = machine._gpu()
-    assert finding.status == "ok" and finding.data["is_used"] is False
-    assert finding.text == "NVIDIA H200 (141 GiB), NVIDIA H200 (141 GiB): not used yet, qnext computes on the CPU"
+    assert finding.status == "ok" and finding.data["is_used"] is True
+    assert (
+        finding.text
+        == "NVIDIA H200 (141 GiB), NVIDIA H200 (141 GiB): computes where the weights of a model fit (--device)"
+    )
 
 
 @pytest.mark.parametrize("kind", ["nvidia", "amd", "processors", "none", "odd"])
@@ -110,5 +113,9 @@ def test_a_gpu_that_only_its_driver_sees(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(facts, "gpus_of_drivers", partial(facts.gpus_of_drivers, drivers, kfd))
     finding = machine._gpu()
     names = {"nvidia": "NVIDIA GeForce RTX 4090", "amd": "AMD GPU"}
-    expected = f"{names[kind]}: not used yet" if kind in names else "none found; qnext computes on the CPU"
+    expected = (
+        f"{names[kind]}: not used, qnext computes on the CPU"
+        if kind in names
+        else "none found; qnext computes on the CPU"
+    )
     assert finding.text.startswith(expected)

@@ -39,7 +39,8 @@ def _models() -> list[str]:
     return [
         "# What is read, written and served",
         "",
-        "qnext computes on the CPU, with native kernels for x86-64 or with PyTorch. A GPU is not used yet.",
+        "qnext computes on the CPU, with native kernels for x86-64 or with PyTorch, and on NVIDIA GPUs",
+        "([gpu.md](gpu.md)).",
         "",
         "A command that meets something that is not on this page ends with one line that names it. The exit code is 6",
         "for an undamaged file in a form that is not supported, and 5 for a file that is damaged or contradicts",

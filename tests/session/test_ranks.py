@@ -83,9 +83,9 @@ def test_loads_of_another_model_are_refused(tmp_path: Path) -> None:
 
 def test_what_a_launcher_says() -> None:
     said = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
-    assert Launched.found_in(said) == Launched(3, 4, 2, "a", 29500)
-    elastic = said | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "1"}
-    assert Launched.found_in(elastic) == Launched(3, 4, 2, "a", 29500, True, 1)
+    assert Launched.found_in(said) == Launched(3, 4, 2, "a", 29500, local_rank=1)
+    elastic = said | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "1", "LOCAL_RANK": "0"}
+    assert Launched.found_in(elastic) == Launched(3, 4, 2, "a", 29500, True, 1, local_rank=0)
     assert Launched.found_in({name: said[name] for name in ("RANK", "WORLD_SIZE")}) is None
     with pytest.raises(UsageError, match="must be whole numbers"):
         Launched.found_in(said | {"RANK": "first"})

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qnext.cli.flags.sampling import DType, ExpertMemory, Yarn
+from qnext.cli.flags.sampling import Device, DType, ExpertMemory, Yarn
 from qnext.cli.flags.values import ApiKey, Url, human_int, panel
 from qnext.errors import UsageError
+from qnext.session.placement import AUTO
 
 if TYPE_CHECKING:
     from qnext.eval.tasks import Examinee
@@ -61,6 +62,7 @@ class ExamineeFlags:
     yarn: Yarn = None
     expert_memory: ExpertMemory = None
     dtype: DType = None
+    device: Device = AUTO
 
     def check(self, model: str | None) -> None:
         if (model is None) == (self.url is None):
@@ -89,5 +91,6 @@ class ExamineeFlags:
         from qnext.session.llm import LLM
 
         options: dict[str, Any] = {"max_num_seqs": self.max_num_seqs, "max_model_len": self.max_model_len}
-        with LLM(str(model), dtype=self.dtype, yarn=self.yarn, expert_memory=self.expert_memory, **options) as llm:
+        options |= {"yarn": self.yarn, "expert_memory": self.expert_memory, "device": self.device}
+        with LLM(str(model), dtype=self.dtype, **options) as llm:
             yield llm

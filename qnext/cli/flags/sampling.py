@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qnext.cli.flags.values import human_int, option
+from qnext.session.placement import AUTO
 
 if TYPE_CHECKING:
     from qnext.engine.policy.watermark_key import WatermarkKey
@@ -63,6 +64,12 @@ Speculation = Annotated[
     bool | None,
     typer.Option("--speculation/--no-speculation", help="Drafts by the MTP layer; default: where the model has one."),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="auto|cpu|cuda|cuda:N", help="auto: a GPU where there is one and the weights fit, else cpu."
+    ),
+]
 DType = Annotated[
     str | None, typer.Option("--dtype", metavar="float32|bfloat16", help="Of the weights; default: as stored.")
 ]
@@ -98,6 +105,7 @@ class LoadingFlags:
     expert_memory: ExpertMemory = None
     speculation: Speculation = None
     dtype: DType = None
+    device: Device = AUTO
     watermark: Annotated[
         Path | None, option("Mark the answer by this key: `qnext watermark create`.", metavar="KEYFILE")
     ] = None

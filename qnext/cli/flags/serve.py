@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from qnext.cli.flags import sampling as options
 from qnext.cli.flags.values import human_int, panel
 from qnext.errors import UsageError, warn
+from qnext.session.placement import AUTO
 from qnext.session.served import ServeConfig, named_adapters, speculation_of
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class ServedFlags:
         _model("NAME=FOLDER: an adapter, for requests that name it as their model.", "--lora", "--lora-modules"),
     ] = None
     dtype: Annotated[Literal["float32", "bfloat16"] | None, _model("float32 or bfloat16; default: as stored.")] = None
+    device: options.Device = AUTO
     threads: Annotated[int | None, _model("CPU threads.", min=1)] = None
     yarn: options.Yarn = None
     expert_memory: options.ExpertMemory = None

@@ -6,6 +6,7 @@ Legend: T tokens, N sequences, R rows that need a token, D hidden, Y vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -80,10 +81,11 @@ class LocalExecutor:
         sequences with one token and sequences with more are two batches: PyTorch's delta rule and attention have paths
         of their own for one token, and the others would pad it to a whole chunk.
         """
-        if not self._glancer.is_asked or not plan.sequences:
-            return self._execute(plan)
-        with self._glancer.watching():
-            return self._execute(plan)._replace(was_prepared=False)
+        with _current(self.cache.device):
+            if not self._glancer.is_asked or not plan.sequences:
+                return self._execute(plan)
+            with self._glancer.watching():
+                return self._execute(plan)._replace(was_prepared=False)
 
     def _execute(self, plan: StepPlan) -> StepOutput:
         self._prepare(plan)
@@ -111,7 +113,8 @@ class LocalExecutor:
         return StepOutput(logits_RY, order, prompt_tokens, was_prepared=plan.only_decodes)
 
     def draft(self, plan: DraftPlan) -> DraftOutput:
-        return self._draft_passes.run(plan)
+        with _current(self.cache.device):
+            return self._draft_passes.run(plan)
 
     def glance(self) -> Glance | None:
         """What a step showed of gates and states after the last call; the next step will be looked at. Any thread may
@@ -127,6 +130,7 @@ class LocalExecutor:
             states=self.cache.state_bytes,
             workspace=self._workspace_bytes,
             state_of_sequence=state_bytes_per_sequence(self.model_config, state_dtype=state_dtype).total,
+            device=str(self.cache.device),
         )
 
     def routing_of(self, slot: int, num_tokens: int) -> NDArray[np.int64] | None:
@@ -221,6 +225,11 @@ class LocalExecutor:
             torch.tensor(places, device=source_TD.device),
             self.cache.sources.flatten(0, 1),
         )
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """The device on which this thread starts kernels."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _rows_of(sequence: SequencePlan) -> Rows:

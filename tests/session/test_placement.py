@@ -1,0 +1,99 @@
+"""Which device a model goes to: what is asked for, what is there, and what fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qnext.checkpoint import load_model
+from qnext.errors import DoesNotFit, NotSupported, UsageError
+from qnext.ops import backends
+from qnext.planning.plan import check_weights
+from qnext.session.folder import load_weights, open_model, place_model
+from qnext.session.placement import Wanted, check_device, choose_device, device_of_rank, kind_on_ranks
+from qnext.session.rank_options import Launched, RankOptions
+from tests.checkpoint.folders import tiny_folder
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch tells of a machine with two, each with 1,000 bytes, of which torch keeps 100 that were freed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
+    monkeypatch.delenv(backends.BACKEND_VARIABLE, raising=False)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", "", "cuda:12345"])
+def test_a_name_that_is_none(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--device {name}: must be auto, cpu, cuda or cuda:N"):
+        check_device(name)
+
+
+def test_a_device_that_is_not_there(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_device("cuda:1")
+    with pytest.raises(UsageError, match="--device cuda:2: there are 2 CUDA devices, the last is cuda:1"):
+        check_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="--device cuda: torch finds no CUDA device here"):
+        check_device("cuda")
+
+
+def test_auto_takes_a_gpu_where_the_weights_fit(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_device(Wanted("auto", 1000)) == GPU
+    assert choose_device(Wanted("auto", 1001)) == torch.device("cpu")
+    assert choose_device(Wanted("auto", 10, streams_experts=True)) == torch.device("cpu")
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, "cpu")
+    assert choose_device(Wanted("auto", 10)) == torch.device("cpu")
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, "torch")
+    assert choose_device(Wanted("auto", 10)) == GPU
+
+
+def test_what_is_asked_for_is_taken_or_refused(two_gpus: None) -> None:
+    assert choose_device(Wanted("cuda:1", 5000)) == torch.device("cuda", 1)
+    assert choose_device(Wanted("cuda", 5000)) == GPU
+    assert choose_device(Wanted("cpu", 1)) == torch.device("cpu")
+    with pytest.raises(NotSupported, match="--expert-memory: experts on disk are computed on the CPU, not on cuda"):
+        choose_device(Wanted("cuda", 1, streams_experts=True))
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+    two_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    folder = open_model(str(tiny_folder(tmp_path / "m")), device="cuda:1")
+    with pytest.raises(DoesNotFit, match=r"but 1000 B of the memory of cuda:1 are free; `qnext quantize"):
+        load_weights(folder)
+    check_weights("m", 1000, free_bytes=1000, device="cuda:1")
+
+
+def test_ranks_take_a_device_each(two_gpus: None, tmp_path: Path) -> None:
+    assert kind_on_ranks(Wanted("auto", 0), num_local=2) == "cuda"
+    assert kind_on_ranks(Wanted("auto", 0), num_local=3) == "cpu"
+    assert kind_on_ranks(Wanted("auto", 0, streams_experts=True), num_local=2) == "cpu"
+    assert kind_on_ranks(Wanted("cpu", 0), num_local=2) == "cpu"
+    for name, num_local, line in (
+        ("cuda", 3, "--device cuda: 3 ranks on this machine, but 2 CUDA devices"),
+        ("cuda:1", 2, "--device cuda:1: each rank takes the CUDA device of its own number"),
+    ):
+        with pytest.raises(UsageError, match=line):
+            kind_on_ranks(Wanted(name, 0), num_local=num_local)
+    assert device_of_rank("cuda", 1) == torch.device("cuda", 1) and device_of_rank("cpu", 1) == torch.device("cpu")
+    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    launched = Launched.found_in({**environment, "MASTER_ADDR": "h", "MASTER_PORT": "1"})
+    assert RankOptions(tensor_parallel=8, launched=launched).local_rank(5) == 1
+    folder = open_model(str(tiny_folder(tmp_path / "m")), device="auto")
+    assert place_model(folder, ranks=RankOptions(tensor_parallel=2)) == GPU and folder.device == "cuda"
+
+
+def test_a_model_without_a_gpu_stays_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder = open_model(str(tiny_folder(tmp_path / "m")), device="auto")
+    assert place_model(folder) == torch.device("cpu") and folder.device == "cpu"
+    assert load_model(folder.path).device == torch.device("cpu")
