@@ -59,7 +59,7 @@ from qnext.ops.invariance import (
 )
 from qnext.ops.likelihood import log_normalizer, token_log_probs
 from qnext.ops.memory import empty_huge, keep_freed_memory, touch
-from qnext.ops.mixers import apply_pending, attention_mixer, gated_delta_mixer
+from qnext.ops.mixers import apply_pending, attention_mixer, gated_delta_mixer, gated_delta_rule
 from qnext.ops.packing import Packing
 from qnext.ops.quantized import QuantizedWeight
 from qnext.ops.recording import ParameterWatch, Recording, record
@@ -80,7 +80,6 @@ from qnext.ops.rounding import round_to_groups, rounding_errors
 from qnext.ops.storage import empty_quantized, write_quantized
 from qnext.ops.torch.attention import attention, cached_attention
 from qnext.ops.torch.conv import causal_conv1d_silu
-from qnext.ops.torch.delta import gated_delta_rule
 from qnext.ops.torch.delta_cache import Carried, read_carried
 from qnext.ops.torch.delta_mixer import cached_delta_rule, delta_gates, split_qkvz
 from qnext.ops.torch.head import rows_of_logits

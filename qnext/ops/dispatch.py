@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext.ops import cpu, triton
-from qnext.ops import torch as pytorch
+from qnext.ops.choice import run
 from qnext.ops.inference_forward import with_inference_forward
 from qnext.ops.records import ExpertsLora, MadeByShared, Rope, Routing, SharedExpert
 from qnext.ops.weights import Weight
@@ -20,54 +19,46 @@ from qnext.ops.weights import Weight
 @with_inference_forward
 def embedding(token_ids_T: Tensor, weight_YD: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """[T, D]: the rows of the tokens, in `dtype` or in the dtype of the table."""
-    run = cpu if cpu.serves_embedding(token_ids_T, weight_YD, dtype=dtype) else pytorch
-    return run.embedding(token_ids_T, weight_YD, dtype=dtype)
+    return run("embedding", token_ids_T, weight_YD, dtype=dtype)
 
 
 def rope_cos_sin(positions_T: Tensor, frequencies: Tensor, *, attention_factor: float = 1.0) -> Rope:
     """cos and sin, each [T, R / 2] fp32, of the angles position * frequency, times `attention_factor`."""
-    run = cpu if cpu.serves_rope_cos_sin(positions_T, frequencies) else pytorch
-    return run.rope_cos_sin(positions_T, frequencies, attention_factor=attention_factor)
+    return run("rope_cos_sin", positions_T, frequencies, attention_factor=attention_factor)
 
 
 @with_inference_forward
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b, of one shape and dtype: a residual connection."""
-    run = cpu if cpu.serves_add(a, b) else pytorch
-    return run.add(a, b)
+    return run("add", a, b)
 
 
 @with_inference_forward
 def concat(a_TD: Tensor, b_TD: Tensor) -> Tensor:
     """[T, 2 * D]: two matrices of one shape side by side."""
-    run = cpu if cpu.serves_concat(a_TD, b_TD) else pytorch
-    return run.concat(a_TD, b_TD)
+    return run("concat", a_TD, b_TD)
 
 
 def put_rows(rows_TD: Tensor, index_T: Tensor, table_ND: Tensor) -> None:
     """table[index] = rows, in place. The indices are all different."""
-    run = cpu if cpu.serves_put_rows(rows_TD, index_T, table_ND) else pytorch
-    run.put_rows(rows_TD, index_T, table_ND)
+    run("put_rows", rows_TD, index_T, table_ND)
 
 
 def argmax(rows_RY: Tensor, out_R: Tensor) -> None:
     """The index of the highest number of each row, the lowest index of equal ones, into `out_R` int64."""
-    run = cpu if cpu.serves_argmax(rows_RY, out_R) else pytorch
-    run.argmax(rows_RY, out_R)
+    run("argmax", rows_RY, out_R)
 
 
 def are_finite(x: Tensor) -> bool:
     """Whether every number is finite, without a temporary as large as the tensor."""
     x = x.detach()
-    run = cpu if cpu.serves_are_finite(x) else pytorch
-    return run.are_finite(x)
+    return run("are_finite", x)
 
 
 @with_inference_forward
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape and dtype."""
-    run = cpu if cpu.serves_swiglu(gate, up) else pytorch
-    return run.swiglu(gate, up)
+    return run("swiglu", gate, up)
 
 
 @with_inference_forward
@@ -77,9 +68,7 @@ def linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = Non
     Native kernels round x as the weight requires: to bf16 for bf16, to int8 with a scale per group for integer codes.
     Each row of the result depends only on its own row of x, to the last bit.
     """
-    serves = triton.serves_linear
-    run = cpu if cpu.serves_linear(x_TD, weight_FD, bias_F) else triton if serves(x_TD, weight_FD, bias_F) else pytorch
-    return run.linear(x_TD, weight_FD, bias_F)
+    return run("linear", x_TD, weight_FD, bias_F)
 
 
 def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int = 0) -> Tensor:
@@ -88,8 +77,7 @@ def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *,
     The logits of `chunk_rows` rows exist at a time; for 0 the backend chooses. Both gradients are computed
     together with the value.
     """
-    run = cpu if cpu.serves_cross_entropy_sum(hidden_RD, weight_YD, labels_R, chunk_rows=chunk_rows) else pytorch
-    return run.cross_entropy_sum(hidden_RD, weight_YD, labels_R, chunk_rows=chunk_rows)
+    return run("cross_entropy_sum", hidden_RD, weight_YD, labels_R, chunk_rows=chunk_rows)
 
 
 @with_inference_forward
@@ -106,11 +94,7 @@ def experts_swiglu(
     `gate_up_E2FD` holds the gate rows of each expert, then its up rows. Work is grouped by expert. Experts without a
     token cost nothing.
     """
-    native = cpu.serves_experts_swiglu(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
-    serves = triton.serves_experts_swiglu
-    on_gpu = not native and serves(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
-    run = cpu if native else triton if on_gpu else pytorch
-    return run.experts_swiglu(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
+    return run("experts_swiglu", x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
 
 
 @with_inference_forward
@@ -119,8 +103,7 @@ def combine_experts(
 ) -> Tensor:
     """[T, D]: the last part of experts_swiglu, with its bits. Row `places_TA[t, a]` is what the a-th expert of token t
     made of it, with the weight one."""
-    run = cpu if cpu.serves_combine_experts(rows_PD, weights_TA, places_TA, shared) else pytorch
-    return run.combine_experts(rows_PD, weights_TA, places_TA, shared)
+    return run("combine_experts", rows_PD, weights_TA, places_TA, shared)
 
 
 @with_inference_forward
@@ -132,7 +115,7 @@ def lora_experts_swiglu(
     Gradients reach x, the routing weights and the factors, and not the weights, whose form may be any. Raises
     ValueError for factors that do not fit.
     """
-    return pytorch.lora_experts_swiglu(x_TD, gate_up_E2FD, down_EDF, lora, routing=routing)
+    return run("lora_experts_swiglu", x_TD, gate_up_E2FD, down_EDF, lora, routing=routing)
 
 
 @with_inference_forward
@@ -150,8 +133,7 @@ def route(
     `chosen_TA` replays a choice: the experts are these, and their weights those that the scores give them.
     """
     how: Any = {"top_k": top_k, "norm_topk_prob": norm_topk_prob, "load_E": load_E, "chosen_TA": chosen_TA}
-    run = cpu if cpu.serves_route(logits_TE, **how) else triton if triton.serves_route(logits_TE, **how) else pytorch
-    return run.route(logits_TE, **how)
+    return run("route", logits_TE, **how)
 
 
 @with_inference_forward
@@ -162,6 +144,4 @@ def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) ->
     norm but the one inside Gated DeltaNet; Qwen3 uses the plain form throughout.
     """
     how: Any = {"eps": eps, "zero_centered": zero_centered}
-    serves = triton.serves_rms_norm
-    run = cpu if cpu.serves_rms_norm(x, weight_D, **how) else triton if serves(x, weight_D, **how) else pytorch
-    return run.rms_norm(x, weight_D, **how)
+    return run("rms_norm", x, weight_D, **how)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qnext.ops import cpu, triton
-from qnext.ops import torch as pytorch
 from qnext.ops.caches import AttentionCache, DeltaCache, PendingTokens
+from qnext.ops.choice import run
 from qnext.ops.inference_forward import with_inference_forward
 from qnext.ops.packing import Packing
-from qnext.ops.records import AttentionWeights, DeltaWeights, Rope
+from qnext.ops.records import AttentionWeights, DeltaInputs, DeltaOutput, DeltaWeights, Rope
 
 
 @with_inference_forward
@@ -34,11 +33,7 @@ def attention_mixer(
     The output is multiplied by sigmoid(gate) where there is a gate. Native kernels raise IndexError for places outside
     the pages.
     """
-    native = cpu.serves_attention_mixer(q_TX, k_TY, v_TY, weights, rope=rope, packing=packing, cache=cache)
-    serves = triton.serves_attention_mixer
-    on_gpu = not native and serves(q_TX, k_TY, v_TY, weights, rope=rope, packing=packing, cache=cache)
-    run = cpu if native else triton if on_gpu else pytorch
-    return run.attention_mixer(q_TX, k_TY, v_TY, weights, rope=rope, packing=packing, cache=cache)
+    return run("attention_mixer", q_TX, k_TY, v_TY, weights, rope=rope, packing=packing, cache=cache)
 
 
 @with_inference_forward
@@ -52,11 +47,18 @@ def gated_delta_mixer(
     in place, or starts from zeros. Kernels take heads of multiples of 16 dims and fp32 slots; the state may be bf16
     too. The bits of a token do not depend on cuts and drafts: see DeltaCache.
     """
-    native = cpu.serves_gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=cache)
-    serves = triton.serves_gated_delta_mixer
-    on_gpu = not native and serves(qkvz_TX, ba_TY, weights, packing=packing, cache=cache)
-    run = cpu if native else triton if on_gpu else pytorch
-    return run.gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=cache)
+    return run("gated_delta_mixer", qkvz_TX, ba_TY, weights, packing=packing, cache=cache)
+
+
+def gated_delta_rule(inputs: DeltaInputs, *, packing: Packing, initial_state_NHKV: Tensor | None = None) -> DeltaOutput:
+    """Per value head h with key head h // (H / J), from the initial state or zeros:
+
+        S <- exp(g_t) S;  u_t = beta_t (v_t - S^T k_t);  S <- S + k_t u_t^T;  o_t = S^T q_t / sqrt(K)
+
+    q and k are L2-normalised by the caller; g <= 0 is the log decay, beta in [0, 1]. Output in the dtype of v, state in
+    fp32 (fp64 for fp64 inputs). Gradients reach all inputs and the initial state.
+    """
+    return run("gated_delta_rule", inputs, packing=packing, initial_state_NHKV=initial_state_NHKV)
 
 
 def apply_pending(conv: Tensor, state: Tensor, pending: PendingTokens, slots_N: Tensor) -> None:
@@ -65,5 +67,4 @@ def apply_pending(conv: Tensor, state: Tensor, pending: PendingTokens, slots_N: 
     Call it before the states are read or copied; the mixer does it by itself. The native kernel gives the bits that the
     states would have without drafts.
     """
-    run = cpu if cpu.serves_apply_pending(conv, state, pending, slots_N) else pytorch
-    run.apply_pending(conv, state, pending, slots_N)
+    run("apply_pending", conv, state, pending, slots_N)

@@ -33,6 +33,14 @@ class ChunkLayout(NamedTuple):
         return self.starts[-1]
 
 
+class Chunks(NamedTuple):
+    """Pieces of at most C tokens, each sequence cut from its beginning, in the order of the tokens: B of them."""
+
+    of_sequences_N1: Tensor  # [N + 1] the first chunk of each sequence, and their number
+    tokens_B: Tensor  # first token of each chunk
+    lengths_B: Tensor
+
+
 class Packing:
     """Lengths of packed sequences. An index map is made once, when an op first asks for it.
 
@@ -45,6 +53,7 @@ class Packing:
         self.lengths = tuple(lengths)
         self.device = torch.device(device or "cpu")
         self._chunk_layouts: dict[int, ChunkLayout] = {}
+        self._chunks: dict[int, Chunks] = {}
         self._extended: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -130,6 +139,20 @@ class Packing:
             starts_N = self.cu_seqlens[:-1] + torch.arange(self.num_sequences, device=self.device) * extra
             self._extended[extra] = (rows_T, starts_N[:, None] + torch.arange(extra, device=self.device))
         return self._extended[extra]
+
+    def chunks(self, chunk_size: int) -> Chunks:
+        """The chunks of `chunk_size` tokens; see Chunks."""
+        if chunk_size not in self._chunks:
+            starts, firsts, lengths, first = [0], [], [], 0
+            for length in self.lengths:
+                offsets = range(0, length, chunk_size)
+                firsts += [first + offset for offset in offsets]
+                lengths += [min(chunk_size, length - offset) for offset in offsets]
+                starts.append(len(firsts))
+                first += length
+            numbers = (torch.tensor(x, dtype=torch.long, device=self.device) for x in (starts, firsts, lengths))
+            self._chunks[chunk_size] = Chunks(*numbers)
+        return self._chunks[chunk_size]
 
     def chunk_layout(self, chunk_size: int) -> ChunkLayout:
         """The layout for chunks of `chunk_size` tokens; see ChunkLayout."""

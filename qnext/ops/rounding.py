@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext.ops import cpu
-from qnext.ops import torch as pytorch
+from qnext.ops.choice import run
 from qnext.ops.quantized import QuantizedWeight
 
 
@@ -30,12 +29,10 @@ def round_to_groups(
     """
     weight_FD = weight_FD.detach()
     form: dict[str, Any] = {"divisors": divisors, "bits": bits, "group_size": group_size, "scale_dtype": scale_dtype}
-    run = cpu if cpu.serves_round_to_groups(weight_FD, importance_D, **form) else pytorch
-    return run.round_to_groups(weight_FD, importance_D, **form)
+    return run("round_to_groups", weight_FD, importance_D, **form)
 
 
 def rounding_errors(weight_FD: Tensor, rounded: QuantizedWeight) -> Tensor:
     """fp64 [F, 2]: for each output the sum of squares of the rounding errors, and the sum of squares of the weights."""
     weight_FD = weight_FD.detach()
-    run = cpu if cpu.serves_rounding_errors(weight_FD, rounded) else pytorch
-    return run.rounding_errors(weight_FD, rounded)
+    return run("rounding_errors", weight_FD, rounded)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from qnext import ops
-from qnext.ops import backends, cpu, reference
+from qnext.ops import backends, cpu, reference, triton
 from qnext.ops import torch as pytorch
 from qnext.ops.cpu.kernels import kernels, take, widened
 
@@ -122,20 +122,20 @@ def test_rows_are_looked_up_in_the_width_that_is_asked_for(size: int) -> None:
 
 
 OPS = [name for name in pytorch.__all__ if not name.startswith("_")]
-WITHOUT_KERNEL = {"lora_experts_swiglu"}  # torch serves it always
+WITHOUT_NATIVE_KERNEL = {"lora_experts_swiglu", "gated_delta_rule"}
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_an_op_has_one_signature(name: str) -> None:
-    """In every backend, in the predicate that chooses, and in public: whoever serves can be swapped."""
+    """In every backend, in the predicates that choose, and in public: whoever serves can be swapped."""
     public = inspect.signature(getattr(ops, name))
-    for backend in (reference, pytorch) if name in WITHOUT_KERNEL else (reference, pytorch, cpu):
+    assert hasattr(cpu, name) != (name in WITHOUT_NATIVE_KERNEL)
+    with_kernels = [backend for backend in (cpu, triton) if hasattr(backend, name)]
+    for backend in (reference, pytorch, *with_kernels):
         assert inspect.signature(getattr(backend, name)) == public, backend.__name__
-    if name in WITHOUT_KERNEL:
-        assert not hasattr(cpu, name)
-        return
-    predicate = inspect.signature(getattr(cpu, f"serves_{name}"))
-    assert predicate.parameters == public.parameters and predicate.return_annotation == "bool"
+    for backend in with_kernels:
+        predicate = inspect.signature(getattr(backend, f"serves_{name}"))
+        assert predicate.parameters == public.parameters and predicate.return_annotation == "bool"
 
 
 @pytest.mark.skipif(backends.cpu_kernels() is None, reason="native kernels are not here")

@@ -8,6 +8,7 @@ takes the op from here.
 from __future__ import annotations
 
 from qnext.ops.reference.attention import attention_mixer
+from qnext.ops.reference.delta import gated_delta_rule
 from qnext.ops.reference.delta_mixer import apply_pending, gated_delta_mixer
 from qnext.ops.reference.matrices import (
     combine_experts,
@@ -34,6 +35,7 @@ __all__ = [
     "embedding",
     "experts_swiglu",
     "gated_delta_mixer",
+    "gated_delta_rule",
     "linear",
     "lora_experts_swiglu",
     "put_rows",

@@ -11,6 +11,7 @@ from qnext.ops.reference.matrices import combine_experts
 from qnext.ops.reference.rope import rope_cos_sin
 from qnext.ops.reference.rows import add, are_finite, argmax, concat, embedding, put_rows, swiglu
 from qnext.ops.torch.attention import attention_mixer
+from qnext.ops.torch.delta import gated_delta_rule
 from qnext.ops.torch.delta_cache import apply_pending
 from qnext.ops.torch.delta_mixer import gated_delta_mixer
 from qnext.ops.torch.head import cross_entropy_sum
@@ -32,6 +33,7 @@ __all__ = [
     "embedding",
     "experts_swiglu",
     "gated_delta_mixer",
+    "gated_delta_rule",
     "linear",
     "lora_experts_swiglu",
     "put_rows",

@@ -1,4 +1,4 @@
-"""GPU kernels in Triton, for inference. The wrappers check shapes and then start the programs in kernels/.
+"""GPU kernels in Triton, for inference and training. The wrappers check shapes and then start the programs in kernels/.
 
 Nouns: SelfTest, what a kernel must pass on a device before it serves there. May import: ops/reference, ops/torch and
 the files of ops beside it. Triton is imported when a kernel first runs. A new op: its program in kernels/, its wrapper
@@ -18,14 +18,25 @@ from qnext.ops.triton.matrices import (
     try_experts_swiglu,
     try_linear,
 )
-from qnext.ops.triton.rows import rms_norm, route, serves_rms_norm, serves_route, try_rms_norm, try_route
+from qnext.ops.triton.rows import (
+    rms_norm,
+    route,
+    serves_rms_norm,
+    serves_route,
+    try_rms_norm,
+    try_rms_norm_gradient,
+    try_route,
+)
+from qnext.ops.triton.train_delta import gated_delta_rule, serves_gated_delta_rule, try_gated_delta_gradient
 from qnext.ops.triton.trust import SelfTest, is_trusted, self_test_error
 
 SELF_TESTS: tuple[SelfTest, ...] = (
     try_rms_norm,
+    try_rms_norm_gradient,
     try_route,
     try_gated_delta_step,
     try_gated_delta_chunks,
+    try_gated_delta_gradient,
     try_attention_mixer,
     try_linear,
     try_experts_swiglu,
@@ -38,6 +49,7 @@ __all__ = [
     "chunked_delta_rule",
     "experts_swiglu",
     "gated_delta_mixer",
+    "gated_delta_rule",
     "is_trusted",
     "linear",
     "rms_norm",
@@ -46,6 +58,7 @@ __all__ = [
     "serves_attention_mixer",
     "serves_experts_swiglu",
     "serves_gated_delta_mixer",
+    "serves_gated_delta_rule",
     "serves_linear",
     "serves_rms_norm",
     "serves_route",

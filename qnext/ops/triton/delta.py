@@ -13,12 +13,11 @@ from qnext.ops.caches import DeltaCache, PendingTokens
 from qnext.ops.checks import check_delta
 from qnext.ops.packing import Packing
 from qnext.ops.records import DeltaWeights
-from qnext.ops.triton.delta_chunks import chunked_delta_mixer, try_gated_delta_chunks
+from qnext.ops.triton.delta_chunks import MAX_HEAD_DIM, chunked_delta_mixer, try_gated_delta_chunks
 from qnext.ops.triton.sizes import next_power_of_2
 from qnext.ops.triton.trust import is_trusted, numbers, take
 
 _MAX_STEP = 16  # tokens of a sequence; longer pieces go faster in chunks
-_MAX_HEAD_DIM = 256
 _BLOCK_VALUES = 32  # columns of a state that one program holds in registers
 
 
@@ -32,7 +31,7 @@ def serves_gated_delta_mixer(
     """
     if not take(qkvz_TX, ba_TY, *weights.tensors):
         return False
-    if max(weights.key_head_dim, weights.value_head_dim) > _MAX_HEAD_DIM or weights.conv_weight_C1W.shape[2] == 1:
+    if max(weights.key_head_dim, weights.value_head_dim) > MAX_HEAD_DIM or weights.conv_weight_C1W.shape[2] == 1:
         return False
     if cache is None or packing.max_length > _MAX_STEP:
         is_plain = cache is None or (cache.state.dtype == torch.float32 and cache.is_draft_N is None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,52 +13,27 @@ from qnext.ops import reference
 from qnext.ops.checks import check_norm, check_route
 from qnext.ops.records import Routing
 from qnext.ops.triton.sizes import next_power_of_2, num_warps
-from qnext.ops.triton.trust import is_trusted, numbers, take
+from qnext.ops.triton.train_rows import MAX_ROW, NormForm, normed, rows_of, trained_rms_norm
+from qnext.ops.triton.trust import compared, is_trusted, numbers, take, train, wants_gradients
 
-_MAX_ROW = 1 << 15  # numbers of a row that one program holds
 _MAX_EXPERTS = 4096
 
 
 def serves_rms_norm(x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) -> bool:
-    """Whether a program can hold a row, and no gradient is wanted."""
-    return take(x, weight_D) and 0 < x.shape[-1] <= _MAX_ROW and x.numel() > 0 and is_trusted(try_rms_norm, x.device)
+    """Whether a program can hold a row."""
+    if not 0 < x.shape[-1] <= MAX_ROW or x.numel() == 0:
+        return False
+    if wants_gradients(x, weight_D):
+        return train(x, weight_D) and is_trusted(try_rms_norm_gradient, x.device)
+    return take(x, weight_D) and is_trusted(try_rms_norm, x.device)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float, zero_centered: bool) -> Tensor:
     """See ops.rms_norm. Computed in fp32 and cast once."""
     check_norm(x, weight_D)
-    return _normed(x, weight_D, None, eps=eps, zero_centered=zero_centered)
-
-
-def _normed(x: Tensor, weight_D: Tensor, gate: Tensor | None, *, eps: float, zero_centered: bool) -> Tensor:
-    from qnext.ops.triton.kernels.norm import rms_norm_kernel
-
-    size = x.shape[-1]
-    rows, weight_D = _rows(x), weight_D.contiguous()
-    gates = rows if gate is None else _rows(gate)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = next_power_of_2(size)
-    rms_norm_kernel[(len(rows),)](
-        rows,
-        weight_D,
-        gates,
-        out,
-        rows.stride(0),
-        gates.stride(0),
-        size,
-        eps,
-        ZERO_CENTERED=zero_centered,
-        HAS_GATE=gate is not None,
-        BLOCK=block,
-        num_warps=num_warps(block),
-    )
-    return out
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[rows, D] whose numbers lie side by side."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    if wants_gradients(x, weight_D):
+        return trained_rms_norm(x, weight_D, eps=eps, zero_centered=zero_centered)
+    return normed(x, weight_D, NormForm(eps, zero_centered))
 
 
 def try_rms_norm(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -64,6 +41,13 @@ def try_rms_norm(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     for zero_centered in (True, False):
         wanted = reference.rms_norm(x_TD, weight_D, eps=1e-6, zero_centered=zero_centered)
         yield rms_norm(x_TD, weight_D, eps=1e-6, zero_centered=zero_centered), wanted
+
+
+def try_rms_norm_gradient(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    x_TD, weight_D = numbers(70, 72, seed=0, device=device), numbers(72, seed=1, device=device, scale=0.2)
+    for zero_centered in (True, False):
+        norm: dict[str, Any] = {"eps": 1e-6, "zero_centered": zero_centered}
+        yield from compared(partial(rms_norm, **norm), partial(reference.rms_norm, **norm), x_TD, weight_D)
 
 
 def serves_route(
@@ -98,7 +82,7 @@ def route(
     check_route(logits_TE, top_k, load_E, chosen_TA)
     assert chosen_TA is None, "ask whether it serves first"
     num_tokens, num_experts = logits_TE.shape
-    logits_TE = _rows(logits_TE)
+    logits_TE = rows_of(logits_TE)
     weights_TA = torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits_TE.device)
     experts_TA = torch.empty((num_tokens, top_k), dtype=torch.int64, device=logits_TE.device)
     block = next_power_of_2(num_experts)

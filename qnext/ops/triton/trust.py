@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,12 @@ def take(x: Tensor, *others: Tensor | None) -> bool:
     return x.dtype in DTYPES and run_on(x.device) and not wants_gradients(x, *others)
 
 
+def train(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether kernels with gradients may take a call: `x` and parameters of at most fp32 on a device that runs them."""
+    tensors = [t for t in (x, *others) if t is not None]
+    return run_on(x.device) and all(t.dtype in DTYPES and t.device == x.device for t in tensors)
+
+
 @cache
 def is_trusted(self_test: SelfTest, device: torch.device) -> bool:
     """Whether the kernel that `self_test` runs gives the reference's numbers on `device`. Asked once.
@@ -52,9 +59,25 @@ def is_trusted(self_test: SelfTest, device: torch.device) -> bool:
 
 def self_test_error(self_test: SelfTest, device: torch.device) -> float:
     """The largest relative RMS error among the results of a self-test; NaN where one has NaN."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         errors = [_relative_rms(actual, wanted) for actual, wanted in self_test(device)]
     return max(errors, key=lambda error: (error != error, error))
+
+
+def compared(
+    kernel: Callable[..., Any], definition: Callable[..., Any], *inputs: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Results of a kernel and of its definition, and the gradients of all inputs under equal weights of the results."""
+    found = []
+    for function in (kernel, definition):
+        ours = [x.detach().clone().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            results = function(*ours)
+            results = results if isinstance(results, tuple) else (results,)
+            weights = [numbers(*y.shape, seed=90 + n, device=y.device) for n, y in enumerate(results)]
+            grads = torch.autograd.grad(results, ours, weights)
+        found.append([*(y.detach() for y in results), *grads])
+    return zip(*found, strict=True)
 
 
 def num_processors(device: torch.device) -> int:

@@ -25,6 +25,7 @@ from qnext.ops import (
     AttentionCache,
     AttentionWeights,
     DeltaCache,
+    DeltaInputs,
     DeltaWeights,
     Fp8Weight,
     Packing,
@@ -100,6 +101,20 @@ def calls(dtype: torch.dtype) -> Iterator[Any]:
     yield gpu.route(numbers(4, 512, seed=2, device=CPU).to(dtype), top_k=10, norm_topk_prob=True, load_E=load_E)
 
 
+def training(dtype: torch.dtype) -> None:
+    """Ops with their gradients; programs of the delta rule take fp32."""
+
+    def rows(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype).requires_grad_()
+
+    gpu.rms_norm(rows(4, 2048), rows(2048), eps=1e-6, zero_centered=True).sum().backward()
+    if dtype == torch.float32:
+        inputs = DeltaInputs(rows(40, 16, 128), rows(40, 16, 128), rows(40, 32, 128), rows(40, 32), rows(40, 32))
+        gpu.gated_delta_rule(inputs, packing=Packing([40]), initial_state_NHKV=rows(1, 32, 128, 128))[
+            0
+        ].sum().backward()
+
+
 def delta_steps(dtype: torch.dtype) -> Iterator[Any]:
     """Drafts on states in fp32, single tokens on states in bf16, and pieces of prompts in chunks."""
     small: dict[str, Any] = {"eps": 1e-6, "num_key_heads": 16, "key_head_dim": 128}
@@ -157,9 +172,10 @@ def weights(shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[torch.T
 
 def main() -> None:
     JITFunction.run = compile_in_place
-    with torch.no_grad():
-        for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.no_grad():
             list(calls(dtype))
+        training(dtype)
 
 
 if __name__ == "__main__":

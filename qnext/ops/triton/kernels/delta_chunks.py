@@ -1,13 +1,21 @@
 """The gated delta rule in chunks: a program walks through a sequence with some columns of a head's state.
 
-Legend: N sequences, J key heads, H value heads, K and V key and value head dims, C tokens of a chunk, S a state [K, V],
-G the running sum of log decays inside a chunk.
+Legend: N sequences, J key heads, H value heads, K and V key and value head dims, B chunks, C tokens of a chunk, S a
+state [K, V], G the running sum of log decays inside a chunk.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def multiplied(a, b, IS_WIDE: tl.constexpr):
+    """a b with sums in fp32, of fp32 operands as three TF32 products, or of operands rounded to bf16."""
+    if IS_WIDE:
+        return tl.dot(a, b, input_precision="tf32x3")
+    return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
 
 
 @triton.jit
@@ -21,6 +29,17 @@ def solved(A_CC, u_CV, at_C, count):
 
 
 @triton.jit
+def decays(g_C, at_C):
+    """Between two tokens of a chunk, from a token to the end, and from the beginning to a token.
+
+    They are exponentials of sums of the decays between, not of differences of sums: a forgetful token would take their
+    digits.
+    """
+    steps_CC = tl.where(at_C[:, None] > at_C[None, :], g_C[:, None], 0.0)
+    return tl.exp(tl.cumsum(steps_CC, axis=0)), tl.exp(tl.sum(steps_CC, axis=0)), tl.exp(tl.cumsum(g_C, axis=0))
+
+
+@triton.jit
 def delta_chunks_kernel(
     q_ptr,
     k_ptr,
@@ -31,6 +50,9 @@ def delta_chunks_kernel(
     state_ptr,
     o_ptr,
     last_state_ptr,
+    chunks_ptr,
+    kept_states_ptr,
+    kept_u_ptr,
     q_stride,
     k_stride,
     v_stride,
@@ -39,6 +61,8 @@ def delta_chunks_kernel(
     key_dim,
     value_dim,
     HAS_STATE: tl.constexpr,
+    KEEPS: tl.constexpr,
+    IS_WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -46,6 +70,7 @@ def delta_chunks_kernel(
     """Some values of one head of one sequence: their outputs and their last state.
 
     The writes u of a chunk solve (I + A) u = beta (v - exp(G) k S), where A_ij = beta_i (k_i . k_j) exp(G_i - G_j).
+    With KEEPS the state before each chunk and u are written too, for the gradient.
     """
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j = h // (num_heads // num_key_heads)
@@ -54,7 +79,8 @@ def delta_chunks_kernel(
     at_C, at_K = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     at_V = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     is_in_K, is_in_V = at_K < key_dim, at_V < value_dim
-    state_at = (n * num_heads + h) * key_dim * value_dim + at_K[:, None] * value_dim + at_V[None, :]
+    inner_KV = at_K[:, None] * value_dim + at_V[None, :]
+    state_at = (n * num_heads + h) * key_dim * value_dim + inner_KV
     is_in_KV = is_in_K[:, None] & is_in_V[None, :]
     S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if HAS_STATE:
@@ -68,21 +94,24 @@ def delta_chunks_kernel(
         v_CV = tl.load(v_at, mask=is_in_CV, other=0.0)
         g_C = tl.load(g_ptr + token_C * num_heads + h, mask=is_in_C, other=0.0)
         beta_C = tl.load(beta_ptr + token_C * num_heads + h, mask=is_in_C, other=0.0)
-        # sums of the decays between two tokens, not differences of sums: a forgetful token would take their digits
-        steps_CC = tl.where(at_C[:, None] > at_C[None, :], g_C[:, None], 0.0)
-        decay_CC, outflow_C = tl.exp(tl.cumsum(steps_CC, axis=0)), tl.exp(tl.sum(steps_CC, axis=0))
-        growth_C1 = tl.exp(tl.cumsum(g_C, axis=0))[:, None]
+        decay_CC, outflow_C, growth_C = decays(g_C, at_C)
+        growth_C1 = growth_C[:, None]
         k_KC = tl.trans(k_CK)
-        mixing_CC = tl.dot(k_CK, k_KC, input_precision="tf32x3") * decay_CC * beta_C[:, None]
+        mixing_CC = multiplied(k_CK, k_KC, IS_WIDE) * decay_CC * beta_C[:, None]
         mixing_CC = tl.where(at_C[:, None] > at_C[None, :], mixing_CC, 0.0)
-        u_CV = beta_C[:, None] * (v_CV - growth_C1 * tl.dot(k_CK, S, input_precision="tf32x3"))
+        u_CV = beta_C[:, None] * (v_CV - growth_C1 * multiplied(k_CK, S, IS_WIDE))
         u_CV = solved(mixing_CC, u_CV, at_C, tl.minimum(length - first, BLOCK_C))
         q_CK = tl.load(q_ptr + token_C[:, None] * q_stride + key_at, mask=is_in_CK, other=0.0)
-        scores_CC = tl.dot(q_CK, k_KC, input_precision="tf32x3") * decay_CC
+        scores_CC = multiplied(q_CK, k_KC, IS_WIDE) * decay_CC
         scores_CC = tl.where(at_C[:, None] >= at_C[None, :], scores_CC, 0.0)
-        o_CV = growth_C1 * tl.dot(q_CK, S, input_precision="tf32x3")
-        o_CV += tl.dot(scores_CC, u_CV, input_precision="tf32x3")
-        o_at = o_ptr + (token_C[:, None] * num_heads + h) * value_dim + at_V[None, :]
-        tl.store(o_at, o_CV / tl.sqrt(key_dim * 1.0), mask=is_in_CV)
-        S = tl.exp(tl.sum(g_C, axis=0)) * S + tl.dot(k_KC, outflow_C[:, None] * u_CV, input_precision="tf32x3")
+        o_CV = growth_C1 * multiplied(q_CK, S, IS_WIDE)
+        o_CV += multiplied(scores_CC, u_CV, IS_WIDE)
+        o_at = (token_C[:, None] * num_heads + h) * value_dim + at_V[None, :]
+        tl.store(o_ptr + o_at, o_CV / tl.sqrt(key_dim * 1.0), mask=is_in_CV)
+        if KEEPS:
+            chunk = tl.load(chunks_ptr + n) + first // BLOCK_C
+            kept_at = kept_states_ptr + (chunk * num_heads + h) * key_dim * value_dim + inner_KV
+            tl.store(kept_at, S, mask=is_in_KV)
+            tl.store(kept_u_ptr + o_at, u_CV, mask=is_in_CV)
+        S = tl.exp(tl.sum(g_C, axis=0)) * S + multiplied(k_KC, outflow_C[:, None] * u_CV, IS_WIDE)
     tl.store(last_state_ptr + state_at, S, mask=is_in_KV)

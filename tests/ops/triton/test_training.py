@@ -1,0 +1,82 @@
+"""Gradients of GPU kernels are those of the reference in fp64: norms and the delta rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from qnext import ops
+from qnext.ops import DeltaInputs, Packing, reference
+from qnext.ops import triton as gpu
+from qnext.ops.records import DeltaOutput
+
+from ..compare import Function, assert_close, randn
+from .device import DEVICE, TOLERANCE, TOLERANCE_BF16, here
+
+
+def assert_gradients(op: Function, definition: Function, inputs: list[Tensor], *, tolerance: float) -> None:
+    """Results and gradients of every input, from equal weights of the results; the definition is computed in fp64."""
+    ours = [here(x.clone()).requires_grad_() for x in inputs]
+    exact = [x.to(torch.float64).requires_grad_() for x in inputs]
+    results, wanted = op(*ours), definition(*exact)
+    weights = [randn(*y.shape, seed=100 + n) for n, y in enumerate(wanted)]
+    torch.autograd.backward(results, [here(w.to(y.dtype)) for w, y in zip(weights, results, strict=True)])
+    torch.autograd.backward(wanted, weights)
+    for n, (y, other) in enumerate(zip(results, wanted, strict=True)):
+        assert_close(y.detach().cpu(), other.detach(), tolerance=tolerance, name=f"result {n}")
+    for n, (x, other) in enumerate(zip(ours, exact, strict=True)):
+        assert x.grad is not None and other.grad is not None and x.grad.dtype == x.dtype
+        assert_close(x.grad.cpu(), other.grad, tolerance=tolerance, name=f"gradient {n}")
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (70, 24), (2, 13, 40)], ids=str)
+def test_rms_norm(shape: tuple[int, ...]) -> None:
+    """Rows of fewer and of more than one program, and rows of zeros."""
+    for dtype, zero_centered in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
+        x, weight_D = randn(*shape, seed=0, dtype=dtype), randn(shape[-1], seed=1, dtype=torch.float32)
+        x.view(-1, shape[-1])[1:2] = 0.0
+        how = {"eps": 1e-6, "zero_centered": zero_centered}
+        assert gpu.serves_rms_norm(here(x.clone()).requires_grad_(), here(weight_D), **how)
+        assert_gradients(
+            lambda x, w, how=how: (ops.rms_norm(x, w, **how),),
+            lambda x, w, how=how: (reference.rms_norm(x, w, **how),),
+            [x, weight_D],
+            tolerance=TOLERANCE if dtype == torch.float32 else TOLERANCE_BF16,
+        )
+
+
+def test_a_gradient_of_a_norm_has_the_same_bits_in_every_run() -> None:
+    x, weight_D = randn(200, 40, seed=0, dtype=torch.float32), randn(40, seed=1, dtype=torch.float32)
+    found = []
+    for _ in range(2):
+        weight = here(weight_D.clone()).requires_grad_()
+        ops.rms_norm(here(x), weight, eps=1e-6, zero_centered=True).square().sum().backward()
+        found.append(weight.grad)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("lengths", [[1, 63], [64, 65], [130]], ids=str)
+def test_gated_delta_rule(lengths: list[int]) -> None:
+    """Two value heads of a key head, from states, of sizes that fill no block; one token forgets everything."""
+    packing, key_dim, value_dim = Packing(lengths, device=DEVICE), 12, 20
+    num_tokens, key_heads, heads = packing.num_tokens, 1, 2
+    log_decays_TH = -randn(num_tokens, heads, seed=3, dtype=torch.float32).abs()
+    log_decays_TH[num_tokens // 2, 0] = -200.0
+    inputs = [
+        ops.l2_norm(randn(num_tokens, key_heads, key_dim, seed=0, dtype=torch.float32)),
+        ops.l2_norm(randn(num_tokens, key_heads, key_dim, seed=1, dtype=torch.float32)),
+        randn(num_tokens, heads, value_dim, seed=2, dtype=torch.float32),
+        log_decays_TH,
+        randn(num_tokens, heads, seed=4, dtype=torch.float32).sigmoid(),
+        randn(len(lengths), heads, key_dim, value_dim, seed=5, dtype=torch.float32),
+    ]
+    tensors = DeltaInputs(*(here(x.clone()).requires_grad_() for x in inputs[:5]))
+    assert gpu.serves_gated_delta_rule(tensors, packing=packing, initial_state_NHKV=here(inputs[5]))
+
+    def rule(op: Callable[..., DeltaOutput]) -> Function:
+        return lambda *x: tuple(op(DeltaInputs(*x[:5]), packing=packing, initial_state_NHKV=x[5]))
+
+    assert_gradients(rule(ops.gated_delta_rule), rule(reference.gated_delta_rule), inputs, tolerance=TOLERANCE)
