@@ -13,7 +13,7 @@ from qnext.engine.engine import Engine
 from qnext.engine.execution.ranks import Ranks, RanksExecutor, follow
 from qnext.engine.sizes import choose_sizes
 from qnext.errors import DoesNotFit, LostRank, QnextError, UsageError
-from qnext.model import CausalLM
+from qnext.model import CausalLM, residency_of
 from qnext.planning.plan import Sizes, WantedSizes
 
 
@@ -24,7 +24,7 @@ def engine_on_ranks(
     `at_end` is called when the engine is closed, with whether the others know it. Raises the errors of Engine.of, and
     UsageError for what ranks do not have."""
     executor, scheduler, wanted, max_model_len = build(model, _checked(config), partial(_agree, ranks))
-    everywhere = RanksExecutor(executor, ranks, at_end)
+    everywhere = RanksExecutor(executor, ranks, at_end, may_fault=_may_fault(ranks, model))
     drafter = Drafter(everywhere, max_draft_tokens=wanted.max_draft_tokens) if wanted.has_drafter else None
     return Engine(
         everywhere, scheduler, max_model_len=max_model_len, drafter=drafter, eos_token_ids=config.eos_token_ids
@@ -33,7 +33,8 @@ def engine_on_ranks(
 
 def follow_engine(model: CausalLM, config: EngineConfig, ranks: Ranks) -> None:
     """Run the plans of the engine in the first rank until it is closed. Raises as engine_on_ranks does."""
-    follow(build(model, replace(_checked(config), count_experts=False), partial(_agree, ranks)).executor, ranks)
+    own = build(model, replace(_checked(config), count_experts=False), partial(_agree, ranks)).executor
+    follow(own, ranks, may_fault=_may_fault(ranks, model))
 
 
 def check_on_ranks(config: EngineConfig) -> None:
@@ -47,6 +48,11 @@ def check_on_ranks(config: EngineConfig) -> None:
 def _checked(config: EngineConfig) -> EngineConfig:
     check_on_ranks(config)
     return replace(config, host_cache_bytes=0)
+
+
+def _may_fault(ranks: Ranks, model: CausalLM) -> bool:
+    """Whether a rank, which may be another one, reads experts from a disk while it computes."""
+    return ranks.least([int(residency_of(model) is None)]) == [0]
 
 
 def _agree(ranks: Ranks, model: CausalLM, wanted: WantedSizes) -> Sizes:

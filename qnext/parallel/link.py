@@ -5,6 +5,7 @@ Legend: T tokens, C columns of one rank, R ranks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from qnext.ops import RecordError
 from qnext.parallel.mesh import Mesh
 from qnext.parallel.watch import RankWatch
 
 _FIRST_BYTES = 8192  # of an order, with its length before it; the rest of a longer one follows
-
+_SECONDS_TO_BREAK = 5.0  # between ranks at which a plan breaks off: some layers of a long prompt
 
 FOREVER = timedelta(days=365)  # of a call: a watch knows whether the others live
 
@@ -40,6 +42,9 @@ class Link(Protocol):
     def gather_rows(self, x_PC: Tensor, counts: Sequence[int]) -> Tensor:
         """The rows of all ranks, one after another: [sum of the counts, C]."""
 
+    def tell_fault(self, error: RecordError) -> None:
+        """This rank lacks a part of what it is to send. All will know of it at the end of the order."""
+
 
 @dataclass
 class Traffic:
@@ -58,6 +63,7 @@ class DistributedLink:
     def __init__(self, mesh: Mesh, store: dist.Store, watch: RankWatch, *, num_local: int = 1) -> None:
         self.mesh, self.traffic = mesh, Traffic()
         self.watch, self.num_local = watch, num_local
+        self._store, self._num_orders = store, 0
         with self._naming_the_lost():
             meet_all(store, mesh.rank, mesh.num_ranks)
             self._orders = dist.new_group(backend="gloo", timeout=FOREVER)
@@ -107,6 +113,7 @@ class DistributedLink:
 
     def tell(self, order: bytes) -> None:
         """From the first rank to all others."""
+        self._num_orders += 1
         first_B = torch.zeros(_FIRST_BYTES, dtype=torch.uint8)
         framed_B = torch.frombuffer(bytearray(len(order).to_bytes(8, "little") + order), dtype=torch.uint8)
         first_B[: len(framed_B)] = framed_B[:_FIRST_BYTES]
@@ -116,6 +123,7 @@ class DistributedLink:
 
     def hear(self) -> bytes:
         """The next order of the first rank, however long that takes."""
+        self._num_orders += 1
         first_B = torch.empty(_FIRST_BYTES, dtype=torch.uint8)
         self._broadcast(first_B)
         first = first_B.numpy().tobytes()
@@ -124,6 +132,22 @@ class DistributedLink:
         if len(rest_B):
             self._broadcast(rest_B)
         return (first[8:] + rest_B.numpy().tobytes())[:length]
+
+    def all_broke(self) -> bool:
+        """Whether the last order broke off on all ranks, as it did on this one. Waits a moment for the others."""
+        with self._naming_the_lost():
+            return self.watch.meet(f"broke/{self._num_orders}", seconds=_SECONDS_TO_BREAK)
+
+    def tell_fault(self, error: RecordError) -> None:
+        with self._naming_the_lost():
+            told = json.dumps([error.layer, error.expert, f"rank {self.mesh.rank}: {error}"])
+            self._store.compare_set(f"fault/{self._num_orders}", "", told)
+
+    def fault(self) -> RecordError | None:
+        """What a rank could not read for the last order, which all have carried out to its end nevertheless."""
+        key = f"fault/{self._num_orders}"
+        with self._naming_the_lost():
+            return RecordError(*json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def least(self, numbers: Sequence[int]) -> list[int]:
         """The smallest of each over all ranks."""

@@ -149,7 +149,12 @@ class SparseShard(SparseMoE):
         order_P = owner_P.argsort(stable=True)
         counts = owner_P.bincount(minlength=self.num_ranks).tolist()
         start = sum(counts[: self.rank])
-        made = [self._made_by_routed(x_TD, routing.experts_TA, order_P[start : start + counts[self.rank]])]
+        own_P = order_P[start : start + counts[self.rank]]
+        try:
+            made = [self._made_by_routed(x_TD, routing.experts_TA, own_P)]
+        except ops.RecordError as error:  # of one expert, and the other ranks wait for rows
+            self.link.tell_fault(error)
+            made = [x_TD.new_full((len(own_P), x_TD.shape[1]), torch.nan)]
         places_P, num_shared = torch.arange(len(order_P), device=x_TD.device), len(x_TD) if self.has_shared else 0
         if num_shared:
             places_P += num_shared * (owner_P[order_P] > self.owner_of_shared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -55,12 +56,15 @@ class RankWatch:
         self._is_told.set()
         return self._lost
 
-    def meet(self, place: str) -> None:
-        """Wait until all ranks have come to a place, which has its name for this once. Raises LostRank."""
+    def meet(self, place: str, *, seconds: float = math.inf) -> bool:
+        """Wait until all ranks have come to a place, which has its name for this once. False: not in time. Raises
+        LostRank."""
+        end, num_there = time.monotonic() + seconds, 0
         try:
-            self._store.add(f"at/{place}", 1)
-            while self._store.add(f"at/{place}", 0) < self._num_ranks and not self._is_known.is_set():
+            num_there = self._store.add(f"at/{place}", 1)
+            while num_there < self._num_ranks and not self._is_known.is_set() and time.monotonic() < end:
                 time.sleep(_LOOK_SECONDS)
+                num_there = self._store.add(f"at/{place}", 0)
         except RuntimeError:  # the store is gone, and who had it
             self._is_suspected = True
             self._is_known.wait(_SUSPICION_SECONDS)
@@ -68,6 +72,7 @@ class RankWatch:
             self._is_told.set()
             assert self._lost is not None
             raise self._lost
+        return num_there == self._num_ranks
 
     def tell(self, error: BaseException) -> None:
         """Why this rank ends; the first word of all ranks counts."""

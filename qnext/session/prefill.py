@@ -5,7 +5,7 @@ Legend: T tokens, D hidden, Y vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ def check_token_ids(token_ids: Sequence[int], config: ModelConfig) -> None:
         raise DoesNotFit(f"{len(token_ids)} tokens, but the context is {config.context_length}")
 
 
-def iterate_logits(model: CausalLM, token_ids: Sequence[int], *, chunk: int | None) -> Iterator[Tensor]:
+def iterate_logits(model: CausalLM, token_ids: Sequence[int], *, chunk: int | None) -> Generator[Tensor, None, None]:
     """Rows [R, Y] in order, T in all. `chunk` None reads all tokens at once without a cache."""
     import torch
 

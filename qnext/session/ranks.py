@@ -6,12 +6,13 @@ import json
 import signal
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from qnext.engine import Engine, EngineConfig
 from qnext.engine.memory import free_bytes
@@ -38,6 +39,7 @@ from qnext.session.folder import (
     place_model,
 )
 from qnext.session.placement import CPU, device_of_rank, use_device
+from qnext.session.prefill import iterate_logits
 from qnext.session.rank_options import AUTO, Launched, RankOptions, share_of_threads
 from qnext.session.rank_processes import RankProcesses, RankStart
 
@@ -48,7 +50,8 @@ _NOT_SENT = {"adapters", "disk_cache", "eos_token_ids", "host_cache_bytes"}  # r
 
 
 class RankJob(NamedTuple):
-    """What the first rank has all others do: load their part of `folder`, and follow an engine of such options."""
+    """What the first rank has all others do: load their part of `folder`, and follow an engine of such options, or
+    compute the logits of `passage`, as the arguments of iterate_logits."""
 
     folder: str
     yarn: float | None
@@ -57,6 +60,7 @@ class RankJob(NamedTuple):
     device: str  # cpu or cuda
     engine: Mapping[str, Any]
     placement: Mapping[str, list[list[int]]] | None  # by layer, the experts of each rank
+    passage: tuple[Sequence[int], int | None] | None = None
 
     def to_bytes(self) -> bytes:
         return json.dumps(self._asdict()).encode()
@@ -98,14 +102,9 @@ def open_on_ranks(folder: ModelFolder, config: EngineConfig, how: EngineOpening)
     LostRank where one is gone.
     """
     options = how.ranks
-    options.check()
-    options.check_model(folder.config)
     check_on_ranks(config)
-    if dist.is_initialized():
-        raise UsageError("torch.distributed is in use in this process, by an engine on ranks or by other code")
-    place_model(folder, how.dtype, options)
-    job = _job(folder, config, find_placement(folder, options, how.note), how.dtype)
-    crew = _Crew(options, ends_process=how.ends_process)
+    crew, placement = _gather(folder, how)
+    job = _job(folder, config, placement, how.dtype)
 
     def end(is_heard: bool) -> None:
         if options.placement == AUTO:
@@ -124,6 +123,37 @@ def open_on_ranks(folder: ModelFolder, config: EngineConfig, how: EngineOpening)
         raise cause from error
     how.note(f"{options.num_ranks} ranks with {torch.get_num_threads()} threads each; sizes are those of the first")
     return model, engine
+
+
+def logits_on_ranks(
+    folder: ModelFolder, token_ids: Sequence[int], how: EngineOpening, *, chunk: int | None
+) -> Generator[Tensor, None, None]:
+    """The rows of iterate_logits, with its arguments, from all ranks; the others end with the last row. Raises, at the
+    first row, what open_on_ranks raises."""
+    crew, placement = _gather(folder, how)
+    job = _job(folder, EngineConfig(), placement, how.dtype)._replace(passage=(token_ids, chunk))
+    try:
+        crew.link.tell(job.to_bytes())
+        device = device_of_rank(job.device, how.ranks.local_rank(0))
+        model = _load_part(folder, job, crew.link, device, how.progress)
+        yield from iterate_logits(model, token_ids, chunk=chunk)
+    except BaseException as error:
+        cause = crew.fail(error)
+        if cause is error:
+            raise
+        raise cause from error
+    crew.end(True)
+
+
+def _gather(folder: ModelFolder, how: EngineOpening) -> tuple[_Crew, ExpertPlacement | None]:
+    """All ranks, and where experts are. Raises UsageError."""
+    how.ranks.check()
+    how.ranks.check_model(folder.config)
+    if dist.is_initialized():
+        raise UsageError("torch.distributed is in use in this process, by an engine on ranks or by other code")
+    place_model(folder, how.dtype, how.ranks)
+    placement = find_placement(folder, how.ranks, how.note)
+    return _Crew(how.ranks, ends_process=how.ends_process), placement
 
 
 def _load_part(
@@ -226,8 +256,12 @@ def _follow(place: _Place, patience: float, model: str | None = None) -> int:
         job = RankJob.from_bytes(link.hear())
         path = job.folder if model is None else model
         folder = open_model(path, yarn=job.yarn, expert_memory=job.expert_memory, device=job.device)
-        device = device_of_rank(job.device, place.local_rank)
-        follow_engine(_load_part(folder, job, link, device, no_progress), job.config, link)
+        part = _load_part(folder, job, link, device_of_rank(job.device, place.local_rank), no_progress)
+        if job.passage is None:
+            follow_engine(part, job.config, link)
+        else:
+            for _ in iterate_logits(part, job.passage[0], chunk=job.passage[1]):
+                pass
     except Exception as error:
         link.watch.tell(error)
         if isinstance(error, QnextError):

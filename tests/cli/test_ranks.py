@@ -49,6 +49,28 @@ def test_two_ranks_answer_as_one_process(folder: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "chunk"),
+    [
+        (TWO, 5),
+        pytest.param(TWO, None, marks=pytest.mark.slow),
+        pytest.param((*TWO, "--expert-parallel", "2"), 7, marks=pytest.mark.slow),
+    ],
+)
+def test_logits_of_ranks_are_those_of_one_process(
+    folder: Path, tmp_path: Path, capsys: Capture, flags: tuple[str, ...], chunk: int | None
+) -> None:
+    """To the last bit, in one pass over more rows than a head computes at once, and in chunks through the caches."""
+    (tmp_path / "ids.json").write_text(json.dumps([7 * n % 250 for n in range(400 if chunk is None else 12)]))
+    given = ["logits", folder, "--tokens", f"@{tmp_path / 'ids.json'}", *([] if chunk is None else ["--chunk", chunk])]
+    files = [tmp_path / name for name in ("one.npy", "ranks.npy")]
+    alone = run(capsys, *given, "--out", files[0])
+    found = run(capsys, *given, "--out", files[1], *flags)
+    assert (alone.code, found.code) == (0, 0), found.err
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert children(os.getpid()) == []
+
+
+@pytest.mark.parametrize(
     ("flags", "line"),
     [
         (["--tensor-parallel", "3"], "--tensor-parallel 3: num_attention_heads is 4, which it does not divide"),

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from qnext.ops import RecordError
 from qnext.parallel.link import Traffic
 from qnext.parallel.mesh import Mesh
 
@@ -23,6 +24,7 @@ class Meeting:
     def __init__(self, num_ranks: int) -> None:
         self._barrier = threading.Barrier(num_ranks, timeout=_SECONDS)
         self._places: list[Any] = [None] * num_ranks
+        self.faults: dict[int, RecordError] = {}  # by order
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         self._places[rank] = value
@@ -40,7 +42,7 @@ class MemoryLink:
 
     def __init__(self, mesh: Mesh, meeting: Meeting) -> None:
         self.mesh, self.traffic, self._meeting = mesh, Traffic(), meeting
-        self.num_local = mesh.num_ranks
+        self.num_local, self._num_orders = mesh.num_ranks, 0
 
     def gather(self, x_TC: Tensor, widths: Sequence[int]) -> Tensor:
         found = self._meeting.exchange(self.mesh.rank, x_TC)
@@ -56,14 +58,27 @@ class MemoryLink:
         return torch.cat(found)
 
     def tell(self, order: bytes) -> None:
+        self._num_orders += 1
         self._meeting.exchange(0, order)
 
     def hear(self) -> bytes:
+        self._num_orders += 1
         order: bytes = self._meeting.exchange(self.mesh.rank, None)[0]
         return order
 
     def least(self, numbers: Sequence[int]) -> list[int]:
         return [min(each) for each in zip(*self._meeting.exchange(self.mesh.rank, list(numbers)), strict=True)]
+
+    def all_broke(self) -> bool:
+        """Or the ranks that have not wait for this one in vain, and the test fails."""
+        self._meeting.exchange(self.mesh.rank, None)
+        return True
+
+    def tell_fault(self, error: RecordError) -> None:
+        self._meeting.faults.setdefault(self._num_orders, error)
+
+    def fault(self) -> RecordError | None:
+        return self._meeting.faults.get(self._num_orders)
 
     def _count(self, num_bytes: int, num_ranks: int) -> None:
         self.traffic.num_messages += 1

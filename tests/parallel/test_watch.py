@@ -30,9 +30,10 @@ def test_ranks_meet(pair: list[RankWatch]) -> None:
     came: list[int] = []
     late = threading.Timer(0.3, lambda: (came.append(1), pair[1].meet("here")))  # type: ignore[func-returns-value]
     late.start()
-    pair[0].meet("here")
+    assert pair[0].meet("here")
     assert came == [1]
     late.join()
+    assert not pair[0].meet("where nobody else comes", seconds=0.05)
 
 
 def test_a_rank_that_fails_is_told_with_its_own_words_and_code(pair: list[RankWatch]) -> None:

@@ -7,6 +7,7 @@ modules of their models. Logits come together in all ranks, and the engine sampl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from qnext.engine.execution.orders import from_bytes, to_bytes
 from qnext.engine.memory import HeldBytes
 from qnext.engine.policy.draft_lengths import DraftCosts
 from qnext.engine.policy.step import DraftPlan, StepPlan
-from qnext.errors import LostRank, QnextError
+from qnext.errors import LostRank, QnextError, ends_engine
 
 _Output = TypeVar("_Output")
 
@@ -38,16 +39,24 @@ class Ranks(Protocol):
     def least(self, numbers: Sequence[int]) -> list[int]:
         """The smallest of each over all ranks, which all ask."""
 
+    def all_broke(self) -> bool:
+        """Whether the last order broke off on all ranks, as it did on this one. Waits a moment for the others."""
+
+    def fault(self) -> QnextError | None:
+        """What a rank could not read for the last order, which all have carried out to its end nevertheless."""
+
 
 class RanksExecutor:
     """The executor of the first rank: what `own` does, all others do as well.
 
-    Where a plan breaks off here, or another rank is lost, the ranks stand at different places of a step, so that this
-    executor raises LostRank from then on. `at_end` is told whether the others have heard that there is no more.
+    A plan that breaks off on every rank raises the error of the first: all have dropped it, and the next one can run.
+    Where it breaks off on some, or a rank is lost, the ranks stand at different places of a step, so that this executor
+    raises LostRank from then on. `may_fault`: some rank may go on without its part (`Ranks.fault`), which drops the
+    plan as well. `at_end` is told whether the others have heard that there is no more.
     """
 
-    def __init__(self, own: Executor, ranks: Ranks, at_end: Callable[[bool], None]) -> None:
-        self._own, self._ranks, self._at_end = own, ranks, at_end
+    def __init__(self, own: Executor, ranks: Ranks, at_end: Callable[[bool], None], *, may_fault: bool = False) -> None:
+        self._own, self._ranks, self._at_end, self._may_fault = own, ranks, at_end, may_fault
         self._lost: LostRank | None = None
         self.model_config: ModelConfig = own.model_config
         self.draft_costs: DraftCosts | None = own.draft_costs  # of one rank
@@ -65,12 +74,16 @@ class RanksExecutor:
             raise self._lost
         try:
             self._ranks.tell(to_bytes(plan))
-            return run()
+            output, failure = _together(self._ranks, run, may_fault=self._may_fault)
         except BaseException as error:
             self._lost = _lost_by(error)
             if isinstance(error, Exception):
                 raise self._lost from error
             raise
+        if failure is not None:
+            raise failure
+        assert output is not None
+        return output
 
     def held_bytes(self) -> HeldBytes:
         """Of one rank."""
@@ -94,6 +107,17 @@ class RanksExecutor:
             self._at_end(self._lost is None)
 
 
+def _together(ranks: Ranks, run: Callable[[], _Output], *, may_fault: bool) -> tuple[_Output | None, Exception | None]:
+    """What this rank makes of a plan, and why all ranks drop it. Raises what has broken it off here and not on all."""
+    try:
+        output = run()
+    except Exception as error:
+        if ends_engine(error) or not ranks.all_broke():
+            raise
+        return None, error
+    return output, ranks.fault() if may_fault else None
+
+
 def _lost_by(error: BaseException) -> LostRank:
     if isinstance(error, LostRank):
         return error
@@ -102,12 +126,10 @@ def _lost_by(error: BaseException) -> LostRank:
     return LostRank(f"rank 0 could not run a step: {type(error).__name__}")
 
 
-def follow(own: Executor, ranks: Ranks) -> None:
-    """What all ranks but the first do, until the engine is closed. Raises what the model raises: a rank that could not
-    run a plan is of no use to the others."""
+def follow(own: Executor, ranks: Ranks, *, may_fault: bool = False) -> None:
+    """What all ranks but the first do, until the engine is closed. Raises what the model raises at a plan that other
+    ranks could run: this one is of no use to them."""
     while (order := from_bytes(ranks.hear())) is not None:
-        if isinstance(order, StepPlan):
-            own.execute(order)
-        else:
-            own.draft(order)
+        run = partial(own.execute, order) if isinstance(order, StepPlan) else partial(own.draft, order)
+        _together(ranks, run, may_fault=may_fault)
     own.close()
