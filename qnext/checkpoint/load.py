@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from qnext import ops
 from qnext.checkpoint.check import FLOAT_DTYPES, Layout, layout_of, structure_problems
-from qnext.checkpoint.codes import Codes, coded_parameters
+from qnext.checkpoint.codes import Codes, Fp8Codes, coded_parameters, fp8_parameters
 from qnext.checkpoint.cut import cut_layout
 from qnext.checkpoint.files import TORCH_DTYPES, Progress, TensorFiles
 from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.header import TensorInfo
-from qnext.checkpoint.packed_values import packed_blocks
+from qnext.checkpoint.packed_values import fp8_blocks, packed_blocks
 from qnext.checkpoint.record_tables import RecordTables
 from qnext.checkpoint.record_values import record_problem
 from qnext.checkpoint.streamed import layer_of, look_ahead, open_streamed
@@ -46,8 +46,9 @@ def load_model(
 ) -> CausalLM:
     """The model in a Hugging Face folder of safetensors files, or in the folder that a Layout was read from.
 
-    `dtype` None keeps the stored dtype, tensor by tensor; FP8 weights become bfloat16. Integer codes stay codes unless
-    `dequantize`; gates always become tensors. With `residency` experts stay on disk until they are needed;
+    `dtype` None keeps the stored dtype, tensor by tensor; FP8 stays FP8 where the device's kernels read it (see
+    ops.reads_fp8), and becomes bfloat16 elsewhere. Integer codes stay codes. Gates always become tensors, and all
+    weights with `dequantize`. With `residency` experts stay on disk until they are needed;
     `on_rank` reads one rank's part. `progress` gets the bytes read and the bytes in all. Warns of what is ignored.
     Raises ModelNotFound, ConfigError, CorruptCheckpoint for a missing, surplus, misshaped or (with `check_finite`)
     non-finite tensor, NotSupported for a form that is not read, UsageError for what does not fit together.
@@ -66,7 +67,9 @@ def load_model(
     given = {**streamed, **tables.weights}
     layout = layout.with_experts_of(layout.records.keys() - set(map(layer_of, given)))
     with TensorFiles(layout.index) as files, _recalling(streamed, residency):
-        codes: dict[str, Codes] = {} if dequantize else coded_parameters(layout, files)
+        codes: dict[str, Codes | Fp8Codes] = {} if dequantize else {**coded_parameters(layout, files)}
+        if dtype is None and not dequantize and ops.reads_fp8(device):
+            codes |= fp8_parameters(layout, files)
         dtypes = _parameter_dtypes(layout, files.tensors, dtype, codes.keys() | given.keys())
         make = None if on_rank is None else partial(make_sharded, *on_rank)
         model = empty_model(layout.config, dtypes=dtypes, device=device, quantized=codes, given=given, make=make)
@@ -131,7 +134,7 @@ def empty_model(
     *,
     dtypes: Mapping[str, torch.dtype] | torch.dtype,
     device: torch.device | str = "cpu",
-    quantized: Mapping[str, Codes] | None = None,
+    quantized: Mapping[str, Codes | Fp8Codes] | None = None,
     given: Mapping[str, ops.Weight] | None = None,
     make: Callable[[], CausalLM] | None = None,
 ) -> CausalLM:
@@ -172,7 +175,9 @@ def _check(layout: Layout, files: TensorFiles, name: str, check_finite: bool) ->
         raise CorruptCheckpoint(problem)
 
 
-def _empty_codes(codes: Codes, device: torch.device | str) -> ops.QuantizedWeight | ops.PanelWeight:
+def _empty_codes(codes: Codes | Fp8Codes, device: torch.device | str) -> ops.Weight:
+    if isinstance(codes, Fp8Codes):
+        return ops.empty_fp8(codes.shape, block=codes.block, scale_dtype=codes.scale_dtype, device=device)
     return ops.empty_quantized(
         codes.shape,
         bits=codes.bits,
@@ -191,7 +196,8 @@ def _copy(layout: Layout, files: TensorFiles, name: str, modules: Mapping[str, n
     if not isinstance(destination, Tensor):
         row = 0 if part.rows is None else part.rows[0]
         packed = layout.packed[name]
-        for first, rows in packed_blocks(packed, files):
+        blocks = fp8_blocks(packed, files) if packed.form.layout == "fp8" else packed_blocks(packed, files)
+        for first, rows in blocks:
             ops.write_quantized(destination, rows, expert=part.expert, row=row + first)
         return
     place = destination.data[part.place]

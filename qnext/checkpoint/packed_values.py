@@ -6,6 +6,7 @@ Legend: F outputs, D inputs, G groups of inputs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from qnext.checkpoint.files import PIECE_BYTES, TensorFiles
 from qnext.checkpoint.finite import is_finite, is_finite_on_disk
 from qnext.checkpoint.header import TensorInfo
 from qnext.checkpoint.packed import PackedWeight
+from qnext.ops.float8 import Fp8Weight
 from qnext.ops.quantized import QuantizedWeight
 from qnext.quant.float_formats import Nested, from_bitsandbytes, from_fp4, from_fp8, scale_values
 from qnext.quant.formats import (
@@ -217,8 +219,21 @@ def packed_blocks(packed: PackedWeight, files: TensorFiles) -> Iterator[tuple[in
         yield first, _by_rows(packed, files.read_rows(codes.name, first, end), scales, zeros, first)
 
 
-def _blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    step = max(64, PIECE_BYTES // max(1, row_bytes) // 64 * 64)
+def fp8_blocks(packed: PackedWeight, files: TensorFiles) -> Iterator[tuple[int, Fp8Weight]]:
+    """A weight in fp8 with scales for blocks, rows by rows: each part with the number of its first row, which begins a
+    block. Scales of another type than bf16 are in fp32."""
+    assert packed.form.block is not None
+    (rows, columns), (num_outputs, num_inputs) = packed.form.block, packed.shape
+    stored = files.read(packed.stored["scales"].name)
+    scales = stored if stored.dtype == torch.bfloat16 else scale_values(stored)
+    scales = scales.reshape(-(-num_outputs // rows), -(-num_inputs // columns))
+    for first, end in _blocks(num_outputs, num_inputs, math.lcm(rows, 64)):
+        codes = files.read_rows(packed.stored["codes"].name, first, end)
+        yield first, Fp8Weight(codes, scales[first // rows : -(-end // rows)], packed.form.block)
+
+
+def _blocks(num_rows: int, row_bytes: int, multiple: int = 64) -> Iterator[tuple[int, int]]:
+    step = max(multiple, PIECE_BYTES // max(1, row_bytes) // multiple * multiple)
     return ((first, min(first + step, num_rows)) for first in range(0, num_rows, step))
 
 

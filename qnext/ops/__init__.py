@@ -16,6 +16,7 @@ from qnext.ops.backends import (
     compute_alone,
     cuda_computes,
     instruction_set,
+    reads_fp8,
     set_num_threads,
 )
 from qnext.ops.caches import DELTA_CHUNK_SIZE, AttentionCache, DeltaCache, PendingTokens
@@ -77,7 +78,7 @@ from qnext.ops.records import (
 )
 from qnext.ops.reference.rope import apply_rope, rope_frequencies, yarn_frequencies
 from qnext.ops.rounding import round_to_groups, rounding_errors
-from qnext.ops.storage import empty_quantized, write_quantized
+from qnext.ops.storage import empty_fp8, empty_quantized, write_quantized
 from qnext.ops.torch.attention import attention, cached_attention
 from qnext.ops.torch.conv import causal_conv1d_silu
 from qnext.ops.torch.delta_cache import Carried, read_carried
@@ -144,6 +145,7 @@ __all__ = [
     "delta_keeps_bits",
     "dequantize",
     "embedding",
+    "empty_fp8",
     "empty_huge",
     "empty_quantized",
     "experts_keep_bits",
@@ -162,6 +164,7 @@ __all__ = [
     "lora_experts_swiglu",
     "put_rows",
     "read_carried",
+    "reads_fp8",
     "record",
     "rms_norm",
     "rope_cos_sin",

@@ -79,6 +79,13 @@ def backend_of(device: torch.device) -> Backend:
     return TRITON if triton_serves(device.type) else TORCH
 
 
+def reads_fp8(device: torch.device) -> bool:
+    """Whether kernels on `device` multiply with weights in fp8 as they are. GPUs before compute capability 8.9 know no
+    such numbers."""
+    is_new = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return backend_of(device) is TRITON and is_new
+
+
 def _wanted() -> str:
     """The backend that the environment demands; empty where it demands none.
 

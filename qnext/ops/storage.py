@@ -6,6 +6,8 @@ import torch
 
 from qnext.ops.backends import CPU, backend_of
 from qnext.ops.cpu.panels import PanelWeight
+from qnext.ops.float8 import Fp8Weight
+from qnext.ops.memory import empty_huge
 from qnext.ops.quantized import QuantizedWeight
 
 
@@ -36,13 +38,29 @@ def empty_quantized(
     )
 
 
+def empty_fp8(
+    shape: tuple[int, ...], *, block: tuple[int, int], scale_dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Fp8Weight:
+    """Memory for matrices [F, D] or [E, F, D] in fp8, which write_quantized fills."""
+    grid = (*shape[:-2], *(-(-size // step) for size, step in zip(shape[-2:], block, strict=True)))
+    codes = empty_huge(shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    return Fp8Weight(codes, torch.empty(grid, dtype=scale_dtype, device=device), block)
+
+
 def write_quantized(
-    destination: QuantizedWeight | PanelWeight, source: QuantizedWeight, *, expert: int | None = None, row: int = 0
+    destination: QuantizedWeight | PanelWeight | Fp8Weight,
+    source: QuantizedWeight | Fp8Weight,
+    *,
+    expert: int | None = None,
+    row: int = 0,
 ) -> None:
     """Copy a matrix [f, D] to outputs row, row + 1, ... of the destination, or of one expert of it.
 
-    Raises ValueError where bits, groups, zeros or sizes do not agree.
+    Raises ValueError where bits, groups, blocks, zeros or sizes do not agree.
     """
+    if isinstance(destination, Fp8Weight) or isinstance(source, Fp8Weight):
+        _write_fp8(destination, source, expert, row)
+        return
     if isinstance(destination, PanelWeight):
         destination.write(source, expert=expert or 0, row=row)
         return
@@ -58,3 +76,19 @@ def write_quantized(
     ):
         if to is not None and values is not None:
             to[place].copy_(values)
+
+
+def _write_fp8(
+    destination: QuantizedWeight | PanelWeight | Fp8Weight,
+    source: QuantizedWeight | Fp8Weight,
+    expert: int | None,
+    row: int,
+) -> None:
+    if not (isinstance(destination, Fp8Weight) and isinstance(source, Fp8Weight) and source.block == destination.block):
+        raise ValueError("a weight in fp8 can only be part of one with the same blocks")
+    step = source.block[0]
+    if row % step:
+        raise ValueError(f"row {row} is inside a block of {step} outputs")
+    of_expert = destination if expert is None else destination[expert]
+    of_expert.codes[row : row + len(source.codes)].copy_(source.codes)
+    of_expert.scales[row // step : row // step + len(source.scales)].copy_(source.scales)

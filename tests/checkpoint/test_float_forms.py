@@ -16,8 +16,11 @@ from torch import Tensor
 from qnext import ops
 from qnext.checkpoint import load_model
 from qnext.checkpoint.gguf import export_gguf, import_gguf
+from qnext.checkpoint.names import disk_parts
 from qnext.diagnostics.folder import examine
 from qnext.errors import CorruptCheckpoint, NotSupported, QnextWarning
+from qnext.model import named_weights
+from qnext.planning import list_parameters
 
 from .float_folders import FLOAT_CONFIG, FloatForm, float_folder, float_forms, fp8
 from .folders import edit_config
@@ -60,6 +63,32 @@ def test_integers_stay_codes(tmp_path: Path, name: str) -> None:
     weights = weights_of(load_model(tmp_path / "m"))
     assert not isinstance(weights["model.layers.0.mlp.experts.down_proj"], Tensor)
     assert isinstance(weights["model.layers.0.mlp.gate.weight"], Tensor)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if "FP8" in name or "official" in name or name == "E5M2"])
+def test_fp8_stays_fp8_where_kernels_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """In blocks, where no part of a parameter begins inside one. All numbers are those that were packed, or these
+    rounded to bfloat16."""
+    monkeypatch.setattr(ops, "reads_fp8", lambda device: True)
+    expected = float_folder(tmp_path / "m", FORMS[name])
+    model = load_model(tmp_path / "m")
+    kept = {key: weight for key, weight in named_weights(model) if isinstance(weight, ops.Fp8Weight)}
+    shown = FORMS[name].shown
+    assert bool(kept) == ("x" in shown.partition(" ")[2] or " g" in shown), shown
+    parts = {part.name: key for key, info in list_parameters(model.config).items() for part in disk_parts(info)}
+    assert_holds(model, {n: w if parts[n] in kept else w.bfloat16().float() for n, w in expected.items()})
+    assert not dict(named_weights(load_model(tmp_path / "m", dtype=torch.float32)))
+
+
+def test_a_row_inside_a_block_is_refused() -> None:
+    whole = ops.empty_fp8((2, 64, 32), block=(32, 16), scale_dtype=torch.float32)
+    part = ops.Fp8Weight(torch.zeros(16, 32).to(torch.float8_e4m3fn), torch.ones(1, 2), (32, 16))
+    ops.write_quantized(whole, part, expert=1, row=32)
+    assert whole.scales[1, 1].tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="row 16 is inside a block of 32 outputs"):
+        ops.write_quantized(whole, part, expert=1, row=16)
+    with pytest.raises(ValueError, match="only be part of one with the same blocks"):
+        ops.write_quantized(whole, ops.Fp8Weight(part.codes, torch.ones(1, 1), (32, 32)), expert=1)
 
 
 @pytest.mark.filterwarnings("error::qnext.errors.QnextWarning")
