@@ -30,13 +30,14 @@ from qnext.checkpoint.snapshot import part_file
 from qnext.errors import CorruptCheckpoint
 
 
-def write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Write the parts of this process into a folder that is being made. All processes call it with the same names.
+def write_parts(folder: Path, tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup) -> Path:
+    """Write the parts of this process into a folder that is being made. All processes of `group` call it with the same
+    names.
 
     Returns the file. Raises OSError where one of them could not write.
     """
     try:
-        dcp.save(dict(tensors), storage_writer=_PartWriter(folder))
+        dcp.save(dict(tensors), storage_writer=_PartWriter(folder), process_group=group)
     except dcp.CheckpointException as error:
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
         if isinstance(cause, OSError):

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext.checkpoint.snapshot import (
-    Snapshot,
-    list_snapshots,
-    load_snapshot,
-    load_weights,
-    newest_snapshot,
-    path_of,
-)
-from qnext.errors import FULL, CorruptCheckpoint, DiskFull, QnextError, UsageError, line_of, warn
+from qnext.checkpoint.snapshot import Snapshot, list_snapshots, load_snapshot, load_weights, newest_snapshot
+from qnext.errors import CorruptCheckpoint, LostRank, QnextError, UsageError, warn
 from qnext.model import CausalLM, DecoderLayer
 from qnext.training.accumulation import Accumulation
 from qnext.training.best import BestModel
@@ -33,7 +27,8 @@ from qnext.training.objective import NextToken, Objective, TrainSource, TrainSte
 from qnext.training.optimizer import load_optimizer_tensors, make_optimizers, optimizer_tensors, parameter_rules
 from qnext.training.precision import PrecisionChoice, choose_precision
 from qnext.training.ranks import ALONE, TrainingRanks, total_norm
-from qnext.training.saving import parts_of_snapshot, save_of_ranks
+from qnext.training.saving import parts_of_snapshot
+from qnext.training.snapshot_writer import SnapshotFailed, SnapshotWriter
 from qnext.training.spikes import SpikeGuard
 
 _MAX_SKIPPED_IN_A_ROW = 10
@@ -41,15 +36,6 @@ _MAX_SKIPPED_IN_A_ROW = 10
 
 class Diverged(QnextError):
     """Gradients stayed infinite or NaN."""
-
-
-class SnapshotFailed(QnextError):
-    """A snapshot could not be written; the earlier ones still exist. A full disk keeps its own exit code."""
-
-    def __init__(self, error: OSError, newest: Path | None) -> None:
-        kept = "there is no earlier one" if newest is None else f"the newest is {newest.name}"
-        super().__init__(f"{line_of(error)}; {kept}")
-        self.exit_code = DiskFull.exit_code if error.errno in FULL else UsageError.exit_code
 
 
 @dataclass(frozen=True)
@@ -103,6 +89,11 @@ class Trainer:
         if config.early_stop and self.hooks.evaluate is None:
             raise UsageError("early_stop: nothing is held out that could be evaluated")
         self.folder = folder
+        self._snapshots: SnapshotWriter | None = None
+        if folder is not None:
+            self._snapshots = SnapshotWriter(
+                folder / "snapshots", keep=config.keep_snapshots, part_of=self.part_of, ranks=ranks
+            )
         self._metrics: MetricsFile | None = None
         self._elapsed_before = self._now = 0.0  # seconds of the run; `_now` is the time of the last step's begin
         self._started = time.perf_counter()
@@ -149,6 +140,11 @@ class Trainer:
             with self.ranks.guarded():
                 while not self._is_over(until_step):
                     self._report(self._one_step(tap))
+                self._end_snapshot()
+        except BaseException as error:
+            if not isinstance(error, LostRank):  # with whom nothing is written any more
+                self._end_snapshot()
+            raise
         finally:
             tap.close()
             self.model.train(was_training)
@@ -240,15 +236,31 @@ class Trainer:
                 text = on_sample(self.step)
             if self._metrics is not None and text is not None:
                 self._metrics.write_sample(self.step, text)
+        if self._snapshots is None:
+            return
+        if self._snapshots.is_written:
+            self._end_snapshot()
         # A snapshot of a run that has just become unusable would push out one that is not.
-        if self.folder is not None and _is_due(self.step, config.snapshot_every) and not self._skipped_in_a_row:
-            try:
-                self.save()
-            except SnapshotFailed as error:
-                warn(f"{error}; the run goes on and tries again at step {self.step + config.snapshot_every}")
+        if _is_due(self.step, config.snapshot_every) and not self._skipped_in_a_row:
+            self._end_snapshot()
+            self._snapshots.begin(self._snapshot())
+
+    def _end_snapshot(self) -> None:
+        """Wait for the snapshot that is being written, if one is. A failure costs it alone."""
+        if self._snapshots is None or (step := self._snapshots.begun_step) is None:
+            return
+        try:
+            self._tell_snapshot(self._snapshots.ended())
+        except SnapshotFailed as error:
+            warn(f"{error}; the run goes on and tries again at step {step + self.config.snapshot_every}")
+
+    def _tell_snapshot(self, path: Path) -> None:
+        if self.hooks.on_snapshot is not None:
+            self.hooks.on_snapshot(path)
 
     def _advice(self) -> str:
         """Where to continue, when the newest snapshot already held weights that give no finite gradients."""
+        self._end_snapshot()
         paths = [] if self.folder is None else list(list_snapshots(self.folder / "snapshots"))
         last_finite = self.step - self._skipped_in_a_row
         if len(paths) < 2 or paths[-1].name != f"step-{last_finite:08}":
@@ -290,11 +302,18 @@ class Trainer:
             self.model.train(was_training)
 
     def save(self) -> Path:
-        """Write a snapshot of everything that the run needs to continue. Raises SnapshotFailed.
+        """Write a snapshot of everything that the run needs to continue, and wait for it. Raises SnapshotFailed.
 
-        A snapshot that is due during the run may fail: `run` warns and continues, and the next snapshot may succeed.
+        The run writes those that are due by itself while it goes on. There a failure is a warning, and the next
+        snapshot may succeed.
         """
-        assert self.folder is not None, "a run without a folder cannot be saved"
+        assert self._snapshots is not None, "a run without a folder cannot be saved"
+        self._end_snapshot()
+        path = self._snapshots.write(self._snapshot())
+        self._tell_snapshot(path)
+        return path
+
+    def _snapshot(self) -> Snapshot:
         random = {"cpu": torch.get_rng_state()}
         if self.model.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.model.device)
@@ -313,20 +332,12 @@ class Trainer:
             "step_seconds": self._step_seconds,
             "precision": self.precision.precision,
             "optimizer": self.config.optimizer,
-            "data": dict(self.stream.position),
-            "spikes": self.spikes.state,
+            "data": deepcopy(dict(self.stream.position)),
+            "spikes": deepcopy(self.spikes.state),
             "best": self.best.state,
             "config": asdict(self.config),
         }
-        folder, snapshot = self.folder / "snapshots", Snapshot(self.step, tensors, state)
-        try:
-            save_of_ranks(folder, snapshot, keep=self.config.keep_snapshots, part_of=self.part_of, ranks=self.ranks)
-        except OSError as error:
-            raise SnapshotFailed(error, next(reversed(list_snapshots(folder)), None)) from error
-        path = path_of(folder, self.step)
-        if self.hooks.on_snapshot is not None:
-            self.hooks.on_snapshot(path)
-        return path
+        return Snapshot(self.step, tensors, state)
 
     def resume(self, path: Path | None = None) -> Path | None:
         """Continue from the snapshot at `path`, or from the newest complete one of this run. Returns None where there

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,18 @@ class TrainingRanks(Protocol):
     @property
     def is_first(self) -> bool:
         """Whether it is the process that writes files and talks to people."""
+
+    @property
+    def num_here(self) -> int:
+        """How many of them share the memory of this machine."""
+
+    @property
+    def aside(self) -> TrainingRanks:
+        """The same processes, which talk apart from training: for a thread beside it."""
+
+    @property
+    def group(self) -> Any:
+        """That of torch.distributed in which they talk; None for one process."""
 
     def shard(self, model: CausalLM) -> None:
         """Cut the parameters of `model`, before anything else looks at them."""
@@ -85,7 +97,11 @@ class TrainingRanks(Protocol):
 class Alone:
     """One process."""
 
-    share, num_shares, num_cuts, is_first = 0, 1, 1, True
+    share, num_shares, num_cuts, num_here, is_first, group = 0, 1, 1, 1, True, None
+
+    @property
+    def aside(self) -> Alone:
+        return self
 
     def shard(self, model: CausalLM) -> None:
         """Nothing is cut."""

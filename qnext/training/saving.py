@@ -68,7 +68,7 @@ def _write_parts(place: str, parts: Mapping[str, Tensor], ranks: TrainingRanks) 
     file, failure = Path(), None
     entry = {"bytes": 0, "crc32": 0}
     try:
-        file = write_parts(Path(place), parts)
+        file = write_parts(Path(place), parts, group=ranks.group)
         entry = file_entry(file)
     except OSError as error:
         failure = error

@@ -24,8 +24,8 @@ from qnext.parallel.train.context import check_context
 from qnext.parallel.train.experts import check_experts
 from qnext.parallel.train.ranks import Division
 from qnext.training import Hooks, PackedStream, StepMetrics, TrainConfig, Trainer
-from qnext.training.loop import SnapshotFailed
 from qnext.training.ranks import ALONE, TrainingRanks, whole_weights
+from qnext.training.snapshot_writer import SnapshotFailed
 from tests.training.models import documents, tiny_config, tiny_model
 from tests.training.ranked import TrainingProcesses, processes, started
 from tests.training.test_loop import CONFIG
@@ -108,7 +108,8 @@ def save_parts(ranks: TrainingRanks, config: TrainConfig, folder: Path) -> tuple
     trainer.run(until_step=1)
     with (
         mock.patch.object(ranks, "whole", side_effect=AssertionError("a parameter is gathered")),
-        mock.patch.object(ranks, "gather_parts", wraps=ranks.gather_parts) as gather,
+        mock.patch.object(ranks, "gather_parts", side_effect=AssertionError("the group of training is asked")),
+        mock.patch.object(ranks.aside, "gather_parts", wraps=ranks.aside.gather_parts) as gather,
     ):
         trainer.save()
     most = max(call.args[0].numel() for call in gather.call_args_list if call.args[0].dtype != torch.uint8)
@@ -132,7 +133,8 @@ def save_where_one_disk_is_full(ranks: TrainingRanks, config: TrainConfig, folde
 
 def run_and_die_unpublished(ranks: TrainingRanks, config: TrainConfig, folder: Path, steps: int) -> None:
     """The first process is gone when all have written the snapshot of a step and before it has its name."""
-    gather, told = ranks.gather_parts, ranks.told
+    aside = ranks.aside
+    gather, told = aside.gather_parts, aside.told
 
     def gather_and_die(values_N: Tensor) -> Tensor:
         gather(values_N)
@@ -140,12 +142,12 @@ def run_and_die_unpublished(ranks: TrainingRanks, config: TrainConfig, folder: P
 
     def tell(text: str) -> str:
         place = told(text)
-        if trainer.step == steps and ranks.is_first:
-            mock.patch.object(ranks, "gather_parts", gather_and_die).start()
+        if f"step-{steps:08}." in place and ranks.is_first:
+            mock.patch.object(aside, "gather_parts", gather_and_die).start()
         return place
 
     trainer = make_trainer(ranks, config, torch.float64, {}, folder, Hooks())
-    with mock.patch.object(ranks, "told", tell):
+    with mock.patch.object(aside, "told", tell):
         trainer.run()
 
 

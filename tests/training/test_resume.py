@@ -3,15 +3,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from qnext.checkpoint import snapshot as snapshot_module
 from qnext.checkpoint.snapshot import Snapshot, list_snapshots, load_snapshot, save_snapshot
 from qnext.errors import CorruptCheckpoint, DiskFull, QnextWarning
-from qnext.training import Hooks, StepMetrics, TrainConfig
-from qnext.training.loop import SnapshotFailed
+from qnext.planning import machine
+from qnext.training import Hooks, StepMetrics, TrainConfig, saving
+from qnext.training.snapshot_writer import SnapshotFailed
 from tests.training.models import documents, tiny_model
 from tests.training.test_loop import CONFIG, make_trainer
 
@@ -67,6 +71,58 @@ def test_snapshots_of_the_loop_keep_the_newest(tmp_path: Path) -> None:
     make_trainer(config, folder=tmp_path).run(until_step=4)
     assert [p.name for p in list_snapshots(tmp_path / "snapshots")] == ["step-00000003", "step-00000004"]
     assert sorted(p.name for p in (tmp_path / "snapshots").iterdir()) == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_snapshot_that_is_written_later_holds_what_was_there_when_it_was_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    """No file is begun before the next update is over; every byte is that of a snapshot that training waited for."""
+    config = CONFIG.with_(optimizer=optimizer, accumulation=1, spike_skip=6.0)
+    waited = make_trainer(config, folder=tmp_path / "waited")
+    waited.run(until_step=2)
+    waited.save()
+    may_write, write = threading.Event(), snapshot_module.save_snapshot
+
+    def write_late(*arguments: Any, **options: Any) -> Path:
+        assert may_write.wait(60)
+        return write(*arguments, **options)
+
+    def at_step(metrics: StepMetrics) -> None:
+        if metrics.step == 3:
+            may_write.set()
+
+    monkeypatch.setattr(saving, "save_snapshot", write_late)
+    seen: list[Path] = []
+    hooks = Hooks(on_step=at_step, on_snapshot=seen.append)
+    make_trainer(config.with_(snapshot_every=2), folder=tmp_path / "late", hooks=hooks).run(until_step=3)
+    one, other = (tmp_path / name / "snapshots" / "step-00000002" for name in ("waited", "late"))
+    assert seen == [other]
+    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+    for file in one.glob("*.safetensors"):
+        assert file.read_bytes() == (other / file.name).read_bytes(), file.name
+    states = [json.loads((path / "state.json").read_text())["state"] for path in (one, other)]
+    for state in states:
+        del state["elapsed"], state["step_seconds"], state["config"]
+    assert states[0] == states[1]
+
+
+def test_training_waits_for_a_snapshot_where_no_memory_is_left_for_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[bool] = []
+
+    def write(*arguments: Any, **options: Any) -> Path:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return snapshot_module.save_snapshot(*arguments, **options)
+
+    monkeypatch.setattr(saving, "save_snapshot", write)
+    config = CONFIG.with_(snapshot_every=1, accumulation=1)
+    for free in (1 << 40, 1000):
+        monkeypatch.setattr(machine, "available_bytes", lambda free=free: free)
+        make_trainer(config, folder=tmp_path / str(free)).run(until_step=1)
+        assert [path.name for path in list_snapshots(tmp_path / str(free) / "snapshots")] == ["step-00000001"]
+    assert threads == [False, True]
 
 
 def saved(folder: Path, config: TrainConfig = CONFIG) -> Path:
@@ -226,6 +282,7 @@ def test_a_full_disk_costs_a_snapshot_on_the_way_and_not_the_run(tmp_path: Path,
             full_after(patch, room)
 
     trainer = make_trainer(config, folder=tmp_path, hooks=Hooks(on_step=at_step))
+    trainer.run(until_step=1)  # with its snapshot on the disk
     with pytest.warns(QnextWarning) as warned:
         trainer.run(until_step=2)
     patch.undo()

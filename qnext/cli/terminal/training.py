@@ -20,9 +20,9 @@ from qnext.errors import warn
 from qnext.planning import list_parameters
 from qnext.training import Hooks, StepMetrics, Trainer, decay_table
 from qnext.training.loggers import logged
-from qnext.training.loop import SnapshotFailed
 from qnext.training.metrics import ExpertStats
 from qnext.training.optimizer import lr_scale
+from qnext.training.snapshot_writer import SnapshotFailed
 from qnext.training.stopping import interruptible
 
 _UNWATCHED = WatchFlags()

@@ -5,6 +5,7 @@ Legend: R processes, N numbers.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qnext.errors import LostRank, QnextError
 from qnext.model import Batch, CausalLM
-from qnext.parallel.link import meet_all
+from qnext.parallel.link import FOREVER, meet_all
 from qnext.parallel.train.context import RowContext, check_context, put_into_context
 from qnext.parallel.train.experts import check_experts, deal_experts
 from qnext.parallel.train.fsdp import CutParameters, shard_model
@@ -56,8 +57,12 @@ class RanksOfRun:
         self._watch = RankWatch(dist.PrefixStore("watch", store), rank, num_ranks, Vigilance(patience))
         self._parts = CutParameters(num_ranks)
         self._context: RowContext | None = None
+        self.num_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
         with self.guarded():
             meet_all(store, rank, num_ranks)
+            self.group = dist.group.WORLD
+            self.aside = copy.copy(self)
+            self.aside.group = dist.new_group(backend="gloo", timeout=FOREVER)
 
     @property
     def share(self) -> int:
@@ -110,7 +115,7 @@ class RanksOfRun:
     def gather_parts(self, values_N: Tensor) -> Tensor:
         values_N = values_N.contiguous()
         all_RN = values_N.new_empty(self.num_ranks, len(values_N))
-        dist.all_gather(list(all_RN.unbind(0)), values_N)
+        dist.all_gather(list(all_RN.unbind(0)), values_N, group=self.group)
         return all_RN
 
     def part(self, parameter: nn.Parameter) -> nn.Parameter:
