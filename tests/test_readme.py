@@ -157,6 +157,7 @@ _TINY_STREAMING = "RECORDS --expert-memory 1M --tokens 4 --warm 8 --prefill 40 -
 SMALL_BENCHMARKS = {
     "bench_engine.py": _TINY_ENGINE.split(),
     "bench_train_step.py": ["--models", "nano-5m", "--sequences", "2", "--length", "64", "--rounds", "1"],
+    "bench_training_memory.py": ["--points", "1"],
     "bench_health.py": ["--models", "nano-5m", "--tokens", "64", "--rounds", "2"],
     "bench_lora.py": ["--models", "nano-5m", "--sequences", "2", "--length", "64", "--rounds", "1"],
     "bench_inference.py": [

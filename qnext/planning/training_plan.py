@@ -21,6 +21,10 @@ KINDS = ("pretrain", "sft", "lora")
 _LOSS_ROWS = 1024  # whose logits are there at once, in fp32, with their gradient
 _MOST_RANKS = 1 << 16
 _RESERVE = 2 << 30  # of a rank: the runtime, buffers of its messages
+_DELTA_TOKENS = 32  # the native kernels keep a state of the delta rule behind every so many tokens
+# Of training with the native kernels, measured (docs/log.md): tensors of the backward pass and holes in the heap take as
+# much as what so many layers keep, with recomputation twice as many; modules and threads take the rest.
+_HOLES_LAYERS, _PROGRAM_BYTES = 2, 64 << 20
 
 
 class TrainedBytes(NamedTuple):
@@ -74,10 +78,11 @@ class TrainingMemory:
     gathered: int
     activations: int
     loss: int
+    workspace: int  # of the backward pass and its allocator, where that was measured
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations + self.loss
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def _flops(config: ModelConfig, wish: TrainingWish) -> ForwardFlops:
 
 def rank_memory(config: ModelConfig, wish: TrainingWish, num_ranks: int) -> TrainingMemory:
     """Of one of so many ranks."""
-    each = STATES[wish.states]
+    each, is_fused = STATES[wish.states], wish.states == "fp32"
     everything = count_parameters(config).total
     trained = wish.adapter_parameters if wish.kind == "lora" else everything
     frozen = wish.frozen_bytes if wish.kind == "lora" else 0
@@ -168,18 +173,28 @@ def rank_memory(config: ModelConfig, wish: TrainingWish, num_ranks: int) -> Trai
         gradients=trained * each.gradient // num_ranks,
         optimizer=trained * (each.master + each.moments) // num_ranks,
         gathered=gathered,
-        activations=tokens * width * activation_numbers(config, recomputes=wish.recomputes),
+        activations=tokens * width * activation_numbers(config, recomputes=wish.recomputes, is_fused=is_fused),
         loss=2 * 4 * min(tokens, _LOSS_ROWS) * config.vocab_size,
+        workspace=_workspace_bytes(config, tokens, recomputes=wish.recomputes) if is_fused else 0,
     )
 
 
-def activation_numbers(config: ModelConfig, *, recomputes: bool) -> int:
+def _workspace_bytes(config: ModelConfig, tokens: int, *, recomputes: bool) -> int:
+    widest = max(_fused_numbers(config, layer) for layer in range(config.num_hidden_layers))
+    layers = _HOLES_LAYERS * (2 if recomputes else 1)
+    return layers * 4 * tokens * widest + _PROGRAM_BYTES
+
+
+def activation_numbers(config: ModelConfig, *, recomputes: bool, is_fused: bool = False) -> int:
     """Numbers of a token that wait for the backward pass: of all layers, or with `recomputes` their inputs and one
-    layer's own."""
-    layers = [_layer_numbers(config, layer) for layer in range(config.num_hidden_layers)]
+    layer's own. `is_fused`: as the native kernels of training keep them, which is exact."""
+    numbers = _fused_numbers if is_fused else _layer_numbers
+    layers = [numbers(config, layer) for layer in range(config.num_hidden_layers)]
+    rest = config.hidden_size + 1 + 2 + config.rotary_dim  # the last norm, the id, the rotation
     if config.num_nextn_predict_layers:
-        layers.append(max(layers))
-    return len(layers) * config.hidden_size + max(layers) if recomputes else sum(layers)
+        layers.append(numbers(config, config.num_hidden_layers - 1) if is_fused else max(layers))
+        rest += rest + 4 * config.hidden_size + 2  # norms of both inputs, and these side by side
+    return len(layers) * config.hidden_size + max(layers) if recomputes else sum(layers) + (rest if is_fused else 0)
 
 
 def _layer_numbers(config: ModelConfig, layer: int) -> int:
@@ -192,6 +207,27 @@ def _layer_numbers(config: ModelConfig, layer: int) -> int:
     else:
         feed_forward = 3 * config.intermediate_size
     return 4 * config.hidden_size + mixer + feed_forward
+
+
+def _fused_numbers(config: ModelConfig, layer: int) -> int:
+    """What the kernels of a layer keep: inputs of norms and projections, and what their backward reads. Router losses
+    keep the probabilities of all experts twice. An index of 8 bytes counts as two numbers."""
+    hidden = config.hidden_size
+    if config.layer_types[layer] == "linear_attention":
+        heads, values = config.linear_num_value_heads, config.linear_value_dim
+        states = heads * config.linear_key_head_dim * config.linear_value_head_dim // _DELTA_TOKENS
+        mixer = 2 * config.linear_key_dim + 5 * values + 4 * heads + states
+    else:
+        query_dim = config.num_attention_heads * config.head_dim
+        # Queries, their gate and its result; the output as the kernel has it.
+        mixer = (4 if config.attention_output_gate else 3) * query_dim + config.num_attention_heads
+        mixer += 2 * config.num_key_value_heads * config.head_dim
+    if config.is_moe_layer(layer):
+        routed = config.num_experts_per_tok * (3 + 2 * config.moe_intermediate_size)
+        feed_forward = 3 * config.num_experts + 1 + routed + 2 * config.shared_expert_intermediate_size + 1
+    else:
+        feed_forward = 4 * config.intermediate_size
+    return 2 * (hidden + 1) + hidden + mixer + hidden + feed_forward
 
 
 def _layer_parameters(config: ModelConfig, expert_parallel: int) -> int:
