@@ -87,9 +87,7 @@ def _run(point: Point, threads: int) -> None:
     initialize(model, seed=0)
     rows = point.sequences * point.length
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (4 * point.sequences, point.length + 1))
-    stream = PackedStream(
-        list(tokens.astype(np.int32)), tokens_per_batch=rows, sequence_length=point.length, seed=0
-    )
+    stream = PackedStream(list(tokens.astype(np.int32)), tokens_per_batch=rows, sequence_length=point.length, seed=0)
     settings = TrainConfig(
         lr=1e-3,
         tokens_per_batch=rows,

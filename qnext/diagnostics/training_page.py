@@ -115,8 +115,7 @@ def _lines(report: TrainingReport, first: TrainingReport | None) -> Iterator[str
         f"  memory of a rank: {format_bytes(memory.total)}; weights {format_bytes(memory.weights)}, gradients "
         f"{format_bytes(memory.gradients)}, optimiser {format_bytes(memory.optimizer)}, gathered layers "
         f"{format_bytes(memory.gathered)}, activations {format_bytes(memory.activations)}, loss "
-        f"{format_bytes(memory.loss)}"
-        + (f", workspace {format_bytes(memory.workspace)}" if memory.workspace else "")
+        f"{format_bytes(memory.loss)}" + (f", workspace {format_bytes(memory.workspace)}" if memory.workspace else "")
     )
     if report.cost is not None:
         yield f"  costs: {cost_text(report.cost)}"

@@ -22,8 +22,8 @@ _LOSS_ROWS = 1024  # whose logits are there at once, in fp32, with their gradien
 _MOST_RANKS = 1 << 16
 _RESERVE = 2 << 30  # of a rank: the runtime, buffers of its messages
 _DELTA_TOKENS = 32  # the native kernels keep a state of the delta rule behind every so many tokens
-# Of training with the native kernels, measured (docs/log.md): tensors of the backward pass and holes in the heap take as
-# much as what so many layers keep, with recomputation twice as many; modules and threads take the rest.
+# Of training with the native kernels, measured (docs/log.md): tensors of the backward pass and holes in the heap take
+# what so many layers keep, with recomputation twice as much; modules and threads take the rest.
 _HOLES_LAYERS, _PROGRAM_BYTES = 2, 64 << 20
 
 
