@@ -75,6 +75,7 @@ class CacheView:
     prompt_lengths_N: Tensor | None = None  # int64 on the CPU, for states in bf16; None: no token is behind a prompt
     expert_load: Mapping[int, Tensor] = field(default_factory=dict)  # int64 [E] of a layer: routers add their tokens
     routing: Mapping[int, Tensor] = field(default_factory=dict)  # int64 [num_pages, 1, P, top_k]: RoutingPages
+    lengths_there_N: Tensor | None = None  # context_lengths_N on the device, for attention; None: they are on the CPU
 
     def delta_cache(self, layer_index: int) -> DeltaCache:
         """The slots of one layer, with the slot numbers of the step's sequences."""
@@ -94,7 +95,8 @@ class CacheView:
     def attention_cache(self, layer_index: int) -> AttentionCache:
         """What the attention of one layer reads and writes."""
         pages = self.kv[layer_index]
-        return AttentionCache(*pages, self.block_tables_NM, self.context_lengths_N, self.write_index_T)
+        lengths_N = self.context_lengths_N if self.lengths_there_N is None else self.lengths_there_N
+        return AttentionCache(*pages, self.block_tables_NM, lengths_N, self.write_index_T)
 
     def routing_pages(self, layer_index: int) -> RoutingPages | None:
         """Where the router of one layer writes its choice; None where nothing keeps it."""

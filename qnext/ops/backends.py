@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
@@ -28,18 +28,24 @@ class Backend:
     # A row has the same bits wherever its sequence is cut and whatever else is in the batch, as far as this backend
     # serves the model: sizes and forms of weights that it does not take are computed by torch (see CausalLM).
     is_cut_invariant: bool
-    can_record: bool  # see qnext.ops.record
+    # Tokens of a step that is worth recording: in longer ones the time of Python does not count, but the memory does.
+    # 0 where steps cannot be recorded (see qnext.ops.record).
+    max_recorded_tokens: int
     mixes_lengths: bool  # single tokens and longer pieces go well in one batch
     copies_context: bool  # attention gathers the keys and values of a sequence, in fp32
     workspace_factor: int  # times the tensors of planning.step_bytes
     fuses_gradients: bool  # training in fp32 has fused kernels; that under autocast is torch's
+
+    @property
+    def can_record(self) -> bool:
+        return self.max_recorded_tokens > 0
 
 
 CPU = Backend(
     "cpu",
     activation_dtype=torch.float32,
     is_cut_invariant=True,
-    can_record=True,
+    max_recorded_tokens=64,
     mixes_lengths=True,
     copies_context=False,
     workspace_factor=1,
@@ -50,7 +56,7 @@ TORCH = Backend(
     "torch",
     activation_dtype=None,
     is_cut_invariant=False,
-    can_record=False,
+    max_recorded_tokens=0,
     mixes_lengths=False,
     copies_context=True,
     workspace_factor=2,
@@ -58,17 +64,21 @@ TORCH = Backend(
 )
 
 
-# What its kernels do not serve is torch's, in the same dtype: so far that decides how it stands beside torch.
+# What its kernels do not serve is torch's, in the same dtype: so far that decides how it stands beside torch. A graph
+# saves the time of starting some twenty kernels a layer.
 TRITON = Backend(
     "triton",
     activation_dtype=None,
     is_cut_invariant=False,
-    can_record=False,
+    max_recorded_tokens=256,
     mixes_lengths=False,
     copies_context=False,
     workspace_factor=2,
     fuses_gradients=False,
 )
+
+# Its kernels on the CPU, for tests: there is no graph to capture.
+INTERPRETED = replace(TRITON, max_recorded_tokens=0)
 
 
 def backend_of(device: torch.device) -> Backend:
@@ -76,14 +86,16 @@ def backend_of(device: torch.device) -> Backend:
     with gradients."""
     if device.type == "cpu" and cpu_kernels() is not None:
         return CPU
-    return TRITON if triton_serves(device.type) else TORCH
+    if not triton_serves(device.type):
+        return TORCH
+    return INTERPRETED if device.type == "cpu" else TRITON
 
 
 def reads_fp8(device: torch.device) -> bool:
     """Whether kernels on `device` multiply with weights in fp8 as they are. GPUs before compute capability 8.9 know no
     such numbers."""
     is_new = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
-    return backend_of(device) is TRITON and is_new
+    return backend_of(device).name == "triton" and is_new
 
 
 def _wanted() -> str:
@@ -164,7 +176,7 @@ def arithmetic_of(device: torch.device) -> str:
     if backend is CPU:
         return f"native {instruction_set()}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    kernels = f"triton {importlib.metadata.version('triton')} " if backend is TRITON else ""
+    kernels = f"triton {importlib.metadata.version('triton')} " if backend.name == "triton" else ""
     return f"{kernels}torch {torch.__version__} {name}"
 
 

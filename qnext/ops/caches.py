@@ -29,7 +29,7 @@ class AttentionCache(NamedTuple):
     k_scales: Tensor | None
     v_scales: Tensor | None
     block_tables_NM: Tensor  # int64 page numbers in order, padded with any valid page
-    context_lengths_N: Tensor  # int64 on the CPU: tokens of each sequence, this step included
+    context_lengths_N: Tensor  # int64: tokens of each sequence, this step included; on the CPU, or where kernels read
     write_index_T: Tensor  # int64 page * P + offset for every token of the step
 
 

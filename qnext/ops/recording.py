@@ -1,4 +1,4 @@
-"""Native calls of one computation, recorded and repeated on the same memory. A captured graph is the same on a GPU."""
+"""Calls of one computation, recorded and repeated on the same memory: native ones here, on a GPU those of a graph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qnext.ops.backends import cpu_kernels
+from qnext.ops.cuda_graph import capture
 
 Result = TypeVar("Result")
 
@@ -22,12 +23,23 @@ _version_of = attrgetter("_version")
 _EMPTY, _EMPTY_LIKE = torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default
 
 
-class Recording:
+class Recording(Protocol):
     """Repeats the calls of a computation, without Python in between.
 
     The calls read and write the memory that they used the first time. Before a replay, put new input where the old
     input was. The result is where the first result was. The memory in between belongs to the recording.
     """
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that belong to the recording."""
+
+    def replay(self) -> None:
+        """Make the same calls once more. Raises what they raise, for instance IndexError."""
+
+
+class _NativeCalls:
+    """The recording of native calls."""
 
     def __init__(self, calls: Any, memory: list[Tensor]) -> None:
         self._calls = calls
@@ -35,11 +47,9 @@ class Recording:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that belong to the recording."""
         return sum(block.nbytes for block in self._memory)
 
     def replay(self) -> None:
-        """Make the same calls once more. Raises what they raise, for instance IndexError."""
         self._calls.replay()
 
 
@@ -65,12 +75,15 @@ class ParameterWatch:
         return list(map(_version_of, self._parameters)), list(map(Tensor.data_ptr, self._parameters))
 
 
-def record(compute: Callable[[], Result]) -> tuple[Result, Recording | None]:
-    """The result of `compute` and, where only native calls made it, a recording of them.
+def record(compute: Callable[[], Result], device: torch.device) -> tuple[Result, Recording | None]:
+    """The result of `compute` on `device` and a recording, made while it runs once: of native calls, or a CUDA graph.
 
-    The recording is None where torch computed a part, which no replay would repeat: an op that no kernel serves, or a
-    conversion that is made on first use. The weights that it reads must not change: see ParameterWatch.
+    The recording is None where no replay would repeat a part: on the CPU what torch computes, on a GPU what needs the
+    host, and on both a conversion that is made on first use. The weights that it reads must not change: see
+    ParameterWatch.
     """
+    if device.type == "cuda":
+        return capture(compute, device)
     module = cpu_kernels()
     assert module is not None, "ask Backend.can_record first"
     calls = module.Recording()
@@ -81,7 +94,7 @@ def record(compute: Callable[[], Result]) -> tuple[Result, Recording | None]:
             result = compute()
     finally:
         calls.stop()
-    return result, None if witness.has_computed else Recording(calls, witness.blocks)
+    return result, None if witness.has_computed else _NativeCalls(calls, witness.blocks)
 
 
 class _Witness(TorchDispatchMode):

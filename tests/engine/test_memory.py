@@ -97,9 +97,11 @@ def test_sizes_that_do_not_fit_are_named(given: dict[str, int], named: str, monk
 
 
 def test_recordings_are_the_largest_that_can_be_kept() -> None:
-    assert largest_recordings(3, 0) == [3, 2, 1]
-    assert largest_recordings(2, 2) == [6, 5, 4, 3, 3, 2, 2, 1]
-    assert len(largest_recordings(64, 4)) == 24 and max(largest_recordings(64, 4)) == 64
+    assert largest_recordings(3, 0, max_tokens=64) == [3, 2, 1]
+    assert largest_recordings(2, 2, max_tokens=64) == [6, 5, 4, 3, 3, 2, 2, 1]
+    many = largest_recordings(64, 4, max_tokens=64)
+    assert len(many) == 24 and max(many) == 64
+    assert largest_recordings(64, 4, max_tokens=0) == []
 
 
 @pytest.mark.skipif(not HAS_KERNELS, reason="native kernels alone are recorded")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from qnext import ops
 from qnext.engine import Engine, EngineConfig, SamplingParams
 from qnext.engine.execution.executor import StepOutput
 from qnext.engine.policy.step import StepPlan
@@ -30,7 +33,7 @@ class RecordedSteps(KeepingExecutor):
 
     def execute(self, plan: StepPlan) -> StepOutput:
         if not self.may_record:
-            self._decoding._num_failures = 10**9
+            self._decoding._max_tokens = 0
         num_tokens = sum(len(s.token_ids) for s in plan.sequences)
         self.num_recorded += plan.only_decodes and self._decoding.serves(num_tokens)
         return super().execute(plan)
@@ -66,6 +69,24 @@ def test_recordings_that_were_used_longest_ago_go_first(monkeypatch: pytest.Monk
     assert len(executor._decoding._batches) == 2
     plain, _ = generate(model, [5, 17, 64, 1, 30], may_record=False)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(rows, plain, strict=True))
+
+
+def test_a_size_that_cannot_be_recorded_runs_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some attempts nobody tries it again; other sizes are recorded all the same."""
+    attempts: list[int] = []
+
+    def record(compute: Any, device: torch.device) -> tuple[Tensor, ops.Recording | None]:
+        result, recording = ops.record(compute, device)
+        attempts.append(len(result))
+        return result, None if len(result) == 3 else recording
+
+    model = make_in_form(NAMES[0], "float32")
+    plain, _ = generate(model, [5, 17, 64], may_record=False)
+    monkeypatch.setattr("qnext.engine.execution.recorded.record", record)
+    rows, executor = generate(model, [5, 17, 64], may_record=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(rows, plain, strict=True))
+    assert attempts.count(3) == 4 and not executor._decoding.serves(3)
+    assert executor._decoding.serves(2)
 
 
 def test_a_model_with_hooks_runs_in_python() -> None:

@@ -15,6 +15,7 @@ from qnext.ops import backends
 pytestmark = pytest.mark.skipif(backends.cpu_kernels() is None, reason="the native kernels are not built or not wanted")
 
 SIZE = 64
+CPU = torch.device("cpu")
 
 
 class Stack:
@@ -43,7 +44,7 @@ class Stack:
 def test_replay_is_the_computation_on_new_input(dtype: torch.dtype) -> None:
     stack = Stack(dtype=dtype)
     stack.compute()  # conversions that are made once
-    out, recording = ops.record(stack.compute)
+    out, recording = ops.record(stack.compute, CPU)
     assert recording is not None
     assert torch.equal(out, stack.compute())
     for seed in range(3):
@@ -58,7 +59,7 @@ def test_memory_of_dead_tensors_is_used_again() -> None:
     """However many layers: the result, and what is alive within one of them."""
     sizes = []
     for num_layers in (4, 8):
-        _, recording = ops.record(Stack(num_layers=num_layers).compute)
+        _, recording = ops.record(Stack(num_layers=num_layers).compute, CPU)
         assert recording is not None
         sizes.append(recording.num_bytes)
     assert sizes[0] == sizes[1] <= 6 * 3 * SIZE * 4
@@ -72,7 +73,7 @@ def test_a_view_keeps_the_memory_of_its_tensor() -> None:
         return first, ops.add(x, ops.add(x, x))
 
     with torch.no_grad():
-        (first, second), recording = ops.record(compute)
+        (first, second), recording = ops.record(compute, CPU)
         assert recording is not None
         recording.replay()
     assert torch.equal(first.flatten(), 2 * x[1])
@@ -86,7 +87,7 @@ def test_what_torch_computes_is_not_recorded(compute: object) -> None:
     x = torch.randn(2, SIZE)
     copy = x.clone()
     with torch.no_grad():
-        out, recording = ops.record(lambda: compute(x))  # type: ignore[operator]
+        out, recording = ops.record(lambda: compute(x), CPU)  # type: ignore[operator]
         assert recording is None
         assert torch.equal(out, compute(copy))  # type: ignore[operator]
 
@@ -104,7 +105,7 @@ def test_changes_of_parameters_are_counted() -> None:
 def test_recording_does_not_import_a_compiler() -> None:
     code = (
         "import sys, torch; from qnext import ops; x = torch.ones(2, 64); "
-        "_, recording = torch.no_grad()(ops.record)(lambda: ops.add(x, x)); recording.replay(); "
+        "_, recording = torch.no_grad()(ops.record)(lambda: ops.add(x, x), x.device); recording.replay(); "
         "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -114,7 +115,7 @@ def test_recording_does_not_import_a_compiler() -> None:
 def test_errors_of_a_replay_and_after_it() -> None:
     table, tokens = torch.randn(5, SIZE), torch.tensor([4, 0])
     with torch.no_grad():
-        out, recording = ops.record(lambda: ops.embedding(tokens, table))
+        out, recording = ops.record(lambda: ops.embedding(tokens, table), CPU)
         assert recording is not None
         tokens[1] = 5
         with pytest.raises(IndexError, match="token 5 lies outside of 0 to 4"):
@@ -123,5 +124,5 @@ def test_errors_of_a_replay_and_after_it() -> None:
         recording.replay()
         assert torch.equal(out, table[[4, 3]])
         with pytest.raises(ZeroDivisionError):
-            ops.record(lambda: 1 / 0)
-        assert ops.record(lambda: ops.add(table, table))[1] is not None
+            ops.record(lambda: 1 / 0, CPU)
+        assert ops.record(lambda: ops.add(table, table), CPU)[1] is not None

@@ -116,7 +116,9 @@ class Cache:
         # One row of page numbers per slot: a step selects rows instead of copying whole tables from Python.
         self.max_pages = max(1, -(-sizes.max_model_len // block_size)) if self.kv else 1
         self._tables = torch.zeros(num_slots, self.max_pages, dtype=torch.long, device=device)
-        self._tables_on_host = self._tables.numpy() if self.device.type == "cpu" else None
+        # What places are computed from. The device has the same, for kernels.
+        is_here = self.device.type == "cpu"
+        self._tables_on_host = (self._tables if is_here else torch.zeros(self._tables.shape, dtype=torch.long)).numpy()
         self._table_length = [0] * num_slots
         self.adapters = np.zeros(num_slots, dtype=np.int64)  # of the sequence in each slot; 0: none
         # Memory that nobody wrote is only promised: it could run out in the middle of a step.
@@ -208,15 +210,18 @@ class Cache:
         """The sequence in a slot goes on with these blocks, from its block number `first` on."""
         known, count = self._table_length[slot], first + len(blocks)
         assert known == first, f"slot {slot} has {known} blocks and gets block number {first}"
-        if self._tables_on_host is not None:
-            self._tables_on_host[slot, first:count] = blocks
-        else:
+        self._tables_on_host[slot, first:count] = blocks
+        if self.device.type != "cpu":
             self._tables[slot, first:count] = torch.tensor(blocks, dtype=torch.long).to(self.device)
         self._table_length[slot] = count
 
     def tables(self) -> NDArray[np.int64]:
-        """Page numbers of the sequence in each slot, as far as it is bound; a copy unless the cache is on the CPU."""
-        return self._tables.numpy(force=True) if self._tables_on_host is None else self._tables_on_host
+        """Page numbers of the sequence in each slot, as far as it is bound."""
+        return self._tables_on_host
+
+    def tables_of(self, slots_N: Tensor) -> Tensor:
+        """[N, M]: the same of some slots, for kernels, on the device."""
+        return self._tables.index_select(0, slots_N)
 
     def routing_of(self, slot: int, num_tokens: int) -> NDArray[np.int64] | None:
         """[num_tokens, L, top_k]: the experts of the first tokens of the sequence in a slot, in the L sparse layers.

@@ -1,7 +1,8 @@
-"""Batches of the native kernels with no Python between the layers: each size of a batch is recorded on first use."""
+"""Batches of kernels with no Python between the layers: each size of a batch is recorded on first use."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
@@ -14,18 +15,18 @@ from qnext.ops import ParameterWatch, Recording, backend_of, record
 
 _MAX_ATTEMPTS = 4  # the first may meet conversions that are made once
 _MAX_RECORDINGS = 24  # kept; the one used longest ago goes first
-_MAX_TOKENS = 64  # of a batch: in longer ones the time of Python no longer counts, but the memory does
 
 Inputs = TypeVar("Inputs", bound="StepInputs")
 Result = TypeVar("Result")
 
 
-def largest_recordings(max_num_seqs: int, max_draft_tokens: int) -> list[int]:
-    """Tokens of the recorded steps that can be kept at a time, where these are the largest."""
+def largest_recordings(max_num_seqs: int, max_draft_tokens: int, *, max_tokens: int) -> list[int]:
+    """Tokens of the recorded steps that can be kept at a time, where these are the largest. `max_tokens` is the
+    backend's bound."""
     sizes = (
         num_tokens
-        for num_sequences in range(1, min(max_num_seqs, _MAX_TOKENS) + 1)
-        for num_tokens in range(num_sequences, min(_MAX_TOKENS, num_sequences * (1 + max_draft_tokens)) + 1)
+        for num_sequences in range(1, min(max_num_seqs, max_tokens) + 1)
+        for num_tokens in range(num_sequences, min(max_tokens, num_sequences * (1 + max_draft_tokens)) + 1)
     )
     return sorted(sizes, reverse=True)[:_MAX_RECORDINGS]
 
@@ -68,18 +69,18 @@ class RecordedBatches(Generic[Inputs, Result]):
         compute: Callable[[Inputs], Result],
     ) -> None:
         self._watch, self._make_inputs, self._compute = watch, make_inputs, compute
-        self._can_record = backend_of(cache.device).can_record
+        self._device = cache.device
+        self._max_tokens = backend_of(cache.device).max_recorded_tokens
         self._batches: dict[tuple[int, int, int], _Kept[Inputs, Result]] = {}
-        self._num_failures = 0
+        self._num_failures: Counter[int] = Counter()  # by tokens of a batch: kernels take few tokens or many
         self.was_prepared = True
 
     def serves(self, num_tokens: int) -> bool:
         """Whether a batch of so many tokens is to be recorded. A model with hooks runs in Python, where hooks are
         called."""
         return (
-            num_tokens <= _MAX_TOKENS
-            and self._num_failures < _MAX_ATTEMPTS
-            and self._can_record
+            num_tokens <= self._max_tokens
+            and self._num_failures[num_tokens] < _MAX_ATTEMPTS
             and not self._watch.has_hooks
         )
 
@@ -102,9 +103,9 @@ class RecordedBatches(Generic[Inputs, Result]):
         else:
             inputs = self._make_inputs(lengths, depth)
             inputs.fill(rows)
-            result, recording = record(partial(self._compute, inputs))
+            result, recording = record(partial(self._compute, inputs), self._device)
             if recording is None:
-                self._num_failures += 1
+                self._num_failures[num_tokens] += 1
                 return result
             kept = _Kept(inputs, result, recording, self._watch.num_changes)
         self._batches[size] = kept

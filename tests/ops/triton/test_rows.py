@@ -19,7 +19,7 @@ from .device import DEVICE, TOLERANCE, exact
 
 
 def test_kernels_serve_here() -> None:
-    assert backends.backend_of(DEVICE) is backends.TRITON
+    assert backends.backend_of(DEVICE).name == "triton"
     assert ops.arithmetic_of(DEVICE).startswith("triton ")
 
 

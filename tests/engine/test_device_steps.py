@@ -1,0 +1,115 @@
+"""Steps of an engine whose cache is on a device: nothing of them reads on the host what the device computes.
+
+The meta device stands for a GPU. It has no numbers, so whatever asks for one raises; and it does not mix with the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qnext.engine.execution.cache import Cache, CacheDtypes, CacheSizes
+from qnext.engine.execution.inputs import MixedInputs, StepInputs
+from qnext.engine.policy.step import Rows, SequencePlan, StepPlan
+from qnext.model import CausalLM
+from qnext.ops import backends
+from qnext.ops.cuda_graph import HostTraffic
+from tests.engine.models import tiny_model
+
+META = torch.device("meta")
+KERNELS = "qnext.ops.triton.kernels"
+
+
+class Launched:
+    """Stands for a kernel: counts its starts, whose tensors must all be on the device."""
+
+    def __init__(self, name: str, starts: list[str]) -> None:
+        self._name, self._starts = name, starts
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert all(isinstance(size, int) and size > 0 for size in grid), (self._name, grid)
+
+        def start(*arguments: Any, **constants: Any) -> None:
+            tensors = [each for each in (*arguments, *constants.values()) if isinstance(each, Tensor)]
+            assert tensors and all(tensor.device == META for tensor in tensors), self._name
+            self._starts.append(self._name)
+
+        return start
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that were started, on a device that runs and trusts all of them."""
+    found: list[str] = []
+    serves = backends.triton_serves
+    monkeypatch.setattr(backends, "triton_serves", lambda kind: kind == META.type or serves(kind))
+    for module in ("attention", "delta", "matrices", "rows"):
+        monkeypatch.setattr(importlib.import_module(f"qnext.ops.triton.{module}"), "is_trusted", lambda *_: True)
+    for module in ("attention", "delta_step", "experts", "matrices", "norm", "router"):
+        kernels = importlib.import_module(f"{KERNELS}.{module}")
+        for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+            monkeypatch.setattr(kernels, name, Launched(name, found))
+    return found
+
+
+def cache_of(model: CausalLM, device: torch.device, *, drafts: int = 0) -> Cache:
+    sizes = CacheSizes(num_blocks=12, num_slots=3, max_model_len=64, num_draft_tokens=drafts and drafts + 1)
+    cache = Cache(model.config, sizes, CacheDtypes(activations=torch.float32, kv=torch.float32), device=device)
+    sequences = [
+        SequencePlan(str(slot), slot, (1,), 20, needs_sample=True, blocks=tuple(range(4 * slot, 4 * slot + 4)))
+        for slot in range(3)
+    ]
+    cache.prepare(StepPlan(tuple(sequences)))
+    return cache
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_decoding_step_needs_no_number_on_the_host(starts: list[str], drafts: int) -> None:
+    """So a graph can hold it: after the inputs were sent, nothing crosses between host and device."""
+    model = tiny_model("hybrid").to(META)
+    cache = cache_of(model, META, drafts=drafts)
+    inputs = StepInputs(cache, [1 + drafts, 1])
+    assert backends.backend_of(META).can_record
+    for token in (3, 4):
+        inputs.fill([Rows(2, (token, 5, 6)[: 1 + drafts], 20, drafts > 0), Rows(0, (token,), 33)])
+        with torch.inference_mode(), HostTraffic() as witness:
+            logits_TY = model.logits(model(inputs.batch).hidden_TD)
+        assert logits_TY.shape == (2 + drafts, model.config.vocab_size)
+    assert witness.first is None
+    assert {"paged_attention_kernel", "delta_step_kernel", "experts_output_kernel", "route_kernel"} <= set(starts)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_what_is_sent_is_what_the_cpu_reads(monkeypatch: pytest.MonkeyPatch, drafts: int) -> None:
+    """Both sides of the mirrors, for batches whose rows of a sequence change."""
+    model = tiny_model("hybrid")
+    here, there = cache_of(model, torch.device("cpu"), drafts=drafts), cache_of(model, META, drafts=drafts)
+    for kind in (StepInputs, MixedInputs):
+        for rows in ([Rows(2, (7, 8), 20, drafts > 0), Rows(1, (9,), 41)], [Rows(0, (7,), 3), Rows(1, (8, 9), 17)]):
+            of_here, of_there = (
+                StepInputs(cache, [2, 1]) if kind is StepInputs else MixedInputs(cache, rows) for cache in (here, there)
+            )
+            of_here.fill(rows)
+            of_there.fill(rows)
+            for ours, theirs in zip(of_here._mirrors, of_there._mirrors, strict=False):
+                assert np.array_equal(ours.host, theirs.host)
+            assert of_here.batch.packing.cu_seqlens.tolist() == of_there._starts.host.tolist()
+            assert of_there.batch.cache is not None and of_there.batch.cache.block_tables_NM.device == META
+    assert np.array_equal(here.tables(), there.tables())
+
+
+def test_a_witness_names_what_needs_the_host() -> None:
+    x = torch.zeros(3, device=META)
+    for crossing in (lambda: torch.ones(3).to(META), lambda: x.nonzero(), lambda: x.copy_(torch.ones(3))):
+        with HostTraffic() as witness, contextlib.suppress(NotImplementedError):
+            crossing()
+        assert witness.first is not None
+    with HostTraffic() as witness:
+        x.mul_(2).add_(torch.tensor(1.0))
+    assert witness.first is None
