@@ -14,7 +14,7 @@ from qnext.engine import Engine, EngineConfig, SamplingParams
 from qnext.errors import UsageError
 from qnext.eval import EvalDocument, Perplexity, evaluate_perplexity
 from qnext.files import remove_folder, remove_partials
-from qnext.model import CausalLM, initialize
+from qnext.model import CausalLM
 from qnext.planning import count_active, count_parameters
 from qnext.recipes.making import data_of_corpus, making_of
 from qnext.recipes.settings import parse_settings, parse_value, with_end_of_run
@@ -107,9 +107,7 @@ def prepare(
     tokenizer = Tokenizer.from_folder(folder / "tokenizer", num_rows=recipe.model.vocab_size)
     (end_id,) = tokenizer.eos_ids
     config = recipe.model.with_(eos_token_id=end_id, pad_token_id=end_id)
-    model = CausalLM(config)
-    initialize(model, seed=recipe.train.seed)
-    ranks.shard(model)
+    model = ranks.new_model(config, seed=recipe.train.seed)
     documents = tokenize([file.text for file in corpus.train], tokenizer, end_id=end_id)
     stream = PackedStream(
         documents,

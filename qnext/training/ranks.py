@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qnext.checkpoint.snapshot import load_weights
-from qnext.model import Batch, CausalLM
+from qnext.config import ModelConfig
+from qnext.model import Batch, CausalLM, initialize
 
 
 class TrainingRanks(Protocol):
@@ -49,6 +49,9 @@ class TrainingRanks(Protocol):
     @property
     def group(self) -> Any:
         """That of torch.distributed in which they talk; None for one process."""
+
+    def new_model(self, config: ModelConfig, *, seed: int) -> CausalLM:
+        """With the initial values of `initialize`, and cut parameters. No process makes the whole."""
 
     def shard(self, model: CausalLM) -> None:
         """Cut the parameters of `model`, before anything else looks at them."""
@@ -102,6 +105,11 @@ class Alone:
     @property
     def aside(self) -> Alone:
         return self
+
+    def new_model(self, config: ModelConfig, *, seed: int) -> CausalLM:
+        model = CausalLM(config)
+        initialize(model, seed=seed)
+        return model
 
     def shard(self, model: CausalLM) -> None:
         """Nothing is cut."""
@@ -160,12 +168,15 @@ def whole_weights(part_of: Mapping[str, Tensor], ranks: TrainingRanks) -> dict[s
     return {name: ranks.whole([part], [part])[0] for name, part in part_of.items()}
 
 
+@torch.no_grad()
 def whole_model(model: CausalLM, part_of: Mapping[str, Tensor], ranks: TrainingRanks) -> CausalLM:
-    """`model` with all its parameters, in the first process. All take part; in the others they have no values."""
+    """`model` with all its parameters, in the first process. All take part, one parameter after another; in the others
+    they have no values."""
     if ranks is ALONE:
         return model
-    weights = whole_weights(part_of, ranks)
     whole = CausalLM(model.config)
-    if ranks.is_first:
-        load_weights(dict(whole.named_parameters()), weights, source="the run")
+    for name, target in whole.named_parameters():
+        (value,) = ranks.whole([part_of[name]], [part_of[name]])
+        if ranks.is_first:
+            target.copy_(value)
     return whole

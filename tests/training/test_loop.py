@@ -211,6 +211,30 @@ def test_precision_is_measured_or_obeyed() -> None:
     assert choose_precision("bfloat16", torch.device("cpu")) == ("bfloat16", None, None)
 
 
+@pytest.mark.parametrize(("least", "chosen"), [(0.9, "float32"), (0.2, "bfloat16")])
+def test_bf16_has_to_win_every_time(monkeypatch: pytest.MonkeyPatch, least: float, chosen: str) -> None:
+    """One round of three that is near fp32 is enough to stay there."""
+    rounds = itertools.cycle([(1.0, 0.1), (1.0, least), (2.0, 0.2)])
+    monkeypatch.setattr(precision, "_seconds", lambda device: next(rounds))
+    assert choose_precision("auto", torch.device("cpu")) == (chosen, 1.0, least)
+
+
+def test_a_resumed_run_keeps_the_precision_that_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine would choose otherwise by now."""
+    config = CONFIG.with_(precision="auto")
+    for bfloat16, name in ((0.01, "bfloat16"), (9.0, "float32")):
+        monkeypatch.setattr(precision, "_seconds", lambda device, seconds=bfloat16: (1.0, seconds))
+        first = make_trainer(config, folder=tmp_path / name)
+        assert first.precision.precision == name
+        first.run(until_step=1)
+        first.save()
+        monkeypatch.setattr(precision, "_seconds", lambda device, seconds=9.01 - bfloat16: (1.0, seconds))
+        second = make_trainer(config, folder=tmp_path / name)
+        assert second.precision.precision != name
+        second.resume()
+        assert second.precision.precision == name
+
+
 def test_a_busy_machine_does_not_change_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other programs run during the first products: by the clock on the wall each of them takes a second longer."""
     calls = itertools.count()

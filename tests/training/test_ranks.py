@@ -82,6 +82,12 @@ def trained(
     return seen, whole_weights(trainer.part_of, ranks)
 
 
+def begun(ranks: TrainingRanks) -> dict[str, Tensor]:
+    """The parameters of a new model."""
+    model = ranks.new_model(tiny_config(), seed=3)
+    return whole_weights({name: ranks.part(each) for name, each in model.named_parameters()}, ranks)
+
+
 def continued(ranks: TrainingRanks, config: TrainConfig, folder: Path, steps: int) -> list[StepMetrics]:
     """The metrics of the steps from the newest snapshot on, where there is one, to the next."""
     seen: list[StepMetrics] = []
@@ -159,6 +165,15 @@ def test_two_processes_train_as_one(two: TrainingProcesses, optimizer: str) -> N
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_experts_on_two_processes(dealt: TrainingProcesses, optimizer: str) -> None:
     train_as_one(dealt, CONFIG.with_(optimizer=optimizer, checkpoint_activations=True))
+
+
+def test_each_process_makes_its_part_of_a_new_model(two: TrainingProcesses, dealt: TrainingProcesses) -> None:
+    """Bit by bit what one process makes."""
+    whole = dict(tiny_model(seed=3).named_parameters())
+    for ranks in (two, dealt):
+        for found in ranks.run(begun):
+            assert found.keys() == whole.keys()
+            assert all(torch.equal(found[name], each) for name, each in whole.items())
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from qnext.model import CausalLM
+from qnext.model.init import initial_values
+from qnext.planning import list_parameters
 
 
 def shard_model(model: CausalLM, mesh: DeviceMesh, *, dealt: Sequence[nn.Module], dealt_mesh: DeviceMesh) -> None:
@@ -30,6 +32,21 @@ def shard_model(model: CausalLM, mesh: DeviceMesh, *, dealt: Sequence[nn.Module]
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def initialize_parts(model: CausalLM, cuts: CutParameters, rank: int, *, seed: int) -> None:
+    """Give what is here of each parameter the values of `initialize`. Of a stack of experts only those that are here
+    are made; anything else is made whole, one parameter at a time, and cut."""
+    infos = list_parameters(model.config)
+    for name, parameter in model.named_parameters():
+        cut, info = cuts.cut(parameter), infos[name]
+        if info.expert_axis is None:
+            cut.part.copy_(cut.cut(initial_values(model.config, info, seed=seed, dtype=parameter.dtype), rank))
+            continue
+        experts = cut.cut(torch.arange(cut.shape[0]), rank).tolist()
+        for expert, part in zip(experts, cut.part, strict=True):
+            part.copy_(initial_values(model.config, info, seed=seed, expert=expert, dtype=parameter.dtype))
 
 
 @dataclass(frozen=True)
@@ -80,15 +97,19 @@ class CutParameters:
         self.dealt_mesh: DeviceMesh | None = None  # [dealt, copies], where experts are dealt
 
     def add(self, parameter: nn.Parameter) -> nn.Parameter:
+        cut = self.cut(parameter)
+        self._cuts[id(cut.part)] = cut
+        return cut.part
+
+    def cut(self, parameter: nn.Parameter) -> CutParameter:
+        """Of a parameter that FSDP2 has cut."""
         assert isinstance(parameter, DTensor)
-        part = nn.Parameter(parameter.to_local().detach())
         mesh = parameter.device_mesh
         num_dealt = self._num_ranks // mesh.size()
         if num_dealt > 1:
             assert self.dealt_mesh is not None
             mesh = self.dealt_mesh
-        self._cuts[id(part)] = CutParameter(parameter, part, num_dealt, mesh)
-        return part
+        return CutParameter(parameter, nn.Parameter(parameter.to_local().detach()), num_dealt, mesh)
 
     def of(self, part: Tensor) -> CutParameter:
         return self._cuts[id(part)]

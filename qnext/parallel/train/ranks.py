@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from qnext.config import ModelConfig
 from qnext.errors import LostRank, QnextError
 from qnext.model import Batch, CausalLM
 from qnext.parallel.link import FOREVER, meet_all
 from qnext.parallel.train.context import RowContext, check_context, put_into_context
 from qnext.parallel.train.experts import check_experts, deal_experts
-from qnext.parallel.train.fsdp import CutParameters, shard_model
+from qnext.parallel.train.fsdp import CutParameters, initialize_parts, shard_model
 from qnext.parallel.watch import RankWatch, Vigilance
 
 # torchrun ends the other processes half a minute after one has gone.
@@ -80,12 +81,23 @@ class RanksOfRun:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def new_model(self, config: ModelConfig, *, seed: int) -> CausalLM:
+        with torch.device("meta"):
+            model = CausalLM(config)
+        self._shard(model, "cpu")
+        model.to_empty(device="cpu")
+        initialize_parts(model, self._parts, self.rank, seed=seed)
+        return model
+
     def shard(self, model: CausalLM) -> None:
         """Keep this process's part of every parameter alone."""
+        self._shard(model, model.device.type)
+
+    def _shard(self, model: CausalLM, device: str) -> None:
         expert, context = self.division
         check_experts(model.config, expert, num_ranks=self.num_ranks)
         check_context(context, num_ranks=self.num_ranks)
-        world, device = dist.group.WORLD, model.device.type
+        world = dist.group.WORLD
         assert world is not None
         with self.guarded():
             mesh = dealt_mesh = DeviceMesh.from_group(world, device)
