@@ -8,12 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from torch import Tensor
+
 from qnext.checkpoint.adapters import IN_A_RUN, save_adapter
 from qnext.checkpoint.provenance import Making
+from qnext.config import ModelConfig
 from qnext.errors import UsageError
-from qnext.lora import LoraConfig, adapter_of, add_lora, choose_experts, count_routing, describe_adapter
+from qnext.lora import Adapter, LoraConfig, adapter_of, add_lora, choose_experts, count_routing, describe_adapter
 from qnext.lora.config import Targets
 from qnext.model import Batch, CausalLM
+from qnext.ops import LowRank
 
 _COVERAGE = 0.5
 
@@ -87,23 +91,35 @@ def adapt(model: CausalLM, task: AdapterTask, batches: Iterable[Batch], *, seed:
     return describe_adapter(adapter_of(model)).lines()[0] + chosen
 
 
+def whole_adapter(model: CausalLM) -> Adapter:
+    """The adapter of a model in training; where processes have parts of it they all call this, and all have it then."""
+    adapter = adapter_of(model)
+    parts = {name: LowRank(_whole(part.A), _whole(part.B), part.scale) for name, part in adapter.parts.items()}
+    return Adapter(parts, adapter.places)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Of a DTensor, all of it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
 def save_adapted(
-    model: CausalLM, run: Path, *, base: str | Path, tokenizer_folder: Path | None, making: Making | None = None
+    adapter: Adapter,
+    config: ModelConfig,
+    run: Path,
+    *,
+    base: str | Path,
+    tokenizer_folder: Path | None,
+    making: Making | None = None,
 ) -> Path:
     """Write the adapter of a trained model into the folder of its run, in place of an earlier one, with its tokenizer.
 
     Raises NoEffect where a part of it was not trained.
     """
-    adapter = adapter_of(model)
     describe_adapter(adapter).check()
     folder = run / IN_A_RUN
     save_adapter(
-        adapter,
-        folder,
-        model.config,
-        base=str(base),
-        tokenizer_folder=tokenizer_folder,
-        overwrite=True,
-        making=making,
+        adapter, folder, config, base=str(base), tokenizer_folder=tokenizer_folder, overwrite=True, making=making
     )
     return folder

@@ -19,7 +19,8 @@ from qnext.recipes.chat_folder import tokenizer_folder
 from qnext.recipes.rewards import REWARDS, TASKS, final_answer, is_held_out, queries_of
 from qnext.recipes.rollouts import Answer, Problem, RolloutConfig, RolloutSource, answer_of, draw_answers
 from qnext.recipes.settings import parse_settings, with_end_of_run
-from qnext.recipes.tuning import TOKENIZER, TuningRun, TuningTask, load_base, made_if_understood
+from qnext.recipes.tuning import TOKENIZER, TuningRun, load_base, made_if_understood
+from qnext.recipes.tuning_task import TuningTask
 from qnext.session.folder import ProgressOf, TextFolder, no_progress, open_folder
 from qnext.text.chat import ChatFormat
 from qnext.text.prompts import ChatPrompt

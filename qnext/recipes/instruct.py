@@ -15,7 +15,8 @@ from qnext.files import write_file
 from qnext.model import CausalLM
 from qnext.recipes.code import standard_library
 from qnext.recipes.questions import Question, messages, questions
-from qnext.recipes.tuning import TuningData, TuningTask
+from qnext.recipes.tuning import TuningData
+from qnext.recipes.tuning_task import TuningTask
 from qnext.text.chat import ChatFormat
 from qnext.text.messages import Message
 from qnext.text.prompts import ChatPrompt

@@ -19,7 +19,7 @@ from qnext.recipes.recipe import Recipe, is_run, override, prepare
 from qnext.recipes.rewards import is_held_out, sum_of
 from qnext.recipes.sums import Exercise, exercises
 from qnext.recipes.tasks import prepare_task
-from qnext.recipes.tuning import TuningTask
+from qnext.recipes.tuning_task import TuningTask
 from qnext.training import Hooks, TrainConfig, Trainer
 from qnext.training.sources import Corpus, TextFile
 

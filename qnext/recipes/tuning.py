@@ -6,28 +6,30 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from qnext.checkpoint import load_model, save_model
+from qnext.checkpoint.adapters import IN_A_RUN
 from qnext.checkpoint.check import read_layout
 from qnext.checkpoint.provenance import Making, data_of, parent_of
 from qnext.checkpoint.resolve import resolve_model
-from qnext.errors import FULL, CorruptCheckpoint, QnextError, UsageError, warn
-from qnext.files import remove_folder, write_file
-from qnext.lora import adapter_of, describe_adapter
+from qnext.errors import FULL, QnextError, warn
+from qnext.files import remove_folder
+from qnext.lora import describe_adapter
 from qnext.model import CausalLM
 from qnext.planning import count_parameters
 from qnext.planning.plan import check_weights
-from qnext.recipes.adapted import AdapterTask, adapt, save_adapted
+from qnext.recipes.adapted import AdapterTask, adapt, save_adapted, whole_adapter
 from qnext.recipes.chat_folder import tokenizer_folder
 from qnext.recipes.making import making_of
 from qnext.recipes.methods import Base, Method
 from qnext.recipes.settings import parse_settings, with_end_of_run
+from qnext.recipes.tuning_task import RunData, TuningTask
 from qnext.session.folder import ProgressOf, TextFolder, no_progress, open_folder
 from qnext.text.chat import ChatFormat
 from qnext.text.lessons import Teacher
@@ -36,49 +38,15 @@ from qnext.text.tokenizer import Tokenizer
 from qnext.text.train import END_OF_TEXT
 from qnext.training import Hooks, TrainConfig, Trainer
 from qnext.training.build import build, built
+from qnext.training.ranks import ALONE, TrainingRanks, first_then_all, whole_model
 from qnext.training.samples import SampleSet, SampleStream
 from qnext.training.shards import DataShard, Manifest
 from qnext.version import __version__
 
-_TASK, _DATA, TOKENIZER = "task.json", "data", "tokenizer"
+_DATA, TOKENIZER = "data", "tokenizer"
 _ROUTED_BATCHES = 16  # of the data, whose routing chooses the experts of an adapter
 _BYTES_PER_PARAMETER = 16  # weights, gradients and two moments in fp32
 _BYTES_OF_BEST = 4  # the weights of the best evaluation, where they are kept
-
-
-@dataclass(frozen=True)
-class TuningTask:
-    """What a run is asked for. It stands in the run's folder, so that the run can go on without being told again.
-
-    `template` names a chat format for a folder that has none, or another than it has. `sampling` is what the result's
-    generation_config.json recommends beside that of the base. `recipe` made the task, and examines the result.
-    """
-
-    base: str
-    data: tuple[str, ...]
-    template: str | None = None
-    settings: tuple[str, ...] = ()
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    recipe: str | None = None
-    adapter: AdapterTask | None = None  # what alone is trained; None: everything
-    method: str = "sft"
-
-    def write(self, folder: Path) -> None:
-        write_file(folder / _TASK, json.dumps(asdict(self), indent=1) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> TuningTask:
-        """Raises UsageError where the folder holds no run, CorruptCheckpoint for a damaged one."""
-        path = folder / _TASK
-        if not path.is_file():
-            raise UsageError(f"{folder} holds no run that could be resumed")
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-            adapter = None if value.get("adapter") is None else AdapterTask(**value["adapter"])
-            lists = {"data": tuple(value["data"]), "settings": tuple(value["settings"])}
-            return cls(**{**value, **lists, "adapter": adapter})
-        except (ValueError, TypeError, KeyError) as error:
-            raise CorruptCheckpoint(f"{path}: malformed ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -111,30 +79,6 @@ class TuningData:
         return "\n      ".join(lines)
 
 
-class RunData(Protocol):
-    """What a run has read before it begins."""
-
-    @property
-    def task(self) -> TuningTask: ...
-
-    @property
-    def config(self) -> Any:
-        """That of the method."""
-
-    @property
-    def train(self) -> Mapping[str, Any]:
-        """Settings of TrainConfig."""
-
-    @property
-    def base(self) -> TextFolder: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def description(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class TuningRun:
     """A prepared run: `trainer` runs it, `save` writes the model folder."""
@@ -150,24 +94,27 @@ class TuningRun:
 
         Of an adapter write `<folder>/adapter`. Raises NoEffect where a part of it was not trained.
         """
+        ranks, tokens = self.trainer.ranks, self.folder / TOKENIZER
         if self.data.task.adapter is not None:
-            return save_adapted(
-                self.trainer.model,
-                self.folder,
-                base=self.data.base.path,
-                tokenizer_folder=self.folder / TOKENIZER,
+            adapter, config = whole_adapter(self.trainer.model), self.trainer.model.config
+            options = {"base": self.data.base.path, "tokenizer_folder": tokens}
+            ranks.by_first(lambda: save_adapted(adapter, config, self.folder, making=self._making(), **options))
+            return self.folder / IN_A_RUN
+        target = self.folder / "model"
+        model = whole_model(self.trainer.model, self.trainer.part_of, ranks)
+
+        def write() -> None:
+            save_model(
+                model,
+                target,
+                dtype=self.dtypes,
+                overwrite=True,
+                tokenizer_folder=tokens,
+                readme=self._card(),
                 making=self._making(),
             )
-        target = self.folder / "model"
-        save_model(
-            self.trainer.model,
-            target,
-            dtype=self.dtypes,
-            overwrite=True,
-            tokenizer_folder=self.folder / TOKENIZER,
-            readme=self._card(),
-            making=self._making(),
-        )
+
+        ranks.by_first(write)
         return target
 
     def _making(self) -> Making:
@@ -183,7 +130,7 @@ class TuningRun:
 
     def changes(self) -> list[str]:
         """What an adapter has changed by now, for people."""
-        return [] if self.data.task.adapter is None else describe_adapter(adapter_of(self.trainer.model)).lines()
+        return [] if self.data.task.adapter is None else describe_adapter(whole_adapter(self.trainer.model)).lines()
 
     def _card(self) -> str:
         return (
@@ -201,7 +148,16 @@ def read_task(
     Raises UsageError, naming file and line, for data that is not understood.
     """
     with made_if_understood(folder):
-        return _read_task(task, folder, method, resume, progress)
+        return _read_task(task, folder, method=method, resume=resume, progress=progress)
+
+
+def _read_in_turn(task: TuningTask, folder: Path, is_first: bool, *, resume: bool, **options: Any) -> TuningData:
+    """As read_task, with the task in the folder; not first, what another process has read."""
+    if not is_first:
+        return _read_task(task, folder, resume=True, makes=False, **options)
+    data = read_task(task, folder, resume=resume, **options)
+    task.write(folder)
+    return data
 
 
 @contextmanager
@@ -216,11 +172,16 @@ def made_if_understood(folder: Path) -> Iterator[None]:
         raise
 
 
-def _read_task(task: TuningTask, folder: Path, method: Method, resume: bool, progress: ProgressOf) -> TuningData:
+def _read_task(
+    task: TuningTask, folder: Path, *, method: Method, resume: bool, progress: ProgressOf, makes: bool = True
+) -> TuningData:
+    """Without `makes`, as another process has made it."""
     own, train = parse_settings(task.settings, method.config, TrainConfig)
     config = method.config(**own)
     base = open_folder(task.base)
-    tokens = tokenizer_folder(folder / TOKENIZER, base, template=task.template, sampling=task.sampling)
+    tokens = folder / TOKENIZER
+    if makes:
+        tokenizer_folder(tokens, base, template=task.template, sampling=task.sampling)
     tokenizer = Tokenizer.from_folder(tokens, num_rows=base.config.vocab_size)
     chat_format = ChatFormat.for_folder(tokens, tokenizer=tokenizer)
     try:
@@ -233,7 +194,7 @@ def _read_task(task: TuningTask, folder: Path, method: Method, resume: bool, pro
         )
         with progress("tokenising") as report:
             paths = [Path(path) for path in task.data]
-            manifest = built(paths, folder / _DATA, tokenizing) if resume else None
+            manifest = built(paths, folder / _DATA, tokenizing) if resume or not makes else None
             if manifest is None:
                 manifest = build(paths, folder / _DATA, tokenizing, report=report)
     finally:
@@ -268,18 +229,21 @@ def prepare_tuning(
     hooks: Hooks | None = None,
     progress: ProgressOf = no_progress,
     examination: Callable[[TuningData, Path], Callable[[CausalLM], Any]] | None = None,
+    ranks: TrainingRanks = ALONE,
 ) -> TuningRun:
     """Tokenise the data, load the base in fp32, and make the trainer. With `resume`, continue from the newest snapshot.
 
     An `evaluate` in `hooks` is replaced by the examination that `examination` makes of the data and the folder of the
-    tokenizer, or by the loss on held-out samples.
+    tokenizer, or by the loss on held-out samples. Of several `ranks` the first one makes what stands in files; each
+    loads the base before it keeps its part.
     """
-    data = read_task(task, folder, method=method, resume=resume, progress=progress)
-    task.write(folder)
+    options: dict[str, Any] = {"method": method, "progress": progress}
+    data = first_then_all(ranks, partial(_read_in_turn, task, folder, resume=resume, **options))
     model, dtypes = load_base(data, progress)
     evaluate: Callable[[], Any] | None
     config = _train_config(data, model)
-    all_sets = method.sets(data.config, data.sources, Base(model, config, progress))
+    base = Base(model, config, progress)
+    all_sets = first_then_all(ranks, lambda is_first: method.sets(data.config, data.sources, base))
     sets = [each.split(data.config.held_out) for each in all_sets]
     train_sets, held_out = [train for train, _ in sets], [other for _, other in sets if len(other)]
 
@@ -292,12 +256,8 @@ def prepare_tuning(
             weights=data.config.weights,
         )
 
-    adapted = ""
-    if task.adapter is not None:
-        sample = stream()
-        batches = (sample.next_batch().to(model.device).batch for _ in range(_ROUTED_BATCHES))
-        asked = replace(task.adapter, mtp=task.adapter.mtp and config.mtp_coefficient > 0.0)
-        adapted = adapt(model, asked, batches, seed=config.seed)
+    adapted = "" if task.adapter is None else _adapt(model, task.adapter, stream(), config)
+    ranks.shard(model)
     if "total_steps" not in data.train and config.time_budget is None:
         num_batches = stream().count_batches(data.config.epochs)
         config = config.with_(total_steps=-(-num_batches // config.accumulation))
@@ -307,15 +267,22 @@ def prepare_tuning(
         evaluate = _evaluation(data, model, held_out, config)
     trainer = Trainer(
         model,
-        method.source(data.config, stream(), Base(model, config, progress)),
+        method.source(data.config, stream(), base),
         config,
         objective=method.objective(data.config, config),
         folder=folder,
         hooks=replace(hooks or Hooks(), evaluate=evaluate),
+        ranks=ranks,
     )
     if resume:
         trainer.resume()
     return TuningRun(data, folder, trainer, dtypes, adapted)
+
+
+def _adapt(model: CausalLM, task: AdapterTask, sample: SampleStream, config: TrainConfig) -> str:
+    batches = (sample.next_batch().to(model.device).batch for _ in range(_ROUTED_BATCHES))
+    asked = replace(task, mtp=task.mtp and config.mtp_coefficient > 0.0)
+    return adapt(model, asked, batches, seed=config.seed)
 
 
 def load_base(data: RunData, progress: ProgressOf) -> tuple[CausalLM, dict[str, torch.dtype]]:

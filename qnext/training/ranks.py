@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class TrainingRanks(Protocol):
     def told(self, text: str) -> str:
         """What the first process says: its `text`, of at most 4096 bytes."""
 
-    def by_first(self, action: Callable[[], None]) -> None:
+    def by_first(self, action: Callable[[], object]) -> None:
         """Do something in the first process alone. The others wait; where it fails, all fail."""
 
     def guarded(self) -> AbstractContextManager[object]:
@@ -147,7 +147,7 @@ class Alone:
     def told(self, text: str) -> str:
         return text
 
-    def by_first(self, action: Callable[[], None]) -> None:
+    def by_first(self, action: Callable[[], object]) -> None:
         action()
 
     def guarded(self) -> AbstractContextManager[object]:
@@ -155,6 +155,15 @@ class Alone:
 
 
 ALONE = Alone()
+Made = TypeVar("Made")
+
+
+def first_then_all(ranks: TrainingRanks, make: Callable[[bool], Made]) -> Made:
+    """What `make`, which is told whether it is in the first process, gives: first there, where it may write files, and
+    then in the others, which find them."""
+    made: list[Made] = []
+    ranks.by_first(lambda: made.append(make(True)))
+    return made[0] if ranks.is_first else make(False)
 
 
 def total_norm(gradients: Sequence[Tensor], ranks: TrainingRanks) -> Tensor:

@@ -49,7 +49,9 @@ def test_from_words_to_a_merged_folder(experts: str, tmp_path: Path) -> None:
     sizes = {len(part.A) + len(part.B) - 1 for part in adapter_of(model).parts.values() if part.A.dim() == 3}
     assert (sizes == {12}) == (experts == "all")
     train(model)
-    folder = save_adapted(model, tmp_path / "run", base=tmp_path / "base", tokenizer_folder=None)
+    folder = save_adapted(
+        adapter_of(model), model.config, tmp_path / "run", base=tmp_path / "base", tokenizer_folder=None
+    )
     assert folder == tmp_path / "run" / "adapter"
     merge_adapter(tmp_path / "run", tmp_path / "merged")
     merged = load_model(tmp_path / "merged")
@@ -70,7 +72,7 @@ def test_what_was_not_trained_is_not_saved(tmp_path: Path) -> None:
     model = tiny_model()
     adapt(model, AdapterTask("attention"), sample(), seed=1)
     with pytest.raises(NoEffect, match="changes nothing"):
-        save_adapted(model, tmp_path / "run", base="base", tokenizer_folder=None)
+        save_adapted(adapter_of(model), model.config, tmp_path / "run", base="base", tokenizer_folder=None)
     assert not (tmp_path / "run").exists()
 
 

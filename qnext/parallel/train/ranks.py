@@ -158,7 +158,7 @@ class RanksOfRun:
         told_N = self.gather_parts(torch.tensor(list(raw), dtype=torch.uint8))[0]
         return os.fsdecode(bytes(told_N.tolist()).rstrip(b"\0"))
 
-    def by_first(self, action: Callable[[], None]) -> None:
+    def by_first(self, action: Callable[[], object]) -> None:
         """The others end with the same exit code, and leave the words to the first."""
         failure: BaseException | None = None
         if self.is_first:

@@ -1,0 +1,100 @@
+"""Fine-tuning on two processes does what one does: the same losses, norms and files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qnext.errors import UsageError
+from qnext.recipes.adapted import AdapterTask
+from qnext.recipes.tasks import prepare_task, task_of
+from qnext.training.ranks import ALONE, TrainingRanks
+from tests.recipes.test_distill import teacher as teacher
+from tests.training.ranked import TrainingProcesses, processes
+
+SETTINGS = (
+    *("lr=3e-3", "tokens_per_batch=64", "sequence_length=48", "precision=float32", "accumulation=4", "total_steps=2"),
+    *("eval_every=2", "held_out=0.3", "balance_coefficient=0.01"),
+)
+WAYS: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "sft with an adapter": {"adapter": AdapterTask(rank=2, router=True)},
+    "dpo": {"method": "dpo"},
+    "distill": {"method": "distill"},
+}
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[TrainingProcesses]:
+    with processes(2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("samples")
+    chats = [{"prompt": f"{7 * i}?", "completion": "yes " * (1 + i % 5)} for i in range(12)]
+    pairs = [{"prompt": f"{i}?", "chosen": "yes " * (1 + i % 3), "rejected": "no"} for i in range(12)]
+    for name, values in (("chats", chats), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in values))
+    return {"dpo": folder / "pairs.jsonl", "sft": folder / "chats.jsonl", "distill": folder / "chats.jsonl"}
+
+
+def tuned(ranks: TrainingRanks, task: dict[str, Any], out: Path, until_step: int | None = None) -> list[str]:
+    """Train; with `until_step` to there, with a snapshot. The names of what is trained."""
+    run = prepare_task(task_of(out, **task), out, resume=task.get("resume", False), ranks=ranks)
+    run.trainer.evaluate()
+    run.trainer.run(until_step=until_step)
+    if until_step is not None:
+        run.trainer.save()
+    run.save()
+    return list(run.trainer.part_of)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_tune_as_one(
+    tmp_path: Path, base: Path, teacher: Path, samples: dict[str, Path], two: TrainingProcesses, way: str
+) -> None:
+    """The last step of a run with an adapter is made by one process, which goes on from the snapshot of two."""
+    method = WAYS[way].get("method", "sft")
+    settings = [*SETTINGS, *([f"teacher={teacher}"] if method == "distill" else [])]
+    task = {"method": "sft", "base": str(base), "data": [str(samples[method])], "settings": settings, **WAYS[way]}
+    changes_hands = "adapter" in task
+    trained = two.run(tuned, task, tmp_path / "two", 1 if changes_hands else None)
+    assert trained[0] == trained[1] == tuned(ALONE, task, tmp_path / "one")
+    if changes_hands:
+        tuned(ALONE, {"base": None, "data": [], "resume": True}, tmp_path / "two")
+    one, other = (numbers(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(other) > 5
+    for place, numbers_ in one.items():
+        assert other[place] == pytest.approx(numbers_, rel=2e-6), place
+    kind = "adapter" if "adapter" in task else "model"
+    for file in (tmp_path / "one" / kind).glob("*.safetensors"):
+        found = load_file(tmp_path / "two" / kind / file.name)
+        for name, weight in load_file(file).items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def numbers(run: Path) -> dict[str, float]:
+    """What stands in the metrics file of losses, norms and evaluations."""
+    found = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        document = json.loads(line)
+        for key, value in {**document, **document.get("evaluation", {})}.items():
+            if isinstance(value, float) and key not in ("elapsed", "tokens_per_second", "lr"):
+                found[f"{document['step']}/{key}"] = value
+    return found
+
+
+def test_a_step_that_cannot_be_divided_is_refused(
+    tmp_path: Path, base: Path, samples: dict[str, Path], two: TrainingProcesses
+) -> None:
+    task = {"base": str(base), "data": [str(samples["sft"])], "settings": ["accumulation=3"]}
+    with pytest.raises(UsageError, match="accumulation=3: the micro batches of a step are divided among 2 processes"):
+        two.run(tuned, task, tmp_path / "run")
