@@ -85,7 +85,8 @@ class Packing:
     @cached_property
     def sequence_ids_T(self) -> Tensor:
         """[T] the sequence of each token."""
-        return torch.repeat_interleave(torch.arange(self.num_sequences, device=self.device), self.lengths_N)
+        numbers_N = torch.arange(self.num_sequences, device=self.device)
+        return torch.repeat_interleave(numbers_N, self.lengths_N, output_size=self.num_tokens)  # else a GPU is asked
 
     @cached_property
     def offsets_T(self) -> Tensor:

@@ -108,10 +108,10 @@ class SnapshotWriter:
 
 def _copy(source: Tensor, target: Tensor) -> None:
     """By one thread: in hundreds of short copies threads wait for each other longer than they copy."""
-    if source.is_cuda:
-        target.copy_(source, non_blocking=True)
-    else:
+    if source.device.type == "cpu":
         np.copyto(as_bytes(target).numpy(), as_bytes(source.contiguous()).numpy())
+    else:
+        target.copy_(source, non_blocking=source.is_cuda)
 
 
 def _done(action: Callable[[], Path]) -> Future[Path]:

@@ -1,0 +1,47 @@
+"""Engines: the same tokens as on the CPU, and how often a step waits for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qnext.engine import SamplingParams
+from qnext.model import CausalLM, initialize
+from tests.engine.drafting import draft_always, make_engine, prompts_of
+from tests.engine.models import tiny_model
+from tests.other_device.device import OtherDevice, moved
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "drafts": {"speculation": True, "max_draft_tokens": 3},
+    "pieces": {"max_num_batched_tokens": 67},
+    "prefixes in host memory": {"num_blocks": 24, "host_cache_bytes": 1 << 24},
+}
+PARAMS = [
+    SamplingParams(max_tokens=7, ignore_eos=True, temperature=0.0),
+    SamplingParams(max_tokens=7, ignore_eos=True, temperature=1.0, top_p=0.9, seed=5, logprobs=2),
+    SamplingParams(max_tokens=7, ignore_eos=True, temperature=0.7, min_p=0.05, top_k=9, repetition_penalty=1.1, seed=6),
+]
+
+
+def _with_drafts() -> CausalLM:
+    model = CausalLM(tiny_model("hybrid").config.with_(num_nextn_predict_layers=1)).eval()
+    initialize(model, seed=3)
+    return model
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_answers_are_those_of_the_cpu(options: dict[str, Any], other: OtherDevice) -> None:
+    """Of a first round, and of a second one that continues its prompts."""
+    here = _with_drafts()
+    prompts = prompts_of(here, [90, 33, 1])
+    found = []
+    for model in (here, moved(here)):
+        engine = make_engine(model, **{"speculation": False, **options})
+        if engine.drafter is not None:
+            draft_always(engine)
+        first = engine.generate(prompts, PARAMS)
+        second = engine.generate([[*p, *a.output_ids, 8] for p, a in zip(prompts, first, strict=True)], PARAMS)
+        engine.check_integrity()
+        found.append([answer.output_ids for answer in (*first, *second)])
+    assert found[0] == found[1]
