@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from qnext.config import ModelConfig
 from qnext.diagnostics.plan_page import cost_text
 from qnext.errors import UsageError
+from qnext.parallel.train.traffic import StepTraffic, TrainShape
 from qnext.planning import machine
 from qnext.planning.accelerators import Cluster
 from qnext.planning.cost import Prices, TokenCost, run_cost
@@ -40,12 +41,15 @@ class TrainingReport(NamedTuple):
     plan: TrainingPlan
     cost: TokenCost | None
     peak: float
+    sent: StepTraffic | None = None  # by all ranks, in a step of one micro batch on each
 
     def document(self) -> dict[str, Any]:
         """For programs."""
         device = None if self.cluster is None else self.cluster.name
         cost = None if self.cost is None else self.cost.document()
-        return {"model": self.name, "device": device, "peak": self.peak, **self.plan.document(), "cost": cost}
+        sent = None if self.sent is None else self.sent.document()
+        document = {"model": self.name, "device": device, "peak": self.peak, **self.plan.document()}
+        return {**document, "sent_in_step": sent, "cost": cost}
 
 
 def training_report(
@@ -68,7 +72,26 @@ def training_report(
         prices = prices if prices.watts is not None else prices._replace(watts=cluster.device.watts)
     plan = plan_training(model.config, wish, peak=peak, memory_bytes=memory, num_ranks=ranks or None)
     cost = run_cost(prices, plan.device_hours * 3600) if prices.are_known else None
-    return TrainingReport(model.name, cluster, plan, cost, peak)
+    return TrainingReport(model.name, cluster, plan, cost, peak, _sent(model.config, plan))
+
+
+def _sent(config: ModelConfig, plan: TrainingPlan) -> StepTraffic | None:
+    """None where parameters are not cut evenly, or most of them are not trained."""
+    wish, ranks = plan.wish, plan.num_ranks
+    if wish.kind == "lora" or ranks == 1 or ranks % wish.expert_parallel:
+        return None
+    states = STATES[wish.states]
+    shape = TrainShape(
+        ranks,
+        wish.sequences * wish.sequence_length,
+        accumulation=ranks,
+        expert=wish.expert_parallel,
+        recomputes=wish.recomputes,
+        weight_bytes=states.weight,
+        gradient_bytes=states.gradient,
+        value_bytes=states.weight,
+    )
+    return StepTraffic.of(config, shape)
 
 
 def lora_wish(config: ModelConfig, wish: TrainingWish, lora: LoraWish, frozen_bytes: int) -> TrainingWish:
@@ -117,6 +140,12 @@ def _lines(report: TrainingReport, first: TrainingReport | None) -> Iterator[str
         f"{format_bytes(memory.gathered)}, activations {format_bytes(memory.activations)}, loss "
         f"{format_bytes(memory.loss)}" + (f", workspace {format_bytes(memory.workspace)}" if memory.workspace else "")
     )
+    if (sent := report.sent) is not None:
+        told = {name: format_bytes(count // plan.num_ranks) for name, count in sent.document().items()}
+        yield (
+            f"  a rank sends {told['total']} in a step of one micro batch on each: parameters {told['parameters']}, "
+            f"gradients {told['gradients']}" + (f", experts {told['experts']}" if sent.experts else "")
+        )
     if report.cost is not None:
         yield f"  costs: {cost_text(report.cost)}"
 

@@ -179,11 +179,13 @@ def test_a_training_run(capsys: Capture) -> None:
     assert found["cost"]["money"] == pytest.approx(2 * found["device_hours"])
     assert found["state_bytes"] == 18 * 81_324_862_720 and found["num_ranks"] == found["least_ranks"]
     assert found["memory_of_rank"]["total"] < 0.9 * (80 << 30)
+    others = found["num_ranks"] - 1
+    assert found["sent_in_step"]["gradients"] == pytest.approx(others * 4 * 81_324_862_720, rel=1e-3)
     text = run(capsys, "plan", *arguments, "--gpus", "8", "--nodes", "2").out
     assert f"{dense['total_flops'] / found['total_flops']:.2f} times the work of 80b-a3b" in text
     assert "does not fit on 16: " in text and "in 2 nodes" in text
     (adapter,) = documents(capsys, "80b-a3b", "--train", "lora", "--tokens", "1B", "--machine", "h200")
-    assert adapter["state_bytes"] < found["state_bytes"] / 50
+    assert adapter["state_bytes"] < found["state_bytes"] / 50 and adapter["sent_in_step"] is None
     assert adapter["flops_of_token"]["total"] < found["flops_of_token"]["total"]
     for told, *wrong in (
         ("must be one of", "--train", "dream", "--tokens", "1B"),

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qnext.checkpoint import parts
 from qnext.checkpoint.header import read_header
@@ -23,7 +26,8 @@ from qnext.errors import CorruptCheckpoint, LostRank, UsageError
 from qnext.parallel.train.context import check_context
 from qnext.parallel.train.experts import check_experts
 from qnext.parallel.train.ranks import Division
-from qnext.training import Hooks, PackedStream, StepMetrics, TrainConfig, Trainer
+from qnext.parallel.train.traffic import StepTraffic, TrainShape
+from qnext.training import Hooks, PackedStream, StepMetrics, TrainConfig, Trainer, parameter_rules
 from qnext.training.ranks import ALONE, TrainingRanks, whole_weights
 from qnext.training.snapshot_writer import SnapshotFailed
 from tests.training.models import documents, tiny_config, tiny_model
@@ -106,6 +110,44 @@ def run_and_vanish(ranks: TrainingRanks, config: TrainConfig, folder: Path, step
             os._exit(9)
 
     make_trainer(ranks, config, torch.float64, {}, folder, Hooks(on_step=vanish)).run()
+
+
+class SentBytes(TorchDispatchMode):
+    """What this process sends to others while it is open, by the names of torch's collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._overloadpacket.__name__
+        if func.namespace == "c10d":
+            self.found[name] += _sent(name, *args)
+        return func(*args, **(kwargs or {}))
+
+
+def _sent(name: str, *args: Any) -> int:
+    if name == "send":
+        return sum(each.nbytes for each in args[0])
+    if name == "allgather_":
+        return sum(each.nbytes for each in args[1]) * (len(args[0][0]) - 1)
+    if name == "_allgather_base_":
+        return args[0].nbytes - args[1].nbytes
+    if name == "_reduce_scatter_base_":
+        return args[1].nbytes - args[0].nbytes
+    if name == "alltoall_base_":
+        sizes = args[4] or [len(args[1]) // dist.get_world_size()] * dist.get_world_size()
+        return args[1].nbytes // max(1, len(args[1])) * (len(args[1]) - sizes[dist.get_rank()])
+    assert name in ("recv_", "barrier"), name
+    return 0
+
+
+def sent(ranks: TrainingRanks, config: TrainConfig, changes: dict[str, Any], steps: int) -> Counter[str]:
+    """In so many steps."""
+    trainer = make_trainer(ranks, config, torch.float32, changes, None, Hooks())
+    with SentBytes() as mode:
+        trainer.run(until_step=steps)
+    return mode.found
 
 
 def save_parts(ranks: TrainingRanks, config: TrainConfig, folder: Path) -> tuple[int, int]:
@@ -264,6 +306,33 @@ def test_from_two_to_four_to_one(tmp_path: Path) -> None:
     steps += continued(ALONE, CONFIG, tmp_path, 6)
     for mine, theirs in zip(steps, straight, strict=True):
         assert numbers(mine, of_inside=True) == pytest.approx(numbers(theirs, of_inside=True), rel=1e-9)
+
+
+@pytest.mark.parametrize("way", ["plain", "muon", "experts", "recomputed experts", "rows", "recomputed rows"])
+def test_a_step_sends_what_is_planned(two: TrainingProcesses, way: str) -> None:
+    """To the byte. Every token goes to all experts, so half of them are elsewhere."""
+    changes = {"num_experts_per_tok": 6}
+    recomputes, muon = "recomputed" in way, way == "muon"
+    division = Division(expert=2 if "experts" in way else 1, context=2 if "rows" in way else 1)
+    config = CONFIG.with_(health_every=0, checkpoint_activations=recomputes, optimizer="muon" if muon else "adamw")
+    ranks = two.divided(division)
+    few, many = (sum(ranks.run(sent, config, changes, steps), Counter()) for steps in (1, 2))
+    rules = parameter_rules(tiny_model(**changes), optimizer=config.optimizer)
+    shape = TrainShape(
+        2,
+        config.tokens_per_batch,
+        config.accumulation,
+        *division,
+        recomputes=recomputes,
+        matrices=[rule.name for rule in rules if rule.algorithm == "muon" and rule.parameter.dim() == 2],
+    )
+    planned = StepTraffic.of(tiny_config(**changes), shape)
+    step = many - few
+    assert step.pop("_allgather_base_") == planned.parameters
+    assert step.pop("_reduce_scatter_base_") == planned.gradients
+    if division.context == 1:
+        assert step.pop("alltoall_base_", 0) == planned.experts
+    assert sum(step.values()) == planned.rows + planned.numbers + planned.updates
 
 
 def test_a_lost_process_ends_the_run(tmp_path: Path) -> None:
