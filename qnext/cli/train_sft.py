@@ -34,7 +34,7 @@ def command(
 
     Ctrl-C and SIGTERM finish the step, save a snapshot and end with exit code 130 and 143; --resume goes on from there,
     and from the last snapshot after a kill.
-    Started by `torchrun -m qnext train sft`, its processes share the work, as those of `train dpo` and `distill` do.
+    Started by `torchrun -m qnext train sft`, its processes share the work; so do those of `dpo`, `distill`, `gspo`.
     """
     from qnext.cli.terminal.tuning import tune
     from qnext.recipes.tasks import task_of

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import Tensor
-
 from qnext.checkpoint.adapters import IN_A_RUN, save_adapter
 from qnext.checkpoint.provenance import Making
 from qnext.config import ModelConfig
@@ -18,6 +16,7 @@ from qnext.lora import Adapter, LoraConfig, adapter_of, add_lora, choose_experts
 from qnext.lora.config import Targets
 from qnext.model import Batch, CausalLM
 from qnext.ops import LowRank
+from qnext.training.ranks import whole_value
 
 _COVERAGE = 0.5
 
@@ -94,14 +93,10 @@ def adapt(model: CausalLM, task: AdapterTask, batches: Iterable[Batch], *, seed:
 def whole_adapter(model: CausalLM) -> Adapter:
     """The adapter of a model in training; where processes have parts of it they all call this, and all have it then."""
     adapter = adapter_of(model)
-    parts = {name: LowRank(_whole(part.A), _whole(part.B), part.scale) for name, part in adapter.parts.items()}
+    parts = {
+        name: LowRank(whole_value(part.A), whole_value(part.B), part.scale) for name, part in adapter.parts.items()
+    }
     return Adapter(parts, adapter.places)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Of a DTensor, all of it."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def save_adapted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qnext.model import Batch, CausalLM
 from qnext.planning import count_parameters
 from qnext.recipes.adapted import adapt
 from qnext.recipes.chat_folder import tokenizer_folder
+from qnext.recipes.drawing import DrawnTogether
 from qnext.recipes.rewards import REWARDS, TASKS, final_answer, is_held_out, queries_of
 from qnext.recipes.rollouts import Answer, Problem, RolloutConfig, RolloutSource, answer_of, draw_answers
 from qnext.recipes.settings import parse_settings, with_end_of_run
@@ -27,6 +29,7 @@ from qnext.text.prompts import ChatPrompt
 from qnext.text.tokenizer import Tokenizer
 from qnext.training import Hooks, TrainConfig, Trainer
 from qnext.training.policy import PolicyGradient
+from qnext.training.ranks import ALONE, TrainingRanks, first_then_all
 
 _LR = 0.1  # of that of SFT
 _ROUTED_PROMPTS = 64  # whose routing chooses the experts of an adapter
@@ -126,14 +129,14 @@ def prepare_gspo(
     resume: bool = False,
     hooks: Hooks | None = None,
     progress: ProgressOf = no_progress,
+    ranks: TrainingRanks = ALONE,
 ) -> TuningRun:
     """Read the problems, load the base in fp32, and make the trainer. With `resume`, continue from the newest snapshot.
 
-    An `evaluate` in `hooks` is replaced by the reward on held-out problems.
+    An `evaluate` in `hooks` is replaced by the reward on held-out problems. Each of several `ranks` has a whole copy of
+    the model beside its part, and draws with it.
     """
-    with made_if_understood(folder):
-        data = _read(task, folder)
-    task.write(folder)
+    data = first_then_all(ranks, partial(_read_in_turn, task, folder))
     model, dtypes = load_base(data, progress)
     config, own = _train_config(data, model), data.config
     reference = copy.deepcopy(model).requires_grad_(False) if own.kl > 0.0 else None
@@ -142,6 +145,7 @@ def prepare_gspo(
         adapted = adapt(model, replace(task.adapter, mtp=False), _batches(data, model), seed=config.seed)
     if own.max_mismatch is None and model.is_cut_invariant:
         own = replace(own, max_mismatch=0.0)
+    draw = DrawnTogether(model, ranks)
     source = RolloutSource(
         model,
         data.problems,
@@ -151,21 +155,34 @@ def prepare_gspo(
         accumulation=config.accumulation,
         seed=config.seed,
         reference=reference,
+        draw=draw,
     )
+    ranks.shard(model)
     trainer = Trainer(
         model,
         source,
         config,
         objective=own.objective(config.balance_coefficient, config.z_loss_coefficient),
         folder=folder,
-        hooks=replace(hooks or Hooks(), evaluate=_evaluation(data, model)),
+        hooks=replace(hooks or Hooks(), evaluate=_evaluation(data, draw)),
+        ranks=ranks,
     )
     if resume:
         trainer.resume()
     return TuningRun(data, folder, trainer, dtypes, adapted)
 
 
-def _read(task: TuningTask, folder: Path) -> GspoData:
+def _read_in_turn(task: TuningTask, folder: Path, is_first: bool) -> GspoData:
+    """With the tokenizer and the task in the folder; not first, by the tokenizer of another process."""
+    if not is_first:
+        return _read(task, folder, makes=False)
+    with made_if_understood(folder):
+        data = _read(task, folder, makes=True)
+    task.write(folder)
+    return data
+
+
+def _read(task: TuningTask, folder: Path, *, makes: bool) -> GspoData:
     own, train = parse_settings(task.settings, GspoConfig, TrainConfig)
     for name in _NOT_HERE:
         if name in train:
@@ -174,7 +191,9 @@ def _read(task: TuningTask, folder: Path) -> GspoData:
     if (config.task is None) != bool(task.data):
         raise UsageError("problems come from either --task NAME or --data FILE")
     base = open_folder(task.base)
-    tokens = tokenizer_folder(folder / TOKENIZER, base, template=task.template, sampling=task.sampling)
+    tokens = folder / TOKENIZER
+    if makes:
+        tokenizer_folder(tokens, base, template=task.template, sampling=task.sampling)
     tokenizer = Tokenizer.from_folder(tokens, num_rows=base.config.vocab_size)
     if config.task is not None:
         queries = TASKS[config.task]()
@@ -236,11 +255,11 @@ def _batches(data: GspoData, model: CausalLM) -> list[Batch]:
     return [Batch.from_lengths(ids.to(model.device), [len(ids)]) for ids in prompts]
 
 
-def _evaluation(data: GspoData, model: CausalLM) -> Callable[[], HeldOutReward] | None:
+def _evaluation(data: GspoData, draw: DrawnTogether) -> Callable[[], HeldOutReward] | None:
     if not data.held_out:
         warn("no problem is held out; there will be no evaluation")
         return None
-    return lambda: held_out_reward(data, model, data.held_out[: data.config.eval_problems])
+    return lambda: held_out_reward(data, draw.whole(), data.held_out[: data.config.eval_problems])
 
 
 def held_out_reward(data: GspoData, model: CausalLM, problems: Sequence[Problem]) -> HeldOutReward:

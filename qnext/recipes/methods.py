@@ -12,6 +12,7 @@ from qnext.session.folder import ProgressOf
 from qnext.text.lessons import Teacher
 from qnext.training import Objective, TrainConfig, TrainSource
 from qnext.training.build import Tokenizing
+from qnext.training.ranks import ALONE, TrainingRanks
 from qnext.training.samples import SampleSet, SampleStream
 from qnext.training.shards import DataShard
 
@@ -37,6 +38,7 @@ class Base(NamedTuple):
     model: CausalLM
     train: TrainConfig
     progress: ProgressOf
+    ranks: TrainingRanks = ALONE
 
 
 class Method(Protocol):
@@ -58,7 +60,8 @@ class Method(Protocol):
         """The samples of each source."""
 
     def source(self, config: Any, stream: SampleStream, base: Base) -> TrainSource:
-        """What the run learns from, of its samples in their order: they themselves, or what is made of them."""
+        """What the run learns from, of its samples in their order: they themselves, or what is made of them. The model
+        is not cut yet."""
 
     def objective(self, config: Any, train: TrainConfig) -> Objective | None: ...
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,9 @@ from qnext.engine import SamplingParams
 from qnext.errors import UsageError
 from qnext.model import Batch, CausalLM
 from qnext.recipes.distill import check_teacher
+from qnext.recipes.drawing import DrawnTogether
 from qnext.recipes.methods import Base
-from qnext.recipes.rollouts import draw_answers
+from qnext.recipes.rollouts import Draw, draw_answers
 from qnext.recipes.sft import Sft, SftConfig
 from qnext.session.folder import load_weights, open_folder
 from qnext.text.lessons import Taught, Teacher
@@ -92,31 +94,35 @@ def prompt_of(document: Document) -> list[int]:
     return np.where(document < 0, ~document, document)[:end].tolist()
 
 
-def written(
-    model: CausalLM, prompts: Sequence[Sequence[int]], *, max_tokens: int, seed: int, end_ids: frozenset[int]
-) -> list[list[int]]:
-    """An answer to each prompt, drawn at temperature 1. It ends where the model's context does."""
-    context = model.config.max_position_embeddings
+class AnswerWriting(NamedTuple):
+    """What writes answers of at most `max_tokens`. An answer ends where the `context` of the model does."""
+
+    draw: Draw
+    context: int
+    max_tokens: int
+    num_tokens: int  # of the vocabulary
+    end_ids: frozenset[int]
+
+
+def written(writer: AnswerWriting, prompts: Sequence[Sequence[int]], *, seed: int) -> list[list[int]]:
+    """An answer to each prompt, drawn at temperature 1."""
     params = [
         SamplingParams(
             temperature=1.0,
-            max_tokens=max(1, min(max_tokens, context - len(prompt))),
+            max_tokens=max(1, min(writer.max_tokens, writer.context - len(prompt))),
             seed=int.from_bytes(_hash(f"{seed}/{place}", 4), "little"),
         )
         for place, prompt in enumerate(prompts)
     ]
-    return [list(each.output_ids) for each in draw_answers(model, prompts, params, end_ids=end_ids)]
+    return [list(each.output_ids) for each in writer.draw(prompts, params, end_ids=writer.end_ids)]
 
 
 class WrittenSource:
     """A TrainSource of answers that the model writes when a micro batch is asked for. What it writes depends on the
     model, the seed and the place of the prompts alone, so a resumed run writes the same."""
 
-    def __init__(
-        self, model: CausalLM, prompts: SampleStream, *, max_tokens: int, num_tokens: int, end_ids: frozenset[int]
-    ) -> None:
-        self._model, self._prompts = model, prompts
-        self._max_tokens, self._num_tokens, self._end_ids = max_tokens, num_tokens, end_ids
+    def __init__(self, writer: AnswerWriting, prompts: SampleStream) -> None:
+        self._writer, self._prompts = writer, prompts
 
     @property
     def epoch(self) -> int:
@@ -135,22 +141,15 @@ class WrittenSource:
 
     def next_batch(self) -> TrainBatch:
         seed = int.from_bytes(_hash(json.dumps(self.position), 7), "little")
-        return answered(
-            self._model,
-            self._prompts.next_batch().prompts,
-            max_tokens=self._max_tokens,
-            num_tokens=self._num_tokens,
-            seed=seed,
-            end_ids=self._end_ids,
-        )
+        return answered(self._writer, self._prompts.next_batch().prompts, seed=seed)
 
 
-def answered(model: CausalLM, prompts: Sequence[list[int]], *, num_tokens: int, **options: Any) -> TrainBatch:
+def answered(writer: AnswerWriting, prompts: Sequence[list[int]], *, seed: int) -> TrainBatch:
     """Prompts and the answers that are written to them, which alone have labels. An answer ends before a row of the
     vocabulary that has no token; where it begins with one, with the first that has."""
     documents = []
-    for prompt, answer in zip(prompts, written(model, prompts, **options), strict=True):
-        end = next((place for place, token in enumerate(answer) if token >= num_tokens), len(answer))
+    for prompt, answer in zip(prompts, written(writer, prompts, seed=seed), strict=True):
+        end = next((place for place, token in enumerate(answer) if token >= writer.num_tokens), len(answer))
         documents.append(np.array([*(~token for token in prompt), *(answer[:end] or [0])], dtype=np.int32))
     return DOCUMENTS.pack(documents)
 
@@ -176,13 +175,15 @@ class HeldOutAnswers:
 
 
 class OnPolicy:
-    """On-policy distillation as a Method. It keeps the teacher from `sets` on, so each run has one of its own."""
+    """On-policy distillation as a Method. It keeps the teacher from `sets` on, so each run has one of its own. Of
+    several processes each has a whole student to write with, and a whole teacher."""
 
     sample = "prompts"
     config = OnPolicyConfig
 
     def __init__(self) -> None:
         self._teacher: CausalLM | None = None
+        self._drawn: DrawnTogether | None = None
         self._num_tokens = 0
 
     def tokenizing(self, config: OnPolicyConfig, teacher: Teacher, **facts: Any) -> Tokenizing:
@@ -200,13 +201,12 @@ class OnPolicy:
         return [SampleSet(shards, kind=PromptKind(config.max_tokens)) for shards in sources]
 
     def source(self, config: OnPolicyConfig, stream: SampleStream, base: Base) -> TrainSource:
-        return WrittenSource(
-            base.model,
-            stream,
-            max_tokens=config.max_tokens,
-            num_tokens=self._num_tokens,
-            end_ids=frozenset(base.model.config.eos_token_ids),
-        )
+        self._drawn = DrawnTogether(base.model, base.ranks)
+        return WrittenSource(self._writer(config, base.model, self._drawn), stream)
+
+    def _writer(self, config: OnPolicyConfig, model: CausalLM, draw: Draw) -> AnswerWriting:
+        ends = frozenset(model.config.eos_token_ids)
+        return AnswerWriting(draw, model.config.max_position_embeddings, config.max_tokens, self._num_tokens, ends)
 
     def objective(self, config: OnPolicyConfig, train: TrainConfig) -> ReverseDistillation:
         assert self._teacher is not None
@@ -220,10 +220,11 @@ class OnPolicy:
         objective, kind = self.objective(config, train), PromptKind(config.max_tokens)
         total, lengths, count = 0.0, 0, min(_NUM_HELD_OUT, len(held_out))
         samples = (held_out[index] for index in range(count))
-        ends = frozenset(model.config.eos_token_ids)
-        options: dict[str, Any] = {"max_tokens": config.max_tokens, "num_tokens": self._num_tokens, "end_ids": ends}
+        assert self._drawn is not None
+        model = self._drawn.whole()
+        writer = self._writer(config, model, partial(draw_answers, model))
         for seed, batch in enumerate(in_order(samples, kind, tokens_per_batch=train.tokens_per_batch)):
-            rows = answered(model, batch.prompts, seed=seed, **options).to(model.device)
+            rows = answered(writer, batch.prompts, seed=seed).to(model.device)
             at = torch.nonzero(rows.labels_T >= 0).squeeze(1)
             total += float(objective.total(model, model(rows.batch).hidden_TD[at], objective.given(rows)[at]))
             lengths += rows.num_labels

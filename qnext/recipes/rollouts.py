@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ class Answer(NamedTuple):
 
 
 Reward = Callable[[Problem, Answer], float]
+Draw = Callable[..., list[Completion]]  # as draw_answers, by a model that it knows
 
 
 def answer_of(completion: Completion) -> Answer:
@@ -110,7 +112,8 @@ class RolloutSource:
 
     Every answer is drawn at temperature 1, by numbers that depend on seed, draw and place alone. Groups without spread
     teach nothing and are dropped; where a micro batch would be left without an answer, dropped ones fill it with the
-    advantage zero. `reference` is the model that the objective's KL is about.
+    advantage zero. `reference` is the model that the objective's KL is about. `draw` draws in another way than
+    draw_answers by `model`.
     """
 
     def __init__(
@@ -124,11 +127,13 @@ class RolloutSource:
         accumulation: int,
         seed: int,
         reference: CausalLM | None = None,
+        draw: Draw | None = None,
     ) -> None:
         if config.minibatches * accumulation > config.prompts * config.group_size:
             raise UsageError("minibatches times accumulation must be at most the answers of a draw")
         self._model, self._problems, self._reward, self._config = model, problems, reward, config
         self._end_ids, self._accumulation, self._seed, self._reference = end_ids, accumulation, seed, reference
+        self._draw_answers = draw or partial(draw_answers, model)
         self._num_draws = 0
         self._planned: list[_Portion] = []
         self._orders: dict[int, list[int]] = {}
@@ -173,8 +178,7 @@ class RolloutSource:
             SamplingParams(temperature=1.0, n=size, max_tokens=config.max_tokens, seed=self._number(place), logprobs=0)
             for place in range(config.prompts)
         ]
-        answers = draw_answers(
-            self._model,
+        answers = self._draw_answers(
             [each.prompt_ids for each in problems],
             params,
             end_ids=self._end_ids,

@@ -21,7 +21,6 @@ from qnext.recipes.on_policy import OnPolicy
 from qnext.recipes.sft import Sft
 from qnext.recipes.tuning import TuningData, TuningRun, prepare_tuning, read_task
 from qnext.recipes.tuning_task import TuningTask
-from qnext.training.ranks import ALONE
 
 _METHODS: dict[str, Callable[[], Method]] = {"sft": Sft, "dpo": Dpo, "distill": Distill, "on-policy": OnPolicy}
 
@@ -83,7 +82,6 @@ def read_data(task: TuningTask, folder: Path, **options: Any) -> TuningData:
 def prepare_task(task: TuningTask, folder: Path, **options: Any) -> TuningRun:
     """As prepare_tuning, by the method of the task and with the examination of its recipe."""
     if task.method == "gspo":
-        assert options.pop("ranks", ALONE) is ALONE, "it draws with an engine"
         return prepare_gspo(task, folder, **options)
     if task.recipe is not None:
         options["examination"] = partial(Examination, num_questions=chat_recipe(task.recipe).num_tested)

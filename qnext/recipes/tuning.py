@@ -242,7 +242,7 @@ def prepare_tuning(
     model, dtypes = load_base(data, progress)
     evaluate: Callable[[], Any] | None
     config = _train_config(data, model)
-    base = Base(model, config, progress)
+    base = Base(model, config, progress, ranks)
     all_sets = first_then_all(ranks, lambda is_first: method.sets(data.config, data.sources, base))
     sets = [each.split(data.config.held_out) for each in all_sets]
     train_sets, held_out = [train for train, _ in sets], [other for _, other in sets if len(other)]
@@ -257,6 +257,7 @@ def prepare_tuning(
         )
 
     adapted = "" if task.adapter is None else _adapt(model, task.adapter, stream(), config)
+    source = method.source(data.config, stream(), base)
     ranks.shard(model)
     if "total_steps" not in data.train and config.time_budget is None:
         num_batches = stream().count_batches(data.config.epochs)
@@ -267,7 +268,7 @@ def prepare_tuning(
         evaluate = _evaluation(data, model, held_out, config)
     trainer = Trainer(
         model,
-        method.source(data.config, stream(), base),
+        source,
         config,
         objective=method.objective(data.config, config),
         folder=folder,

@@ -172,7 +172,9 @@ class PolicyGradient:
             parts["kl"] = LossPart(k3(scores.log_probs_R - batch.reference_R).sum() / num_tokens, self.kl)
         if batch.is_first:
             parts |= self._mismatch(difference_R.detach(), batch, outputs, num_tokens)
-        parts |= {name: LossPart(torch.tensor(value, dtype=torch.float64), 0.0) for name, value in batch.facts.items()}
+        names = dict.fromkeys(name for each in step.batches for name in each.facts)  # all micro batches report the same
+        facts = {name: torch.tensor(batch.facts.get(name, 0.0), dtype=torch.float64) for name in names}
+        parts |= {name: LossPart(value, 0.0) for name, value in facts.items()}
         return with_router_losses(parts, outputs, step, balance=self.balance, z=self.z)
 
     def surrogate(self, ratio_N: Tensor, advantages_N: Tensor) -> tuple[Tensor, Tensor]:

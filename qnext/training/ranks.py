@@ -90,6 +90,9 @@ class TrainingRanks(Protocol):
     def told(self, text: str) -> str:
         """What the first process says: its `text`, of at most 4096 bytes."""
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """What all processes have, in their order. It is pickled."""
+
     def by_first(self, action: Callable[[], object]) -> None:
         """Do something in the first process alone. The others wait; where it fails, all fail."""
 
@@ -147,6 +150,9 @@ class Alone:
     def told(self, text: str) -> str:
         return text
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
     def by_first(self, action: Callable[[], object]) -> None:
         action()
 
@@ -175,6 +181,12 @@ def total_norm(gradients: Sequence[Tensor], ranks: TrainingRanks) -> Tensor:
 def whole_weights(part_of: Mapping[str, Tensor], ranks: TrainingRanks) -> dict[str, Tensor]:
     """The parameters whose parts these are, of all processes together."""
     return {name: ranks.whole([part], [part])[0] for name, part in part_of.items()}
+
+
+def whole_value(parameter: Tensor) -> Tensor:
+    """Of a parameter of a cut model, all of it: all processes ask, and all have it then. Others are whole."""
+    gather = getattr(parameter, "full_tensor", None)
+    return parameter if gather is None else gather()
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def run(*arguments: str) -> int:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("train", "gspo", "--from", "m"), ("train", "reason"), ("demo",)],
+    [("train", "reason"), ("demo",)],
     ids=lambda arguments: arguments[1] if arguments[1:] else arguments[0],
 )
 def test_what_cannot_share_its_work_is_refused_under_torchrun(

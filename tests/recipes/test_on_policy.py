@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 
 from qnext.checkpoint import load_model
 from qnext.checkpoint.snapshot import list_snapshots
-from qnext.recipes.on_policy import PromptKind, WrittenSource, answered, prompt_of, written
+from qnext.recipes.on_policy import AnswerWriting, PromptKind, WrittenSource, answered, prompt_of, written
+from qnext.recipes.rollouts import draw_answers
 from qnext.training.data import IGNORED
 from qnext.training.samples import SampleSet, SampleStream
 from tests.recipes.test_distill import distill, save_like
@@ -38,16 +40,17 @@ def test_a_prompt_is_what_stands_before_the_last_answer() -> None:
 def test_answers_are_the_models_own_and_alone_are_learnt(base: Path) -> None:
     """At temperature 1, to the token that ends them; the same again, and others for another seed."""
     model, prompts = load_model(base).float(), [[1, 2, 3], [4, 5]] * 20
-    options = {"max_tokens": 30, "end_ids": frozenset({258, 7})}
-    answers = written(model, prompts, seed=3, **options)
-    assert answers == written(model, prompts, seed=3, **options) != written(model, prompts, seed=4, **options)
+    context = model.config.max_position_embeddings
+    writer = AnswerWriting(partial(draw_answers, model), context, 30, 276, frozenset({258, 7}))
+    answers = written(writer, prompts, seed=3)
+    assert answers == written(writer, prompts, seed=3) != written(writer, prompts, seed=4)
     assert any(len(answer) < 30 for answer in answers)
     assert all(answer[-1] in (258, 7) or len(answer) == 30 for answer in answers)
     assert all(token not in (258, 7) for answer in answers for token in answer[:-1])
-    batch = answered(model, prompts, seed=3, num_tokens=276, **options)
+    batch = answered(writer, prompts, seed=3)
     assert batch.batch.packing.lengths == tuple(len(p) + len(a) - 1 for p, a in zip(prompts, answers, strict=True))
     assert batch.labels_T[batch.labels_T != IGNORED].tolist() == [token for answer in answers for token in answer]
-    few = answered(model, prompts, seed=3, num_tokens=100, **options)
+    few = answered(writer._replace(num_tokens=100), prompts, seed=3)
     assert few.labels_T.max() < 100 and few.num_labels < batch.num_labels
 
 
@@ -56,7 +59,8 @@ def test_the_same_prompt_is_answered_anew_and_a_place_is_found_again(base: Path)
     options = {"tokens_per_batch": 80, "seed": 0, "fingerprint": ""}
     prompts = SampleStream([SampleSet([[document]], kind=PromptKind(20))], **options)  # type: ignore[arg-type]
     model = load_model(base).float()
-    source = WrittenSource(model, prompts, max_tokens=20, num_tokens=276, end_ids=frozenset({258}))
+    context = model.config.max_position_embeddings
+    source = WrittenSource(AnswerWriting(partial(draw_answers, model), context, 20, 276, frozenset({258})), prompts)
     first, place = source.next_batch(), source.position
     second = source.next_batch()
     answers = [batch.batch.token_ids_T.tolist() for batch in (first, second)]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 
 from qnext.errors import UsageError
 from qnext.recipes.adapted import AdapterTask
+from qnext.recipes.gspo import GspoData
+from qnext.recipes.rollouts import Answer, Problem
 from qnext.recipes.tasks import prepare_task, task_of
 from qnext.training.ranks import ALONE, TrainingRanks
 from tests.recipes.test_distill import teacher as teacher
@@ -27,7 +30,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "sft with an adapter": {"adapter": AdapterTask(rank=2, router=True)},
     "dpo": {"method": "dpo"},
     "distill": {"method": "distill"},
+    "distill on-policy": {"method": "on-policy"},
+    "gspo": {"method": "gspo"},
 }
+ROLLOUTS = (
+    *("lr=1e-3", "prompts=3", "group_size=4", "max_tokens=6", "minibatches=2", "held_out=0.3", "eval_problems=3"),
+    *("accumulation=2", "total_steps=3", "eval_every=3"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +50,24 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("samples")
     chats = [{"prompt": f"{7 * i}?", "completion": "yes " * (1 + i % 5)} for i in range(12)]
     pairs = [{"prompt": f"{i}?", "chosen": "yes " * (1 + i % 3), "rejected": "no"} for i in range(12)]
-    for name, values in (("chats", chats), ("pairs", pairs)):
+    problems = [{"prompt": f"{n}+1", "answer": n + 1} for n in range(8)]
+    for name, values in (("chats", chats), ("pairs", pairs), ("problems", problems)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in values))
-    return {"dpo": folder / "pairs.jsonl", "sft": folder / "chats.jsonl", "distill": folder / "chats.jsonl"}
+    of = {"sft": "chats", "dpo": "pairs", "distill": "chats", "on-policy": "chats", "gspo": "problems"}
+    return {method: folder / f"{name}.jsonl" for method, name in of.items()}
+
+
+def generous(data: GspoData, problem: Problem, answer: Answer) -> float:
+    """A reward that random answers get now and then."""
+    return float(sum(answer.token_ids) % 7)
 
 
 def tuned(ranks: TrainingRanks, task: dict[str, Any], out: Path, until_step: int | None = None) -> list[str]:
     """Train; with `until_step` to there, with a snapshot. The names of what is trained."""
     run = prepare_task(task_of(out, **task), out, resume=task.get("resume", False), ranks=ranks)
-    run.trainer.evaluate()
-    run.trainer.run(until_step=until_step)
+    with mock.patch.object(GspoData, "reward", generous):
+        run.trainer.evaluate()
+        run.trainer.run(until_step=until_step)
     if until_step is not None:
         run.trainer.save()
     run.save()
@@ -63,7 +80,9 @@ def test_two_processes_tune_as_one(
 ) -> None:
     """The last step of a run with an adapter is made by one process, which goes on from the snapshot of two."""
     method = WAYS[way].get("method", "sft")
-    settings = [*SETTINGS, *([f"teacher={teacher}"] if method == "distill" else [])]
+    settings = [*(ROLLOUTS if method == "gspo" else SETTINGS)]
+    settings += [f"teacher={teacher}"] if method in ("distill", "on-policy") else []
+    settings += ["max_tokens=8"] if method == "on-policy" else []
     task = {"method": "sft", "base": str(base), "data": [str(samples[method])], "settings": settings, **WAYS[way]}
     changes_hands = "adapter" in task
     trained = two.run(tuned, task, tmp_path / "two", 1 if changes_hands else None)

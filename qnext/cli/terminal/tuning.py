@@ -18,7 +18,6 @@ from qnext.session.folder import no_progress
 from qnext.training.loggers import check_names
 
 _UNWATCHED = WatchFlags()
-_ON_RANKS = ("sft", "dpo", "distill")
 
 
 def tune(task: TuningTask, out: Path, *, show_sample: int, resume: bool, watch: WatchFlags = _UNWATCHED) -> None:
@@ -29,8 +28,6 @@ def tune(task: TuningTask, out: Path, *, show_sample: int, resume: bool, watch: 
         refuse_ranks("--show-sample")
         show(read_data(task, out, progress=byte_progress), show_sample)
         return
-    if task.method not in _ON_RANKS:
-        refuse_ranks(f"train {task.method}, which draws answers with an engine,")
     if task.recipe is not None:
         refuse_ranks(f"--recipe {task.recipe}, which asks the model questions on the way,")
     with ranks_of_run() as ranks:

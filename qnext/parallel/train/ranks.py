@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -157,6 +157,11 @@ class RanksOfRun:
         raw = os.fsencode(text).ljust(_MOST_BYTES_TOLD, b"\0")
         told_N = self.gather_parts(torch.tensor(list(raw), dtype=torch.uint8))[0]
         return os.fsdecode(bytes(told_N.tolist()).rstrip(b"\0"))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(found, value, group=self.group)
+        return found
 
     def by_first(self, action: Callable[[], object]) -> None:
         """The others end with the same exit code, and leave the words to the first."""
