@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 ROOT = Path(__file__).parents[2]
 MOST_SHARED = 227 * 1024  # bytes that a block of an H200 may have
 # Bytes of a thread's registers that may lie in memory. Rows in fp32 take three products for one. They are rare on a
-# GPU, but for the delta rule in chunks.
-MOST_STACK, MOST_STACK_OF_FP32 = 64, 512
+# GPU.
+MOST_STACK, MOST_STACK_OF_FP32 = 64, 320
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -28,6 +28,7 @@ from qnext.ops.triton.rows import (
     try_route,
 )
 from qnext.ops.triton.train_delta import gated_delta_rule, serves_gated_delta_rule, try_gated_delta_gradient
+from qnext.ops.triton.train_mixer import try_delta_mixer_gradient
 from qnext.ops.triton.trust import SelfTest, is_trusted, self_test_error
 
 SELF_TESTS: tuple[SelfTest, ...] = (
@@ -37,6 +38,7 @@ SELF_TESTS: tuple[SelfTest, ...] = (
     try_gated_delta_step,
     try_gated_delta_chunks,
     try_gated_delta_gradient,
+    try_delta_mixer_gradient,
     try_attention_mixer,
     try_linear,
     try_experts_swiglu,

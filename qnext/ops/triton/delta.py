@@ -15,7 +15,8 @@ from qnext.ops.packing import Packing
 from qnext.ops.records import DeltaWeights
 from qnext.ops.triton.delta_chunks import MAX_HEAD_DIM, chunked_delta_mixer, try_gated_delta_chunks
 from qnext.ops.triton.sizes import next_power_of_2
-from qnext.ops.triton.trust import is_trusted, numbers, take
+from qnext.ops.triton.train_mixer import trained_delta_mixer, try_delta_mixer_gradient
+from qnext.ops.triton.trust import is_trusted, numbers, take, train, wants_gradients
 
 _MAX_STEP = 16  # tokens of a sequence; longer pieces go faster in chunks
 _BLOCK_VALUES = 32  # columns of a state that one program holds in registers
@@ -29,9 +30,12 @@ def serves_gated_delta_mixer(
     A state in bf16 is rounded where the prompt's grid says; the step's kernel rounds after every token, so it takes
     single tokens and drafts of one. Chunks take states in fp32 and no drafts.
     """
-    if not take(qkvz_TX, ba_TY, *weights.tensors):
-        return False
     if max(weights.key_head_dim, weights.value_head_dim) > MAX_HEAD_DIM or weights.conv_weight_C1W.shape[2] == 1:
+        return False
+    if wants_gradients(qkvz_TX, ba_TY, *weights.tensors):
+        is_plain = cache is None and train(qkvz_TX, ba_TY, *weights.tensors)
+        return is_plain and is_trusted(try_delta_mixer_gradient, qkvz_TX.device)
+    if not take(qkvz_TX, ba_TY, *weights.tensors):
         return False
     if cache is None or packing.max_length > _MAX_STEP:
         is_plain = cache is None or (cache.state.dtype == torch.float32 and cache.is_draft_N is None)
@@ -48,10 +52,14 @@ def serves_gated_delta_mixer(
 def gated_delta_mixer(
     qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing, cache: DeltaCache | None = None
 ) -> Tensor:
-    """See ops.gated_delta_mixer. Everything is fp32 and the output is cast once.
+    """See ops.gated_delta_mixer. Everything is fp32 and the output is cast once; training in bf16 rounds operands of
+    products.
 
     Slots must be in range: they are not checked, because a GPU is not waited for.
     """
+    if wants_gradients(qkvz_TX, ba_TY, *weights.tensors):
+        check_delta(qkvz_TX, ba_TY, weights, packing)
+        return trained_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing)
     if cache is None or packing.max_length > _MAX_STEP:
         return chunked_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing, cache=cache)
     check_delta(qkvz_TX, ba_TY, weights, packing)

@@ -23,6 +23,7 @@ from qnext.ops.triton.trust import numbers
 MAX_HEAD_DIM = 256
 CHUNK_SIZE = 16  # with 32, operands of the products spill 3 KiB of a thread's registers
 _BLOCK_VALUES = 32  # columns of a state that one program holds
+_BLOCK_WIDE_VALUES = 16  # where operands are fp32, which take twice the registers
 _LEAST_BLOCK = 16  # of a product
 _NUM_WARPS = 8
 
@@ -61,16 +62,22 @@ class KeptChunks(NamedTuple):
 class ChunkBlocks(NamedTuple):
     """Constants of the programs."""
 
-    IS_WIDE: bool  # operands of products are fp32
+    IS_WIDE: bool  # operands of products are fp32; otherwise they are rounded to bf16
     BLOCK_C: int
     BLOCK_K: int
     BLOCK_V: int
     num_warps: int
+    num_stages: int
+
+    def num_blocks(self, value_dim: int) -> int:
+        """Programs of a head."""
+        return -(-value_dim // self.BLOCK_V)
 
 
-def chunk_blocks(key_dim: int, value_dim: int) -> ChunkBlocks:
-    block = max(_LEAST_BLOCK, min(_BLOCK_VALUES, next_power_of_2(value_dim)))
-    return ChunkBlocks(True, CHUNK_SIZE, max(_LEAST_BLOCK, next_power_of_2(key_dim)), block, _NUM_WARPS)
+def chunk_blocks(key_dim: int, value_dim: int, *, is_wide: bool) -> ChunkBlocks:
+    most = _BLOCK_WIDE_VALUES if is_wide else _BLOCK_VALUES
+    block = max(_LEAST_BLOCK, min(most, next_power_of_2(value_dim)))
+    return ChunkBlocks(is_wide, CHUNK_SIZE, max(_LEAST_BLOCK, next_power_of_2(key_dim)), block, _NUM_WARPS, 1)
 
 
 def plain_inputs(inputs: DeltaInputs) -> DeltaInputs:
@@ -88,7 +95,12 @@ def chunked_delta_rule(
 
 
 def run_chunks(
-    inputs: DeltaInputs, *, packing: Packing, initial_state_NHKV: Tensor | None = None, keeps: bool = False
+    inputs: DeltaInputs,
+    *,
+    packing: Packing,
+    initial_state_NHKV: Tensor | None = None,
+    keeps: bool = False,
+    is_wide: bool = True,
 ) -> tuple[DeltaOutput, KeptChunks]:
     """The delta rule and, with `keeps`, what its gradient needs; without, memory that nothing wrote."""
     from qnext.ops.triton.kernels.delta_chunks import delta_chunks_kernel
@@ -103,8 +115,8 @@ def run_chunks(
     if keeps:
         chunks, firsts_B, _ = packing.chunks(CHUNK_SIZE)
         kept = KeptChunks(o_THV.new_empty(len(firsts_B), num_heads, key_dim, value_dim), torch.empty_like(o_THV))
-    blocks = chunk_blocks(key_dim, value_dim)
-    delta_chunks_kernel[(packing.num_sequences, num_heads, -(-value_dim // blocks.BLOCK_V))](
+    blocks = chunk_blocks(key_dim, value_dim, is_wide=is_wide)
+    delta_chunks_kernel[(packing.num_sequences, num_heads, blocks.num_blocks(value_dim))](
         q_TJK,
         k_TJK,
         v_THV,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qnext.ops.backends import is_interpreted
 from qnext.ops.packing import Packing
 from qnext.ops.records import DeltaInputs, DeltaOutput
 from qnext.ops.reference.delta import gated_delta_rule as definition
@@ -27,6 +28,8 @@ from qnext.ops.triton.delta_chunks import (
     try_gated_delta_chunks,
 )
 from qnext.ops.triton.trust import compared, is_trusted, numbers, take, train, wants_gradients
+
+_BLOCK_INPUT_VALUES = 16  # values of a head that a program of a whole chunk holds at a time
 
 
 def serves_gated_delta_rule(inputs: DeltaInputs, *, packing: Packing, initial_state_NHKV: Tensor | None = None) -> bool:
@@ -54,17 +57,19 @@ class _DeltaRule(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, state_NHKV, packing = arguments
         ctx.save_for_backward(*tensors, state_NHKV)
-        ctx.packing = packing
-        return chunked_delta_rule(DeltaInputs(*tensors), packing=packing, initial_state_NHKV=state_NHKV)
+        ctx.packing, ctx.is_wide = packing, has_wide_products(tensors[2].dtype)
+        how: dict[str, Any] = {"initial_state_NHKV": state_NHKV, "is_wide": ctx.is_wide}
+        return run_chunks(DeltaInputs(*tensors), packing=packing, **how)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_THV: Tensor, grad_NHKV: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, state_NHKV = ctx.saved_tensors
         inputs = plain_inputs(DeltaInputs(*tensors))
-        kept = run_chunks(inputs, packing=ctx.packing, initial_state_NHKV=state_NHKV, keeps=True)[1]
+        how: dict[str, Any] = {"packing": ctx.packing, "is_wide": ctx.is_wide}
+        kept = run_chunks(inputs, initial_state_NHKV=state_NHKV, keeps=True, **how)[1]
         grads = DeltaInputs(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs))
-        grad_state = chunks_backward(inputs, kept, DeltaGradients(grad_THV, grad_NHKV, grads), packing=ctx.packing)
+        grad_state = chunks_backward(inputs, kept, DeltaGradients(grad_THV, grad_NHKV, grads), **how)
         cast = (grad.to(x.dtype) for grad, x in zip(grads, tensors, strict=True))
         return *cast, None if state_NHKV is None else grad_state.to(state_NHKV.dtype), None
 
@@ -77,7 +82,14 @@ class DeltaGradients(NamedTuple):
     inputs: DeltaInputs
 
 
-def chunks_backward(inputs: DeltaInputs, kept: KeptChunks, grads: DeltaGradients, *, packing: Packing) -> Tensor:
+def has_wide_products(dtype: torch.dtype) -> bool:
+    """Whether training on rows of that dtype multiplies in fp32: not in bf16, which the interpreter cannot multiply."""
+    return dtype != torch.bfloat16 or is_interpreted()
+
+
+def chunks_backward(
+    inputs: DeltaInputs, kept: KeptChunks, grads: DeltaGradients, *, packing: Packing, is_wide: bool
+) -> Tensor:
     """The gradient of the initial states [N, H, K, V]. Those of the inputs, which are plain, are written."""
     from qnext.ops.triton.kernels.delta_chunks_backward import (
         delta_inputs_backward_kernel,
@@ -88,12 +100,12 @@ def chunks_backward(inputs: DeltaInputs, kept: KeptChunks, grads: DeltaGradients
     num_key_heads, key_dim = k_TJK.shape[1:]
     num_heads, value_dim = v_THV.shape[1:]
     sizes = (num_key_heads, num_heads, key_dim, value_dim)
-    blocks = chunk_blocks(key_dim, value_dim)
+    blocks = chunk_blocks(key_dim, value_dim, is_wide=is_wide)
     chunks = packing.chunks(CHUNK_SIZE)
     grad_o_THV = grads.o_THV.float().contiguous()
     exits_BHKV, right_THV = torch.empty_like(kept.states_BHKV), torch.empty_like(kept.u_THV)
     grad_state_NHKV = right_THV.new_empty(packing.num_sequences, num_heads, key_dim, value_dim)
-    delta_states_backward_kernel[(packing.num_sequences, num_heads, -(-value_dim // blocks.BLOCK_V))](
+    delta_states_backward_kernel[(packing.num_sequences, num_heads, blocks.num_blocks(value_dim))](
         q_TJK,
         k_TJK,
         g_TH,
@@ -123,7 +135,7 @@ def chunks_backward(inputs: DeltaInputs, kept: KeptChunks, grads: DeltaGradients
         *grads.inputs,
         *(x.stride(0) for x in (q_TJK, k_TJK, v_THV, *grads.inputs[:3])),
         *sizes,
-        **blocks._asdict(),
+        **blocks._replace(BLOCK_V=_BLOCK_INPUT_VALUES)._asdict(),
     )
     return grad_state_NHKV
 

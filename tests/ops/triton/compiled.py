@@ -108,6 +108,9 @@ def training(dtype: torch.dtype) -> None:
         return torch.zeros(*shape, dtype=dtype).requires_grad_()
 
     gpu.rms_norm(rows(4, 2048), rows(2048), eps=1e-6, zero_centered=True).sum().backward()
+    tensors = (rows(*shape, dtype=torch.float32) for shape in ((8192, 1, 4), (32,), (32,), (128,)))
+    weights = DeltaWeights(*tensors, eps=1e-6, num_key_heads=16, key_head_dim=128)
+    gpu.gated_delta_mixer(rows(40, 12288), rows(40, 64), weights, packing=Packing([40])).sum().backward()
     if dtype == torch.float32:
         inputs = DeltaInputs(rows(40, 16, 128), rows(40, 16, 128), rows(40, 32, 128), rows(40, 32), rows(40, 32))
         gpu.gated_delta_rule(inputs, packing=Packing([40]), initial_state_NHKV=rows(1, 32, 128, 128))[

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qnext import ops
-from qnext.ops import DeltaInputs, Packing, reference
+from qnext.ops import DeltaInputs, DeltaWeights, Packing, reference
 from qnext.ops import triton as gpu
 from qnext.ops.records import DeltaOutput
 
@@ -80,3 +80,31 @@ def test_gated_delta_rule(lengths: list[int]) -> None:
         return lambda *x: tuple(op(DeltaInputs(*x[:5]), packing=packing, initial_state_NHKV=x[5]))
 
     assert_gradients(rule(ops.gated_delta_rule), rule(reference.gated_delta_rule), inputs, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_delta_mixer(dtype: torch.dtype) -> None:
+    """Two value heads of a key head, sizes that fill no block, sequences shorter than the convolution."""
+    packing, key_heads, repeats, key_dim, value_dim, width = Packing([2, 19, 1], device=DEVICE), 2, 2, 12, 20, 3
+    num_tokens, heads = packing.num_tokens, key_heads * repeats
+    channels = 2 * key_heads * key_dim + heads * value_dim
+    inputs = [
+        randn(num_tokens, channels + heads * value_dim, seed=0, dtype=dtype),
+        randn(num_tokens, 2 * heads, seed=1, dtype=dtype),
+        randn(channels, 1, width, seed=2, dtype=torch.float32, scale=0.5),
+        *(randn(heads, seed=seed, dtype=torch.float32, scale=0.5) for seed in (3, 4)),
+        randn(value_dim, seed=5, dtype=torch.float32),
+    ]
+
+    def mixer(op: Callable[..., Tensor]) -> Function:
+        def call(qkvz_TX: Tensor, ba_TY: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            weights = DeltaWeights(*tensors, eps=1e-6, num_key_heads=key_heads, key_head_dim=key_dim)
+            if qkvz_TX.dtype == dtype:
+                assert gpu.serves_gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=packing)
+            return (op(qkvz_TX, ba_TY, weights, packing=packing),)
+
+        return call
+
+    inputs[0][num_tokens // 2, :key_dim] = 0.0
+    tolerance = TOLERANCE if dtype == torch.float32 else TOLERANCE_BF16
+    assert_gradients(mixer(ops.gated_delta_mixer), mixer(reference.gated_delta_mixer), inputs, tolerance=tolerance)
