@@ -34,7 +34,7 @@ class Backend:
     mixes_lengths: bool  # single tokens and longer pieces go well in one batch
     copies_context: bool  # attention gathers the keys and values of a sequence, in fp32
     workspace_factor: int  # times the tensors of planning.step_bytes
-    fuses_gradients: bool  # training in fp32 has fused kernels; that under autocast is torch's
+    fuses_gradients: bool  # training in fp32 has fused kernels, and that under autocast has none
 
     @property
     def can_record(self) -> bool:
@@ -65,7 +65,7 @@ TORCH = Backend(
 
 
 # What its kernels do not serve is torch's, in the same dtype: so far that decides how it stands beside torch. A graph
-# saves the time of starting some twenty kernels a layer.
+# saves the time of starting some twenty kernels a layer. Training has the same kernels in fp32 and under autocast.
 TRITON = Backend(
     "triton",
     activation_dtype=None,

@@ -27,7 +27,9 @@ from qnext.ops.triton.rows import (
     try_rms_norm_gradient,
     try_route,
 )
+from qnext.ops.triton.train_attention import try_attention_gradient
 from qnext.ops.triton.train_delta import gated_delta_rule, serves_gated_delta_rule, try_gated_delta_gradient
+from qnext.ops.triton.train_experts import serves_swiglu, swiglu, try_experts_gradient, try_swiglu_gradient
 from qnext.ops.triton.train_mixer import try_delta_mixer_gradient
 from qnext.ops.triton.trust import SelfTest, is_trusted, self_test_error
 
@@ -40,8 +42,11 @@ SELF_TESTS: tuple[SelfTest, ...] = (
     try_gated_delta_gradient,
     try_delta_mixer_gradient,
     try_attention_mixer,
+    try_attention_gradient,
     try_linear,
     try_experts_swiglu,
+    try_swiglu_gradient,
+    try_experts_gradient,
 )
 
 __all__ = [
@@ -64,4 +69,6 @@ __all__ = [
     "serves_linear",
     "serves_rms_norm",
     "serves_route",
+    "serves_swiglu",
+    "swiglu",
 ]

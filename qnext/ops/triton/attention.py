@@ -15,7 +15,8 @@ from qnext.ops.checks import check_attention
 from qnext.ops.packing import Packing
 from qnext.ops.records import AttentionWeights, Rope
 from qnext.ops.triton.sizes import next_power_of_2
-from qnext.ops.triton.trust import is_trusted, num_processors, numbers, take
+from qnext.ops.triton.train_attention import trained_attention_mixer, try_attention_gradient
+from qnext.ops.triton.trust import is_trusted, num_processors, numbers, take, train, wants_gradients
 
 _PAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _MAX_HEAD_DIM = 256
@@ -44,8 +45,12 @@ def serves_attention_mixer(
     packing: Packing,
     cache: AttentionCache | None = None,
 ) -> bool:
-    """Whether the call reads and writes pages of a known kind, and no gradient is wanted."""
-    if cache is None or not take(q_TX, k_TY, v_TY, weights.q_norm_weight_K, weights.k_norm_weight_K):
+    """Whether the call reads and writes pages of a known kind, or wants gradients and has no pages."""
+    tensors = (q_TX, k_TY, v_TY, weights.q_norm_weight_K, weights.k_norm_weight_K)
+    if wants_gradients(*tensors):
+        is_plain = cache is None and train(*tensors) and weights.head_dim <= _MAX_HEAD_DIM
+        return is_plain and is_trusted(try_attention_gradient, q_TX.device)
+    if cache is None or not take(*tensors):
         return False
     pages = (cache.k_pages, cache.v_pages)
     num_heads = q_TX.shape[1] // (weights.head_dim * (2 if weights.has_gate else 1))
@@ -74,8 +79,10 @@ def attention_mixer(
     """
     from qnext.ops.triton.kernels.attention import attention_output_kernel
 
-    assert cache is not None, "ask whether it serves first"
     check_attention(q_TX, k_TY, v_TY, weights, rope, packing)
+    if wants_gradients(q_TX, k_TY, v_TY, weights.q_norm_weight_K, weights.k_norm_weight_K):
+        return trained_attention_mixer(q_TX, k_TY, v_TY, weights, rope=rope, packing=packing)
+    assert cache is not None, "ask whether it serves first"
     q_TX, k_TY, v_TY = (x if x.stride(1) == 1 else x.contiguous() for x in (q_TX, k_TY, v_TY))
     pages = (cache.k_pages, cache.v_pages, *_scales(cache))
     q_THK = _put_heads((q_TX, k_TY, v_TY), weights, rope, cache, pages)

@@ -19,7 +19,8 @@ from qnext.ops.quantized import QuantizedWeight
 from qnext.ops.records import Routing, SharedExpert
 from qnext.ops.torch.groups import group, sum_per_token, swiglu_halves
 from qnext.ops.triton.sizes import next_power_of_2
-from qnext.ops.triton.trust import DTYPES, is_trusted, numbers, take
+from qnext.ops.triton.train_experts import trained_experts, trains_experts
+from qnext.ops.triton.trust import DTYPES, is_trusted, numbers, take, wants_gradients
 from qnext.ops.weights import Weight
 
 _FEW_TOKENS = 8  # up to here each token reads its experts by itself
@@ -125,7 +126,9 @@ def serves_experts_swiglu(
 ) -> bool:
     """Whether the experts are codes, or the tokens are few: many rows of floats are multiplied best by torch."""
     weights = (gate_up_E2FD, down_EDF)
-    tensors = (x for x in weights if isinstance(x, Tensor))
+    tensors = [x for x in weights if isinstance(x, Tensor)]
+    if wants_gradients(x_TD, routing.weights_TA, *tensors):
+        return trains_experts(x_TD, gate_up_E2FD, down_EDF, routing)
     return (
         all(map(_fits, weights))
         and len(x_TD) > 0
@@ -146,6 +149,8 @@ def experts_swiglu(
 ) -> Tensor:
     """See ops.experts_swiglu. Few tokens: fp32 throughout, cast once. Many: products in the dtype of x, as in torch."""
     check_experts(x_TD, gate_up_E2FD, down_EDF)
+    if wants_gradients(x_TD, routing.weights_TA, *(x for x in (gate_up_E2FD, down_EDF) if isinstance(x, Tensor))):
+        return trained_experts(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     rows_TD, gate_T1 = _shared_rows(x_TD, shared)
     if len(x_TD) <= _FEW_TOKENS:

@@ -111,6 +111,13 @@ def training(dtype: torch.dtype) -> None:
     tensors = (rows(*shape, dtype=torch.float32) for shape in ((8192, 1, 4), (32,), (32,), (128,)))
     weights = DeltaWeights(*tensors, eps=1e-6, num_key_heads=16, key_head_dim=128)
     gpu.gated_delta_mixer(rows(40, 12288), rows(40, 64), weights, packing=Packing([40])).sum().backward()
+    norms = (rows(256, dtype=torch.float32), rows(256, dtype=torch.float32))
+    heads, rope = AttentionWeights(*norms, 1e-6, True, True, 0.0625), Rope(torch.ones(8, 32), torch.ones(8, 32))
+    q_TX, k_TY, v_TY = rows(8, 8192), rows(8, 512), rows(8, 512)
+    gpu.attention_mixer(q_TX, k_TY, v_TY, heads, rope=rope, packing=Packing([8])).sum().backward()
+    gpu.swiglu(rows(4, 512), rows(4, 512)).sum().backward()
+    routing = Routing(rows(4, 2, dtype=torch.float32), torch.zeros(4, 2).long())
+    gpu.experts_swiglu(rows(4, 2048), rows(4, 1024, 2048), rows(4, 2048, 512), routing=routing).sum().backward()
     if dtype == torch.float32:
         inputs = DeltaInputs(rows(40, 16, 128), rows(40, 16, 128), rows(40, 32, 128), rows(40, 32), rows(40, 32))
         gpu.gated_delta_rule(inputs, packing=Packing([40]), initial_state_NHKV=rows(1, 32, 128, 128))[

@@ -1,17 +1,32 @@
-"""Gradients of GPU kernels are those of the reference in fp64: norms and the delta rule."""
+"""Gradients of GPU kernels are those of the reference in fp64: every op that training calls, and a whole step."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from qnext import ops
-from qnext.ops import DeltaInputs, DeltaWeights, Packing, reference
+from qnext.model import CausalLM
+from qnext.ops import (
+    AttentionWeights,
+    DeltaInputs,
+    DeltaWeights,
+    Packing,
+    Rope,
+    Routing,
+    SharedExpert,
+    reference,
+)
 from qnext.ops import triton as gpu
 from qnext.ops.records import DeltaOutput
+from qnext.training import Hooks, StepMetrics
+from tests.training.models import tiny_model
+from tests.training.test_loop import CONFIG, make_trainer
 
 from ..compare import Function, assert_close, randn
 from .device import DEVICE, TOLERANCE, TOLERANCE_BF16, here
@@ -108,3 +123,99 @@ def test_gated_delta_mixer(dtype: torch.dtype) -> None:
     inputs[0][num_tokens // 2, :key_dim] = 0.0
     tolerance = TOLERANCE if dtype == torch.float32 else TOLERANCE_BF16
     assert_gradients(mixer(ops.gated_delta_mixer), mixer(reference.gated_delta_mixer), inputs, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_attention_mixer(has_gate: bool, dtype: torch.dtype) -> None:
+    """Three query heads of a key head, of which a part is rotated; sequences of one token and of more."""
+    packing, heads, kv_heads, dim, half = Packing([1, 20], device=DEVICE), 6, 2, 20, 3
+    rope = Rope(*(randn(packing.num_tokens, half, seed=seed, dtype=torch.float32) for seed in (6, 7)))
+    inputs = [
+        randn(packing.num_tokens, heads * dim * (2 if has_gate else 1), seed=0, dtype=dtype),
+        *(randn(packing.num_tokens, kv_heads * dim, seed=seed, dtype=dtype) for seed in (1, 2)),
+        *(randn(dim, seed=seed, dtype=torch.float32, scale=0.3) for seed in (3, 4)),
+    ]
+
+    def mixer(op: Callable[..., Tensor]) -> Function:
+        def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+            weights = AttentionWeights(*tensors[3:], 1e-6, True, has_gate, 0.3)
+            if tensors[0].dtype == dtype:
+                assert gpu.serves_attention_mixer(*tensors[:3], weights, rope=here(rope), packing=packing)
+            return (op(*tensors[:3], weights, rope=rope._make(x.to(tensors[0].device) for x in rope), packing=packing),)
+
+        return call
+
+    # attention itself is PyTorch's, whose rounding of bf16 enters sums
+    tolerance = TOLERANCE if dtype == torch.float32 else 3e-2
+    assert_gradients(mixer(ops.attention_mixer), mixer(reference.attention_mixer), inputs, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu(dtype: torch.dtype) -> None:
+    """Of halves of rows, and of a width that fills no block."""
+    inputs = [randn(5, 90, seed=0, dtype=dtype)]
+    tolerance = TOLERANCE if dtype == torch.float32 else TOLERANCE_BF16
+
+    def halves(op: Callable[..., Tensor]) -> Function:
+        return lambda x: (op(*x.chunk(2, dim=-1)),)
+
+    assert gpu.serves_swiglu(*here(inputs[0].clone()).requires_grad_().chunk(2, dim=-1))
+    assert_gradients(halves(ops.swiglu), halves(reference.swiglu), inputs, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts(dtype: torch.dtype) -> None:
+    """With the shared expert; one routed expert has no token."""
+    num_tokens, experts, hidden, width, top_k = 7, 5, 40, 24, 3
+    experts_TA = torch.stack([torch.randperm(experts - 1)[:top_k] for _ in range(num_tokens)])
+    inputs = [
+        randn(num_tokens, hidden, seed=0, dtype=dtype),
+        randn(experts, 2 * width, hidden, seed=1, dtype=torch.float32, scale=0.3),
+        randn(experts, hidden, width, seed=2, dtype=torch.float32, scale=0.3),
+        randn(num_tokens, top_k, seed=3, dtype=torch.float32).sigmoid(),
+        *(randn(*shape, seed=4, dtype=dtype, scale=0.2) for shape in ((16, hidden), (16, hidden), (hidden, 16))),
+        randn(1, hidden, seed=5, dtype=dtype),
+    ]
+
+    def moe(op: Callable[..., Tensor]) -> Function:
+        def call(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+            routing = Routing(weights, experts_TA.to(x.device))
+            if x.dtype == dtype:
+                assert gpu.serves_experts_swiglu(x, gate_up, down, routing=routing)
+            return (op(x, gate_up, down, routing=routing, shared=SharedExpert(*shared)),)
+
+        return call
+
+    # PyTorch's products round bf16 between the kernels
+    tolerance = TOLERANCE if dtype == torch.float32 else 3e-2
+    assert_gradients(moe(ops.experts_swiglu), moe(reference.experts_swiglu), inputs, tolerance=tolerance)
+
+
+def test_a_step_of_training_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same loss, gradient norm and parameters afterwards; kernels take every op that has one."""
+    taken: Counter[str] = Counter()
+    names = ("rms_norm", "gated_delta_mixer", "attention_mixer", "experts_swiglu")
+
+    def step(*, on_kernels: bool) -> tuple[StepMetrics, CausalLM]:
+        seen: list[StepMetrics] = []
+        model = tiny_model()
+        with monkeypatch.context() as patch:
+            for name in names:
+                serves = getattr(gpu, f"serves_{name}")
+
+                def counted(*args: Any, name: str = name, serves: Any = serves, **kwargs: Any) -> bool:
+                    taken[name] += on_kernels and serves(*args, **kwargs)
+                    return on_kernels and serves(*args, **kwargs)
+
+                patch.setattr(gpu, f"serves_{name}", counted)
+            config = CONFIG.with_(accumulation=1, total_steps=1, tokens_per_batch=20)
+            make_trainer(config, model=model, hooks=Hooks(on_step=seen.append)).run()
+        return seen[0], model
+
+    (ours, model), (theirs, other) = step(on_kernels=True), step(on_kernels=False)
+    assert set(taken) == set(names) and all(taken.values())
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+    assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
+    for mine, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        assert_close(mine.detach(), wanted.detach(), tolerance=1e-4)
