@@ -75,7 +75,7 @@ def attention_mixer(
 ) -> Tensor:
     """See ops.attention_mixer. Everything is fp32 but the operands of products, which have the dtype of q and k.
 
-    Places and pages must be in range: they are not checked, because a GPU is not waited for.
+    A GPU is not waited for: a token whose place or pages are out of range becomes NaN and touches no other memory.
     """
     from qnext.ops.triton.kernels.attention import attention_output_kernel
 
@@ -134,6 +134,7 @@ def _put_heads(
         head_dim,
         rope.cos.shape[1],
         page_size,
+        cache.k_pages.shape[0],
         weights.eps,
         ZERO_CENTERED=weights.zero_centered,
         HAS_GATE=weights.has_gate,
@@ -175,6 +176,8 @@ def _parts(
         num_kv_heads,
         head_dim,
         page_size,
+        cache.k_pages.shape[0],
+        tables_NM.shape[1],
         scale,
         GROUP=group,
         HAS_SCALES=cache.k_scales is not None,

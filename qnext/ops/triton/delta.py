@@ -55,7 +55,7 @@ def gated_delta_mixer(
     """See ops.gated_delta_mixer. Everything is fp32 and the output is cast once; training in bf16 rounds operands of
     products.
 
-    Slots must be in range: they are not checked, because a GPU is not waited for.
+    A GPU is not waited for: in a step, a sequence whose slot does not exist becomes NaN and touches no other memory.
     """
     if wants_gradients(qkvz_TX, ba_TY, *weights.tensors):
         check_delta(qkvz_TX, ba_TY, weights, packing)
@@ -73,7 +73,7 @@ def gated_delta_mixer(
         projections=(qkvz_TX, ba_TY, *(x.contiguous() for x in weights.tensors[:3])),
         sequences=(packing.cu_seqlens, cache.slots_N, cache.is_fresh_N, is_draft_N),
         strides=(qkvz_TX.stride(0), ba_TY.stride(0)),
-        sizes=(*heads, num_channels, pending.conv.shape[1]),
+        sizes=(*heads, num_channels, pending.conv.shape[1], cache.state.shape[0]),
         form={
             "WIDTH": width,
             "HAS_FRESH": cache.has_fresh,

@@ -18,6 +18,7 @@ from qnext.ops.float8 import Fp8Weight
 from qnext.ops.quantized import QuantizedWeight
 from qnext.ops.records import Routing, SharedExpert
 from qnext.ops.torch.groups import group, sum_per_token, swiglu_halves
+from qnext.ops.triton import forms
 from qnext.ops.triton.sizes import next_power_of_2
 from qnext.ops.triton.train_experts import trained_experts, trains_experts
 from qnext.ops.triton.trust import DTYPES, is_trusted, numbers, take, wants_gradients
@@ -56,15 +57,14 @@ def _fits(weight: Tensor | Weight) -> bool:
 
 
 def _read(weight: Tensor | Weight) -> _ReadWeight:
-    floats, fp8, int8, int4 = range(4)  # as in kernels/codes.py
     if isinstance(weight, Tensor):
-        return _ReadWeight(weight, weight, weight, _constants(floats, _BLOCK_INPUTS))
+        return _ReadWeight(weight, weight, weight, _constants(forms.FLOATS, _BLOCK_INPUTS))
     if isinstance(weight, Fp8Weight):
         return _ReadWeight(
-            weight.codes, weight.scales, weight.codes, _constants(fp8, weight.block[1], rows=weight.block[0])
+            weight.codes, weight.scales, weight.codes, _constants(forms.FP8, weight.block[1], rows=weight.block[0])
         )
     assert isinstance(weight, QuantizedWeight), "ask whether it serves first"
-    kind = int4 if weight.bits == 4 else int8
+    kind = forms.INT4 if weight.bits == 4 else forms.INT8
     zeros = weight.codes if weight.zeros is None else weight.zeros
     constants = _constants(kind, weight.group_size, has_zeros=weight.zeros is not None)
     return _ReadWeight(weight.codes, weight.scales, zeros, constants)
@@ -147,7 +147,10 @@ def experts_swiglu(
     routing: Routing,
     shared: SharedExpert | None = None,
 ) -> Tensor:
-    """See ops.experts_swiglu. Few tokens: fp32 throughout, cast once. Many: products in the dtype of x, as in torch."""
+    """See ops.experts_swiglu. Few tokens: fp32 throughout, cast once. Many: products in the dtype of x, as in torch.
+
+    A GPU is not waited for: a token with an expert that does not exist becomes NaN.
+    """
     check_experts(x_TD, gate_up_E2FD, down_EDF)
     if wants_gradients(x_TD, routing.weights_TA, *(x for x in (gate_up_E2FD, down_EDF) if isinstance(x, Tensor))):
         return trained_experts(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
@@ -155,10 +158,12 @@ def experts_swiglu(
     rows_TD, gate_T1 = _shared_rows(x_TD, shared)
     if len(x_TD) <= _FEW_TOKENS:
         return _of_few(x_TD, _read(gate_up_E2FD), _read(down_EDF), routing, rows_TD, gate_T1)
-    groups = group(routing.experts_TA, down_EDF.shape[0])
+    is_expert_TA = (routing.experts_TA >= 0) & (routing.experts_TA < down_EDF.shape[0])
+    weights_TA = torch.where(is_expert_TA, routing.weights_TA, torch.nan)
+    groups = group(torch.where(is_expert_TA, routing.experts_TA, 0), down_EDF.shape[0])
     hidden_RF = _grouped(x_TD, gate_up_E2FD, groups.ends_E, groups.tokens_A)
-    weights_R1 = torch.empty_like(routing.weights_TA).view(-1, 1)
-    weights_R1[groups.places_TA.flatten()] = routing.weights_TA.view(-1, 1)
+    weights_R1 = torch.empty_like(weights_TA).view(-1, 1)
+    weights_R1[groups.places_TA.flatten()] = weights_TA.view(-1, 1)
     scaled_RF = swiglu_halves(hidden_RF.float()).mul_(weights_R1).to(x_TD.dtype)
     out_TD = sum_per_token(_grouped(scaled_RF, down_EDF, groups.ends_E, None), groups)
     if rows_TD is None:
@@ -209,6 +214,7 @@ def _of_few(
         top_k,
         width,
         hidden,
+        gate_up.codes.shape[0],
         **gate_up.constants,
         BLOCK_F=block,
         num_warps=4,
@@ -225,6 +231,7 @@ def _of_few(
         top_k,
         width,
         hidden,
+        down.codes.shape[0],
         **down.constants,
         HAS_SHARED=shared_TD is not None,
         HAS_SHARED_GATE=gate_T1 is not None,

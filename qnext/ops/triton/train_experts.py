@@ -131,7 +131,7 @@ def trained_experts(
     """See ops.experts_swiglu. Under autocast products are in its dtype, and so is the result."""
     device = x_TD.device.type
     rows_TD = x_TD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_TD
-    out_TD = _Experts.apply(rows_TD, gate_up_E2FD, down_EDF, routing.weights_TA, routing.experts_TA)
+    out_TD = _GroupedExperts.apply(rows_TD, gate_up_E2FD, down_EDF, routing.weights_TA, routing.experts_TA)
     if shared is None:
         return out_TD
     inner_TF = swiglu(linear(x_TD, shared.gate_proj_FD), linear(x_TD, shared.up_proj_FD))
@@ -141,7 +141,7 @@ def trained_experts(
     return out_TD + shared_TD
 
 
-class _Experts(torch.autograd.Function):
+class _GroupedExperts(torch.autograd.Function):
     """Weights scale the activations, which are narrower than the output. Activations are computed again in backward."""
 
     @staticmethod

@@ -26,7 +26,7 @@ from qnext.ops.triton.trust import compared, num_processors, numbers
 _BLOCK_TOKENS = 16
 
 
-class _Sizes(NamedTuple):
+class _MixerSizes(NamedTuple):
     num_key_heads: int
     num_heads: int
     key_dim: int
@@ -45,7 +45,7 @@ class _Sizes(NamedTuple):
         return GateLayout(self.num_heads, repeats, first + repeats * self.value_dim, first)
 
 
-class _Rows(NamedTuple):
+class _MixerRows(NamedTuple):
     """The tensors of a call, contiguous."""
 
     qkvz_TX: Tensor
@@ -58,15 +58,17 @@ class _Rows(NamedTuple):
 
 def trained_delta_mixer(qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing) -> Tensor:
     """[T, H * V] in the dtype of the rows, from zeros at the start of every sequence. See ops.gated_delta_mixer."""
-    sizes = _Sizes(weights.num_key_heads, weights.num_heads, weights.key_head_dim, weights.value_head_dim, weights.eps)
-    return _DeltaMixer.apply(qkvz_TX, ba_TY, *weights.tensors, sizes, packing)
+    sizes = _MixerSizes(
+        weights.num_key_heads, weights.num_heads, weights.key_head_dim, weights.value_head_dim, weights.eps
+    )
+    return _TrainedDeltaMixer.apply(qkvz_TX, ba_TY, *weights.tensors, sizes, packing)
 
 
-class _DeltaMixer(torch.autograd.Function):
+class _TrainedDeltaMixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, sizes, packing = arguments
-        rows = _Rows(*(x.contiguous() for x in tensors))
+        rows = _MixerRows(*(x.contiguous() for x in tensors))
         ctx.save_for_backward(*rows)
         ctx.sizes, ctx.packing = sizes, packing
         inputs = _prepared(rows, sizes, packing)
@@ -78,7 +80,7 @@ class _DeltaMixer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TZ: Tensor) -> tuple[Tensor | None, ...]:
-        rows, sizes, packing = _Rows(*ctx.saved_tensors), ctx.sizes, ctx.packing
+        rows, sizes, packing = _MixerRows(*ctx.saved_tensors), ctx.sizes, ctx.packing
         is_wide = has_wide_products(rows.qkvz_TX.dtype)
         inputs = _prepared(rows, sizes, packing)
         (o_THV, _), kept = run_chunks(inputs, packing=packing, keeps=True, is_wide=is_wide)
@@ -98,7 +100,7 @@ class _Mixed(NamedTuple):
     inputs: DeltaInputs
 
 
-def _empty_inputs(num_tokens: int, sizes: _Sizes, device: torch.device) -> _Mixed:
+def _empty_inputs(num_tokens: int, sizes: _MixerSizes, device: torch.device) -> _Mixed:
     mixed_TC = torch.empty((num_tokens, sizes.num_channels), dtype=torch.float32, device=device)
     key_width = sizes.num_key_heads * sizes.key_dim
     q_TX, k_TX, v_TX = mixed_TC.split([key_width, key_width, sizes.num_channels - 2 * key_width], dim=1)
@@ -107,12 +109,12 @@ def _empty_inputs(num_tokens: int, sizes: _Sizes, device: torch.device) -> _Mixe
     return _Mixed(mixed_TC, DeltaInputs(q_TJK, k_TJK, v_TX.unflatten(1, (-1, sizes.value_dim)), *gates))
 
 
-def _launch(sizes: _Sizes, width: int) -> dict[str, Any]:
+def _launch(sizes: _MixerSizes, width: int) -> dict[str, Any]:
     block = next_power_of_2(max(sizes.key_dim, sizes.value_dim))
     return {"WIDTH": width, "BLOCK_T": _BLOCK_TOKENS, "BLOCK_C": block, "num_warps": 4}
 
 
-def _prepared(rows: _Rows, sizes: _Sizes, packing: Packing) -> DeltaInputs:
+def _prepared(rows: _MixerRows, sizes: _MixerSizes, packing: Packing) -> DeltaInputs:
     """Convolution, silu, L2 norm of q and k, and gates."""
     from qnext.ops.triton.kernels.delta_prepare import delta_prepare_kernel
 
@@ -135,7 +137,7 @@ def _prepared(rows: _Rows, sizes: _Sizes, packing: Packing) -> DeltaInputs:
 
 
 def _prepared_backward(
-    rows: _Rows, sizes: _Sizes, packing: Packing, grads: _Mixed, grad_qkvz_TX: Tensor
+    rows: _MixerRows, sizes: _MixerSizes, packing: Packing, grads: _Mixed, grad_qkvz_TX: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients of both projections and of the parameters of convolution and gates; q, k and v are filled in."""
     from qnext.ops.triton.kernels.delta_prepare import delta_prepare_backward_kernel

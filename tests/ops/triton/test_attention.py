@@ -78,7 +78,7 @@ def test_steps_and_chunks_in_fp32(lengths: list[int], contexts: list[int]) -> No
         assert_close(getattr(ours, name).cpu().nan_to_num(7.0), getattr(theirs, name).nan_to_num(7.0), tolerance=1e-6)
 
 
-@pytest.mark.parametrize("heads, kv_heads, dim", [(1, 1, 8), (8, 1, 40), (3, 3, 64)])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(1, 1, 8), (8, 1, 40), (3, 3, 64), (2, 1, 256)])
 def test_sizes_of_heads(heads: int, kv_heads: int, dim: int) -> None:
     call = make_call([1, 3], [11, 7], heads=heads, kv_heads=kv_heads, dim=dim, dtype=torch.float32)
     assert_is_reference(call, tolerance=TOLERANCE)

@@ -41,8 +41,15 @@ def assert_is_the_formula(inputs: DeltaInputs, lengths: list[int], state: Tensor
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_sequence_alone(length: int) -> None:
-    assert_is_the_formula(make_rule(length), [length])
+def test_a_sequence_from_a_state(length: int) -> None:
+    assert_is_the_formula(make_rule(length), [length], randn(1, 4, 12, 20, seed=9, dtype=torch.float32))
+
+
+def test_the_largest_heads() -> None:
+    """Keys and values of 256 dims."""
+    q, k, v, g, beta = make_rule(18, value_dim=256)
+    q, k = (ops.l2_norm(randn(18, 2, 256, seed=seed)).float() for seed in (0, 1))
+    assert_is_the_formula(DeltaInputs(q, k, v, g, beta), [18], randn(1, 4, 256, 256, seed=9, dtype=torch.float32))
 
 
 def test_packed_sequences_from_states() -> None:

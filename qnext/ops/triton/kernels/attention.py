@@ -37,14 +37,14 @@ def normed_and_rotated(x_ptr, weight_ptr, cos_ptr, sin_ptr, at_K, head_dim, half
 
 
 @triton.jit
-def put_head(x_K, pages_ptr, scales_ptr, place, at_K, head_dim, HAS_SCALES: tl.constexpr):
+def put_head(x_K, pages_ptr, scales_ptr, place, is_place, at_K, head_dim, HAS_SCALES: tl.constexpr):
     """Writes keys or values of one token and head; with scales as codes of int8."""
     if HAS_SCALES:
         scale = tl.max(tl.abs(x_K), axis=0) / 127.0
-        tl.store(scales_ptr + place, scale)
+        tl.store(scales_ptr + place, scale, mask=is_place)
         x_K = nearest(x_K / tl.maximum(scale, 1.1754943508222875e-38))
         x_K = tl.minimum(tl.maximum(x_K, -127.0), 127.0)
-    tl.store(pages_ptr + place * head_dim + at_K, x_K.to(pages_ptr.dtype.element_ty), mask=at_K < head_dim)
+    tl.store(pages_ptr + place * head_dim + at_K, x_K.to(pages_ptr.dtype.element_ty), mask=is_place & (at_K < head_dim))
 
 
 @triton.jit
@@ -70,34 +70,52 @@ def attention_heads_kernel(
     head_dim,
     half,
     page_size,
+    num_pages,
     eps,
     ZERO_CENTERED: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One head of one token: a query ready for products, or a key or value into its place in the pages."""
+    """One head of one token: a query ready for products, or a key or value into its place in the pages.
+
+    Outside the pages nothing is written, and the query becomes NaN.
+    """
     t, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at_K = tl.arange(0, BLOCK_K)
     cos_ptr += t * half
     sin_ptr += t * half
+    index = tl.load(write_index_ptr + t)
+    is_place = (index >= 0) & (index // page_size < num_pages)
     if c < num_heads:
         width = head_dim * 2 if HAS_GATE else head_dim
         x_ptr = q_ptr + t * q_stride + c * width
         y_K = normed_and_rotated(x_ptr, q_norm_ptr, cos_ptr, sin_ptr, at_K, head_dim, half, eps, ZERO_CENTERED)
+        y_K = tl.where(is_place, y_K, float("nan"))
         at = q_out_ptr + (t * num_heads + c) * head_dim + at_K
         tl.store(at, y_K.to(q_out_ptr.dtype.element_ty), mask=at_K < head_dim)
     else:
         g = (c - num_heads) % num_kv_heads
-        index = tl.load(write_index_ptr + t)
         place = (index // page_size * num_kv_heads + g) * page_size + index % page_size
         if c < num_heads + num_kv_heads:
             x_ptr = k_ptr + t * k_stride + g * head_dim
             y_K = normed_and_rotated(x_ptr, k_norm_ptr, cos_ptr, sin_ptr, at_K, head_dim, half, eps, ZERO_CENTERED)
-            put_head(y_K, k_pages_ptr, k_scales_ptr, place, at_K, head_dim, HAS_SCALES)
+            put_head(y_K, k_pages_ptr, k_scales_ptr, place, is_place, at_K, head_dim, HAS_SCALES)
         else:
             x_K = tl.load(v_ptr + t * v_stride + g * head_dim + at_K, mask=at_K < head_dim, other=0.0).to(tl.float32)
-            put_head(x_K, v_pages_ptr, v_scales_ptr, place, at_K, head_dim, HAS_SCALES)
+            put_head(x_K, v_pages_ptr, v_scales_ptr, place, is_place, at_K, head_dim, HAS_SCALES)
+
+
+@triton.jit
+def tile_at(tile, starts_ptr, num_sequences, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sequence of a tile, and its first token there."""
+    at_N = tl.arange(0, BLOCK_N)
+    lengths_N = tl.load(starts_ptr + at_N + 1, mask=at_N < num_sequences, other=0)
+    lengths_N -= tl.load(starts_ptr + at_N, mask=at_N < num_sequences, other=0)
+    tiles_N = (lengths_N.to(tl.int32) + TOKENS - 1) // TOKENS
+    ends_N = tl.cumsum(tiles_N, axis=0)
+    n = tl.minimum(tl.sum((ends_N <= tile).to(tl.int32), axis=0), num_sequences - 1)
+    return n, (tile - tl.sum(tl.where(at_N == n, ends_N - tiles_N, 0), axis=0)) * TOKENS
 
 
 @triton.jit
@@ -118,6 +136,8 @@ def paged_attention_kernel(
     num_kv_heads,
     head_dim,
     page_size,
+    num_pages,
+    table_width,
     scale,
     GROUP: tl.constexpr,
     HAS_SCALES: tl.constexpr,
@@ -132,16 +152,10 @@ def paged_attention_kernel(
     """Some tokens of a sequence with the query heads of one KV head, over one part of the keys.
 
     Tiles of `TOKENS` tokens are numbered through all sequences, whose lengths are read here: a recorded launch serves
-    any lengths. A tile behind the last one has no rows.
+    any. A tile behind the last one has no rows. A key outside the table or the pages is NaN.
     """
     tile, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    at_N = tl.arange(0, BLOCK_N)
-    lengths_N = tl.load(starts_ptr + at_N + 1, mask=at_N < num_sequences, other=0)
-    lengths_N -= tl.load(starts_ptr + at_N, mask=at_N < num_sequences, other=0)
-    tiles_N = (lengths_N.to(tl.int32) + TOKENS - 1) // TOKENS
-    ends_N = tl.cumsum(tiles_N, axis=0)
-    n = tl.minimum(tl.sum((ends_N <= tile).to(tl.int32), axis=0), num_sequences - 1)
-    first = (tile - tl.sum(tl.where(at_N == n, ends_N - tiles_N, 0), axis=0)) * TOKENS
+    n, first = tile_at(tile, starts_ptr, num_sequences, TOKENS, BLOCK_N)
     start = tl.load(starts_ptr + n)
     length = (tl.load(starts_ptr + n + 1) - start).to(tl.int32)
     context = tl.load(contexts_ptr + n).to(tl.int32)
@@ -159,9 +173,11 @@ def paged_attention_kernel(
     sum_MK = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for s in range(split * of_split, end, BLOCK_S):
         is_key_S = s + at_S < end
-        page_S = tl.load(tables_ptr + n * table_stride + (s + at_S) // page_size, mask=is_key_S, other=0)
+        column_S = (s + at_S) // page_size
+        page_S = tl.load(tables_ptr + n * table_stride + column_S, mask=is_key_S & (column_S < table_width), other=-1)
+        is_page_S = is_key_S & (page_S >= 0) & (page_S < num_pages)
         place_S = (page_S * num_kv_heads + g) * page_size + (s + at_S) % page_size
-        is_in_SK = is_key_S[:, None] & is_in_K[None, :]
+        is_in_SK = is_page_S[:, None] & is_in_K[None, :]
         k_SK = tl.load(k_pages_ptr + place_S[:, None] * head_dim + at_K, mask=is_in_SK, other=0)
         v_SK = tl.load(v_pages_ptr + place_S[:, None] * head_dim + at_K, mask=is_in_SK, other=0)
         if IS_WIDE:
@@ -169,7 +185,8 @@ def paged_attention_kernel(
         else:
             score_MS = tl.dot(q_MK, tl.trans(k_SK.to(q_MK.dtype))) * scale
         if HAS_SCALES:
-            score_MS *= tl.load(k_scales_ptr + place_S, mask=is_key_S, other=0.0)[None, :]
+            score_MS *= tl.load(k_scales_ptr + place_S, mask=is_page_S, other=0.0)[None, :]
+        score_MS = tl.where(is_page_S[None, :], score_MS, float("nan"))
         is_seen_MS = is_key_S[None, :] & (s + at_S[None, :] <= (context - length + token_M)[:, None])
         score_MS = tl.where(is_seen_MS, score_MS, float("-inf"))
         new_top_M = tl.maximum(top_M, tl.max(score_MS, axis=1))
@@ -178,7 +195,7 @@ def paged_attention_kernel(
         fade_M = tl.exp(top_M - held_M)
         total_M = total_M * fade_M + tl.sum(weight_MS, axis=1)
         if HAS_SCALES:
-            weight_MS *= tl.load(v_scales_ptr + place_S, mask=is_key_S, other=0.0)[None, :]
+            weight_MS *= tl.load(v_scales_ptr + place_S, mask=is_page_S, other=0.0)[None, :]
         if IS_WIDE:
             part_MK = tl.dot(weight_MS, v_SK.to(tl.float32), input_precision="tf32x3")
         else:

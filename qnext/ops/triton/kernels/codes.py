@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What the numbers of a weight are in memory.
-FLOATS = tl.constexpr(0)
-FP8 = tl.constexpr(1)
-INT8 = tl.constexpr(2)
-INT4 = tl.constexpr(3)
+from qnext.ops.triton import forms
+
+FLOATS = tl.constexpr(forms.FLOATS)
+FP8 = tl.constexpr(forms.FP8)
+INT4 = tl.constexpr(forms.INT4)
 
 
 @triton.jit

@@ -49,6 +49,14 @@ def gate_at(c, num_key_heads, num_heads):
 
 
 @triton.jit
+def gates_of(ba_ptrs, repeats, A_log_ptr, dt_bias_ptr, is_in_T):
+    """b and a of some tokens, and A and the bias of their head."""
+    b_T = tl.load(ba_ptrs, mask=is_in_T, other=0.0).to(tl.float32)
+    a_T = tl.load(ba_ptrs + repeats, mask=is_in_T, other=0.0).to(tl.float32)
+    return b_T, a_T, tl.exp(tl.load(A_log_ptr).to(tl.float32)), tl.load(dt_bias_ptr).to(tl.float32)
+
+
+@triton.jit
 def delta_prepare_kernel(
     qkvz_ptr,
     ba_ptr,
@@ -86,9 +94,8 @@ def delta_prepare_kernel(
     tl.store(mixed_at, y_TC, mask=is_in_T[:, None] & is_in_C[None, :])
     if is_value:
         h, b_at, repeats = gate_at(c, num_key_heads, num_heads)
-        b_T = tl.load(ba_ptr + row_T * ba_stride + b_at, mask=is_in_T, other=0.0).to(tl.float32)
-        a_T = tl.load(ba_ptr + row_T * ba_stride + b_at + repeats, mask=is_in_T, other=0.0).to(tl.float32)
-        A, dt_bias = tl.exp(tl.load(A_log_ptr + h).to(tl.float32)), tl.load(dt_bias_ptr + h).to(tl.float32)
+        ba_ptrs = ba_ptr + row_T * ba_stride + b_at
+        b_T, a_T, A, dt_bias = gates_of(ba_ptrs, repeats, A_log_ptr + h, dt_bias_ptr + h, is_in_T)
         tl.store(beta_ptr + row_T * num_heads + h, tl.sigmoid(b_T), mask=is_in_T)
         tl.store(g_ptr + row_T * num_heads + h, -A * softplus(a_T + dt_bias), mask=is_in_T)
 
@@ -170,6 +177,7 @@ def delta_prepare_backward_kernel(
         is_in_T = row_T < end
         offset_T = tl.load(offsets_ptr + row_T, mask=is_in_T, other=0)
         behind_T = tl.load(lengths_ptr + row_T, mask=is_in_T, other=0) - offset_T  # tokens from here to the end
+        at_TC, is_in_TC = row_T[:, None] * qkvz_stride + at_C[None, :], is_in_T[:, None] & is_in_C[None, :]
         grad_x_TC = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
         for back in tl.static_range(WIDTH):
             slope_TC = slope_of_input(
@@ -188,29 +196,24 @@ def delta_prepare_backward_kernel(
             )
             tap_C = tl.load(taps_ptr + at_C * WIDTH + (WIDTH - 1 - back), mask=is_in_C, other=0.0).to(tl.float32)
             grad_x_TC += slope_TC * tap_C[None, :]
-            at_TC = row_T[:, None] * qkvz_stride + at_C[None, :]
-            x_TC = tl.load(x_ptr + at_TC, mask=is_in_T[:, None] & is_in_C[None, :], other=0.0).to(tl.float32)
+            x_TC = tl.load(x_ptr + at_TC, mask=is_in_TC, other=0.0).to(tl.float32)
             taps_WC += tl.where((at_W == WIDTH - 1 - back)[:, None], tl.sum(slope_TC * x_TC, axis=0)[None, :], 0.0)
-        out_at = grad_qkvz_ptr + column + row_T[:, None] * qkvz_stride + at_C[None, :]
-        is_in_TC = is_in_T[:, None] & is_in_C[None, :]
-        tl.store(out_at, grad_x_TC.to(grad_qkvz_ptr.dtype.element_ty), mask=is_in_TC)
+        grad_x_TC = grad_x_TC.to(grad_qkvz_ptr.dtype.element_ty)
+        tl.store(grad_qkvz_ptr + column + at_TC, grad_x_TC, mask=is_in_TC)
         if is_value:
             h, b_at, repeats = gate_at(c, num_key_heads, num_heads)
-            b_T = tl.load(ba_ptr + row_T * ba_stride + b_at, mask=is_in_T, other=0.0).to(tl.float32)
-            a_T = tl.load(ba_ptr + row_T * ba_stride + b_at + repeats, mask=is_in_T, other=0.0).to(tl.float32)
-            A, dt_bias = tl.exp(tl.load(A_log_ptr + h).to(tl.float32)), tl.load(dt_bias_ptr + h).to(tl.float32)
-            grad_g_T = tl.load(grad_g_ptr + row_T * num_heads + h, mask=is_in_T, other=0.0) * -A
-            grad_beta_T = tl.load(grad_beta_ptr + row_T * num_heads + h, mask=is_in_T, other=0.0)
+            ba_at, gate_T = row_T * ba_stride + b_at, row_T * num_heads + h
+            b_T, a_T, A, dt_bias = gates_of(ba_ptr + ba_at, repeats, A_log_ptr + h, dt_bias_ptr + h, is_in_T)
+            grad_g_T = tl.load(grad_g_ptr + gate_T, mask=is_in_T, other=0.0) * -A
             dA += tl.sum(grad_g_T * softplus(a_T + dt_bias), axis=0)
             beta_T, grad_a_T = tl.sigmoid(b_T), grad_g_T * tl.sigmoid(a_T + dt_bias)
             dbias += tl.sum(grad_a_T, axis=0)
-            to = grad_ba_ptr + row_T * ba_stride + b_at
-            grad_b_T = grad_beta_T * beta_T * (1.0 - beta_T)
-            tl.store(to, grad_b_T.to(grad_ba_ptr.dtype.element_ty), mask=is_in_T)
-            tl.store(to + repeats, grad_a_T.to(grad_ba_ptr.dtype.element_ty), mask=is_in_T)
+            grad_b_T = tl.load(grad_beta_ptr + gate_T, mask=is_in_T, other=0.0) * beta_T * (1.0 - beta_T)
+            tl.store(grad_ba_ptr + ba_at, grad_b_T.to(grad_ba_ptr.dtype.element_ty), mask=is_in_T)
+            tl.store(grad_ba_ptr + ba_at + repeats, grad_a_T.to(grad_ba_ptr.dtype.element_ty), mask=is_in_T)
     at = partial_taps_ptr + (part * num_channels + channel + at_C[None, :]) * WIDTH + at_W[:, None]
     tl.store(at, taps_WC, mask=(at_W < WIDTH)[:, None] & is_in_C[None, :])
     if is_value:
-        h, _, _ = gate_at(c, num_key_heads, num_heads)
-        tl.store(partial_gates_ptr + (part * 2) * num_heads + h, dA)
-        tl.store(partial_gates_ptr + (part * 2 + 1) * num_heads + h, dbias)
+        sum_at = partial_gates_ptr + part * 2 * num_heads + c - 2 * num_key_heads
+        tl.store(sum_at, dA)
+        tl.store(sum_at + num_heads, dbias)

@@ -107,6 +107,16 @@ def l2_normed(x):
 
 
 @triton.jit
+def slot_of(n, slots_ptr, is_fresh_ptr, is_draft_ptr, num_slots, HAS_FRESH: tl.constexpr, HAS_DRAFT: tl.constexpr):
+    """The slot of a sequence, and whether it exists, begins here and drafts; one that does not exist is fresh."""
+    slot = tl.load(slots_ptr + n)
+    is_slot = (slot >= 0) & (slot < num_slots)
+    is_fresh = ((tl.load(is_fresh_ptr + n) != 0) & HAS_FRESH) | (is_slot == 0)
+    is_draft = (tl.load(is_draft_ptr + n) != 0) & HAS_DRAFT & is_slot
+    return tl.where(is_slot, slot, 0), is_slot, is_fresh, is_draft
+
+
+@triton.jit
 def delta_step_kernel(
     qkvz_ptr,
     ba_ptr,
@@ -133,6 +143,7 @@ def delta_step_kernel(
     value_dim,
     num_channels,
     num_drafts,
+    num_slots,
     WIDTH: tl.constexpr,
     HAS_FRESH: tl.constexpr,
     HAS_PENDING: tl.constexpr,
@@ -141,14 +152,18 @@ def delta_step_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Some values of one head of one sequence: their outputs before the norm, their state, and u of drafts."""
+    """Some values of one head of one sequence: their outputs before the norm, their state, and u of drafts.
+
+    A slot that does not exist is neither read nor written, and the outputs are NaN.
+    """
     n, h = tl.program_id(0), tl.program_id(1)
     repeats = num_heads // num_key_heads
     j, r = h // repeats, h % repeats
-    start, slot = tl.load(starts_ptr + n), tl.load(slots_ptr + n)
+    start = tl.load(starts_ptr + n)
     length = (tl.load(starts_ptr + n + 1) - start).to(tl.int32)
-    is_fresh = (tl.load(is_fresh_ptr + n) != 0) & HAS_FRESH
-    is_draft = (tl.load(is_draft_ptr + n) != 0) & HAS_DRAFT
+    slot, is_slot, is_fresh, is_draft = slot_of(
+        n, slots_ptr, is_fresh_ptr, is_draft_ptr, num_slots, HAS_FRESH, HAS_DRAFT
+    )
     at_K, at_V = tl.arange(0, BLOCK_K), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     is_in_K, is_in_V = at_K < key_dim, at_V < value_dim
     state_at = state_ptr + (slot * num_heads + h) * key_dim * value_dim + at_K[:, None] * value_dim + at_V[None, :]
@@ -167,8 +182,7 @@ def delta_step_kernel(
         tl.debug_barrier()  # a thread may not write a draft where another still reads an accepted one
     if HAS_DRAFT:
         tl.store(state_at, S.to(state_ptr.dtype.element_ty), mask=is_in_KV & is_draft)
-    group = j * (num_channels // num_key_heads + repeats * value_dim)
-    key_width = num_key_heads * key_dim
+    group, key_width = j * (num_channels // num_key_heads + repeats * value_dim), num_key_heads * key_dim
     v_column_V = group + 2 * key_dim + r * value_dim + at_V
     carried = (slot, start, count, is_fresh, conv_ptr, pending_conv_ptr, qkvz_ptr, conv_weight_ptr)
     sizes = (qkvz_stride, num_channels, num_drafts)
@@ -195,8 +209,9 @@ def delta_step_kernel(
         if HAS_DRAFT:
             u_at = pending_u_ptr + ((slot * num_drafts + t) * num_heads + h) * value_dim + at_V
             tl.store(u_at, u_V, mask=is_in_V & is_draft & (t < num_drafts))
+        o_V = tl.where(is_slot, o_V, float("nan"))
         tl.store(o_ptr + ((start + t) * num_heads + h) * value_dim + at_V, o_V, mask=is_in_V)
-    tl.store(state_at, S.to(state_ptr.dtype.element_ty), mask=is_in_KV & (is_draft == 0))
+    tl.store(state_at, S.to(state_ptr.dtype.element_ty), mask=is_in_KV & (is_draft == 0) & is_slot)
 
 
 @triton.jit
@@ -226,6 +241,7 @@ def delta_commit_kernel(
     value_dim,
     num_channels,
     num_drafts,
+    num_slots,
     eps,
     WIDTH: tl.constexpr,
     HAS_FRESH: tl.constexpr,
@@ -247,10 +263,11 @@ def delta_commit_kernel(
     group = j * (num_channels // num_key_heads + repeats * value_dim)
     at_C = tl.arange(0, BLOCK)
     is_in_C, channel_C, column_C = at_C < dim, first_channel + at_C, group + inner + at_C
-    start, slot = tl.load(starts_ptr + n), tl.load(slots_ptr + n)
+    start = tl.load(starts_ptr + n)
     length = (tl.load(starts_ptr + n + 1) - start).to(tl.int32)
-    is_fresh = (tl.load(is_fresh_ptr + n) != 0) & HAS_FRESH
-    is_draft = (tl.load(is_draft_ptr + n) != 0) & HAS_DRAFT
+    slot, is_slot, is_fresh, is_draft = slot_of(
+        n, slots_ptr, is_fresh_ptr, is_draft_ptr, num_slots, HAS_FRESH, HAS_DRAFT
+    )
     count = 0
     if HAS_PENDING:
         count = tl.where(is_fresh, 0, tl.minimum(tl.load(num_accepted_ptr + slot), num_drafts)).to(tl.int32)
@@ -270,7 +287,8 @@ def delta_commit_kernel(
         last + at_W, channel_C[None, :], column_C[None, :], is_in_WC, *carried, *sizes, WIDTH, HAS_PENDING
     )
     tl.debug_barrier()  # every thread has read before the first one writes
-    tl.store(conv_ptr + (slot * (WIDTH - 1) + at_W) * num_channels + channel_C[None, :], kept_WC, mask=is_in_WC)
+    conv_at = conv_ptr + (slot * (WIDTH - 1) + at_W) * num_channels + channel_C[None, :]
+    tl.store(conv_at, kept_WC, mask=is_in_WC & is_slot)
     if is_value:
         A, dt_bias = tl.exp(tl.load(A_log_ptr + h).to(tl.float32)), tl.load(dt_bias_ptr + h).to(tl.float32)
         norm_C = tl.load(norm_weight_ptr + at_C, mask=is_in_C, other=0.0).to(tl.float32)

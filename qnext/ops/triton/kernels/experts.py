@@ -64,6 +64,7 @@ def experts_inner_kernel(
     top_k,
     width,
     num_inputs,
+    num_experts,
     FORM: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
@@ -71,17 +72,20 @@ def experts_inner_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """silu(gate x) * (up x) of one assignment, some of its width."""
+    """silu(gate x) * (up x) of one assignment, some of its width; NaN for an expert that does not exist."""
     p = tl.program_id(0).to(tl.int64)
     at_F = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     expert = tl.load(experts_ptr + p)
+    is_expert = (expert >= 0) & (expert < num_experts)
+    expert = tl.where(is_expert, expert, 0)
     x_ptr += p // top_k * x_stride
     weight = (weight_ptr, scales_ptr, zeros_ptr, expert)
     is_in_F = at_F < width
     outputs_F = tl.where(is_in_F, at_F, 2 * width)  # the rows behind gate are those of up
     gate_F = products(x_ptr, *weight, outputs_F, 2 * width, num_inputs, FORM, HAS_ZEROS, SCALE_ROWS, GROUP, BLOCK_D)
     up_F = products(x_ptr, *weight, width + at_F, 2 * width, num_inputs, FORM, HAS_ZEROS, SCALE_ROWS, GROUP, BLOCK_D)
-    tl.store(inner_ptr + p * width + at_F, gate_F * tl.sigmoid(gate_F) * up_F, mask=is_in_F)
+    inner_F = tl.where(is_expert, gate_F * tl.sigmoid(gate_F) * up_F, float("nan"))
+    tl.store(inner_ptr + p * width + at_F, inner_F, mask=is_in_F)
 
 
 @triton.jit
@@ -98,6 +102,7 @@ def experts_output_kernel(
     top_k,
     width,
     num_outputs,
+    num_experts,
     FORM: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
@@ -114,7 +119,9 @@ def experts_output_kernel(
     y_F = tl.zeros([BLOCK_F], tl.float32)
     for a in range(top_k):
         p = t * top_k + a
-        weight = (weight_ptr, scales_ptr, zeros_ptr, tl.load(experts_ptr + p))
+        expert = tl.load(experts_ptr + p)
+        expert = tl.where((expert >= 0) & (expert < num_experts), expert, 0)  # its inner numbers are NaN
+        weight = (weight_ptr, scales_ptr, zeros_ptr, expert)
         part_F = products(
             inner_ptr + p * width, *weight, at_F, num_outputs, width, FORM, HAS_ZEROS, SCALE_ROWS, GROUP, BLOCK_D
         )
