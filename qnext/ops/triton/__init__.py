@@ -18,6 +18,7 @@ from qnext.ops.triton.matrices import (
     try_experts_swiglu,
     try_linear,
 )
+from qnext.ops.triton.outside import PACKAGES, outside_rule
 from qnext.ops.triton.rows import (
     rms_norm,
     route,
@@ -50,6 +51,7 @@ SELF_TESTS: tuple[SelfTest, ...] = (
 )
 
 __all__ = [
+    "PACKAGES",
     "SELF_TESTS",
     "SelfTest",
     "attention_mixer",
@@ -59,6 +61,7 @@ __all__ = [
     "gated_delta_rule",
     "is_trusted",
     "linear",
+    "outside_rule",
     "rms_norm",
     "route",
     "self_test_error",

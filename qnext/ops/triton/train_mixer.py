@@ -18,9 +18,10 @@ from qnext.ops import reference
 from qnext.ops.packing import Packing
 from qnext.ops.records import DeltaInputs, DeltaWeights
 from qnext.ops.triton.delta_chunks import CHUNK_SIZE, run_chunks
+from qnext.ops.triton.outside import OutsideRule, outside_rule
 from qnext.ops.triton.sizes import next_power_of_2
 from qnext.ops.triton.train_delta import DeltaGradients, chunks_backward, has_wide_products
-from qnext.ops.triton.train_rows import GateLayout, NormForm, normed, normed_backward
+from qnext.ops.triton.train_rows import GateLayout, NormForm, NormGradients, normed, normed_backward
 from qnext.ops.triton.trust import compared, num_processors, numbers
 
 _BLOCK_TOKENS = 16
@@ -71,9 +72,12 @@ class _TrainedDeltaMixer(torch.autograd.Function):
         rows = _MixerRows(*(x.contiguous() for x in tensors))
         ctx.save_for_backward(*rows)
         ctx.sizes, ctx.packing = sizes, packing
-        inputs = _prepared(rows, sizes, packing)
-        is_wide = has_wide_products(rows.qkvz_TX.dtype)
-        (o_THV, _), _ = run_chunks(inputs, packing=packing, is_wide=is_wide)
+        inputs, rule = _prepared(rows, sizes, packing), _rule_of(rows.qkvz_TX)
+        if rule is None:
+            is_wide = has_wide_products(rows.qkvz_TX.dtype)
+            (o_THV, _), _ = run_chunks(inputs, packing=packing, is_wide=is_wide)
+        else:
+            o_THV, _ = rule(inputs, packing=packing)
         form, gates = NormForm(sizes.eps, False), (rows.qkvz_TX, sizes.gates)
         return normed(o_THV, rows.norm_V, form, gates, rows.qkvz_TX.dtype).flatten(1)
 
@@ -81,16 +85,33 @@ class _TrainedDeltaMixer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TZ: Tensor) -> tuple[Tensor | None, ...]:
         rows, sizes, packing = _MixerRows(*ctx.saved_tensors), ctx.sizes, ctx.packing
-        is_wide = has_wide_products(rows.qkvz_TX.dtype)
-        inputs = _prepared(rows, sizes, packing)
-        (o_THV, _), kept = run_chunks(inputs, packing=packing, keeps=True, is_wide=is_wide)
+        inputs, rule = _prepared(rows, sizes, packing), _rule_of(rows.qkvz_TX)
         grad_qkvz_TX = torch.empty_like(rows.qkvz_TX)
-        gates = (rows.qkvz_TX, sizes.gates, grad_qkvz_TX)
-        grad_o_THV, grad_norm_V = normed_backward(o_THV, rows.norm_V, NormForm(sizes.eps, False), grad_TZ, gates)
         grads = _empty_inputs(len(grad_TZ), sizes, grad_TZ.device)
-        wanted = DeltaGradients(grad_o_THV, None, grads.inputs)
-        chunks_backward(inputs, kept, wanted, packing=packing, is_wide=is_wide)
+
+        def of_norm(o_THV: Tensor) -> NormGradients:
+            gates = (rows.qkvz_TX, sizes.gates, grad_qkvz_TX)
+            return normed_backward(o_THV, rows.norm_V, NormForm(sizes.eps, False), grad_TZ, gates)
+
+        if rule is None:
+            is_wide = has_wide_products(rows.qkvz_TX.dtype)
+            (o_THV, _), kept = run_chunks(inputs, packing=packing, keeps=True, is_wide=is_wide)
+            grad_o_THV, grad_norm_V = of_norm(o_THV)
+            wanted = DeltaGradients(grad_o_THV, None, grads.inputs)
+            chunks_backward(inputs, kept, wanted, packing=packing, is_wide=is_wide)
+        else:
+            leaves = DeltaInputs(*(x.detach().requires_grad_() for x in inputs))
+            with torch.enable_grad():
+                o_THV, _ = rule(leaves, packing=packing)
+            grad_o_THV, grad_norm_V = of_norm(o_THV.detach())
+            for to, grad in zip(grads.inputs, torch.autograd.grad(o_THV, leaves, grad_o_THV), strict=True):
+                to.copy_(grad)
         return *_prepared_backward(rows, sizes, packing, grads, grad_qkvz_TX), grad_norm_V, None, None
+
+
+def _rule_of(rows: Tensor) -> OutsideRule | None:
+    """The rule of another program where one serves rows of that kind."""
+    return outside_rule(rows.device) if rows.dtype == torch.bfloat16 else None
 
 
 class _Mixed(NamedTuple):

@@ -46,15 +46,19 @@ def is_trusted(self_test: SelfTest, device: torch.device) -> bool:
 
     A kernel that does not, or that does not compile, is named in one warning, and torch computes in its place.
     """
-    name = self_test.__name__.removeprefix("try_")
-    try:
-        error = self_test_error(self_test, device)
-        reason = "" if error <= _TOLERANCE else f"is off by {error:.1e} from the reference"
-    except Exception as failure:  # whatever a compiler or a driver may raise
-        reason = f"does not run ({type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''})"
+    name, reason = self_test.__name__.removeprefix("try_"), reason_against(self_test, device, _TOLERANCE)
     if reason:
         warnings.warn(f"the GPU kernel {name} {reason}; PyTorch computes instead", RuntimeWarning, stacklevel=2)
     return not reason
+
+
+def reason_against(self_test: SelfTest, device: torch.device, tolerance: float) -> str:
+    """Why what `self_test` runs is not to be trusted on `device`; empty where it is."""
+    try:
+        error = self_test_error(self_test, device)
+    except Exception as failure:  # whatever a compiler or a driver may raise
+        return f"does not run ({type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''})"
+    return "" if error <= tolerance else f"is off by {error:.1e} from the reference"
 
 
 def self_test_error(self_test: SelfTest, device: torch.device) -> float:
