@@ -3,8 +3,9 @@
     python benchmarks/check_gpu.py [--out report.json]        also: make bench-gpu
 
 Without a CUDA device and Triton it says so and ends with exit code 2. A kernel's bytes are those that it must read and
-write; before each timed call the L2 cache is overwritten. Whole models are not timed. `--smallest` runs tiny sizes,
-also under Triton's interpreter, whose times mean nothing.
+write; before each timed call the L2 cache is overwritten. Training: forward and backward of each op, and steps of
+large-1b with their share of the peak. `--smallest` runs tiny sizes, also under Triton's interpreter, whose times mean
+nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _gpu_training
 import torch
+from _gpu_training import time_step, training_cases
 
 import qnext  # noqa: F401 - before torch
 from qnext import ops
@@ -35,7 +39,7 @@ from qnext.ops import (
     backends,
 )
 from qnext.ops import triton as gpu
-from qnext.planning.accelerators import ACCELERATORS
+from qnext.planning.accelerators import ACCELERATORS, Accelerator
 
 CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU that is known
 
@@ -142,11 +146,10 @@ def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> floa
     return statistics.median(taken)
 
 
-def peak_bandwidth(name: str) -> float | None:
-    """Published bytes in a second of the GPU, where it is known."""
-    known = (each for key, each in ACCELERATORS.items() if key.split("-")[0] in name.lower())
-    first = next(known, None)
-    return None if first is None else first.bandwidth
+def known_gpu(name: str) -> Accelerator | None:
+    """The GPU with its published peaks, where it is known."""
+    parts = {key: key.removeprefix("rtx-").split("-")[0] for key in ACCELERATORS}
+    return next((ACCELERATORS[key] for key, part in parts.items() if part in name.lower()), None)
 
 
 def error_of(self_test: gpu.SelfTest, device: torch.device) -> float | str:
@@ -159,21 +162,30 @@ def error_of(self_test: gpu.SelfTest, device: torch.device) -> float | str:
 
 def report(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "interpreter"
-    peak = peak_bandwidth(name)
+    known = known_gpu(name)
+    peak = None if known is None else known.bandwidth
     print(f"{name}: {ops.arithmetic_of(device)}")
     errors = {test.__name__.removeprefix("try_"): error_of(test, device) for test in gpu.SELF_TESTS}
     for kernel, error in errors.items():
         print(f"  {kernel:<40} {error if isinstance(error, str) else f'error {error:.1e}'}")
-    times = []
-    for case in cases(sizes, device):
+    rule = gpu.outside_rule(device)
+    print(f"  {'delta rule of training in bf16':<40} {'own kernels' if rule is None else rule.package}")
+    is_smallest, times = sizes is SMALLEST, []
+    trained = training_cases(_gpu_training.SMALLEST if is_smallest else _gpu_training.RELEASED, device)
+    for case in chain(cases(sizes, device), starmap(Case, trained)):
         taken = seconds(case.call, device, repeats=50)
         rate = case.num_bytes / taken
         share = "" if peak is None else f" {100 * rate / peak:5.1f} % of peak"
         print(f"  {case.name:<40} {taken * 1e6:9.1f} us {rate / 1e9:8.1f} GB/s{share}", flush=True)
         times.append({"kernel": case.name, "seconds": taken, "bytes": case.num_bytes, "peak": peak})
+    step = time_step(device, is_smallest=is_smallest, peak=None if known is None else known.bf16)
+    share = "" if step["mfu"] is None else f" {100 * step['mfu']:5.1f} % of peak"
+    print(f"  {'step of ' + step['model']:<40} {step['tokens_per_second']:9.0f} tokens/s{share}", flush=True)
     return {"benchmark": "check_gpu", "device": name, "arithmetic": ops.arithmetic_of(device), "errors": errors} | {
         "times": times,
-        "not_measured": ["80b-a3b tokens per second", "time to first token", "training"],
+        "step": step,
+        "delta_rule": None if rule is None else rule.package,
+        "not_measured": ["80b-a3b tokens per second", "time to first token"],
     }
 
 
@@ -186,7 +198,7 @@ def main() -> int:
     if backends.backend_of(device).name != "triton":
         print("check_gpu: no GPU kernels run here: they need a CUDA device and Triton", file=sys.stderr)
         return 2
-    with torch.inference_mode():
+    with torch.no_grad():
         found = report(SMALLEST if options.smallest else RELEASED, device)
     text = json.dumps(found)
     if options.out is not None:
