@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import ssl
@@ -12,6 +13,8 @@ import pytest
 
 import qnext  # noqa: F401 - before any test loads torch
 from tests.longest import LONGEST
+
+gc.disable()  # until all tests are collected: nothing of that is garbage, and looks at it take half of the time
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {file: place for place, file in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: no collection need look at them again."""
+    gc.enable()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

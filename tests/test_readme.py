@@ -33,10 +33,11 @@ SHORTER = {
     "time_budget=60": "time_budget=1",
     "total_steps=20": "total_steps=1",
     "--depths 0,512": "--depths 0,32",
+    "--minutes 0.05": "--minutes 0.005",
     "--out runs/reason": "--out runs/reason"
     + "".join(f" --set {stage}.total_steps=1" for stage in ("pretrain", "sft", "gspo")),
 }
-LESS_TEXT = (400_000, 20_000)  # bytes of the library to train on and to evaluate on
+LESS_TEXT = (200_000, 5_000)  # bytes of the library to train on and to evaluate on
 SERVER_URL = "http://127.0.0.1:8000"
 
 
@@ -113,12 +114,12 @@ def test_qnext_commands_and_python_run_in_order(tmp_path: Path, monkeypatch: pyt
         return [take_bytes(side, limit=limit) for side, limit in zip(sides, LESS_TEXT, strict=True)]
 
     monkeypatch.setattr(code, "split_by_package", split_less)
-    few = replace(instruct.RECIPES["instruct"], num_questions=200, num_bytes=20_000, num_tested=8)
+    few = replace(instruct.RECIPES["instruct"], num_questions=100, num_bytes=20_000, num_tested=4)
     monkeypatch.setitem(instruct.RECIPES, "instruct", few)
     monkeypatch.setattr("qnext.bench.run._limits", lambda threads: LIMITS)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    (tmp_path / "README.md").write_text(README[:4_000], encoding="utf-8")
     shutil.copytree(ROOT / "docs" / "guide", tmp_path / "docs" / "guide")
     (tmp_path / "requests.jsonl").write_text("".join(blocks("jsonl")), encoding="utf-8")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n', encoding="utf-8")

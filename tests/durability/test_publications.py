@@ -23,19 +23,15 @@ ROOT = Path(__file__).parents[2]
 # What is run by every `make test`; the others are the same verbs of qnext.files below a longer command.
 QUICK = {
     ("kill", "snapshot"),
-    ("kill", "same snapshot again"),
     ("kill", "file replaced"),
     ("kill", "tokenizer"),
     ("kill", "keys create"),
     ("kill", "keys rotate"),
     ("kill", "audit"),
     ("kill", "batch"),
-    ("full", "snapshot"),
     ("full", "file replaced"),
     ("broken", "file replaced"),
     ("full", "batch"),
-    ("kill", "run begun"),
-    ("kill", "demo again"),
 }
 
 Strike = Callable[[str, str], dict[str, Any]]

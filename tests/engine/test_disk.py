@@ -171,7 +171,7 @@ def test_one_store_at_a_time(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert "another engine uses it" in done.stderr
         assert store.get("kv", b"", [1]) is not None  # not touched by those who came too late
-    assert subprocess.run(command, check=False).returncode == 0
+    open_store(tmp_path).close()
 
 
 def test_a_closed_store_is_empty_and_takes_nothing(filled: Path) -> None:

@@ -151,8 +151,8 @@ def kill_often(driver: Driver, straight: Straight, folder: Path, source: random.
         times -= kill_and_go_on(driver, straight, folder / "run", source, times=times)
 
 
-def test_killed_at_20_random_moments(driver: Driver, straight: Straight, tmp_path: Path) -> None:
-    kill_often(driver, straight, tmp_path, random.Random(5), times=20)
+def test_killed_at_8_random_moments(driver: Driver, straight: Straight, tmp_path: Path) -> None:
+    kill_often(driver, straight, tmp_path, random.Random(5), times=8)
 
 
 @pytest.mark.slow

@@ -12,26 +12,13 @@ from typing import Any
 import httpx2
 import pytest
 
-from qnext.errors import UsageError
 from qnext.server.access.audit import AuditLog
-from qnext.server.moderation.hooks import CallableHook, HttpHook, hook_of
-from qnext.server.moderation.judgement import BadReply, ModerationQuestion, TextJudgement
+from qnext.server.moderation.hooks import CallableHook, HttpHook
+from qnext.server.moderation.judgement import ModerationQuestion
 from qnext.server.moderation.moderator import ModerationConfig, OnFailure
-from tests.server.moderators import Script, http_service
+from tests.server.moderators import BODIES, Script, delta_of, end_of, events, http_service, post, text_of
 from tests.server.serving import Running, running_server
 
-CHAT = {"messages": [{"role": "user", "content": "Say something"}], "temperature": 0, "ignore_eos": True}
-BODIES: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {**CHAT, "max_tokens": 600},
-    "/v1/completions": {"prompt": "Say something", "temperature": 0, "max_tokens": 600, "ignore_eos": True},
-    "/v1/responses": {"input": "Say something", "temperature": 0, "max_output_tokens": 600},
-    "/v1/messages": {
-        "model": "alias",
-        "messages": [{"role": "user", "content": "Say something"}],
-        "temperature": 0,
-        "max_tokens": 600,
-    },
-}
 SURFACES = list(BODIES)
 
 
@@ -61,53 +48,6 @@ def renewed(script: Script) -> None:
     script.replies.clear()
     script.asked.clear()
     script.seconds = 0.0
-
-
-def post(running: Running, path: str, **more: Any) -> httpx2.Response:
-    body = {"model": "alias", **BODIES[path], **more}
-    return httpx2.post(f"{running.url}{path}", json=body, timeout=120.0)
-
-
-def events(text: str) -> list[dict[str, Any]]:
-    lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
-    return [json.loads(line) for line in lines if line != "[DONE]"]
-
-
-def text_of(path: str, answer: httpx2.Response) -> str:
-    """All text of an answer, thoughts included, streamed or not."""
-    if answer.headers["content-type"].startswith("text/event-stream"):
-        return "".join(_delta(event) for event in events(answer.text))
-    document = answer.json()
-    if path == "/v1/chat/completions":
-        return str(document["choices"][0]["message"]["content"])
-    if path == "/v1/completions":
-        return str(document["choices"][0]["text"])
-    parts = document["content"] if path == "/v1/messages" else [p for i in document["output"] for p in i["content"]]
-    return "".join(part["text"] for part in parts)
-
-
-def _delta(event: dict[str, Any]) -> str:
-    if "choices" in event:
-        choices = event["choices"]
-        return "".join(each.get("text") or (each.get("delta") or {}).get("content") or "" for each in choices)
-    delta = event.get("delta")
-    if isinstance(delta, str):
-        return delta if event["type"] == "response.output_text.delta" else ""
-    return str((delta or {}).get("text") or "")
-
-
-def end_of(path: str, answer: httpx2.Response) -> str | None:
-    """How an answer says that it has ended."""
-    is_stream = answer.headers["content-type"].startswith("text/event-stream")
-    found = events(answer.text) if is_stream else [answer.json()]
-    for event in found:
-        for place in (event, event.get("delta") or {}, *event.get("choices", [])):
-            if isinstance(place, dict) and (place.get("finish_reason") or place.get("stop_reason")):
-                return str(place.get("finish_reason") or place.get("stop_reason"))
-        response = event.get("response", event)
-        if response.get("incomplete_details"):
-            return str(response["incomplete_details"]["reason"])
-    return None
 
 
 BLOCKED = {
@@ -347,7 +287,7 @@ def test_a_slow_hook_blocks_nobody(kept: Running, server: Running, script: Scrip
     ) as stream:
         health = httpx2.get(f"{kept.url}/health", timeout=5.0)
         assert health.status_code == 200
-        text = "".join(map(_delta, events("\n".join(stream.iter_lines()))))
+        text = "".join(map(delta_of, events("\n".join(stream.iter_lines()))))
     assert text == text_of("/v1/completions", post(server, "/v1/completions"))
     assert script.of("answer")[-1]["is_last"]
 
@@ -402,44 +342,3 @@ def test_metrics_and_calls(kept: Running, script: Script) -> None:
     for stage in ("prompt", "answer"):
         assert f'qnext_moderation_seconds_count{{stage="{stage}"}}' in metrics
         assert f'qnext_moderation_verdicts_total{{action="allow",stage="{stage}"}}' in metrics
-
-
-# ---- words ----
-
-
-def question(*texts: str) -> ModerationQuestion:
-    return ModerationQuestion("prompt", texts, ("user",) * len(texts), "id", "m")
-
-
-@pytest.mark.parametrize(
-    "reply", [None, 1, [], {}, "no", {"action": "redact"}, {"action": "redact", "texts": ["a"]}, {"results": []}]
-)
-def test_replies_that_are_none(reply: Any) -> None:
-    with pytest.raises(BadReply):
-        TextJudgement.of_reply(reply, question("a", "b"))
-
-
-def test_replies() -> None:
-    assert TextJudgement.of_reply("flag", question("a")).needs_review
-    assert TextJudgement.of_reply({"action": "redact", "texts": [None, "x"]}, question("a", "b")).texts == ("a", "x")
-    many = TextJudgement.of_reply({"action": "allow", "categories": [f"c{i}" for i in range(99)]}, question("a"))
-    assert len(many.categories) == 16
-
-
-def judge(question: ModerationQuestion) -> str:
-    return "allow"
-
-
-def test_names_of_hooks() -> None:
-    assert isinstance(hook_of("https://a.example/v1/moderations", api_key="k"), HttpHook)
-    assert isinstance(hook_of("tests.server.test_moderation:judge"), CallableHook)
-    wrong: list[tuple[str, str | None, str]] = [
-        ("judge", None, "URL or module:function"),
-        ("tests.server.nothing:judge", None, "nothing"),
-        ("tests.server.test_moderation:nothing", None, "nothing"),
-        ("tests.server.test_moderation:SURFACES", None, "no function"),
-        ("tests.server.test_moderation:judge", "k", "for a URL"),
-    ]
-    for name, key, message in wrong:
-        with pytest.raises(UsageError, match=message):
-            hook_of(name, api_key=key)

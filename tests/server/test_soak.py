@@ -36,7 +36,7 @@ def test_slopes_are_found_beneath_noise() -> None:
 
 
 def test_a_short_soak(chat_model: Path, tmp_path: Path) -> None:
-    check(soak(chat_model, tmp_path, minutes=0.15, groups=["salts", "broken", "wire"]))
+    check(soak(chat_model, tmp_path, minutes=0.1, groups=["salts", "broken", "wire"]))
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ ATTACKS: dict[str, Attack] = {
     ),
     # answers
     "log-probabilities of a prompt": Attack(
-        "/v1/completions", _of(prompt="word " * 6_500, max_tokens=1, prompt_logprobs=20), 1, True
+        "/v1/completions", _of(prompt="word " * 6_500, max_tokens=1, prompt_logprobs=20), 1
     ),
     "log-probabilities of a conversation": Attack(
         "/v1/chat/completions",
