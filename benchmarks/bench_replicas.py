@@ -2,7 +2,7 @@
 
 MODEL is a folder with a tokenizer. Two replicas serve it on this machine, and one process of `qnext serve` beside them.
 Cost: one small request, to the plain server, to the router's own address, through Ray Serve's proxy, and by Ray's own
-call of a replica, in turn. Needs the extra `ray`.
+call of a replica, in turn; then the first event of a stream, the same ways. Needs the extra `ray`.
 """
 
 from __future__ import annotations
@@ -167,28 +167,53 @@ def by_handle() -> Callable[[], None]:
 
 
 _SMALL = {"prompt": [1, 2, 3], "max_tokens": 1}
+_STREAM = {"prompt": [1, 2, 3], "max_tokens": 2, "ignore_eos": True, "stream": True}
+
+
+def first_event(client: httpx2.Client) -> float:
+    """Seconds until it is there; the rest of the stream is not counted."""
+    began = time.perf_counter()
+    with client.stream("POST", ROUTE, json=_STREAM) as reply:
+        lines = reply.raise_for_status().iter_lines()
+        next(lines)
+        seconds = time.perf_counter() - began
+        for _ in lines:
+            pass
+    return seconds
 
 
 def cost(urls: dict[str, str], *, rounds: int) -> dict[str, Any]:
-    """Milliseconds of one small request each way, in turn, and what they are above the plain server."""
+    """Milliseconds of one small request each way, and of the first event of a stream, in turn; and what they are above
+    the plain server."""
     clients = {name: httpx2.Client(base_url=url, timeout=300.0) for name, url in urls.items()}
-    ways: dict[str, Callable[[], Any]] = {
+    whole: dict[str, Callable[[], Any]] = {
         name: lambda client=client: client.post(ROUTE, json=_SMALL).raise_for_status()
         for name, client in clients.items()
     }
-    ways["handle"] = by_handle()
+    whole["handle"] = by_handle()
+    found = compared(whole, rounds=rounds)
+    first: dict[str, Callable[[], Any]] = {
+        name: lambda client=client: first_event(client) for name, client in clients.items()
+    }
+    return {**found, "first_event": compared(first, rounds=rounds)}
+
+
+def compared(ways: dict[str, Callable[[], Any]], *, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(rounds + 20):
         for name, way in ways.items():
             began = time.perf_counter()
-            way()
+            seconds = way()
+            if not isinstance(seconds, float):
+                seconds = time.perf_counter() - began
             if round_ >= 20:
-                times[name].append(1_000 * (time.perf_counter() - began))
+                times[name].append(1_000 * seconds)
     found: dict[str, Any] = {"ms": {name: quartiles(values) for name, values in times.items()}}
     for name, base in (("own", "plain"), ("proxy", "plain"), ("own", "handle")):
-        above = [a - b for a, b in zip(times[name], times[base], strict=True)]
-        found[f"{name}_above_{base}_ms"] = quartiles(above)
-        found[f"{name}_over_{base}"] = quartiles([a / b for a, b in zip(times[name], times[base], strict=True)])
+        if base in times:
+            pairs = list(zip(times[name], times[base], strict=True))
+            found[f"{name}_above_{base}_ms"] = quartiles([a - b for a, b in pairs])
+            found[f"{name}_over_{base}"] = quartiles([a / b for a, b in pairs])
     return found
 
 
@@ -216,12 +241,15 @@ def main() -> None:
         plain_server(model, free_port()) as plain,
         replicas(model, Path(folder)) as (own, proxy),
     ):
-        found = {
-            "cost": cost({"plain": plain, "own": own, "proxy": proxy}, rounds=options.rounds),
-            "affinity": affinity(own, conversations=options.conversations, turns=options.turns),
-            "killed": killed(own, streams=options.streams, tokens=options.tokens),
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "cost": lambda: cost({"plain": plain, "own": own, "proxy": proxy}, rounds=options.rounds),
+            "affinity": lambda: affinity(own, conversations=options.conversations, turns=options.turns),
+            "killed": lambda: killed(own, streams=options.streams, tokens=options.tokens),
         }
-    print(json.dumps(found, indent=1))
+        found = {}
+        for name, measure in parts.items():
+            found[name] = measure()
+            print(json.dumps({name: found[name]}, indent=1), flush=True)
     print_json(found)
 
 

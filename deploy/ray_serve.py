@@ -20,6 +20,7 @@ from qnext.cli.parsing.command import mistake
 from qnext.cli.parsing.config_file import apply_environment, read_flags, take_config
 from qnext.cli.serve import Prepared, ServeFlags, prepare
 from qnext.errors import UsageError
+from qnext.replicas.direct import DirectReplicas
 from qnext.replicas.ingress import Ingress
 from qnext.replicas.listening import OwnListener
 from qnext.replicas.prefixes import MAX_HELD_CHUNKS, SPREAD
@@ -117,10 +118,11 @@ class Router:
 
     def __init__(self, values: Mapping[str, Any], replicas: Any) -> None:
         ready = prepared(values)
-        self._ingress = Ingress(ready.keys, ready.limits, replicas)
+        ask = DirectReplicas(replicas).ask
+        self._ingress = Ingress(ready.keys, ready.limits, replicas, ask)
         self._own = None
         if values["port"] is not None:
-            own = Ingress(ready.keys, ready.limits, replicas, is_behind_proxy=False)
+            own = Ingress(ready.keys, ready.limits, replicas, ask, is_behind_proxy=False)
             server = Server(keys=ready.keys, limits=ready.limits, with_page=False)
             self._own = OwnListener(own, server, ready.listen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, NamedTuple
 
 from qnext.server.http.guard import Headers
@@ -22,3 +23,7 @@ class AnswerHead(NamedTuple):
     headers: Headers
     body: bytes
     is_whole: bool
+
+
+# The pieces of an answer; closing the generator is the client's leaving.
+AskReplica = Callable[[RoutedCall], AsyncGenerator[AnswerHead | bytes, None]]

@@ -16,9 +16,11 @@ import orjson
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from qnext.replicas.call import AnswerHead, RoutedCall
+from qnext.replicas.call import AnswerHead, AskReplica, RoutedCall
+from qnext.replicas.direct import ReplicaLost
 from qnext.replicas.figures import merged
 from qnext.replicas.prefixes import chain_of
+from qnext.replicas.wire import ReplicaFailed
 from qnext.server.access.keys import KeyRing
 from qnext.server.access.rates import network_of
 from qnext.server.errors import ApiError, error_body, error_object, style_of
@@ -38,20 +40,23 @@ _SEQUENCE = re.compile(rb'"sequence_number": ?(\d+)')
 
 
 class Ingress:
-    """An ASGI application before replicas. `replicas` is Ray Serve's handle of the deployment of `Replica`.
+    """An ASGI application before replicas. `replicas` is Ray Serve's handle of the deployment of `Replica`, and `ask`
+    gives the pieces of an answer.
 
     `keys` and `limits` are those of the replicas. What a request may do is decided there; here a key is whose prefixes
     a request may find, and a limit how much is read.
     """
 
-    def __init__(self, keys: KeyRing, limits: Limits, replicas: Any, *, is_behind_proxy: bool = True) -> None:
+    def __init__(
+        self, keys: KeyRing, limits: Limits, replicas: Any, ask: AskReplica, *, is_behind_proxy: bool = True
+    ) -> None:
         """`is_behind_proxy`: Ray Serve's proxy listens, which tells clients the ids that it has seen."""
         self._keys = keys
         self._is_behind_proxy = is_behind_proxy
         self._limits = limits
         self.num_running = 0
         self._replicas = replicas
-        self._streams = replicas.options(stream=True)
+        self._ask = ask
         most = max(MAX_HELD_BYTES_PER_KEY, limits.max_body_bytes)
         self._bodies = Budget(most=max(MAX_HELD_BYTES, most), per_owner=most)
 
@@ -125,14 +130,11 @@ class Ingress:
             if call.scope["path"] == _METRICS:
                 await reply.take(await self._metrics(call))
                 return
-            stream = self._streams.remote(call)
-            try:
-                async for piece in stream:
+            async with contextlib.aclosing(self._ask(call)) as pieces:
+                async for piece in pieces:
                     await reply.take(piece)
-            finally:
-                stream.cancel()
             await reply.end()
-        except (RayError, BackPressureError, DeploymentUnavailableError) as error:
+        except (RayError, BackPressureError, DeploymentUnavailableError, ReplicaLost, ReplicaFailed) as error:
             raise self._fault(error, reply) from error
 
     async def _metrics(self, call: RoutedCall) -> AnswerHead:
@@ -150,7 +152,8 @@ class Ingress:
         retry = float(self._limits.retry_seconds)
         if isinstance(error, BackPressureError):
             return ApiError.busy("too many requests wait", retry_after=retry)
-        if isinstance(error, RayTaskError) and not isinstance(error, RayActorError):
+        is_of_task = isinstance(error, RayTaskError) and not isinstance(error, RayActorError)
+        if is_of_task or isinstance(error, ReplicaFailed):
             _log.error("request %s failed: %s", reply.request_id, error)
             return ApiError.internal()
         _log.warning("request %s lost its replica: %s", reply.request_id, type(error).__name__)

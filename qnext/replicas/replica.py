@@ -8,9 +8,12 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import ray.util
 from ray import serve
 
 from qnext.replicas.call import AnswerHead, RoutedCall
+from qnext.replicas.direct import Hold
+from qnext.replicas.door import Door
 from qnext.server.expert_watch import keep_watching
 from qnext.server.http.application import make_application
 from qnext.server.run import LoadModel, look_after, prepare_process
@@ -41,6 +44,8 @@ class Replica:
         self._tasks = look_after(server)
         engine, served = await asyncio.to_thread(load)
         server.attach(engine, served)
+        self._door = Door(self)
+        await self._door.open(ray.util.get_node_ip_address())
         if server.expert_watch is not None:
             self._tasks.append(asyncio.create_task(keep_watching(server.expert_watch, lambda: engine.expert_counts(0))))
         gc.freeze()
@@ -67,6 +72,14 @@ class Replica:
         body = b"".join(piece for piece in pieces[1:] if isinstance(piece, bytes))
         return self._name, begin._replace(body=begin.body + body, is_whole=True)
 
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Ray Serve tells it to every ingress."""
+        return self._door.address
+
+    async def hold(self, hold: Hold) -> None:
+        """Runs as long as a call at the door does, so that Ray Serve counts it."""
+        await self._door.ended(hold.number)
+
     async def check_health(self) -> None:
         """Raises where Ray Serve should start this replica anew. A file of keys that has changed is read again."""
         problem = self._server.keys.reload_if_changed()
@@ -79,6 +92,8 @@ class Replica:
         """End it, when its requests have ended or their time has."""
         if not hasattr(self, "_tasks"):  # it was never open
             return
+        if hasattr(self, "_door"):
+            await self._door.close(self._server.limits.drain_seconds)
         await self._server.drain(0.0)
         for task in self._tasks:
             task.cancel()

@@ -7,10 +7,13 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import orjson
+import ray.util
 from ray import serve
 from ray_serve import application
 
 from qnext.replicas.call import AnswerHead, RoutedCall
+from qnext.replicas.direct import Hold
+from qnext.replicas.door import Door
 
 EVENT = b"data: {}\n\n"
 _SECONDS = 0.02  # of an event
@@ -20,8 +23,16 @@ _SECONDS = 0.02  # of an event
 class Parrot:
     """Streams events, and nothing else."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    async def __init__(self, values: Mapping[str, Any]) -> None:
         self._name = serve.get_replica_context().replica_id.unique_id.encode()
+        self._door = Door(self)
+        await self._door.open(ray.util.get_node_ip_address())
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        return self._door.address
+
+    async def hold(self, hold: Hold) -> None:
+        await self._door.ended(hold.number)
 
     async def __call__(self, call: RoutedCall) -> AsyncIterator[AnswerHead | bytes]:
         headers = [(b"content-type", b"text/event-stream"), (b"x-qnext-replica", self._name)]

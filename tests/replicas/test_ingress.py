@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -37,25 +37,13 @@ class Handle:
         self.calls: list[RoutedCall] = []
         self.num_cancelled = 0
 
-    def options(self, *, stream: bool) -> Handle:
-        assert stream
-        return self
-
-    def remote(self, call: RoutedCall) -> Any:
+    async def ask(self, call: RoutedCall) -> AsyncGenerator[Any, None]:
         self.calls.append(call)
-        return _Stream(self, self.pieces(call))
-
-
-class _Stream:
-    def __init__(self, handle: Handle, pieces: AsyncIterator[Any]) -> None:
-        self.handle = handle
-        self.pieces = pieces
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self.pieces
-
-    def cancel(self) -> None:
-        self.handle.num_cancelled += 1
+        try:
+            async for piece in self.pieces(call):
+                yield piece
+        finally:
+            self.num_cancelled += 1
 
 
 class Answered(list[dict[str, Any]]):
@@ -106,7 +94,7 @@ def ask(
         "client": ("1.2.3.4", 5),
         "state": object(),
     }
-    asyncio.run(Ingress(keys or KeyRing(), limits or Limits(), handle)(scope, receive, send))
+    asyncio.run(Ingress(keys or KeyRing(), limits or Limits(), handle, handle.ask)(scope, receive, send))
     return answered
 
 
@@ -242,7 +230,7 @@ def test_a_client_that_leaves_ends_the_call() -> None:
         async def send(message: dict[str, Any]) -> None: ...
 
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-        await asyncio.wait_for(Ingress(KeyRing(), Limits(), handle)(scope, receive, send), 60)
+        await asyncio.wait_for(Ingress(KeyRing(), Limits(), handle, handle.ask)(scope, receive, send), 60)
 
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(run())
@@ -265,7 +253,8 @@ def test_the_own_listener_ends_without_losing_an_answer() -> None:
 
     async def run() -> bytes:
         server = Server(limits=Limits(), with_page=False)
-        ingress = Ingress(KeyRing(), server.limits, Handle(slow), is_behind_proxy=False)
+        handle = Handle(slow)
+        ingress = Ingress(KeyRing(), server.limits, handle, handle.ask, is_behind_proxy=False)
         own = OwnListener(ingress, server, Listen(port=0))
         own.start()
         port = own.port
