@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import ssl
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 import qnext  # noqa: F401 - before any test loads torch
+from qnext.interrupts import ENDING_SIGNALS
 from tests.longest import LONGEST
 
 gc.disable()  # until all tests are collected: nothing of that is garbage, and looks at it take half of the time
@@ -46,6 +48,14 @@ def logs_of_others_stay() -> Iterator[None]:
     for each, handlers, level in before:
         each.handlers[:] = handlers
         each.setLevel(level)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_signal_is_ignored() -> None:
+    """A shell has a job in the background ignore Ctrl-C, and with it the programs that tests start and interrupt."""
+    for number in ENDING_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
