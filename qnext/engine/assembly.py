@@ -72,6 +72,7 @@ def build(model: CausalLM, config: EngineConfig, choose: Callable[[CausalLM, Wan
     executor = LocalExecutor(
         model, cache, store=tiers, experts=experts, adapters=config.adapters, workspace_bytes=sizes.workspace_bytes
     )
+    executor.watch.may_record = config.record_steps
     return WithoutDrafter(executor, Scheduler(limits, tiers), wanted, sizes.max_model_len)
 
 

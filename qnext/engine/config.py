@@ -80,6 +80,9 @@ class EngineConfig:
     """Keeps the experts of every token beside its keys and values, 8 bytes each; a completion has those of its tokens,
     cached prefixes included."""
 
+    record_steps: bool = True
+    """Decoding steps are recorded, on a GPU as CUDA graphs, and repeated without Python. Answers are the same."""
+
     adapters: AdapterSwitch | None = None
     """Changes of the model by name, of which a request may choose one (lora.serving)."""
 

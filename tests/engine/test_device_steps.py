@@ -6,6 +6,7 @@ The meta device stands for a GPU. It has no numbers, so whatever asks for one ra
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from qnext.engine.execution.cache import Cache, CacheDtypes, CacheSizes
 from qnext.engine.execution.inputs import MixedInputs, StepInputs
+from qnext.engine.execution.local import LocalExecutor
 from qnext.engine.policy.step import Rows, SequencePlan, StepPlan
 from qnext.model import CausalLM
-from qnext.ops import backends
+from qnext.model.moe import Experts
+from qnext.ops import backends, empty_fp8
 from qnext.ops.cuda_graph import HostTraffic
 from tests.engine.models import tiny_model
 
@@ -49,9 +52,10 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     serves = backends.triton_serves
     monkeypatch.setattr(backends, "triton_serves", lambda kind: kind == META.type or serves(kind))
-    for module in ("attention", "delta", "matrices", "rows"):
-        monkeypatch.setattr(importlib.import_module(f"qnext.ops.triton.{module}"), "is_trusted", lambda *_: True)
-    for module in ("attention", "delta_step", "experts", "matrices", "norm", "router"):
+    for module in ("attention", "delta", "delta_chunks", "matrices", "rows"):
+        wrappers = importlib.import_module(f"qnext.ops.triton.{module}")
+        monkeypatch.setattr(wrappers, "is_trusted", lambda *_: True, raising=False)
+    for module in ("attention", "delta_chunks", "delta_step", "experts", "matrices", "norm", "router"):
         kernels = importlib.import_module(f"{KERNELS}.{module}")
         for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
             monkeypatch.setattr(kernels, name, Launched(name, found))
@@ -72,7 +76,7 @@ def cache_of(model: CausalLM, device: torch.device, *, drafts: int = 0) -> Cache
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_a_decoding_step_needs_no_number_on_the_host(starts: list[str], drafts: int) -> None:
     """So a graph can hold it: after the inputs were sent, nothing crosses between host and device."""
-    model = tiny_model("hybrid").to(META)
+    model = copy.deepcopy(tiny_model("hybrid")).to(META)
     cache = cache_of(model, META, drafts=drafts)
     inputs = StepInputs(cache, [1 + drafts, 1])
     assert backends.backend_of(META).can_record
@@ -83,6 +87,41 @@ def test_a_decoding_step_needs_no_number_on_the_host(starts: list[str], drafts: 
         assert logits_TY.shape == (2 + drafts, model.config.vocab_size)
     assert witness.first is None
     assert {"paged_attention_kernel", "delta_step_kernel", "experts_output_kernel", "route_kernel"} <= set(starts)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "fp8"])
+def test_so_does_one_of_many_sequences(starts: list[str], form: str) -> None:
+    """With more tokens than the kernel for few takes: rows are sorted by expert."""
+    model = copy.deepcopy(tiny_model("hybrid")).to(META, torch.bfloat16)
+    if form == "fp8":
+        for module in [module for module in model.modules() if isinstance(module, Experts)]:
+            for name, matrices in list(module.named_parameters(recurse=False)):
+                codes = empty_fp8(tuple(matrices.shape), block=(32, 32), scale_dtype=torch.float32, device=META)
+                module.set_weight(name, codes)
+    cache = cache_of(model, META)
+    inputs = StepInputs(cache, [1] * 12)
+    inputs.fill([Rows(n % 3, (n,), 20 + n) for n in range(12)])
+    for _ in range(2):  # the first meets what is made once
+        with torch.inference_mode(), HostTraffic() as witness:
+            model.logits(model(inputs.batch).hidden_TD)
+    assert witness.first is None
+    assert ("grouped_codes_kernel" in starts) == (form == "fp8")
+
+
+def test_a_step_with_prompts_runs_on_a_device(starts: list[str]) -> None:
+    """A prompt in chunks, one beside it, and a sequence that decodes."""
+    model = copy.deepcopy(tiny_model("hybrid")).to(META, torch.bfloat16)
+    executor = LocalExecutor(model, cache_of(model, META))
+    prompts = [
+        SequencePlan("0", 0, tuple(range(3, 40)), 24, needs_sample=True),
+        SequencePlan("1", 1, (3, 4, 5), 24, needs_sample=True),
+        SequencePlan("2", 2, (6,), 24, needs_sample=True),
+    ]
+    with torch.inference_mode():
+        output = executor.execute(StepPlan(tuple(prompts)))
+    assert output.logits_RY.device == META and output.logits_RY.shape == (3, model.config.vocab_size)
+    assert output.order == (2, 0, 1)
+    assert {"delta_chunks_kernel", "delta_step_kernel", "paged_attention_kernel"} <= set(starts)
 
 
 @pytest.mark.parametrize("drafts", [0, 2])

@@ -24,24 +24,22 @@ GREEDY = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.0)
 
 
 class RecordedSteps(KeepingExecutor):
-    """Counts the steps that were recorded ones, and forbids them where they may not be."""
+    """Counts the steps that were recorded ones."""
 
-    def __init__(self, engine: Engine, *, may_record: bool) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.num_recorded = 0
-        self.may_record = may_record
 
     def execute(self, plan: StepPlan) -> StepOutput:
-        if not self.may_record:
-            self._decoding._max_tokens = 0
         num_tokens = sum(len(s.token_ids) for s in plan.sequences)
         self.num_recorded += plan.only_decodes and self._decoding.serves(num_tokens)
         return super().execute(plan)
 
 
 def generate(model: CausalLM, lengths: list[int], *, may_record: bool) -> tuple[list[Tensor], RecordedSteps]:
-    engine = Engine.of(model, EngineConfig(max_num_seqs=3, max_model_len=256, poison=True))
-    executor = RecordedSteps(engine, may_record=may_record)
+    config = EngineConfig(max_num_seqs=3, max_model_len=256, poison=True, record_steps=may_record)
+    engine = Engine.of(model, config)
+    executor = RecordedSteps(engine)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     completions = engine.generate(prompts, GREEDY)

@@ -32,9 +32,10 @@ def largest_recordings(max_num_seqs: int, max_draft_tokens: int, *, max_tokens: 
 
 
 class ModelWatch:
-    """What recordings of a model depend on, as it was when `look` was called last."""
+    """What recordings of a model depend on, as it was when `look` was called last; and whether there may be any."""
 
     def __init__(self, model: CausalLM) -> None:
+        self.may_record = True
         self._parameters = ParameterWatch(model.parameters())
         self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.num_changes = 0
@@ -81,6 +82,7 @@ class RecordedBatches(Generic[Inputs, Result]):
         return (
             num_tokens <= self._max_tokens
             and self._num_failures[num_tokens] < _MAX_ATTEMPTS
+            and self._watch.may_record
             and not self._watch.has_hooks
         )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from qnext.engine.policy.request import Guide, Request, SampledToken
 from qnext.engine.sampling.filters import Row, draw
 from qnext.engine.sampling.logprobs import not_finite, with_logprobs
+from qnext.engine.sampling.on_device import Draw, RowChoice, choose
 from qnext.engine.sampling.seeds import uniform
 from qnext.engine.sampling.watermark import Mark
 from qnext.errors import QnextError, RequestBroke, UsageError, is_fault
@@ -59,13 +60,39 @@ def verify(logits_RY: Tensor, windows: Sequence[Window]) -> list[Verdict]:
     if not windows:
         return []
     rows_RY = _on_host(logits_RY)
-    best_ids, is_finite = _argmax(rows_RY)
+    choices = _choices(rows_RY, [draw for window in windows for draw in _draws_of(window)])
     verdicts, first = [], 0
     for window in windows:
         end = first + len(window.draft_ids) + 1
-        verdicts.append(_verified(rows_RY[first:end], best_ids[first:end], is_finite[first:end], window))
+        verdicts.append(_verified(rows_RY[first:end], choices[first:end], window))
         first = end
     return verdicts
+
+
+def _draws_of(window: Window) -> Iterator[Draw | None]:
+    """How the rows of a window are drawn. Earlier tokens of the window would change only those that have none."""
+    start = len(window.request.output_ids)
+    for index in range(start, start + len(window.draft_ids) + 1):
+        yield None if window.guide is not None else _draw_of(window.request, index)
+
+
+def _draw_of(request: Request, index: int) -> Draw | None:
+    """None where logits are changed before a token is drawn, which the host does."""
+    if request.marks is not None or _is_adjusted(request, index):
+        return None
+    return Draw(request.params, 0.0 if request.params.is_greedy else uniform(request.seed, index))
+
+
+def _choices(rows_RY: Tensor | Row, draws: Sequence[Draw | None]) -> list[RowChoice]:
+    """Of every row the likeliest token (the lowest id of equal ones) and whether the row is finite; on a device also
+    the tokens that are drawn there.
+
+    The maximum of a row is NaN where any entry is, so one number per row is enough to look at.
+    """
+    if isinstance(rows_RY, Tensor):
+        return choose(rows_RY, draws)
+    best_ids = rows_RY.argmax(axis=-1).tolist()  # of a row with NaN: where the first is
+    return [RowChoice(best, math.isfinite(row_Y[best]), None) for row_Y, best in zip(rows_RY, best_ids, strict=True)]
 
 
 def draft(
@@ -85,10 +112,13 @@ def draft(
     if not requests:
         return []
     rows_RY = _on_host(logits_RY)
-    guesses, is_finite = _argmax(rows_RY)
+    choices = _choices(rows_RY, list(map(_draw_of, requests, indices)))
+    guesses = [choice.best_id if choice.token is None else choice.token.token_id for choice in choices]
     for r, (request, index) in enumerate(zip(requests, indices, strict=True)):
         marks, more = request.marks, () if drafted is None else tuple(drafted[r])
-        if not is_finite[r] or (request.params.is_greedy and marks is None and not _is_adjusted(request, index)):
+        if choices[r].token is not None or not choices[r].is_finite:
+            continue
+        if request.params.is_greedy and marks is None and not _is_adjusted(request, index):
             continue
         try:
             row_Y = _numpy(rows_RY[r])
@@ -106,17 +136,17 @@ def draft(
     return guesses
 
 
-def _verified(logits_RY: Tensor | Row, best_ids: list[int], is_finite: list[bool], window: Window) -> Verdict:
+def _verified(logits_RY: Tensor | Row, choices: Sequence[RowChoice], window: Window) -> Verdict:
     request, guide = window.request, window.guide
     start = len(request.output_ids)
     counts: Mapping[int, int] = request.output_counts
     tokens: list[SampledToken] = []
-    for i in range(len(best_ids)):
-        if not is_finite[i]:
+    for i, (best_id, is_finite, chosen) in enumerate(choices):
+        if not is_finite:
             return Verdict(tuple(tokens), not_finite())
         try:
             more = tuple(token.token_id for token in tokens)
-            token = _token(logits_RY[i], best_ids[i], window, start + i, counts, more)
+            token = chosen or _token(logits_RY[i], best_id, window, start + i, counts, more)
             if guide is not None:
                 guide.accept(token.token_id)
         except QnextError as failure:
@@ -190,20 +220,9 @@ def _choose(row_Y: Row, request: Request, index: int, mark: Mark | None) -> int:
     return draw(row_Y, request.params, uniform(request.seed, index), tilt)
 
 
-def _argmax(logits_RY: Tensor | Row) -> tuple[list[int], list[bool]]:
-    """(the most likely token, the lowest id of equal ones; whether the row is finite) of every row.
-
-    The maximum of a row is NaN where any entry is, so one number per row is enough to look at.
-    """
-    if not isinstance(logits_RY, Tensor):
-        best_ids: list[int] = logits_RY.argmax(axis=-1).tolist()  # of a row with NaN: where the first is
-        return best_ids, [math.isfinite(row_Y[best]) for row_Y, best in zip(logits_RY, best_ids, strict=True)]
-    best = logits_RY.argmax(dim=-1, keepdim=True)
-    return best[:, 0].tolist(), logits_RY.gather(1, best)[:, 0].isfinite().tolist()
-
-
 def _on_host(logits_RY: Tensor) -> Tensor | Row:
-    """The same as an array where that costs nothing; elsewhere only rows that are needed leave the device."""
+    """The same as an array where that costs nothing. Elsewhere tokens are drawn on the device (`on_device.py`), which
+    only rows leave that need the host."""
     return logits_RY.numpy() if logits_RY.device.type == "cpu" else logits_RY
 
 

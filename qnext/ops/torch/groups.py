@@ -31,7 +31,9 @@ def group(experts_TA: Tensor, num_experts: int) -> Groups:
     experts_A, order_A = experts_TA.flatten().sort(stable=True)
     tokens_A = torch.div(order_A, experts_TA.shape[1], rounding_mode="floor")
     places_A = torch.empty_like(order_A).index_copy_(0, order_A, torch.arange(len(order_A), device=order_A.device))
-    ends_E = torch.bincount(experts_A, minlength=num_experts).cumsum(0).to(torch.int32)
+    # Not by counting, for which a GPU would be waited for.
+    numbers_E = torch.arange(num_experts, device=experts_A.device)
+    ends_E = torch.searchsorted(experts_A, numbers_E, right=True, out_int32=True)
     return Groups(tokens_A, experts_A, places_A.view_as(experts_TA), ends_E)
 
 
