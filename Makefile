@@ -32,7 +32,7 @@ help:
 	@echo "make test-gpu  the tests of GPU kernels, on the GPU of this machine"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     the benchmarks on this machine"
-	@echo "make bench-gpu errors and times of the GPU kernels, and bench-gpu.json   (BENCH_GPU_ARGS=\"--out FILE\")"
+	@echo "make bench-gpu errors and times of GPU kernels and of an engine, and bench-gpu.json   (BENCH_GPU_ARGS=\"--out FILE\")"
 	@echo "make clean     remove the environment and caches; runs/ stays"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made from (3.10 or newer)."

@@ -1,11 +1,11 @@
-"""What the GPU kernels do on this machine: errors against the reference, and times at the released sizes.
+"""What GPU kernels and an engine do on this machine: errors against the reference, and times at the released sizes.
 
     python benchmarks/check_gpu.py [--out report.json]        also: make bench-gpu
 
 Without a CUDA device and Triton it says so and ends with exit code 2. A kernel's bytes are those that it must read and
 write; before each timed call the L2 cache is overwritten. Training: forward and backward of each op, and steps of
-large-1b with their share of the peak. `--smallest` runs tiny sizes, also under Triton's interpreter, whose times mean
-nothing.
+large-1b with their share of the peak. The engine runs random FP8 weights in released shapes, as many layers as fit.
+`--smallest` runs tiny sizes, also under Triton's interpreter, whose times mean nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from typing import Any, NamedTuple
 
 import _gpu_training
 import torch
+from _gpu_engine import RELEASED as RELEASED_ENGINE
+from _gpu_engine import SMALLEST as SMALLEST_ENGINE
+from _gpu_engine import measure_engine
 from _gpu_training import time_step, training_cases
 
 import qnext  # noqa: F401 - before torch
@@ -185,7 +188,7 @@ def report(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         "times": times,
         "step": step,
         "delta_rule": None if rule is None else rule.package,
-        "not_measured": ["80b-a3b tokens per second", "time to first token"],
+        "not_measured": ["released weights", "drafts", "several GPUs"],
     }
 
 
@@ -193,6 +196,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="GPU kernels on this machine")
     parser.add_argument("--out", type=Path, help="write the report as JSON into this file")
     parser.add_argument("--smallest", action="store_true", help="tiny sizes, also under Triton's interpreter")
+    parser.add_argument("--without-engine", action="store_true", help="neither an engine nor its model")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if backends.backend_of(device).name != "triton":
@@ -200,6 +204,8 @@ def main() -> int:
         return 2
     with torch.no_grad():
         found = report(SMALLEST if options.smallest else RELEASED, device)
+        if not options.without_engine:
+            found["engine"] = measure_engine(SMALLEST_ENGINE if options.smallest else RELEASED_ENGINE, device)
     text = json.dumps(found)
     if options.out is not None:
         options.out.write_text(text + "\n")

@@ -72,7 +72,7 @@ def test_a_machine_without_a_gpu_gets_one_line_and_another_reports(tmp_path: Pat
     assert (hidden.returncode, hidden.stdout, hidden.stderr.count("\n")) == (2, "", 1), hidden.stderr
     assert "they need a CUDA device and Triton" in hidden.stderr
     interpreted = {"TRITON_INTERPRET": "1", "QNEXT_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, "--smallest", "--out", str(tmp_path / "report.json")]
+    command = [sys.executable, script, "--smallest", "--without-engine", "--out", str(tmp_path / "report.json")]
     told = subprocess.run(command, env=free | interpreted, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     found = json.loads((tmp_path / "report.json").read_text())
@@ -80,3 +80,16 @@ def test_a_machine_without_a_gpu_gets_one_line_and_another_reports(tmp_path: Pat
     assert len(found["errors"]) >= 9 and all(error < 1e-4 for error in found["errors"].values())
     assert len(found["times"]) == 10 and all(each["seconds"] > 0 for each in found["times"])
     assert found["step"]["tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_the_report_has_the_figures_of_an_engine(tmp_path: Path) -> None:
+    """In tiny shapes under the interpreter: what a machine with a GPU reports of the released ones."""
+    free = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "QNEXT_"))}
+    interpreted = {"TRITON_INTERPRET": "1", "QNEXT_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks/check_gpu.py"), "--smallest", "--out", str(tmp_path / "r.json")]
+    told = subprocess.run(command, env=free | interpreted, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    figures = json.loads((tmp_path / "r.json").read_text())["engine"]["figures"]
+    assert [(each["batch"], each["graphs"]) for each in figures] == [(0, True), (2, True)]
+    assert figures[0]["seconds"] > 0 and figures[1]["tokens_per_second"] > 0
