@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -113,7 +115,8 @@ def open_model(
 def place_model(folder: ModelFolder, dtype: str | None = None, ranks: RankOptions = ONE_PROCESS) -> torch.device:
     """Decide where `load_weights` loads the model, which `folder.device` says from then on: of several ranks only
     whether they use GPUs. Returns the device, of ranks that of the first. Raises UsageError and NotSupported."""
-    wanted = Wanted(folder.device, _weight_bytes(folder, dtype), folder.expert_memory is not None)
+    _check_dtype(dtype)
+    wanted = Wanted(folder.device, partial(weight_bytes_on, folder, dtype), folder.expert_memory is not None)
     if ranks.num_ranks == 1:
         device = choose_device(wanted)
         folder.device = str(device)
@@ -143,8 +146,10 @@ def load_weights(
     keep_freed_memory()
     device = place_model(folder, dtype) if part is None else part.device
     use_device(device)
+    _check_dtype(dtype)
+    needed = weight_bytes_on(folder, dtype, device)
     layout = layout_of(folder.take_layout())
-    residency = _residency_or_room(folder, layout, dtype, device, part)
+    residency = _residency_or_room(folder, layout, needed, device, part)
     wanted, on_rank = None if dtype is None else getattr(torch, dtype), None if part is None else part.on_rank
     with progress("loading") as report:
         model = load_model(layout, dtype=wanted, device=device, residency=residency, on_rank=on_rank, progress=report)
@@ -155,17 +160,30 @@ def load_weights(
     return model
 
 
-def _weight_bytes(folder: ModelFolder, dtype: str | None) -> int:
-    """Of all weights in memory. Raises UsageError for a dtype that they cannot have."""
-    from qnext.planning import weight_bytes
-
+def _check_dtype(dtype: str | None) -> None:
     if dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"dtype must be float32 or bfloat16, not {dtype!r}")
-    return folder.stored_bytes if dtype is None else weight_bytes(folder.config, dtype=dtype)
+
+
+def weight_bytes_on(folder: ModelFolder, dtype: str | None, device: torch.device) -> int:
+    """Of all weights in the memory of a device: as stored, or in `dtype`. Floats of fewer bits than sixteen become
+    bfloat16 where the device has no kernels for them."""
+    from qnext.ops import reads_fp8
+    from qnext.planning import weight_bytes
+
+    if dtype is not None:
+        return weight_bytes(folder.config, dtype=dtype)
+    packed = {} if folder.layout is None else folder.layout.packed
+    keeps_fp8 = bool(packed) and reads_fp8(device)
+    return folder.stored_bytes + sum(
+        prod(each.shape) * (16 - each.form.bits) // 8
+        for each in packed.values()
+        if not (each.form.keeps_codes or (keeps_fp8 and each.form.layout == "fp8" and min(each.form.block or (0,)) > 0))
+    )
 
 
 def _residency_or_room(
-    folder: ModelFolder, layout: Layout, dtype: str | None, device: torch.device, part: PartOfModel | None
+    folder: ModelFolder, layout: Layout, needed: int, device: torch.device, part: PartOfModel | None
 ) -> ResidencyPlan | None:
     """How experts stay on disk, or None, where there is room for all weights. Raises DoesNotFit where there is none."""
     from qnext.checkpoint.streamed import RoomOnRank, plan_residency
@@ -174,7 +192,6 @@ def _residency_or_room(
     from qnext.planning.machine import format_bytes
     from qnext.planning.plan import check_weights
 
-    needed = _weight_bytes(folder, dtype)
     smallest = weight_bytes(folder.config, dtype="bfloat16")
     free, room = free_bytes(device), None
     if part is not None:

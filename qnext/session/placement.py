@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from qnext.errors import NotSupported, UsageError
@@ -15,10 +16,11 @@ _FORM = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 
 
 class Wanted(NamedTuple):
-    """A device as users name it, and what a model asks of it: bytes of weights, and whether experts stay on disk."""
+    """A device as users name it, and what a model asks of it: bytes of the weights there, and whether experts stay on
+    disk."""
 
     device: str
-    weight_bytes: int
+    weight_bytes: Callable[[torch.device], int]
     streams_experts: bool = False
 
 
@@ -48,7 +50,7 @@ def choose_device(wanted: Wanted) -> torch.device:
     if wanted.device == AUTO:
         first = torch.device(CUDA, 0)
         serves = cuda_computes() and not wanted.streams_experts
-        return first if serves and weights_fit(wanted.weight_bytes, free_bytes(first)) else torch.device(CPU)
+        return first if serves and weights_fit(wanted.weight_bytes(first), free_bytes(first)) else torch.device(CPU)
     if wanted.device == CPU:
         return torch.device(CPU)
     if wanted.streams_experts:

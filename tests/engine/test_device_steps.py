@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from qnext.engine.policy.step import Rows, SequencePlan, StepPlan
 from qnext.model import CausalLM
 from qnext.model.moe import Experts
 from qnext.ops import backends, empty_fp8
-from qnext.ops.cuda_graph import HostTraffic
+from qnext.ops.cuda_graph import CapturedGraph, HostTraffic
 from tests.engine.models import tiny_model
 
 META = torch.device("meta")
@@ -108,8 +109,8 @@ def test_so_does_one_of_many_sequences(starts: list[str], form: str) -> None:
     assert ("grouped_codes_kernel" in starts) == (form == "fp8")
 
 
-def test_a_step_with_prompts_runs_on_a_device(starts: list[str]) -> None:
-    """A prompt in chunks, one beside it, and a sequence that decodes."""
+def test_a_step_with_prompts_runs_on_a_device(starts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt in chunks, one beside it, and a sequence that decodes, whose part is recorded and repeated."""
     model = copy.deepcopy(tiny_model("hybrid")).to(META, torch.bfloat16)
     executor = LocalExecutor(model, cache_of(model, META))
     prompts = [
@@ -117,10 +118,16 @@ def test_a_step_with_prompts_runs_on_a_device(starts: list[str]) -> None:
         SequencePlan("1", 1, (3, 4, 5), 24, needs_sample=True),
         SequencePlan("2", 2, (6,), 24, needs_sample=True),
     ]
-    with torch.inference_mode():
-        output = executor.execute(StepPlan(tuple(prompts)))
+    replays: list[int] = []
+    graph = CapturedGraph(SimpleNamespace(replay=lambda: replays.append(1)), 0)
+    monkeypatch.setattr("qnext.engine.execution.recorded.record", lambda compute, device: (compute(), graph))
+    output = executor.execute(StepPlan(tuple(prompts)))
     assert output.logits_RY.device == META and output.logits_RY.shape == (3, model.config.vocab_size)
-    assert output.order == (2, 0, 1)
+    assert output.logits_RY.dtype == torch.float32 and output.order == (2, 0, 1) and not replays
+    later = [SequencePlan(str(slot), slot, (slot,), (61, 27, 25)[slot], needs_sample=True) for slot in (1, 2)]
+    executor.execute(StepPlan((later[1], prompts[0]._replace(start=4))))
+    assert replays == [1] and list(executor._decoding._batches) == [(1, 1, 1)]
+    assert executor.execute(StepPlan(tuple(later))).logits_RY.dtype == torch.float32
     assert {"delta_chunks_kernel", "delta_step_kernel", "paged_attention_kernel"} <= set(starts)
 
 

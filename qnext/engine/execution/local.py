@@ -91,9 +91,7 @@ class LocalExecutor:
         self._prepare(plan)
         if not plan.sequences:
             return StepOutput(torch.empty(0, self.model_config.vocab_size), ())
-        num_tokens = sum(len(s.token_ids) for s in plan.sequences)
-        is_adapted = any(s.adapter for s in plan.sequences)
-        if plan.only_decodes and not is_adapted and self._decoding.serves(num_tokens):
+        if self._may_record(plan.sequences):
             logits_TY = self._decoding.run([_rows_of(s) for s in plan.sequences])
             return StepOutput(logits_TY, tuple(range(len(plan.sequences))), was_prepared=self._decoding.was_prepared)
         parts: list[Tensor] = []
@@ -103,7 +101,10 @@ class LocalExecutor:
             sequences = [plan.sequences[n] for n in numbers]
             if not sequences:
                 continue
-            logits_RY = self._run_batch(sequences, prompt_tokens)
+            if self._may_record(sequences):  # beside prompts
+                logits_RY = self._decoding.run([_rows_of(s) for s in sequences])
+            else:
+                logits_RY = self._run_batch(sequences, prompt_tokens)
             if wanted := tuple(n for n in numbers if plan.sequences[n].needs_sample):
                 parts.append(logits_RY)
                 order += wanted
@@ -167,19 +168,28 @@ class LocalExecutor:
         trunk = self.model(inputs.batch)
         if self._drafts:
             put_rows(self.model.draft_source(trunk), inputs.source_index_T, self.cache.sources.flatten(0, 1))
-        return self.model.logits(trunk.hidden_TD)
+        return self.model.logits(trunk.hidden_TD).to(torch.float32)
+
+    def _may_record(self, sequences: Sequence[SequencePlan]) -> bool:
+        """Whether these are a batch that is recorded."""
+        are_plain = all(s.decodes and not s.adapter for s in sequences)
+        return are_plain and self._decoding.serves(sum(len(s.token_ids) for s in sequences))
 
     def _select(self, adapters_T: Tensor | None) -> None:
         if self._switch is not None:
             self._switch.select(adapters_T)
 
     def _batches(self, plan: StepPlan) -> list[list[int]]:
-        """The numbers of the sequences that run together."""
+        """The numbers of the sequences that run together: those that a recording takes, single tokens, longer ones."""
         numbers = range(len(plan.sequences))
         if backend_of(self.cache.device).mixes_lengths:
             return [list(numbers)]
+        decoding = [n for n in numbers if plan.sequences[n].decodes]
+        if not self._may_record([plan.sequences[n] for n in decoding]):
+            decoding = []
+        rest = [n for n in numbers if n not in set(decoding)]
         is_single = [len(s.token_ids) == 1 for s in plan.sequences]
-        return [[n for n in numbers if is_single[n] == single] for single in (True, False)]
+        return [decoding, *([n for n in rest if is_single[n] == single] for single in (True, False))]
 
     @torch.inference_mode()
     def _run_batch(self, sequences: Sequence[SequencePlan], prompt_tokens: list[PromptPart]) -> Tensor:

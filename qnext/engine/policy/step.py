@@ -94,6 +94,11 @@ class SequencePlan(NamedTuple):
     def drafts(self) -> tuple[int, ...]:
         return self.token_ids[len(self.token_ids) - self.num_drafts :] if self.num_drafts else ()
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it goes on from its last token."""
+        return len(self.token_ids) == 1 + self.num_drafts and self.start > 0 and self.needs_sample
+
 
 class StepPlan(NamedTuple):
     """Work for one step, in this order: accepted drafts become a part of their sequences, spills are saved, what was
@@ -115,7 +120,7 @@ class StepPlan(NamedTuple):
     @property
     def only_decodes(self) -> bool:
         """Whether every sequence goes on from its last token."""
-        return all(len(s.token_ids) == 1 + s.num_drafts and s.start > 0 and s.needs_sample for s in self.sequences)
+        return all(s.decodes for s in self.sequences)
 
 
 class DraftPlan(NamedTuple):

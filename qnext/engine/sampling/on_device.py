@@ -24,7 +24,7 @@ NUM_CANDIDATES = 512
 _BLOCK = 512  # as in filters.py
 
 
-class Draw(NamedTuple):
+class RowDraw(NamedTuple):
     """What a row is to be drawn by: parameters that leave the logits as they are, and a number in [0, 1)."""
 
     params: SamplingParams
@@ -40,7 +40,7 @@ class RowChoice(NamedTuple):
     token: SampledToken | None
 
 
-def choose(logits_RY: Tensor, draws: Sequence[Draw | None]) -> list[RowChoice]:
+def choose(logits_RY: Tensor, draws: Sequence[RowDraw | None]) -> list[RowChoice]:
     """The choice of each row, after one transfer to the host. A row without a draw has no token."""
     told = _ForHost()
     ids_R = logits_RY.argmax(dim=-1)
@@ -86,7 +86,7 @@ class _ForHost:
 
 
 def _choices(
-    draws: Sequence[Draw | None], wanted: list[int], told: dict[str, list[NDArray[np.float64]]]
+    draws: Sequence[RowDraw | None], wanted: list[int], told: dict[str, list[NDArray[np.float64]]]
 ) -> list[RowChoice]:
     (best_R, value_R), (drawn_R, sure_R) = told["best"], told["drawn"]
     scored = dict(zip(wanted, _scored_tokens(told, [draws[row] for row in wanted]), strict=True)) if wanted else {}
@@ -100,7 +100,7 @@ def _choices(
 
 
 def _scored_tokens(
-    told: dict[str, list[NDArray[np.float64]]], draws: Sequence[Draw | None]
+    told: dict[str, list[NDArray[np.float64]]], draws: Sequence[RowDraw | None]
 ) -> Iterator[SampledToken | None]:
     """With log-probabilities, None where equal logits lie at the border of the candidates."""
     drawn_S, logit_S, offset_S, ids_SK, logits_SK, last_S = told["logprobs"]
@@ -135,7 +135,7 @@ def _scaled(logits_RY: Tensor, rows_S: Tensor, best_R: Tensor, params: Sequence[
     return scores_SY
 
 
-def _draw_filtered(scores_SY: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+def _draw_filtered(scores_SY: Tensor, draws: Sequence[RowDraw]) -> tuple[Tensor, Tensor]:
     """(tokens [S], whether no token outside the candidates could have been kept [S])."""
     vocab_size, params = scores_SY.shape[1], [draw.params for draw in draws]
     scores_SC, ids_SC = scores_SY.topk(min(vocab_size, NUM_CANDIDATES), dim=1)
@@ -169,7 +169,7 @@ def _draw_filtered(scores_SY: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Te
     return ids_SC.gather(1, _first_above(ends_SC, target_S1))[:, 0], is_sure_S
 
 
-def _draw_of_all(scores_SY: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+def _draw_of_all(scores_SY: Tensor, draws: Sequence[RowDraw]) -> tuple[Tensor, Tensor]:
     """The same without filters: first the block of the vocabulary, then the token in it."""
     weights_SY = scores_SY.exp()
     ends_SB = _block_sums(weights_SY).cumsum(1)

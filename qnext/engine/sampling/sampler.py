@@ -21,7 +21,7 @@ from torch import Tensor
 from qnext.engine.policy.request import Guide, Request, SampledToken
 from qnext.engine.sampling.filters import Row, draw
 from qnext.engine.sampling.logprobs import not_finite, with_logprobs
-from qnext.engine.sampling.on_device import Draw, RowChoice, choose
+from qnext.engine.sampling.on_device import RowChoice, RowDraw, choose
 from qnext.engine.sampling.seeds import uniform
 from qnext.engine.sampling.watermark import Mark
 from qnext.errors import QnextError, RequestBroke, UsageError, is_fault
@@ -69,21 +69,21 @@ def verify(logits_RY: Tensor, windows: Sequence[Window]) -> list[Verdict]:
     return verdicts
 
 
-def _draws_of(window: Window) -> Iterator[Draw | None]:
+def _draws_of(window: Window) -> Iterator[RowDraw | None]:
     """How the rows of a window are drawn. Earlier tokens of the window would change only those that have none."""
     start = len(window.request.output_ids)
     for index in range(start, start + len(window.draft_ids) + 1):
         yield None if window.guide is not None else _draw_of(window.request, index)
 
 
-def _draw_of(request: Request, index: int) -> Draw | None:
+def _draw_of(request: Request, index: int) -> RowDraw | None:
     """None where logits are changed before a token is drawn, which the host does."""
     if request.marks is not None or _is_adjusted(request, index):
         return None
-    return Draw(request.params, 0.0 if request.params.is_greedy else uniform(request.seed, index))
+    return RowDraw(request.params, 0.0 if request.params.is_greedy else uniform(request.seed, index))
 
 
-def _choices(rows_RY: Tensor | Row, draws: Sequence[Draw | None]) -> list[RowChoice]:
+def _choices(rows_RY: Tensor | Row, draws: Sequence[RowDraw | None]) -> list[RowChoice]:
     """Of every row the likeliest token (the lowest id of equal ones) and whether the row is finite; on a device also
     the tokens that are drawn there.
 
