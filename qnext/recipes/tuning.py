@@ -26,6 +26,7 @@ from qnext.planning import count_parameters
 from qnext.planning.plan import check_weights
 from qnext.recipes.adapted import AdapterTask, adapt, save_adapted, whole_adapter
 from qnext.recipes.chat_folder import tokenizer_folder
+from qnext.recipes.drawing import DrawnTogether
 from qnext.recipes.making import making_of
 from qnext.recipes.methods import Base, Method
 from qnext.recipes.settings import parse_settings, with_end_of_run
@@ -258,12 +259,13 @@ def prepare_tuning(
 
     adapted = "" if task.adapter is None else _adapt(model, task.adapter, stream(), config)
     source = method.source(data.config, stream(), base)
+    drawn = None if examination is None else DrawnTogether(model, ranks)
     ranks.shard(model)
     if "total_steps" not in data.train and config.time_budget is None:
         num_batches = stream().count_batches(data.config.epochs)
         config = config.with_(total_steps=-(-num_batches // config.accumulation))
-    if examination is not None:
-        evaluate = partial(examination(data, folder / TOKENIZER), model)
+    if examination is not None and drawn is not None:
+        evaluate = _of_whole(drawn, examination(data, folder / TOKENIZER))
     else:
         evaluate = _evaluation(data, model, held_out, config)
     trainer = Trainer(
@@ -278,6 +280,10 @@ def prepare_tuning(
     if resume:
         trainer.resume()
     return TuningRun(data, folder, trainer, dtypes, adapted)
+
+
+def _of_whole(drawn: DrawnTogether, examine: Callable[[CausalLM], Any]) -> Callable[[], Any]:
+    return lambda: examine(drawn.whole())
 
 
 def _adapt(model: CausalLM, task: AdapterTask, sample: SampleStream, config: TrainConfig) -> str:

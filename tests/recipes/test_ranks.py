@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,11 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qnext.engine import SamplingParams
 from qnext.errors import UsageError
+from qnext.model import CausalLM
 from qnext.recipes.adapted import AdapterTask
 from qnext.recipes.gspo import GspoData
-from qnext.recipes.rollouts import Answer, Problem
+from qnext.recipes.rollouts import Answer, Problem, draw_answers
 from qnext.recipes.tasks import prepare_task, task_of
+from qnext.recipes.tuning import TuningData
 from qnext.training.ranks import ALONE, TrainingRanks
 from tests.recipes.test_distill import teacher as teacher
 from tests.training.ranked import TrainingProcesses, processes
@@ -28,6 +32,7 @@ SETTINGS = (
 WAYS: dict[str, dict[str, Any]] = {
     "sft": {},
     "sft with an adapter": {"adapter": AdapterTask(rank=2, router=True)},
+    "sft with an examination": {"examines": True},
     "dpo": {"method": "dpo"},
     "distill": {"method": "distill"},
     "distill on-policy": {"method": "on-policy"},
@@ -62,9 +67,27 @@ def generous(data: GspoData, problem: Problem, answer: Answer) -> float:
     return float(sum(answer.token_ids) % 7)
 
 
+@dataclass(frozen=True)
+class ExaminedAnswer:
+    """How likely the likeliest answer to a question is."""
+
+    likelihood: float
+
+
+def examination(data: TuningData, tokenizer: Path) -> Callable[[CausalLM], ExaminedAnswer]:
+    def examine(model: CausalLM) -> ExaminedAnswer:
+        params = SamplingParams(temperature=0.0, max_tokens=4, logprobs=0)
+        (answer,) = draw_answers(model, [[1, 2, 3]], [params], end_ids=frozenset())
+        return ExaminedAnswer(sum(token.logprob for token in answer.sampled))
+
+    return examine
+
+
 def tuned(ranks: TrainingRanks, task: dict[str, Any], out: Path, until_step: int | None = None) -> list[str]:
     """Train; with `until_step` to there, with a snapshot. The names of what is trained."""
-    run = prepare_task(task_of(out, **task), out, resume=task.get("resume", False), ranks=ranks)
+    asked = {name: value for name, value in task.items() if name != "examines"}
+    options: dict[str, Any] = {"examination": examination} if "examines" in task else {}
+    run = prepare_task(task_of(out, **asked), out, resume=task.get("resume", False), ranks=ranks, **options)
     with mock.patch.object(GspoData, "reward", generous):
         run.trainer.evaluate()
         run.trainer.run(until_step=until_step)

@@ -28,8 +28,6 @@ def tune(task: TuningTask, out: Path, *, show_sample: int, resume: bool, watch: 
         refuse_ranks("--show-sample")
         show(read_data(task, out, progress=byte_progress), show_sample)
         return
-    if task.recipe is not None:
-        refuse_ranks(f"--recipe {task.recipe}, which asks the model questions on the way,")
     with ranks_of_run() as ranks:
         display = TrainingDisplay(is_quiet=not ranks.is_first)
         progress = byte_progress if ranks.is_first else no_progress
