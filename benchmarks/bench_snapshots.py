@@ -95,7 +95,7 @@ def main() -> None:
     print(f"{given.model}: {num_bytes / 1e6:.0f} MB in a snapshot")
     for name, waits in found.items():
         print(f"{name:<12} {statistics.median(waits):.3f} s ({min(waits):.3f} to {max(waits):.3f})")
-    print_json({"benchmark": "snapshots", "bytes": num_bytes, **vars(given), "waits": found})
+    print_json({"benchmark": "snapshots", "bytes": num_bytes, **vars(given), "out": str(given.out), "waits": found})
 
 
 if __name__ == "__main__":

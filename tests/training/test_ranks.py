@@ -354,7 +354,7 @@ def test_a_lost_process_ends_the_run(tmp_path: Path) -> None:
     """The others say which one it was, and the last snapshot is whole."""
     config = CONFIG.with_(snapshot_every=1)
     with started(2, patience=3.0) as ranks:
-        ranks.send(run_and_vanish, config, tmp_path, 2)
+        ranks.send(run_and_vanish, config, tmp_path, 3)  # the snapshot of step 1 is on the disk by then
         failure = ranks.workers.connections[0].recv()
     assert isinstance(failure, LostRank), failure
     assert str(failure).startswith("rank 1 was lost")
