@@ -71,23 +71,22 @@ def mixed(dtype: torch.dtype) -> list[Tensor]:
     shapes = ((72, 1, 3), (2,), (2,), (20,))
     tensors = here([randn(*shape, seed=n, dtype=torch.float32, scale=0.5) for n, shape in enumerate(shapes)])
     weights = DeltaWeights(*tensors, eps=1e-6, num_key_heads=1, key_head_dim=16)
-    rows = [here(randn(23, width, seed=width, dtype=dtype)).requires_grad_() for width in (112, 4)]
-    out_TZ = ops.gated_delta_mixer(*rows, weights, packing=Packing([3, 20], device=DEVICE))
+    rows = [here(randn(5, width, seed=width, dtype=dtype)).requires_grad_() for width in (112, 4)]
+    out_TZ = ops.gated_delta_mixer(*rows, weights, packing=Packing([2, 3], device=DEVICE))
     out_TZ.backward(here(randn(*out_TZ.shape, seed=9, dtype=dtype)))
     return [out_TZ.detach().cpu(), *(x.grad.cpu() for x in rows if x.grad is not None)]
 
 
-@pytest.mark.parametrize("name", ["flash_qla", "fla.ops.gated_delta_rule"])
-def test_a_package_that_is_right_serves_rows_in_bf16(name: str, place: Place) -> None:
+def test_a_package_that_is_right_serves_rows_in_bf16(place: Place) -> None:
     own = mixed(torch.bfloat16)
     gpu.outside_rule.cache_clear()
-    calls = place(name, is_right=True)
+    calls = place("flash_qla", is_right=True)
     rule = gpu.outside_rule(DEVICE)
-    assert rule is not None and rule.package.startswith("flash-")
+    assert rule is not None and rule.package == "flash-qla"
     calls.clear()
     for ours, theirs in zip(mixed(torch.bfloat16), own, strict=True):
         assert_close(ours, theirs, tolerance=3e-2)  # q, k and v are rounded to bf16 between the kernels
-    assert calls == [23, 23]  # forward, and once more for the gradient
+    assert calls == [5, 5]  # forward, and once more for the gradient
     mixed(torch.float32)
     assert len(calls) == 2
 
@@ -98,10 +97,7 @@ def test_a_package_that_is_wrong_is_named_once_and_not_used(place: Place) -> Non
         RuntimeWarning, match="rule of flash-qla is off by .* from the reference; another serves"
     ) as seen:
         assert gpu.outside_rule(DEVICE) is None and gpu.outside_rule(DEVICE) is None
-    assert len(seen) == 1
-    calls.clear()
-    mixed(torch.bfloat16)
-    assert not calls
+    assert len(seen) == len(calls) == 1
 
 
 def test_a_package_that_breaks_is_named_and_the_next_one_asked(place: Place) -> None:
