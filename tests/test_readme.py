@@ -202,12 +202,12 @@ SMALL_BENCHMARKS = {
         *("--rate", "1", "--task", "4", "--task-flops", "1e9"),
     ],
     "bench_plan.py": ["--points", "0", "--threads", "1"],
-    "bench_probes.py": ["--layers", "4", "--experts", "4", "--tokens", "64", "--steps", "2", "--rounds", "1"],
+    "bench_probes.py": ["--layers", "4", "--experts", "16", "--tokens", "64", "--steps", "2", "--rounds", "1"],
     "bench_ranks.py": ["MODEL", "--prompt", "16", "--tokens", "4", "--rounds", "1"],
     "bench_snapshots.py": ["--model", "nano-5m", "--tokens", "32", "--rounds", "1"],
     "bench_train_ranks.py": ["--tokens", "32", "--steps", "1", "--rounds", "1"],
     "bench_recall.py": ["--minutes", "0.02", "--batch", "2", "--problems", "4"],
-    "bench_expert_watch.py": ["--rounds", "1"],
+    "bench_expert_watch.py": ["--rounds", "2"],
     "bench_quality.py": ["--minutes", "0.02", "--tokens", "2048", "--eval-bytes", "20000"],
 }
 

@@ -74,8 +74,7 @@ def load_model(
         make = None if on_rank is None else partial(make_sharded, *on_rank)
         model = empty_model(layout.config, dtypes=dtypes, device=device, quantized=codes, given=given, make=make)
         _fill(model, layout, files, tables, check_finite=check_finite, progress=progress)
-    if on_rank is None:  # most guesses would be of other ranks
-        look_ahead(model)
+    look_ahead(model, None if on_rank is None else on_rank.shard)
     return model
 
 

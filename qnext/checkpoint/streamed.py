@@ -73,14 +73,21 @@ def expert_sizes(layout: Layout, files: Sequence[RecordFile]) -> ExpertSizes:
     return replace(sizes, other_bytes=max(0, layout.num_bytes - sizes.all_bytes))
 
 
-def look_ahead(model: CausalLM) -> None:
-    """Let each layer of a model whose experts are on disk ask the router of the next one; see Residency.look_ahead."""
+def look_ahead(model: CausalLM, shard: RankShard | None = None) -> None:
+    """Let each layer of a model whose experts are on disk ask the router of the next one; see Residency.look_ahead.
+
+    On a rank it is asked for the experts of this rank: in a copy of the router the rows of all others are zero.
+    """
     residency = residency_of(model)
     if residency is None:
         return
-    routers = [layer.mlp.gate.weight for layer in model.model.layers if isinstance(layer.mlp, SparseMoE)]
-    for number, router in enumerate(routers[1:]):
-        residency.look_ahead(number, router.detach())
+    layers = [n for n, layer in enumerate(model.model.layers) if isinstance(layer.mlp, SparseMoE)]
+    for number, layer in enumerate(layers[1:]):
+        router_ED = model.get_parameter(f"model.layers.{layer}.mlp.gate.weight").detach()
+        if shard is not None:
+            own = list(shard.experts_of(layer))
+            router_ED = torch.zeros_like(router_ED).index_copy_(0, torch.tensor(own), router_ED[own])
+        residency.look_ahead(number, router_ED)
 
 
 class RoomOnRank(NamedTuple):
