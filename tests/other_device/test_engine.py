@@ -45,3 +45,15 @@ def test_answers_are_those_of_the_cpu(options: dict[str, Any], other: OtherDevic
         engine.check_integrity()
         found.append([answer.output_ids for answer in (*first, *second)])
     assert found[0] == found[1]
+
+
+def test_a_decoding_step_waits_once_for_its_tokens(other: OtherDevice) -> None:
+    engine = make_engine(moved(tiny_model("hybrid")), speculation=False)
+    for prompt, params in zip(prompts_of(tiny_model("hybrid"), [9, 20]), PARAMS[:2], strict=True):
+        engine.add_request(prompt, params)
+    reads = []
+    while engine.has_unfinished:
+        before = other.num_reads
+        engine.step()
+        reads.append(other.num_reads - before)
+    assert len(reads) == 7 and reads[1:] == [1] * 6
