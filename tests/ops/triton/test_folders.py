@@ -24,8 +24,9 @@ from .device import DEVICE
 
 PARAMS = SamplingParams(max_tokens=2, ignore_eos=True, logprobs=0, prompt_logprobs=0)
 PROMPTS = [[5, 9, 2], [44, 1, 30, 17, 8, 21, 3, 3, 60, 12]]
-# Logarithms of probabilities: sums of fp32 numbers in another order, through two layers.
-TOLERANCE = 2e-4
+# Logarithms of probabilities: sums of fp32 numbers in another order, through two layers. A GPU multiplies three TF32
+# parts of each number, and knows exponentials to 2e-7.
+TOLERANCE = 2e-4 if DEVICE.type == "cpu" else 1e-3
 
 
 @pytest.fixture(scope="module")
