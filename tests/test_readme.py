@@ -201,7 +201,7 @@ SMALL_BENCHMARKS = {
         "1",
         *("--rate", "1", "--task", "4", "--task-flops", "1e9"),
     ],
-    "bench_plan.py": ["--points", "0", "--threads", "1"],
+    "bench_plan.py": ["--calibrate", "--points", "0", "--threads", "1"],
     "bench_probes.py": ["--layers", "4", "--experts", "16", "--tokens", "64", "--steps", "2", "--rounds", "1"],
     "bench_ranks.py": ["MODEL", "--prompt", "16", "--tokens", "4", "--rounds", "1"],
     "bench_snapshots.py": ["--model", "nano-5m", "--tokens", "32", "--rounds", "1"],
@@ -229,6 +229,8 @@ def test_benchmarks_run(script: str, tmp_path: Path) -> None:
             main(["convert", names["MODEL"], names["RECORDS"], "--records"])
     arguments = [names.get(word, word) for word in SMALL_BENCHMARKS[script]]
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    # What is kept of the machine is kept there.
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["machine"]

@@ -111,7 +111,7 @@ def kill_at_calls(folder: Path) -> Counter[str]:
 def kill_at_moments(folder: Path) -> Counter[str]:
     counts: Counter[str] = Counter()
     chance = random.Random(1)
-    for seed in range(60):
+    for seed in range(30):
         child = fork(lambda seed=seed: write(folder, seed, 10**9))
         time.sleep(chance.uniform(0, 0.06))
         os.kill(child, signal.SIGKILL)

@@ -41,7 +41,7 @@ def run_program(*arguments: str, **environment: str) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and asks glibc")
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("torch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("hidden", "experts", "dtype"), [(512, 8, "float32"), pytest.param(512, 0, "bfloat16", marks=pytest.mark.slow)]
 )
