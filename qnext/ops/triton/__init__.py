@@ -10,6 +10,7 @@ from __future__ import annotations
 from qnext.ops.triton.attention import attention_mixer, serves_attention_mixer, try_attention_mixer
 from qnext.ops.triton.delta import gated_delta_mixer, serves_gated_delta_mixer, try_gated_delta_step
 from qnext.ops.triton.delta_chunks import chunked_delta_rule, try_gated_delta_chunks
+from qnext.ops.triton.delta_prompts import try_gated_delta_prompt
 from qnext.ops.triton.matrices import (
     experts_swiglu,
     linear,
@@ -40,6 +41,7 @@ SELF_TESTS: tuple[SelfTest, ...] = (
     try_route,
     try_gated_delta_step,
     try_gated_delta_chunks,
+    try_gated_delta_prompt,
     try_gated_delta_gradient,
     try_delta_mixer_gradient,
     try_attention_mixer,

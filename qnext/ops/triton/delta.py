@@ -13,7 +13,8 @@ from qnext.ops.caches import DeltaCache, PendingTokens
 from qnext.ops.checks import check_delta
 from qnext.ops.packing import Packing
 from qnext.ops.records import DeltaWeights
-from qnext.ops.triton.delta_chunks import MAX_HEAD_DIM, chunked_delta_mixer, try_gated_delta_chunks
+from qnext.ops.triton.delta_chunks import MAX_HEAD_DIM
+from qnext.ops.triton.delta_prompts import chunked_delta_mixer, try_gated_delta_prompt
 from qnext.ops.triton.sizes import next_power_of_2
 from qnext.ops.triton.train_mixer import trained_delta_mixer, try_delta_mixer_gradient
 from qnext.ops.triton.trust import is_trusted, numbers, take, train, wants_gradients
@@ -39,7 +40,7 @@ def serves_gated_delta_mixer(
         return False
     if cache is None or packing.max_length > _MAX_STEP:
         is_plain = cache is None or (cache.state.dtype == torch.float32 and cache.is_draft_N is None)
-        return is_plain and is_trusted(try_gated_delta_chunks, qkvz_TX.device)
+        return is_plain and is_trusted(try_gated_delta_prompt, qkvz_TX.device)
     is_state = cache.state.dtype == torch.float32 or (cache.state.dtype == torch.bfloat16 and packing.max_length == 1)
     return (
         is_state

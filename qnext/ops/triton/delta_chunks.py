@@ -8,15 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qnext.ops.caches import DeltaCache
-from qnext.ops.checks import check_delta
 from qnext.ops.packing import Packing
-from qnext.ops.records import DeltaInputs, DeltaOutput, DeltaWeights
+from qnext.ops.records import DeltaInputs, DeltaOutput
 from qnext.ops.reference.delta import gated_delta_rule
-from qnext.ops.torch.conv import causal_conv1d_silu
-from qnext.ops.torch.delta_cache import Carried, read_carried, write_carried
-from qnext.ops.torch.delta_mixer import delta_gates, split_qkvz
-from qnext.ops.torch.norm import gated_rms_norm, l2_norm
+from qnext.ops.torch.norm import l2_norm
 from qnext.ops.triton.sizes import next_power_of_2
 from qnext.ops.triton.trust import numbers
 
@@ -26,30 +21,6 @@ _BLOCK_VALUES = 32  # columns of a state that one program holds
 _BLOCK_WIDE_VALUES = 16  # where operands are fp32, which take twice the registers
 _LEAST_BLOCK = 16  # of a product
 _NUM_WARPS = 8
-
-
-def chunked_delta_mixer(
-    qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing, cache: DeltaCache | None = None
-) -> Tensor:
-    """See ops.gated_delta_mixer. The delta rule is the kernel's and PyTorch does the rest, in fp32 with one cast at the
-    end. Slots hold states in fp32, and nothing is a draft."""
-    check_delta(qkvz_TX, ba_TY, weights, packing)
-    num_tokens, num_heads, num_key_heads = len(qkvz_TX), weights.num_heads, weights.num_key_heads
-    key_dim, value_dim = weights.key_head_dim, weights.value_head_dim
-    qkv_TC, z_THV = split_qkvz(qkvz_TX.float(), num_key_heads=num_key_heads, key_head_dim=key_dim, num_heads=num_heads)
-    beta_TH, g_TH = delta_gates(ba_TY, weights.A_log_H, weights.dt_bias_H, num_key_heads=num_key_heads)
-    carried = None if cache is None else read_carried(cache, packing)
-    mixed_TC, conv_NWC = causal_conv1d_silu(
-        qkv_TC, weights.conv_weight_C1W.squeeze(1), packing=packing, initial_state_NWC=carried and carried.conv_NWC
-    )
-    qk_TC, v_TC = mixed_TC.split([2 * num_key_heads * key_dim, num_heads * value_dim], dim=-1)
-    q_TJK, k_TJK = l2_norm(qk_TC.reshape(num_tokens, 2 * num_key_heads, key_dim)).chunk(2, dim=1)
-    inputs = DeltaInputs(q_TJK, k_TJK, v_TC.unflatten(1, (num_heads, value_dim)), g_TH, beta_TH)
-    o_THV, state_NHKV = chunked_delta_rule(inputs, packing=packing, initial_state_NHKV=carried and carried.state_NHKV)
-    if cache is not None and carried is not None:
-        write_carried(cache, carried, Carried(conv_NWC, state_NHKV))
-    out_THV = gated_rms_norm(o_THV, z_THV, weights.norm_weight_V, eps=weights.eps)
-    return out_THV.flatten(1).to(qkvz_TX.dtype)
 
 
 class KeptChunks(NamedTuple):

@@ -27,12 +27,19 @@ from qnext.ops.triton.trust import compared, num_processors, numbers
 _BLOCK_TOKENS = 16
 
 
-class _MixerSizes(NamedTuple):
+class MixerSizes(NamedTuple):
+    """Of a layer."""
+
     num_key_heads: int
     num_heads: int
     key_dim: int
     value_dim: int
     eps: float
+
+    @staticmethod
+    def of(weights: DeltaWeights) -> MixerSizes:
+        heads = weights.num_key_heads, weights.num_heads
+        return MixerSizes(*heads, weights.key_head_dim, weights.value_head_dim, weights.eps)
 
     @property
     def num_channels(self) -> int:
@@ -46,7 +53,7 @@ class _MixerSizes(NamedTuple):
         return GateLayout(self.num_heads, repeats, first + repeats * self.value_dim, first)
 
 
-class _MixerRows(NamedTuple):
+class MixerRows(NamedTuple):
     """The tensors of a call, contiguous."""
 
     qkvz_TX: Tensor
@@ -59,20 +66,17 @@ class _MixerRows(NamedTuple):
 
 def trained_delta_mixer(qkvz_TX: Tensor, ba_TY: Tensor, weights: DeltaWeights, *, packing: Packing) -> Tensor:
     """[T, H * V] in the dtype of the rows, from zeros at the start of every sequence. See ops.gated_delta_mixer."""
-    sizes = _MixerSizes(
-        weights.num_key_heads, weights.num_heads, weights.key_head_dim, weights.value_head_dim, weights.eps
-    )
-    return _TrainedDeltaMixer.apply(qkvz_TX, ba_TY, *weights.tensors, sizes, packing)
+    return _TrainedDeltaMixer.apply(qkvz_TX, ba_TY, *weights.tensors, MixerSizes.of(weights), packing)
 
 
 class _TrainedDeltaMixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, sizes, packing = arguments
-        rows = _MixerRows(*(x.contiguous() for x in tensors))
+        rows = MixerRows(*(x.contiguous() for x in tensors))
         ctx.save_for_backward(*rows)
         ctx.sizes, ctx.packing = sizes, packing
-        inputs, rule = _prepared(rows, sizes, packing), _rule_of(rows.qkvz_TX)
+        inputs, rule = prepared(rows, sizes, packing), _rule_of(rows.qkvz_TX)
         if rule is None:
             is_wide = has_wide_products(rows.qkvz_TX.dtype)
             (o_THV, _), _ = run_chunks(inputs, packing=packing, is_wide=is_wide)
@@ -84,8 +88,8 @@ class _TrainedDeltaMixer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TZ: Tensor) -> tuple[Tensor | None, ...]:
-        rows, sizes, packing = _MixerRows(*ctx.saved_tensors), ctx.sizes, ctx.packing
-        inputs, rule = _prepared(rows, sizes, packing), _rule_of(rows.qkvz_TX)
+        rows, sizes, packing = MixerRows(*ctx.saved_tensors), ctx.sizes, ctx.packing
+        inputs, rule = prepared(rows, sizes, packing), _rule_of(rows.qkvz_TX)
         grad_qkvz_TX = torch.empty_like(rows.qkvz_TX)
         grads = _empty_inputs(len(grad_TZ), sizes, grad_TZ.device)
 
@@ -121,7 +125,7 @@ class _Mixed(NamedTuple):
     inputs: DeltaInputs
 
 
-def _empty_inputs(num_tokens: int, sizes: _MixerSizes, device: torch.device) -> _Mixed:
+def _empty_inputs(num_tokens: int, sizes: MixerSizes, device: torch.device) -> _Mixed:
     mixed_TC = torch.empty((num_tokens, sizes.num_channels), dtype=torch.float32, device=device)
     key_width = sizes.num_key_heads * sizes.key_dim
     q_TX, k_TX, v_TX = mixed_TC.split([key_width, key_width, sizes.num_channels - 2 * key_width], dim=1)
@@ -130,13 +134,13 @@ def _empty_inputs(num_tokens: int, sizes: _MixerSizes, device: torch.device) -> 
     return _Mixed(mixed_TC, DeltaInputs(q_TJK, k_TJK, v_TX.unflatten(1, (-1, sizes.value_dim)), *gates))
 
 
-def _launch(sizes: _MixerSizes, width: int) -> dict[str, Any]:
+def _launch(sizes: MixerSizes, width: int) -> dict[str, Any]:
     block = next_power_of_2(max(sizes.key_dim, sizes.value_dim))
     return {"WIDTH": width, "BLOCK_T": _BLOCK_TOKENS, "BLOCK_C": block, "num_warps": 4}
 
 
-def _prepared(rows: _MixerRows, sizes: _MixerSizes, packing: Packing) -> DeltaInputs:
-    """Convolution, silu, L2 norm of q and k, and gates."""
+def prepared(rows: MixerRows, sizes: MixerSizes, packing: Packing, left_NWC: Tensor | None = None) -> DeltaInputs:
+    """Convolution, silu, L2 norm of q and k, and gates. `left_NWC` are the inputs before each sequence, or zeros."""
     from qnext.ops.triton.kernels.delta_prepare import delta_prepare_kernel
 
     num_tokens = len(rows.qkvz_TX)
@@ -144,6 +148,8 @@ def _prepared(rows: _MixerRows, sizes: _MixerSizes, packing: Packing) -> DeltaIn
     delta_prepare_kernel[(-(-num_tokens // _BLOCK_TOKENS), 2 * sizes.num_key_heads + sizes.num_heads)](
         *rows[:5],
         packing.offsets_T,
+        packing.sequence_ids_T,
+        mixed_TC if left_NWC is None else left_NWC.float().contiguous(),
         mixed_TC,
         inputs.g_TH,
         inputs.beta_TH,
@@ -152,13 +158,14 @@ def _prepared(rows: _MixerRows, sizes: _MixerSizes, packing: Packing) -> DeltaIn
         num_tokens,
         *sizes[:4],
         sizes.num_channels,
+        HAS_LEFT=left_NWC is not None,
         **_launch(sizes, rows.conv_C1W.shape[2]),
     )
     return inputs
 
 
 def _prepared_backward(
-    rows: _MixerRows, sizes: _MixerSizes, packing: Packing, grads: _Mixed, grad_qkvz_TX: Tensor
+    rows: MixerRows, sizes: MixerSizes, packing: Packing, grads: _Mixed, grad_qkvz_TX: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients of both projections and of the parameters of convolution and gates; q, k and v are filled in."""
     from qnext.ops.triton.kernels.delta_prepare import delta_prepare_backward_kernel

@@ -64,6 +64,8 @@ def delta_prepare_kernel(
     A_log_ptr,
     dt_bias_ptr,
     offsets_ptr,
+    sequences_ptr,
+    left_ptr,
     mixed_ptr,
     g_ptr,
     beta_ptr,
@@ -75,6 +77,7 @@ def delta_prepare_kernel(
     key_dim,
     value_dim,
     num_channels,
+    HAS_LEFT: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -87,6 +90,13 @@ def delta_prepare_kernel(
     offset_T = tl.load(offsets_ptr + row_T, mask=is_in_T, other=0)
     taps_ptr = conv_weight_ptr + channel * WIDTH
     y_TC = convolved(row_T, offset_T, is_in_T, qkvz_ptr + column, qkvz_stride, taps_ptr, at_C, is_in_C, WIDTH)
+    if HAS_LEFT:
+        before_T = tl.load(sequences_ptr + row_T, mask=is_in_T, other=0) * (WIDTH - 1) + offset_T
+        for tap in tl.static_range(WIDTH - 1):
+            is_left_TC = (is_in_T & (offset_T + tap < WIDTH - 1))[:, None] & is_in_C[None, :]
+            left_at = left_ptr + (before_T + tap)[:, None] * num_channels + channel + at_C[None, :]
+            tap_C = tl.load(taps_ptr + at_C * WIDTH + tap, mask=is_in_C, other=0.0).to(tl.float32)
+            y_TC += tl.load(left_at, mask=is_left_TC, other=0.0) * tap_C[None, :]
     y_TC *= tl.sigmoid(y_TC)
     if is_value == 0:
         y_TC /= tl.sqrt(tl.sum(y_TC * y_TC, axis=1) + 1e-6)[:, None]
