@@ -353,7 +353,7 @@ def send_as_planned(ranks: TrainingProcesses, num_ranks: int, way: str) -> None:
 def test_a_lost_process_ends_the_run(tmp_path: Path) -> None:
     """The others say which one it was, and the last snapshot is whole."""
     config = CONFIG.with_(snapshot_every=1)
-    with started(2, patience=3.0) as ranks:
+    with started(2, patience=5.0) as ranks:
         ranks.send(run_and_vanish, config, tmp_path, 3)  # the snapshot of step 1 is on the disk by then
         failure = ranks.workers.connections[0].recv()
     assert isinstance(failure, LostRank), failure
@@ -391,7 +391,7 @@ def test_a_part_that_cannot_be_written_costs_one_snapshot(two: TrainingProcesses
 
 def test_a_kill_before_a_snapshot_has_its_name_leaves_the_last_one(tmp_path: Path) -> None:
     config = CONFIG.with_(snapshot_every=1)
-    with started(2, patience=3.0) as ranks:
+    with started(2, patience=5.0) as ranks:
         ranks.send(run_and_die_unpublished, config, tmp_path, 2)
         failure = ranks.workers.connections[1].recv()
     assert isinstance(failure, LostRank), failure
