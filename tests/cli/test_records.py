@@ -15,10 +15,11 @@ def test_fields_stand_where_the_record_stood() -> None:
     found = names("chat")
     place = found.index("max_tokens")
     assert found[place - 1] == "complete" and found[place + 1 : place + 4] == ["temperature", "top_k", "top_p"]
-    assert found[found.index("stop") + 1] == "think" and found[-5:] == [
+    assert found[found.index("stop") + 1] == "think" and found[-6:] == [
         "expert_memory",
         "speculation",
         "dtype",
+        "device",
         "watermark",
         "strict",
     ]

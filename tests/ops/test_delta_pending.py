@@ -281,7 +281,7 @@ def test_a_recorded_draft_reads_its_numbers_again(isa: int) -> None:
         fixed.is_draft_N.copy_(torch.tensor([piece.is_draft for piece in call]))
         if recording is None:
             out_TZ, recording = ops.record(
-                lambda: ops.gated_delta_mixer(*rows_TX, weights, packing=packing, cache=fixed)
+                lambda: ops.gated_delta_mixer(*rows_TX, weights, packing=packing, cache=fixed), torch.device("cpu")
             )
             assert recording is not None
         else:
