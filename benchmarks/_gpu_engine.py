@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qnext.checkpoint.codes import Fp8Codes
-from qnext.checkpoint.load import empty_model
+from qnext.checkpoint.load import Places, empty_model
 from qnext.config import ModelConfig, preset
 from qnext.engine import Engine, EngineConfig, SamplingParams
 from qnext.engine.memory import free_bytes
@@ -138,7 +138,7 @@ def _random_model(config: ModelConfig, block: int, device: torch.device) -> Caus
         for name, info in infos.items()
         if info.kind in QUANTIZED
     }
-    model = empty_model(config, dtypes=torch.bfloat16, device=device, quantized=codes)
+    model = empty_model(config, dtypes=torch.bfloat16, places=Places(device), quantized=codes)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(initial_values(config, infos[name], seed=0, dtype=parameter.dtype, device=device))
     generator = torch.Generator(device).manual_seed(0)

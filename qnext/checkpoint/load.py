@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from qnext.checkpoint.cut import cut_layout
 from qnext.checkpoint.files import TORCH_DTYPES, Progress, TensorFiles
 from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.header import TensorInfo
+from qnext.checkpoint.hosted import DeviceRoom, host_experts, hosted_parameters
 from qnext.checkpoint.packed_values import fp8_blocks, packed_blocks
 from qnext.checkpoint.record_tables import RecordTables
 from qnext.checkpoint.record_values import record_problem
@@ -40,7 +42,7 @@ def load_model(
     device: torch.device | str = "cpu",
     check_finite: bool = True,
     dequantize: bool = False,
-    residency: ResidencyPlan | None = None,
+    residency: ResidencyPlan | DeviceRoom | None = None,
     on_rank: OnRank | None = None,
     progress: Progress | None = None,
 ) -> CausalLM:
@@ -48,7 +50,7 @@ def load_model(
 
     `dtype` None keeps the stored dtype, tensor by tensor; FP8 stays FP8 where the device's kernels read it (see
     ops.reads_fp8), and becomes bfloat16 elsewhere. Integer codes stay codes. Gates always become tensors, and all
-    weights with `dequantize`. With `residency` experts stay on disk until they are needed;
+    weights with `dequantize`. With `residency` experts stay on disk, or on the host, until they are needed;
     `on_rank` reads one rank's part. `progress` gets the bytes read and the bytes in all. Warns of what is ignored.
     Raises ModelNotFound, ConfigError, CorruptCheckpoint for a missing, surplus, misshaped or (with `check_finite`)
     non-finite tensor, NotSupported for a form that is not read, UsageError for what does not fit together.
@@ -56,13 +58,15 @@ def load_model(
     layout = layout_of(folder)
     for problem in structure_problems(layout):
         raise CorruptCheckpoint(problem)
-    device = torch.device(device)
+    device, room = torch.device(device), None
+    if isinstance(residency, DeviceRoom):
+        residency, room = None, residency
     if residency is not None and device.type != "cpu":
         raise NotSupported(f"{layout.index.folder}: experts on disk are computed on the CPU, not on {device}")
     streamed = {} if residency is None else open_streamed(layout, residency)
     if on_rank is not None:
         layout, on_rank = _cut(layout, on_rank, set(map(layer_of, streamed)))
-    has_tables = not dequantize and on_rank is None and device.type == "cpu"
+    has_tables = not dequantize and on_rank is None and device.type == "cpu" and room is None
     tables = RecordTables(RecordTables.serve(layout, but=set(map(layer_of, streamed))) if has_tables else [])
     given = {**streamed, **tables.weights}
     layout = layout.with_experts_of(layout.records.keys() - set(map(layer_of, given)))
@@ -72,8 +76,11 @@ def load_model(
             codes |= fp8_parameters(layout, files)
         dtypes = _parameter_dtypes(layout, files.tensors, dtype, codes.keys() | given.keys())
         make = None if on_rank is None else partial(make_sharded, *on_rank)
-        model = empty_model(layout.config, dtypes=dtypes, device=device, quantized=codes, given=given, make=make)
+        places = Places(device, frozenset() if room is None else hosted_parameters(layout))
+        model = empty_model(layout.config, dtypes=dtypes, places=places, quantized=codes, given=given, make=make)
         _fill(model, layout, files, tables, check_finite=check_finite, progress=progress)
+    if room is not None:
+        host_experts(model, room, device)
     look_ahead(model, None if on_rank is None else on_rank.shard)
     return model
 
@@ -128,16 +135,26 @@ def _fill(
             progress(done, total)
 
 
+class Places(NamedTuple):
+    """Where parameters are: on a device, but for those that wait for it on the host."""
+
+    device: torch.device = torch.device("cpu")
+    hosted: frozenset[str] = frozenset()
+
+
+HERE = Places()
+
+
 def empty_model(
     config: ModelConfig,
     *,
     dtypes: Mapping[str, torch.dtype] | torch.dtype,
-    device: torch.device | str = "cpu",
+    places: Places = HERE,
     quantized: Mapping[str, Codes | Fp8Codes] | None = None,
     given: Mapping[str, ops.Weight] | None = None,
     make: Callable[[], CausalLM] | None = None,
 ) -> CausalLM:
-    """A model whose parameters have memory on `device` but no values yet. A tied head stays tied.
+    """A model whose parameters have memory at their `places` but no values yet. A tied head stays tied.
 
     In place of the parameters in `quantized` there is memory for codes, which ops.write_quantized fills. Those in
     `given` are there. `make` makes another model than `config` describes.
@@ -155,14 +172,15 @@ def empty_model(
                 module.set_weight(key, given[f"{prefix}.{key}"])
                 continue
             if quantized and f"{prefix}.{key}" in quantized:
-                weight = _empty_codes(quantized[f"{prefix}.{key}"], device)
+                weight = _empty_codes(quantized[f"{prefix}.{key}"], places, f"{prefix}.{key}")
                 assert isinstance(module, HoldsWeights)
                 module.set_weight(key, weight)
                 storage += weight.tensors
                 continue
             if id(parameter) not in made:
                 dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes[f"{prefix}.{key}"]
-                made[id(parameter)] = nn.Parameter(ops.empty_huge(parameter.shape, dtype=dtype, device=device))
+                empty = ops.empty_hosted if f"{prefix}.{key}" in places.hosted else ops.empty_huge
+                made[id(parameter)] = nn.Parameter(empty(parameter.shape, dtype=dtype, device=places.device))
                 storage.append(made[id(parameter)])
             module._parameters[key] = made[id(parameter)]
     ops.touch(storage)
@@ -174,16 +192,17 @@ def _check(layout: Layout, files: TensorFiles, name: str, check_finite: bool) ->
         raise CorruptCheckpoint(problem)
 
 
-def _empty_codes(codes: Codes | Fp8Codes, device: torch.device | str) -> ops.Weight:
+def _empty_codes(codes: Codes | Fp8Codes, places: Places, name: str) -> ops.Weight:
+    where: dict[str, Any] = {"device": places.device, "is_hosted": name in places.hosted}
     if isinstance(codes, Fp8Codes):
-        return ops.empty_fp8(codes.shape, block=codes.block, scale_dtype=codes.scale_dtype, device=device)
+        return ops.empty_fp8(codes.shape, block=codes.block, scale_dtype=codes.scale_dtype, **where)
     return ops.empty_quantized(
         codes.shape,
         bits=codes.bits,
         group_size=codes.group_size,
         scale_dtype=codes.scale_dtype,
         has_zeros=codes.has_zeros,
-        device=device,
+        **where,
     )
 
 

@@ -50,6 +50,7 @@ from qnext.ops.dispatch import (
     swiglu,
 )
 from qnext.ops.float8 import Fp8Weight
+from qnext.ops.hosted import BringsExperts, BroughtExperts, HostedWeight
 from qnext.ops.inference_forward import in_this_mode, inference_forward
 from qnext.ops.invariance import (
     attention_keeps_bits,
@@ -78,7 +79,7 @@ from qnext.ops.records import (
 )
 from qnext.ops.reference.rope import apply_rope, rope_frequencies, yarn_frequencies
 from qnext.ops.rounding import round_to_groups, rounding_errors
-from qnext.ops.storage import empty_fp8, empty_quantized, write_quantized
+from qnext.ops.storage import empty_fp8, empty_hosted, empty_quantized, write_quantized
 from qnext.ops.torch.attention import attention, cached_attention
 from qnext.ops.torch.conv import causal_conv1d_silu
 from qnext.ops.torch.delta_cache import Carried, read_carried
@@ -92,6 +93,8 @@ __all__ = [
     "AttentionCache",
     "AttentionWeights",
     "Backend",
+    "BringsExperts",
+    "BroughtExperts",
     "Carried",
     "ConvOutput",
     "DeltaCache",
@@ -100,6 +103,7 @@ __all__ = [
     "ExpertTable",
     "ExpertsLora",
     "Fp8Weight",
+    "HostedWeight",
     "LayerRecords",
     "LowRank",
     "MadeByShared",
@@ -146,6 +150,7 @@ __all__ = [
     "dequantize",
     "embedding",
     "empty_fp8",
+    "empty_hosted",
     "empty_huge",
     "empty_quantized",
     "experts_keep_bits",

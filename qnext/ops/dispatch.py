@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qnext.ops.choice import run
+from qnext.ops.hosted import HostedWeight
 from qnext.ops.inference_forward import with_inference_forward
 from qnext.ops.records import ExpertsLora, MadeByShared, Rope, Routing, SharedExpert
 from qnext.ops.weights import Weight
@@ -94,6 +95,8 @@ def experts_swiglu(
     `gate_up_E2FD` holds the gate rows of each expert, then its up rows. Work is grouped by expert. Experts without a
     token cost nothing.
     """
+    if isinstance(gate_up_E2FD, HostedWeight):
+        gate_up_E2FD, down_EDF, routing = gate_up_E2FD.experts.bring(routing)
     return run("experts_swiglu", x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
 
 
@@ -115,6 +118,8 @@ def lora_experts_swiglu(
     Gradients reach x, the routing weights and the factors, and not the weights, whose form may be any. Raises
     ValueError for factors that do not fit.
     """
+    if isinstance(gate_up_E2FD, HostedWeight):
+        gate_up_E2FD, down_EDF, routing = gate_up_E2FD.experts.bring(routing, keeps_numbers=True)
     return run("lora_experts_swiglu", x_TD, gate_up_E2FD, down_EDF, lora, routing=routing)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
+from torch import Tensor
 
 from qnext.ops.backends import CPU, backend_of
 from qnext.ops.cpu.panels import PanelWeight
@@ -19,32 +23,46 @@ def empty_quantized(
     scale_dtype: torch.dtype,
     has_zeros: bool = False,
     device: torch.device | str = "cpu",
+    is_hosted: bool = False,
 ) -> QuantizedWeight | PanelWeight:
     """Memory for matrices [F, D] or [E, F, D]. Where the native kernels of the CPU run, it has the order of these.
+    `is_hosted`: in memory of the host, and of the form that `device` reads.
 
     write_quantized fills it. Raises ValueError where the sizes do not fit together.
     """
     if group_size <= 0 or shape[-1] % group_size:
         raise ValueError(f"{shape[-1]} inputs are no whole number of groups of {group_size}")
-    if backend_of(torch.device(device)) is CPU and PanelWeight.fits(shape, group_size=group_size):
+    if not is_hosted and backend_of(torch.device(device)) is CPU and PanelWeight.fits(shape, group_size=group_size):
         return PanelWeight(shape, bits=bits, group_size=group_size, scale_dtype=scale_dtype, has_zeros=has_zeros)
     groups = (*shape[:-1], shape[-1] // group_size)
+    empty = partial(empty_hosted if is_hosted else torch.empty, device=device)
     return QuantizedWeight(
-        torch.empty((*shape[:-1], shape[-1] * bits // 8), dtype=torch.uint8, device=device),
-        torch.empty(groups, dtype=scale_dtype, device=device),
+        empty((*shape[:-1], shape[-1] * bits // 8), dtype=torch.uint8),
+        empty(groups, dtype=scale_dtype),
         bits,
         group_size,
-        torch.empty(groups, dtype=torch.uint8, device=device) if has_zeros else None,
+        empty(groups, dtype=torch.uint8) if has_zeros else None,
     )
 
 
 def empty_fp8(
-    shape: tuple[int, ...], *, block: tuple[int, int], scale_dtype: torch.dtype, device: torch.device | str = "cpu"
+    shape: tuple[int, ...],
+    *,
+    block: tuple[int, int],
+    scale_dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    is_hosted: bool = False,
 ) -> Fp8Weight:
-    """Memory for matrices [F, D] or [E, F, D] in fp8, which write_quantized fills."""
+    """Memory for matrices [F, D] or [E, F, D] in fp8, which write_quantized fills; `is_hosted` as above."""
     grid = (*shape[:-2], *(-(-size // step) for size, step in zip(shape[-2:], block, strict=True)))
-    codes = empty_huge(shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-    return Fp8Weight(codes, torch.empty(grid, dtype=scale_dtype, device=device), block)
+    empty = empty_hosted if is_hosted else empty_huge
+    codes = empty(shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    return Fp8Weight(codes, empty(grid, dtype=scale_dtype, device=device), block)
+
+
+def empty_hosted(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Memory of the host, from which `device` copies: a GPU does so beside other work where no page can move."""
+    return torch.empty(shape, dtype=dtype, pin_memory=torch.device(device).type == "cuda")
 
 
 def write_quantized(

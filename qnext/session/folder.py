@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from qnext.checkpoint.check import Layout
+    from qnext.checkpoint.hosted import DeviceRoom
     from qnext.config import ModelConfig
     from qnext.model import CausalLM
     from qnext.parallel.modules import OnRank
@@ -133,8 +134,9 @@ def load_weights(
     part: PartOfModel | None = None,
 ) -> CausalLM:
     """The model in the folder, or one rank's part of it, in `dtype` or as stored, on the folder's device. On the CPU
-    experts in records stay on disk where they do not fit into memory, or where memory for them is given. Raises
-    DoesNotFit before it reads weights that memory cannot hold, and what place_model raises."""
+    experts in records stay on disk where they do not fit into memory. Where memory for experts is given, they stay on
+    disk, or, beside a GPU, on the host. Raises DoesNotFit before it reads weights that memory cannot hold, and what
+    place_model raises."""
     import torch
 
     from qnext.checkpoint import load_model
@@ -149,8 +151,8 @@ def load_weights(
     _check_dtype(dtype)
     needed = weight_bytes_on(folder, dtype, device)
     layout = layout_of(folder.take_layout())
-    residency = _residency_or_room(folder, layout, needed, device, part)
     wanted, on_rank = None if dtype is None else getattr(torch, dtype), None if part is None else part.on_rank
+    residency = _residency_or_room(folder, layout, needed, device, part, wanted)
     with progress("loading") as report:
         model = load_model(layout, dtype=wanted, device=device, residency=residency, on_rank=on_rank, progress=report)
     if folder.yarn is not None:
@@ -183,9 +185,15 @@ def weight_bytes_on(folder: ModelFolder, dtype: str | None, device: torch.device
 
 
 def _residency_or_room(
-    folder: ModelFolder, layout: Layout, needed: int, device: torch.device, part: PartOfModel | None
-) -> ResidencyPlan | None:
-    """How experts stay on disk, or None, where there is room for all weights. Raises DoesNotFit where there is none."""
+    folder: ModelFolder,
+    layout: Layout,
+    needed: int,
+    device: torch.device,
+    part: PartOfModel | None,
+    dtype: torch.dtype | None,
+) -> ResidencyPlan | DeviceRoom | None:
+    """How experts stay on disk, or on the host, or None, where there is room for all weights. Raises DoesNotFit where
+    there is none."""
     from qnext.checkpoint.streamed import RoomOnRank, plan_residency
     from qnext.engine.memory import free_bytes
     from qnext.planning import list_parameters, weight_bytes
@@ -206,6 +214,8 @@ def _residency_or_room(
             return f"; `qnext quantize {folder.path} OUT --scheme int4-g32` makes a much smaller folder"
         return "" if device.type == CPU else "; --device cpu takes the memory of the machine"
 
+    if device.type != CPU and folder.expert_memory is not None:
+        return _room_on_device(folder, layout, needed, device, dtype)
     residency = None
     if device.type == CPU:
         residency = plan_residency(layout, expert_memory=folder.expert_memory, room=room)
@@ -214,6 +224,28 @@ def _residency_or_room(
     elif part is None:
         residency = replace(residency, remembered_in=folder.path)
     return residency
+
+
+def _room_on_device(
+    folder: ModelFolder, layout: Layout, needed: int, device: torch.device, dtype: torch.dtype | None
+) -> DeviceRoom:
+    """For experts that wait on the host. Raises DoesNotFit where host or device lacks memory."""
+    from qnext.checkpoint.hosted import DeviceRoom, hosted_bytes
+    from qnext.engine.memory import free_bytes
+    from qnext.planning.plan import check_weights
+
+    assert folder.expert_memory is not None
+    experts = hosted_bytes(layout, dtype)
+    on_device = max(0, needed - experts) + folder.expert_memory
+    check_weights(
+        folder.path,
+        on_device,
+        hint=lambda free: "; lower --expert-memory",
+        free_bytes=free_bytes(device),
+        device=str(device),
+    )
+    check_weights(folder.path, experts, hint=lambda free: "")
+    return DeviceRoom(folder.expert_memory)
 
 
 def end_token_ids(tokenizer: Tokenizer, config: ModelConfig) -> frozenset[int]:

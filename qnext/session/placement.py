@@ -16,8 +16,8 @@ _FORM = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 
 
 class Wanted(NamedTuple):
-    """A device as users name it, and what a model asks of it: bytes of the weights there, and whether experts stay on
-    disk."""
+    """A device as users name it, and what a model asks of it: bytes of the weights there, and whether experts get a
+    part of its memory, the others of which wait elsewhere."""
 
     device: str
     weight_bytes: Callable[[torch.device], int]
@@ -39,7 +39,7 @@ def check_device(name: str) -> None:
 
 def choose_device(wanted: Wanted) -> torch.device:
     """For a model in this process. `auto` takes the first CUDA device where one computes and the weights fit there, and
-    else the CPU. Raises UsageError as check_device, and NotSupported for experts on disk beside a GPU."""
+    else the CPU; so does a model whose experts get a part of the memory. Raises UsageError as check_device."""
     import torch
 
     from qnext.engine.memory import free_bytes
@@ -53,14 +53,13 @@ def choose_device(wanted: Wanted) -> torch.device:
         return first if serves and weights_fit(wanted.weight_bytes(first), free_bytes(first)) else torch.device(CPU)
     if wanted.device == CPU:
         return torch.device(CPU)
-    if wanted.streams_experts:
-        raise _streams_beside(wanted.device)
     return torch.device(CUDA, int(wanted.device.partition(":")[2] or 0))
 
 
 def kind_on_ranks(wanted: Wanted, *, num_local: int) -> str:
     """Cpu or cuda, for all of the ranks, of which `num_local` are on this machine. Raises UsageError where they are
-    more than the CUDA devices that are asked for, and as check_device; NotSupported as choose_device."""
+    more than the CUDA devices that are asked for, and as check_device; NotSupported for a part of their memory for
+    experts."""
     from qnext.ops import cuda_computes
 
     name = wanted.device
@@ -72,7 +71,7 @@ def kind_on_ranks(wanted: Wanted, *, num_local: int) -> str:
     if name != CUDA:
         raise UsageError(f"--device {name}: each rank takes the CUDA device of its own number; --device cuda")
     if wanted.streams_experts:
-        raise _streams_beside(name)
+        raise NotSupported("--expert-memory: on ranks experts wait on disk for the CPU, not for a GPU; --device cpu")
     if _num_devices() < num_local:
         raise UsageError(f"--device cuda: {num_local} ranks on this machine, but {_num_devices()} CUDA devices")
     return CUDA
@@ -91,10 +90,6 @@ def use_device(device: torch.device) -> None:
 
     if device.type == CUDA:
         torch.cuda.set_device(device)
-
-
-def _streams_beside(device: str) -> NotSupported:
-    return NotSupported(f"--expert-memory: experts on disk are computed on the CPU, not on {device}; --device cpu")
 
 
 def _num_devices() -> int:

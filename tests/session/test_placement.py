@@ -66,8 +66,9 @@ def test_what_is_asked_for_is_taken_or_refused(two_gpus: None) -> None:
     assert choose_device(Wanted("cuda:1", bytes_of(5000))) == torch.device("cuda", 1)
     assert choose_device(Wanted("cuda", bytes_of(5000))) == GPU
     assert choose_device(Wanted("cpu", bytes_of(1))) == torch.device("cpu")
-    with pytest.raises(NotSupported, match="--expert-memory: experts on disk are computed on the CPU, not on cuda"):
-        choose_device(Wanted("cuda", bytes_of(1), streams_experts=True))
+    assert choose_device(Wanted("cuda", bytes_of(5000), streams_experts=True)) == GPU
+    with pytest.raises(NotSupported, match="--expert-memory: on ranks experts wait on disk for the CPU"):
+        kind_on_ranks(Wanted("cuda", bytes_of(1), streams_experts=True), num_local=2)
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(
@@ -78,6 +79,9 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     with pytest.raises(DoesNotFit, match=r"but 1000 B of the memory of cuda:1 are free; `qnext quantize"):
         load_weights(folder)
     check_weights("m", 1000, free_bytes=1000, device="cuda:1")
+    folder = open_model(str(tiny_folder(tmp_path / "m")), expert_memory=900, device="cuda:1")
+    with pytest.raises(DoesNotFit, match=r"but 1000 B of the memory of cuda:1 are free; lower --expert-memory"):
+        load_weights(folder)
 
 
 def test_ranks_take_a_device_each(two_gpus: None, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ Yarn = Annotated[
 ExpertMemory = Annotated[
     int | None,
     option(
-        "Memory for experts, the others stay on disk; default: all where they fit.",
+        "Memory for experts, the others stay on disk, or in host memory with a GPU; default: all where they fit.",
         "--expert-memory",
         parser=human_int,
         metavar="SIZE",

@@ -1,0 +1,78 @@
+"""Experts between host and device: the same bits as on the device alone, and which of them were copied."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from qnext import ops
+from qnext.residency.hosted import DeviceSlots, HostedExperts, WholeLayer
+
+E, D, F, TOP_K = 12, 32, 16, 3
+CPU = torch.device("cpu")
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def int4(*shape: int) -> ops.QuantizedWeight:
+    codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), generator=torch.Generator().manual_seed(shape[-1]))
+    return ops.QuantizedWeight(codes.to(torch.uint8), floats(*shape[:-1], shape[-1] // 16).abs(), 4, 16)
+
+
+def fp8(*shape: int) -> ops.Fp8Weight:
+    scales = floats(shape[0], shape[1] // 16, shape[2] // 16).abs()
+    return ops.Fp8Weight(floats(*shape).to(torch.float8_e4m3fn), scales, (16, 16))
+
+
+FORMS = {"fp32": floats, "int4": int4, "fp8": fp8}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_slots", [TOP_K, 7, E + 5])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, ON_GPU])])
+def test_bits_are_those_of_experts_on_the_device(form: str, num_slots: int, device: str) -> None:
+    """Over calls of one token and of many, of which some need more experts than there are slots."""
+    gate_up, down = FORMS[form](E, 2 * F, D), FORMS[form](E, D, F)
+    experts = HostedExperts(gate_up, down, num_slots=num_slots, whole=WholeLayer(torch.device(device)))
+    there = gate_up.to(device), down.to(device)
+    hosted = ops.HostedWeight(gate_up, experts), ops.HostedWeight(down, experts)
+    generator = torch.Generator().manual_seed(num_slots)
+    for num_tokens in (1, 1, 40, 1, 2, 1, 9, 1):
+        x_TD, scores_TE = (torch.randn(num_tokens, size, generator=generator).to(device) for size in (D, E))
+        routing = ops.route(scores_TE, top_k=TOP_K, norm_topk_prob=True)
+        wanted_TD = ops.experts_swiglu(x_TD, *there, routing=routing)
+        assert torch.equal(ops.experts_swiglu(x_TD, *hosted, routing=routing), wanted_TD)
+    misses = experts.num_misses
+    assert experts.bring(routing, keeps_numbers=True).routing is routing
+    assert misses >= 9  # a call of 40 tokens needs more than half of all
+    if num_slots > E:
+        assert misses == E
+
+
+def test_slots_belong_to_those_used_last() -> None:
+    slots, order = DeviceSlots(5), []
+    rng = random.Random(0)
+    for _ in range(300):
+        needed = sorted(rng.sample(range(20), rng.randint(1, 5)))
+        before = dict(slots.slot_of)
+        loads = slots.take(needed)
+        hits = [expert for expert in needed if expert in before]
+        order = [expert for expert in order if expert not in needed] + hits + [e for e in needed if e not in before]
+        assert {expert for expert, _ in loads} == set(needed) - before.keys()
+        assert set(slots.slot_of) == set(order[-5:]) and set(needed) <= set(slots.slot_of)
+        assert len(set(slots.slot_of.values())) == len(slots.slot_of) and max(slots.slot_of.values()) < 5
+        assert all(slots.slot_of[expert] == slot for expert, slot in before.items() if expert in slots.slot_of)
+
+
+def test_a_form_that_cannot_be_copied_is_named() -> None:
+    with pytest.raises(TypeError, match="HostedWeight cannot be copied"):
+        experts = HostedExperts(floats(E, 2 * F, D), floats(E, D, F), num_slots=4, whole=WholeLayer(CPU))
+        HostedExperts(
+            ops.HostedWeight(floats(E, 2 * F, D), experts), floats(E, D, F), num_slots=4, whole=WholeLayer(CPU)
+        )
