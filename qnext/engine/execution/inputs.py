@@ -51,11 +51,9 @@ class StepInputs:
         self._of_sequences.host[2] = self._starts.host[1:] - 1
         self._has_sources = len(cache.sources) > 0
         self.adapters_T: Tensor | None = None  # of the rows; None where none has one
-
-    @property
-    def _mirrors(self) -> list[Mirror]:
-        found = (self._of_tokens, self._of_sequences, self._is_draft, self._starts, self._tables)
-        return [mirror for mirror in found if mirror is not None]
+        mirrors = (self._of_tokens, self._of_sequences, self._is_draft, self._starts, self._tables)
+        self._mirrors = [mirror for mirror in mirrors if mirror is not None]
+        self._sent = [] if cache.device.type == "cpu" else self._mirrors
 
     def _own_tables(self, num_sequences: int) -> Mirror | None:
         """Where the pages of the sequences are written. On a GPU they are read from those of all slots."""
@@ -117,11 +115,11 @@ class StepInputs:
         self._send()
 
     def _begin(self) -> None:
-        for mirror in self._mirrors:
+        for mirror in self._sent:
             mirror.begin()
 
     def _send(self) -> None:
-        for mirror in self._mirrors:
+        for mirror in self._sent:
             mirror.send()
 
     def _fill(self, rows: Sequence[Rows], bases_N: Ints | None = None) -> tuple[Ints, Ints]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,7 +60,7 @@ def verify(logits_RY: Tensor, windows: Sequence[Window]) -> list[Verdict]:
     if not windows:
         return []
     rows_RY = _on_host(logits_RY)
-    choices = _choices(rows_RY, [draw for window in windows for draw in _draws_of(window)])
+    choices = _choices(rows_RY, lambda: [draw for window in windows for draw in _draws_of(window)])
     verdicts, first = [], 0
     for window in windows:
         end = first + len(window.draft_ids) + 1
@@ -83,14 +83,14 @@ def _draw_of(request: Request, index: int) -> RowDraw | None:
     return RowDraw(request.params, 0.0 if request.params.is_greedy else uniform(request.seed, index))
 
 
-def _choices(rows_RY: Tensor | Row, draws: Sequence[RowDraw | None]) -> list[RowChoice]:
+def _choices(rows_RY: Tensor | Row, draws: Callable[[], Sequence[RowDraw | None]]) -> list[RowChoice]:
     """Of every row the likeliest token (the lowest id of equal ones) and whether the row is finite; on a device also
-    the tokens that are drawn there.
+    the tokens that are drawn there, as `draws` says.
 
     The maximum of a row is NaN where any entry is, so one number per row is enough to look at.
     """
     if isinstance(rows_RY, Tensor):
-        return choose(rows_RY, draws)
+        return choose(rows_RY, draws())
     best_ids = rows_RY.argmax(axis=-1).tolist()  # of a row with NaN: where the first is
     return [RowChoice(best, math.isfinite(row_Y[best]), None) for row_Y, best in zip(rows_RY, best_ids, strict=True)]
 
@@ -112,7 +112,7 @@ def draft(
     if not requests:
         return []
     rows_RY = _on_host(logits_RY)
-    choices = _choices(rows_RY, list(map(_draw_of, requests, indices)))
+    choices = _choices(rows_RY, lambda: list(map(_draw_of, requests, indices)))
     guesses = [choice.best_id if choice.token is None else choice.token.token_id for choice in choices]
     for r, (request, index) in enumerate(zip(requests, indices, strict=True)):
         marks, more = request.marks, () if drafted is None else tuple(drafted[r])
