@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-from types import SimpleNamespace
+import pkgutil
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from qnext.ops.cuda_graph import CapturedGraph, HostTraffic
 from tests.engine.models import tiny_model
 
 META = torch.device("meta")
-KERNELS = "qnext.ops.triton.kernels"
 
 
 class Launched:
@@ -47,17 +47,23 @@ class Launched:
         return start
 
 
+def modules_of(package: str) -> list[ModuleType]:
+    """The files of a package."""
+    places = importlib.import_module(package).__path__
+    found = [each.name for each in pkgutil.iter_modules(places) if not each.ispkg]
+    return [importlib.import_module(f"{package}.{name}") for name in found]
+
+
 @pytest.fixture
 def starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that were started, on a device that runs and trusts all of them."""
     found: list[str] = []
     serves = backends.triton_serves
     monkeypatch.setattr(backends, "triton_serves", lambda kind: kind == META.type or serves(kind))
-    for module in ("attention", "delta", "delta_chunks", "matrices", "rows"):
-        wrappers = importlib.import_module(f"qnext.ops.triton.{module}")
-        monkeypatch.setattr(wrappers, "is_trusted", lambda *_: True, raising=False)
-    for module in ("attention", "delta_chunks", "delta_step", "experts", "matrices", "norm", "router"):
-        kernels = importlib.import_module(f"{KERNELS}.{module}")
+    for wrappers in modules_of("qnext.ops.triton"):
+        if hasattr(wrappers, "is_trusted"):
+            monkeypatch.setattr(wrappers, "is_trusted", lambda *_: True)
+    for kernels in modules_of("qnext.ops.triton.kernels"):
         for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
             monkeypatch.setattr(kernels, name, Launched(name, found))
     return found
