@@ -49,7 +49,7 @@ def assert_same_caches(ours: DeltaCache, theirs: DeltaCache, *, tolerance: float
         assert torch.equal(actual.isnan(), wanted.isnan())
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [1, *(pytest.param(length, marks=pytest.mark.slow) for length in (2, 3)), 4])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_packed_steps(sizes: Sizes, length: int) -> None:
     """Continued and fresh sequences of different lengths; NaN in the slots of the fresh and of all others."""
@@ -99,7 +99,7 @@ def test_states_in_bf16_are_rounded_after_each_token() -> None:
     assert not gpu.serves_gated_delta_mixer(*here(mixer_arguments(inputs, [2])), packing=packing, cache=cache)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sizes", [Sizes(2, 2, 12, 40, 3)], ids=str)
 def test_drafts_accepted_and_rejected(sizes: Sizes, seed: int) -> None:
     """Random schedules of drafts and plain pieces, from memory of NaN and counts that nobody may believe."""
