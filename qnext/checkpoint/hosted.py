@@ -21,10 +21,11 @@ class DeviceRoom(NamedTuple):
     expert_bytes: int
 
 
-def hosted_bytes(layout: Layout, dtype: torch.dtype | None) -> int:
-    """Of all experts on the host: as stored, in `dtype`, or in bf16 where they are stored in what nobody reads."""
+def hosted_bytes(layout: Layout, dtype: torch.dtype | None, device: torch.device) -> int:
+    """Of all experts on the host: as stored, in `dtype`, or in bf16 where they are stored in what `device` does not
+    read."""
     layout = layout.with_experts_of(layout.records)
-    total = 0
+    total, reads_fp8 = 0, dtype is None and bool(layout.packed) and ops.reads_fp8(device)
     for name, (parameter, _) in layout.targets.items():
         if parameter.expert_axis is None:
             continue
@@ -32,7 +33,7 @@ def hosted_bytes(layout: Layout, dtype: torch.dtype | None) -> int:
         if packed is None:
             info = layout.index.tensors[name]
             total += info.num_bytes if dtype is None else prod(info.shape) * dtype.itemsize
-        elif packed.form.keeps_codes or packed.form.layout == "fp8":
+        elif packed.form.stays_packed(reads_fp8=reads_fp8):
             total += sum(layout.index.tensors[part.name].num_bytes for part in packed.stored.values())
         else:
             total += prod(packed.shape) * (dtype or torch.bfloat16).itemsize

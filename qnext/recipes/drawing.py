@@ -41,8 +41,6 @@ class DrawnTogether:
         own = slice(ranks.share, None, ranks.num_shares)
         answers = draw_answers(model, prompts[own], params[own], **options) if prompts[own] else []
         size = params[0].n
-        groups = [[found[start : start + size] for start in range(0, len(found), size)] for found in self._all(answers)]
+        drawn = ranks.gather_objects(answers)
+        groups = [[found[start : start + size] for start in range(0, len(found), size)] for found in drawn]
         return [answer for place in range(len(prompts)) for answer in groups[place % len(groups)][place // len(groups)]]
-
-    def _all(self, answers: list[Completion]) -> list[list[Completion]]:
-        return self._ranks.gather_objects(answers)

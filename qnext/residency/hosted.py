@@ -70,7 +70,7 @@ class HostedExperts:
         self._host, self._whole, self.device = (gate_up, down), whole, whole.device
         self._slots = DeviceSlots(min(num_slots, gate_up.shape[0]))
         self._there = tuple(stack_like(stack, self._slots.num_slots, self.device) for stack in self._host)
-        self._slot_E = torch.zeros(gate_up.shape[0], dtype=torch.long)
+        self._slot_E = torch.zeros(gate_up.shape[0], dtype=torch.long, device=self.device)
         self.num_hits = self.num_misses = 0
 
     def bring(self, routing: ops.Routing, *, keeps_numbers: bool = False) -> ops.BroughtExperts:
@@ -83,9 +83,10 @@ class HostedExperts:
         for host, there in zip(self._host, self._there, strict=True):
             for expert, slot in loads:
                 copy_expert(host, expert, there, slot)
-        for expert, slot in loads:
-            self._slot_E[expert] = slot
-        places_TA = self._slot_E.to(self.device)[routing.experts_TA]
+        if loads:
+            experts_L, slots_L = torch.tensor(loads).T.to(self.device)
+            self._slot_E.index_copy_(0, experts_L, slots_L)
+        places_TA = self._slot_E[routing.experts_TA]
         return ops.BroughtExperts(self._there[0], self._there[1], routing._replace(experts_TA=places_TA))
 
     def _bring_whole(self, experts: Sequence[int], routing: ops.Routing) -> ops.BroughtExperts:

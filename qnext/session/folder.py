@@ -152,7 +152,11 @@ def load_weights(
     needed = weight_bytes_on(folder, dtype, device)
     layout = layout_of(folder.take_layout())
     wanted, on_rank = None if dtype is None else getattr(torch, dtype), None if part is None else part.on_rank
-    residency = _residency_or_room(folder, layout, needed, device, part, wanted)
+    residency: ResidencyPlan | DeviceRoom | None
+    if device.type == CPU or folder.expert_memory is None:
+        residency = _residency_or_room(folder, layout, needed, device, part)
+    else:
+        residency = _room_on_device(folder, layout, needed, device, wanted)
     with progress("loading") as report:
         model = load_model(layout, dtype=wanted, device=device, residency=residency, on_rank=on_rank, progress=report)
     if folder.yarn is not None:
@@ -180,20 +184,14 @@ def weight_bytes_on(folder: ModelFolder, dtype: str | None, device: torch.device
     return folder.stored_bytes + sum(
         prod(each.shape) * (16 - each.form.bits) // 8
         for each in packed.values()
-        if not (each.form.keeps_codes or (keeps_fp8 and each.form.layout == "fp8" and min(each.form.block or (0,)) > 0))
+        if not each.form.stays_packed(reads_fp8=keeps_fp8)
     )
 
 
 def _residency_or_room(
-    folder: ModelFolder,
-    layout: Layout,
-    needed: int,
-    device: torch.device,
-    part: PartOfModel | None,
-    dtype: torch.dtype | None,
-) -> ResidencyPlan | DeviceRoom | None:
-    """How experts stay on disk, or on the host, or None, where there is room for all weights. Raises DoesNotFit where
-    there is none."""
+    folder: ModelFolder, layout: Layout, needed: int, device: torch.device, part: PartOfModel | None
+) -> ResidencyPlan | None:
+    """How experts stay on disk, or None, where there is room for all weights. Raises DoesNotFit where there is none."""
     from qnext.checkpoint.streamed import RoomOnRank, plan_residency
     from qnext.engine.memory import free_bytes
     from qnext.planning import list_parameters, weight_bytes
@@ -214,8 +212,6 @@ def _residency_or_room(
             return f"; `qnext quantize {folder.path} OUT --scheme int4-g32` makes a much smaller folder"
         return "" if device.type == CPU else "; --device cpu takes the memory of the machine"
 
-    if device.type != CPU and folder.expert_memory is not None:
-        return _room_on_device(folder, layout, needed, device, dtype)
     residency = None
     if device.type == CPU:
         residency = plan_residency(layout, expert_memory=folder.expert_memory, room=room)
@@ -235,7 +231,7 @@ def _room_on_device(
     from qnext.planning.plan import check_weights
 
     assert folder.expert_memory is not None
-    experts = hosted_bytes(layout, dtype)
+    experts = hosted_bytes(layout, dtype, device)
     on_device = max(0, needed - experts) + folder.expert_memory
     check_weights(
         folder.path,

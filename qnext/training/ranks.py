@@ -178,11 +178,6 @@ def total_norm(gradients: Sequence[Tensor], ranks: TrainingRanks) -> Tensor:
     return torch.linalg.vector_norm(ranks.gather_parts(norms_P))
 
 
-def whole_weights(part_of: Mapping[str, Tensor], ranks: TrainingRanks) -> dict[str, Tensor]:
-    """The parameters whose parts these are, of all processes together."""
-    return {name: ranks.whole([part], [part])[0] for name, part in part_of.items()}
-
-
 def whole_value(parameter: Tensor) -> Tensor:
     """Of a parameter of a cut model, all of it: all processes ask, and all have it then. Others are whole."""
     gather = getattr(parameter, "full_tensor", None)

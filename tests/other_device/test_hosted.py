@@ -40,7 +40,9 @@ def test_answers_are_those_of_experts_on_the_device(
     whole = load_model(path, device=other_device())
     layers = [each.experts for each in whole.modules() if isinstance(each, SparseMoE)]
     of_layer = layers[0].gate_up_proj.nbytes + layers[0].down_proj.nbytes
-    assert hosted_bytes(read_layout(path), None) == pytest.approx(of_layer * len(layers), rel=0.01)  # and shapes
+    assert hosted_bytes(read_layout(path), None, other_device()) == pytest.approx(
+        of_layer * len(layers), rel=0.01
+    )  # and shapes
     three_of_each = of_layer + 3 * (of_layer // 5) * len(layers)
     monkeypatch.setattr(session, "choose_device", lambda wanted: other_device())
     opened = session.open_model(str(path), expert_memory=three_of_each)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,12 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qnext.checkpoint import parts
 from qnext.training import Hooks, PackedStream, StepMetrics, TrainConfig, Trainer
-from qnext.training.ranks import TrainingRanks, whole_weights
+from qnext.training.ranks import TrainingRanks
 from qnext.training.snapshot_writer import SnapshotFailed
 from tests.training.models import documents, tiny_config, tiny_model
 from tests.training.test_loop import CONFIG
 
 CONFIG = CONFIG.with_(accumulation=4, total_steps=20, tokens_per_batch=24, lr=5e-3, health_every=5)
+
+
+def whole_weights(part_of: Mapping[str, Tensor], ranks: TrainingRanks) -> dict[str, Tensor]:
+    """The parameters whose parts these are, of all processes together."""
+    return {name: ranks.whole([part], [part])[0] for name, part in part_of.items()}
 
 
 def make_trainer(

@@ -108,6 +108,10 @@ class Form(NamedTuple):
         """Whether the weight stays integer codes in memory."""
         return LAYOUTS[self.layout].kind == "int"
 
+    def stays_packed(self, *, reads_fp8: bool) -> bool:
+        """Whether it stays as stored in the memory of a device, which may read fp8 with scales for blocks."""
+        return self.keeps_codes or (reads_fp8 and self.layout == "fp8" and min(self.block or (0,)) > 0)
+
     @property
     def code_bits(self) -> int:
         """Bits of a code in memory. Other widths on disk fit into the next one of 4 and 8 without loss."""

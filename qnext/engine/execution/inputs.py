@@ -53,7 +53,7 @@ class StepInputs:
         self.adapters_T: Tensor | None = None  # of the rows; None where none has one
         mirrors = (self._of_tokens, self._of_sequences, self._is_draft, self._starts, self._tables)
         self._mirrors = [mirror for mirror in mirrors if mirror is not None]
-        self._sent = [] if cache.device.type == "cpu" else self._mirrors
+        self._to_send = [] if cache.device.type == "cpu" else self._mirrors
 
     def _own_tables(self, num_sequences: int) -> Mirror | None:
         """Where the pages of the sequences are written. On a GPU they are read from those of all slots."""
@@ -115,11 +115,11 @@ class StepInputs:
         self._send()
 
     def _begin(self) -> None:
-        for mirror in self._sent:
+        for mirror in self._to_send:
             mirror.begin()
 
     def _send(self) -> None:
-        for mirror in self._sent:
+        for mirror in self._to_send:
             mirror.send()
 
     def _fill(self, rows: Sequence[Rows], bases_N: Ints | None = None) -> tuple[Ints, Ints]:

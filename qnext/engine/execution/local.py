@@ -187,7 +187,7 @@ class LocalExecutor:
         decoding = [n for n in numbers if plan.sequences[n].decodes]
         if not self._may_record([plan.sequences[n] for n in decoding]):
             decoding = []
-        rest = [n for n in numbers if n not in set(decoding)]
+        rest = sorted(set(numbers).difference(decoding))
         is_single = [len(s.token_ids) == 1 for s in plan.sequences]
         return [decoding, *([n for n in rest if is_single[n] == single] for single in (True, False))]
 

@@ -20,7 +20,7 @@ _COUNT = 8  # of an integer, and of a number of the clock
 
 
 class TrainShape(NamedTuple):
-    """A run: its ranks, and the micro batches of a step, of so many rows each. `names` are the losses that are
+    """A run: its ranks, and the micro batches of a step, of so many rows each. `num_losses` are
     reported; `matrices` are the parameters whose updates Muon gathers. Bytes are those of a number."""
 
     num_ranks: int
