@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -48,6 +48,15 @@ def logs_of_others_stay() -> Iterator[None]:
     for each, handlers, level in before:
         each.handlers[:] = handlers
         each.setLevel(level)
+
+
+@pytest.fixture
+def warned(recwarn: pytest.WarningsRecorder) -> Callable[[], list[str]]:
+    """Tells the messages of all warnings so far.
+
+    What other tests of this process have left may be collected meanwhile, and warns of itself: that is not among them.
+    """
+    return lambda: [str(item.message) for item in recwarn if not issubclass(item.category, ResourceWarning)]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -27,6 +27,7 @@ _LAYER_TYPES = {
 
 
 @cache
+@torch.inference_mode(False)  # whoever asks first: later ones may want gradients
 def tiny_model(kind: str) -> CausalLM:
     """A random fp32 model whose logits differ well beyond rounding between tokens."""
     config = ModelConfig(

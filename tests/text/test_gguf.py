@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +178,13 @@ LIBERAL: dict[str, tuple[dict[str, Any], str | None]] = {
 
 @pytest.mark.parametrize("name", LIBERAL)
 def test_the_same_tokenizer_from_fewer_or_other_keys(
-    folder: Path, tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder
+    folder: Path, tmp_path: Path, name: str, warned: Callable[[], list[str]]
 ) -> None:
     changes, warning = LIBERAL[name]
     keys = {key: value for key, value in (keys_of(folder) | changes).items() if value is not None}
     write_vocabulary(keys, tmp_path, source="m.gguf", model_max_length=77)
     texts_agree(tmp_path, folder)
-    # What other tests of this process have left may be collected meanwhile, and warns of itself.
-    messages = [str(item.message) for item in recwarn if not issubclass(item.category, ResourceWarning)]
+    messages = warned()
     assert (warning is None) == (not messages)
     assert warning is None or warning in messages[0]
 
@@ -245,13 +245,13 @@ SAMPLING: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
 
 
 @pytest.mark.parametrize("name", SAMPLING)
-def test_values_for_sampling(folder: Path, tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder) -> None:
+def test_values_for_sampling(folder: Path, tmp_path: Path, name: str, warned: Callable[[], list[str]]) -> None:
     given, expected, warning = SAMPLING[name]
     keys = keys_of(folder) | {f"general.sampling.{key}": value for key, value in given.items()}
     write_vocabulary(keys, tmp_path, source="m.gguf", model_max_length=77)
     values = json.loads((tmp_path / "generation_config.json").read_text())
     assert values == {"eos_token_id": values["eos_token_id"]} | expected
-    messages = [str(item.message) for item in recwarn]
+    messages = warned()
     assert (warning is None) == (not messages)
     assert warning is None or warning in messages[0]
 
