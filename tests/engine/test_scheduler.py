@@ -66,6 +66,21 @@ def test_waiting_for_blocks_and_for_slots() -> None:
     assert spans(plan) == [("b", 0, 5, True)] and plan.freed_slots == (0,)
 
 
+def test_blocks_are_kept_free_for_requests_that_may_still_grow_and_for_no_others() -> None:
+    scheduler = Scheduler(limits(num_blocks=2))
+    scheduler.add(request("a", 5, 3))
+    scheduler.add(request("b", 6, 3))
+    assert spans(step(scheduler)) == [("a", 0, 5, True), ("b", 0, 6, True)], "one block each is all that they need"
+
+    scheduler = Scheduler(limits(num_blocks=2))
+    scheduler.add(request("a", 5, 13))  # 17 tokens
+    scheduler.add(request("b", 6, 3))
+    for _ in range(12):
+        assert len(step(scheduler).sequences) == 1, "the second block is for the first request"
+    step(scheduler)
+    assert spans(step(scheduler)) == [("b", 0, 6, True)] and scheduler.num_preemptions == 0
+
+
 def test_a_request_too_large_for_the_whole_pool_is_refused() -> None:
     scheduler = Scheduler(limits(num_blocks=4))
     scheduler.add(request("fits", 60, 5))

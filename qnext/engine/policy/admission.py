@@ -54,7 +54,7 @@ class Admission:
         """Lend a slot and the blocks of all known tokens, those of a cached prefix among them."""
         tokens = sequence.token_range(0, sequence.num_tokens)
         reach: Reach = "idle" if self._turns.num_running(sequence.owner) else "all"
-        spare = len(self._running)
+        spare = self._kept_free()
         hit = self._sharing.find(
             sequence,
             tokens,
@@ -86,10 +86,13 @@ class Admission:
         return True
 
     def _has_room_for(self, sequence: Sequence, hit: Hit, reach: Reach) -> bool:
-        """A new sequence needs its blocks, and one more for each other that runs, lest it be sent back at once."""
-        spare = len(self._running) if self._limits.num_blocks is not None else 0
-        num_blocks = self._limits.blocks_of(sequence.num_tokens) - len(hit.blocks) + spare
+        num_blocks = self._limits.blocks_of(sequence.num_tokens) - len(hit.blocks) + self._kept_free()
         return self._shares.make_room(num_blocks, 1, sequence.owner, reach=reach)
+
+    def _kept_free(self) -> int:
+        """Blocks beside those of a new sequence: one for each that runs and may still grow, lest the new one be sent
+        back at once."""
+        return sum(len(each.blocks) < self._limits.blocks_of(each.max_cached_tokens) for each in self._running)
 
     def _may_try(self, sequence: Sequence) -> bool:
         """Whether there may be room for the first waiting request of an owner. Another owner's that found none is
