@@ -53,6 +53,7 @@ class AppArguments(BaseModel):
     gpus: float = Field(default=0.0, ge=0)
     resource: str | None = None  # one of these of Ray's own resources for each replica, to say which machines have them
     routers: int = Field(default=1, ge=1)
+    router_resource: str | None = None  # as resource, for each router
     spread: int = Field(default=SPREAD, ge=0)
     max_chunks: int = Field(default=MAX_HELD_CHUNKS, ge=1)
 
@@ -174,7 +175,7 @@ def application(given: Mapping[str, Any], deployment: serve.Deployment) -> serve
             "num_cpus": arguments.cpus,
             "num_gpus": arguments.gpus,
             "runtime_env": _ONE_LOOP,
-            "resources": {} if arguments.resource is None else {arguments.resource: 1},
+            "resources": _one_of(arguments.resource),
         },
         request_router_config=RequestRouterConfig(
             request_router_class="qnext.replicas.router.PrefixRouter",
@@ -188,6 +189,15 @@ def application(given: Mapping[str, Any], deployment: serve.Deployment) -> serve
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=_RESTART_SECONDS,
         logging_config=_QUIET,
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": _ONE_LOOP},
+        ray_actor_options={
+            "num_cpus": 0.1,
+            "runtime_env": _ONE_LOOP,
+            "resources": _one_of(arguments.router_resource),
+        },
         max_replicas_per_node=None if values["port"] is None else 1,  # one process has the port
     ).bind(values, replicas)
+
+
+def _one_of(resource: str | None) -> dict[str, float]:
+    """What a process takes of Ray's own resources."""
+    return {} if resource is None else {resource: 1}

@@ -26,6 +26,8 @@ import psutil
 
 from tests.docs.snippets import ROOT
 
+ROUTER_RESOURCE = "for_the_router"
+
 
 @dataclass
 class Cluster:
@@ -115,7 +117,8 @@ def main(folder: str, port: str, num_cpus: str, application: str) -> None:
     app = importlib.import_module(application).app
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
-    ray.init(num_cpus=int(num_cpus), include_dashboard=False, _temp_dir=folder, log_to_driver=True)
+    resources = {ROUTER_RESOURCE: 1}
+    ray.init(num_cpus=int(num_cpus), resources=resources, include_dashboard=False, _temp_dir=folder, log_to_driver=True)
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)}, logging_config={"log_level": "WARNING"})
     for line in sys.stdin:
         serve.run(app(json.loads(line)), name="qnext", route_prefix="/")

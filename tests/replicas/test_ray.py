@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("ray", reason="the extra ray is not here")
 
-from tests.replicas.cluster import Cluster, cluster, free_port
+from tests.replicas.cluster import ROUTER_RESOURCE, Cluster, cluster, free_port
 from tests.server.serving import save_served
 
 pytestmark = pytest.mark.slow
@@ -35,9 +35,10 @@ def own_port() -> int:
 def arguments(tmp_path_factory: pytest.TempPathFactory, own_port: int) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("replicas")
     flags = folder / "serve.yaml"
-    own = f"  port: {own_port}\n  served-model-name: [q]\n  audit-log: {folder}/audit.jsonl\n"
+    own = f"  port: {own_port}\n  open-readiness: true\n  served-model-name: [q]\n  audit-log: {folder}/audit.jsonl\n"
     flags.write_text(f"serve:\n  api-key: [{KEY}]\n{own}")
-    return {"model": str(save_served(folder / "tiny", context=CONTEXT)), "config": str(flags), "cpus": 0.5}
+    tiny = str(save_served(folder / "tiny", context=CONTEXT))
+    return {"model": tiny, "config": str(flags), "cpus": 0.5, "router_resource": ROUTER_RESOURCE}
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,9 @@ def test_the_own_address_answers_as_the_proxy_does(running: Cluster, own_port: i
     with running.client(url=own) as client:
         refused = client.post(CHAT, json={}, headers={"x-request-id": "abc"})
     assert refused.status_code == 401 and refused.headers.get_list("x-request-id") == ["abc"]
+    with running.client(url=own) as client:
+        ready = client.get("/health/ready")
+    assert ready.status_code == 200, "as a kubelet asks, without a key"
     with socket.create_connection(("127.0.0.1", own_port)) as one:
         one.sendall(b"no HTTP at all\r\n\r\n")
         assert one.recv(4096).startswith(b"HTTP/1.1 400 ")

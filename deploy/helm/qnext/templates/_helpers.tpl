@@ -28,6 +28,29 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end -}}
 
+{{- /* Whether clients call a service of the chart; Ray's proxy has one that KubeRay makes. */ -}}
+{{- define "qnext.hasAddress" -}}
+{{- if or (not .Values.ray.enabled) (eq .Values.ray.address "router") -}}
+yes
+{{- end -}}
+{{- end -}}
+
+{{- define "qnext.serviceName" -}}
+{{- include "qnext.fullname" . -}}
+{{- if not (include "qnext.hasAddress" .) -}}
+-serve-svc
+{{- end -}}
+{{- end -}}
+
+{{- /* Where the pods listen that clients reach. Ray's proxy has 8000 in every pod that serves. */ -}}
+{{- define "qnext.port" -}}
+{{- if and .Values.ray.enabled (include "qnext.hasAddress" .) -}}
+8001
+{{- else -}}
+8000
+{{- end -}}
+{{- end -}}
+
 {{- define "qnext.keysSecret" -}}
 {{- .Values.keys.existingSecret | default (printf "%s-keys" (include "qnext.fullname" .)) -}}
 {{- end -}}
@@ -183,16 +206,15 @@ topologySpreadConstraints:
 
 {{- define "qnext.flags" -}}
 {{- $flags := deepCopy .Values.serve -}}
-{{- if not .Values.ray.enabled -}}
+{{- if include "qnext.hasAddress" . -}}
 {{- $_ := set $flags "host" "0.0.0.0" -}}
-{{- $_ := set $flags "port" 8000 -}}
+{{- $_ := set $flags "port" (int (include "qnext.port" .)) -}}
 {{- end -}}
 {{- $_ := set $flags "served-model-name" (list .Values.model.name) -}}
 {{- $_ := set $flags "shutdown-timeout" .Values.shutdownTimeoutSeconds -}}
 {{- $_ := set $flags "open-readiness" true -}}
 {{- /* The service's names. Probes and Prometheus ask by address. */ -}}
-{{- $name := include "qnext.fullname" . -}}
-{{- if .Values.ray.enabled }}{{ $name = printf "%s-serve-svc" $name }}{{ end -}}
+{{- $name := include "qnext.serviceName" . -}}
 {{- $inside := printf "%s.%s" $name .Release.Namespace -}}
 {{- $hosts := list $name $inside (printf "%s.svc" $inside) (printf "%s.svc.cluster.local" $inside) -}}
 {{- $_ := set $flags "allowed-hosts" (concat $hosts .Values.allowedHosts) -}}
@@ -212,12 +234,13 @@ topologySpreadConstraints:
 {{- toYaml (dict "serve" $flags) -}}
 {{- end -}}
 
-{{- /* A pod of Ray. KubeRay adds the command, the ports of the cluster and the probes. */ -}}
+{{- /* A pod of Ray: head, router or replica. KubeRay adds the command, the ports of the cluster and other probes. */ -}}
 {{- define "qnext.rayPod" -}}
 {{- $root := .root -}}
 metadata:
   labels:
     {{- include "qnext.labels" $root | nindent 4 }}
+    app.kubernetes.io/component: {{ .role }}
     {{- with $root.Values.podLabels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -246,13 +269,35 @@ spec:
   priorityClassName: {{ . }}
   {{- end }}
   containers:
-    - name: {{ .container }}
+    - name: {{ eq .role "head" | ternary "ray-head" "ray-worker" }}
       image: {{ include "qnext.image" $root | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       env:
         # Ray tells its makers of its use otherwise.
         - name: RAY_USAGE_STATS_ENABLED
           value: "0"
+      {{- $sleep := add $root.Values.preStopSeconds $root.Values.shutdownTimeoutSeconds }}
+      {{- if gt (int $sleep) 0 }}
+      # A cluster that another one replaces ends at once, all of its pods; running answers have this time before.
+      lifecycle:
+        preStop:
+          sleep:
+            seconds: {{ $sleep }}
+      {{- end }}
+      {{- if and (eq .role "router") (include "qnext.hasAddress" $root) }}
+      ports:
+        - name: http
+          containerPort: {{ include "qnext.port" $root }}
+          protocol: TCP
+      # Asked of a replica, through the router: a cluster whose models still load gets no requests.
+      readinessProbe:
+        httpGet:
+          path: /health/ready
+          port: http
+        periodSeconds: 5
+        timeoutSeconds: 5
+        failureThreshold: 2
+      {{- end }}
       securityContext:
         allowPrivilegeEscalation: false
         readOnlyRootFilesystem: true
