@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from qnext.cli.flags.division import DivisionFlags
 from qnext.cli.flags.tuning import Resume
 from qnext.cli.flags.watching import WatchFlags
 
@@ -19,13 +20,8 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the run; default runs/RECIPE")] = None,
     resume: Resume = False,
-    expert_parallel: Annotated[
-        int, typer.Option(min=1, metavar="M", help="under torchrun: so many processes in a row share the experts")
-    ] = 1,
-    context_parallel: Annotated[
-        int, typer.Option(min=1, metavar="C", help="under torchrun: so many processes in a row share a micro batch")
-    ] = 1,
     *,
+    ranks: DivisionFlags,
     watch: WatchFlags,
 ) -> None:
     """Train a model by a recipe. Leaves OUT/model, OUT/metrics.jsonl and OUT/snapshots.
@@ -45,9 +41,9 @@ def command(
     check_names(watch.log or ())
     keep_freed_memory()
     folder = out or Path("runs") / recipe
-    with ranks_of_run(expert=expert_parallel, context=context_parallel) as ranks:
-        display = TrainingDisplay(is_quiet=not ranks.is_first)
+    with ranks_of_run(**ranks.division()) as together:
+        display = TrainingDisplay(is_quiet=not together.is_first)
         display.note("reading text, making the tokenizer")
-        run = prepare(chosen, folder, resume=resume, hooks=display.hooks(), ranks=ranks)
+        run = prepare(chosen, folder, resume=resume, hooks=display.hooks(), ranks=together)
         display.describe(run.trainer, run.corpus.description, vocab_size=run.tokenizer.vocab_size)
         run_to_the_end(run.trainer, display, run.save, watch=watch)

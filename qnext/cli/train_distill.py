@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from qnext.cli.flags.division import ExpertFlags
 from qnext.cli.flags.lora import LoraFlags
 from qnext.cli.flags.teacher import TeacherFlags
-from qnext.cli.flags.tuning import Out, Resume, SampleFiles, ShowSample, Template
+from qnext.cli.flags.tuning import BeginFlags, Out, SampleFiles, Template
 from qnext.cli.flags.watching import WatchFlags
 
 
@@ -21,11 +22,11 @@ def command(
     ] = None,
     template: Template = None,
     *,
+    ranks: ExpertFlags,
     teacher: TeacherFlags,
     lora: LoraFlags,
     watch: WatchFlags,
-    show_sample: ShowSample = 0,
-    resume: Resume = False,
+    begin: BeginFlags,
 ) -> None:
     """Teach a student what a teacher says at every learnt token of your texts and chats. Leaves OUT/model.
 
@@ -41,9 +42,9 @@ def command(
         base,
         [str(path) for path in data or []],
         template=template,
-        settings=[*teacher.settings(resume=resume), *(settings or [])],
+        settings=[*teacher.settings(resume=begin.resume), *(settings or [])],
         adapter=lora.task(),
         method=teacher.method,
-        resume=resume,
+        resume=begin.resume,
     )
-    tune(task, out, show_sample=show_sample, resume=resume, watch=watch)
+    tune(task, out, ranks.division(), show_sample=begin.show_sample, resume=begin.resume, watch=watch)

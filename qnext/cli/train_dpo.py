@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from qnext.cli.flags.division import ExpertFlags
 from qnext.cli.flags.lora import LoraFlags
-from qnext.cli.flags.tuning import Out, Resume, ShowSample, Template
+from qnext.cli.flags.tuning import BeginFlags, Out, Template
 from qnext.cli.flags.watching import WatchFlags
 
 
@@ -26,10 +27,10 @@ def command(
     ] = None,
     template: Template = None,
     *,
+    ranks: ExpertFlags,
     lora: LoraFlags,
     watch: WatchFlags,
-    show_sample: ShowSample = 0,
-    resume: Resume = False,
+    begin: BeginFlags,
 ) -> None:
     """Teach a model to prefer the chosen answer of a pair to the rejected one (DPO). Leaves OUT/model.
 
@@ -47,6 +48,6 @@ def command(
         settings=settings or [],
         adapter=lora.task(),
         method="dpo",
-        resume=resume,
+        resume=begin.resume,
     )
-    tune(task, out, show_sample=show_sample, resume=resume, watch=watch)
+    tune(task, out, ranks.division(), show_sample=begin.show_sample, resume=begin.resume, watch=watch)

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from qnext.cli.flags.division import DivisionFlags
 from qnext.cli.flags.lora import LoraFlags
-from qnext.cli.flags.tuning import Out, Resume, SampleFiles, ShowSample, Template
+from qnext.cli.flags.tuning import BeginFlags, Out, SampleFiles, Template
 from qnext.cli.flags.watching import WatchFlags
 
 
@@ -23,10 +24,10 @@ def command(
     ] = None,
     template: Template = None,
     *,
+    ranks: DivisionFlags,
     lora: LoraFlags,
     watch: WatchFlags,
-    show_sample: ShowSample = 0,
-    resume: Resume = False,
+    begin: BeginFlags,
 ) -> None:
     """Teach a model to answer as the assistant does in your chats. Leaves OUT/model, which chats and serves.
 
@@ -48,6 +49,6 @@ def command(
         template=template,
         settings=settings or [],
         adapter=lora.task(),
-        resume=resume,
+        resume=begin.resume,
     )
-    tune(task, out, show_sample=show_sample, resume=resume, watch=watch)
+    tune(task, out, ranks.division(), show_sample=begin.show_sample, resume=begin.resume, watch=watch)

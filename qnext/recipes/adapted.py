@@ -16,7 +16,7 @@ from qnext.lora import Adapter, LoraConfig, adapter_of, add_lora, choose_experts
 from qnext.lora.config import Targets
 from qnext.model import Batch, CausalLM
 from qnext.ops import LowRank
-from qnext.training.ranks import whole_value
+from qnext.training.ranks import TrainingRanks
 
 _COVERAGE = 0.5
 
@@ -90,11 +90,11 @@ def adapt(model: CausalLM, task: AdapterTask, batches: Iterable[Batch], *, seed:
     return describe_adapter(adapter_of(model)).lines()[0] + chosen
 
 
-def whole_adapter(model: CausalLM) -> Adapter:
-    """The adapter of a model in training; where processes have parts of it they all call this, and all have it then."""
+def whole_adapter(model: CausalLM, ranks: TrainingRanks) -> Adapter:
+    """The adapter of a model in training; all processes call this, and all have it then."""
     adapter = adapter_of(model)
     parts = {
-        name: LowRank(whole_value(part.A), whole_value(part.B), part.scale) for name, part in adapter.parts.items()
+        name: LowRank(ranks.value(part.A), ranks.value(part.B), part.scale) for name, part in adapter.parts.items()
     }
     return Adapter(parts, adapter.places)
 

@@ -12,7 +12,7 @@ import torch
 from qnext.engine import Completion, SamplingParams
 from qnext.model import CausalLM
 from qnext.recipes.rollouts import draw_answers
-from qnext.training.ranks import ALONE, TrainingRanks, whole_value
+from qnext.training.ranks import ALONE, TrainingRanks
 
 
 class DrawnTogether:
@@ -30,7 +30,7 @@ class DrawnTogether:
             targets = dict(self._copy.named_parameters())
             for name, parameter in self._model.named_parameters():
                 if parameter.requires_grad:
-                    targets[name].copy_(whole_value(parameter))
+                    targets[name].copy_(self._ranks.value(parameter))
         return self._copy
 
     def __call__(

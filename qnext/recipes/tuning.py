@@ -97,7 +97,7 @@ class TuningRun:
         """
         ranks, tokens = self.trainer.ranks, self.folder / TOKENIZER
         if self.data.task.adapter is not None:
-            adapter, config = whole_adapter(self.trainer.model), self.trainer.model.config
+            adapter, config = whole_adapter(self.trainer.model, ranks), self.trainer.model.config
             options = {"base": self.data.base.path, "tokenizer_folder": tokens}
             ranks.by_first(lambda: save_adapted(adapter, config, self.folder, making=self._making(), **options))
             return self.folder / IN_A_RUN
@@ -131,7 +131,9 @@ class TuningRun:
 
     def changes(self) -> list[str]:
         """What an adapter has changed by now, for people."""
-        return [] if self.data.task.adapter is None else describe_adapter(whole_adapter(self.trainer.model)).lines()
+        if self.data.task.adapter is None:
+            return []
+        return describe_adapter(whole_adapter(self.trainer.model, self.trainer.ranks)).lines()
 
     def _card(self) -> str:
         return (

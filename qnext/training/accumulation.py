@@ -42,7 +42,6 @@ class Accumulation:
             raise UsageError(
                 f"mtp_steps={config.mtp_steps}: drafts in a row need all rows of a micro batch in a process"
             )
-        ranks.rows(config.tokens_per_batch)
         if config.accumulation % self._size:
             raise UsageError(
                 f"accumulation={config.accumulation}: the micro batches of a step are divided among {ranks.num_shares} "

@@ -203,8 +203,10 @@ def with_router_losses(
     seen_LE = all_RLE[: step.ranks.share + 1].sum(0)
     if step.counts_LE is not None:
         seen_LE = step.counts_LE + seen_LE
-    num_means = len(step.batches) * step.ranks.num_cuts
-    balance_loss, z_loss = (loss / num_means for loss in router_losses(stack_logits(outputs), seen_LE))
+    balance_loss, z_loss = (loss / len(step.batches) for loss in router_losses(stack_logits(outputs), seen_LE))
+    if step.ranks.num_cuts > 1:  # each is the mean over the rows of this process
+        share = own_LE.sum().to(balance_loss) / all_RLE[step.ranks.share].sum()
+        balance_loss, z_loss = share * balance_loss, share * z_loss
     return Losses({**parts, "balance": LossPart(balance_loss, balance), "z": LossPart(z_loss, z)}, all_RLE.sum(0))
 
 

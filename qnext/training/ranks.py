@@ -81,6 +81,9 @@ class TrainingRanks(Protocol):
     def whole(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
         """Tensors that are cut as the parameters of these parts are, and have one shape."""
 
+    def value(self, parameter: Tensor) -> Tensor:
+        """All of a parameter of the model, which may be cut. All processes ask, and all have it then."""
+
     def cut(self, tensor: Tensor, part: Tensor) -> Tensor:
         """The inverse of `whole` for one tensor."""
 
@@ -141,6 +144,9 @@ class Alone:
     def whole(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors)
 
+    def value(self, parameter: Tensor) -> Tensor:
+        return parameter
+
     def cut(self, tensor: Tensor, part: Tensor) -> Tensor:
         return tensor
 
@@ -176,12 +182,6 @@ def total_norm(gradients: Sequence[Tensor], ranks: TrainingRanks) -> Tensor:
     """The norm of the gradients of all parts together."""
     norms_P = torch.stack(torch._foreach_norm(list(gradients)))
     return torch.linalg.vector_norm(ranks.gather_parts(norms_P))
-
-
-def whole_value(parameter: Tensor) -> Tensor:
-    """Of a parameter of a cut model, all of it: all processes ask, and all have it then. Others are whole."""
-    gather = getattr(parameter, "full_tensor", None)
-    return parameter if gather is None else gather()
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from qnext.engine import SamplingParams
 from qnext.errors import UsageError
 from qnext.model import CausalLM
+from qnext.parallel.train.ranks import Division
 from qnext.recipes.adapted import AdapterTask
 from qnext.recipes.gspo import GspoData
 from qnext.recipes.rollouts import Answer, Problem, draw_answers
@@ -37,6 +38,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "distill": {"method": "distill"},
     "distill on-policy": {"method": "on-policy"},
     "gspo": {"method": "gspo"},
+    "sft, experts dealt": {"division": Division(expert=2)},
+    "sft with an examination, experts dealt": {"examines": True, "division": Division(expert=2)},
+    "dpo, experts dealt": {"method": "dpo", "division": Division(expert=2)},
+    "distill, experts dealt": {"method": "distill", "division": Division(expert=2)},
+    "distill on-policy, experts dealt": {"method": "on-policy", "division": Division(expert=2)},
+    # A sample in each micro batch, whose first half, of one process, is prompt alone.
+    "sft, rows cut": {"division": Division(context=2), "more": ["tokens_per_batch=48"]},
+    "sft with an adapter, rows cut": {"adapter": AdapterTask(rank=2, router=True), "division": Division(context=2)},
+}
+SLOW = {
+    *("sft with an examination, experts dealt", "distill, experts dealt", "distill on-policy, experts dealt"),
 }
 ROLLOUTS = (
     *("lr=1e-3", "prompts=3", "group_size=4", "max_tokens=6", "minibatches=2", "held_out=0.3", "eval_problems=3"),
@@ -85,7 +97,7 @@ def examination(data: TuningData, tokenizer: Path) -> Callable[[CausalLM], Exami
 
 def tuned(ranks: TrainingRanks, task: dict[str, Any], out: Path, until_step: int | None = None) -> list[str]:
     """Train; with `until_step` to there, with a snapshot. The names of what is trained."""
-    asked = {name: value for name, value in task.items() if name != "examines"}
+    asked = {name: value for name, value in task.items() if name not in ("examines", "division", "more")}
     options: dict[str, Any] = {"examination": examination} if "examines" in task else {}
     run = prepare_task(task_of(out, **asked), out, resume=task.get("resume", False), ranks=ranks, **options)
     with mock.patch.object(GspoData, "reward", generous):
@@ -97,7 +109,7 @@ def tuned(ranks: TrainingRanks, task: dict[str, Any], out: Path, until_step: int
     return list(run.trainer.part_of)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in SLOW)) for way in WAYS])
 def test_two_processes_tune_as_one(
     tmp_path: Path, base: Path, teacher: Path, samples: dict[str, Path], two: TrainingProcesses, way: str
 ) -> None:
@@ -106,9 +118,11 @@ def test_two_processes_tune_as_one(
     settings = [*(ROLLOUTS if method == "gspo" else SETTINGS)]
     settings += [f"teacher={teacher}"] if method in ("distill", "on-policy") else []
     settings += ["max_tokens=8"] if method == "on-policy" else []
+    settings += WAYS[way].get("more", [])
     task = {"method": "sft", "base": str(base), "data": [str(samples[method])], "settings": settings, **WAYS[way]}
     changes_hands = "adapter" in task
-    trained = two.run(tuned, task, tmp_path / "two", 1 if changes_hands else None)
+    division = task.get("division", Division())
+    trained = two.divided(division).run(tuned, task, tmp_path / "two", 1 if changes_hands else None)
     assert trained[0] == trained[1] == tuned(ALONE, task, tmp_path / "one")
     if changes_hands:
         tuned(ALONE, {"base": None, "data": [], "resume": True}, tmp_path / "two")
@@ -132,6 +146,14 @@ def numbers(run: Path) -> dict[str, float]:
             if isinstance(value, float) and key not in ("elapsed", "tokens_per_second", "lr"):
                 found[f"{document['step']}/{key}"] = value
     return found
+
+
+def test_experts_under_an_adapter_are_not_dealt(
+    tmp_path: Path, base: Path, samples: dict[str, Path], two: TrainingProcesses
+) -> None:
+    task = {"base": str(base), "data": [str(samples["sft"])], "adapter": AdapterTask(rank=2), "settings": []}
+    with pytest.raises(UsageError, match="--expert-parallel: with an adapter every process has all experts"):
+        two.divided(Division(expert=2)).run(tuned, task, tmp_path / "run")
 
 
 def test_a_step_that_cannot_be_divided_is_refused(

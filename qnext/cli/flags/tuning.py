@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,13 @@ SampleFiles = Annotated[
     list[Path] | None,
     typer.Option(help="chats (JSONL, JSON, parquet), a text, or a folder of them; may be given again"),
 ]
-ShowSample = Annotated[
-    int, typer.Option(min=0, metavar="N", help="show N samples, with what is learnt in colour, and end")
-]
+
+
+@dataclass(frozen=True)
+class BeginFlags:
+    """Whether a run begins, goes on, or shows its data alone."""
+
+    show_sample: Annotated[
+        int, typer.Option(min=0, metavar="N", help="show N samples, with what is learnt in colour, and end")
+    ] = 0
+    resume: Resume = False

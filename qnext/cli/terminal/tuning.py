@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -18,17 +19,27 @@ from qnext.session.folder import no_progress
 from qnext.training.loggers import check_names
 
 _UNWATCHED = WatchFlags()
+ALL_ALIKE: Mapping[str, int] = {}
 
 
-def tune(task: TuningTask, out: Path, *, show_sample: int, resume: bool, watch: WatchFlags = _UNWATCHED) -> None:
-    """Run a task in its folder to the end; or show `show_sample` samples of its data, if not zero."""
+def tune(
+    task: TuningTask,
+    out: Path,
+    division: Mapping[str, int] = ALL_ALIKE,
+    *,
+    show_sample: int,
+    resume: bool,
+    watch: WatchFlags = _UNWATCHED,
+) -> None:
+    """Run a task in its folder to the end; or show `show_sample` samples of its data, if not zero. `division` is that
+    of ranks_of_run."""
     check_names(watch.log or ())
     keep_freed_memory()
     if show_sample:
         refuse_ranks("--show-sample")
         show(read_data(task, out, progress=byte_progress), show_sample)
         return
-    with ranks_of_run() as ranks:
+    with ranks_of_run(**division) as ranks:
         display = TrainingDisplay(is_quiet=not ranks.is_first)
         progress = byte_progress if ranks.is_first else no_progress
         run = prepare_task(task, out, resume=resume, hooks=display.hooks(), progress=progress, ranks=ranks)

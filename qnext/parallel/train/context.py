@@ -6,7 +6,7 @@ K and V head dims, N sequences of this rank, Q rows whose keys the rows here may
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -24,25 +24,31 @@ _CONV, _STATE = 1, 2  # tags of messages
 
 
 class RowContext:
-    """The ranks of `group` have the rows of one micro batch in their order, equally many each. `cut` says which batch;
-    before it, nothing is cut."""
+    """The ranks of `group` have the rows of one micro batch in their order, as equally many as can be. `cut` says which
+    batch; before it, nothing is cut."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.num_ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         self.whole: Batch | None = None
+        self.sizes: list[int] = []  # rows of each rank
         self.first = 0  # row whose sequence goes on here, and what the rows here may see from it on
         self.is_seen_RQ: Tensor | None = None
 
     def span(self, num_rows: int) -> tuple[int, int]:
         """The rows of this rank."""
-        if num_rows % self.num_ranks:
-            raise UsageError(f"--context-parallel {self.num_ranks}: it must divide the {num_rows} tokens of a batch")
-        size = num_rows // self.num_ranks
-        return self.rank * size, (self.rank + 1) * size
+        return self._spans(num_rows)[self.rank]
+
+    def _spans(self, num_rows: int) -> list[tuple[int, int]]:
+        if num_rows < self.num_ranks:
+            raise UsageError(f"--context-parallel {self.num_ranks}: a micro batch has {num_rows} rows")
+        ends = [num_rows * rank // self.num_ranks for rank in range(self.num_ranks + 1)]
+        return list(pairwise(ends))
 
     def cut(self, whole: Batch) -> Batch:
         """The rows of this rank. Its sequences may begin or end on other ranks; mixers know it from now on."""
-        start, end = self.span(len(whole.token_ids_T))
+        of_ranks = self._spans(len(whole.token_ids_T))
+        self.sizes = [end - start for start, end in of_ranks]
+        start, end = of_ranks[self.rank]
         ends = list(accumulate(whole.packing.lengths))
         spans = zip([0, *ends], ends, strict=False)
         lengths = [min(last, end) - max(first, start) for first, last in spans if first < end and last > start]
@@ -174,13 +180,18 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_RX: Tensor, context: RowContext) -> Tensor:
-        ctx.context = context
-        parts = [torch.empty_like(x_RX, memory_format=torch.contiguous_format) for _ in range(context.num_ranks)]
-        dist.all_gather(parts, x_RX.contiguous(), group=context.group)
-        return torch.cat(parts)
+        ctx.context, ctx.sizes = context, context.sizes
+        largest = max(ctx.sizes)
+        padded_RX = torch.cat([x_RX, x_RX.new_zeros(largest - len(x_RX), *x_RX.shape[1:])])
+        parts = [torch.empty_like(padded_RX) for _ in ctx.sizes]
+        dist.all_gather(parts, padded_RX, group=context.group)
+        return torch.cat([part[:size] for part, size in zip(parts, ctx.sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, grad_TX: Tensor) -> tuple[Tensor, None]:
-        parts_TX = torch.empty_like(grad_TX, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(parts_TX, grad_TX.contiguous(), group=ctx.context.group)
-        return parts_TX.unflatten(0, (ctx.context.num_ranks, -1)).sum(0), None
+        context, own = ctx.context, ctx.sizes[ctx.context.rank]
+        parts_RX = grad_TX.new_empty(context.num_ranks * own, *grad_TX.shape[1:])
+        dist.all_to_all_single(
+            parts_RX, grad_TX.contiguous(), [own] * context.num_ranks, ctx.sizes, group=context.group
+        )
+        return parts_RX.unflatten(0, (context.num_ranks, -1)).sum(0), None

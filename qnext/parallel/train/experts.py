@@ -35,6 +35,8 @@ def deal_experts(model: CausalLM, group: dist.ProcessGroup) -> list[nn.Module]:
     found: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, SparseMoE):
+            if type(module.experts) is not Experts or not all(p.requires_grad for p in module.experts.parameters()):
+                raise UsageError("--expert-parallel: with an adapter every process has all experts; leave it out")
             module.experts = DealtExperts(module.experts, model.config, group)
             found.append(module.experts)
     return found

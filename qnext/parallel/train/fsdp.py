@@ -70,6 +70,13 @@ class CutParameter:
         """The rows of the largest part."""
         return -(-self.parameter.shape[0] // self.parameter.device_mesh.size())
 
+    def padded(self, tensors: Sequence[Tensor]) -> Tensor:
+        """[N, rows of the largest part, ...]: tensors that are cut as the parameter is."""
+        padded = tensors[0].new_zeros(len(tensors), self.largest, *self.shape[1:])
+        for place, tensor in zip(padded, tensors, strict=True):
+            place[: len(tensor)] = tensor
+        return padded
+
     def joined(self, parts_RX: Tensor) -> Tensor:
         """[processes, rows of the largest part, ...] -> the whole."""
         dealt = parts_RX.unflatten(0, (-1, self.num_dealt)).transpose(0, 1).flatten(1, 2)
@@ -101,7 +108,7 @@ class CutParameters:
         self._cuts[id(cut.part)] = cut
         return cut.part
 
-    def cut(self, parameter: nn.Parameter) -> CutParameter:
+    def cut(self, parameter: Tensor) -> CutParameter:
         """Of a parameter that FSDP2 has cut."""
         assert isinstance(parameter, DTensor)
         mesh = parameter.device_mesh
@@ -119,11 +126,3 @@ class CutParameters:
         for cut in self._cuts.values():
             gradient = cut.parameter.grad
             cut.part.grad = gradient.to_local() if isinstance(gradient, DTensor) else None
-
-    def padded(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
-        """[N, rows of the largest part, ...]: tensors of one shape that are cut as `parts` are."""
-        cut = self.of(parts[0])
-        padded = tensors[0].new_zeros(len(tensors), cut.largest, *cut.shape[1:])
-        for place, tensor in zip(padded, tensors, strict=True):
-            place[: len(tensor)] = tensor
-        return padded

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from qnext.config import ModelConfig
 from qnext.errors import LostRank, QnextError
@@ -143,9 +144,18 @@ class RanksOfRun:
 
     @torch.no_grad()
     def whole(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-        padded = self._parts.padded(tensors, parts)
+        cuts = [self._parts.of(part) for part in parts]
+        padded = cuts[0].padded(tensors)
         found = self.gather_parts(padded.flatten()).view(self.num_ranks, *padded.shape)
-        return [self._parts.of(part).joined(each) for part, each in zip(parts, found.unbind(1), strict=True)]
+        return [cut.joined(each) for cut, each in zip(cuts, found.unbind(1), strict=True)]
+
+    @torch.no_grad()
+    def value(self, parameter: Tensor) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return parameter
+        cut = self._parts.cut(parameter)
+        (padded,) = cut.padded([cut.part])
+        return cut.joined(self.gather_parts(padded.flatten()).view(self.num_ranks, *padded.shape))
 
     def cut(self, tensor: Tensor, part: Tensor) -> Tensor:
         return self._parts.of(part).cut(tensor, self.rank)
