@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,24 +22,20 @@ def command(
     """Train a small model from random weights to think: pretraining, SFT, then GSPO on sums. Leaves OUT/gspo/model.
 
     It takes a few minutes on two cores. Ctrl-C ends it after its step, and --resume goes on from there; a stage that
-    has left its model is not run again.
+    has left its model is not run again. Started by `torchrun -m qnext train reason`, its processes share the work.
     """
-    from qnext.cli.terminal.ranks import refuse_ranks
+    from qnext.cli.terminal.ranks import ranks_of_run
     from qnext.cli.terminal.training import TrainingDisplay, run_to_the_end
-    from qnext.errors import UsageError
     from qnext.ops import keep_freed_memory
-    from qnext.recipes.reason import STAGES, finished, prepare_stage
+    from qnext.recipes.reason import prepare_stage, stages_left
 
-    refuse_ranks("train reason")
-    if not resume and any((out / name).exists() for name in STAGES):
-        raise UsageError(f"{out} holds a run already; --resume continues it, another --out starts a new one")
     keep_freed_memory()
-    for name in STAGES:
-        if resume and finished(out, name):
-            continue
-        display = TrainingDisplay()
-        display.note(f"stage {name}")
-        stage = prepare_stage(name, out, seed=seed, settings=settings or [], resume=resume, hooks=display.hooks())
-        display.describe(stage.trainer, stage.description, vocab_size=stage.vocab_size)
-        stage.trainer.evaluate()
-        run_to_the_end(stage.trainer, display, stage.save)
+    with ranks_of_run() as ranks:
+        for name in stages_left(out, resume=resume, ranks=ranks):
+            display = TrainingDisplay(is_quiet=not ranks.is_first)
+            display.note(f"stage {name}")
+            options: dict[str, Any] = {"seed": seed, "settings": settings or [], "resume": resume, "ranks": ranks}
+            stage = prepare_stage(name, out, hooks=display.hooks(), **options)
+            display.describe(stage.trainer, stage.description, vocab_size=stage.vocab_size)
+            stage.trainer.evaluate()
+            run_to_the_end(stage.trainer, display, stage.save)

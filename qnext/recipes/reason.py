@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ from qnext.recipes.sums import Exercise, exercises
 from qnext.recipes.tasks import prepare_task
 from qnext.recipes.tuning_task import TuningTask
 from qnext.training import Hooks, TrainConfig, Trainer
+from qnext.training.ranks import ALONE, TrainingRanks
 from qnext.training.sources import Corpus, TextFile
 
 STAGES = ("pretrain", "sft", "gspo")
 _CARE = 0.09  # share of the workings that carry where they have to
 _PAGES, _SUMS_OF_A_PAGE, _TAUGHT = 3000, 6, 4000
+_SUMS = "sums.jsonl"
+_ONE_AT_A_TIME = "parallel_batches=1"  # of several processes each computes a micro batch
 _HELD_OUT = 0.1  # share of the sums that no stage learns from
 _GREEDY = {"do_sample": False, "temperature": 0.0}
 _SHARED = ("precision=float32", "weight_decay=0", "mtp_coefficient=0", "accumulation=2", "parallel_batches=2")
@@ -65,9 +68,19 @@ class Stage:
     vocab_size: int
 
 
-def finished(folder: Path, name: str) -> bool:
-    """Whether a stage of the run in `folder` has left its model."""
-    return (folder / name / "model").is_dir()
+def stages_left(folder: Path, *, resume: bool = False, ranks: TrainingRanks = ALONE) -> list[str]:
+    """The stages that have not left their models. All of several `ranks` ask before one of them begins.
+
+    Raises UsageError where `folder` holds a run and `resume` is false.
+    """
+
+    def check() -> None:
+        if not resume and any((folder / name).exists() for name in STAGES):
+            raise UsageError(f"{folder} holds a run already; --resume continues it, another --out starts a new one")
+
+    left = [name for name in STAGES if not (folder / name / "model").is_dir()]
+    ranks.by_first(check)
+    return left
 
 
 def prepare_stage(
@@ -78,11 +91,12 @@ def prepare_stage(
     settings: Sequence[str],
     resume: bool = False,
     hooks: Hooks | None = None,
+    ranks: TrainingRanks = ALONE,
 ) -> Stage:
     """The stage `name` of the run in `folder`, on the model of the one before it. `settings` are `stage.key=value`.
 
-    With `resume` a stage that has begun continues from its newest snapshot. Raises UsageError for an unknown stage in
-    the settings.
+    With `resume` a stage that has begun continues from its newest snapshot. Micro batches that one process computes
+    side by side are shared among several `ranks`. Raises UsageError for an unknown stage in the settings.
     """
     own: list[str] = []
     for setting in settings:
@@ -92,11 +106,20 @@ def prepare_stage(
         own += [rest] if stage == name else []
     out = folder / name
     if name == "pretrain":
-        run = prepare(override(_pretraining(seed), own), out, resume=resume and is_run(out), hooks=hooks)
+        resumes = resume and is_run(out)
+        together = [] if ranks is ALONE else [_ONE_AT_A_TIME]
+        recipe = override(_pretraining(seed), [*own, *together])
+        run = prepare(recipe, out, resume=resumes, hooks=hooks, ranks=ranks)
         return Stage(name, run.trainer, run.save, run.corpus.description, run.tokenizer.vocab_size)
+    if name == "sft":
+        ranks.by_first(lambda: _write_sums(out, seed))
     task = _taught(folder, seed, own) if name == "sft" else _rewarded(folder, seed, own)
     resumes = resume and (out / "snapshots").is_dir()
-    tuned = prepare_task(TuningTask.read(out) if resumes else task, out, resume=resumes, hooks=hooks)
+    if resumes:
+        task = TuningTask.read(out)
+    if ranks is not ALONE:
+        task = replace(task, settings=(*task.settings, _ONE_AT_A_TIME))
+    tuned = prepare_task(task, out, resume=resumes, hooks=hooks, ranks=ranks)
     return Stage(name, tuned.trainer, tuned.save, tuned.data.description, tuned.data.tokenizer.vocab_size)
 
 
@@ -154,10 +177,14 @@ def _learnt(count: int, *, seed: str) -> list[Exercise]:
     return [each for each in found if not is_held_out(sum_of(each), _HELD_OUT)][:count]
 
 
+def _write_sums(folder: Path, seed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(_chat(each)) + "\n" for each in _learnt(_TAUGHT, seed=f"{seed}/taught"))
+    write_file(folder / _SUMS, "".join(lines))
+
+
 def _taught(folder: Path, seed: int, settings: Sequence[str]) -> TuningTask:
-    path = folder / "sft" / "sums.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, "".join(json.dumps(_chat(each)) + "\n" for each in _learnt(_TAUGHT, seed=f"{seed}/taught")))
+    path = folder / "sft" / _SUMS
     values = (*_SHARED, *_SFT, f"seed={seed}", *settings)
     return TuningTask(_model(folder, "pretrain"), (str(path.absolute()),), "thinking", values, _GREEDY)
 

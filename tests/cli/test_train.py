@@ -53,16 +53,11 @@ def run(*arguments: str) -> int:
     return exit_.value.code
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [("train", "reason"), ("demo",)],
-    ids=lambda arguments: arguments[1] if arguments[1:] else arguments[0],
-)
 def test_what_cannot_share_its_work_is_refused_under_torchrun(
-    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(*arguments, "--out", str(tmp_path / "run")) == 2
+    assert run("demo", "--out", str(tmp_path / "run")) == 2
     assert "runs in one process, and torchrun has started 2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from qnext.model import CausalLM
 from qnext.parallel.train.ranks import Division
 from qnext.recipes.adapted import AdapterTask
 from qnext.recipes.gspo import GspoData
+from qnext.recipes.reason import STAGES, prepare_stage, stages_left
 from qnext.recipes.rollouts import Answer, Problem, draw_answers
 from qnext.recipes.tasks import prepare_task, task_of
 from qnext.recipes.tuning import TuningData
@@ -146,6 +148,39 @@ def numbers(run: Path) -> dict[str, float]:
             if isinstance(value, float) and key not in ("elapsed", "tokens_per_second", "lr"):
                 found[f"{document['step']}/{key}"] = value
     return found
+
+
+def reasoned(ranks: TrainingRanks, out: Path, settings: list[str]) -> list[str]:
+    """The stages that were left, each of which has run."""
+    left = stages_left(out, resume=out.exists(), ranks=ranks)
+    for name in left:
+        stage = prepare_stage(name, out, seed=0, settings=settings, resume=True, ranks=ranks)
+        stage.trainer.evaluate()
+        stage.trainer.run()
+        stage.save()
+    return left
+
+
+@pytest.mark.slow
+def test_a_model_learns_to_reason_on_two_processes(tmp_path: Path, two: TrainingProcesses) -> None:
+    """As in one process that computes one micro batch after another. Then one process makes the last stage anew."""
+    settings = [f"{stage}.{key}" for stage in ("pretrain", "sft") for key in ("total_steps=2", "snapshot_every=0")]
+    settings += [f"{stage}.parallel_batches=1" for stage in STAGES]
+    settings += [
+        f"gspo.{key}" for key in ("total_steps=2", "prompts=2", "group_size=2", "max_tokens=4", "eval_every=0")
+    ]
+    settings += ["gspo.eval_problems=4"]
+    stages = reasoned(ALONE, tmp_path / "one", settings)
+    assert two.run(reasoned, tmp_path / "two", settings) == [stages, stages]
+    for stage in stages:
+        one, other = (numbers(tmp_path / name / stage) for name in ("one", "two"))
+        assert len(one) == len(other) > 5
+        for place, number in one.items():
+            assert other[place] == pytest.approx(number, rel=2e-6), (stage, place)
+    with pytest.raises(UsageError, match="holds a run already"):
+        stages_left(tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / stages[-1])
+    assert reasoned(ALONE, tmp_path / "two", settings) == stages[-1:]
 
 
 def test_experts_under_an_adapter_are_not_dealt(

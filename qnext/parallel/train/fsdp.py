@@ -103,6 +103,9 @@ class CutParameters:
         self._cuts: dict[int, CutParameter] = {}
         self.dealt_mesh: DeviceMesh | None = None  # [dealt, copies], where experts are dealt
 
+    def forget(self) -> None:
+        self._cuts.clear()
+
     def add(self, parameter: nn.Parameter) -> nn.Parameter:
         cut = self.cut(parameter)
         self._cuts[id(cut.part)] = cut

@@ -100,6 +100,7 @@ class RanksOfRun:
         check_context(context, num_ranks=self.num_ranks)
         world = dist.group.WORLD
         assert world is not None
+        self._parts.forget()  # of another model, which was trained before
         with self.guarded():
             mesh = dealt_mesh = DeviceMesh.from_group(world, device)
             dealt: list[nn.Module] = []
