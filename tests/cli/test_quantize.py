@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from qnext.checkpoint import create_folder
 from qnext.text.train import byte_level_tokenizer, save_tokenizer
 from tests.cli.command import QUANTIZABLE, Capture, edit_json, run
 from tests.cli.local_hub import LocalHub
+from tests.forked import Program
 from tests.provenance import content_of
 
 TEXT = "The scale of a group is chosen before its codes. " * 40
@@ -106,17 +105,15 @@ def test_shard_by_shard(tmp_path: Path, capsys: Capture) -> None:
     assert again.code == 2 and "exists and is not empty" in again.error_line
 
 
-def from_hub(hub: LocalHub, home: Path, out: Path, **options: Any) -> subprocess.Popen[str]:
+def from_hub(hub: LocalHub, home: Path, out: Path) -> Program:
     """In a process of its own: the address of the hub is read once."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "qnext", "quantize", "org/model", str(out), "--scheme", "int8", "--from-hub"],
+    return Program(
+        ["-m", "qnext", "quantize", "org/model", out, "--scheme", "int8", "--from-hub"],
         cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         env={**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
-        **options,
     )
 
 

@@ -6,7 +6,6 @@ import asyncio
 import http.server
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from qnext.server.server import Server
 from qnext.session.folder import open_folder
 from qnext.session.in_process import ask_in_process
 from qnext.session.served import ServeConfig, load_served
+from tests.forked import Program
 from tests.server.serving import running_server
 
 from .command import Capture, run
@@ -250,12 +250,8 @@ def test_ctrl_c_leaves_whole_lines(chat_folder: Path, tmp_path: Path) -> None:
     """A process of its own: signals belong to the main thread."""
     source = write(tmp_path / "in.jsonl", [line(f"r{i}", max_tokens=60, ignore_eos=True) for i in range(600)])
     output = tmp_path / "out.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qnext", "run-batch", str(chat_folder), "-i", str(source), "-o", str(output)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    words = ["-m", "qnext", "run-batch", chat_folder, "-i", source, "-o", output]
+    process = Program(words, stderr=subprocess.PIPE)
     try:
         end = time.monotonic() + 100
         while (not output.exists() or output.stat().st_size < 2_000) and time.monotonic() < end:

@@ -7,9 +7,7 @@ given again, and nothing is left of what the first one began.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 
 from tests.durability.faults import Step, lost_by_power
 from tests.durability.scenarios import SCENARIOS
+from tests.forked import Program
 
 ROOT = Path(__file__).parents[2]
 # What is run by every `make test`; the others are the same verbs of qnext.files below a longer command.
@@ -39,11 +38,8 @@ Strike = Callable[[str, str], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def strike(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Strike]:
-    command = [sys.executable, "-m", "tests.durability.driver", str(tmp_path_factory.mktemp("durability"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    words = ["-m", "tests.durability.driver", tmp_path_factory.mktemp("durability")]
+    process = Program(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None and process.stdout is not None
     reader, writer = process.stdout, process.stdin
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
 import random
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from qnext.engine.execution.local import LocalExecutor
 from qnext.engine.policy.step import DraftPlan, StepPlan
 from tests.engine.drafting import draft_always
 from tests.engine.models import NATIVE, needs_native, tiny_model
+from tests.forked import context
 from tests.model.models import make_in_form
 
 CONFIG = EngineConfig(
@@ -53,9 +53,9 @@ def serve(connection: Connection) -> None:
 
 @pytest.fixture(scope="module")
 def another_process() -> Iterator[Connection]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs,))
+    processes = context()
+    ours, theirs = processes.Pipe()
+    process = processes.Process(target=serve, args=(theirs,))
     process.start()
     theirs.close()
     try:

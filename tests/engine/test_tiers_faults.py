@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from tests.engine.conversations import alone
 from tests.engine.executors import local
 from tests.engine.models import tiny_model
 from tests.engine.tiers import GREEDY, PROMPT, answer, cache_in, full_hit, make_engine, store_of, warm
+from tests.forked import Program
 
 ROOT = Path(__file__).parents[2]
 
@@ -196,14 +196,9 @@ for first in range(10**9):
 
 def kill_and_check(folder: Path, seconds: float) -> None:
     """An engine that writes at once is killed at any moment; the next one answers as ever, from what was left."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(folder)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    child = Program(["-c", KILLED, folder], cwd=ROOT, stdout=subprocess.PIPE)
     try:
-        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
         threading.Event().wait(seconds)
     finally:
         child.send_signal(signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -10,6 +9,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from qnext.parallel.join import open_store
+from tests.forked import context
 
 # A function of a module: of the orders, the rank, and the port of the store. It ends where the order is None.
 Program = Callable[[Connection, int, int], None]
@@ -37,12 +37,12 @@ class Workers:
 
 @contextmanager
 def killed_in_the_end(num_ranks: int, program: Program) -> Iterator[Workers]:
-    context = multiprocessing.get_context("spawn")
+    processes_of = context()
     store = open_store("127.0.0.1", 0, is_first=True)
     processes, connections = [], []
     for rank in range(num_ranks):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=program, args=(theirs, rank, store.port))
+        ours, theirs = processes_of.Pipe()
+        process = processes_of.Process(target=program, args=(theirs, rank, store.port))
         process.start()
         theirs.close()
         processes.append(process)

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -14,6 +13,7 @@ from typing import IO
 import pytest
 
 from qnext.checkpoint.snapshot import list_snapshots
+from tests.forked import Program
 from tests.recipes.test_sft import metrics
 from tests.text_folders import save_chat
 
@@ -32,7 +32,7 @@ SETTINGS = (
 class Driver:
     """Commands in processes of their own, which may be killed after some seconds."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: Program) -> None:
         assert process.stdin is not None and process.stdout is not None
         self._in: IO[str] = process.stdin
         self._out: IO[str] = process.stdout
@@ -46,8 +46,7 @@ class Driver:
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Driver]:
-    command = [sys.executable, "-m", "tests.recipes.killed"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with Program(["-m", "tests.recipes.killed"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         yield Driver(process)
         assert process.stdin is not None
         process.stdin.close()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
+
+from tests.forked import Program
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,9 +24,7 @@ class Process:
     def __init__(self, *arguments: object) -> None:
         self.lines: list[str] = []
         self.started = time.perf_counter()
-        command = [sys.executable, "-m", "qnext", "serve", *map(str, arguments), "--port", "0"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.popen = Program(["-m", "qnext", "serve", *arguments, "--port", 0], stderr=subprocess.PIPE)
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

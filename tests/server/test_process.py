@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +15,8 @@ import pytest
 
 from qnext.server.run import EXIT_HUNG
 from tests.cli.command import Capture, run
-from tests.server.process import ROOT, Process, process
+from tests.forked import Program
+from tests.server.process import Process, process
 
 LONG = {"prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "temperature": 0, "stream": True}
 
@@ -188,9 +187,7 @@ serve(lambda: Server(limits=Limits(watchdog_seconds=0.5)), load, Listen(port=0),
 
 @pytest.mark.parametrize("is_told_to_stop", [False, True])
 def test_a_step_that_does_not_end_ends_the_process(chat_model: Path, is_told_to_stop: bool) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", HUNG, str(chat_model)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as hung:
+    with Program(["-c", HUNG, chat_model], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as hung:
         assert hung.stdout is not None
         url = hung.stdout.readline().strip()
         with contextlib.suppress(httpx2.HTTPError):

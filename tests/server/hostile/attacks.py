@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import httpx2
 
+from tests.forked import Program
 from tests.server.hostile.monitored import KEYS
 from tests.server.process import ROOT
 
@@ -127,7 +127,7 @@ class Monitored:
     """A running server process."""
 
     url: str
-    popen: subprocess.Popen[str]
+    popen: Program
 
     def read(self) -> dict[str, Any]:
         """The longest pause since the last call, in seconds, and what was seen then; memory in bytes."""
@@ -160,8 +160,8 @@ class Monitored:
 
 @contextmanager
 def monitored(folder: Path) -> Iterator[Monitored]:
-    command = [sys.executable, "-m", "tests.server.hostile.monitored", str(folder)]
-    popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    words = ["-m", "tests.server.hostile.monitored", folder]
+    popen = Program(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
     try:
         assert popen.stdout is not None
         yield Monitored(json.loads(popen.stdout.readline())["url"], popen)

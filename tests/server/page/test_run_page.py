@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from playwright.sync_api import Browser, expect
 from qnext.diagnostics.run_page.serving import serving
 from qnext.training.health import Health
 from qnext.training.metrics import ExpertStats, StepMetrics
+from tests.forked import Program
 from tests.server.page.conftest import Opened
 
 HEALTH = Health(
@@ -122,8 +122,8 @@ def test_what_it_answers_and_refuses(folder: Path, address: str) -> None:
 
 
 def test_the_verb_prints_the_address_and_ends_by_a_signal(folder: Path) -> None:
-    command = [sys.executable, "-m", "qnext", "watch", str(folder), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = ["-m", "qnext", "watch", folder, "--port", 0]
+    process = Program(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     address = process.stdout.readline().strip()
     assert ask(address, "/metrics")[0].status == 200
