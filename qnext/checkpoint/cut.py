@@ -5,8 +5,9 @@ Rows of a tensor lie one after another in its file, so they are a tensor of thei
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from math import prod
+from typing import Protocol
 
 from qnext.checkpoint.check import Layout
 from qnext.checkpoint.header import TensorInfo
@@ -14,12 +15,23 @@ from qnext.checkpoint.names import Part, Target
 from qnext.checkpoint.packed import PackedWeight
 from qnext.checkpoint.stored import stored_tensors
 from qnext.errors import NotSupported
-from qnext.parallel.shard import RankShard, Span
+from qnext.parallel.shard import Span
+from qnext.planning import ParameterInfo
 
 _REPEATS_SIZES = "shape"  # the content of a tensor that says how large the whole weight is
 
 
-def cut_layout(layout: Layout, shard: RankShard, *, but: Collection[str] = ()) -> Layout:
+class RankRows(Protocol):
+    """What a rank has of each parameter; see parallel.shard.RankShard."""
+
+    def experts_of(self, layer: int) -> Sequence[int]: ...
+
+    def spans_of(self, info: ParameterInfo) -> list[Span]: ...
+
+    def info_of(self, info: ParameterInfo) -> ParameterInfo: ...
+
+
+def cut_layout(layout: Layout, shard: RankRows, *, but: Collection[str] = ()) -> Layout:
     """What `shard` has of a folder whose structure is sound, without the experts of the layers `but`, which lie in
     records. Raises NotSupported for weights in a form whose rows cannot be read apart."""
     layout = layout.with_experts_of(layout.records.keys() - set(but))

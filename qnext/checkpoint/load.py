@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qnext import ops
 from qnext.checkpoint.check import FLOAT_DTYPES, Layout, layout_of, structure_problems
 from qnext.checkpoint.codes import Codes, Fp8Codes, coded_parameters, fp8_parameters
-from qnext.checkpoint.cut import cut_layout
+from qnext.checkpoint.cut import RankRows, cut_layout
 from qnext.checkpoint.files import TORCH_DTYPES, Progress, TensorFiles
 from qnext.checkpoint.finite import is_finite
 from qnext.checkpoint.header import TensorInfo
@@ -83,6 +83,30 @@ def load_model(
         host_experts(model, room, device)
     look_ahead(model, None if on_rank is None else on_rank.shard)
     return model
+
+
+def fill_parameters(
+    model: CausalLM, rows: RankRows | None, *, layout: Layout, progress: Progress | None = None
+) -> None:
+    """Read a folder whose weights are all plain into the parameters of `model`, in their dtypes: all of it, or what
+    `rows` names, which are the rows of these parameters then. Raises as load_model."""
+    assert is_plain(layout), layout.index.folder
+    for problem in structure_problems(layout):
+        raise CorruptCheckpoint(problem)
+    if rows is not None:
+        layout = cut_layout(layout, rows)
+    with TensorFiles(layout.index) as files:
+        _fill(model, layout, files, RecordTables([]), check_finite=True, progress=progress)
+
+
+def is_plain(layout: Layout) -> bool:
+    """Whether every weight is stored as its numbers, which are read apart by rows."""
+    return not layout.packed and not layout.records
+
+
+def stored_dtypes(layout: Layout) -> dict[str, torch.dtype]:
+    """Of the parameters of a folder that is plain."""
+    return _parameter_dtypes(layout, layout.index.tensors, None, set())
 
 
 def _cut(layout: Layout, on_rank: OnRank, streamed: set[str]) -> tuple[Layout, OnRank]:

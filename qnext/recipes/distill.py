@@ -57,6 +57,7 @@ class Distill:
 
     sample = Sft.sample
     config = DistillConfig
+    asks_model = False
 
     def tokenizing(self, config: DistillConfig, teacher: Teacher, **facts: Any) -> Tokenizing:
         """Raises UsageError where the teacher has another vocabulary."""

@@ -49,6 +49,7 @@ class Dpo:
 
     sample = "answers"
     config = DpoConfig
+    asks_model = True
 
     def tokenizing(self, config: DpoConfig, teacher: Teacher, **facts: Any) -> PairTokenizing:
         made_with = {**facts.pop("made_with"), "pairs": True}

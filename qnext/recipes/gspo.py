@@ -137,7 +137,7 @@ def prepare_gspo(
     the model beside its part, and draws with it.
     """
     data = first_then_all(ranks, partial(_read_in_turn, task, folder))
-    model, dtypes = load_base(data, progress)
+    model, dtypes, _ = load_base(data, progress)
     config, own = _train_config(data, model), data.config
     reference = copy.deepcopy(model).requires_grad_(False) if own.kl > 0.0 else None
     adapted = ""

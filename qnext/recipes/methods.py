@@ -50,6 +50,10 @@ class Method(Protocol):
     @property
     def config(self) -> type[DataConfig]: ...
 
+    @property
+    def asks_model(self) -> bool:
+        """Whether the model has to answer before the run begins; it is whole in every process then."""
+
     def tokenizing(self, config: Any, teacher: Teacher, **facts: Any) -> Tokenizing:
         """`facts` are the other fields of Tokenizing."""
 

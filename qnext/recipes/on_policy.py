@@ -180,6 +180,7 @@ class OnPolicy:
 
     sample = "prompts"
     config = OnPolicyConfig
+    asks_model = True
 
     def __init__(self) -> None:
         self._teacher: CausalLM | None = None

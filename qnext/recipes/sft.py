@@ -38,6 +38,7 @@ class Sft:
 
     sample = "samples"
     config = SftConfig
+    asks_model = False
 
     def tokenizing(self, config: SftConfig, teacher: Teacher, **facts: Any) -> Tokenizing:
         made_with = {**facts.pop("made_with"), "taught": config.taught, "form": config.form}

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from qnext.checkpoint import load_model, save_model
 from qnext.checkpoint.adapters import IN_A_RUN
-from qnext.checkpoint.check import read_layout
+from qnext.checkpoint.check import layout_of, read_layout
+from qnext.checkpoint.load import fill_parameters, is_plain, stored_dtypes
 from qnext.checkpoint.provenance import Making, data_of, parent_of
 from qnext.checkpoint.resolve import resolve_model
 from qnext.errors import FULL, QnextError, warn
@@ -237,12 +238,13 @@ def prepare_tuning(
     """Tokenise the data, load the base in fp32, and make the trainer. With `resume`, continue from the newest snapshot.
 
     An `evaluate` in `hooks` is replaced by the examination that `examination` makes of the data and the folder of the
-    tokenizer, or by the loss on held-out samples. Of several `ranks` the first one makes what stands in files; each
-    loads the base before it keeps its part.
+    tokenizer, or by the loss on held-out samples. Of several `ranks` the first one makes what stands in files. Each
+    reads its part of the base alone, or all of it where the model is asked or adapted, or packed.
     """
     options: dict[str, Any] = {"method": method, "progress": progress}
     data = first_then_all(ranks, partial(_read_in_turn, task, folder, resume=resume, **options))
-    model, dtypes = load_base(data, progress)
+    in_parts = task.adapter is None and examination is None and not method.asks_model
+    model, dtypes, is_cut = load_base(data, progress, ranks if in_parts else ALONE)
     evaluate: Callable[[], Any] | None
     config = _train_config(data, model)
     base = Base(model, config, progress, ranks)
@@ -262,10 +264,9 @@ def prepare_tuning(
     adapted = "" if task.adapter is None else _adapt(model, task.adapter, stream(), config)
     source = method.source(data.config, stream(), base)
     drawn = None if examination is None else DrawnTogether(model, ranks)
-    ranks.shard(model)
-    if "total_steps" not in data.train and config.time_budget is None:
-        num_batches = stream().count_batches(data.config.epochs)
-        config = config.with_(total_steps=-(-num_batches // config.accumulation))
+    if not is_cut:
+        ranks.shard(model)
+    config = _with_end(config, data, stream)
     if examination is not None and drawn is not None:
         evaluate = _of_whole(drawn, examination(data, folder / TOKENIZER))
     else:
@@ -284,6 +285,14 @@ def prepare_tuning(
     return TuningRun(data, folder, trainer, dtypes, adapted)
 
 
+def _with_end(config: TrainConfig, data: TuningData, stream: Callable[[], SampleStream]) -> TrainConfig:
+    """With as many steps as the epochs take, where nothing else ends the run."""
+    if "total_steps" in data.train or config.time_budget is not None:
+        return config
+    num_batches = stream().count_batches(data.config.epochs)
+    return config.with_(total_steps=-(-num_batches // config.accumulation))
+
+
 def _of_whole(drawn: DrawnTogether, examine: Callable[[CausalLM], Any]) -> Callable[[], Any]:
     return lambda: examine(drawn.whole())
 
@@ -294,21 +303,38 @@ def _adapt(model: CausalLM, task: AdapterTask, sample: SampleStream, config: Tra
     return adapt(model, asked, batches, seed=config.seed)
 
 
-def load_base(data: RunData, progress: ProgressOf) -> tuple[CausalLM, dict[str, torch.dtype]]:
-    """The base in fp32, or with the weights that it has where an adapter is trained; and the types on disk."""
-    is_adapted = data.task.adapter is not None
+class LoadedBase(NamedTuple):
+    """The base in fp32, or with the weights that it has where an adapter is trained; the types on disk; and whether it
+    is cut."""
+
+    model: CausalLM
+    dtypes: Mapping[str, torch.dtype]
+    is_cut: bool
+
+
+def load_base(data: RunData, progress: ProgressOf, ranks: TrainingRanks = ALONE) -> LoadedBase:
+    """Each of several `ranks` reads its part alone, where weights are stored as their numbers."""
+    layout, is_adapted = layout_of(data.base.take_layout()), data.task.adapter is not None
+    reads_parts = is_plain(layout) and not is_adapted
     if is_adapted:
         check_weights(str(data.base.path), data.base.stored_bytes)
     else:
         bytes_each = _BYTES_PER_PARAMETER + (_BYTES_OF_BEST if data.train.get("early_stop") else 0)
         needed = bytes_each * count_parameters(data.base.config).total
+        if reads_parts:
+            needed = needed * ranks.num_here // (ranks.num_shares * ranks.num_cuts)
         check_weights(f"{data.base.path}, with gradients and optimiser", needed)
     with progress("loading") as report:
-        model = load_model(data.base.take_layout(), dequantize=not is_adapted, progress=report)
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        if reads_parts:
+            dtypes = stored_dtypes(layout)
+            model = ranks.filled_model(layout.config, partial(fill_parameters, layout=layout, progress=report))
+        else:
+            model = load_model(layout, dequantize=not is_adapted, progress=report)
+            dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+            model = model if is_adapted else model.float()
     ends = tuple(sorted(data.tokenizer.eos_ids))
     model.config = model.config.with_(eos_token_id=ends if len(ends) > 1 else ends[0])
-    return model if is_adapted else model.float(), dtypes
+    return LoadedBase(model, dtypes, is_cut=reads_parts and ranks is not ALONE)
 
 
 def _train_config(data: TuningData, model: CausalLM) -> TrainConfig:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qnext.checkpoint.cut import RankRows
 from qnext.config import ModelConfig
 from qnext.model import Batch, CausalLM, initialize
 
@@ -52,6 +53,10 @@ class TrainingRanks(Protocol):
 
     def new_model(self, config: ModelConfig, *, seed: int) -> CausalLM:
         """With the initial values of `initialize`, and cut parameters. No process makes the whole."""
+
+    def filled_model(self, config: ModelConfig, fill: Callable[[CausalLM, RankRows | None], None]) -> CausalLM:
+        """With values that are read, and cut parameters. `fill` gets a model whose parameters are what this process has
+        of them, and which rows these are; None: all."""
 
     def shard(self, model: CausalLM) -> None:
         """Cut the parameters of `model`, before anything else looks at them."""
@@ -115,6 +120,11 @@ class Alone:
     def new_model(self, config: ModelConfig, *, seed: int) -> CausalLM:
         model = CausalLM(config)
         initialize(model, seed=seed)
+        return model
+
+    def filled_model(self, config: ModelConfig, fill: Callable[[CausalLM, RankRows | None], None]) -> CausalLM:
+        model = CausalLM(config)
+        fill(model, None)
         return model
 
     def shard(self, model: CausalLM) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qnext.checkpoint.check import read_layout
 from qnext.engine import SamplingParams
 from qnext.errors import UsageError
 from qnext.model import CausalLM
@@ -159,6 +161,29 @@ def reasoned(ranks: TrainingRanks, out: Path, settings: list[str]) -> list[str]:
         stage.trainer.run()
         stage.save()
     return left
+
+
+def read_base(ranks: TrainingRanks, task: dict[str, Any], out: Path) -> int:
+    """The bytes that this process reads of the base."""
+    told: dict[str, int] = {}
+
+    @contextmanager
+    def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+        yield lambda done, total: told.update({what: total})
+
+    prepare_task(task_of(out, **task), out, ranks=ranks, progress=progress)
+    return told["loading"]
+
+
+def test_each_process_reads_its_part_of_the_base(
+    tmp_path: Path, base: Path, samples: dict[str, Path], two: TrainingProcesses
+) -> None:
+    """By rows and by experts; where the model is asked before the run begins, all of it."""
+    size = sum(info.num_bytes for info in read_layout(base).index.tensors.values())
+    for method, division in (("sft", Division()), ("sft", Division(expert=2)), ("dpo", Division())):
+        task = {"method": method, "base": str(base), "data": [str(samples[method])], "settings": list(SETTINGS)}
+        read = two.divided(division).run(read_base, task, tmp_path / f"{method}-{division.expert}")
+        assert sum(read) == (2 * size if method == "dpo" else size) and max(read) < 0.6 * sum(read)
 
 
 @pytest.mark.slow

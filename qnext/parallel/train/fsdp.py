@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from qnext.model import CausalLM
 from qnext.model.init import initial_values
-from qnext.planning import list_parameters
+from qnext.parallel.shard import Span
+from qnext.planning import ParameterInfo, list_parameters
 
 
 def shard_model(model: CausalLM, mesh: DeviceMesh, *, dealt: Sequence[nn.Module], dealt_mesh: DeviceMesh) -> None:
@@ -47,6 +48,38 @@ def initialize_parts(model: CausalLM, cuts: CutParameters, rank: int, *, seed: i
         experts = cut.cut(torch.arange(cut.shape[0]), rank).tolist()
         for expert, part in zip(experts, cut.part, strict=True):
             part.copy_(initial_values(model.config, info, seed=seed, expert=expert, dtype=parameter.dtype))
+
+
+def parts_as_model(model: CausalLM, cuts: CutParameters) -> CausalLM:
+    """A model in which what is here of each parameter of `model` stands in its place, in the same memory: to be filled,
+    and not to be called."""
+    with torch.device("meta"):
+        view = CausalLM(model.config)
+    modules = dict(view.named_modules())
+    for name, parameter in model.named_parameters():
+        prefix, _, key = name.rpartition(".")
+        modules[prefix]._parameters[key] = cuts.cut(parameter).part
+    return view
+
+
+class RowsHere:
+    """What the process `rank` has of each parameter of a cut model: a RankRows of checkpoint.cut."""
+
+    def __init__(self, model: CausalLM, cuts: CutParameters, rank: int) -> None:
+        self._spans = {name: cuts.cut(parameter).span(rank) for name, parameter in model.named_parameters()}
+        stacks = [info for info in list_parameters(model.config).values() if info.expert_axis is not None]
+        self._experts = {info.layer: range(*self._spans[info.name]) for info in stacks}
+
+    def experts_of(self, layer: int) -> range:
+        return self._experts[layer]
+
+    def spans_of(self, info: ParameterInfo) -> list[Span]:
+        start, end = self._spans[info.name]
+        return [(start, end)] if start < end else []
+
+    def info_of(self, info: ParameterInfo) -> ParameterInfo:
+        start, end = self._spans[info.name]
+        return info._replace(shape=(end - start, *info.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -83,9 +116,14 @@ class CutParameter:
         return dealt[:, : self.parameter.shape[0]].flatten(0, 1)
 
     def cut(self, whole: Tensor, rank: int) -> Tensor:
+        start, end = self.span(rank)
+        return whole[start:end]
+
+    def span(self, rank: int) -> Span:
+        """The rows that a rank has, this one."""
         group, place = divmod(rank, self.num_dealt)
         start = place * self.parameter.shape[0] + group * self.largest
-        return whole[start : start + len(self.part)]
+        return start, start + len(self.part)
 
     def placed(self, tensor: Tensor) -> DTensor:
         """A tensor that is cut as the part is, with its place in the whole."""

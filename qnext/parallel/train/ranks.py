@@ -24,7 +24,7 @@ from qnext.model import Batch, CausalLM
 from qnext.parallel.link import FOREVER, meet_all
 from qnext.parallel.train.context import RowContext, check_context, put_into_context
 from qnext.parallel.train.experts import check_experts, deal_experts
-from qnext.parallel.train.fsdp import CutParameters, initialize_parts, shard_model
+from qnext.parallel.train.fsdp import CutParameters, RowsHere, initialize_parts, parts_as_model, shard_model
 from qnext.parallel.watch import RankWatch, Vigilance
 
 # torchrun ends the other processes half a minute after one has gone.
@@ -83,12 +83,21 @@ class RanksOfRun:
         return self.rank == 0
 
     def new_model(self, config: ModelConfig, *, seed: int) -> CausalLM:
+        model = self._empty_model(config)
+        initialize_parts(model, self._parts, self.rank, seed=seed)
+        return model
+
+    def filled_model(self, config: ModelConfig, fill: Callable[[CausalLM, Any], None]) -> CausalLM:
+        model = self._empty_model(config)
+        fill(parts_as_model(model, self._parts), RowsHere(model, self._parts, self.rank))
+        return model
+
+    def _empty_model(self, config: ModelConfig) -> CausalLM:
+        """That is cut, and has memory for what is here alone."""
         with torch.device("meta"):
             model = CausalLM(config)
         self._shard(model, "cpu")
-        model.to_empty(device="cpu")
-        initialize_parts(model, self._parts, self.rank, seed=seed)
-        return model
+        return model.to_empty(device="cpu")
 
     def shard(self, model: CausalLM) -> None:
         """Keep this process's part of every parameter alone."""
