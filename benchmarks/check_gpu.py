@@ -2,9 +2,9 @@
 
     python benchmarks/check_gpu.py [--out report.json]        also: make bench-gpu
 
-Without a CUDA device and Triton it says so and ends with exit code 2. A kernel's bytes are those that it must read and
-write; before each timed call the L2 cache is overwritten. Training: forward and backward of each op, and steps of
-large-1b with their share of the peak. The engine runs random FP8 weights in released shapes, as many layers as fit.
+Without a CUDA device and Triton it ends with exit code 2. A kernel's bytes are those that it must read and write;
+before each timed call the L2 cache is overwritten. Prompts: beside kernels of other packages. Training: each op forward
+and backward, steps of large-1b. The engine runs random FP8 weights in released shapes, as many layers as fit.
 `--smallest` runs tiny sizes, also under Triton's interpreter, whose times mean nothing.
 """
 
@@ -21,11 +21,13 @@ from itertools import chain, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _gpu_prompts
 import _gpu_training
 import torch
 from _gpu_engine import RELEASED as RELEASED_ENGINE
 from _gpu_engine import SMALLEST as SMALLEST_ENGINE
 from _gpu_engine import measure_engine
+from _gpu_prompts import prompt_cases
 from _gpu_training import time_step, training_cases
 
 import qnext  # noqa: F401 - before torch
@@ -171,11 +173,18 @@ def report(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     errors = {test.__name__.removeprefix("try_"): error_of(test, device) for test in gpu.SELF_TESTS}
     for kernel, error in errors.items():
         print(f"  {kernel:<40} {error if isinstance(error, str) else f'error {error:.1e}'}")
-    rule = gpu.outside_rule(device)
-    print(f"  {'delta rule of training in bf16':<40} {'own kernels' if rule is None else rule.package}")
+    found = {
+        "delta rule of training in bf16": gpu.training_rule(device),
+        "delta rule of prompts in bf16": gpu.prompt_rule(device),
+        "attention of prompts in bf16": gpu.piece_attention(device),
+    }
+    packages = {what: "own kernels" if each is None else each.package for what, each in found.items()}
+    for what, package in packages.items():
+        print(f"  {what:<40} {package}")
     is_smallest, times = sizes is SMALLEST, []
     trained = training_cases(_gpu_training.SMALLEST if is_smallest else _gpu_training.RELEASED, device)
-    for case in chain(cases(sizes, device), starmap(Case, trained)):
+    prompts = prompt_cases(_gpu_prompts.SMALLEST if is_smallest else _gpu_prompts.RELEASED, device)
+    for case in chain(cases(sizes, device), starmap(Case, prompts), starmap(Case, trained)):
         taken = seconds(case.call, device, repeats=50)
         rate = case.num_bytes / taken
         share = "" if peak is None else f" {100 * rate / peak:5.1f} % of peak"
@@ -187,7 +196,7 @@ def report(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     return {"benchmark": "check_gpu", "device": name, "arithmetic": ops.arithmetic_of(device), "errors": errors} | {
         "times": times,
         "step": step,
-        "delta_rule": None if rule is None else rule.package,
+        "packages": packages,
         "not_measured": ["released weights", "drafts", "several GPUs"],
     }
 

@@ -99,7 +99,7 @@ def _kernels() -> Iterator[Finding]:
     import torch
 
     from qnext.diagnostics.kernels import self_test
-    from qnext.ops.backends import BACKEND_VARIABLE, instruction_set
+    from qnext.ops.backends import BACKEND_VARIABLE, PACKAGES_VARIABLE, instruction_set
 
     wanted = os.environ.get(BACKEND_VARIABLE, "")
     try:
@@ -107,7 +107,8 @@ def _kernels() -> Iterator[Finding]:
             warnings.simplefilter("always")
             isa = instruction_set()
     except (ValueError, ImportError) as error:
-        yield Finding("backend", "problem", str(error), f"unset {BACKEND_VARIABLE}, or build the native kernels")
+        advice = f"unset {BACKEND_VARIABLE} and {PACKAGES_VARIABLE}, or build the native kernels"
+        yield Finding("backend", "problem", str(error), advice)
         return
     data = {"backend": "cpu" if isa else "torch", "variable": wanted or None, "threads": torch.get_num_threads()}
     if isa is None and wanted in ("torch", "reference"):

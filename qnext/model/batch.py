@@ -76,6 +76,7 @@ class CacheView:
     expert_load: Mapping[int, Tensor] = field(default_factory=dict)  # int64 [E] of a layer: routers add their tokens
     routing: Mapping[int, Tensor] = field(default_factory=dict)  # int64 [num_pages, 1, P, top_k]: RoutingPages
     lengths_there_N: Tensor | None = None  # context_lengths_N on the device, for attention; None: they are on the CPU
+    host_lengths: tuple[int, ...] | None = None  # see AttentionCache
 
     def delta_cache(self, layer_index: int) -> DeltaCache:
         """The slots of one layer, with the slot numbers of the step's sequences."""
@@ -96,7 +97,7 @@ class CacheView:
         """What the attention of one layer reads and writes."""
         pages = self.kv[layer_index]
         lengths_N = self.context_lengths_N if self.lengths_there_N is None else self.lengths_there_N
-        return AttentionCache(*pages, self.block_tables_NM, lengths_N, self.write_index_T)
+        return AttentionCache(*pages, self.block_tables_NM, lengths_N, self.write_index_T, self.host_lengths)
 
     def routing_pages(self, layer_index: int) -> RoutingPages | None:
         """Where the router of one layer writes its choice; None where nothing keeps it."""

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
@@ -16,6 +17,8 @@ from torch import Tensor
 
 BACKEND_VARIABLE = "QNEXT_BACKEND"
 _TORCH_NAMES = ("torch", "reference")  # the second is the older one
+PACKAGES_VARIABLE = "QNEXT_PACKAGES"
+PACKAGES = ("flash-qla", "flash-linear-attention", "flashinfer")  # whose kernels may serve beside those of ops/triton
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,15 @@ def backend_of(device: torch.device) -> Backend:
     return INTERPRETED if device.type == "cpu" else TRITON
 
 
+def package_may_serve(name: str) -> bool:
+    """Whether kernels of this package, one of PACKAGES, may serve where they are installed.
+
+    QNEXT_PACKAGES names those that may, with commas between them, or is `none`. Where it is empty, all of them may.
+    Raises ValueError for an unknown name there.
+    """
+    return name in _named_packages()
+
+
 def reads_fp8(device: torch.device) -> bool:
     """Whether kernels on `device` multiply with weights in fp8 as they are. GPUs before compute capability 8.9 know no
     such numbers."""
@@ -108,7 +120,18 @@ def _wanted() -> str:
         raise ValueError(f"{BACKEND_VARIABLE} must be 'cpu', 'torch' (also 'reference') or 'triton', not {wanted!r}")
     if wanted == "triton" and not torch.cuda.is_available() and not is_interpreted():
         raise ValueError(f"{BACKEND_VARIABLE}=triton needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1)")
+    _named_packages()  # a wrong name is told where a process starts, not where it first meets a prompt
     return wanted
+
+
+def _named_packages() -> Sequence[str]:
+    """Those that the environment lets serve. Raises ValueError for an unknown one."""
+    wanted = os.environ.get(PACKAGES_VARIABLE, "")
+    named = [] if wanted == "none" else [name.strip() for name in wanted.split(",")]
+    for name in named if wanted else ():
+        if name not in PACKAGES:
+            raise ValueError(f"{PACKAGES_VARIABLE} must be 'none' or names among {', '.join(PACKAGES)}, not {name!r}")
+    return named if wanted else PACKAGES
 
 
 def cuda_computes() -> bool:
@@ -176,8 +199,19 @@ def arithmetic_of(device: torch.device) -> str:
     if backend is CPU:
         return f"native {instruction_set()}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    kernels = f"triton {importlib.metadata.version('triton')} " if backend.name == "triton" else ""
+    kernels = ""
+    if backend.name == "triton":
+        kernels = f"triton {importlib.metadata.version('triton')} {_flashinfer()}"
     return f"{kernels}torch {torch.__version__} {name}"
+
+
+def _flashinfer() -> str:
+    """Its version and a space, where its kernels may compute a part of prompts."""
+    try:
+        version = importlib.metadata.version("flashinfer-python")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return f"flashinfer {version} " if package_may_serve("flashinfer") else ""
 
 
 def activation_dtype(weight: Tensor) -> torch.dtype:

@@ -31,6 +31,9 @@ class AttentionCache(NamedTuple):
     block_tables_NM: Tensor  # int64 page numbers in order, padded with any valid page
     context_lengths_N: Tensor  # int64: tokens of each sequence, this step included; on the CPU, or where kernels read
     write_index_T: Tensor  # int64 page * P + offset for every token of the step
+    # context_lengths_N as the host knows them, where the call is made once: what is planned with them holds for all
+    # layers of the step. None where numbers and tables change from call to call, as in a recorded step.
+    host_lengths: tuple[int, ...] | None = None
 
 
 class PendingTokens(NamedTuple):

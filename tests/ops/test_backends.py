@@ -67,6 +67,17 @@ def test_a_backend_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         chosen_anew(monkeypatch, "cuda")
 
 
+def test_a_package_that_is_unknown_is_refused_and_others_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {"": list(backends.PACKAGES), "none": [], "flashinfer, flash-qla": ["flash-qla", "flashinfer"]}
+    for value, wanted in named.items():
+        monkeypatch.setenv("QNEXT_PACKAGES", value)
+        assert [name for name in backends.PACKAGES if backends.package_may_serve(name)] == wanted
+    monkeypatch.setenv("QNEXT_PACKAGES", "flashinfer,vllm")
+    message = "QNEXT_PACKAGES must be 'none' or names among flash-qla, flash-linear-attention, flashinfer, not 'vllm'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        chosen_anew(monkeypatch, "torch")
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["torch", "reference"])
 def test_torch_can_be_forced_by_either_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

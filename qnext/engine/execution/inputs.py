@@ -44,6 +44,7 @@ class StepInputs:
         self._has_fresh = False
         self._may_draft = cache.num_draft_tokens > 0
         self._prompt_lengths_N: Tensor | None = None
+        self._host_lengths: tuple[int, ...] | None = None
         self._tables = self._own_tables(num_sequences)
         self._packing = Packing(lengths, device=cache.device)
         self._starts = Mirror((num_sequences + 1,), cache.device, at=self._packing.cu_seqlens)
@@ -92,6 +93,7 @@ class StepInputs:
             expert_load=cache.expert_load,
             routing=self._routing,
             lengths_there_N=lengths_N if backend_of(cache.device).can_record else None,
+            host_lengths=self._host_lengths,
         )
         return Batch(token_ids_T, positions_T, self._packing, view)
 
@@ -183,6 +185,7 @@ class MixedInputs(StepInputs):
         self._is_fresh_N = torch.tensor([part.start == 0 for part in rows], device=cache.device)
         self._has_fresh = any(part.start == 0 for part in rows)
         self._may_draft = any(part.is_draft for part in rows)
+        self._host_lengths = tuple(part.start + len(part.token_ids) for part in rows)
         if cache.state_dtype != torch.float32:
             self._prompt_lengths_N = torch.tensor([part.num_prompt for part in rows])
         self.fill(rows)

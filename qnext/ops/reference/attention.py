@@ -41,7 +41,7 @@ def attention_mixer(
     else:
         write(k_TGK, cache.k_pages, cache.k_scales, cache.write_index_T)
         write(v_TGK, cache.v_pages, cache.v_scales, cache.write_index_T)
-        out_THK = _paged_attention(q_THK, cache, packing, weights.scale)
+        out_THK = paged_attention(q_THK, cache, packing=packing, scale=weights.scale)
     return (out_THK if gate_THK is None else out_THK * torch.sigmoid(gate_THK)).flatten(1)
 
 
@@ -51,8 +51,8 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *, packing: Packing, 
     return torch.cat([attend(q, k, v, scale) for q, k, v in sequences])
 
 
-def _paged_attention(q_THK: Tensor, cache: AttentionCache, packing: Packing, scale: float) -> Tensor:
-    """The queries of each sequence are its last tokens and see its pages."""
+def paged_attention(q_THK: Tensor, cache: AttentionCache, *, packing: Packing, scale: float) -> Tensor:
+    """[T, H, K]: the queries of each sequence are its last tokens and see its pages."""
     parts = []
     contexts = cache.context_lengths_N.tolist()
     for q_LHK, table_M, context in zip(q_THK.split(packing.lengths), cache.block_tables_NM, contexts, strict=True):

@@ -19,7 +19,7 @@ from qnext.ops.triton.matrices import (
     try_experts_swiglu,
     try_linear,
 )
-from qnext.ops.triton.outside import PACKAGES, outside_rule
+from qnext.ops.triton.outside import Package, piece_attention, prompt_rule, training_rule
 from qnext.ops.triton.rows import (
     rms_norm,
     route,
@@ -53,8 +53,8 @@ SELF_TESTS: tuple[SelfTest, ...] = (
 )
 
 __all__ = [
-    "PACKAGES",
     "SELF_TESTS",
+    "Package",
     "SelfTest",
     "attention_mixer",
     "chunked_delta_rule",
@@ -63,7 +63,8 @@ __all__ = [
     "gated_delta_rule",
     "is_trusted",
     "linear",
-    "outside_rule",
+    "piece_attention",
+    "prompt_rule",
     "rms_norm",
     "route",
     "self_test_error",
@@ -76,4 +77,5 @@ __all__ = [
     "serves_route",
     "serves_swiglu",
     "swiglu",
+    "training_rule",
 ]

@@ -14,6 +14,7 @@ from qnext.ops.caches import AttentionCache
 from qnext.ops.checks import check_attention
 from qnext.ops.packing import Packing
 from qnext.ops.records import AttentionWeights, Rope
+from qnext.ops.triton.outside import fits_piece_attention, piece_attention
 from qnext.ops.triton.sizes import next_power_of_2
 from qnext.ops.triton.train_attention import trained_attention_mixer, try_attention_gradient
 from qnext.ops.triton.trust import is_trusted, num_processors, numbers, take, train, wants_gradients
@@ -76,6 +77,7 @@ def attention_mixer(
     """See ops.attention_mixer. Everything is fp32 but the operands of products, which have the dtype of q and k.
 
     A GPU is not waited for: a token whose place or pages are out of range becomes NaN and touches no other memory.
+    Where another package attends for pieces of prompts, pages have to be in range, and what it returns is bf16.
     """
     from qnext.ops.triton.kernels.attention import attention_output_kernel
 
@@ -86,8 +88,13 @@ def attention_mixer(
     q_TX, k_TY, v_TY = (x if x.stride(1) == 1 else x.contiguous() for x in (q_TX, k_TY, v_TY))
     pages = (cache.k_pages, cache.v_pages, *_scales(cache))
     q_THK = _put_heads((q_TX, k_TY, v_TY), weights, rope, cache, pages)
-    tiles = _tiles(q_THK, packing, cache, cache.k_pages.shape[1])
-    sums, stats = _parts(q_THK, pages, cache, packing, tiles, weights.scale)
+    outside = piece_attention(q_THK.device) if fits_piece_attention(q_THK, cache, packing) else None
+    if outside is None:
+        sums, stats = _parts(q_THK, pages, cache, packing, weights.scale)
+    else:
+        sums = outside(q_THK, cache, packing=packing, scale=weights.scale)[:, :, None]
+        stats = torch.zeros((*sums.shape[:3], 2), dtype=torch.float32, device=q_THK.device)
+        stats[..., 1] = 1.0
     num_tokens, num_heads, head_dim = q_THK.shape
     out_TX = torch.empty((num_tokens, num_heads * head_dim), dtype=q_TX.dtype, device=q_TX.device)
     attention_output_kernel[(num_tokens, num_heads)](
@@ -99,7 +106,7 @@ def attention_mixer(
         num_heads,
         head_dim,
         HAS_GATE=weights.has_gate,
-        NUM_SPLITS=tiles.num_splits,
+        NUM_SPLITS=sums.shape[2],
         BLOCK_K=_block(head_dim),
         num_warps=4,
     )
@@ -150,13 +157,14 @@ def _block(head_dim: int) -> int:
 
 
 def _parts(
-    q_THK: Tensor, pages: tuple[Tensor, ...], cache: AttentionCache, packing: Packing, tiles: _Tiles, scale: float
+    q_THK: Tensor, pages: tuple[Tensor, ...], cache: AttentionCache, packing: Packing, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Of each part of the context the weighted sums [T, H, splits, K], and their largest score and sum of weights."""
     from qnext.ops.triton.kernels.attention import paged_attention_kernel
 
     num_tokens, num_heads, head_dim = q_THK.shape
     num_kv_heads, page_size = cache.k_pages.shape[1:3]
+    tiles = _tiles(q_THK, packing, cache, num_kv_heads)
     shape = (num_tokens, num_heads, tiles.num_splits)
     sums = torch.empty((*shape, head_dim), dtype=torch.float32, device=q_THK.device)
     stats = torch.empty((*shape, 2), dtype=torch.float32, device=q_THK.device)

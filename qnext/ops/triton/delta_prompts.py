@@ -1,6 +1,7 @@
 """Longer pieces of Gated DeltaNet in inference, by GPU kernels. Legend: see qnext.ops.mixers.
 
-The projections are read once, in their dtype; the inputs of the delta rule are written once, in fp32.
+The projections are read once, in their dtype; the inputs of the delta rule are written once, in fp32. The rule itself
+is that of another package where one serves.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from qnext.ops.packing import Packing
 from qnext.ops.records import DeltaWeights
 from qnext.ops.torch.delta_cache import Carried, read_carried, write_carried
 from qnext.ops.torch.delta_mixer import split_qkvz
-from qnext.ops.triton.delta_chunks import CHUNK_SIZE, run_chunks
+from qnext.ops.triton.delta_chunks import CHUNK_SIZE, chunked_delta_rule
+from qnext.ops.triton.outside import fits_prompt_rule, prompt_rule
 from qnext.ops.triton.train_mixer import MixerRows, MixerSizes, prepared
 from qnext.ops.triton.train_rows import NormForm, normed
 from qnext.ops.triton.trust import numbers
@@ -33,7 +35,9 @@ def chunked_delta_mixer(
     carried = None if cache is None else read_carried(cache, packing)
     inputs = prepared(rows, sizes, packing, None if carried is None else carried.conv_NWC)
     initial_NHKV = None if carried is None else carried.state_NHKV
-    (o_THV, state_NHKV), _ = run_chunks(inputs, packing=packing, initial_state_NHKV=initial_NHKV)
+    outside = prompt_rule(qkvz_TX.device) if fits_prompt_rule(qkvz_TX, weights, packing) else None
+    rule = chunked_delta_rule if outside is None else outside
+    o_THV, state_NHKV = rule(inputs, packing=packing, initial_state_NHKV=initial_NHKV)
     if cache is not None and carried is not None:
         write_carried(cache, carried, Carried(_last_inputs(rows, sizes, packing, carried.conv_NWC), state_NHKV))
     gates = (rows.qkvz_TX, sizes.gates)

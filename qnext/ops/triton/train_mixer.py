@@ -18,7 +18,7 @@ from qnext.ops import reference
 from qnext.ops.packing import Packing
 from qnext.ops.records import DeltaInputs, DeltaWeights
 from qnext.ops.triton.delta_chunks import CHUNK_SIZE, run_chunks
-from qnext.ops.triton.outside import OutsideRule, outside_rule
+from qnext.ops.triton.outside import OutsideRule, training_rule
 from qnext.ops.triton.sizes import next_power_of_2
 from qnext.ops.triton.train_delta import DeltaGradients, chunks_backward, has_wide_products
 from qnext.ops.triton.train_rows import GateLayout, NormForm, NormGradients, normed, normed_backward
@@ -115,7 +115,7 @@ class _TrainedDeltaMixer(torch.autograd.Function):
 
 def _rule_of(rows: Tensor) -> OutsideRule | None:
     """The rule of another program where one serves rows of that kind."""
-    return outside_rule(rows.device) if rows.dtype == torch.bfloat16 else None
+    return training_rule(rows.device) if rows.dtype == torch.bfloat16 else None
 
 
 class _Mixed(NamedTuple):

@@ -1,11 +1,9 @@
-"""The gated delta rule of other programs: what they are given, when they serve, what happens when they are wrong."""
+"""The gated delta rule of other packages in training: what they are given, when they serve, what if they are wrong."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from qnext.ops.torch.delta import gated_delta_rule
 
 from ..compare import assert_close, randn
 from .device import DEVICE, here
+from .packages import put_module
 
 Place = Callable[..., list[int]]
 
@@ -54,16 +53,12 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     def put(name: str, *, is_right: bool) -> list[int]:
         nonlocal sign
         sign = 1.0 if is_right else 0.5
-        for part in {name.split(".")[0], name}:
-            module = ModuleType(part)
-            module.__spec__ = ModuleSpec(part, None)
-            monkeypatch.setitem(sys.modules, part, module)
-        sys.modules[name].chunk_gated_delta_rule = chunk_gated_delta_rule  # type: ignore[attr-defined]
+        put_module(monkeypatch, name, chunk_gated_delta_rule=chunk_gated_delta_rule)
         return calls
 
-    gpu.outside_rule.cache_clear()
+    gpu.training_rule.cache_clear()
     yield put
-    gpu.outside_rule.cache_clear()
+    gpu.training_rule.cache_clear()
 
 
 def mixed(dtype: torch.dtype) -> list[Tensor]:
@@ -79,9 +74,9 @@ def mixed(dtype: torch.dtype) -> list[Tensor]:
 
 def test_a_package_that_is_right_serves_rows_in_bf16(place: Place) -> None:
     own = mixed(torch.bfloat16)
-    gpu.outside_rule.cache_clear()
+    gpu.training_rule.cache_clear()
     calls = place("flash_qla", is_right=True)
-    rule = gpu.outside_rule(DEVICE)
+    rule = gpu.training_rule(DEVICE)
     assert rule is not None and rule.package == "flash-qla"
     calls.clear()
     for ours, theirs in zip(mixed(torch.bfloat16), own, strict=True):
@@ -96,7 +91,7 @@ def test_a_package_that_is_wrong_is_named_once_and_not_used(place: Place) -> Non
     with pytest.warns(
         RuntimeWarning, match="rule of flash-qla is off by .* from the reference; another serves"
     ) as seen:
-        assert gpu.outside_rule(DEVICE) is None and gpu.outside_rule(DEVICE) is None
+        assert gpu.training_rule(DEVICE) is None and gpu.training_rule(DEVICE) is None
     assert len(seen) == len(calls) == 1
 
 
@@ -105,16 +100,27 @@ def test_a_package_that_breaks_is_named_and_the_next_one_asked(place: Place) -> 
     place("flash_qla", is_right=True)
     del sys.modules["flash_qla"].chunk_gated_delta_rule  # type: ignore[attr-defined]
     with pytest.warns(RuntimeWarning, match="flash-qla cannot be imported .AttributeError"):
-        rule = gpu.outside_rule(DEVICE)
+        rule = gpu.training_rule(DEVICE)
     assert rule is not None and rule.package == "flash-linear-attention"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("package, module", gpu.PACKAGES)
+@pytest.mark.parametrize("package, module", [("flash-qla", "flash_qla"), ("flash-linear-attention", "fla")])
 def test_an_installed_package_is_right(package: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(module)
-    monkeypatch.setattr("qnext.ops.triton.outside.PACKAGES", ((package, module),))
-    gpu.outside_rule.cache_clear()
-    assert gpu.outside_rule(DEVICE) is not None
-    gpu.outside_rule.cache_clear()
+    monkeypatch.setenv("QNEXT_PACKAGES", package)
+    gpu.training_rule.cache_clear()
+    assert gpu.training_rule(DEVICE) is not None
+    gpu.training_rule.cache_clear()
+
+
+def test_a_package_that_may_not_serve_is_not_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = place("flash_qla", is_right=True)
+    place("fla.ops.gated_delta_rule", is_right=True)
+    monkeypatch.setenv("QNEXT_PACKAGES", "none")
+    assert gpu.training_rule(DEVICE) is None and not calls
+    gpu.training_rule.cache_clear()
+    monkeypatch.setenv("QNEXT_PACKAGES", "flashinfer, flash-linear-attention")
+    rule = gpu.training_rule(DEVICE)
+    assert rule is not None and rule.package == "flash-linear-attention"
