@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qnext import ops
 from qnext.config import ModelConfig
 from qnext.model.batch import Batch
-from qnext.model.layers import Linear, See, fusable, make_norm, unseen
+from qnext.model.layers import Linear, See, added_product, fusable, make_norm, normed_products, unseen
 
 
 class Attention(nn.Module):
@@ -41,13 +41,20 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: Batch, rope: ops.Rope) -> Tensor:
         projected = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
+        return self.o_proj(self._mixed(projected, batch, rope))
+
+    def add_to(self, hidden_TD: Tensor, norm: nn.Module, batch: Batch, rope: ops.Rope) -> Tensor:
+        """hidden + self(norm(hidden))"""
+        q_TX, k_TY, v_TY = normed_products(norm, hidden_TD, (self.q_proj, self.k_proj, self.v_proj))
+        return added_product(hidden_TD, self._mixed((q_TX, k_TY, v_TY), batch, rope), self.o_proj)
+
+    def _mixed(self, projected: tuple[Tensor, Tensor, Tensor], batch: Batch, rope: ops.Rope) -> Tensor:
+        """[T, Z]: from the outputs of the projections to the input of o_proj."""
         cache = None if batch.cache is None else batch.cache.attention_cache(self.layer_index)
         weights = self._fusable_weights()
         if weights is None:
-            mixed_TZ = self.mix(*projected, rope, batch.packing, cache)
-        else:
-            mixed_TZ = ops.attention_mixer(*projected, weights, rope=rope, packing=batch.packing, cache=cache)
-        return self.o_proj(mixed_TZ)
+            return self.mix(*projected, rope, batch.packing, cache)
+        return ops.attention_mixer(*projected, weights, rope=rope, packing=batch.packing, cache=cache)
 
     def mix(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qnext import ops
 from qnext.config import ModelConfig
 from qnext.model.batch import Batch
-from qnext.model.layers import Conv1d, GatedRMSNorm, Linear, See, fusable, unseen
+from qnext.model.layers import Conv1d, GatedRMSNorm, Linear, See, added_product, fusable, normed_products, unseen
 
 
 class GatedDeltaNet(nn.Module):
@@ -39,14 +39,20 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = Linear(value_dim, hidden, bias=False)
 
     def forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
-        qkvz_TX, ba_TY = self.in_proj_qkvz(x_TD), self.in_proj_ba(x_TD)
+        return self.out_proj(self._mixed(self.in_proj_qkvz(x_TD), self.in_proj_ba(x_TD), batch))
+
+    def add_to(self, hidden_TD: Tensor, norm: nn.Module, batch: Batch) -> Tensor:
+        """hidden + self(norm(hidden))"""
+        qkvz_TX, ba_TY = normed_products(norm, hidden_TD, (self.in_proj_qkvz, self.in_proj_ba))
+        return added_product(hidden_TD, self._mixed(qkvz_TX, ba_TY, batch), self.out_proj)
+
+    def _mixed(self, qkvz_TX: Tensor, ba_TY: Tensor, batch: Batch) -> Tensor:
+        """[T, Z]: from the outputs of the projections to the input of out_proj."""
         cache = None if batch.cache is None else batch.cache.delta_cache(self.layer_index)
         weights = self._fusable_weights()
         if weights is None:
-            mixed_TZ = self.mix(qkvz_TX, ba_TY, batch.packing, cache)
-        else:
-            mixed_TZ = ops.gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=batch.packing, cache=cache)
-        return self.out_proj(mixed_TZ)
+            return self.mix(qkvz_TX, ba_TY, batch.packing, cache)
+        return ops.gated_delta_mixer(qkvz_TX, ba_TY, weights, packing=batch.packing, cache=cache)
 
     def mix(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -80,6 +80,11 @@ class RMSNorm(Fusable):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, eps=self.eps, zero_centered=self.zero_centered)
 
+    def fusable_norm(self) -> ops.Norm | None:
+        """What a fused op may compute instead of calling this; None where it has to be called: see fusable."""
+        weight_D = self.fusable_weight()
+        return ops.Norm(weight_D, self.eps, self.zero_centered) if isinstance(weight_D, Tensor) else None
+
 
 def make_norm(config: ModelConfig, size: int) -> RMSNorm:
     return RMSNorm(size, eps=config.rms_norm_eps, zero_centered=config.zero_centered_norm)
@@ -136,6 +141,21 @@ class Conv1d(Fusable, nn.Conv1d):
         return ops.causal_conv1d_silu(x_TC, self.weight.squeeze(1), packing=packing, initial_state_NWC=initial_NWC)
 
 
+def normed_products(norm: nn.Module, hidden_TD: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """What each of `linears` makes of norm(hidden): at once, or by calls where one of them has to be called."""
+    form, weights = norm.fusable_norm() if isinstance(norm, RMSNorm) else None, [fusable(each) for each in linears]
+    if form is None or any(weight is None for weight in weights):
+        normed_TD = norm(hidden_TD)
+        return tuple(linear(normed_TD) for linear in linears)
+    return ops.normed_linears(hidden_TD, form, tuple(weight for weight in weights if weight is not None)).products
+
+
+def added_product(residual_TF: Tensor, x_TD: Tensor, linear: nn.Module) -> Tensor:
+    """residual + linear(x)"""
+    weight = fusable(linear)
+    return ops.add(residual_TF, linear(x_TD)) if weight is None else ops.add_linear(residual_TF, x_TD, weight)
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -147,6 +167,11 @@ class MLP(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(self.inner(x_TD))
+
+    def add_to(self, hidden_TD: Tensor, norm: nn.Module) -> Tensor:
+        """hidden + self(norm(hidden))"""
+        gate_TF, up_TF = normed_products(norm, hidden_TD, (self.gate_proj, self.up_proj))
+        return added_product(hidden_TD, ops.swiglu(gate_TF, up_TF), self.down_proj)
 
     def inner(self, x_TD: Tensor) -> Tensor:
         """What down_proj takes."""

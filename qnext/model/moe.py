@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qnext import ops
 from qnext.config import ModelConfig
 from qnext.model.batch import RoutingPages
-from qnext.model.layers import MLP, Linear, fusable, is_plain
+from qnext.model.layers import MLP, Fusable, Linear, RMSNorm, fusable, is_plain
 from qnext.model.weights import HoldsWeights
 
 
@@ -25,7 +25,7 @@ class RouterOutput(NamedTuple):
     routing: ops.Routing
 
 
-class Router(HoldsWeights):
+class Router(Fusable, HoldsWeights):
     """Scores the experts: softmax over all of them, then the best top-k."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -52,6 +52,9 @@ class Router(HoldsWeights):
             x_TD = x_TD.to(self.weight.dtype)  # a router that is kept wider computes so: its last bits choose experts
         return ops.linear(x_TD, self.weight)
 
+    def fusable_weight(self) -> Tensor | ops.Weight | None:
+        return self.weight if is_plain(self, Router) else None
+
     def keeps_bits(self) -> bool:
         """See layers.keeps_bits."""
         return ops.linear_keeps_bits(self.weight)
@@ -70,6 +73,11 @@ class Experts(HoldsWeights):
         """`shared` has the weights of the shared expert, which the same op multiplies beside the routed experts."""
         return ops.experts_swiglu(x_TD, self.gate_up_proj, self.down_proj, routing=routing, shared=shared)
 
+    def add_to(self, hidden_TD: Tensor, x_TD: Tensor, routing: ops.Routing, shared: ops.SharedExpert | None) -> Tensor:
+        """hidden + self(x, routing, shared)"""
+        weights = self.gate_up_proj, self.down_proj
+        return ops.add_experts(hidden_TD, x_TD, *weights, routing=routing, shared=shared)
+
     def inner(self, x_TD: Tensor, experts_TA: Tensor) -> Tensor:
         """[T, A, F]: silu(gate(x)) * up(x) of each chosen expert, for probes: one expert after another."""
 
@@ -85,6 +93,13 @@ class Experts(HoldsWeights):
     def keeps_bits(self) -> bool:
         """See layers.keeps_bits."""
         return ops.experts_keep_bits(self.gate_up_proj, self.down_proj)
+
+
+def _written(output: RouterOutput, pages: RoutingPages | None) -> ops.Routing:
+    """The choice, which is in the pages then."""
+    if pages is not None:
+        pages.write(output.routing.experts_TA)
+    return output.routing
 
 
 def _by_expert(compute: Callable[[int, Tensor], Tensor], x_TAX: Tensor, experts_TA: Tensor) -> Tensor:
@@ -118,23 +133,44 @@ class SparseMoE(nn.Module):
         pages: RoutingPages | None = None,
     ) -> Tensor:
         """See `route` for the arguments."""
-        routing = self.route(x_TD, load_E=load_E, chosen_TA=chosen_TA, pages=pages)
-        if self.shared_expert is None:
-            return self.experts(x_TD, routing)
-        shared = self._fusable_shared(self.shared_expert)
-        if shared is not None:
-            return self.experts(x_TD, routing, shared)
-        scale_T1 = torch.sigmoid(self.shared_expert_gate(x_TD))
-        return ops.add(self.experts(x_TD, routing), scale_T1 * self.shared_expert(x_TD))
+        return self._made(x_TD, self.route(x_TD, load_E=load_E, chosen_TA=chosen_TA, pages=pages))
+
+    def add_to(
+        self,
+        hidden_TD: Tensor,
+        norm: nn.Module,
+        *,
+        load_E: Tensor | None = None,
+        chosen_TA: Tensor | None = None,
+        pages: RoutingPages | None = None,
+    ) -> Tensor:
+        """hidden + self(norm(hidden))"""
+        weight_ED, form = fusable(self.gate), norm.fusable_norm() if isinstance(norm, RMSNorm) else None
+        if form is None or weight_ED is None or weight_ED.dtype.itemsize > hidden_TD.dtype.itemsize:
+            x_TD = norm(hidden_TD)
+            routing = self.route(x_TD, load_E=load_E, chosen_TA=chosen_TA, pages=pages)
+        else:
+            x_TD, (logits_TE,) = ops.normed_linears(hidden_TD, form, (weight_ED,))
+            routing = _written(self.gate.choose(logits_TE, load_E=load_E, chosen_TA=chosen_TA), pages)
+        return self._made(x_TD, routing, hidden_TD)
 
     def route(
         self, x_TD: Tensor, *, load_E: Tensor | None, chosen_TA: Tensor | None, pages: RoutingPages | None
     ) -> ops.Routing:
         """`load_E` and `chosen_TA` are those of ops.route; the choice is written to `pages`."""
-        routing: ops.Routing = self.gate(x_TD, load_E=load_E, chosen_TA=chosen_TA).routing
-        if pages is not None:
-            pages.write(routing.experts_TA)
-        return routing
+        return _written(self.gate(x_TD, load_E=load_E, chosen_TA=chosen_TA), pages)
+
+    def _made(self, x_TD: Tensor, routing: ops.Routing, hidden_TD: Tensor | None = None) -> Tensor:
+        """[T, D]: what all experts make of the rows, added to `hidden_TD` where it is given."""
+        mlp = self.shared_expert
+        shared = None if mlp is None else self._fusable_shared(mlp)
+        is_one_call = mlp is None or shared is not None
+        if is_one_call and hidden_TD is not None and is_plain(self.experts, Experts):
+            return self.experts.add_to(hidden_TD, x_TD, routing, shared)
+        made_TD: Tensor = self.experts(x_TD, routing) if shared is None else self.experts(x_TD, routing, shared)
+        if mlp is not None and shared is None:
+            made_TD = ops.add(made_TD, torch.sigmoid(self.shared_expert_gate(x_TD)) * mlp(x_TD))
+        return made_TD if hidden_TD is None else ops.add(hidden_TD, made_TD)
 
     def _fusable_shared(self, mlp: MLP) -> ops.SharedExpert | None:
         """None where the experts or a part of the shared one have to be called: see fusable."""

@@ -5,7 +5,7 @@ Legend: T tokens, D hidden, Y vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from qnext.config import LINEAR_ATTENTION, ModelConfig
 from qnext.model.attention import Attention
 from qnext.model.batch import Batch
 from qnext.model.delta_net import GatedDeltaNet
-from qnext.model.layers import MLP, Embedding, Linear, RotaryEmbedding, keeps_bits, make_norm
+from qnext.model.layers import MLP, Embedding, Linear, RotaryEmbedding, is_plain, keeps_bits, make_norm
 from qnext.model.moe import SparseMoE
 from qnext.model.mtp import MultiTokenPredictor
 
@@ -46,22 +46,32 @@ class DecoderLayer(nn.Module):
         return checkpoint(compute, hidden_TD, batch, rope, use_reentrant=False, preserve_rng_state=False)
 
     def _compute(self, hidden_TD: Tensor, batch: Batch, rope: ops.Rope) -> Tensor:
-        normed_TD = self.input_layernorm(hidden_TD)
-        mixed_TD = self.linear_attn(normed_TD, batch) if self.is_linear else self.self_attn(normed_TD, batch, rope)
-        return self.finish(ops.add(hidden_TD, mixed_TD), batch)
+        norm = self.input_layernorm
+        if self.is_linear:
+            if is_plain(self.linear_attn, GatedDeltaNet):
+                mid_TD = self.linear_attn.add_to(hidden_TD, norm, batch)
+            else:
+                mid_TD = ops.add(hidden_TD, self.linear_attn(norm(hidden_TD), batch))
+        elif is_plain(self.self_attn, Attention):
+            mid_TD = self.self_attn.add_to(hidden_TD, norm, batch, rope)
+        else:
+            mid_TD = ops.add(hidden_TD, self.self_attn(norm(hidden_TD), batch, rope))
+        return self.finish(mid_TD, batch)
 
     def finish(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """The second half: what comes after the mixer was added."""
-        return ops.add(hidden_TD, self._feed_forward(self.post_attention_layernorm(hidden_TD), batch))
+        mlp, norm, how = self.mlp, self.post_attention_layernorm, self._routing(batch) if self.is_moe else {}
+        if isinstance(mlp, (SparseMoE, MLP)) and (is_plain(mlp, SparseMoE) or is_plain(mlp, MLP)):
+            return mlp.add_to(hidden_TD, norm, **how)
+        return ops.add(hidden_TD, mlp(norm(hidden_TD), **how))
 
-    def _feed_forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
-        if not self.is_moe:
-            return self.mlp(x_TD)
+    def _routing(self, batch: Batch) -> dict[str, Any]:
+        """What the router replays, and where it counts and writes: see SparseMoE.route."""
         chosen_TA, cache = batch.routing.get(self.layer_index), batch.cache
         if cache is None:
-            return self.mlp(x_TD, chosen_TA=chosen_TA)
+            return {"chosen_TA": chosen_TA}
         load_E, pages = cache.expert_load.get(self.layer_index), cache.routing_pages(self.layer_index)
-        return self.mlp(x_TD, load_E=load_E, chosen_TA=chosen_TA, pages=pages)
+        return {"load_E": load_E, "chosen_TA": chosen_TA, "pages": pages}
 
 
 class TrunkOutput(NamedTuple):

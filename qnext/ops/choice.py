@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from qnext.ops import cpu, triton
@@ -10,10 +11,17 @@ from qnext.ops import torch as pytorch
 _KERNELS = (cpu, triton)
 
 
-def run(op: str, *args: Any, **kwargs: Any) -> Any:
-    """The op of the first backend with kernels whose `serves_<op>` takes these arguments; torch's where none does."""
+def kernel_for(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any] | None:
+    """The op of the first backend with kernels whose `serves_<op>` takes these arguments; None where none does."""
     for backend in _KERNELS:
         serves = getattr(backend, f"serves_{op}", None)
         if serves is not None and serves(*args, **kwargs):
-            return getattr(backend, op)(*args, **kwargs)
-    return getattr(pytorch, op)(*args, **kwargs)
+            kernel: Callable[..., Any] = getattr(backend, op)
+            return kernel
+    return None
+
+
+def run(op: str, *args: Any, **kwargs: Any) -> Any:
+    """The op by a kernel that serves these arguments; by torch where none does."""
+    kernel = kernel_for(op, *args, **kwargs)
+    return getattr(pytorch, op)(*args, **kwargs) if kernel is None else kernel(*args, **kwargs)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext.ops.choice import run
+from qnext.ops.choice import kernel_for, run
 from qnext.ops.hosted import HostedWeight
 from qnext.ops.inference_forward import with_inference_forward
-from qnext.ops.records import ExpertsLora, MadeByShared, Rope, Routing, SharedExpert
+from qnext.ops.records import ExpertsLora, MadeByShared, Norm, NormedLinears, Rope, Routing, SharedExpert
 from qnext.ops.weights import Weight
 
 
@@ -72,6 +72,21 @@ def linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = Non
     return run("linear", x_TD, weight_FD, bias_F)
 
 
+def add_linear(residual_TF: Tensor, x_TD: Tensor, weight_FD: Tensor | Weight) -> Tensor:
+    """residual + x W^T: linear and add, which kernels may compute as one."""
+    kernel = kernel_for("add_linear", residual_TF, x_TD, weight_FD)
+    return add(residual_TF, linear(x_TD, weight_FD)) if kernel is None else kernel(residual_TF, x_TD, weight_FD)
+
+
+def normed_linears(x_TD: Tensor, norm: Norm, weights: tuple[Tensor | Weight, ...]) -> NormedLinears:
+    """norm(x), and norm(x) W^T of each matrix: rms_norm and linear, which kernels may compute as one."""
+    kernel = kernel_for("normed_linears", x_TD, norm, weights)
+    if kernel is not None:
+        return kernel(x_TD, norm, weights)
+    rows_TD = rms_norm(x_TD, norm.weight_D, eps=norm.eps, zero_centered=norm.zero_centered)
+    return NormedLinears(rows_TD, tuple(linear(rows_TD, weight) for weight in weights))
+
+
 def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int = 0) -> Tensor:
     """The sum over rows of -log softmax(x W^T)[label], in fp32 at least. Rows with a negative label count nothing.
 
@@ -98,6 +113,25 @@ def experts_swiglu(
     if isinstance(gate_up_E2FD, HostedWeight):
         gate_up_E2FD, down_EDF, routing = gate_up_E2FD.experts.bring(routing)
     return run("experts_swiglu", x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
+
+
+def add_experts(
+    residual_TD: Tensor,
+    x_TD: Tensor,
+    gate_up_E2FD: Tensor | Weight,
+    down_EDF: Tensor | Weight,
+    *,
+    routing: Routing,
+    shared: SharedExpert | None = None,
+) -> Tensor:
+    """residual + experts_swiglu(x): experts_swiglu and add, which kernels may compute as one."""
+    if isinstance(gate_up_E2FD, HostedWeight):
+        gate_up_E2FD, down_EDF, routing = gate_up_E2FD.experts.bring(routing)
+    weights = gate_up_E2FD, down_EDF
+    kernel = kernel_for("add_experts", residual_TD, x_TD, *weights, routing=routing, shared=shared)
+    if kernel is None:
+        return add(residual_TD, experts_swiglu(x_TD, *weights, routing=routing, shared=shared))
+    return kernel(residual_TD, x_TD, *weights, routing=routing, shared=shared)
 
 
 @with_inference_forward

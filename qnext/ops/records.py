@@ -20,6 +20,21 @@ class Rope(NamedTuple):
     sin: Tensor
 
 
+class Norm(NamedTuple):
+    """An RMSNorm of rows: see ops.rms_norm."""
+
+    weight_D: Tensor
+    eps: float
+    zero_centered: bool
+
+
+class NormedLinears(NamedTuple):
+    """Rows after their norm, and their products with some matrices."""
+
+    rows_TD: Tensor
+    products: tuple[Tensor, ...]
+
+
 class AttentionWeights(NamedTuple):
     """Gated attention between its projections: how queries and keys are normalised per head, gated and scaled."""
 

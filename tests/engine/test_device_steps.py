@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
-import pkgutil
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from qnext.engine.execution.cache import Cache, CacheDtypes, CacheSizes
 from qnext.engine.execution.inputs import MixedInputs, StepInputs
@@ -25,48 +21,8 @@ from qnext.model import CausalLM
 from qnext.model.moe import Experts
 from qnext.ops import backends, empty_fp8
 from qnext.ops.cuda_graph import CapturedGraph, HostTraffic
+from tests.engine.meta import META
 from tests.engine.models import tiny_model
-
-META = torch.device("meta")
-
-
-class Launched:
-    """Stands for a kernel: counts its starts, whose tensors must all be on the device."""
-
-    def __init__(self, name: str, starts: list[str]) -> None:
-        self._name, self._starts = name, starts
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        assert all(isinstance(size, int) and size > 0 for size in grid), (self._name, grid)
-
-        def start(*arguments: Any, **constants: Any) -> None:
-            tensors = [each for each in (*arguments, *constants.values()) if isinstance(each, Tensor)]
-            assert tensors and all(tensor.device == META for tensor in tensors), self._name
-            self._starts.append(self._name)
-
-        return start
-
-
-def modules_of(package: str) -> list[ModuleType]:
-    """The files of a package."""
-    places = importlib.import_module(package).__path__
-    found = [each.name for each in pkgutil.iter_modules(places) if not each.ispkg]
-    return [importlib.import_module(f"{package}.{name}") for name in found]
-
-
-@pytest.fixture
-def starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that were started, on a device that runs and trusts all of them."""
-    found: list[str] = []
-    serves = backends.triton_serves
-    monkeypatch.setattr(backends, "triton_serves", lambda kind: kind == META.type or serves(kind))
-    for wrappers in modules_of("qnext.ops.triton"):
-        if hasattr(wrappers, "is_trusted"):
-            monkeypatch.setattr(wrappers, "is_trusted", lambda *_: True)
-    for kernels in modules_of("qnext.ops.triton.kernels"):
-        for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
-            monkeypatch.setattr(kernels, name, Launched(name, found))
-    return found
 
 
 def cache_of(model: CausalLM, device: torch.device, *, drafts: int = 0) -> Cache:

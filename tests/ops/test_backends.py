@@ -149,6 +149,14 @@ def test_an_op_has_one_signature(name: str) -> None:
         assert predicate.parameters == public.parameters and predicate.return_annotation == "bool"
 
 
+@pytest.mark.parametrize("name", ["add_linear", "normed_linears", "add_experts"])
+def test_so_has_one_that_is_several_where_no_kernel_serves(name: str) -> None:
+    public = inspect.signature(getattr(ops, name))
+    for backend in (reference, triton):
+        assert inspect.signature(getattr(backend, name)) == public, backend.__name__
+    assert inspect.signature(getattr(triton, f"serves_{name}")).parameters == public.parameters
+
+
 @pytest.mark.skipif(backends.cpu_kernels() is None, reason="native kernels are not here")
 def test_threads_are_set_for_torch_and_for_the_kernels() -> None:
     before = torch.get_num_threads()

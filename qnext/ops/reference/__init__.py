@@ -11,11 +11,14 @@ from qnext.ops.reference.attention import attention_mixer
 from qnext.ops.reference.delta import gated_delta_rule
 from qnext.ops.reference.delta_mixer import apply_pending, gated_delta_mixer
 from qnext.ops.reference.matrices import (
+    add_experts,
+    add_linear,
     combine_experts,
     cross_entropy_sum,
     experts_swiglu,
     linear,
     lora_experts_swiglu,
+    normed_linears,
     route,
 )
 from qnext.ops.reference.norm import rms_norm
@@ -25,6 +28,8 @@ from qnext.ops.reference.rows import add, are_finite, argmax, concat, embedding,
 
 __all__ = [
     "add",
+    "add_experts",
+    "add_linear",
     "apply_pending",
     "are_finite",
     "argmax",
@@ -38,6 +43,7 @@ __all__ = [
     "gated_delta_rule",
     "linear",
     "lora_experts_swiglu",
+    "normed_linears",
     "put_rows",
     "rms_norm",
     "rope_cos_sin",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from qnext.ops.records import ExpertsLora, LowRank, MadeByShared, Routing, SharedExpert
+from qnext.ops.records import ExpertsLora, LowRank, MadeByShared, Norm, NormedLinears, Routing, SharedExpert
+from qnext.ops.reference.norm import rms_norm
 from qnext.ops.reference.width import wide
 from qnext.ops.weights import Weight, dequantize
 
@@ -15,6 +16,17 @@ def linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = Non
     """x W^T + b"""
     y_TF = x_TD @ dequantize(weight_FD, x_TD.dtype).t()
     return y_TF if bias_F is None else y_TF + bias_F
+
+
+def add_linear(residual_TF: Tensor, x_TD: Tensor, weight_FD: Tensor | Weight) -> Tensor:
+    """residual + x W^T"""
+    return residual_TF + linear(x_TD, weight_FD)
+
+
+def normed_linears(x_TD: Tensor, norm: Norm, weights: tuple[Tensor | Weight, ...]) -> NormedLinears:
+    """norm(x), and norm(x) W^T of each matrix"""
+    rows_TD = rms_norm(x_TD, norm.weight_D, eps=norm.eps, zero_centered=norm.zero_centered)
+    return NormedLinears(rows_TD, tuple(linear(rows_TD, weight) for weight in weights))
 
 
 def cross_entropy_sum(hidden_RD: Tensor, weight_YD: Tensor, labels_R: Tensor, *, chunk_rows: int = 0) -> Tensor:
@@ -63,6 +75,19 @@ def experts_swiglu(
         scale_T1 = 1.0 if shared.gate_1D is None else torch.sigmoid(linear(x_TD, shared.gate_1D))
         out_TD = out_TD + scale_T1 * shared_TD
     return out_TD
+
+
+def add_experts(
+    residual_TD: Tensor,
+    x_TD: Tensor,
+    gate_up_E2FD: Tensor | Weight,
+    down_EDF: Tensor | Weight,
+    *,
+    routing: Routing,
+    shared: SharedExpert | None = None,
+) -> Tensor:
+    """residual + experts_swiglu(x)"""
+    return residual_TD + experts_swiglu(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
 
 
 def combine_experts(

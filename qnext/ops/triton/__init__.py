@@ -11,13 +11,22 @@ from qnext.ops.triton.attention import attention_mixer, serves_attention_mixer, 
 from qnext.ops.triton.delta import gated_delta_mixer, serves_gated_delta_mixer, try_gated_delta_step
 from qnext.ops.triton.delta_chunks import chunked_delta_rule, try_gated_delta_chunks
 from qnext.ops.triton.delta_prompts import try_gated_delta_prompt
-from qnext.ops.triton.matrices import (
+from qnext.ops.triton.experts import (
+    add_experts,
     experts_swiglu,
-    linear,
+    serves_add_experts,
     serves_experts_swiglu,
-    serves_linear,
     try_experts_swiglu,
+)
+from qnext.ops.triton.matrices import (
+    add_linear,
+    linear,
+    normed_linears,
+    serves_add_linear,
+    serves_linear,
+    serves_normed_linears,
     try_linear,
+    try_normed_linears,
 )
 from qnext.ops.triton.outside import Package, piece_attention, prompt_rule, training_rule
 from qnext.ops.triton.rows import (
@@ -47,6 +56,7 @@ SELF_TESTS: tuple[SelfTest, ...] = (
     try_attention_mixer,
     try_attention_gradient,
     try_linear,
+    try_normed_linears,
     try_experts_swiglu,
     try_swiglu_gradient,
     try_experts_gradient,
@@ -56,6 +66,8 @@ __all__ = [
     "SELF_TESTS",
     "Package",
     "SelfTest",
+    "add_experts",
+    "add_linear",
     "attention_mixer",
     "chunked_delta_rule",
     "experts_swiglu",
@@ -63,16 +75,20 @@ __all__ = [
     "gated_delta_rule",
     "is_trusted",
     "linear",
+    "normed_linears",
     "piece_attention",
     "prompt_rule",
     "rms_norm",
     "route",
     "self_test_error",
+    "serves_add_experts",
+    "serves_add_linear",
     "serves_attention_mixer",
     "serves_experts_swiglu",
     "serves_gated_delta_mixer",
     "serves_gated_delta_rule",
     "serves_linear",
+    "serves_normed_linears",
     "serves_rms_norm",
     "serves_route",
     "serves_swiglu",

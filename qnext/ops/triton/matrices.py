@@ -1,305 +1,184 @@
-"""Products with weights that stay codes, and experts, by GPU kernels.
-
-Legend: T tokens, A experts of a token, D inputs, F outputs or expert width, E experts, R rows sorted by expert.
-"""
+"""Products of few rows with matrices, by GPU kernels. Legend: T rows, D inputs, F outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qnext.ops import reference
 from qnext.ops.backends import is_interpreted
-from qnext.ops.checks import check_experts, check_linear
-from qnext.ops.float8 import Fp8Weight
-from qnext.ops.quantized import QuantizedWeight
-from qnext.ops.records import Routing, SharedExpert
-from qnext.ops.torch.groups import group, sum_per_token, swiglu_halves
-from qnext.ops.triton import forms
-from qnext.ops.triton.sizes import next_power_of_2
-from qnext.ops.triton.train_experts import trained_experts, trains_experts
-from qnext.ops.triton.trust import DTYPES, is_trusted, numbers, take, wants_gradients
+from qnext.ops.checks import check_linear, check_norm, check_same_shape
+from qnext.ops.records import Norm, NormedLinears
+from qnext.ops.triton.codes import fits, read, weights_to_try
+from qnext.ops.triton.trust import is_trusted, numbers, take
 from qnext.ops.weights import Weight
 
-_FEW_TOKENS = 8  # up to here each token reads its experts by itself
 _FEW_ROWS = 64  # of a matrix of codes; for more of them its numbers are made once
-_BLOCK_INPUTS = 128
-_MAX_EXPERTS = 1024
+_FEW_ROWS_OF_FLOATS = 16  # more of them are multiplied best by torch, whatever stands around the product
+_MOST_WEIGHTS = 3  # of one start
+_BLOCK_ROWS = 16
 
 
-class _ReadWeight(NamedTuple):
-    """How a kernel reads a weight: its memory, and the constants of the program."""
+class _Tile(NamedTuple):
+    outputs: int  # of a program
+    inputs: int  # that are read at a time
+    stages: int  # of reading, before which products begin
 
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    constants: dict[str, Any]
-
-    @property
-    def memory(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.codes, self.scales, self.zeros
-
-
-def _is_power_of_2(size: int) -> bool:
-    return size == next_power_of_2(size)
-
-
-def _fits(weight: Tensor | Weight) -> bool:
-    """Whether a kernel can read the weight."""
-    if isinstance(weight, QuantizedWeight):
-        return _is_power_of_2(weight.group_size) and all(x.is_contiguous() for x in weight.tensors)
-    if isinstance(weight, Fp8Weight):
-        return _is_power_of_2(weight.block[1]) and all(x.is_contiguous() for x in weight.tensors)
-    return isinstance(weight, Tensor) and weight.dtype in DTYPES and weight.is_contiguous()
-
-
-def _read(weight: Tensor | Weight) -> _ReadWeight:
-    if isinstance(weight, Tensor):
-        return _ReadWeight(weight, weight, weight, _constants(forms.FLOATS, _BLOCK_INPUTS))
-    if isinstance(weight, Fp8Weight):
-        return _ReadWeight(
-            weight.codes, weight.scales, weight.codes, _constants(forms.FP8, weight.block[1], rows=weight.block[0])
-        )
-    assert isinstance(weight, QuantizedWeight), "ask whether it serves first"
-    kind = forms.INT4 if weight.bits == 4 else forms.INT8
-    zeros = weight.codes if weight.zeros is None else weight.zeros
-    constants = _constants(kind, weight.group_size, has_zeros=weight.zeros is not None)
-    return _ReadWeight(weight.codes, weight.scales, zeros, constants)
-
-
-def _constants(form: int, group_size: int, *, rows: int = 1, has_zeros: bool = False) -> dict[str, Any]:
-    block = max(_BLOCK_INPUTS, group_size)
-    return {"FORM": form, "HAS_ZEROS": has_zeros, "SCALE_ROWS": rows, "GROUP": group_size, "BLOCK_D": block}
+    @staticmethod
+    def of(num_outputs: int, dtype: torch.dtype) -> _Tile:
+        """Some hundred programs, or fewer that read more ahead: else memory waits for them. Rows in fp32 take thrice
+        the products, and their operands twice the room."""
+        if dtype == torch.float32:
+            return _Tile(16, 128, 3)
+        return _Tile(32, 128, 3) if num_outputs >= 8192 else _Tile(16, 256, 5)
 
 
 def serves_linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = None) -> bool:
     """Whether the weight is codes, and the rows are few: floats are multiplied best by torch."""
+    return not isinstance(weight_FD, Tensor) and bias_F is None and _take_rows(x_TD, weight_FD)
+
+
+def _take_rows(x_TD: Tensor, *weights: Tensor | Weight) -> bool:
+    has_floats = any(isinstance(weight, Tensor) for weight in weights)
     return (
-        not isinstance(weight_FD, Tensor)
-        and _fits(weight_FD)
-        and bias_F is None
+        all(map(fits, weights))
         and x_TD.dim() == 2
-        and 0 < len(x_TD) <= _FEW_ROWS
-        and take(x_TD)
+        and 0 < len(x_TD) <= (_FEW_ROWS_OF_FLOATS if has_floats else _FEW_ROWS)
+        and take(x_TD, *(weight for weight in weights if isinstance(weight, Tensor)))
+        and all(weight.dtype == x_TD.dtype for weight in weights if isinstance(weight, Tensor))
         and is_trusted(try_linear, x_TD.device)
     )
 
 
 def linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = None) -> Tensor:
     """See ops.linear. The numbers of the weight are rounded to the dtype of x; sums are fp32."""
+    assert bias_F is None, "ask whether it serves first"
+    return _product(x_TD, weight_FD, None)
+
+
+def serves_add_linear(residual_TF: Tensor, x_TD: Tensor, weight_FD: Tensor | Weight) -> bool:
+    """Whether the rows are few; floats have the dtype of the rows."""
+    return residual_TF.dtype == x_TD.dtype and take(residual_TF) and _take_rows(x_TD, weight_FD)
+
+
+def add_linear(residual_TF: Tensor, x_TD: Tensor, weight_FD: Tensor | Weight) -> Tensor:
+    """See ops.add_linear. The sum is fp32 and cast once."""
+    return _product(x_TD, weight_FD, residual_TF)
+
+
+def _product(x_TD: Tensor, weight_FD: Tensor | Weight, residual_TF: Tensor | None) -> Tensor:
     from qnext.ops.triton.kernels.matrices import linear_codes_kernel
 
     check_linear(x_TD, weight_FD)
-    assert bias_F is None, "ask whether it serves first"
-    form = _read(weight_FD)
-    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    weight, x_TD = read(weight_FD), side_by_side(x_TD)
     (num_rows, num_inputs), num_outputs = x_TD.shape, weight_FD.shape[0]
     out_TF = torch.empty((num_rows, num_outputs), dtype=x_TD.dtype, device=x_TD.device)
-    block_rows, block_outputs = 16, 32
-    linear_codes_kernel[(-(-num_outputs // block_outputs), -(-num_rows // block_rows))](
+    added_TF = out_TF if residual_TF is None else side_by_side(residual_TF)
+    check_same_shape(out_TF, added_TF)
+    tile = _Tile.of(num_outputs, x_TD.dtype)
+    linear_codes_kernel[(-(-num_outputs // tile.outputs), -(-num_rows // _BLOCK_ROWS))](
         x_TD,
-        *form.memory,
+        *weight.memory,
+        added_TF,
         out_TF,
         x_TD.stride(0),
+        added_TF.stride(0),
         num_rows,
         num_outputs,
         num_inputs,
-        **form.constants,
-        IS_WIDE=x_TD.dtype == torch.float32 or is_interpreted(),
-        BLOCK_T=block_rows,
-        BLOCK_F=block_outputs,
+        FORM=weight.form.at_least(tile.inputs),
+        HAS_RESIDUAL=residual_TF is not None,
+        IS_WIDE=_is_wide(x_TD),
+        BLOCK_T=_BLOCK_ROWS,
+        BLOCK_F=tile.outputs,
         num_warps=4,
+        num_stages=tile.stages,
     )
     return out_TF
 
 
-def serves_experts_swiglu(
-    x_TD: Tensor,
-    gate_up_E2FD: Tensor | Weight,
-    down_EDF: Tensor | Weight,
-    *,
-    routing: Routing,
-    shared: SharedExpert | None = None,
-) -> bool:
-    """Whether the experts are codes, or the tokens are few: many rows of floats are multiplied best by torch."""
-    weights = (gate_up_E2FD, down_EDF)
-    tensors = [x for x in weights if isinstance(x, Tensor)]
-    if wants_gradients(x_TD, routing.weights_TA, *tensors):
-        return trains_experts(x_TD, gate_up_E2FD, down_EDF, routing)
+def side_by_side(x_TD: Tensor) -> Tensor:
+    """The same rows, whose numbers lie side by side."""
+    return x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+
+
+def _is_wide(x_TD: Tensor) -> bool:
+    """Whether operands of products are fp32. The interpreter knows no products of bf16."""
+    return x_TD.dtype == torch.float32 or is_interpreted()
+
+
+def serves_normed_linears(x_TD: Tensor, norm: Norm, weights: tuple[Tensor | Weight, ...]) -> bool:
+    """Whether the rows and the matrices are few. Rows in fp16 could be too large before they are divided."""
     return (
-        all(map(_fits, weights))
-        and len(x_TD) > 0
-        and (len(x_TD) <= _FEW_TOKENS or not any(isinstance(x, Tensor) for x in weights))
-        and down_EDF.shape[0] <= _MAX_EXPERTS
-        and take(x_TD, routing.weights_TA, *tensors)
-        and is_trusted(try_experts_swiglu, x_TD.device)
+        0 < len(weights) <= _MOST_WEIGHTS
+        and x_TD.dtype != torch.float16
+        and take(x_TD, norm.weight_D)
+        and _take_rows(x_TD, *weights)
+        and is_trusted(try_normed_linears, x_TD.device)
     )
 
 
-def experts_swiglu(
-    x_TD: Tensor,
-    gate_up_E2FD: Tensor | Weight,
-    down_EDF: Tensor | Weight,
-    *,
-    routing: Routing,
-    shared: SharedExpert | None = None,
-) -> Tensor:
-    """See ops.experts_swiglu. Few tokens: fp32 throughout, cast once. Many: products in the dtype of x, as in torch.
+def normed_linears(x_TD: Tensor, norm: Norm, weights: tuple[Tensor | Weight, ...]) -> NormedLinears:
+    """See ops.normed_linears. A row is multiplied by the scale of the norm in fp32 and rounded once to its dtype; sums
+    are fp32 and divided by the row's root mean square."""
+    from qnext.ops.triton.kernels.matrices import normed_linears_kernel
 
-    A GPU is not waited for: a token with an expert that does not exist becomes NaN.
-    """
-    check_experts(x_TD, gate_up_E2FD, down_EDF)
-    if wants_gradients(x_TD, routing.weights_TA, *(x for x in (gate_up_E2FD, down_EDF) if isinstance(x, Tensor))):
-        return trained_experts(x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
-    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    rows_TD, gate_T1 = _shared_rows(x_TD, shared)
-    if len(x_TD) <= _FEW_TOKENS:
-        return _of_few(x_TD, _read(gate_up_E2FD), _read(down_EDF), routing, rows_TD, gate_T1)
-    is_expert_TA = (routing.experts_TA >= 0) & (routing.experts_TA < down_EDF.shape[0])
-    weights_TA = torch.where(is_expert_TA, routing.weights_TA, torch.nan)
-    groups = group(torch.where(is_expert_TA, routing.experts_TA, 0), down_EDF.shape[0])
-    hidden_RF = _grouped(x_TD, gate_up_E2FD, groups.ends_E, groups.tokens_A)
-    weights_R1 = torch.empty_like(weights_TA).view(-1, 1)
-    weights_R1[groups.places_TA.flatten()] = weights_TA.view(-1, 1)
-    scaled_RF = swiglu_halves(hidden_RF.float()).mul_(weights_R1).to(x_TD.dtype)
-    out_TD = sum_per_token(_grouped(scaled_RF, down_EDF, groups.ends_E, None), groups)
-    if rows_TD is None:
-        return out_TD
-    return out_TD + (rows_TD if gate_T1 is None else torch.sigmoid(gate_T1) * rows_TD)
-
-
-def _shared_rows(x_TD: Tensor, shared: SharedExpert | None) -> tuple[Tensor | None, Tensor | None]:
-    """What the shared expert makes of the rows, and the scores that scale it."""
-    if shared is None:
-        return None, None
-
-    def times(x: Tensor, weight: Tensor | Weight) -> Tensor:
-        return linear(x, weight) if serves_linear(x, weight) else _by_torch(x, weight)
-
-    inner_TF = torch.nn.functional.silu(times(x_TD, shared.gate_proj_FD)) * times(x_TD, shared.up_proj_FD)
-    rows_TD = times(inner_TF, shared.down_proj_DF)
-    return rows_TD, None if shared.gate_1D is None else times(x_TD, shared.gate_1D)
-
-
-def _by_torch(x_TD: Tensor, weight_FD: Tensor | Weight) -> Tensor:
-    from qnext.ops.torch.matrices import linear as torch_linear
-
-    return torch_linear(x_TD, weight_FD)
-
-
-def _of_few(
-    x_TD: Tensor,
-    gate_up: _ReadWeight,
-    down: _ReadWeight,
-    routing: Routing,
-    shared_TD: Tensor | None,
-    gate_T1: Tensor | None,
-) -> Tensor:
-    from qnext.ops.triton.kernels.experts import experts_inner_kernel, experts_output_kernel
-
-    (num_tokens, hidden), top_k = x_TD.shape, routing.experts_TA.shape[1]
-    width = gate_up.codes.shape[1] // 2
-    weights_TA, experts_TA = routing.weights_TA.float().contiguous(), routing.experts_TA.contiguous()
-    inner_PF = torch.empty((num_tokens * top_k, width), dtype=torch.float32, device=x_TD.device)
-    block = 16
-    experts_inner_kernel[(num_tokens * top_k, -(-width // block))](
+    check_norm(x_TD, norm.weight_D)
+    for weight in weights:
+        check_linear(x_TD, weight)
+    x_TD = side_by_side(x_TD)
+    sizes, (num_rows, num_inputs) = [weight.shape[0] for weight in weights], x_TD.shape
+    rows_TD, *products = (
+        torch.empty((num_rows, size), dtype=x_TD.dtype, device=x_TD.device) for size in (num_inputs, *sizes)
+    )
+    tile, missing = _Tile.of(sum(sizes), x_TD.dtype), _MOST_WEIGHTS - len(weights)
+    readable = [read(weight) for weight in weights]
+    memory = [(*weight.memory, out_TF) for weight, out_TF in zip(readable, products, strict=True)]
+    memory += [(x_TD,) * 4] * missing
+    forms = [*(weight.form.at_least(tile.inputs) for weight in readable), *[None] * missing]
+    normed_linears_kernel[(sum(-(-size // tile.outputs) for size in sizes), -(-num_rows // _BLOCK_ROWS))](
         x_TD,
-        *gate_up.memory,
-        experts_TA,
-        inner_PF,
+        norm.weight_D.contiguous(),
+        rows_TD,
+        *(tensor for each in memory for tensor in each),
         x_TD.stride(0),
-        top_k,
-        width,
-        hidden,
-        gate_up.codes.shape[0],
-        **gate_up.constants,
-        BLOCK_F=block,
-        num_warps=4,
-    )
-    out_TD = torch.empty((num_tokens, hidden), dtype=x_TD.dtype, device=x_TD.device)
-    experts_output_kernel[(num_tokens, -(-hidden // block))](
-        inner_PF,
-        *down.memory,
-        experts_TA,
-        weights_TA,
-        out_TD if shared_TD is None else shared_TD.contiguous(),
-        out_TD if gate_T1 is None else gate_T1.contiguous(),
-        out_TD,
-        top_k,
-        width,
-        hidden,
-        down.codes.shape[0],
-        **down.constants,
-        HAS_SHARED=shared_TD is not None,
-        HAS_SHARED_GATE=gate_T1 is not None,
-        BLOCK_F=block,
-        num_warps=4,
-    )
-    return out_TD
-
-
-def _grouped(x: Tensor, weight: Tensor | Weight, ends_E: Tensor, tokens_R: Tensor | None) -> Tensor:
-    """[R, F]: sorted rows, or the rows of their tokens, times the matrix of their expert."""
-    from qnext.ops.triton.kernels.matrices import grouped_codes_kernel
-
-    form = _read(weight)
-    num_experts, num_outputs, num_inputs = weight.shape
-    num_rows = len(x) if tokens_R is None else len(tokens_R)
-    out_RF = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
-    block_rows, block_outputs = 32, 64
-    num_tiles = min(num_experts, num_rows) + num_rows // block_rows
-    grouped_codes_kernel[(-(-num_outputs // block_outputs), num_tiles)](
-        x,
-        ends_E if tokens_R is None else tokens_R,
-        *form.memory,
-        ends_E,
-        out_RF,
-        x.stride(0),
-        num_experts,
-        num_outputs,
+        num_rows,
         num_inputs,
-        **form.constants,
-        HAS_TOKENS=tokens_R is not None,
-        IS_WIDE=x.dtype == torch.float32 or is_interpreted(),
-        BLOCK_T=block_rows,
-        BLOCK_F=block_outputs,
-        BLOCK_E=next_power_of_2(num_experts),
-        num_warps=8,
-        num_stages=2,
+        norm.eps,
+        *sizes,
+        *[0] * missing,
+        FIRST=forms[0],
+        SECOND=forms[1],
+        THIRD=forms[2],
+        ZERO_CENTERED=norm.zero_centered,
+        IS_WIDE=_is_wide(x_TD),
+        BLOCK_T=_BLOCK_ROWS,
+        BLOCK_F=tile.outputs,
+        num_warps=4,
+        num_stages=tile.stages,
     )
-    return out_RF
+    return NormedLinears(rows_TD, tuple(products))
 
 
 def try_linear(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    x_TD = numbers(3, 96, seed=0, device=device)
-    for weight in _try_weights((20, 96), device):
-        yield linear(x_TD, weight), reference.linear(x_TD, weight)
+    """With a residual and without."""
+    x_TD, residual_TF = numbers(3, 96, seed=0, device=device), numbers(3, 20, seed=1, device=device)
+    weights: list[Tensor | Weight] = [numbers(20, 96, seed=5, device=device), *weights_to_try((20, 96), device)]
+    for weight in weights:
+        wanted = reference.linear(x_TD, weight)
+        yield linear(x_TD, weight), wanted
+        yield add_linear(residual_TF, x_TD, weight), residual_TF + wanted
 
 
-def try_experts_swiglu(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Few tokens, and more than few for codes."""
-    pairs: list[tuple[Tensor | Weight, Tensor | Weight]]
-    pairs = [(numbers(3, 64, 96, seed=3, device=device), numbers(3, 96, 32, seed=4, device=device))]
-    pairs += zip(_try_weights((3, 64, 96), device), _try_weights((3, 96, 32), device), strict=True)
-    for gate_up, down in pairs:
-        for num_tokens in (2,) if isinstance(down, Tensor) else (2, _FEW_TOKENS + 1):
-            x_TD = numbers(num_tokens, 96, seed=0, device=device)
-            scores_TE = numbers(num_tokens, 3, seed=1, device=device)
-            routing = reference.route(scores_TE, top_k=2, norm_topk_prob=True)
-            wanted = reference.experts_swiglu(x_TD, gate_up, down, routing=routing)
-            yield experts_swiglu(x_TD, gate_up, down, routing=routing), wanted
-
-
-def _try_weights(shape: tuple[int, ...], device: torch.device) -> Iterator[Weight]:
-    """Codes of every kind."""
-    numbers_FD = numbers(*shape, seed=5, device=device)
-    for bits, columns in ((4, shape[-1] // 2), (8, shape[-1])):
-        codes = (numbers(*shape[:-1], columns, seed=6, device=device) * 50 + 128).clamp(0, 255).to(torch.uint8)
-        scales = numbers(*shape[:-1], shape[-1] // 16, seed=7, device=device, scale=0.1)
-        yield QuantizedWeight(codes, scales, bits, 16)
-    blocks = tuple(-(-size // 16) for size in shape[-2:])
-    scales = numbers(*shape[:-2], *blocks, seed=8, device=device)
-    yield Fp8Weight(numbers_FD.to(torch.float8_e4m3fn), scales, (16, 16))
+def try_normed_linears(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Codes and floats in one start."""
+    x_TD, norm_D = numbers(3, 96, seed=0, device=device), numbers(96, seed=1, device=device, scale=0.2)
+    weights: tuple[Tensor | Weight, ...] = (*weights_to_try((20, 96), device), numbers(36, 96, seed=2, device=device))
+    for given, zero_centered in ((weights[1:], True), (weights[:2], False), (weights[3:], True)):
+        norm = Norm(norm_D, 1e-6, zero_centered)
+        ours, theirs = normed_linears(x_TD, norm, given), reference.normed_linears(x_TD, norm, given)
+        yield ours.rows_TD, theirs.rows_TD
+        yield from zip(ours.products, theirs.products, strict=True)

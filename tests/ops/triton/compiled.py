@@ -28,11 +28,13 @@ from qnext.ops import (
     DeltaInputs,
     DeltaWeights,
     Fp8Weight,
+    Norm,
     Packing,
     PendingTokens,
     QuantizedWeight,
     Rope,
     Routing,
+    SharedExpert,
     Weight,
 )
 from qnext.ops import triton as gpu
@@ -98,6 +100,7 @@ def calls(dtype: torch.dtype) -> Iterator[Any]:
     yield from delta_steps(dtype)
     yield from attention(dtype)
     yield from experts(dtype)
+    yield from matrices(dtype)
     yield gpu.route(numbers(4, 512, seed=2, device=CPU).to(dtype), top_k=10, norm_topk_prob=True, load_E=load_E)
 
 
@@ -160,15 +163,32 @@ def attention(dtype: torch.dtype) -> Iterator[Any]:
 
 
 def experts(dtype: torch.dtype) -> Iterator[Any]:
-    """Four of the experts, for few tokens and for many, in every form; and matrices that stay codes."""
-    for gate_up, down in zip(weights((4, 1024, 2048), dtype), weights((4, 2048, 512), dtype), strict=True):
+    """Four of the experts, for few tokens and for many, in every form."""
+    vector_1D, shapes = torch.zeros(1, 2048, dtype=dtype), ((4, 1024, 2048), (4, 2048, 512), (1, 2048, 1024))
+    for gate_up, down, shared_down in zip(*(weights(shape, dtype) for shape in shapes), strict=True):
         for num_tokens in (1, 9):
-            x_TD, experts_TA = torch.zeros(num_tokens, 2048, dtype=dtype), torch.zeros(num_tokens, 2).long()
-            routing = Routing(torch.zeros(num_tokens, 2), experts_TA)
-            if num_tokens == 1 or not isinstance(down, torch.Tensor):
+            x_TD, experts_TA = torch.zeros(num_tokens, 2048, dtype=dtype), torch.zeros(num_tokens, 10).long()
+            routing = Routing(torch.zeros(num_tokens, 10), experts_TA)
+            if num_tokens == 1:
                 yield gpu.experts_swiglu(x_TD, gate_up, down, routing=routing)
-            if not isinstance(down, torch.Tensor):
-                yield gpu.linear(x_TD, gate_up[0])
+                shared = SharedExpert(gate_up[0], gate_up[1], shared_down[0], vector_1D)
+                yield gpu.add_experts(x_TD, x_TD, gate_up, down, routing=routing, shared=shared)
+            elif not isinstance(down, torch.Tensor):
+                yield gpu.experts_swiglu(x_TD, gate_up, down, routing=routing)
+
+
+def matrices(dtype: torch.dtype) -> Iterator[Any]:
+    """Those around a mixer, the router's, and both kinds of starts: of some hundred programs, and of fewer."""
+    x_TD, norm = torch.zeros(1, 2048, dtype=dtype), Norm(torch.zeros(2048, dtype=dtype), 1e-6, True)
+    floats_FD = torch.zeros(64, 2048, dtype=dtype)
+    yield gpu.normed_linears(x_TD, norm, (torch.zeros(512, 2048, dtype=dtype),))
+    for wide, narrow in zip(weights((1, 8192, 2048), dtype), weights((1, 512, 2048), dtype), strict=True):
+        yield gpu.normed_linears(x_TD, norm, (wide[0], narrow[0], narrow[0]))
+        yield gpu.normed_linears(x_TD, norm, (wide[0], floats_FD))
+        for weight in (wide[0], narrow[0]):
+            yield gpu.add_linear(torch.zeros(1, weight.shape[0], dtype=dtype), x_TD, weight)
+            if not isinstance(weight, torch.Tensor):
+                yield gpu.linear(x_TD, weight)
 
 
 def weights(shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[torch.Tensor | Weight]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qnext.ops.triton.kernels.norm import norm_scale
+
 
 @triton.jit
 def partner_of(at_K, half):
@@ -15,12 +17,6 @@ def partner_of(at_K, half):
     is_first, is_second = at_K < half, (at_K >= half) & (at_K < 2 * half)
     partner_K = tl.where(is_first, at_K + half, tl.where(is_second, at_K - half, at_K))
     return partner_K, tl.where(is_first, -1.0, tl.where(is_second, 1.0, 0.0)), tl.where(is_first, at_K, at_K - half)
-
-
-@triton.jit
-def norm_scale(norm_ptr, at_K, is_in_K, ZERO_CENTERED: tl.constexpr):
-    scale_K = tl.load(norm_ptr + at_K, mask=is_in_K, other=0.0).to(tl.float32)
-    return scale_K + 1.0 if ZERO_CENTERED else scale_K
 
 
 @triton.jit

@@ -10,6 +10,13 @@ import triton.language as tl
 
 
 @triton.jit
+def norm_scale(norm_ptr, at_D, is_in_D, ZERO_CENTERED: tl.constexpr):
+    """What a norm multiplies by, in fp32."""
+    scale_D = tl.load(norm_ptr + at_D, mask=is_in_D, other=0.0).to(tl.float32)
+    return scale_D + 1.0 if ZERO_CENTERED else scale_D
+
+
+@triton.jit
 def gate_place(row, row_stride, num_heads, repeats, group, first, size):
     """Where the gate of a row begins; a row is one head of a token."""
     head = row % num_heads
@@ -39,9 +46,7 @@ def rms_norm_kernel(
     at_D = tl.arange(0, BLOCK)
     is_in_D = at_D < size
     x_D = tl.load(x_ptr + row * row_stride + at_D, mask=is_in_D, other=0.0).to(tl.float32)
-    scale_D = tl.load(weight_ptr + at_D, mask=is_in_D, other=0.0).to(tl.float32)
-    if ZERO_CENTERED:
-        scale_D += 1.0
+    scale_D = norm_scale(weight_ptr, at_D, is_in_D, ZERO_CENTERED)
     y_D = x_D / tl.sqrt(tl.sum(x_D * x_D, axis=0) / size + eps) * scale_D
     if HAS_GATE:
         place = gate_place(row, gate_stride, num_heads, repeats, group, first, size)
@@ -82,9 +87,7 @@ def rms_norm_backward_kernel(
     end = tl.minimum(begin + rows_each, num_rows)
     at_D = tl.arange(0, BLOCK)
     is_in_D = at_D < size
-    scale_D = tl.load(weight_ptr + at_D, mask=is_in_D, other=0.0).to(tl.float32)
-    if ZERO_CENTERED:
-        scale_D += 1.0
+    scale_D = norm_scale(weight_ptr, at_D, is_in_D, ZERO_CENTERED)
     sum_D = tl.zeros([BLOCK], tl.float32)
     for tile in range(0, rows_each, ROWS):
         row_R = begin + tile + tl.arange(0, ROWS)

@@ -1,0 +1,63 @@
+"""Kernels that one decoding step starts on a GPU, at the released sizes: in a graph each costs a microsecond or two."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qnext.checkpoint.codes import Fp8Codes
+from qnext.checkpoint.load import Places, empty_model
+from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig, preset
+from qnext.engine.execution.cache import Cache, CacheDtypes, CacheSizes
+from qnext.engine.execution.inputs import StepInputs
+from qnext.engine.policy.step import Rows, SequencePlan, StepPlan
+from qnext.planning import list_parameters
+from qnext.planning.parameters import QUANTIZED
+from tests.engine.meta import META, TorchStarts
+
+
+def starts_of_a_step(config: ModelConfig, starts: list[str], *, num_sequences: int = 1) -> Counter[str]:
+    """Of a model in FP8 with bf16 beside it; each sequence gets one token."""
+    infos = list_parameters(config)
+    codes = {
+        name: Fp8Codes(info.shape, (128, 128), torch.float32) for name, info in infos.items() if info.kind in QUANTIZED
+    }
+    model = empty_model(config, dtypes=torch.bfloat16, places=Places(META), quantized=codes).eval()
+    sizes = CacheSizes(num_blocks=4 * num_sequences, num_slots=num_sequences, max_model_len=64)
+    cache = Cache(config, sizes, CacheDtypes(activations=torch.bfloat16, kv=torch.bfloat16), device=META)
+    plans = [SequencePlan(str(n), n, (1,), 20, needs_sample=True, blocks=(4 * n,)) for n in range(num_sequences)]
+    cache.prepare(StepPlan(tuple(plans)))
+    inputs = StepInputs(cache, [1] * num_sequences)
+    inputs.fill([Rows(n, (3,), 20) for n in range(num_sequences)])
+    for _ in range(2):  # the first meets what is made once
+        starts.clear()
+        with torch.inference_mode(), TorchStarts(starts):
+            model.logits(model(inputs.batch).hidden_TD)
+    return Counter(starts)
+
+
+@pytest.mark.parametrize("num_sequences, most", [(1, 409), pytest.param(8, 409, marks=pytest.mark.slow)])
+def test_a_step_of_few_sequences_starts_few_kernels(starts: list[str], num_sequences: int, most: int) -> None:
+    """Eight in a layer of Gated DeltaNet, nine in one of attention; the rest once in a step."""
+    config = replace(preset("80b-a3b"), num_nextn_predict_layers=0)
+    found = starts_of_a_step(config, starts, num_sequences=num_sequences)
+    linear, full = (config.layer_types.count(kind) for kind in (LINEAR_ATTENTION, FULL_ATTENTION))
+    once = Counter({name: count for name, count in found.items() if name.startswith(("aten.", "rms"))})
+    assert found - once == Counter(
+        {
+            "normed_linears_kernel": 2 * (linear + full),  # what a mixer reads; the scores of the experts
+            "delta_step_kernel": linear,
+            "delta_commit_kernel": linear,
+            "attention_heads_kernel": full,
+            "paged_attention_kernel": full,
+            "attention_output_kernel": full,
+            "linear_codes_kernel": linear + full,  # what a mixer gives, added to the residual
+            "route_kernel": linear + full,
+            "experts_inner_kernel": linear + full,
+            "experts_output_kernel": linear + full,
+        }
+    )
+    assert found.total() <= most and once["rms_norm_kernel"] == 1 == once["aten.linear.default"]
