@@ -156,8 +156,10 @@ class StepInputs:
         of_tokens, of_sequences = self._of_tokens.host, self._of_sequences.host
         of_tokens[1] = positions_T
         of_sequences[0] = slots_N
-        adapters_T = self._cache.adapters[slots_T]
-        self.adapters_T = torch.from_numpy(adapters_T).to(self._cache.device) if adapters_T.any() else None
+        adapters = self._cache.adapters
+        # Of few numbers Python is done before numpy has begun, and decoding waits for it.
+        has_adapter = any(adapters[slots_N].tolist())
+        self.adapters_T = torch.from_numpy(adapters[slots_T]).to(self._cache.device) if has_adapter else None
         if self._has_sources:
             of_tokens[3] = self._cache.place_of_source(slots_T, positions_T)
             of_sequences[3] = self._cache.place_of_source(slots_N, ends_N)
@@ -172,7 +174,7 @@ class StepInputs:
             tables = self._cache.tables()
             self._of_tokens.host[2] = tables[slots_T, places_T // size] * size + places_T % size
             if self._tables is not None:
-                width = -(-int(ends_N.max()) // size)
+                width = -(-max(ends_N.tolist()) // size)
                 self._tables.host[:, :width] = tables[slots_N, :width]
 
 

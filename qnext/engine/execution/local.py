@@ -5,8 +5,9 @@ Legend: T tokens, N sequences, R rows that need a token, D hidden, Y vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -71,6 +72,10 @@ class LocalExecutor:
         self._decoding = RecordedBatches(cache, self.watch, lambda lengths, _: StepInputs(cache, lengths), self._decode)
         self._draft_passes = DraftPasses(model, cache, self.watch, adapters)
         self._switch = adapters
+        # While it is open, this thread starts kernels on the cache's device.
+        self._on_device: Callable[[], AbstractContextManager[object]] = nullcontext
+        if cache.device.type == "cuda":
+            self._on_device = partial(torch.cuda.device, cache.device)
         self._glancer = Glancer(model)
         self.request_of_slot: dict[int, str | int] | None = None  # is kept up to date where somebody wants it
 
@@ -81,7 +86,7 @@ class LocalExecutor:
         sequences with one token and sequences with more are two batches: PyTorch's delta rule and attention have paths
         of their own for one token, and the others would pad it to a whole chunk.
         """
-        with _current(self.cache.device):
+        with self._on_device():
             if not self._glancer.is_asked or not plan.sequences:
                 return self._execute(plan)
             with self._glancer.watching():
@@ -114,7 +119,7 @@ class LocalExecutor:
         return StepOutput(logits_RY, order, prompt_tokens, was_prepared=plan.only_decodes)
 
     def draft(self, plan: DraftPlan) -> DraftOutput:
-        with _current(self.cache.device):
+        with self._on_device():
             return self._draft_passes.run(plan)
 
     def glance(self) -> Glance | None:
@@ -235,11 +240,6 @@ class LocalExecutor:
             torch.tensor(places, device=source_TD.device),
             self.cache.sources.flatten(0, 1),
         )
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """The device on which this thread starts kernels."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _rows_of(sequence: SequencePlan) -> Rows:

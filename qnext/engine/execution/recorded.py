@@ -81,7 +81,7 @@ class RecordedBatches(Generic[Inputs, Result]):
         called."""
         return (
             num_tokens <= self._max_tokens
-            and self._num_failures[num_tokens] < _MAX_ATTEMPTS
+            and self._num_failures.get(num_tokens, 0) < _MAX_ATTEMPTS
             and self._watch.may_record
             and not self._watch.has_hooks
         )
