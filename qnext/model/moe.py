@@ -46,6 +46,20 @@ class Router(Fusable, HoldsWeights):
         )
         return RouterOutput(logits_TE, routing)
 
+    def choose_normed(
+        self, hidden_TD: Tensor, norm: ops.Norm, *, load_E: Tensor | None, chosen_TA: Tensor | None
+    ) -> ops.NormedRoute:
+        """norm(hidden), and what a plain router as wide as these rows makes of it."""
+        return ops.normed_route(
+            hidden_TD,
+            norm,
+            self.weight,
+            top_k=self.top_k,
+            norm_topk_prob=self.norm_topk_prob,
+            load_E=load_E,
+            chosen_TA=chosen_TA,
+        )
+
     def scores(self, x_TD: Tensor) -> Tensor:
         """[T, E] logits"""
         if self.weight.dtype.itemsize > x_TD.dtype.itemsize:
@@ -95,11 +109,9 @@ class Experts(HoldsWeights):
         return ops.experts_keep_bits(self.gate_up_proj, self.down_proj)
 
 
-def _written(output: RouterOutput, pages: RoutingPages | None) -> ops.Routing:
-    """The choice, which is in the pages then."""
+def _write(routing: ops.Routing, pages: RoutingPages | None) -> None:
     if pages is not None:
-        pages.write(output.routing.experts_TA)
-    return output.routing
+        pages.write(routing.experts_TA)
 
 
 def _by_expert(compute: Callable[[int, Tensor], Tensor], x_TAX: Tensor, experts_TA: Tensor) -> Tensor:
@@ -150,15 +162,17 @@ class SparseMoE(nn.Module):
             x_TD = norm(hidden_TD)
             routing = self.route(x_TD, load_E=load_E, chosen_TA=chosen_TA, pages=pages)
         else:
-            x_TD, (logits_TE,) = ops.normed_linears(hidden_TD, form, (weight_ED,))
-            routing = _written(self.gate.choose(logits_TE, load_E=load_E, chosen_TA=chosen_TA), pages)
+            x_TD, _, routing = self.gate.choose_normed(hidden_TD, form, load_E=load_E, chosen_TA=chosen_TA)
+            _write(routing, pages)
         return self._made(x_TD, routing, hidden_TD)
 
     def route(
         self, x_TD: Tensor, *, load_E: Tensor | None, chosen_TA: Tensor | None, pages: RoutingPages | None
     ) -> ops.Routing:
         """`load_E` and `chosen_TA` are those of ops.route; the choice is written to `pages`."""
-        return _written(self.gate(x_TD, load_E=load_E, chosen_TA=chosen_TA), pages)
+        routing: ops.Routing = self.gate(x_TD, load_E=load_E, chosen_TA=chosen_TA).routing
+        _write(routing, pages)
+        return routing
 
     def _made(self, x_TD: Tensor, routing: ops.Routing, hidden_TD: Tensor | None = None) -> Tensor:
         """[T, D]: what all experts make of the rows, added to `hidden_TD` where it is given."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from qnext.ops.choice import kernel_for, run
 from qnext.ops.hosted import HostedWeight
 from qnext.ops.inference_forward import with_inference_forward
-from qnext.ops.records import ExpertsLora, MadeByShared, Norm, NormedLinears, Rope, Routing, SharedExpert
+from qnext.ops.records import ExpertsLora, MadeByShared, Norm, NormedLinears, NormedRoute, Rope, Routing, SharedExpert
 from qnext.ops.weights import Weight
 
 
@@ -173,6 +173,26 @@ def route(
     """
     how: Any = {"top_k": top_k, "norm_topk_prob": norm_topk_prob, "load_E": load_E, "chosen_TA": chosen_TA}
     return run("route", logits_TE, **how)
+
+
+def normed_route(
+    x_TD: Tensor,
+    norm: Norm,
+    weight_ED: Tensor | Weight,
+    *,
+    top_k: int,
+    norm_topk_prob: bool,
+    load_E: Tensor | None = None,
+    chosen_TA: Tensor | None = None,
+) -> NormedRoute:
+    """norm(x), its logits and the experts that they choose: normed_linears and route, which kernels may compute as
+    one."""
+    how: Any = {"top_k": top_k, "norm_topk_prob": norm_topk_prob, "load_E": load_E, "chosen_TA": chosen_TA}
+    kernel = kernel_for("normed_route", x_TD, norm, weight_ED, **how)
+    if kernel is not None:
+        return kernel(x_TD, norm, weight_ED, **how)
+    rows_TD, (logits_TE,) = normed_linears(x_TD, norm, (weight_ED,))
+    return NormedRoute(rows_TD, logits_TE, route(logits_TE, **how))
 
 
 @with_inference_forward

@@ -101,6 +101,14 @@ class Routing(NamedTuple):
     experts_TA: Tensor  # [T, top_k] int64
 
 
+class NormedRoute(NamedTuple):
+    """Rows after their norm, and the experts that their logits choose."""
+
+    rows_TD: Tensor
+    logits_TE: Tensor
+    routing: Routing
+
+
 class SharedExpert(NamedTuple):
     """An expert that every token passes through; each weight is a tensor or quantised."""
 

@@ -49,7 +49,9 @@ def test_a_decoding_step_needs_no_number_on_the_host(starts: list[str], drafts: 
             logits_TY = model.logits(model(inputs.batch).hidden_TD)
         assert logits_TY.shape == (2 + drafts, model.config.vocab_size)
     assert witness.first is None
-    assert {"paged_attention_kernel", "delta_step_kernel", "experts_output_kernel", "route_kernel"} <= set(starts)
+    assert {"paged_attention_kernel", "delta_step_kernel", "experts_output_kernel", "normed_route_kernel"} <= set(
+        starts
+    )
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "fp8"])

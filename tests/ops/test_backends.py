@@ -149,7 +149,7 @@ def test_an_op_has_one_signature(name: str) -> None:
         assert predicate.parameters == public.parameters and predicate.return_annotation == "bool"
 
 
-@pytest.mark.parametrize("name", ["add_linear", "normed_linears", "add_experts"])
+@pytest.mark.parametrize("name", ["add_linear", "normed_linears", "normed_route", "add_experts"])
 def test_so_has_one_that_is_several_where_no_kernel_serves(name: str) -> None:
     public = inspect.signature(getattr(ops, name))
     for backend in (reference, triton):

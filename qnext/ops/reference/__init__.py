@@ -19,6 +19,7 @@ from qnext.ops.reference.matrices import (
     linear,
     lora_experts_swiglu,
     normed_linears,
+    normed_route,
     route,
 )
 from qnext.ops.reference.norm import rms_norm
@@ -44,6 +45,7 @@ __all__ = [
     "linear",
     "lora_experts_swiglu",
     "normed_linears",
+    "normed_route",
     "put_rows",
     "rms_norm",
     "rope_cos_sin",

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from qnext.ops.records import ExpertsLora, LowRank, MadeByShared, Norm, NormedLinears, Routing, SharedExpert
+from qnext.ops.records import (
+    ExpertsLora,
+    LowRank,
+    MadeByShared,
+    Norm,
+    NormedLinears,
+    NormedRoute,
+    Routing,
+    SharedExpert,
+)
 from qnext.ops.reference.norm import rms_norm
 from qnext.ops.reference.width import wide
 from qnext.ops.weights import Weight, dequantize
@@ -53,6 +64,22 @@ def route(
     if load_E is not None:
         load_E += experts_TA.flatten().bincount(minlength=len(load_E))
     return Routing(weights_TA, experts_TA)
+
+
+def normed_route(
+    x_TD: Tensor,
+    norm: Norm,
+    weight_ED: Tensor | Weight,
+    *,
+    top_k: int,
+    norm_topk_prob: bool,
+    load_E: Tensor | None = None,
+    chosen_TA: Tensor | None = None,
+) -> NormedRoute:
+    """norm(x), its logits, and the experts that they choose"""
+    rows_TD, (logits_TE,) = normed_linears(x_TD, norm, (weight_ED,))
+    how: Any = {"top_k": top_k, "norm_topk_prob": norm_topk_prob, "load_E": load_E, "chosen_TA": chosen_TA}
+    return NormedRoute(rows_TD, logits_TE, route(logits_TE, **how))
 
 
 def experts_swiglu(

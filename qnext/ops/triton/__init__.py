@@ -29,15 +29,15 @@ from qnext.ops.triton.matrices import (
     try_normed_linears,
 )
 from qnext.ops.triton.outside import Package, piece_attention, prompt_rule, training_rule
-from qnext.ops.triton.rows import (
-    rms_norm,
+from qnext.ops.triton.router import (
+    normed_route,
     route,
-    serves_rms_norm,
+    serves_normed_route,
     serves_route,
-    try_rms_norm,
-    try_rms_norm_gradient,
+    try_normed_route,
     try_route,
 )
+from qnext.ops.triton.rows import rms_norm, serves_rms_norm, try_rms_norm, try_rms_norm_gradient
 from qnext.ops.triton.train_attention import try_attention_gradient
 from qnext.ops.triton.train_delta import gated_delta_rule, serves_gated_delta_rule, try_gated_delta_gradient
 from qnext.ops.triton.train_experts import serves_swiglu, swiglu, try_experts_gradient, try_swiglu_gradient
@@ -48,6 +48,7 @@ SELF_TESTS: tuple[SelfTest, ...] = (
     try_rms_norm,
     try_rms_norm_gradient,
     try_route,
+    try_normed_route,
     try_gated_delta_step,
     try_gated_delta_chunks,
     try_gated_delta_prompt,
@@ -76,6 +77,7 @@ __all__ = [
     "is_trusted",
     "linear",
     "normed_linears",
+    "normed_route",
     "piece_attention",
     "prompt_rule",
     "rms_norm",
@@ -89,6 +91,7 @@ __all__ = [
     "serves_gated_delta_rule",
     "serves_linear",
     "serves_normed_linears",
+    "serves_normed_route",
     "serves_rms_norm",
     "serves_route",
     "serves_swiglu",

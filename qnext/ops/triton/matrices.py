@@ -19,21 +19,21 @@ from qnext.ops.weights import Weight
 _FEW_ROWS = 64  # of a matrix of codes; for more of them its numbers are made once
 _FEW_ROWS_OF_FLOATS = 16  # more of them are multiplied best by torch, whatever stands around the product
 _MOST_WEIGHTS = 3  # of one start
-_BLOCK_ROWS = 16
+BLOCK_ROWS = 16
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     outputs: int  # of a program
     inputs: int  # that are read at a time
     stages: int  # of reading, before which products begin
 
     @staticmethod
-    def of(num_outputs: int, dtype: torch.dtype) -> _Tile:
+    def of(num_outputs: int, dtype: torch.dtype) -> Tile:
         """Some hundred programs, or fewer that read more ahead: else memory waits for them. Rows in fp32 take thrice
         the products, and their operands twice the room."""
         if dtype == torch.float32:
-            return _Tile(16, 128, 3)
-        return _Tile(32, 128, 3) if num_outputs >= 8192 else _Tile(16, 256, 5)
+            return Tile(16, 128, 3)
+        return Tile(32, 128, 3) if num_outputs >= 8192 else Tile(16, 256, 5)
 
 
 def serves_linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = None) -> bool:
@@ -78,8 +78,8 @@ def _product(x_TD: Tensor, weight_FD: Tensor | Weight, residual_TF: Tensor | Non
     out_TF = torch.empty((num_rows, num_outputs), dtype=x_TD.dtype, device=x_TD.device)
     added_TF = out_TF if residual_TF is None else side_by_side(residual_TF)
     check_same_shape(out_TF, added_TF)
-    tile = _Tile.of(num_outputs, x_TD.dtype)
-    linear_codes_kernel[(-(-num_outputs // tile.outputs), -(-num_rows // _BLOCK_ROWS))](
+    tile = Tile.of(num_outputs, x_TD.dtype)
+    linear_codes_kernel[(-(-num_outputs // tile.outputs), -(-num_rows // BLOCK_ROWS))](
         x_TD,
         *weight.memory,
         added_TF,
@@ -91,8 +91,8 @@ def _product(x_TD: Tensor, weight_FD: Tensor | Weight, residual_TF: Tensor | Non
         num_inputs,
         FORM=weight.form.at_least(tile.inputs),
         HAS_RESIDUAL=residual_TF is not None,
-        IS_WIDE=_is_wide(x_TD),
-        BLOCK_T=_BLOCK_ROWS,
+        IS_WIDE=is_wide(x_TD),
+        BLOCK_T=BLOCK_ROWS,
         BLOCK_F=tile.outputs,
         num_warps=4,
         num_stages=tile.stages,
@@ -105,7 +105,7 @@ def side_by_side(x_TD: Tensor) -> Tensor:
     return x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
 
 
-def _is_wide(x_TD: Tensor) -> bool:
+def is_wide(x_TD: Tensor) -> bool:
     """Whether operands of products are fp32. The interpreter knows no products of bf16."""
     return x_TD.dtype == torch.float32 or is_interpreted()
 
@@ -134,12 +134,12 @@ def normed_linears(x_TD: Tensor, norm: Norm, weights: tuple[Tensor | Weight, ...
     rows_TD, *products = (
         torch.empty((num_rows, size), dtype=x_TD.dtype, device=x_TD.device) for size in (num_inputs, *sizes)
     )
-    tile, missing = _Tile.of(sum(sizes), x_TD.dtype), _MOST_WEIGHTS - len(weights)
+    tile, missing = Tile.of(sum(sizes), x_TD.dtype), _MOST_WEIGHTS - len(weights)
     readable = [read(weight) for weight in weights]
     memory = [(*weight.memory, out_TF) for weight, out_TF in zip(readable, products, strict=True)]
     memory += [(x_TD,) * 4] * missing
     forms = [*(weight.form.at_least(tile.inputs) for weight in readable), *[None] * missing]
-    normed_linears_kernel[(sum(-(-size // tile.outputs) for size in sizes), -(-num_rows // _BLOCK_ROWS))](
+    normed_linears_kernel[(sum(-(-size // tile.outputs) for size in sizes), -(-num_rows // BLOCK_ROWS))](
         x_TD,
         norm.weight_D.contiguous(),
         rows_TD,
@@ -154,8 +154,8 @@ def normed_linears(x_TD: Tensor, norm: Norm, weights: tuple[Tensor | Weight, ...
         SECOND=forms[1],
         THIRD=forms[2],
         ZERO_CENTERED=norm.zero_centered,
-        IS_WIDE=_is_wide(x_TD),
-        BLOCK_T=_BLOCK_ROWS,
+        IS_WIDE=is_wide(x_TD),
+        BLOCK_T=BLOCK_ROWS,
         BLOCK_F=tile.outputs,
         num_warps=4,
         num_stages=tile.stages,

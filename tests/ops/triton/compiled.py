@@ -181,7 +181,10 @@ def matrices(dtype: torch.dtype) -> Iterator[Any]:
     """Those around a mixer, the router's, and both kinds of starts: of some hundred programs, and of fewer."""
     x_TD, norm = torch.zeros(1, 2048, dtype=dtype), Norm(torch.zeros(2048, dtype=dtype), 1e-6, True)
     floats_FD = torch.zeros(64, 2048, dtype=dtype)
-    yield gpu.normed_linears(x_TD, norm, (torch.zeros(512, 2048, dtype=dtype),))
+    load_E = torch.zeros(512, dtype=torch.int64)
+    yield gpu.normed_route(
+        x_TD, norm, torch.zeros(512, 2048, dtype=dtype), top_k=10, norm_topk_prob=True, load_E=load_E
+    )
     for wide, narrow in zip(weights((1, 8192, 2048), dtype), weights((1, 512, 2048), dtype), strict=True):
         yield gpu.normed_linears(x_TD, norm, (wide[0], narrow[0], narrow[0]))
         yield gpu.normed_linears(x_TD, norm, (wide[0], floats_FD))

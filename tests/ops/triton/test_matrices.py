@@ -63,7 +63,7 @@ def test_a_product_that_is_added(kind: str, tile: tuple[int, int, int] | None, m
     weight, x_TD = make_weight(kind, 37, 136, seed=0), randn(num_rows, 136, seed=5, dtype=torch.float32).to(DEVICE)
     residual_TF = randn(num_rows, 40, seed=6, dtype=torch.float32).to(DEVICE)[:, 2:39]
     if tile is not None:
-        monkeypatch.setattr(matrices._Tile, "of", lambda *_: matrices._Tile(*tile))
+        monkeypatch.setattr(matrices.Tile, "of", lambda *_: matrices.Tile(*tile))
     assert gpu.serves_add_linear(residual_TF, x_TD, weight)
     wanted = exact(residual_TF) + reference.linear(exact(x_TD), wide(weight))
     assert_close(ops.add_linear(residual_TF, x_TD, weight).cpu(), wanted, tolerance=TOLERANCE)
@@ -81,7 +81,7 @@ def test_a_norm_and_products(
     x_TD[1] = 0.0
     norm = Norm(randn(136, seed=6, dtype=torch.float32, scale=0.3).to(DEVICE), 1e-6, len(kinds) > 1)
     if tile is not None:
-        monkeypatch.setattr(matrices._Tile, "of", lambda *_: matrices._Tile(*tile))
+        monkeypatch.setattr(matrices.Tile, "of", lambda *_: matrices.Tile(*tile))
     assert gpu.serves_normed_linears(x_TD, norm, weights)
     ours = ops.normed_linears(x_TD, norm, weights)
     exact_norm = norm._replace(weight_D=exact(norm.weight_D))

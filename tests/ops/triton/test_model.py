@@ -14,7 +14,15 @@ from tests.engine.sequences import Sequences
 
 from .device import DEVICE
 
-SERVED = ["rms_norm", "normed_linears", "add_linear", "route", "gated_delta_mixer", "attention_mixer", "add_experts"]
+SERVED = [
+    "rms_norm",
+    "normed_linears",
+    "add_linear",
+    "normed_route",
+    "gated_delta_mixer",
+    "attention_mixer",
+    "add_experts",
+]
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the sequences of these tests are on the CPU")
@@ -38,7 +46,7 @@ def test_a_model_with_drafts_has_the_logits_of_one_call(monkeypatch: pytest.Monk
     all_logits = sequences.run_to_the_end(0)
     assert set(calls) == set(SERVED)
     with monkeypatch.context() as patch:
-        for name in (*SERVED, "experts_swiglu"):
+        for name in (*SERVED, "route", "experts_swiglu"):
             patch.setattr(gpu, f"serves_{name}", lambda *args, **kwargs: False)
         for tokens, logits in zip(sequences.tokens, all_logits, strict=True):
             assert (logits - reference_logits(model, tokens)).abs().max() < 2e-4

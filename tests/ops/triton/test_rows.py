@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from qnext import ops
-from qnext.ops import backends, reference
+from qnext.ops import Norm, backends, dequantize, reference
 from qnext.ops import triton as gpu
 from qnext.ops.triton.trust import is_trusted, numbers
 
 from ..compare import assert_close, randn
 from .device import DEVICE, TOLERANCE, exact
+from .test_matrices import make_weight
 
 
 def test_kernels_serve_here() -> None:
@@ -104,6 +106,29 @@ def test_route(num_experts: int, top_k: int, norm_topk_prob: bool, dtype: torch.
     assert torch.equal(routing.experts_TA.cpu(), wanted.experts_TA)
     assert torch.equal(load_E.cpu(), wanted_load_E)
     assert_close(routing.weights_TA.cpu(), wanted.weights_TA, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("num_tokens, kind", [(3, "fp32"), (19, "int4")])
+def test_a_norm_and_the_choice_behind_it(num_tokens: int, kind: str) -> None:
+    """More programs than one, and more tokens than one block of them; the second call counts on in the load."""
+    weight = make_weight(kind, 37, 40, seed=3)
+    x_TD = randn(num_tokens, 40, seed=4, dtype=torch.float32).to(DEVICE)
+    norm, load_E = Norm(torch.zeros(40, device=DEVICE), 1e-6, True), torch.zeros(37, dtype=torch.int64, device=DEVICE)
+    how: dict[str, Any] = {"top_k": 4, "norm_topk_prob": True}
+    assert gpu.serves_normed_route(x_TD, norm, weight, **how, load_E=load_E)
+    for times in (1, 2):
+        ours = ops.normed_route(x_TD, norm, weight, **how, load_E=load_E)
+        exact_norm, wide = norm._replace(weight_D=exact(norm.weight_D)), exact(dequantize(weight, torch.float32))
+        wanted = reference.normed_route(exact(x_TD), exact_norm, wide, **how)
+        assert torch.equal(ours.routing.experts_TA.cpu(), wanted.routing.experts_TA)
+        assert torch.equal(load_E.cpu(), times * wanted.routing.experts_TA.flatten().bincount(minlength=37))
+        pairs = (
+            (ours.rows_TD, wanted.rows_TD),
+            (ours.logits_TE, wanted.logits_TE),
+            (ours.routing[0], wanted.routing[0]),
+        )
+        for actual, expected in pairs:
+            assert_close(actual.cpu(), expected, tolerance=TOLERANCE)
 
 
 def test_of_equal_scores_the_lowest_number_wins_and_nan_names_an_expert() -> None:

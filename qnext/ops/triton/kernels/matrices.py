@@ -163,6 +163,31 @@ def normed_product(
 
 
 @triton.jit
+def store_normed(
+    tile,
+    num_tiles,
+    x_ptr,
+    norm_ptr,
+    at_T,
+    x_stride,
+    num_rows,
+    num_inputs,
+    root_T,
+    rows_ptr,
+    ZERO_CENTERED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Writes norm(x) of some rows: of all blocks of columns those of one program of several."""
+    for begin in range(tile * BLOCK_D, num_inputs, num_tiles * BLOCK_D):
+        at_D = begin + tl.arange(0, BLOCK_D)
+        is_in_TD = (at_T < num_rows)[:, None] & (at_D < num_inputs)[None, :]
+        x_TD = tl.load(x_ptr + (at_T * x_stride)[:, None] + at_D[None, :], mask=is_in_TD, other=0.0).to(tl.float32)
+        y_TD = x_TD / root_T[:, None] * norm_scale(norm_ptr, at_D, at_D < num_inputs, ZERO_CENTERED)[None, :]
+        rows_at = rows_ptr + (at_T * num_inputs)[:, None] + at_D[None, :]
+        tl.store(rows_at, y_TD.to(rows_ptr.dtype.element_ty), mask=is_in_TD)
+
+
+@triton.jit
 def normed_linears_kernel(
     x_ptr,
     norm_ptr,
@@ -201,28 +226,22 @@ def normed_linears_kernel(
     """
     tile = tl.program_id(0)
     at_T = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    rows = (x_ptr, norm_ptr, at_T, x_stride, num_rows, num_inputs, eps)
+    rows = (x_ptr, norm_ptr, at_T, x_stride, num_rows, num_inputs)
     num_tiles = tl.cdiv(num_first, BLOCK_F)
-    tiles_before_third = num_tiles + tl.cdiv(num_second, BLOCK_F)
+    tiles_of_two = num_tiles + tl.cdiv(num_second, BLOCK_F)
     if tile < num_tiles:
         memory = (first_ptr, first_scales_ptr, first_zeros_ptr, first_out_ptr, num_first)
-        root_T = normed_product(tile, *rows, *memory, FIRST, ZERO_CENTERED, IS_WIDE, BLOCK_F)
-        for begin in range(tile * FIRST[4], num_inputs, num_tiles * FIRST[4]):
-            at_D = begin + tl.arange(0, FIRST[4])
-            is_in_TD = (at_T < num_rows)[:, None] & (at_D < num_inputs)[None, :]
-            x_TD = tl.load(x_ptr + (at_T * x_stride)[:, None] + at_D[None, :], mask=is_in_TD, other=0.0).to(tl.float32)
-            y_TD = x_TD / root_T[:, None] * norm_scale(norm_ptr, at_D, at_D < num_inputs, ZERO_CENTERED)[None, :]
-            rows_at = rows_ptr + (at_T * num_inputs)[:, None] + at_D[None, :]
-            tl.store(rows_at, y_TD.to(rows_ptr.dtype.element_ty), mask=is_in_TD)
+        root_T = normed_product(tile, *rows, eps, *memory, FIRST, ZERO_CENTERED, IS_WIDE, BLOCK_F)
+        store_normed(tile, num_tiles, *rows, root_T, rows_ptr, ZERO_CENTERED, FIRST[4])
     else:
         if SECOND is not None:
-            if tile < tiles_before_third:
+            if tile < tiles_of_two:
                 memory = (second_ptr, second_scales_ptr, second_zeros_ptr, second_out_ptr, num_second)
-                normed_product(tile - num_tiles, *rows, *memory, SECOND, ZERO_CENTERED, IS_WIDE, BLOCK_F)
+                normed_product(tile - num_tiles, *rows, eps, *memory, SECOND, ZERO_CENTERED, IS_WIDE, BLOCK_F)
             else:
                 if THIRD is not None:
                     memory = (third_ptr, third_scales_ptr, third_zeros_ptr, third_out_ptr, num_third)
-                    normed_product(tile - tiles_before_third, *rows, *memory, THIRD, ZERO_CENTERED, IS_WIDE, BLOCK_F)
+                    normed_product(tile - tiles_of_two, *rows, eps, *memory, THIRD, ZERO_CENTERED, IS_WIDE, BLOCK_F)
 
 
 @triton.jit
