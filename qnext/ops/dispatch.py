@@ -111,7 +111,7 @@ def experts_swiglu(
     token cost nothing.
     """
     if isinstance(gate_up_E2FD, HostedWeight):
-        gate_up_E2FD, down_EDF, routing = gate_up_E2FD.experts.bring(routing)
+        gate_up_E2FD, down_EDF, routing = gate_up_E2FD.experts.bring(routing, x_TD)
     return run("experts_swiglu", x_TD, gate_up_E2FD, down_EDF, routing=routing, shared=shared)
 
 
@@ -126,7 +126,7 @@ def add_experts(
 ) -> Tensor:
     """residual + experts_swiglu(x): experts_swiglu and add, which kernels may compute as one."""
     if isinstance(gate_up_E2FD, HostedWeight):
-        gate_up_E2FD, down_EDF, routing = gate_up_E2FD.experts.bring(routing)
+        gate_up_E2FD, down_EDF, routing = gate_up_E2FD.experts.bring(routing, x_TD)
     weights = gate_up_E2FD, down_EDF
     kernel = kernel_for("add_experts", residual_TD, x_TD, *weights, routing=routing, shared=shared)
     if kernel is None:

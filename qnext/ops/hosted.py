@@ -25,10 +25,11 @@ class BroughtExperts(NamedTuple):
 class BringsExperts(Protocol):
     """Who knows where the experts of a layer are."""
 
-    def bring(self, routing: Routing, *, keeps_numbers: bool = False) -> BroughtExperts:
+    def bring(self, routing: Routing, x_TD: Tensor | None = None, *, keeps_numbers: bool = False) -> BroughtExperts:
         """The experts of a call, valid until the next one. Waits for the device, which has chosen them.
 
-        With `keeps_numbers` each is at the place of its own number, for ops that have more of each expert.
+        From what the experts are given, `x_TD`, those of the next layer may be guessed and copied ahead. With
+        `keeps_numbers` each is at the place of its own number, for ops that have more of each expert.
         """
 
     @property

@@ -1,20 +1,21 @@
 """Experts between the memory of the host and that of a device: all wait on the host, and each layer has slots on the
 device for those that were used last.
 
-Legend: E experts, T tokens, A experts of a token.
+Legend: E experts, T tokens, A experts of a token, D hidden, G guesses.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qnext import ops
+from qnext.residency.ahead import NUM_LIKELY, CopiesAhead
+from qnext.residency.stacks import copy_expert, form_of, stack_like, tensors_of
 
 
 class DeviceSlots:
@@ -52,7 +53,7 @@ class WholeLayer:
 
     def room_for(self, stack: Tensor | ops.Weight, place: str) -> Tensor | ops.Weight:
         """Memory in the form of a stack. `place` tells stacks apart that are needed together."""
-        form = (place, *((tensor.shape, tensor.dtype) for tensor in tensors_of(stack)))
+        form = (place, *form_of(stack))
         if form not in self._stacks:
             self._stacks[form] = stack_like(stack, stack.shape[0], self.device)
         return self._stacks[form]
@@ -61,7 +62,8 @@ class WholeLayer:
 class HostedExperts:
     """The experts of a layer, gate_up and down. The same numbers are computed wherever they are.
 
-    `num_hits` and `num_misses` count experts of calls that were in slots, and that were copied.
+    `num_hits` and `num_misses` count experts of calls that were in slots, and that were copied. `num_guesses` counts
+    those that were copied before the layer asked, `num_guesses_used` the ones of them that it asked for then.
     """
 
     def __init__(
@@ -71,23 +73,55 @@ class HostedExperts:
         self._slots = DeviceSlots(min(num_slots, gate_up.shape[0]))
         self._there = tuple(stack_like(stack, self._slots.num_slots, self.device) for stack in self._host)
         self._slot_E = torch.zeros(gate_up.shape[0], dtype=torch.long, device=self.device)
-        self.num_hits = self.num_misses = 0
+        self.num_hits = self.num_misses = self.num_guesses = self.num_guesses_used = 0
+        self._ahead: CopiesAhead | None = None
+        self._next: tuple[HostedExperts, Tensor] | None = None
 
-    def bring(self, routing: ops.Routing, *, keeps_numbers: bool = False) -> ops.BroughtExperts:
+    def look_ahead(self, ahead: CopiesAhead, following: tuple[HostedExperts, Tensor] | None) -> None:
+        """From now on, guess what the following layer needs, by asking its router [E, D] early; the last layer has none
+        that follows. Wrong guesses take time and change no result."""
+        self._ahead, self._next = ahead, following
+
+    def bring(
+        self, routing: ops.Routing, x_TD: Tensor | None = None, *, keeps_numbers: bool = False
+    ) -> ops.BroughtExperts:
         """See ops.BringsExperts."""
-        experts = np.unique(routing.experts_TA.numpy(force=True)).tolist()
+        likely_G, chosen = self._likely(x_TD), routing.experts_TA.flatten()
+        numbers = (chosen if likely_G is None else torch.cat([chosen, likely_G])).numpy(force=True)  # waits once
+        experts = np.unique(numbers[: len(chosen)]).tolist()
+        ahead = {} if self._ahead is None else self._ahead.settle(self, experts)
+        self.num_guesses_used += len(ahead)
         if keeps_numbers or len(experts) > self._slots.num_slots:
             return self._bring_whole(experts, routing)
         loads = self._slots.take(experts)
         self._count(len(experts), len(loads))
-        for host, there in zip(self._host, self._there, strict=True):
-            for expert, slot in loads:
-                copy_expert(host, expert, there, slot)
+        for expert, slot in loads:
+            if self._ahead is not None and expert in ahead:
+                self._ahead.move(ahead[expert], self._there, slot)
+            else:
+                for host, there in zip(self._host, self._there, strict=True):
+                    copy_expert(host, expert, there, slot)
+        if self._ahead is not None and self._next is not None and likely_G is not None:
+            self._next[0].expect(self._ahead, list(dict.fromkeys(numbers[len(chosen) :].tolist())))
         if loads:
-            experts_L, slots_L = torch.tensor(loads).T.to(self.device)
+            experts_L, slots_L = torch.tensor(loads).T.to(self.device, non_blocking=True)
             self._slot_E.index_copy_(0, experts_L, slots_L)
         places_TA = self._slot_E[routing.experts_TA]
         return ops.BroughtExperts(self._there[0], self._there[1], routing._replace(experts_TA=places_TA))
+
+    def expect(self, ahead: CopiesAhead, likely: Sequence[int]) -> None:
+        """Begin to copy those of these experts, the likeliest first, that are in no slot, as far as there is room."""
+        missing = [expert for expert in likely if expert not in self._slots.slot_of]
+        self.num_guesses += ahead.begin(self, self._host, missing)
+
+    def _likely(self, x_TD: Tensor | None) -> Tensor | None:
+        """[G] whom the next layer's router chooses for this layer's input, the best of each token first; None where
+        nothing is to be guessed."""
+        if self._ahead is None or self._next is None or x_TD is None or not self._ahead.is_worth_it(len(x_TD)):
+            return None
+        router_ED = self._next[1]
+        scores_TE = ops.linear(x_TD.to(router_ED.dtype), router_ED)
+        return scores_TE.topk(min(NUM_LIKELY, router_ED.shape[0]), dim=1).indices.T.flatten()
 
     def _bring_whole(self, experts: Sequence[int], routing: ops.Routing) -> ops.BroughtExperts:
         """By single experts, or all of them at once where most are needed: each copy has to be asked for."""
@@ -105,30 +139,3 @@ class HostedExperts:
     def _count(self, num_experts: int, num_misses: int) -> None:
         self.num_hits += num_experts - num_misses
         self.num_misses += num_misses
-
-
-def tensors_of(stack: Tensor | ops.Weight) -> list[Tensor]:
-    """All of a stack."""
-    return [stack] if isinstance(stack, Tensor) else stack.tensors
-
-
-def stack_like(stack: Tensor | ops.Weight, num_experts: int, device: torch.device) -> Tensor | ops.Weight:
-    """Memory on `device` for so many experts in the form of a stack. Raises TypeError for a form that has no copy."""
-
-    def like(tensor: Tensor) -> Tensor:
-        return torch.empty((num_experts, *tensor.shape[1:]), dtype=tensor.dtype, device=device)
-
-    if isinstance(stack, Tensor):
-        return like(stack)
-    if isinstance(stack, ops.Fp8Weight):
-        return ops.Fp8Weight(like(stack.codes), like(stack.scales), stack.block)
-    if isinstance(stack, ops.QuantizedWeight):
-        zeros = None if stack.zeros is None else like(stack.zeros)
-        return replace(stack, codes=like(stack.codes), scales=like(stack.scales), zeros=zeros)
-    raise TypeError(f"{type(stack).__name__} cannot be copied expert by expert")
-
-
-def copy_expert(source: Tensor | ops.Weight, expert: int, target: Tensor | ops.Weight, place: int) -> None:
-    """In the order of the device's work, so that whoever reads the place before has read it."""
-    for of, to in zip(tensors_of(source), tensors_of(target), strict=True):
-        to[place].copy_(of[expert], non_blocking=True)

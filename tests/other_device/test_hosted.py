@@ -14,6 +14,7 @@ from qnext.errors import DoesNotFit, UsageError
 from qnext.model import CausalLM, SparseMoE
 from qnext.ops import HostedWeight
 from qnext.quant.scheme import make_policy
+from qnext.residency.ahead import NUM_PLACES
 from qnext.residency.hosted import HostedExperts
 from qnext.session import folder as session
 from tests.engine.drafting import make_engine, prompts_of
@@ -43,16 +44,19 @@ def test_answers_are_those_of_experts_on_the_device(
     assert hosted_bytes(read_layout(path), None, other_device()) == pytest.approx(
         of_layer * len(layers), rel=0.01
     )  # and shapes
-    three_of_each = of_layer + 3 * (of_layer // 5) * len(layers)
+    three_of_each = of_layer + (3 * len(layers) + NUM_PLACES) * (of_layer // 5)
     monkeypatch.setattr(session, "choose_device", lambda wanted: other_device())
     opened = session.open_model(str(path), expert_memory=three_of_each)
     hosted = session.load_weights(opened)
     assert answers(hosted) == answers(whole)
+    num_guesses = 0
     for layer in (each.experts for each in hosted.modules() if isinstance(each, SparseMoE)):
         for weight in (layer.gate_up_proj, layer.down_proj):
             assert isinstance(weight, HostedWeight) and all(part.device.type == "cpu" for part in weight.tensors)
             assert isinstance(weight.experts, HostedExperts)
             assert weight.experts.num_hits > 0 and weight.experts.num_misses > 5
+            num_guesses += weight.experts.num_guesses
+    assert num_guesses > 0
     with pytest.raises(DoesNotFit, match="the experts of a layer and 2 of each need"):
         load_model(path, device=other_device(), residency=DeviceRoom(of_layer))
 

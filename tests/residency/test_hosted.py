@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qnext import ops
+from qnext.residency.ahead import NUM_PLACES, CopiesAhead
 from qnext.residency.hosted import DeviceSlots, HostedExperts, WholeLayer
 
 E, D, F, TOP_K = 12, 32, 16, 3
@@ -53,6 +54,51 @@ def test_bits_are_those_of_experts_on_the_device(form: str, num_slots: int, devi
     assert misses >= 9  # a call of 40 tokens needs more than half of all
     if num_slots > E:
         assert misses == E
+
+
+@torch.no_grad()
+def run_layers(
+    form: str, device: str, *, are_right: bool, num_tokens: list[int], looks_ahead: bool = True
+) -> list[HostedExperts]:
+    """Three layers of the same input, over calls of so many tokens; bits are those of experts on the device. Routers
+    are what is asked early, or others."""
+    stacks = [tuple(FORMS[form](E, *shape).to("cpu") for shape in ((2 * F, D), (D, F))) for _ in range(3)]
+    routers = [torch.randn(E, D, generator=torch.Generator().manual_seed(n)).to(device) for n in range(3)]
+    layers = [HostedExperts(*each, num_slots=TOP_K, whole=WholeLayer(torch.device(device))) for each in stacks]
+    ahead = CopiesAhead(stacks[0], torch.device(device))
+    asked = routers if are_right else [-router for router in routers]
+    for n, layer in enumerate(layers if looks_ahead else ()):
+        layer.look_ahead(ahead, (layers[n + 1], asked[n + 1]) if n < 2 else None)
+    generator = torch.Generator().manual_seed(9)
+    for count in num_tokens:
+        x_TD = torch.randn(count, D, generator=generator).to(device)
+        for layer, router, stack in zip(layers, routers, stacks, strict=True):
+            routing = ops.route(x_TD @ router.T, top_k=TOP_K, norm_topk_prob=True)
+            hosted = [ops.HostedWeight(part, layer) for part in stack]
+            wanted_TD = ops.experts_swiglu(x_TD, *(part.to(device) for part in stack), routing=routing)
+            assert torch.equal(ops.experts_swiglu(x_TD, *hosted, routing=routing), wanted_TD)
+    return layers
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, ON_GPU])])
+def test_what_the_next_layer_needs_is_copied_ahead(form: str, device: str) -> None:
+    """Also beside calls of many tokens, which guess nothing and whose layers are copied whole."""
+    first, *later = run_layers(form, device, are_right=True, num_tokens=[1, 1, 30, 1, 2, 1, 5, 1])
+    assert first.num_guesses == 0
+    for layer in later:
+        assert 0 < layer.num_guesses_used <= layer.num_guesses <= 6 * NUM_PLACES
+        assert layer.num_guesses_used >= 6  # the best three of a token, as far as they are in no slot
+
+
+def test_guesses_change_no_count_and_stop_where_they_are_wrong() -> None:
+    tokens = [1] * 130
+    plain = run_layers("fp32", "cpu", are_right=True, num_tokens=tokens, looks_ahead=False)
+    for are_right in (True, False):
+        layers = run_layers("fp32", "cpu", are_right=are_right, num_tokens=tokens)
+        assert [(x.num_hits, x.num_misses) for x in layers] == [(x.num_hits, x.num_misses) for x in plain]
+        guesses, used = (sum(getattr(x, f"num_guesses{end}") for x in layers) for end in ("", "_used"))
+        assert used > 500 if are_right else used < 0.1 * guesses and guesses < 100 + 4 * NUM_PLACES
 
 
 def test_slots_belong_to_those_used_last() -> None:

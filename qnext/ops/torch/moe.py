@@ -75,9 +75,10 @@ def _routed_experts(x_TD: Tensor, gate_up_E2FD: Tensor | Weight, down_EDF: Tenso
 def _quantized_experts(
     x_TD: Tensor, gate_up_E2FD: Tensor | Weight, down_EDF: Tensor | Weight, routing: Routing
 ) -> Tensor:
-    """Each used expert's matrices dequantised in turn, in fp32."""
+    """Each used expert's matrices dequantised in turn, in fp32: in the order in which the tokens name them, so that the
+    numbers of experts, which may be places of a table, change no bit."""
     out_TD = torch.zeros(x_TD.shape, dtype=torch.promote_types(x_TD.dtype, torch.float32), device=x_TD.device)
-    for expert in routing.experts_TA.unique().tolist():
+    for expert in dict.fromkeys(routing.experts_TA.flatten().tolist()):
         tokens_A, place_A = (routing.experts_TA == expert).nonzero(as_tuple=True)
         gate_up, down = (dequantize(weight[expert], out_TD.dtype) for weight in (gate_up_E2FD, down_EDF))
         hidden_AF = swiglu_halves(x_TD[tokens_A].to(out_TD.dtype) @ gate_up.t())
