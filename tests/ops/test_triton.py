@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[2]
@@ -60,38 +62,13 @@ def test_kernels_compile_for_an_h200_at_the_released_sizes(tmp_path: Path) -> No
 def test_the_backend_is_refused_where_nothing_can_run_it() -> None:
     program = "import torch\nfrom qnext import ops\nops.backend_of(torch.device('cpu'))"
     environment = {**os.environ, "QNEXT_BACKEND": "triton", "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    result = forked.run(["-c", program], env=environment)
     assert result.returncode == 1
     assert "QNEXT_BACKEND=triton needs a CUDA device, or Triton's interpreter" in result.stderr
 
 
-def test_a_machine_without_a_gpu_gets_one_line_and_another_reports(tmp_path: Path) -> None:
-    script = str(ROOT / "benchmarks/check_gpu.py")
+def test_the_report_of_a_machine_without_a_gpu_is_one_line() -> None:
     free = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "QNEXT_"))}
-    hidden = subprocess.run(
-        [sys.executable, script], env=free | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
-    )
+    hidden = forked.run([ROOT / "benchmarks/check_gpu.py"], env=free | {"CUDA_VISIBLE_DEVICES": ""})
     assert (hidden.returncode, hidden.stdout, hidden.stderr.count("\n")) == (2, "", 1), hidden.stderr
     assert "they need a CUDA device and Triton" in hidden.stderr
-    interpreted = {"TRITON_INTERPRET": "1", "QNEXT_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, "--smallest", "--without-engine", "--out", str(tmp_path / "report.json")]
-    told = subprocess.run(command, env=free | interpreted, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert json.loads(told.stdout.splitlines()[-1]) == found
-    assert len(found["errors"]) >= 9 and all(error < 1e-4 for error in found["errors"].values())
-    assert len(found["times"]) == 12 and all(each["seconds"] > 0 for each in found["times"])
-    assert found["step"]["tokens_per_second"] > 0
-
-
-@pytest.mark.slow
-def test_the_report_has_the_figures_of_an_engine(tmp_path: Path) -> None:
-    """In tiny shapes under the interpreter: what a machine with a GPU reports of the released ones."""
-    free = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "QNEXT_"))}
-    interpreted = {"TRITON_INTERPRET": "1", "QNEXT_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks/check_gpu.py"), "--smallest", "--out", str(tmp_path / "r.json")]
-    told = subprocess.run(command, env=free | interpreted, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    figures = json.loads((tmp_path / "r.json").read_text())["engine"]["figures"]
-    assert [(each["batch"], each["graphs"]) for each in figures] == [(0, True), (2, True)]
-    assert figures[0]["seconds"] > 0 and figures[1]["tokens_per_second"] > 0
