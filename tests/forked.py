@@ -175,8 +175,9 @@ def _run(words: list[str], environment: dict[str, str], place: str, streams: lis
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(place)
-    sys.path[:0] = ["", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     kind, *arguments = words
+    beside = "" if kind in ("-m", "-c") else str(Path(kind).parent)
+    sys.path[:0] = [beside, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     if kind == "-m":
         sys.argv = [arguments[0], *arguments[1:]]
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
