@@ -20,7 +20,17 @@ from qnext.cli import VERBS
 from tests.house import debts
 from tests.house.exceptions import EXCEPTIONS
 from tests.house.rules import RULES, in_circles, num_parameters, reads_past_a_module
-from tests.house.source import PACKAGE, ROOT, folder_of, functions_of, imports_of, last_word, modules, tree, types_of
+from tests.house.source import (
+    PACKAGE,
+    ROOT,
+    folder_of,
+    functions_of,
+    imports_of,
+    last_word,
+    modules,
+    nodes,
+    types_of,
+)
 from tests.longest import LONGEST
 from tests.pace import slowness
 
@@ -169,7 +179,7 @@ def test_what_goes_to_disk_goes_through_one_home() -> None:
 
 
 def calls_of(path: Path) -> list[ast.Call]:
-    return [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    return [node for node in nodes(path)[ast.Call] if isinstance(node, ast.Call)]
 
 
 def writes(call: ast.Call) -> bool:

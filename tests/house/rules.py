@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from tests.house.source import ROOT, functions_of, imports_of, last_word, modules, outsiders, tree, types_of
+from tests.house.source import ROOT, functions_of, imports_of, last_word, modules, nodes, outsiders, tree, types_of
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -62,7 +62,7 @@ def functions_of_many_parameters() -> Offences:
 def long_docstrings() -> Offences:
     found: Offences = {}
     for name, path in {**modules(), **outsiders()}.items():
-        classes = ((node.name, node) for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef))
+        classes = ((node.name, node) for node in nodes(path)[ast.ClassDef] if isinstance(node, ast.ClassDef))
         places: list[tuple[str, ast.AST]] = [("", tree(path)), *classes, *functions_of(path)]
         for called, node in places:
             text = ast.get_docstring(node)  # type: ignore[arg-type]
@@ -179,7 +179,7 @@ def reads_past_a_module(path: Path) -> list[str]:
     """Reads of a parameter of a module that is itself an attribute, or has a name that says so."""
     return [
         ast.unparse(node)
-        for node in ast.walk(tree(path))
+        for node in nodes(path)[ast.Attribute]
         if isinstance(node, ast.Attribute)
         and node.attr in ("weight", "bias", "gate_up_proj", "down_proj")
         and (isinstance(node.value, (ast.Attribute, ast.Subscript)) or last_word(node.value) in ("layer", "module"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def outsiders() -> dict[str, Path]:
 @cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def nodes(path: Path) -> Mapping[type[ast.AST], list[ast.AST]]:
+    """Of the tree, by their kind: so that one walk serves all rules."""
+    found: dict[type[ast.AST], list[ast.AST]] = defaultdict(list)
+    for node in ast.walk(tree(path)):
+        found[type(node)].append(node)
+    return found
 
 
 def folder_of(name: str) -> str:
@@ -78,22 +88,25 @@ def imports_of(name: str, *, with_types: bool = True) -> frozenset[str]:
     return frozenset(found)
 
 
-def functions_of(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+@cache
+def functions_of(path: Path) -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """Every function of a file with its name in the classes and functions around it."""
 
     def inner(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
         for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.expr):
+                continue
             name = f"{prefix}{child.name}." if isinstance(child, _NAMED) else prefix
             if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 yield prefix + child.name, child
             yield from inner(child, name)
 
-    return inner(tree(path), "")
+    return list(inner(tree(path), ""))
 
 
 def types_of(path: Path) -> Iterator[str]:
     """Names of the classes of a file, and of the types that it gives a name at its top. A TypeVar is none."""
-    yield from (node.name for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef))
+    yield from (node.name for node in nodes(path)[ast.ClassDef] if isinstance(node, ast.ClassDef))
     for node in tree(path).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if isinstance(target, ast.Name) and re.fullmatch("_*[A-Z][a-z][A-Za-z]*", target.id):
