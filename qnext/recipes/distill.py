@@ -21,6 +21,7 @@ from qnext.text.tokenizer import Tokenizer
 from qnext.training import TrainConfig, TrainSource
 from qnext.training.build import Tokenizing
 from qnext.training.distill import TAUGHT, Distillation, HeldOutTeaching, KeptTokens, held_out_teaching
+from qnext.training.ranks import first_then_all
 from qnext.training.samples import SampleSet, SampleStream
 from qnext.training.shards import DataShard
 from qnext.training.teacher import ANSWERS, Asking, ask, check_one_vocabulary
@@ -69,7 +70,10 @@ class Distill:
 
     def sets(self, config: DistillConfig, sources: Sequence[Sequence[DataShard]], base: Base) -> list[SampleSet]:
         """Documents with the teacher's answers, which stand in files beside the shards. The teacher is loaded only
-        where one is missing."""
+        where one is missing, in the first process."""
+        return first_then_all(base.ranks, lambda is_first: self._answered(config, sources, base))
+
+    def _answered(self, config: DistillConfig, sources: Sequence[Sequence[DataShard]], base: Base) -> list[SampleSet]:
         folder = sources[0][0].path.parent
         teacher = AskedTeacher(config.teacher, folder, base.progress)
         asking = Asking.within(

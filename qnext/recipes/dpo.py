@@ -49,7 +49,7 @@ class Dpo:
 
     sample = "answers"
     config = DpoConfig
-    asks_model = True
+    asks_model = False  # its processes do so together
 
     def tokenizing(self, config: DpoConfig, teacher: Teacher, **facts: Any) -> PairTokenizing:
         made_with = {**facts.pop("made_with"), "pairs": True}
@@ -66,19 +66,20 @@ class Dpo:
 
     def sets(self, config: DpoConfig, sources: Sequence[Sequence[DataShard]], base: Base) -> list[SampleSet]:
         """Pairs with the scores of the reference, which are computed once and stand beside the shards."""
-        model, digest = base.model, weights_digest(base.model).hex()
+        digest = weights_digest(base.model, whole=base.ranks.value).hex()
+        options: dict[str, Any] = {"of": digest, "tokens_per_batch": base.train.tokens_per_batch, "ranks": base.ranks}
         total = sum(shard.path.stat().st_size for shards in sources for shard in shards)
         sets, done = [], 0
         with base.progress("scoring by the reference") as report:
             for shards in sources:
                 pairs = []
                 for shard in shards:
-                    pairs.append(with_reference(shard, model, of=digest, tokens_per_batch=base.train.tokens_per_batch))
+                    pairs.append(with_reference(shard, base.model, **options))
                     done += shard.path.stat().st_size
                     if report is not None:
                         report(done, total)
                 sets.append(SampleSet(pairs, kind=PAIRS))
-        _remove_others([shard for shards in sources for shard in shards])
+        base.ranks.by_first(lambda: _remove_others([shard for shards in sources for shard in shards]))
         return sets
 
     def source(self, config: DpoConfig, stream: SampleStream, base: Base) -> TrainSource:

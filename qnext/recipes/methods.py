@@ -52,7 +52,7 @@ class Method(Protocol):
 
     @property
     def asks_model(self) -> bool:
-        """Whether the model has to answer before the run begins; it is whole in every process then."""
+        """Whether each process has to have the model whole before the run begins."""
 
     def tokenizing(self, config: Any, teacher: Teacher, **facts: Any) -> Tokenizing:
         """`facts` are the other fields of Tokenizing."""
@@ -61,7 +61,7 @@ class Method(Protocol):
         """Values of TrainConfig that differ from those that all methods share. `lr` is that of SFT."""
 
     def sets(self, config: Any, sources: Sequence[Sequence[DataShard]], base: Base) -> list[SampleSet]:
-        """The samples of each source."""
+        """The samples of each source. All processes ask together; the first one writes what is to stand in files."""
 
     def source(self, config: Any, stream: SampleStream, base: Base) -> TrainSource:
         """What the run learns from, of its samples in their order: they themselves, or what is made of them. The model

@@ -248,8 +248,7 @@ def prepare_tuning(
     evaluate: Callable[[], Any] | None
     config = _train_config(data, model)
     base = Base(model, config, progress, ranks)
-    all_sets = first_then_all(ranks, lambda is_first: method.sets(data.config, data.sources, base))
-    sets = [each.split(data.config.held_out) for each in all_sets]
+    sets = [each.split(data.config.held_out) for each in method.sets(data.config, data.sources, base)]
     train_sets, held_out = [train for train, _ in sets], [other for _, other in sets if len(other)]
 
     def stream() -> SampleStream:

@@ -23,6 +23,7 @@ from qnext.training.arrays import sound_file, write_arrays
 from qnext.training.data import IGNORED, Document, DocumentRows, TrainBatch, pack
 from qnext.training.losses import label_log_probs
 from qnext.training.objective import Losses, LossPart, TrainStep, with_router_losses
+from qnext.training.ranks import ALONE, TrainingRanks
 from qnext.training.samples import Samples, in_order
 from qnext.training.shards import DataShard
 
@@ -118,19 +119,24 @@ class PairShard:
         return Pair(self._shard[2 * index], self._shard[2 * index + 1], reference)
 
 
-def with_reference(shard: DataShard, model: CausalLM, *, of: str, tokens_per_batch: int) -> PairShard:
-    """A shard and its references, which stand in a file beside it, and are computed where they do not yet.
+def with_reference(
+    shard: DataShard, model: CausalLM, *, of: str, tokens_per_batch: int, ranks: TrainingRanks = ALONE
+) -> PairShard:
+    """A shard and its references, which stand in a file beside it, and are computed where they do not yet: by all
+    `ranks` together, whose model may be cut.
 
     `of` tells the reference model from others. A file of another model or of other pairs is replaced.
     """
     path = shard.path.with_suffix(REFERENCES)
     facts = {"model": of, "pairs": shard.checksum}
-    file = sound_file(path, facts)
-    if file is not None:
-        return PairShard(shard, file.arrays["sums"])
-    unknown = PairShard(shard, np.zeros((len(shard) // 2, 2)))
-    sums_P2 = reference_scores(model, unknown, tokens_per_batch=tokens_per_batch)
-    write_arrays(path, facts, {"sums": sums_P2})
+    file = sound_file(path, facts) if ranks.is_first else None
+    sums_P2: np.ndarray | None = ranks.gather_objects(None if file is None else file.arrays["sums"])[0]
+    if sums_P2 is None:
+        unknown = PairShard(shard, np.zeros((len(shard) // 2, 2)))
+        sums_P2 = reference_scores(model, unknown, tokens_per_batch=tokens_per_batch)
+        ranks.cut_again(model)
+        arrays = {"sums": sums_P2}
+        ranks.by_first(lambda: write_arrays(path, facts, arrays))
     return PairShard(shard, sums_P2)
 
 

@@ -61,6 +61,9 @@ class TrainingRanks(Protocol):
     def shard(self, model: CausalLM) -> None:
         """Cut the parameters of `model`, before anything else looks at them."""
 
+    def cut_again(self, model: CausalLM) -> None:
+        """After a forward pass that no backward pass follows, for which some parameters would stay whole."""
+
     def rows(self, num_rows: int) -> tuple[int, int]:
         """The rows of a micro batch that this process computes."""
 
@@ -128,6 +131,9 @@ class Alone:
         return model
 
     def shard(self, model: CausalLM) -> None:
+        """Nothing is cut."""
+
+    def cut_again(self, model: CausalLM) -> None:
         """Nothing is cut."""
 
     def rows(self, num_rows: int) -> tuple[int, int]:

@@ -178,12 +178,20 @@ def read_base(ranks: TrainingRanks, task: dict[str, Any], out: Path) -> int:
 def test_each_process_reads_its_part_of_the_base(
     tmp_path: Path, base: Path, samples: dict[str, Path], two: TrainingProcesses
 ) -> None:
-    """By rows and by experts; where the model is asked before the run begins, all of it."""
+    """By rows and by experts; under an adapter all of it. The reference of parts is known to be that of the whole."""
     size = sum(info.num_bytes for info in read_layout(base).index.tensors.values())
-    for method, division in (("sft", Division()), ("sft", Division(expert=2)), ("dpo", Division())):
-        task = {"method": method, "base": str(base), "data": [str(samples[method])], "settings": list(SETTINGS)}
-        read = two.divided(division).run(read_base, task, tmp_path / f"{method}-{division.expert}")
-        assert sum(read) == (2 * size if method == "dpo" else size) and max(read) < 0.6 * sum(read)
+    adapter = AdapterTask(rank=2)
+    cases = [("sft", Division(), None), ("dpo", Division(expert=2), None), ("sft", Division(), adapter)]
+    for number, (method, division, adapted) in enumerate(cases):
+        task: dict[str, Any] = {"method": method, "base": str(base), "data": [str(samples[method])]}
+        task |= {"settings": list(SETTINGS), "adapter": adapted}
+        read = two.divided(division).run(read_base, task, tmp_path / str(number))
+        assert sum(read) == (size if adapted is None else 2 * size) and max(read) < 0.6 * sum(read)
+    reference = next((tmp_path / "1" / "data").glob("*.reference"))
+    written = reference.stat().st_mtime_ns
+    task = {"method": "dpo", "base": str(base), "data": [str(samples["dpo"])], "settings": list(SETTINGS)}
+    assert read_base(ALONE, task, tmp_path / "1") == size
+    assert reference.stat().st_mtime_ns == written
 
 
 @pytest.mark.slow

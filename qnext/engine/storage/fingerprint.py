@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import torch
@@ -38,16 +38,18 @@ def fingerprint(model: CausalLM, cache: Cache, **facts: str | int) -> bytes:
     return make_fingerprint(weights_digest(model), version=__version__, **facts)
 
 
-def weights_digest(model: CausalLM) -> bytes:
+def weights_digest(model: CausalLM, *, whole: Callable[[Tensor], Tensor] | None = None) -> bytes:
     """Of the config, and of name, type, shape and a sample of the bytes of every parameter, buffer and packed weight.
 
     The sample is everything up to 64 KiB, else 1,024 pieces of 64 bytes evenly over the tensor and its end: training
     changes every matrix nearly everywhere, so other weights differ in some piece of some tensor. Whoever edits single
-    numbers of a matrix by hand is not noticed, and neither is a change after the engine was made.
+    numbers of a matrix by hand is not noticed, and neither is a change after the engine was made. `whole` gives all of
+    a tensor of which a part is here.
     """
     digest = hashlib.blake2b(digest_size=32)
     digest.update(json.dumps(asdict(model.config), sort_keys=True, default=str).encode())
-    for name, tensor in _told_tensors(model):
+    for name, here in _told_tensors(model):
+        tensor = here if whole is None else whole(here)
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(_sample(tensor))
     return digest.digest()

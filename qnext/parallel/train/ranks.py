@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from qnext.config import ModelConfig
@@ -125,6 +126,11 @@ class RanksOfRun:
 
     def _in_a_row(self, device: str, size: int, name: str) -> DeviceMesh:
         return DeviceMesh(device, torch.arange(self.num_ranks).view(-1, size), mesh_dim_names=("copies", name))
+
+    def cut_again(self, model: CausalLM) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def rows(self, num_rows: int) -> tuple[int, int]:
         return (0, num_rows) if self._context is None else self._context.span(num_rows)
