@@ -7,7 +7,8 @@ Legend: E experts, T tokens, A experts of a token, D hidden, G guesses.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from qnext import ops
 from qnext.residency.ahead import NUM_LIKELY, CopiesAhead
 from qnext.residency.stacks import copy_expert, form_of, stack_like, tensors_of
+
+_COUNTED = ("hits", "misses", "sweep_hits", "sweep_misses", "reads", "guesses", "guesses_used")
 
 
 class DeviceSlots:
@@ -62,8 +65,9 @@ class WholeLayer:
 class HostedExperts:
     """The experts of a layer, gate_up and down. The same numbers are computed wherever they are.
 
-    `num_hits` and `num_misses` count experts of calls that were in slots, and that were copied. `num_guesses` counts
-    those that were copied before the layer asked, `num_guesses_used` the ones of them that it asked for then.
+    `counts` are those of ops.Residency: experts of calls that were in slots (`hits`), or were not (`misses`); the same
+    of sweeps, which need half of the layer or more; copies (`reads`); `guesses`, which were copied before the layer
+    asked, and `guesses_used`, for which it asked then.
     """
 
     def __init__(
@@ -73,7 +77,7 @@ class HostedExperts:
         self._slots = DeviceSlots(min(num_slots, gate_up.shape[0]))
         self._there = tuple(stack_like(stack, self._slots.num_slots, self.device) for stack in self._host)
         self._slot_E = torch.zeros(gate_up.shape[0], dtype=torch.long, device=self.device)
-        self.num_hits = self.num_misses = self.num_guesses = self.num_guesses_used = 0
+        self.counts = dict.fromkeys(_COUNTED, 0)
         self._ahead: CopiesAhead | None = None
         self._next: tuple[HostedExperts, Tensor] | None = None
 
@@ -90,11 +94,11 @@ class HostedExperts:
         numbers = (chosen if likely_G is None else torch.cat([chosen, likely_G])).numpy(force=True)  # waits once
         experts = np.unique(numbers[: len(chosen)]).tolist()
         ahead = {} if self._ahead is None else self._ahead.settle(self, experts)
-        self.num_guesses_used += len(ahead)
+        self.counts["guesses_used"] += len(ahead)
         if keeps_numbers or len(experts) > self._slots.num_slots:
             return self._bring_whole(experts, routing)
         loads = self._slots.take(experts)
-        self._count(len(experts), len(loads))
+        self._count(len(experts), len(loads), num_copies=len(loads) - len(ahead))
         for expert, slot in loads:
             if self._ahead is not None and expert in ahead:
                 self._ahead.move(ahead[expert], self._there, slot)
@@ -112,7 +116,9 @@ class HostedExperts:
     def expect(self, ahead: CopiesAhead, likely: Sequence[int]) -> None:
         """Begin to copy those of these experts, the likeliest first, that are in no slot, as far as there is room."""
         missing = [expert for expert in likely if expert not in self._slots.slot_of]
-        self.num_guesses += ahead.begin(self, self._host, missing)
+        begun = ahead.begin(self, self._host, missing)
+        self.counts["guesses"] += begun
+        self.counts["reads"] += begun
 
     def _likely(self, x_TD: Tensor | None) -> Tensor | None:
         """[G] whom the next layer's router chooses for this layer's input, the best of each token first; None where
@@ -126,9 +132,11 @@ class HostedExperts:
     def _bring_whole(self, experts: Sequence[int], routing: ops.Routing) -> ops.BroughtExperts:
         """By single experts, or all of them at once where most are needed: each copy has to be asked for."""
         room = [self._whole.room_for(stack, place) for stack, place in zip(self._host, ("up", "down"), strict=True)]
-        self._count(len(experts), len(experts))
+        is_copied_at_once = 2 * len(experts) > self.num_experts
+        num_copies = self.num_experts if is_copied_at_once else len(experts)
+        self._count(len(experts), len(experts), num_copies=num_copies)
         for host, to in zip(self._host, room, strict=True):
-            if 2 * len(experts) > host.shape[0]:
+            if is_copied_at_once:
                 for of_E, to_E in zip(tensors_of(host), tensors_of(to), strict=True):
                     to_E.copy_(of_E, non_blocking=True)
             else:
@@ -136,6 +144,57 @@ class HostedExperts:
                     copy_expert(host, expert, to, expert)
         return ops.BroughtExperts(room[0], room[1], routing)
 
-    def _count(self, num_experts: int, num_misses: int) -> None:
-        self.num_hits += num_experts - num_misses
-        self.num_misses += num_misses
+    def _count(self, num_asked: int, num_misses: int, *, num_copies: int) -> None:
+        kind = "sweep_" if 2 * num_asked >= self.num_experts else ""
+        self.counts[f"{kind}hits"] += num_asked - num_misses
+        self.counts[f"{kind}misses"] += num_misses
+        self.counts["reads"] += num_copies
+
+    @property
+    def num_experts(self) -> int:
+        return self._host[0].shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        return self._slots.num_slots
+
+    @property
+    def record_bytes(self) -> int:
+        """Of one expert."""
+        return sum(stack.nbytes for stack in self._host) // self.num_experts
+
+
+class HostedLayers(NamedTuple):
+    """All layers of a model whose experts wait on the host: what they have and count together; see ops.Residency."""
+
+    layers: tuple[HostedExperts, ...]
+
+    @classmethod
+    def of(cls, weights: Iterable[ops.Weight]) -> HostedLayers | None:
+        """Those among the weights of a model; None where none wait."""
+        hosted = (weight.experts for weight in weights if isinstance(weight, ops.HostedWeight))
+        layers = tuple(dict.fromkeys(each for each in hosted if isinstance(each, HostedExperts)))
+        return cls(layers) if layers else None
+
+    def counts(self) -> dict[str, int]:
+        return {name: sum(layer.counts[name] for layer in self.layers) for name in _COUNTED}
+
+    @property
+    def num_experts(self) -> int:
+        """Of each layer."""
+        return self.layers[0].num_experts
+
+    @property
+    def num_slots(self) -> int:
+        """Of all layers."""
+        return sum(layer.num_slots for layer in self.layers)
+
+    @property
+    def record_bytes(self) -> int:
+        """Of one expert, on average."""
+        return sum(layer.record_bytes for layer in self.layers) // len(self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all slots."""
+        return sum(layer.num_slots * layer.record_bytes for layer in self.layers)

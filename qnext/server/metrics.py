@@ -350,18 +350,22 @@ def _expert_families(load: ExpertLoad, labels: Labels) -> Iterator[Metric]:
 
 
 def _read_families(reads: ExpertReads, labels: Labels) -> Iterator[Metric]:
-    """Of a model with experts on disk."""
+    """Of a model with experts on disk, or on the host of a GPU."""
     for name, text, few, sweep in (
         ("hits", "Experts that steps found in memory", reads.hits, reads.sweep_hits),
         ("misses", "Experts that steps had to wait for", reads.misses, reads.sweep_misses),
         ("wait_seconds", "Time that steps waited for experts", reads.seconds_waited, reads.sweep_seconds_waited),
     ):
+        if few is None or sweep is None:
+            continue
         # A sweep needs half of a layer or more, as a long prompt does.
         yield _counters(f"qnext_expert_{name}", text, ("kind",), {("few",): few, ("sweep",): sweep}, labels)
-    yield _counter("qnext_expert_read_bytes", "Bytes of experts read from disk", reads.bytes_read, labels)
+    text = "Bytes of experts read from disk, or copied to a GPU"
+    yield _counter("qnext_expert_read_bytes", text, reads.bytes_read, labels)
     text = "Share of the experts that memory is kept for"
     yield _gauge("qnext_expert_resident_ratio", text, reads.resident_ratio, labels)
-    yield _gauge("qnext_expert_memory_bytes", "Memory for experts from disk", reads.memory_bytes, labels)
+    text = "Memory for experts from disk, or of a GPU for those of its host"
+    yield _gauge("qnext_expert_memory_bytes", text, reads.memory_bytes, labels)
 
 
 def _usage(metrics: EngineMetrics) -> float:

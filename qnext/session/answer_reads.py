@@ -1,4 +1,4 @@
-"""What experts on disk cost one answer: its prompt, and the tokens after the first. No torch."""
+"""What experts on disk, or on a GPU's host, cost one answer: its prompt, and the tokens after the first. No torch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class StageReads(NamedTuple):
         hits, size = self.reads.hit_ratio, self.bytes_per_token
         if hits is None or size is None or self.seconds <= 0:
             return "nothing"
-        waited = self.reads.all_seconds_waited / self.seconds
-        return f"{hits:.0%} hits, {size / 1e6:.1f} MB per token, {waited:.0%} of the time waiting"
+        waited = self.reads.all_seconds_waited
+        times = "" if waited is None else f", {waited / self.seconds:.0%} of the time waiting"
+        return f"{hits:.0%} hits, {size / 1e6:.1f} MB per token{times}"
 
     def document(self) -> dict[str, float | int | None]:
         return {
@@ -45,7 +46,8 @@ class AnswerReads(NamedTuple):
 
     def describe(self) -> str:
         """One line."""
-        return f"experts from disk: prompt {self.prefill.describe()}; answer {self.decode.describe()}"
+        source = "the host" if self.decode.reads.seconds_waited is None else "disk"
+        return f"experts from {source}: prompt {self.prefill.describe()}; answer {self.decode.describe()}"
 
     def document(self) -> dict[str, Any]:
         """For programs."""

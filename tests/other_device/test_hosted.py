@@ -49,14 +49,17 @@ def test_answers_are_those_of_experts_on_the_device(
     opened = session.open_model(str(path), expert_memory=three_of_each)
     hosted = session.load_weights(opened)
     assert answers(hosted) == answers(whole)
-    num_guesses = 0
+    engine = make_engine(hosted, speculation=False)
+    engine.generate([[5, 6]], PARAMS[0])
+    reads = engine.metrics.experts
+    assert reads is not None and reads.num_resident == 3 * len(layers) and reads.num_experts == 5 * len(layers)
+    assert reads.all_misses > 0 and reads.all_hits > 0 and reads.bytes_read > 0 and reads.seconds_waited is None
     for layer in (each.experts for each in hosted.modules() if isinstance(each, SparseMoE)):
         for weight in (layer.gate_up_proj, layer.down_proj):
             assert isinstance(weight, HostedWeight) and all(part.device.type == "cpu" for part in weight.tensors)
             assert isinstance(weight.experts, HostedExperts)
-            assert weight.experts.num_hits > 0 and weight.experts.num_misses > 5
-            num_guesses += weight.experts.num_guesses
-    assert num_guesses > 0
+            counts = weight.experts.counts
+            assert counts["hits"] + counts["sweep_hits"] > 0 and counts["misses"] + counts["sweep_misses"] > 5
     with pytest.raises(DoesNotFit, match="the experts of a layer and 2 of each need"):
         load_model(path, device=other_device(), residency=DeviceRoom(of_layer))
 

@@ -49,7 +49,7 @@ def test_bits_are_those_of_experts_on_the_device(form: str, num_slots: int, devi
         routing = ops.route(scores_TE, top_k=TOP_K, norm_topk_prob=True)
         wanted_TD = ops.experts_swiglu(x_TD, *there, routing=routing)
         assert torch.equal(ops.experts_swiglu(x_TD, *hosted, routing=routing), wanted_TD)
-    misses = experts.num_misses
+    misses = experts.counts["misses"] + experts.counts["sweep_misses"]
     assert experts.bring(routing, keeps_numbers=True).routing is routing
     assert misses >= 9  # a call of 40 tokens needs more than half of all
     if num_slots > E:
@@ -85,10 +85,10 @@ def run_layers(
 def test_what_the_next_layer_needs_is_copied_ahead(form: str, device: str) -> None:
     """Also beside calls of many tokens, which guess nothing and whose layers are copied whole."""
     first, *later = run_layers(form, device, are_right=True, num_tokens=[1, 1, 30, 1, 2, 1, 5, 1])
-    assert first.num_guesses == 0
+    assert first.counts["guesses"] == 0
     for layer in later:
-        assert 0 < layer.num_guesses_used <= layer.num_guesses <= 6 * NUM_PLACES
-        assert layer.num_guesses_used >= 6  # the best three of a token, as far as they are in no slot
+        guesses, used = layer.counts["guesses"], layer.counts["guesses_used"]
+        assert 6 <= used <= guesses <= 6 * NUM_PLACES  # the best three of a token, as far as they are in no slot
 
 
 def test_guesses_change_no_count_and_stop_where_they_are_wrong() -> None:
@@ -96,8 +96,11 @@ def test_guesses_change_no_count_and_stop_where_they_are_wrong() -> None:
     plain = run_layers("fp32", "cpu", are_right=True, num_tokens=tokens, looks_ahead=False)
     for are_right in (True, False):
         layers = run_layers("fp32", "cpu", are_right=are_right, num_tokens=tokens)
-        assert [(x.num_hits, x.num_misses) for x in layers] == [(x.num_hits, x.num_misses) for x in plain]
-        guesses, used = (sum(getattr(x, f"num_guesses{end}") for x in layers) for end in ("", "_used"))
+        for layer, other in zip(layers, plain, strict=True):
+            assert all(layer.counts[name] == other.counts[name] for name in ("hits", "misses"))
+            wrong = layer.counts["guesses"] - layer.counts["guesses_used"]
+            assert layer.counts["reads"] == layer.counts["misses"] + wrong
+        guesses, used = (sum(layer.counts[name] for layer in layers) for name in ("guesses", "guesses_used"))
         assert used > 500 if are_right else used < 0.1 * guesses and guesses < 100 + 4 * NUM_PLACES
 
 

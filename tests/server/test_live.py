@@ -212,11 +212,13 @@ def test_reads_of_experts_are_those_of_the_last_two_seconds() -> None:
         if second in (2, 3):
             fake.tokens += 2
             reads = replace(reads, hits=reads.hits + 3, misses=reads.misses + 1, bytes_read=reads.bytes_read + 600)
-            fake.reads = reads = replace(reads, sweep_seconds_waited=reads.sweep_seconds_waited + 0.25)
+            fake.reads = reads = replace(reads, sweep_seconds_waited=4.0 + 0.25 * (second - 1))
         told.append(json.loads(maker.make(float(second)) or b"")["expert_reads"])
     nothing = {"hit_ratio": None, "bytes_per_token": None, "wait_ratio": 0.0}
     busy = {"hit_ratio": 0.75, "bytes_per_token": 300.0, "wait_ratio": 0.25}
     assert told == [nothing, busy, busy, {**busy, "wait_ratio": 0.125}, nothing, nothing]
+    fake.reads = replace(reads, seconds_waited=None)  # a GPU does not tell
+    assert json.loads(maker.make(7.0) or b"")["expert_reads"]["wait_ratio"] is None
 
 
 @pytest.mark.skipif(ops.instruction_set() is None, reason="records are read by the native kernels")
@@ -233,7 +235,7 @@ def test_an_engine_with_experts_on_disk_tells_what_it_reads(tmp_path: Path) -> N
     reads, told = metrics.experts, json.loads(maker.make(2.0) or b"")["expert_reads"]
     assert reads is not None and told["hit_ratio"] == reads.hit_ratio
     assert told["bytes_per_token"] == reads.bytes_read / (metrics.output_tokens + metrics.prompt_tokens_computed)
-    assert told["wait_ratio"] == pytest.approx(reads.all_seconds_waited / 2)
+    assert reads.all_seconds_waited is not None and told["wait_ratio"] == pytest.approx(reads.all_seconds_waited / 2)
 
 
 def test_one_expert_and_none_used_are_even() -> None:

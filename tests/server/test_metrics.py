@@ -263,6 +263,8 @@ def test_experts_from_disk() -> None:
     assert page.value("qnext_expert_resident_ratio", **MODEL) == reads.num_resident / reads.num_experts
     assert page.value("qnext_expert_memory_bytes", **MODEL) == reads.memory_bytes
     assert not any("expert" in name for name in render(Source(made_up())).names())
+    on_gpu = replace(metrics, experts=replace(reads, seconds_waited=None, sweep_seconds_waited=None))
+    assert page.names() - render(Source(on_gpu)).names() == {"qnext_expert_wait_seconds_total"}
 
 
 def test_the_queue_before_the_engine_counts() -> None:

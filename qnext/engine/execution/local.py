@@ -28,10 +28,11 @@ from qnext.engine.policy.prefix_node import Spill
 from qnext.engine.policy.step import DraftPlan, PromptScores, Rows, SequencePlan, StepPlan
 from qnext.engine.sampling.logprobs import prompt_logprobs
 from qnext.errors import NotFinite
-from qnext.model import CausalLM, held_bytes, residency_of
+from qnext.model import CausalLM, held_bytes, named_weights, residency_of
 from qnext.ops import backend_of, embedding, put_rows
 from qnext.planning import state_bytes_per_sequence
 from qnext.probe import Glance, Glancer
+from qnext.residency.hosted import HostedLayers
 
 
 class PrefixStore(Protocol):
@@ -66,7 +67,9 @@ class LocalExecutor:
         self.watch = ModelWatch(model)
         self._workspace_bytes = workspace_bytes
         self._residency = residency_of(model)
-        self._counts_before = {} if self._residency is None else self._residency.counts()
+        hosted = HostedLayers.of(weight for _, weight in named_weights(model))
+        self._experts_from = self._residency if hosted is None else hosted
+        self._counts_before = {} if self._experts_from is None else self._experts_from.counts()
         self._drafts = cache.sources.shape[0] > 0
         self.draft_costs = draft_costs(model) if self._drafts else None
         self._decoding = RecordedBatches(cache, self.watch, lambda lengths, _: StepInputs(cache, lengths), self._decode)
@@ -143,7 +146,7 @@ class LocalExecutor:
         return self.cache.routing_of(slot, num_tokens)
 
     def expert_reads(self) -> ExpertReads | None:
-        return None if self._residency is None else ExpertReads.of(self._residency, self._counts_before)
+        return None if self._experts_from is None else ExpertReads.of(self._experts_from, self._counts_before)
 
     def close(self, *plans: StepPlan) -> None:
         for plan in plans:

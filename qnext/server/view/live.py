@@ -230,10 +230,11 @@ class TickMaker:
         num_tokens = metrics.output_tokens + metrics.prompt_tokens_computed
         elapsed, (before, num_before) = self._reads.push(now, (metrics.experts, num_tokens))
         reads, num_fresh = metrics.experts.since(before), num_tokens - num_before
+        waited = reads.all_seconds_waited
         return {
             "hit_ratio": reads.hit_ratio,
             "bytes_per_token": reads.bytes_read / num_fresh if num_fresh else None,
-            "wait_ratio": min(1.0, reads.all_seconds_waited / elapsed) if elapsed > 0 else 0.0,
+            "wait_ratio": None if waited is None else min(1.0, waited / elapsed) if elapsed > 0 else 0.0,
         }
 
     def _experts(self, counts: ExpertCounts | None) -> dict[str, Any]:

@@ -114,8 +114,9 @@ export class Tiles {
 
   #takeReads({ hit_ratio: hits, bytes_per_token: bytes, wait_ratio: waits }) {
     if (hits !== null) this.#hits.push(hits);
-    const read = bytes === null ? "" : `${rate(bytes / 1e6)} MB read per token · `;
-    this.#experts.set(hits === null ? "–" : percent(hits), hits === null ? "" : "hits", `${read}${percent(waits)} of the time waiting`);
+    const read = bytes === null ? [] : [`${rate(bytes / 1e6)} MB read per token`];
+    const waited = waits === null ? [] : [`${percent(waits)} of the time waiting`]; // unknown on a GPU
+    this.#experts.set(hits === null ? "–" : percent(hits), hits === null ? "" : "hits", [...read, ...waited].join(" · "));
   }
 
   #takeDrafts({ drafted, accepted }) {
