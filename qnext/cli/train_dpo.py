@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qnext.cli.flags.division import ExpertFlags
+from qnext.cli.flags.division import DivisionFlags
 from qnext.cli.flags.lora import LoraFlags
 from qnext.cli.flags.tuning import BeginFlags, Out, Template
 from qnext.cli.flags.watching import WatchFlags
@@ -27,7 +27,7 @@ def command(
     ] = None,
     template: Template = None,
     *,
-    ranks: ExpertFlags,
+    ranks: DivisionFlags,
     lora: LoraFlags,
     watch: WatchFlags,
     begin: BeginFlags,

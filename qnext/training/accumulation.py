@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from qnext.errors import UsageError
 from qnext.model import CausalLM
 from qnext.training.config import TrainConfig
-from qnext.training.data import TrainBatch
 from qnext.training.health import HealthProbe
 from qnext.training.objective import Losses, Objective, TrainStep
 from qnext.training.ranks import ALONE, TrainingRanks
@@ -82,16 +81,7 @@ class Accumulation:
 
     def _own_rows(self, batch: Any) -> Any:
         """What this process computes of a micro batch."""
-        if self._ranks.num_cuts == 1:
-            return batch
-        assert isinstance(batch, TrainBatch), "no other kind of micro batch is cut"
-        rows = slice(*self._ranks.rows(batch.num_tokens))
-        return batch._replace(
-            batch=self._ranks.cut_rows(batch.batch),
-            next_ids_T=batch.next_ids_T[rows],
-            labels_T=batch.labels_T[rows],
-            mtp_labels_T=batch.mtp_labels_T[rows],
-        )
+        return batch if self._ranks.num_cuts == 1 else batch.cut(self._ranks)
 
     def _backward(self, tasks: Sequence[Callable[[], Losses]], parameters: Sequence[nn.Parameter]) -> list[Losses]:
         if self._threads is not None:

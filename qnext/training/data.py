@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qnext.errors import CorruptCheckpoint, UsageError
 from qnext.model import Batch
+from qnext.training.ranks import TrainingRanks
 
 IGNORED = -100  # label of a row without a target
 
@@ -46,6 +47,16 @@ class TrainBatch(NamedTuple):
             next_ids_T=self.next_ids_T.to(device),
             labels_T=self.labels_T.to(device),
             mtp_labels_T=self.mtp_labels_T.to(device),
+        )
+
+    def cut(self, ranks: TrainingRanks) -> TrainBatch:
+        """The rows that this one of several processes computes; the counts stay those of all."""
+        rows = slice(*ranks.rows(self.num_tokens))
+        return self._replace(
+            batch=ranks.cut_rows(self.batch),
+            next_ids_T=self.next_ids_T[rows],
+            labels_T=self.labels_T[rows],
+            mtp_labels_T=self.mtp_labels_T[rows],
         )
 
 

@@ -39,10 +39,12 @@ class Pair(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """The documents of P pairs, chosen before rejected, and what the reference makes of them."""
+    """The documents of P pairs, chosen before rejected, which of these a row is of, and what the reference makes of
+    them."""
 
     rows: TrainBatch
     reference_P2: Tensor
+    answers_T: Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -57,7 +59,12 @@ class PairBatch(NamedTuple):
         return len(self.reference_P2)
 
     def to(self, device: torch.device) -> PairBatch:
-        return PairBatch(self.rows.to(device), self.reference_P2.to(device))
+        return PairBatch(self.rows.to(device), self.reference_P2.to(device), self.answers_T.to(device))
+
+    def cut(self, ranks: TrainingRanks) -> PairBatch:
+        """As TrainBatch.cut; of every pair."""
+        own = slice(*ranks.rows(self.num_tokens))
+        return self._replace(rows=self.rows.cut(ranks), answers_T=self.answers_T[own])
 
 
 class PairKind:
@@ -69,7 +76,9 @@ class PairKind:
     def pack(self, samples: Sequence[Pair]) -> PairBatch:
         answers = [answer for pair in samples for answer in (pair.chosen, pair.rejected)]
         rows = pack([DocumentRows(answer, 0, len(answer) - 1) for answer in answers])
-        return PairBatch(rows, torch.tensor([pair.reference for pair in samples], dtype=torch.float64))
+        lengths = torch.tensor(rows.batch.packing.lengths)
+        answers_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        return PairBatch(rows, torch.tensor([pair.reference for pair in samples], dtype=torch.float64), answers_T)
 
 
 PAIRS = PairKind()
@@ -82,15 +91,14 @@ class AnswerScores(NamedTuple):
     counts_P2: Tensor
 
 
-def answer_scores(model: CausalLM, hidden_TD: Tensor, rows: TrainBatch) -> AnswerScores:
-    """The scores of a PairBatch's documents. Only rows with a label meet the head."""
-    lengths = torch.tensor(rows.batch.packing.lengths, device=hidden_TD.device)
-    answers_T = torch.repeat_interleave(torch.arange(len(lengths), device=hidden_TD.device), lengths)
-    is_learned_T = rows.labels_T != IGNORED
-    answers_R = answers_T[is_learned_T]
-    log_probs_R = label_log_probs(model, hidden_TD[is_learned_T], rows.labels_T[is_learned_T])
-    sums = log_probs_R.new_zeros(len(lengths)).index_add(0, answers_R, log_probs_R)
-    return AnswerScores(sums.view(-1, 2), torch.bincount(answers_R, minlength=len(lengths)).view(-1, 2))
+def answer_scores(model: CausalLM, batch: PairBatch) -> AnswerScores:
+    """What the rows here give to the scores of the documents. Only rows with a label meet the head."""
+    hidden_TD, labels_T, num_answers = model(batch.batch).hidden_TD, batch.rows.labels_T, 2 * batch.num_pairs
+    is_learned_T = labels_T != IGNORED
+    answers_R = batch.answers_T[is_learned_T]
+    log_probs_R = label_log_probs(model, hidden_TD[is_learned_T], labels_T[is_learned_T])
+    sums = log_probs_R.new_zeros(num_answers).index_add(0, answers_R, log_probs_R)
+    return AnswerScores(sums.view(-1, 2), torch.bincount(answers_R, minlength=num_answers).view(-1, 2))
 
 
 @torch.no_grad()
@@ -99,8 +107,7 @@ def reference_scores(model: CausalLM, pairs: Samples, *, tokens_per_batch: int) 
     bit of them."""
     found = [np.zeros((0, 2))]
     for batch in in_order((pairs[index] for index in range(len(pairs))), PAIRS, tokens_per_batch=tokens_per_batch):
-        rows = batch.to(model.device).rows
-        found.append(answer_scores(model, model(rows.batch).hidden_TD, rows).sums_P2.double().cpu().numpy())
+        found.append(answer_scores(model, batch.to(model.device)).sums_P2.double().cpu().numpy())
     return np.concatenate(found)
 
 
@@ -159,17 +166,22 @@ class DirectPreference:
         if not 0.0 < self.beta < float("inf"):
             raise UsageError(f"beta must be above zero, not {self.beta}")
 
-    def rewards(self, model: CausalLM, batch: PairBatch) -> Tensor:
-        """[P, 2] of the answers."""
-        sums_P2, counts_P2 = answer_scores(model, model(batch.rows.batch).hidden_TD, batch.rows)
+    def rewards(self, model: CausalLM, batch: PairBatch, ranks: TrainingRanks = ALONE) -> Tensor:
+        """[P, 2] of the answers. Of rows that are cut among `ranks` all have the rewards; the gradient of each goes to
+        its own rows."""
+        sums_P2, counts_P2 = answer_scores(model, batch)
+        if ranks.num_cuts > 1:
+            sums_P2 = sums_P2 + (ranks.add_cuts(sums_P2) - sums_P2.detach())
+            counts_P2 = ranks.add_cuts(counts_P2)
         rewards_P2 = self.beta * (sums_P2 - batch.reference_P2.to(sums_P2.dtype))
         return rewards_P2 / counts_P2 if self.by_length else rewards_P2
 
     def __call__(self, model: CausalLM, batch: PairBatch, step: TrainStep) -> Losses:
         num_pairs = sum(each.num_pairs for each in step.batches)
-        judged = judge(self.rewards(model, batch))
-        parts = {name: LossPart(value.detach() / num_pairs, 0.0) for name, value in judged._asdict().items()}
-        parts["main"] = LossPart(judged.main / num_pairs)
+        judged = judge(self.rewards(model, batch, step.ranks))
+        num_told = num_pairs * step.ranks.num_cuts  # each process has all of a value, and what they tell is added up
+        parts = {name: LossPart(value.detach() / num_told, 0.0) for name, value in judged._asdict().items()}
+        parts["main"] = LossPart(judged.main / num_told, float(step.ranks.num_cuts))
         return with_router_losses(parts, step.tap.take(), step, balance=self.balance, z=self.z)
 
 

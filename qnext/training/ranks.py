@@ -74,6 +74,9 @@ class TrainingRanks(Protocol):
         """[shares, N]: numbers of the micro batches that run side by side, in the order of the shares. What the rows of
         one micro batch have is added up."""
 
+    def add_cuts(self, values: Tensor) -> Tensor:
+        """The sum over the processes that share the rows of this one's micro batch. It has no gradient."""
+
     def gather_parts(self, values_N: Tensor) -> Tensor:
         """[R, N]: numbers of the parts of all processes. Every element of a parameter is in one part."""
 
@@ -144,6 +147,9 @@ class Alone:
 
     def gather(self, values_N: Tensor) -> Tensor:
         return values_N[None]
+
+    def add_cuts(self, values: Tensor) -> Tensor:
+        return values.detach()
 
     def gather_parts(self, values_N: Tensor) -> Tensor:
         return values_N[None]

@@ -49,6 +49,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "distill on-policy, experts dealt": {"method": "on-policy", "division": Division(expert=2)},
     # A sample in each micro batch, whose first half, of one process, is prompt alone.
     "sft, rows cut": {"division": Division(context=2), "more": ["tokens_per_batch=48"]},
+    # The answers of a pair meet where both are scored.
+    "dpo, rows cut": {"method": "dpo", "division": Division(context=2)},
     "sft with an adapter, rows cut": {"adapter": AdapterTask(rank=2, router=True), "division": Division(context=2)},
 }
 SLOW = {

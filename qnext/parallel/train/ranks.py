@@ -141,6 +141,12 @@ class RanksOfRun:
     def gather(self, values_N: Tensor) -> Tensor:
         return self.gather_parts(values_N).view(self.num_shares, self.num_cuts, -1).sum(1)
 
+    def add_cuts(self, values: Tensor) -> Tensor:
+        values = values.detach().clone()
+        if self._context is not None:
+            dist.all_reduce(values, group=self._context.group)
+        return values
+
     def gather_parts(self, values_N: Tensor) -> Tensor:
         values_N = values_N.contiguous()
         all_RN = values_N.new_empty(self.num_ranks, len(values_N))
