@@ -39,10 +39,10 @@ def tiny_config(vocab_size: int, *, eos_token_id: int | None = None) -> ModelCon
     )
 
 
-def save_tiny(folder: Path, *, chat_template: str | None = None, **generation: object) -> Path:
+def save_tiny(folder: Path, *, chat_template: str | None = None, drafts: bool = False, **generation: object) -> Path:
     """A hybrid model with a context of 256 and one token per byte."""
     tokenizer = byte_level_tokenizer()
-    config = tiny_config(tokenizer.get_vocab_size() + 5, eos_token_id=258)
+    config = tiny_config(tokenizer.get_vocab_size() + 5, eos_token_id=258).with_(num_nextn_predict_layers=int(drafts))
     model = CausalLM(config)
     initialize(model, seed=3)
     side = folder.with_name(folder.name + "-tokenizer")

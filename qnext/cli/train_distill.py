@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qnext.cli.flags.division import ExpertFlags
+from qnext.cli.flags.division import DivisionFlags
 from qnext.cli.flags.lora import LoraFlags
 from qnext.cli.flags.teacher import TeacherFlags
 from qnext.cli.flags.tuning import BeginFlags, Out, SampleFiles, Template
@@ -22,7 +22,7 @@ def command(
     ] = None,
     template: Template = None,
     *,
-    ranks: ExpertFlags,
+    ranks: DivisionFlags,
     teacher: TeacherFlags,
     lora: LoraFlags,
     watch: WatchFlags,

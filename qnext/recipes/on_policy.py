@@ -202,6 +202,8 @@ class OnPolicy:
         return [SampleSet(shards, kind=PromptKind(config.max_tokens)) for shards in sources]
 
     def source(self, config: OnPolicyConfig, stream: SampleStream, base: Base) -> TrainSource:
+        if base.ranks.num_cuts > 1:
+            raise UsageError("--context-parallel: a teacher that is asked on the way reads whole rows; leave it out")
         self._drawn = DrawnTogether(base.model, base.ranks)
         return WrittenSource(self._writer(config, base.model, self._drawn), stream)
 

@@ -25,6 +25,7 @@ from qnext.training.config import TrainConfig
 from qnext.training.data import IGNORED, Document, DocumentRows, TrainBatch, pack
 from qnext.training.losses import by_chunks, stack_logits, wide_logits
 from qnext.training.objective import Losses, LossPart, TrainStep, mtp_part, shared_terms, with_router_losses
+from qnext.training.ranks import TrainingRanks
 from qnext.training.samples import Samples, in_order
 
 KeptTokens = Literal["top", "sampled"]
@@ -100,11 +101,13 @@ class TaughtDocument(NamedTuple):
 
 
 class TaughtBatch(NamedTuple):
-    """A TrainBatch, and the teacher's answers at its rows with a label, in their order."""
+    """A TrainBatch, and the teacher's answers at its rows with a label, in their order. Of rows that are cut among
+    processes those with a label here have the answers `own`."""
 
     rows: TrainBatch
     answers: TeacherAnswers
     routers: TeacherAnswers | None = None
+    own: slice = slice(0, None)
 
     @property
     def num_tokens(self) -> int:
@@ -128,7 +131,15 @@ class TaughtBatch(NamedTuple):
             for each in (self.answers, self.routers)
         )
         assert answers is not None
-        return TaughtBatch(self.rows.to(device), answers, routers)
+        return self._replace(rows=self.rows.to(device), answers=answers, routers=routers)
+
+    def cut(self, ranks: TrainingRanks) -> TaughtBatch:
+        """As TrainBatch.cut."""
+        start, end = ranks.rows(self.num_tokens)
+        before, here = (
+            int((labels_T != IGNORED).sum()) for labels_T in self.rows.labels_T[:end].split([start, end - start])
+        )
+        return self._replace(rows=self.rows.cut(ranks), own=slice(before, before + here))
 
 
 class TaughtKind:
@@ -190,7 +201,8 @@ class Distillation:
         rows, trunk = batch.rows, model(batch.rows.batch)
         labels_T, is_learned_T = rows.labels_T, rows.labels_T != IGNORED
         num_labels = max(1, sum(each.num_labels for each in step.batches))
-        sums_2 = self.sums(model, trunk.hidden_TD[is_learned_T], labels_T[is_learned_T], batch.answers)
+        answers = batch.answers.of(batch.own)
+        sums_2 = self.sums(model, trunk.hidden_TD[is_learned_T], labels_T[is_learned_T], answers)
         labels, teacher = (sums_2 / num_labels).detach()
         parts = {
             "main": LossPart(self.mixed(sums_2) / num_labels),
@@ -199,7 +211,7 @@ class Distillation:
         }
         outputs = step.tap.take()
         if self.router > 0.0 and batch.routers is not None:
-            found = _router_divergence(outputs, is_learned_T, batch.routers) / num_labels
+            found = _router_divergence(outputs, is_learned_T, batch.routers.of(batch.own)) / num_labels
             parts["router"] = LossPart(found, self.router)
         more, seen = mtp_part(self, model, trunk, rows, step, lambda draft_TD: self._of_drafts(model, draft_TD, batch))
         parts |= more
@@ -217,11 +229,13 @@ class Distillation:
         return (1.0 - self.share) * labels + self.share * self.temperature**2 * teacher
 
     def _of_drafts(self, model: CausalLM, draft_TD: Tensor, batch: TaughtBatch) -> Tensor:
-        """The sum over rows with an MTP label. The teacher's row for it is the next one, which has the same label."""
+        """The sum over rows with an MTP label. The teacher's row for it is the next one, which has the same label, and
+        may be another process's."""
         labels_T = batch.rows.mtp_labels_T
         at = torch.nonzero(labels_T != IGNORED).squeeze(1)
-        place_T = (batch.rows.labels_T != IGNORED).cumsum(0) - 1
-        return self.mixed(self.sums(model, draft_TD[at], labels_T[at], batch.answers.of(place_T[at + 1])))
+        # The next row has the answer behind those of the rows up to this one.
+        place_T = batch.own.start + (batch.rows.labels_T != IGNORED).cumsum(0)
+        return self.mixed(self.sums(model, draft_TD[at], labels_T[at], batch.answers.of(place_T[at])))
 
 
 def _both_losses(model: CausalLM, hidden_RD: Tensor, labels_R: Tensor, *answers: Tensor, temperature: float) -> Tensor:

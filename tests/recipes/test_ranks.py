@@ -28,6 +28,7 @@ from qnext.recipes.tasks import prepare_task, task_of
 from qnext.recipes.tuning import TuningData
 from qnext.training.ranks import ALONE, TrainingRanks
 from tests.recipes.test_distill import teacher as teacher
+from tests.text_folders import INSTRUCT_TEMPLATE, save_tiny
 from tests.training.ranked import TrainingProcesses, processes
 
 SETTINGS = (
@@ -51,6 +52,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "sft, rows cut": {"division": Division(context=2), "more": ["tokens_per_batch=48"]},
     # The answers of a pair meet where both are scored.
     "dpo, rows cut": {"method": "dpo", "division": Division(context=2)},
+    "distill, rows cut": {"method": "distill", "division": Division(context=2), "more": ["tokens_per_batch=48"]},
     "sft with an adapter, rows cut": {"adapter": AdapterTask(rank=2, router=True), "division": Division(context=2)},
 }
 SLOW = {
@@ -115,11 +117,24 @@ def tuned(ranks: TrainingRanks, task: dict[str, Any], out: Path, until_step: int
     return list(run.trainer.part_of)
 
 
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with an MTP layer."""
+    return save_tiny(tmp_path_factory.mktemp("drafting") / "chat", chat_template=INSTRUCT_TEMPLATE, drafts=True)
+
+
 @pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in SLOW)) for way in WAYS])
 def test_two_processes_tune_as_one(
-    tmp_path: Path, base: Path, teacher: Path, samples: dict[str, Path], two: TrainingProcesses, way: str
+    tmp_path: Path,
+    base: Path,
+    drafting: Path,
+    teacher: Path,
+    samples: dict[str, Path],
+    two: TrainingProcesses,
+    way: str,
 ) -> None:
     """The last step of a run with an adapter is made by one process, which goes on from the snapshot of two."""
+    base = drafting if "rows cut" in way else base
     method = WAYS[way].get("method", "sft")
     settings = [*(ROLLOUTS if method == "gspo" else SETTINGS)]
     settings += [f"teacher={teacher}"] if method in ("distill", "on-policy") else []
@@ -224,6 +239,15 @@ def test_experts_under_an_adapter_are_not_dealt(
     task = {"base": str(base), "data": [str(samples["sft"])], "adapter": AdapterTask(rank=2), "settings": []}
     with pytest.raises(UsageError, match="--expert-parallel: with an adapter every process has all experts"):
         two.divided(Division(expert=2)).run(tuned, task, tmp_path / "run")
+
+
+def test_rows_are_not_cut_where_a_teacher_is_asked_on_the_way(
+    tmp_path: Path, base: Path, teacher: Path, samples: dict[str, Path], two: TrainingProcesses
+) -> None:
+    task = {"method": "on-policy", "base": str(base), "data": [str(samples["on-policy"])]}
+    with pytest.raises(UsageError, match="--context-parallel: a teacher that is asked on the way"):
+        settings = {"settings": [f"teacher={teacher}"]}
+        two.divided(Division(context=2)).run(tuned, task | settings, tmp_path / "run")
 
 
 def test_a_step_that_cannot_be_divided_is_refused(

@@ -11,21 +11,12 @@ _ranks = panel("Under torchrun")
 
 
 @dataclass(frozen=True)
-class ExpertFlags:
-    """What processes in a row share beside the micro batches of a step, where these are not cut."""
+class DivisionFlags:
+    """What processes in a row share beside the micro batches of a step."""
 
     expert_parallel: Annotated[int, _ranks("So many processes in a row share the experts.", metavar="M", min=1)] = 1
-
-    def division(self) -> dict[str, int]:
-        """What terminal.ranks.ranks_of_run takes."""
-        return {"expert": self.expert_parallel}
-
-
-@dataclass(frozen=True)
-class DivisionFlags(ExpertFlags):
-    """The same, and the rows of a micro batch."""
-
     context_parallel: Annotated[int, _ranks("So many processes in a row share a micro batch.", metavar="C", min=1)] = 1
 
     def division(self) -> dict[str, int]:
-        return {**super().division(), "context": self.context_parallel}
+        """What terminal.ranks.ranks_of_run takes."""
+        return {"expert": self.expert_parallel, "context": self.context_parallel}
