@@ -39,18 +39,16 @@ def starts_of_a_step(config: ModelConfig, starts: list[str], *, num_sequences: i
     return Counter(starts)
 
 
-@pytest.mark.parametrize("num_sequences, most", [(1, 361), pytest.param(8, 361, marks=pytest.mark.slow)])
-def test_a_step_of_few_sequences_starts_few_kernels(starts: list[str], num_sequences: int, most: int) -> None:
-    """Seven in a layer of Gated DeltaNet, eight in one of attention; the rest once in a step."""
+@pytest.mark.parametrize("num_sequences", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_step_of_few_sequences_starts_few_kernels(starts: list[str], num_sequences: int) -> None:
+    """Six in a layer of Gated DeltaNet, eight in one of attention; the rest once in a step."""
     config = replace(preset("80b-a3b"), num_nextn_predict_layers=0)
     found = starts_of_a_step(config, starts, num_sequences=num_sequences)
     linear, full = (config.layer_types.count(kind) for kind in (LINEAR_ATTENTION, FULL_ATTENTION))
-    once = Counter({name: count for name, count in found.items() if name.startswith(("aten.", "rms"))})
-    assert found - once == Counter(
+    assert found == Counter(
         {
             "normed_linears_kernel": linear + full,  # what a mixer reads
             "delta_step_kernel": linear,
-            "delta_commit_kernel": linear,
             "attention_heads_kernel": full,
             "paged_attention_kernel": full,
             "attention_output_kernel": full,
@@ -58,6 +56,8 @@ def test_a_step_of_few_sequences_starts_few_kernels(starts: list[str], num_seque
             "normed_route_kernel": linear + full,
             "experts_inner_kernel": linear + full,
             "experts_output_kernel": linear + full,
+            **dict.fromkeys(("aten.embedding.default", "aten.index_select.default", "rope_kernel"), 1),
+            **dict.fromkeys(("rms_norm_kernel", "aten.linear.default"), 1),  # before the head, and the head
         }
     )
-    assert found.total() <= most and once["rms_norm_kernel"] == 1 == once["aten.linear.default"]
+    assert found.total() == 317

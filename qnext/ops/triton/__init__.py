@@ -37,7 +37,15 @@ from qnext.ops.triton.router import (
     try_normed_route,
     try_route,
 )
-from qnext.ops.triton.rows import rms_norm, serves_rms_norm, try_rms_norm, try_rms_norm_gradient
+from qnext.ops.triton.rows import (
+    rms_norm,
+    rope_cos_sin,
+    serves_rms_norm,
+    serves_rope_cos_sin,
+    try_rms_norm,
+    try_rms_norm_gradient,
+    try_rope_cos_sin,
+)
 from qnext.ops.triton.train_attention import try_attention_gradient
 from qnext.ops.triton.train_delta import gated_delta_rule, serves_gated_delta_rule, try_gated_delta_gradient
 from qnext.ops.triton.train_experts import serves_swiglu, swiglu, try_experts_gradient, try_swiglu_gradient
@@ -47,6 +55,7 @@ from qnext.ops.triton.trust import SelfTest, is_trusted, self_test_error
 SELF_TESTS: tuple[SelfTest, ...] = (
     try_rms_norm,
     try_rms_norm_gradient,
+    try_rope_cos_sin,
     try_route,
     try_normed_route,
     try_gated_delta_step,
@@ -81,6 +90,7 @@ __all__ = [
     "piece_attention",
     "prompt_rule",
     "rms_norm",
+    "rope_cos_sin",
     "route",
     "self_test_error",
     "serves_add_experts",
@@ -93,6 +103,7 @@ __all__ = [
     "serves_normed_linears",
     "serves_normed_route",
     "serves_rms_norm",
+    "serves_rope_cos_sin",
     "serves_route",
     "serves_swiglu",
     "swiglu",

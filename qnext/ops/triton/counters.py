@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-NUM_COUNTERS = 1 << 14  # of a start
+NUM_COUNTERS = 1 << 17  # of a start at most
 
 
 @cache

@@ -13,6 +13,7 @@ from qnext.ops.caches import DeltaCache, PendingTokens
 from qnext.ops.checks import check_delta
 from qnext.ops.packing import Packing
 from qnext.ops.records import DeltaWeights
+from qnext.ops.triton.counters import NUM_COUNTERS, counters
 from qnext.ops.triton.delta_chunks import MAX_HEAD_DIM
 from qnext.ops.triton.delta_prompts import chunked_delta_mixer, try_gated_delta_prompt
 from qnext.ops.triton.sizes import next_power_of_2
@@ -44,6 +45,7 @@ def serves_gated_delta_mixer(
     is_state = cache.state.dtype == torch.float32 or (cache.state.dtype == torch.bfloat16 and packing.max_length == 1)
     return (
         is_state
+        and packing.num_sequences * (weights.num_key_heads + 1) <= NUM_COUNTERS
         and cache.state.is_contiguous()
         and all(map(_is_plain, (cache.conv, *([] if cache.pending is None else cache.pending[:-1]))))
         and is_trusted(try_gated_delta_step, qkvz_TX.device)
@@ -71,7 +73,7 @@ def gated_delta_mixer(
     num_channels, _, width = weights.conv_weight_C1W.shape
     heads = (weights.num_key_heads, weights.num_heads, weights.key_head_dim, weights.value_head_dim)
     call = _Launch(
-        projections=(qkvz_TX, ba_TY, *(x.contiguous() for x in weights.tensors[:3])),
+        projections=(qkvz_TX, ba_TY, *(x.contiguous() for x in weights.tensors)),
         sequences=(packing.cu_seqlens, cache.slots_N, cache.is_fresh_N, is_draft_N),
         strides=(qkvz_TX.stride(0), ba_TY.stride(0)),
         sizes=(*heads, num_channels, pending.conv.shape[1], cache.state.shape[0]),
@@ -82,15 +84,11 @@ def gated_delta_mixer(
             "HAS_DRAFT": cache.is_draft_N is not None,
         },
     )
-    o_TZ = _step(call, cache, pending)
-    out_TZ = _commit(call, cache, pending, o_TZ, weights)
-    if cache.pending is not None:
-        cache.pending.num_accepted.index_fill_(0, cache.slots_N, 0)
-    return out_TZ
+    return _step(call, cache, pending, weights.eps)
 
 
 class _Launch(NamedTuple):
-    """What both launches are given."""
+    """What a launch is given."""
 
     projections: tuple[Tensor, ...]
     sequences: tuple[Tensor, ...]
@@ -99,14 +97,15 @@ class _Launch(NamedTuple):
     form: dict[str, Any]
 
 
-def _step(call: _Launch, cache: DeltaCache, pending: PendingTokens) -> Tensor:
-    """Outputs before the norm [T, Z], in fp32. The states become those after the call."""
+def _step(call: _Launch, cache: DeltaCache, pending: PendingTokens, eps: float) -> Tensor:
+    """The normed and gated outputs [T, Z]. Everything that is carried on becomes that after the call."""
     from qnext.ops.triton.kernels.delta_step import delta_step_kernel
 
     num_sequences = len(cache.slots_N)
-    _, num_heads, key_dim, value_dim = call.sizes[:4]
-    qkvz_TX = call.projections[0]
+    num_key_heads, num_heads, key_dim, value_dim = call.sizes[:4]
+    qkvz_TX, width, num_drafts = call.projections[0], cache.conv.shape[1], pending.conv.shape[1]
     o_TZ = torch.empty((len(qkvz_TX), num_heads * value_dim), dtype=torch.float32, device=qkvz_TX.device)
+    out_TZ = torch.empty_like(o_TZ, dtype=qkvz_TX.dtype)
     block = min(_BLOCK_VALUES, next_power_of_2(value_dim))
     delta_step_kernel[(num_sequences, num_heads, -(-value_dim // block))](
         *call.projections,
@@ -115,42 +114,17 @@ def _step(call: _Launch, cache: DeltaCache, pending: PendingTokens) -> Tensor:
         cache.state,
         *pending,
         o_TZ,
+        out_TZ,
+        counters(qkvz_TX.device),
         *call.strides,
         *call.sizes,
+        eps,
         **call.form,
         HAS_BF16_STATE=cache.state.dtype == torch.bfloat16,
         BLOCK_K=next_power_of_2(key_dim),
         BLOCK_V=block,
+        BLOCKS=tuple(map(next_power_of_2, (num_heads // num_key_heads, value_dim, width, max(1, num_drafts)))),
         num_warps=4,
-    )
-    return o_TZ
-
-
-def _commit(call: _Launch, cache: DeltaCache, pending: PendingTokens, o_TZ: Tensor, weights: DeltaWeights) -> Tensor:
-    """The normed and gated outputs. The carried inputs and what drafts keep become those after the call."""
-    from qnext.ops.triton.kernels.delta_step import delta_commit_kernel
-
-    num_key_heads, num_heads, key_dim, value_dim = call.sizes[:4]
-    out_TZ = torch.empty_like(o_TZ, dtype=call.projections[0].dtype)
-    delta_commit_kernel[(len(cache.slots_N), 2 * num_key_heads + num_heads)](
-        *call.projections,
-        weights.norm_weight_V.contiguous(),
-        *call.sequences,
-        cache.conv,
-        pending.conv,
-        pending.k,
-        pending.decay,
-        pending.num_accepted,
-        o_TZ,
-        out_TZ,
-        *call.strides,
-        *call.sizes,
-        weights.eps,
-        **call.form,
-        BLOCK=next_power_of_2(max(key_dim, value_dim)),
-        BLOCK_W=next_power_of_2(cache.conv.shape[1]),
-        BLOCK_L=next_power_of_2(max(1, pending.conv.shape[1])),
-        num_warps=1,
     )
     return out_TZ
 

@@ -97,6 +97,7 @@ def calls(dtype: torch.dtype) -> Iterator[Any]:
     x_TD = numbers(4, 2048, seed=0, device=CPU).to(dtype)
     yield gpu.rms_norm(x_TD, numbers(2048, seed=1, device=CPU).to(dtype), eps=1e-6, zero_centered=True)
     load_E = torch.zeros(512, dtype=torch.int64)
+    yield gpu.rope_cos_sin(torch.zeros(4).long(), torch.zeros(32))
     yield from delta_steps(dtype)
     yield from attention(dtype)
     yield from experts(dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qnext.ops.triton.kernels.delta_step import softplus
+from qnext.ops.triton.kernels.delta_inputs import softplus
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qnext.ops.triton.kernels.last import is_last
 from qnext.ops.triton.kernels.matrices import normed_product, store_normed
 
 
@@ -117,8 +118,7 @@ def normed_route_kernel(
     memory = (weight_ptr, scales_ptr, zeros_ptr, logits_ptr, num_experts)
     root_T = normed_product(tile, *rows, eps, *memory, FORM, ZERO_CENTERED, IS_WIDE, BLOCK_F)
     store_normed(tile, tl.num_programs(0), *rows, root_T, rows_ptr, ZERO_CENTERED, FORM[4])
-    tl.debug_barrier()  # all logits of this program are written before it counts itself
-    if tl.atomic_add(counters_ptr + block, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+    if is_last(counters_ptr + block, tl.num_programs(0)):
         for token in range(block * BLOCK_T, tl.minimum((block + 1) * BLOCK_T, num_rows)):
             choose(
                 token,
@@ -133,4 +133,3 @@ def normed_route_kernel(
                 BLOCK_E,
                 BLOCK_A,
             )
-        tl.store(counters_ptr + block, 0)
