@@ -31,7 +31,8 @@ class BenchPlan:
     decode_tokens: int
     rounds: int
     long_prefill: int | None = None
-    expert_memory: int | None = None  # bytes for experts of qnext, the others of which stay on disk
+    expert_memory: int | None = None  # bytes for experts of qnext, the others of which stay on disk, or on the host
+    device: str = "cpu"  # where qnext computes
     llama: LlamaTools | None = None
     ggufs: dict[str, Path] = field(default_factory=dict)
     date: str | None = None

@@ -12,16 +12,18 @@ from qnext.planning.calibration import calibration_file, read_calibration
 from qnext.planning.measured import MeasuredFigure, measured_file, note_measured
 from qnext.planning.plan import default_step_tokens
 from qnext.planning.step_load import decode_load, prefill_load
+from qnext.session.placement import CPU
 from qnext.session.planned import planned_folder
 
 PredictedRates = dict[tuple[str, str, int], float]  # by scheme, decode or prompt, and length
 
 
 def predicted_rates(plan: BenchPlan) -> PredictedRates:
-    """Tokens a second, as far as the machine is calibrated for the weights; none for experts on disk."""
+    """Tokens a second, as far as the machine is calibrated for the weights; none for experts on disk, and none of a
+    GPU."""
     calibration = read_calibration(calibration_file(plan.threads))
     found: PredictedRates = {}
-    if calibration is None or plan.expert_memory is not None:
+    if calibration is None or plan.expert_memory is not None or plan.device != CPU:
         return found
     config = plan.config
     for scheme in plan.schemes:

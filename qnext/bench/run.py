@@ -12,11 +12,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from qnext.bench.contest import Contestants, machine, ratios, spread
+from qnext.bench.device import describe_device, published_limits
 from qnext.bench.files import FLOAT_SCHEMES, cached_share
 from qnext.bench.llama import LlamaBench
 from qnext.bench.plan import LLAMA_CPP, QNEXT, TRANSFORMERS, BenchPlan
 from qnext.bench.workers import limits_worker, qnext_worker, transformers_worker
 from qnext.planning import forward_flops_per_token
+from qnext.session.placement import CPU
 
 _OPTIONS = ("prefill", "depths", "decode_tokens", "rounds", "long_prefill")  # of a plan, in the document
 _CHUNK = 2048  # tokens of a prompt that the engine reads at once, hence with one pass over the weights
@@ -39,16 +41,19 @@ TimedStep = Callable[..., Any]  # (kind, length) -> seconds
 def run_bench(plan: BenchPlan, *, say: Callable[[str], None]) -> dict[str, Any]:
     """The whole document. `say` is told the next step."""
     results = []
-    limits: dict[str, Any] = {}
+    device = describe_device(plan.device)
+    limits: dict[str, Any] = {} if plan.device == CPU else published_limits(device.get("device_name"))
     for scheme in plan.schemes:
-        say(f"{scheme}: limits of the machine")
-        limits = _better(limits, _limits(plan.threads))
+        if plan.device == CPU:
+            say(f"{scheme}: limits of the machine")
+            limits = _better(limits, _limits(plan.threads))
         results.append(_Contest(plan, scheme, say).run())
     for result in results:
         _add_bounds(result, plan, limits)
+    date = {} if plan.date is None else {"date": plan.date}
     return {
         "model": str(plan.files.model),
-        "machine": {**machine(), "threads": plan.threads, **({} if plan.date is None else {"date": plan.date})},
+        "machine": {**machine(), "threads": plan.threads, **device, **date},
         "options": {name: getattr(plan, name) for name in _OPTIONS},
         "limits": limits,
         "schemes": results,
@@ -70,7 +75,7 @@ class _Contest:
             "threads": plan.threads,
             "decode_tokens": plan.decode_tokens,
         }
-        self._ours = {**self._arguments, "expert_memory": plan.expert_memory}
+        self._ours = {**self._arguments, "expert_memory": plan.expert_memory, "device": plan.device}
         self._llama = self._make_llama() if LLAMA_CPP in self._peers else None
 
     def run(self) -> dict[str, Any]:
@@ -184,6 +189,7 @@ class _Contest:
                 peers.append({"peer": peer, **about, "load": loads[peer], "figures": figures})
         return {
             "scheme": self._scheme,
+            "kernels": facts["kernels"],
             "load": loads[QNEXT],
             "memory": _memory(facts),
             "figures": [_figure(figure, plan, values) for figure, values in ours.items()],
@@ -248,7 +254,9 @@ def _within(ours: dict[Figure, list[float]], plan: BenchPlan) -> list[dict[str, 
 
 
 def _memory(facts: dict[str, Any]) -> dict[str, Any]:
+    host = {"host_peak_bytes": facts["host_peak_bytes"]} if "host_peak_bytes" in facts else {}
     return {
+        **host,
         "weight_bytes": facts["weight_bytes"],
         "cache_bytes": facts["cache_bytes"],
         "peak_bytes": facts["peak_bytes"],
@@ -259,9 +267,10 @@ def _memory(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_bounds(result: dict[str, Any], plan: BenchPlan, limits: dict[str, Any]) -> None:
-    """What each figure must read and compute per token, and the share of the machine's limits that it reaches."""
+    """What each figure must read and compute per token, and the share of known limits that it reaches."""
     facts = result.pop("facts")
     arithmetic, peak = _peak_for(result["scheme"], limits["operations_per_second"])
+    bandwidth = limits["read_bytes_per_second"]
     for figure in result["figures"]:
         if figure["kind"] == "prefill":
             num_tokens = figure["tokens"]
@@ -280,7 +289,7 @@ def _add_bounds(result: dict[str, Any], plan: BenchPlan, limits: dict[str, Any])
         rate = figure["tokens_per_second"]["median"]
         figure["bound"] = {
             "bytes_per_token": num_bytes,
-            "share_of_bandwidth": rate * num_bytes / limits["read_bytes_per_second"],
+            "share_of_bandwidth": None if bandwidth is None else rate * num_bytes / bandwidth,
             "operations_per_token": operations,
             "arithmetic": arithmetic,
             "share_of_peak": None if peak is None else rate * operations / peak,
@@ -289,6 +298,7 @@ def _add_bounds(result: dict[str, Any], plan: BenchPlan, limits: dict[str, Any])
 
 def _peak_for(scheme: str, peaks: dict[str, float | None]) -> tuple[str, float | None]:
     """The narrowest arithmetic that serves a scheme on this machine: what a perfect kernel would use."""
-    wanted = {"f32": ["float32"], "f16": ["float32"], "bf16": ["bfloat16", "float32"]}.get(scheme, ["int8", "float32"])
-    kind = next((kind for kind in wanted if peaks[kind]), "float32")
+    wide = ["float32"] if scheme in ("f32", "f16") else ["bfloat16", "float32"]
+    wanted = wide if scheme in FLOAT_SCHEMES or "int8" not in peaks else ["int8", "float32"]
+    kind = next((kind for kind in wanted if peaks[kind]), wanted[0])
     return kind, peaks[kind]

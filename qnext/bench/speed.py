@@ -27,6 +27,8 @@ def random_tokens(num_tokens: int, *, vocab_size: int) -> list[int]:
 class SpeedMeter:
     """Times one model, one sequence at a time. Prompts are random tokens. The first call of each kind warms up.
 
+    Times are the clock's, from when the model's device had nothing left to do until it has nothing left again.
+
     Caches stay allocated between calls; `cache_bytes` is their size.
     """
 
@@ -62,9 +64,9 @@ class SpeedMeter:
         """Seconds from the prompt to its first answer token, through the engine."""
         engine = self._engine("prefill", num_tokens, num_tokens + 1)
         prompt = self._tokens(num_tokens)
-        start = time.perf_counter()
+        start = self._now()
         engine.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True))
-        return time.perf_counter() - start
+        return self._now() - start
 
     def reading_seconds(self, depth: int) -> float:
         """Seconds of the prompt with which a sequence of this depth began: a prefill that is timed once."""
@@ -79,10 +81,10 @@ class SpeedMeter:
         """
         deep = self._at_depth(depth)
         token = deep.token
-        start = time.perf_counter()
+        start = self._now()
         for position in range(deep.num_tokens, deep.num_tokens + self.decode_tokens):
             token = _step(deep.executor, (token,), position)
-        return time.perf_counter() - start
+        return self._now() - start
 
     def generate_seconds(self) -> float:
         """`decode_tokens` steps of the engine after one token: decode_seconds(0) and the time of the engine around
@@ -92,10 +94,16 @@ class SpeedMeter:
             self._tokens(1), SamplingParams(max_tokens=self.decode_tokens + 1, temperature=0.0, ignore_eos=True)
         )
         next(events)
-        start = time.perf_counter()
+        start = self._now()
         for _ in events:
             pass
-        return time.perf_counter() - start
+        return self._now() - start
+
+    def _now(self) -> float:
+        """Seconds, once the device has done all that it was asked for."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
 
     def _tokens(self, num_tokens: int) -> list[int]:
         return random_tokens(num_tokens, vocab_size=self.model.config.vocab_size)
@@ -122,11 +130,11 @@ class SpeedMeter:
             blocks = tuple(range(limits.blocks_of(max_model_len)))
             prompt, token = self._tokens(num_prompt), 0
             size = limits.max_num_batched_tokens // limits.chunk_size * limits.chunk_size
-            start = time.perf_counter()
+            start = self._now()
             for first in range(0, num_prompt, size):
                 chunk = tuple(prompt[first : first + size])
                 token = _step(executor, chunk, first, num_prompt=num_prompt, blocks=() if first else blocks)
-            self._reading_seconds[depth] = time.perf_counter() - start
+            self._reading_seconds[depth] = self._now() - start
             self._deep[depth] = _Deep(executor, num_prompt, token)
         return self._deep[depth]
 

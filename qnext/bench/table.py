@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from qnext.session.placement import CPU
+
 _ROW = "  {:<17}{:>26}{:>26}{:>20}{:>11}{:>8}"
 
 
@@ -31,8 +33,18 @@ def _head(document: dict[str, Any]) -> list[str]:
     peaks = ", ".join(
         f"{kind} {value / 1e12:.2f}" for kind, value in limits["operations_per_second"].items() if value is not None
     )
-    kernels = limits["native_kernels"] or "none, PyTorch computes"
     date = f", {machine['date']}" if "date" in machine else ""
+    if machine["device"] != CPU:
+        known = "not known here, so no shares of them"
+        if limits["source"] is not None:
+            known = f"{limits['read_bytes_per_second'] / 1e9:,.0f} GB/s; Top/s of {peaks} ({limits['source']})"
+        kernels = ", ".join(dict.fromkeys(scheme["kernels"] for scheme in document["schemes"]))
+        name = machine.get("device_name", machine["device"])
+        return [
+            f"{document['model']} on {name} ({machine['device']}), kernels: {kernels}{date}",
+            f"times end when the device has nothing left to do; its published limits: {known}",
+        ]
+    kernels = limits["native_kernels"] or "none, PyTorch computes"
     return [
         f"{document['model']} on {machine['cpu']}, {machine['threads']} threads, kernels: {kernels}{date}",
         f"this machine now: reads {limits['read_bytes_per_second'] / 1e9:.1f} GB/s; Top/s of {peaks}",
@@ -45,9 +57,9 @@ def _scheme(scheme: dict[str, Any]) -> list[str]:
     lines.append(_ROW.format("", "qnext tokens/s", "", "", "bandwidth", "peak"))
     for figure in scheme["figures"]:
         bound = figure["bound"]
-        peak = "" if bound["share_of_peak"] is None else f"{bound['share_of_peak']:.0%}"
+        bandwidth, peak = (_share(bound[name]) for name in ("share_of_bandwidth", "share_of_peak"))
         rate = _rate(figure["tokens_per_second"])
-        lines.append(_ROW.format(name_of(figure), rate, "", "", f"{bound['share_of_bandwidth']:.0%}", peak))
+        lines.append(_ROW.format(name_of(figure), rate, "", "", bandwidth, peak))
     for ratio in scheme["within"]:
         what = f"{name_of(ratio)} over {ratio['over']}"
         lines.append(f"  {what:<30} {format_ratio(ratio['ratio'])}")
@@ -62,6 +74,7 @@ def _scheme(scheme: dict[str, Any]) -> list[str]:
         f"  peak memory {_gib(memory['peak_bytes'])}, of it {_gib(memory['peak_bytes_before'])} before loading and "
         f"{_gib(memory['cache_bytes'])} of caches; "
         f"without caches {memory['peak_without_caches_over_weights']:.2f} x weights"
+        + (f"; on the host {_gib(memory['host_peak_bytes'])}" if "host_peak_bytes" in memory else "")
     )
     for peer in scheme["peers"]:
         lines.extend(_peer(peer))
@@ -82,6 +95,10 @@ def _peer(peer: dict[str, Any]) -> list[str]:
 
 def _rate(rate: dict[str, float]) -> str:
     return f"{rate['median']:.1f} ({rate['min']:.1f}-{rate['max']:.1f})"
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def _gib(count: int) -> str:

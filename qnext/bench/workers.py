@@ -39,34 +39,44 @@ def limits_worker(*, threads: int) -> Step:
 
 
 def qnext_worker(
-    *, folder: str, dtype: str | None, threads: int, decode_tokens: int, expert_memory: int | None = None
+    *,
+    folder: str,
+    dtype: str | None,
+    threads: int,
+    decode_tokens: int,
+    expert_memory: int | None = None,
+    device: str = "cpu",
 ) -> Step:
-    """A folder loaded in `dtype`, or as stored; also answers "generate" and "reading" (see SpeedMeter)."""
+    """A folder loaded in `dtype`, or as stored; also answers "generate" and "reading" (see SpeedMeter). Bytes are those
+    of `device`, and of a GPU's host beside them."""
     import torch
 
     from qnext import ops
     from qnext.bench.speed import SpeedMeter
-    from qnext.checkpoint import load_model
-    from qnext.checkpoint.streamed import plan_residency
+    from qnext.engine.memory import peak_bytes_on
 
     ops.set_num_threads(threads)
-    residency = plan_residency(folder, expert_memory=expert_memory)
-    if residency is None:
-        _require_memory(folder, dtype)
-    before = peak_bytes()
+    place = torch.device(device)
+    before = peak_bytes_on(place)
     start = time.perf_counter()
-    wanted = None if dtype is None else getattr(torch, dtype)
-    model = load_model(folder, dtype=wanted, check_finite=False, residency=residency)
+    if place.type == "cpu":
+        model = _load_here(folder, dtype, expert_memory)
+    else:
+        from qnext.session.folder import load_weights, open_model
+
+        model = load_weights(open_model(folder, expert_memory=expert_memory, device=device), dtype)
     meter = SpeedMeter(model, decode_tokens=decode_tokens)
     meter.prefill_seconds(1)
     loaded = {"load_seconds": time.perf_counter() - start, "peak_bytes_before": before}
-    loaded["peak_bytes_loaded"] = peak_bytes()
+    loaded["peak_bytes_loaded"] = peak_bytes_on(place)
 
     def facts() -> dict[str, Any]:
         parts = _bytes_by_part(model)
         return {
             **loaded,
-            "peak_bytes": peak_bytes(),
+            "kernels": ops.backend_of(place).name,
+            "peak_bytes": peak_bytes_on(place),
+            **({} if place.type == "cpu" else {"host_peak_bytes": peak_bytes()}),
             "cache_bytes": meter.cache_bytes,
             "weight_bytes": sum(parts.values()),
             "prefill_weight_bytes": _read_bytes(model, parts, all_experts=True),
@@ -83,6 +93,19 @@ def qnext_worker(
         "facts": facts,
     }
     return lambda kind, *arguments: actions[kind](*arguments)
+
+
+def _load_here(folder: str, dtype: str | None, expert_memory: int | None) -> CausalLM:
+    import torch
+
+    from qnext.checkpoint import load_model
+    from qnext.checkpoint.streamed import plan_residency
+
+    residency = plan_residency(folder, expert_memory=expert_memory)
+    if residency is None:
+        _require_memory(folder, dtype)
+    wanted = None if dtype is None else getattr(torch, dtype)
+    return load_model(folder, dtype=wanted, check_finite=False, residency=residency)
 
 
 def transformers_worker(*, folder: str, dtype: str | None, threads: int, decode_tokens: int) -> Step:

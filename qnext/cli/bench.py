@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from qnext.cli.flags.sampling import ExpertMemory
+from qnext.cli.flags.sampling import Device, ExpertMemory
 from qnext.cli.flags.values import AsJson, Model, Strict, option
 from qnext.errors import UsageError
+from qnext.session.placement import AUTO
 
 if TYPE_CHECKING:
     from qnext.bench.plan import BenchPlan
@@ -31,6 +32,7 @@ class BenchFlags:
     depths: Annotated[str | None, option("tokens before the decoded ones; else 0,2048,8192", metavar="N,N,...")] = None
     decode: Annotated[int, option("tokens that are decoded at each depth")] = 32
     expert_memory: ExpertMemory = None
+    device: Device = AUTO
     rounds: Annotated[int, option("how often everybody has a turn, after one to warm up")] = 3
     llama_cpp: Annotated[Path | None, option("programs of llama.cpp; else those on the PATH", metavar="FOLDER")] = None
     gguf: Annotated[
@@ -54,7 +56,8 @@ def command(
 
     Contestants run in turn, each in a process of its own, with random tokens. The ratios are what a run can claim;
     the rates belong to this machine at this time. Shares of bandwidth and peak relate a figure to what was measured
-    here of memory and arithmetic. `qnext bench serve` puts a load on a running server.
+    here of memory and arithmetic, on a GPU to what is published of it. There no peer runs beside. `qnext bench serve`
+    puts a load on a running server.
     """
     from qnext.bench.predicted import noted, predicted_rates
     from qnext.bench.run import run_bench
@@ -73,14 +76,16 @@ def command(
 
 def _plan(model: str, flags: BenchFlags) -> BenchPlan:
     """Everything that can be refused is refused here, before any work."""
+    from qnext.bench.device import bench_device
     from qnext.bench.files import BenchFiles
     from qnext.bench.llama import find_tools
     from qnext.bench.plan import LLAMA_CPP, BenchPlan, check_names, default_depths
-    from qnext.checkpoint.check import read_layout
-    from qnext.checkpoint.resolve import resolve_model
     from qnext.planning.machine import num_allowed_cores
+    from qnext.session.folder import open_model
 
-    layout = read_layout(resolve_model(model))
+    folder = open_model(model, expert_memory=flags.expert_memory, device=flags.device)
+    layout = folder.layout
+    assert layout is not None, "nobody has taken it"
     config, files = layout.config, BenchFiles(layout.index, flags.cache)
     schemes, peers = list(dict.fromkeys(flags.scheme or [files.stored])), list(dict.fromkeys(flags.peer or []))
     check_names(schemes, peers, stored=files.stored)
@@ -96,6 +101,7 @@ def _plan(model: str, flags: BenchFlags) -> BenchPlan:
         decode_tokens=flags.decode,
         rounds=flags.rounds,
         expert_memory=flags.expert_memory,
+        device=bench_device(folder, schemes, peers, stored=files.stored),
         llama=find_tools(flags.llama_cpp) if LLAMA_CPP in peers else None,
         ggufs=_ggufs(flags.gguf or [], schemes),
         date=flags.date,

@@ -111,3 +111,8 @@ def free_bytes(device: torch.device) -> int:
         return machine.available_bytes()
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def peak_bytes_on(device: torch.device) -> int:
+    """The most that this process has had at a time: on a GPU in tensors, those of graphs too, else in all."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else machine.peak_bytes()

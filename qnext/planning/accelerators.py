@@ -63,6 +63,29 @@ ACCELERATORS = {
 }
 
 
+# As drivers name them. Other forms of the same chips, such as those for PCIe, have other rates.
+_NAMED_BY_DRIVERS = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA A100-SXM4-80GB": "a100-80g",
+    "NVIDIA B200": "b200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 3090": "rtx-3090",
+    "NVIDIA GeForce RTX 4090": "rtx-4090",
+    "NVIDIA GeForce RTX 5090": "rtx-5090",
+}
+
+
+def accelerator_named(device_name: str) -> Accelerator | None:
+    """The one that a driver calls so; None for one that is not listed.
+
+    >>> accelerator_named("NVIDIA H200").memory_bytes >> 30
+    141
+    """
+    name = _NAMED_BY_DRIVERS.get(device_name)
+    return None if name is None else ACCELERATORS[name]
+
+
 class Cluster(NamedTuple):
     """So many GPUs of one kind. Weights are divided among all of them: layers and experts; sequences too, so that keys
     and values are nowhere twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ import pytest
 import torch
 
 from qnext import ops
+from qnext.bench.device import published_limits
 from qnext.bench.files import BenchFiles, cached_share, gguf_type, stored_scheme
 from qnext.bench.llama import LlamaBench, find_tools
+from qnext.bench.plan import BenchPlan
+from qnext.bench.predicted import predicted_rates
+from qnext.bench.run import _add_bounds, run_bench
 from qnext.bench.table import format_table
 from qnext.bench.workers import _bytes_by_part, _read_bytes, qnext_worker, transformers_worker
 from qnext.checkpoint import load_model
@@ -32,9 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def document(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[list[str]]]:
     """One run against the false llama-bench, and how that was called."""
-    from qnext.bench.plan import BenchPlan
-    from qnext.bench.run import run_bench
-
     made = tmp_path_factory.mktemp("tools")
     make_false_bench(made)
     gguf = made / "model.gguf"
@@ -120,6 +122,33 @@ def test_table(document: tuple[dict[str, Any], list[list[str]]]) -> None:
     text = format_table(found)
     assert "against llama.cpp qwen3next Q8_0" in text and "decode at 64 over 0" in text and "some day" in text
     assert max(map(len, text.splitlines()[1:])) <= 130, "all but the line that names the folder"
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H200", "another GPU"])
+def test_on_a_gpu_shares_are_of_its_published_limits(
+    folder: Path, document: tuple[dict[str, Any], list[list[str]]], name: str
+) -> None:
+    """The figures of the CPU, as if a GPU had had them."""
+    limits = published_limits(name)
+    found = copy.deepcopy(document[0])
+    found |= {"limits": limits, "machine": {**found["machine"], "device": "cuda:0", "device_name": name}}
+    (scheme,) = found["schemes"]
+    scheme |= {"kernels": "triton", "peers": [], "memory": {**scheme["memory"], "host_peak_bytes": 1 << 30}}
+    scheme["facts"] = dict.fromkeys(
+        ("prefill_weight_bytes", "decode_weight_bytes", "kv_bytes_per_token", "state_bytes"), 1 << 20
+    )
+    plan = BenchPlan(BenchFiles(folder, folder), read_config(folder), ["bf16"], [], 1, 48, [0], 4, 2, device="cuda:0")
+    _add_bounds(scheme, plan, limits)
+    decode, is_known = scheme["figures"][1], name == "NVIDIA H200"
+    rate, bound = decode["tokens_per_second"]["median"], decode["bound"]
+    shares = bound["share_of_bandwidth"], bound["share_of_peak"]
+    of_limits = rate * bound["bytes_per_token"] / 4.8e12, rate * bound["operations_per_token"] / 989.4e12
+    assert shares == (pytest.approx(of_limits) if is_known else (None, None)) and bound["arithmetic"] == "bfloat16"
+    head, known, *_ = format_table(found).splitlines()
+    assert head.endswith(f" on {name} (cuda:0), kernels: triton, some day")
+    assert ("4,800 GB/s" in known) == is_known and ("not known here" in known) != is_known
+    assert "; on the host 1.00 GiB" in format_table(found)
+    assert predicted_rates(plan) == {}
 
 
 def test_bytes_of_quantised_weights_count(folder: Path) -> None:

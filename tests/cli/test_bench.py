@@ -29,6 +29,7 @@ CASES = {
         "say for which",
     ),
     "file for nothing": (["--prefill", "64", "--gguf", "int8=x.gguf"], "int8 is not among the schemes bf16"),
+    "no device": (["--prefill", "64", "--device", "cuda"], "--device cuda: torch finds no CUDA device here"),
     "nothing to compare": (
         ["--prefill", "64", "--scheme", "int8", "--peer", "transformers"],
         "nothing to compare in int8",
@@ -47,6 +48,24 @@ def test_refusals_come_before_any_work(folder: Path, capsys: Capture, name: str)
     result = run(capsys, "bench", folder, *options)
     assert result.code == 2
     assert message in result.error_line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--peer", "transformers"],
+            "--peer transformers: peers compute on the CPU, and --device is cuda; --device cpu",
+        ),
+        (["--scheme", "f16"], "--scheme f16: on cuda weights become f32 or bf16, or stay as they are"),
+    ],
+)
+def test_what_a_gpu_does_not_do_is_refused(
+    folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.setattr("qnext.session.folder.check_device", lambda name: None)
+    result = run(capsys, "bench", folder, "--prefill", 64, "--device", "cuda", *options)
+    assert (result.code, result.error_line) == (2, f"qnext bench: {message}")
 
 
 def test_no_such_model(capsys: Capture) -> None:
