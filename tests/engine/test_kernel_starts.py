@@ -61,3 +61,11 @@ def test_a_step_of_few_sequences_starts_few_kernels(starts: list[str], num_seque
         }
     )
     assert found.total() == 317
+
+
+def test_so_does_one_of_many_sequences(starts: list[str]) -> None:
+    """No matrix of codes is made numbers again; experts are sorted by operations of PyTorch."""
+    config = replace(preset("80b-a3b"), num_nextn_predict_layers=0)
+    found = starts_of_a_step(config.with_layers(4), starts, num_sequences=256)
+    assert found["aten.linear.default"] == 1 + 2 * 4  # the head; of layers the router and a vector
+    assert found.total() == 131

@@ -15,13 +15,13 @@ from qnext.ops import reference
 from qnext.ops.backends import is_interpreted
 from qnext.ops.checks import check_experts, check_same_shape
 from qnext.ops.records import Routing, SharedExpert
-from qnext.ops.torch.groups import group, sum_per_token, swiglu_halves
+from qnext.ops.torch.groups import group, sum_per_token
 from qnext.ops.torch.matrices import linear as torch_linear
 from qnext.ops.triton import forms
 from qnext.ops.triton.codes import ReadWeight, fits, read, weights_to_try
-from qnext.ops.triton.matrices import linear, serves_linear, side_by_side
+from qnext.ops.triton.matrices import add_linear, linear, serves_add_linear, serves_linear, side_by_side
 from qnext.ops.triton.sizes import next_power_of_2
-from qnext.ops.triton.train_experts import trained_experts, trains_experts
+from qnext.ops.triton.train_experts import trained_experts, trains_experts, weighted_swiglu
 from qnext.ops.triton.trust import is_trusted, numbers, take, wants_gradients
 from qnext.ops.weights import Weight
 
@@ -76,11 +76,12 @@ def experts_swiglu(
     weights_TA = torch.where(is_expert_TA, routing.weights_TA, torch.nan)
     groups = group(torch.where(is_expert_TA, routing.experts_TA, 0), down_EDF.shape[0])
     hidden_RF = _grouped(x_TD, gate_up_E2FD, groups.ends_E, groups.tokens_A)
-    weights_R1 = torch.empty_like(weights_TA).view(-1, 1)
-    weights_R1[groups.places_TA.flatten()] = weights_TA.view(-1, 1)
-    scaled_RF = swiglu_halves(hidden_RF.float()).mul_(weights_R1).to(x_TD.dtype)
+    weights_R = torch.empty(weights_TA.numel(), dtype=torch.float32, device=x_TD.device)
+    weights_R[groups.places_TA.flatten()] = weights_TA.flatten()
+    gate_RF, up_RF = hidden_RF.chunk(2, dim=1)
+    scaled_RF = weighted_swiglu(gate_RF, up_RF, weights_R)
     out_TD = sum_per_token(_grouped(scaled_RF, down_EDF, groups.ends_E, None), groups)
-    return out_TD if shared is None else out_TD + _made_by_shared(x_TD, shared)
+    return out_TD if shared is None else _with_shared(out_TD, x_TD, shared)
 
 
 def serves_add_experts(
@@ -117,15 +118,18 @@ def add_experts(
     return _of_few(x_TD, gate_up_E2FD, down_EDF, routing, shared, residual_TD)
 
 
-def _made_by_shared(x_TD: Tensor, shared: SharedExpert) -> Tensor:
-    """[T, D]: what the shared expert adds to each row."""
+def _with_shared(residual_TD: Tensor, x_TD: Tensor, shared: SharedExpert) -> Tensor:
+    """[T, D]: what the shared expert makes of each row, added to something. What scales it scales its inner numbers."""
 
     def times(x: Tensor, weight: Tensor | Weight) -> Tensor:
         return linear(x, weight) if serves_linear(x, weight) else torch_linear(x, weight)
 
-    inner_TF = torch.nn.functional.silu(times(x_TD, shared.gate_proj_FD)) * times(x_TD, shared.up_proj_FD)
-    rows_TD = times(inner_TF, shared.down_proj_DF)
-    return rows_TD if shared.gate_1D is None else torch.sigmoid(times(x_TD, shared.gate_1D)) * rows_TD
+    gate_TF, up_TF = times(x_TD, shared.gate_proj_FD), times(x_TD, shared.up_proj_FD)
+    scale_T = None if shared.gate_1D is None else torch.sigmoid(times(x_TD, shared.gate_1D).float()).flatten()
+    inner_TF, down_DF = weighted_swiglu(gate_TF, up_TF, scale_T), shared.down_proj_DF
+    if serves_add_linear(residual_TD, inner_TF, down_DF):
+        return add_linear(residual_TD, inner_TF, down_DF)
+    return residual_TD + times(inner_TF, down_DF)
 
 
 def _is_readable(shared: SharedExpert) -> bool:
@@ -160,8 +164,8 @@ def _of_few(
 ) -> Tensor:
     """In two starts: inner numbers of all experts of all tokens, then the sums of what is made of them."""
     if shared is not None and not _is_readable(shared):
-        made_TD = _made_by_shared(x_TD, shared)
-        shared, residual_TD = None, made_TD if residual_TD is None else residual_TD + made_TD
+        residual_TD = _with_shared(torch.zeros_like(x_TD) if residual_TD is None else residual_TD, x_TD, shared)
+        shared = None
     gate_up, down = read(gate_up_E2FD), read(down_EDF)
     if shared is None:
         experts = _ReadExperts(gate_up, down, None, None)

@@ -16,24 +16,32 @@ from qnext.ops.triton.codes import fits, read, weights_to_try
 from qnext.ops.triton.trust import is_trusted, numbers, take
 from qnext.ops.weights import Weight
 
-_FEW_ROWS = 64  # of a matrix of codes; for more of them its numbers are made once
-_FEW_ROWS_OF_FLOATS = 16  # more of them are multiplied best by torch, whatever stands around the product
+_FEW_ROWS = 256  # of matrices of codes; for more of them, or of fp32, their numbers are made once
+_FEW_WIDE_ROWS = 64
+_FEW_ROWS_OF_FLOATS = 16  # more of them are multiplied best by torch, unless codes are multiplied beside them
 _MOST_WEIGHTS = 3  # of one start
-BLOCK_ROWS = 16
 
 
 class Tile(NamedTuple):
-    outputs: int  # of a program
+    rows: int  # of a program
+    outputs: int
     inputs: int  # that are read at a time
     stages: int  # of reading, before which products begin
 
     @staticmethod
-    def of(num_outputs: int, dtype: torch.dtype) -> Tile:
-        """Some hundred programs, or fewer that read more ahead: else memory waits for them. Rows in fp32 take thrice
-        the products, and their operands twice the room."""
-        if dtype == torch.float32:
-            return Tile(16, 128, 3)
-        return Tile(32, 128, 3) if num_outputs >= 8192 else Tile(16, 256, 5)
+    def of(x_TD: Tensor, num_outputs: int) -> Tile:
+        """Some hundred programs, or fewer that read more ahead: else memory waits for them. Of many rows one program
+        takes as many as it can, so that a matrix is read seldom. Rows in fp32 take thrice the products, and their
+        operands twice the room."""
+        if x_TD.dtype == torch.float32:
+            return Tile(16, 16, 128, 3)
+        if len(x_TD) > 16:
+            return Tile(64, 32, 128, 3)
+        return Tile(16, 32, 128, 3) if num_outputs >= 8192 else Tile(16, 16, 256, 5)
+
+    def grid(self, num_rows: int, *sizes: int) -> tuple[int, int]:
+        """Of products with matrices of so many outputs."""
+        return sum(-(-size // self.outputs) for size in sizes), -(-num_rows // self.rows)
 
 
 def serves_linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | None = None) -> bool:
@@ -42,11 +50,13 @@ def serves_linear(x_TD: Tensor, weight_FD: Tensor | Weight, bias_F: Tensor | Non
 
 
 def _take_rows(x_TD: Tensor, *weights: Tensor | Weight) -> bool:
-    has_floats = any(isinstance(weight, Tensor) for weight in weights)
+    most = _FEW_WIDE_ROWS if x_TD.dtype == torch.float32 else _FEW_ROWS
+    if all(isinstance(weight, Tensor) for weight in weights):
+        most = _FEW_ROWS_OF_FLOATS
     return (
         all(map(fits, weights))
         and x_TD.dim() == 2
-        and 0 < len(x_TD) <= (_FEW_ROWS_OF_FLOATS if has_floats else _FEW_ROWS)
+        and 0 < len(x_TD) <= most
         and take(x_TD, *(weight for weight in weights if isinstance(weight, Tensor)))
         and all(weight.dtype == x_TD.dtype for weight in weights if isinstance(weight, Tensor))
         and is_trusted(try_linear, x_TD.device)
@@ -78,8 +88,8 @@ def _product(x_TD: Tensor, weight_FD: Tensor | Weight, residual_TF: Tensor | Non
     out_TF = torch.empty((num_rows, num_outputs), dtype=x_TD.dtype, device=x_TD.device)
     added_TF = out_TF if residual_TF is None else side_by_side(residual_TF)
     check_same_shape(out_TF, added_TF)
-    tile = Tile.of(num_outputs, x_TD.dtype)
-    linear_codes_kernel[(-(-num_outputs // tile.outputs), -(-num_rows // BLOCK_ROWS))](
+    tile = Tile.of(x_TD, num_outputs)
+    linear_codes_kernel[tile.grid(num_rows, num_outputs)](
         x_TD,
         *weight.memory,
         added_TF,
@@ -92,7 +102,7 @@ def _product(x_TD: Tensor, weight_FD: Tensor | Weight, residual_TF: Tensor | Non
         FORM=weight.form.at_least(tile.inputs),
         HAS_RESIDUAL=residual_TF is not None,
         IS_WIDE=is_wide(x_TD),
-        BLOCK_T=BLOCK_ROWS,
+        BLOCK_T=tile.rows,
         BLOCK_F=tile.outputs,
         num_warps=4,
         num_stages=tile.stages,
@@ -134,12 +144,12 @@ def normed_linears(x_TD: Tensor, norm: Norm, weights: tuple[Tensor | Weight, ...
     rows_TD, *products = (
         torch.empty((num_rows, size), dtype=x_TD.dtype, device=x_TD.device) for size in (num_inputs, *sizes)
     )
-    tile, missing = Tile.of(sum(sizes), x_TD.dtype), _MOST_WEIGHTS - len(weights)
+    tile, missing = Tile.of(x_TD, sum(sizes)), _MOST_WEIGHTS - len(weights)
     readable = [read(weight) for weight in weights]
     memory = [(*weight.memory, out_TF) for weight, out_TF in zip(readable, products, strict=True)]
     memory += [(x_TD,) * 4] * missing
     forms = [*(weight.form.at_least(tile.inputs) for weight in readable), *[None] * missing]
-    normed_linears_kernel[(sum(-(-size // tile.outputs) for size in sizes), -(-num_rows // BLOCK_ROWS))](
+    normed_linears_kernel[tile.grid(num_rows, *sizes)](
         x_TD,
         norm.weight_D.contiguous(),
         rows_TD,
@@ -155,7 +165,7 @@ def normed_linears(x_TD: Tensor, norm: Norm, weights: tuple[Tensor | Weight, ...
         THIRD=forms[2],
         ZERO_CENTERED=norm.zero_centered,
         IS_WIDE=is_wide(x_TD),
-        BLOCK_T=BLOCK_ROWS,
+        BLOCK_T=tile.rows,
         BLOCK_F=tile.outputs,
         num_warps=4,
         num_stages=tile.stages,

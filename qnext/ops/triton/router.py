@@ -16,7 +16,7 @@ from qnext.ops.checks import check_linear, check_norm, check_route
 from qnext.ops.records import Norm, NormedRoute, Routing
 from qnext.ops.triton.codes import read
 from qnext.ops.triton.counters import counters
-from qnext.ops.triton.matrices import BLOCK_ROWS, Tile, is_wide, serves_normed_linears, side_by_side
+from qnext.ops.triton.matrices import Tile, is_wide, serves_normed_linears, side_by_side
 from qnext.ops.triton.sizes import next_power_of_2, num_warps
 from qnext.ops.triton.train_rows import rows_of
 from qnext.ops.triton.trust import is_trusted, numbers, take
@@ -129,8 +129,8 @@ def normed_route(
         torch.empty((num_rows, size), dtype=x_TD.dtype, device=x_TD.device) for size in (num_inputs, num_experts)
     )
     check_route(logits_TE, top_k, load_E, chosen_TA)
-    routing, tile = _empty(num_rows, top_k, x_TD.device), Tile.of(num_experts, x_TD.dtype)
-    normed_route_kernel[(-(-num_experts // tile.outputs), -(-num_rows // BLOCK_ROWS))](
+    routing, tile = _empty(num_rows, top_k, x_TD.device), Tile.of(x_TD, num_experts)
+    normed_route_kernel[tile.grid(num_rows, num_experts)](
         x_TD,
         norm.weight_D.contiguous(),
         rows_TD,
@@ -147,7 +147,7 @@ def normed_route(
         FORM=weight.form.at_least(tile.inputs),
         ZERO_CENTERED=norm.zero_centered,
         IS_WIDE=is_wide(x_TD),
-        BLOCK_T=BLOCK_ROWS,
+        BLOCK_T=tile.rows,
         BLOCK_F=tile.outputs,
         **_form(num_experts, top_k, norm_topk_prob, load_E),
         num_warps=4,

@@ -45,7 +45,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = (x if x.stride(1) == 1 else x.contiguous() for x in (gate, up))
         ctx.save_for_backward(gate, up)
-        return _swiglu(gate, up, None)
+        return weighted_swiglu(gate, up, None)
 
     @staticmethod
     @once_differentiable
@@ -57,7 +57,8 @@ class _SwiGLU(torch.autograd.Function):
         return grad_gate, grad_up
 
 
-def _swiglu(gate: Tensor, up: Tensor, weights_A: Tensor | None) -> Tensor:
+def weighted_swiglu(gate: Tensor, up: Tensor, weights_A: Tensor | None) -> Tensor:
+    """silu(gate) * up of rows whose numbers lie side by side, times a weight of the row, fp32, where there are such."""
     from qnext.ops.triton.kernels.swiglu import swiglu_kernel
 
     num_rows, width = gate.shape
@@ -155,7 +156,7 @@ class _GroupedExperts(torch.autograd.Function):
             weights_A = torch.empty(weights.numel(), dtype=torch.float32, device=x.device)
             weights_A[groups.places_TA.flatten()] = weights.flatten().float()
             gate, up = hidden.chunk(2, dim=-1)
-            out_AD = grouped_mm(_swiglu(gate, up, weights_A), down.transpose(1, 2), groups)
+            out_AD = grouped_mm(weighted_swiglu(gate, up, weights_A), down.transpose(1, 2), groups)
             ctx.save_for_backward(x_AD, hidden, gate_up, down, weights_A)
             ctx.groups = groups
             return sum_per_token(out_AD, groups)

@@ -187,12 +187,14 @@ def matrices(dtype: torch.dtype) -> Iterator[Any]:
         x_TD, norm, torch.zeros(512, 2048, dtype=dtype), top_k=10, norm_topk_prob=True, load_E=load_E
     )
     for wide, narrow in zip(weights((1, 8192, 2048), dtype), weights((1, 512, 2048), dtype), strict=True):
-        yield gpu.normed_linears(x_TD, norm, (wide[0], narrow[0], narrow[0]))
-        yield gpu.normed_linears(x_TD, norm, (wide[0], floats_FD))
-        for weight in (wide[0], narrow[0]):
-            yield gpu.add_linear(torch.zeros(1, weight.shape[0], dtype=dtype), x_TD, weight)
-            if not isinstance(weight, torch.Tensor):
-                yield gpu.linear(x_TD, weight)
+        for num_rows in (1,) if isinstance(wide, torch.Tensor) else (1, 17):
+            x_TD = torch.zeros(num_rows, 2048, dtype=dtype)
+            yield gpu.normed_linears(x_TD, norm, (wide[0], narrow[0], narrow[0]))
+            yield gpu.normed_linears(x_TD, norm, (wide[0], floats_FD))
+            for weight in (wide[0], narrow[0]):
+                yield gpu.add_linear(torch.zeros(num_rows, weight.shape[0], dtype=dtype), x_TD, weight)
+                if not isinstance(weight, torch.Tensor):
+                    yield gpu.linear(x_TD, weight)
 
 
 def weights(shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[torch.Tensor | Weight]:

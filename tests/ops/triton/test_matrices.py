@@ -55,11 +55,13 @@ def test_linear_in_bf16() -> None:
     assert_close(y_TF.cpu(), reference.linear(exact(x_TD), wide(weight)), tolerance=1.5 * TOLERANCE_BF16 + 2e-3)
 
 
-@pytest.mark.parametrize("tile", [None, (32, 64, 3)], ids=["few programs", "many programs"])
+@pytest.mark.parametrize("tile", [None, (32, 32, 64, 3)], ids=["few programs", "many programs"])
 @pytest.mark.parametrize("kind", ["fp32", "int4", "fp8"])
-def test_a_product_that_is_added(kind: str, tile: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_that_is_added(
+    kind: str, tile: tuple[int, int, int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of a residual that lie apart; more of them than a program takes where that is served."""
-    num_rows = 3 if kind == "fp32" else 19
+    num_rows = 3 if kind == "fp32" else 19 if tile is None else 45
     weight, x_TD = make_weight(kind, 37, 136, seed=0), randn(num_rows, 136, seed=5, dtype=torch.float32).to(DEVICE)
     residual_TF = randn(num_rows, 40, seed=6, dtype=torch.float32).to(DEVICE)[:, 2:39]
     if tile is not None:
@@ -69,10 +71,10 @@ def test_a_product_that_is_added(kind: str, tile: tuple[int, int, int] | None, m
     assert_close(ops.add_linear(residual_TF, x_TD, weight).cpu(), wanted, tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("tile", [None, (32, 64, 3)], ids=["few programs", "many programs"])
+@pytest.mark.parametrize("tile", [None, (32, 32, 64, 3)], ids=["few programs", "many programs"])
 @pytest.mark.parametrize("kinds", [("fp32",), ("int4", "fp32"), ("fp8", "fp8", "int8")], ids="+".join)
 def test_a_norm_and_products(
-    kinds: tuple[str, ...], tile: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
+    kinds: tuple[str, ...], tile: tuple[int, int, int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Matrices of several forms and sizes, a row of zeros, and more columns than the first matrix has programs for."""
     weights = tuple(make_weight(kind, 7 + 21 * n, 136, seed=n) for n, kind in enumerate(kinds))
@@ -156,8 +158,11 @@ def test_what_torch_multiplies_better() -> None:
     floats, codes = make_weight("fp32", 8, 16, seed=0), make_weight("int8", 8, 16, seed=0)
     assert not gpu.serves_linear(torch.ones(1, 16, device=DEVICE), floats)
     assert not gpu.serves_linear(torch.ones(65, 16, device=DEVICE), codes)
+    assert not gpu.serves_linear(torch.ones(257, 16, device=DEVICE).bfloat16(), codes)
+    assert gpu.serves_linear(torch.ones(256, 16, device=DEVICE).bfloat16(), codes)
     norm = Norm(torch.ones(16, device=DEVICE), 1e-6, True)
-    assert not gpu.serves_normed_linears(torch.ones(17, 16, device=DEVICE), norm, (codes, floats))
+    assert not gpu.serves_normed_linears(torch.ones(17, 16, device=DEVICE), norm, (floats,))
+    assert gpu.serves_normed_linears(torch.ones(17, 16, device=DEVICE), norm, (codes, floats))
     assert not gpu.serves_normed_linears(torch.ones(1, 16, device=DEVICE).half(), norm, (codes,))  # might be too large
     assert not gpu.serves_normed_linears(torch.ones(1, 16, device=DEVICE).bfloat16(), norm, (floats,))
     assert not gpu.serves_add_linear(torch.ones(1, 8, device=DEVICE).bfloat16(), torch.ones(1, 16), codes)
