@@ -168,9 +168,9 @@ def fuzz(harness: Harness, count: int) -> Counter[int]:
     return statuses
 
 
-def test_a_thousand_bodies(fuzzed: Harness) -> None:
-    statuses = fuzz(fuzzed, 1_000)
-    assert statuses[200] > 200 and statuses[400] > 300, f"the bodies are too odd, or not odd enough: {statuses}"
+def test_four_hundred_bodies(fuzzed: Harness) -> None:
+    statuses = fuzz(fuzzed, 400)
+    assert statuses[200] > 80 and statuses[400] > 120, f"the bodies are too odd, or not odd enough: {statuses}"
 
 
 @pytest.mark.slow
