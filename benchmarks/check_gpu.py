@@ -44,7 +44,7 @@ from qnext.ops import (
     backends,
 )
 from qnext.ops import triton as gpu
-from qnext.planning.accelerators import ACCELERATORS, Accelerator
+from qnext.planning.accelerators import accelerator_named
 
 CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU that is known
 
@@ -151,12 +151,6 @@ def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> floa
     return statistics.median(taken)
 
 
-def known_gpu(name: str) -> Accelerator | None:
-    """The GPU with its published peaks, where it is known."""
-    parts = {key: key.removeprefix("rtx-").split("-")[0] for key in ACCELERATORS}
-    return next((ACCELERATORS[key] for key, part in parts.items() if part in name.lower()), None)
-
-
 def error_of(self_test: gpu.SelfTest, device: torch.device) -> float | str:
     """Of a self-test: the relative RMS error, or why there is none."""
     try:
@@ -167,7 +161,7 @@ def error_of(self_test: gpu.SelfTest, device: torch.device) -> float | str:
 
 def report(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "interpreter"
-    known = known_gpu(name)
+    known = accelerator_named(name)
     peak = None if known is None else known.bandwidth
     print(f"{name}: {ops.arithmetic_of(device)}")
     errors = {test.__name__.removeprefix("try_"): error_of(test, device) for test in gpu.SELF_TESTS}
