@@ -74,8 +74,8 @@ def time_forward(model: CausalLM, num_tokens: int, rounds: int, clock: Callable[
 
 
 def time_decode(model: CausalLM, steps: int, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of a step of one request, the mean over `steps` of them: recorded, with taps, and with one glance. A
-    single tap tells what it costs that a step with hooks runs in Python."""
+    """Seconds of a step of one request, the mean over `steps` of them: without and with taps, all of them replayed, and
+    with one glance, which runs in Python."""
     engine = Engine.of(model, EngineConfig(max_num_seqs=1, max_model_len=4096, prefix_cache=False))
     ways: dict[str, Looking] = {
         "off": nullcontext,

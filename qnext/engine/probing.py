@@ -35,12 +35,12 @@ def probed(
     states = [tap for tap in sorted(probe.sight.edited) if tap.endswith(".delta.state")]
     if states and engine.drafter is not None:
         raise UsageError(f"{states[0]}: drafted tokens change no state that an edit could change; turn off speculation")
-    executor.request_of_slot = probe.sight.names
+    executor.request_of_slot, executor.watch.probe = probe.sight.names, probe
     try:
         with probe:
             yield probe
     finally:
-        executor.request_of_slot = None
+        executor.request_of_slot = executor.watch.probe = None
 
 
 def glance_at(engine: Engine) -> Glance | None:

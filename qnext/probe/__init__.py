@@ -14,9 +14,10 @@ from qnext.probe.edits import Edit, same_bits
 from qnext.probe.glance import Glance, Glancer, LayerGlance
 from qnext.probe.look import AttentionLook, Look, look
 from qnext.probe.names import match, tap_names
+from qnext.probe.passing import Passing
 from qnext.probe.probe import ModelProbe
 from qnext.probe.rows import EVERYWHERE, LAST, BatchRows, Where
-from qnext.probe.sight import DeltaSeen, Observer
+from qnext.probe.sight import DeltaSeen, Observer, Sight
 from qnext.probe.steps import updates
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "Look",
     "ModelProbe",
     "Observer",
+    "Passing",
+    "Sight",
     "Where",
     "avoid_expert",
     "look",

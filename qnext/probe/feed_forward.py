@@ -55,8 +55,7 @@ class SparseHooks:
         if logits_TE is not output.logits_TE:
             output = self._chosen(logits_TE, options.get("chosen_TA"), output, options.get("load_E"))
         if self._wants("router.probabilities"):
-            wide = torch.promote_types(logits_TE.dtype, torch.float32)
-            self._sight.keep(f"{self._prefix}.router.probabilities", logits_TE.to(wide).softmax(-1), self._rows())
+            self._sight.keep(f"{self._prefix}.router.probabilities", logits_TE, self._rows(), _probabilities)
         experts_TA = self._show("router.experts", output.routing.experts_TA)
         if experts_TA is not output.routing.experts_TA:
             output = self._chosen(logits_TE, experts_TA, output, options.get("load_E"))
@@ -124,6 +123,10 @@ class SparseHooks:
             return None
         out_TD = changes.show("shared.out", mlp.down_proj(changes.show("shared.inner", mlp.inner(x_TD))))
         return torch.sigmoid(changes.show("shared.gate", self._moe.shared_expert_gate(x_TD))) * out_TD
+
+
+def _probabilities(logits_TE: Tensor) -> Tensor:
+    return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).softmax(-1)
 
 
 class _Changes:

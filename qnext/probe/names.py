@@ -20,6 +20,12 @@ _OF_EXPERTS = (*(f"router.{step}" for step in ROUTER_STEPS), "experts.inner", "e
 _OF_SHARED = ("shared.inner", "shared.out", "shared.gate")
 _BEFORE_MTP = ("mtp.embedding_norm", "mtp.hidden_norm", "mtp.joined")
 READ_ONLY = ("delta.update", "router.probabilities")
+_INSIDE_OPS = (".delta.", ".attention.", ".experts.", ".shared.")
+
+
+def is_between_ops(tap: str) -> bool:
+    """Whether a tap is there when a model runs: others lie inside a fused op, and are computed once more beside it."""
+    return tap.endswith(".gated_out") or not any(part in tap for part in _INSIDE_OPS)
 
 
 def prefix_of(config: ModelConfig, layer_index: int) -> str:

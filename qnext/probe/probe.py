@@ -63,6 +63,11 @@ class ModelProbe:
     def captures(self) -> Captures:
         return self.sight.captures
 
+    @property
+    def num_hooks(self) -> int:
+        """Those that the model has of this probe."""
+        return len(self._handles)
+
     def __enter__(self) -> Self:
         model, sight = self._model, self.sight
         config = model.config
@@ -99,6 +104,7 @@ class ModelProbe:
         wanted = {tap: module for tap, module in wanted.items() if tap in self.sight.wanted}
         if wanted:
             self._handles.append(mtp.register_forward_pre_hook(self._begin_mtp))
+            self._handles.append(mtp.register_forward_hook(self._end))
         for tap, module in wanted.items():
             self._handles.append(module.register_forward_hook(partial(self._show_trunk, tap)))
 
@@ -109,7 +115,7 @@ class ModelProbe:
         self._trunk_rows = self.sight.rows_of(inputs[2])
 
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._trunk_rows = None  # the MTP layer looks up embeddings as well
+        self._trunk_rows = None  # embeddings are looked up for the MTP layer as well
 
     def _show_trunk(self, tap: str, module: nn.Module, inputs: Any, output_TD: Tensor) -> Tensor:
         return output_TD if self._trunk_rows is None else self.sight.show(tap, output_TD, self._trunk_rows)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from qnext.model import Batch
+from qnext.ops import Packing
 
 SequenceName: TypeAlias = str | int
 
@@ -25,11 +27,26 @@ class BatchRows:
     of its place in the batch.
     """
 
-    def __init__(self, batch: Batch, names: Mapping[int, SequenceName]) -> None:
-        self.positions_T, self.packing = batch.positions_T, batch.packing
-        self._slots_N = None if batch.cache is None else batch.cache.slots_N
-        self._names = names
+    def __init__(
+        self, positions_T: Tensor, packing: Packing, slots_N: Tensor | None, names: Mapping[int, SequenceName]
+    ) -> None:
+        self.positions_T, self.packing = positions_T, packing
+        self._slots_N = slots_N
+        self._names = dict(names)  # a slot may have another sequence soon
         self._chosen: dict[Where, Tensor] = {}
+
+    @staticmethod
+    def of(batch: Batch, names: Mapping[int, SequenceName]) -> BatchRows:
+        return BatchRows(batch.positions_T, batch.packing, None if batch.cache is None else batch.cache.slots_N, names)
+
+    def as_now(self, names: Mapping[int, SequenceName]) -> BatchRows:
+        """Of a batch whose memory was filled anew: what it holds now. Its sequences may have other lengths."""
+        packing = self.packing
+        if packing.num_tokens > packing.num_sequences:
+            starts = packing.cu_seqlens.tolist()
+            packing = Packing([end - start for start, end in pairwise(starts)], device=packing.device)
+        slots_N = None if self._slots_N is None else self._slots_N.clone()
+        return BatchRows(self.positions_T.clone(), packing, slots_N, names)
 
     @cached_property
     def names(self) -> tuple[SequenceName, ...]:

@@ -5,7 +5,8 @@ Legend: T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import NamedTuple, Protocol
 
@@ -18,7 +19,8 @@ from qnext.model import Batch
 from qnext.probe.attending import Attended
 from qnext.probe.captures import Captures, KeptRows
 from qnext.probe.edits import Edit
-from qnext.probe.names import match
+from qnext.probe.names import is_between_ops, match
+from qnext.probe.passing import FromRows, Passing, as_it_is
 from qnext.probe.rows import BatchRows, SequenceName, Where
 
 
@@ -69,6 +71,10 @@ class Sight:
         self.wanted = frozenset([*self._wheres, *self._edits])
         self.edited = frozenset(self._edits)
         self._last: tuple[Tensor, BatchRows] | None = None
+        self._passing: Passing | None = None
+        only_looks = not self.edited and observer is None and not keeps_gradients
+        # Whether a replay of a call computes all that is wanted: nothing is changed, and nothing made beside it.
+        self.is_replayable = only_looks and all(map(is_between_ops, self.wanted))
 
     def observes(self, kind: str) -> bool:
         return self.observer is not None and kind in self.observer.sees
@@ -76,7 +82,7 @@ class Sight:
     def rows_of(self, batch: Batch) -> BatchRows:
         """The same object for all layers of a call."""
         if self._last is None or self._last[0] is not batch.positions_T:
-            self._last = batch.positions_T, BatchRows(batch, self.names)
+            self._last = batch.positions_T, BatchRows.of(batch, self.names)
         return self._last[1]
 
     def show(self, tap: str, x_T: Tensor, rows: BatchRows) -> Tensor:
@@ -91,12 +97,17 @@ class Sight:
     def edits_of(self, tap: str) -> Sequence[Edit]:
         return self._edits.get(tap, ())
 
-    def keep(self, tap: str, x_T: Tensor, rows: BatchRows) -> None:
-        if (where := self._wheres.get(tap)) is not None:
-            chosen_R = rows.chosen(where)
-            # Kernels may write again where they wrote: what is kept is a copy.
-            values_R = x_T.clone() if chosen_R is None else x_T.index_select(0, chosen_R)
-            self._put(tap, KeptRows(rows, chosen_R, values_R))
+    def keep(self, tap: str, x_T: Tensor, rows: BatchRows, make: FromRows = as_it_is) -> None:
+        """Keeps what `make` gives, row by row."""
+        if (where := self._wheres.get(tap)) is None:
+            return
+        if self._passing is not None:
+            self._passing.add(tap, x_T, rows, make)
+            return
+        chosen_R = rows.chosen(where)
+        # Kernels may write again where they wrote: what is kept is a copy.
+        values_R = x_T.clone() if chosen_R is None else x_T.index_select(0, chosen_R)
+        self._put(tap, KeptRows(rows, chosen_R, make(values_R)))
 
     def keep_made(self, tap: str, rows: BatchRows, make: Callable[[Tensor], Tensor]) -> None:
         """Keeps what `make` gives for the rows that are to be kept, where there are any."""
@@ -115,6 +126,29 @@ class Sight:
         """Of rows that nobody can tell the tokens of: the logits."""
         for edit in self.edits_of(tap):
             x_R = edit.of_rows(x_R)
-        if tap in self._wheres:
+        if self._passing is not None and tap in self._wheres:
+            self._passing.add(tap, x_R, None, as_it_is)
+        elif tap in self._wheres:
             self._put(tap, KeptRows(None, None, x_R.clone()))
         return x_R
+
+    @contextmanager
+    def passing(self) -> Iterator[Passing]:
+        """What passes by in the block is told, and not kept before `keep_passed`."""
+        self._passing = passing = Passing()
+        try:
+            yield passing
+        finally:
+            self._passing = None
+
+    @torch.inference_mode()
+    def keep_passed(self, passing: Passing) -> None:
+        """Keeps what the memory of a call holds now."""
+        now: dict[BatchRows, BatchRows] = {}
+        for tap, x_T, rows, make in passing:
+            if rows is None:
+                self.show_rows(tap, x_T)
+                continue
+            if rows not in now:
+                now[rows] = rows.as_now(self.names)
+            self.keep(tap, x_T, now[rows], make)

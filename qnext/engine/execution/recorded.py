@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Generic, NamedTuple, TypeVar
+from contextlib import nullcontext
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
+
+from torch import Tensor
 
 from qnext.engine.execution.cache import Cache
 from qnext.engine.execution.inputs import StepInputs
 from qnext.engine.policy.step import Rows
 from qnext.model import CausalLM
 from qnext.ops import ParameterWatch, Recording, backend_of, record
+from qnext.probe import ModelProbe, Passing, Sight
 
 _MAX_ATTEMPTS = 4  # the first may meet conversions that are made once
 _MAX_RECORDINGS = 24  # kept; the one used longest ago goes first
 
+Taps: TypeAlias = frozenset[str]
 Inputs = TypeVar("Inputs", bound="StepInputs")
 Result = TypeVar("Result")
 
@@ -39,23 +43,29 @@ class ModelWatch:
         self._parameters = ParameterWatch(model.parameters())
         self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.num_changes = 0
-        self.has_hooks = False
+        self.probe: ModelProbe | None = None  # that looks at the model
+        self.sight: Sight | None = None  # of the probe, where its hooks are the only ones and a replay does without
+        self.needs_hooks = False  # in every step
 
     def look(self) -> None:
         """To be called before each step, and before drafting for one: in between, nobody changes a model."""
         self.num_changes = self._parameters.num_changes()
-        self.has_hooks = any(self._hooks)
+        self.needs_hooks, self.sight, probe = any(self._hooks), None, self.probe
+        if self.needs_hooks and probe is not None and probe.sight.is_replayable:
+            self.needs_hooks = sum(map(len, self._hooks)) > probe.num_hooks
+            self.sight = None if self.needs_hooks else probe.sight
 
 
 class _Kept(NamedTuple, Generic[Inputs, Result]):
     inputs: Inputs
     result: Result
+    passing: Passing  # what a probe sees
     recording: Recording
     num_changes: int  # of parameters, when it was made
 
 
 class RecordedBatches(Generic[Inputs, Result]):
-    """One function of batches, recorded for each size of a batch that recurs.
+    """One function of batches, recorded for each size of a batch that recurs, and for each set of taps of a probe.
 
     `make_inputs` takes how many rows each sequence has and the depth of the drafts. `compute` reads its inputs and
     writes nothing but the caches. `was_prepared` says of the last batch that nothing was done for the first time: its
@@ -72,19 +82,24 @@ class RecordedBatches(Generic[Inputs, Result]):
         self._watch, self._make_inputs, self._compute = watch, make_inputs, compute
         self._device = cache.device
         self._max_tokens = backend_of(cache.device).max_recorded_tokens
-        self._batches: dict[tuple[int, int, int], _Kept[Inputs, Result]] = {}
-        self._num_failures: Counter[int] = Counter()  # by tokens of a batch: kernels take few tokens or many
+        self._batches: dict[tuple[int, int, int, Taps], _Kept[Inputs, Result]] = {}
+        # by tokens of a batch: kernels take few tokens or many
+        self._num_failures: Counter[tuple[int, Taps]] = Counter()
         self.was_prepared = True
 
     def serves(self, num_tokens: int) -> bool:
         """Whether a batch of so many tokens is to be recorded. A model with hooks runs in Python, where hooks are
-        called."""
+        called; those of a probe are not, where it only sees what a replay computes."""
         return (
             num_tokens <= self._max_tokens
-            and self._num_failures.get(num_tokens, 0) < _MAX_ATTEMPTS
+            and self._num_failures.get((num_tokens, self._taps), 0) < _MAX_ATTEMPTS
             and self._watch.may_record
-            and not self._watch.has_hooks
+            and not self._watch.needs_hooks
         )
+
+    @property
+    def _taps(self) -> Taps:
+        return frozenset() if self._watch.sight is None else self._watch.sight.wanted
 
     def run(self, rows: Sequence[Rows], *, depth: int = 1, recurs: bool = True) -> Result:
         """The function's result, in memory that the next batch of this size writes again. What was recorded before
@@ -96,7 +111,7 @@ class RecordedBatches(Generic[Inputs, Result]):
             inputs.fill(rows)
             self.was_prepared = recurs
             return self._compute(inputs)
-        size = (len(rows), num_tokens, depth)
+        size = (len(rows), num_tokens, depth, self._taps)
         kept = self._batches.pop(size, None)
         self.was_prepared = kept is not None and kept.num_changes == self._watch.num_changes
         if kept is not None and self.was_prepared:
@@ -105,12 +120,31 @@ class RecordedBatches(Generic[Inputs, Result]):
         else:
             inputs = self._make_inputs(lengths, depth)
             inputs.fill(rows)
-            result, recording = record(partial(self._compute, inputs), self._device)
+            result, passing, recording = self._record(inputs)
             if recording is None:
-                self._num_failures[num_tokens] += 1
+                self._num_failures[num_tokens, self._taps] += 1
+                self._keep_passed(passing)
                 return result
-            kept = _Kept(inputs, result, recording, self._watch.num_changes)
+            kept = _Kept(inputs, result, passing, recording, self._watch.num_changes)
         self._batches[size] = kept
         if len(self._batches) > _MAX_RECORDINGS:
             del self._batches[next(iter(self._batches))]
+        self._keep_passed(kept.passing)
         return kept.result
+
+    def _record(self, inputs: Inputs) -> tuple[Result, Passing, Recording | None]:
+        """The result, what passes by the taps, and a recording of both."""
+        sight = self._watch.sight
+        runs: list[Passing] = []
+
+        def compute() -> tuple[Result, list[Tensor]]:
+            with nullcontext(Passing()) if sight is None else sight.passing() as passing:
+                runs.append(passing)
+                return self._compute(inputs), passing.tensors
+
+        (result, tensors), recording = record(compute, self._device)
+        return result, runs[0].at(tensors), recording
+
+    def _keep_passed(self, passing: Passing) -> None:
+        if self._watch.sight is not None:
+            self._watch.sight.keep_passed(passing)
