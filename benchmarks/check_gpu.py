@@ -38,9 +38,11 @@ from qnext.ops import (
     DeltaCache,
     DeltaWeights,
     Fp8Weight,
+    Norm,
     Packing,
     Rope,
     Routing,
+    SharedExpert,
     backends,
 )
 from qnext.ops import triton as gpu
@@ -74,20 +76,27 @@ class Case(NamedTuple):
 def cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Single-stream decoding: the calls of one token."""
     x_TD = torch.randn(1, sizes.hidden, device=device, dtype=torch.bfloat16)
-    norm_D = torch.zeros(sizes.hidden, device=device, dtype=torch.bfloat16)
-    yield Case("rms_norm", 3 * x_TD.nbytes, lambda: gpu.rms_norm(x_TD, norm_D, eps=1e-6, zero_centered=True))
-    logits_TE = torch.randn(1, sizes.experts, device=device, dtype=torch.bfloat16)
-    yield Case("route", logits_TE.nbytes, lambda: gpu.route(logits_TE, top_k=sizes.top_k, norm_topk_prob=True))
+    norm = Norm(torch.zeros(sizes.hidden, device=device, dtype=torch.bfloat16), 1e-6, True)
+    qkvz, out = fp8((6 * sizes.hidden, sizes.hidden), device), fp8((sizes.hidden, 2 * sizes.hidden), device)
+    ba = torch.zeros(2 * sizes.heads, sizes.hidden, device=device, dtype=torch.bfloat16)
+    yield Case(
+        "norm and two projections, fp8", qkvz.nbytes + ba.nbytes, lambda: gpu.normed_linears(x_TD, norm, (qkvz, ba))
+    )
     yield delta_step(sizes, device)
     yield attention(sizes, device)
-    weight = fp8((6 * sizes.hidden, sizes.hidden), device)
-    yield Case("linear, fp8", weight.nbytes, lambda: gpu.linear(x_TD, weight))
+    mixed_TZ = torch.randn(1, 2 * sizes.hidden, device=device, dtype=torch.bfloat16)
+    yield Case("projection and sum, fp8", out.nbytes, lambda: gpu.add_linear(x_TD, mixed_TZ, out))
+    router = torch.randn(sizes.experts, sizes.hidden, device=device, dtype=torch.bfloat16)
+    choice: Any = {"top_k": sizes.top_k, "norm_topk_prob": True}
+    yield Case("norm, logits and choice", router.nbytes, lambda: gpu.normed_route(x_TD, norm, router, **choice))
     gate_up = fp8((sizes.experts, 2 * sizes.width, sizes.hidden), device)
     down = fp8((sizes.experts, sizes.hidden, sizes.width), device)
+    gate, up = (fp8((sizes.width, sizes.hidden), device) for _ in range(2))
     scores = torch.full((1, sizes.top_k), 1 / sizes.top_k, device=device)
     routing = Routing(scores, torch.arange(sizes.top_k, device=device)[None])
-    of_token = (gate_up.nbytes + down.nbytes) * sizes.top_k // sizes.experts
-    yield Case("experts, fp8", of_token, lambda: gpu.experts_swiglu(x_TD, gate_up, down, routing=routing))
+    experts: Any = {"routing": routing, "shared": SharedExpert(gate, up, down[0], router[:1])}
+    of_token = (gate_up.nbytes + down.nbytes) * (sizes.top_k + 1) // sizes.experts
+    yield Case("experts and sum, fp8", of_token, lambda: gpu.add_experts(x_TD, x_TD, gate_up, down, **experts))
 
 
 def delta_step(sizes: Sizes, device: torch.device) -> Case:

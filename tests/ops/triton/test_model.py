@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qnext.ops import triton as gpu
+from qnext.ops.triton import experts, matrices
 from tests.engine.models import reference_logits, tiny_model
 from tests.engine.sequences import Sequences
 
@@ -41,6 +42,9 @@ def test_a_model_with_drafts_has_the_logits_of_one_call(monkeypatch: pytest.Monk
 
     for name in SERVED:
         counted(name)
+    # Programs are interpreted one after another: few large ones are faster.
+    monkeypatch.setattr(matrices.Tile, "of", lambda *_: matrices.Tile(16, 128, 128, 3))
+    monkeypatch.setattr(experts, "_BLOCK_OUTPUTS", 32)
     model = tiny_model("hybrid")
     sequences = Sequences(model, [4, 3])
     all_logits = sequences.run_to_the_end(0)
