@@ -15,7 +15,7 @@ from qnext.engine.policy.step import EngineLimits
 from qnext.engine.sizes import choose_sizes, wanted_sizes
 from qnext.engine.storage.tiers import make_tiers
 from qnext.model import CausalLM
-from qnext.ops import caches_keep_bits
+from qnext.ops import backend_of, caches_keep_bits
 from qnext.planning.plan import Sizes, WantedSizes
 
 
@@ -62,6 +62,7 @@ def build(model: CausalLM, config: EngineConfig, choose: Callable[[CausalLM, Wan
             num_draft_tokens=num_draft_tokens,
             has_drafter=wanted.has_drafter,
             keeps_routing=config.keep_routing,
+            has_spare=backend_of(model.device).pads_recordings,
         ),
         dtypes,
         device=model.device,

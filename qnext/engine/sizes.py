@@ -57,7 +57,12 @@ def choose_sizes(model: CausalLM, wanted: WantedSizes, *, num_sharing: int = 1) 
     """Those of `plan_engine`, when the weights are loaded and nothing else is, in a part of the host's memory that
     `num_sharing` processes share. Raises UsageError and DoesNotFit."""
     backend = backend_of(model.device)
-    recorded = largest_recordings(wanted.max_num_seqs, wanted.max_draft_tokens, max_tokens=backend.max_recorded_tokens)
+    recorded = largest_recordings(
+        wanted.max_num_seqs,
+        wanted.max_draft_tokens,
+        max_tokens=backend.max_recorded_tokens,
+        is_padded=backend.pads_recordings,
+    )
     around = Surroundings(
         available_bytes=free_bytes(model.device) // (num_sharing if model.device.type == "cpu" else 1),
         num_threads=torch.get_num_threads(),
@@ -68,6 +73,7 @@ def choose_sizes(model: CausalLM, wanted: WantedSizes, *, num_sharing: int = 1) 
         chunk_size=DELTA_CHUNK_SIZE,
         num_sources=NUM_SOURCES,
         num_draft_pages=NUM_DRAFT_PAGES,
+        num_spare=int(backend.pads_recordings),
     )
     return plan_engine(model.config, wanted, around)
 

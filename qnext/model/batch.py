@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,25 @@ class RoutingPages(NamedTuple):
 
     def write(self, experts_TA: Tensor) -> None:
         put_rows(experts_TA.view(torch.float32), self.write_index_T, self.table_NA.view(torch.float32))
+
+
+class KeepsRouting(Protocol):
+    """Is told which experts a router chose."""
+
+    def write(self, experts_TA: Tensor) -> None: ...
+
+
+class CountedRouting(NamedTuple):
+    """Counts the experts of some tokens, and writes the choice for all where `pages` keep it."""
+
+    load_E: Tensor
+    is_counted_P: Tensor  # int64 [T * top_k]: 1, or 0 for a token that is nobody's
+    pages: RoutingPages | None
+
+    def write(self, experts_TA: Tensor) -> None:
+        self.load_E.index_add_(0, experts_TA.flatten(), self.is_counted_P)
+        if self.pages is not None:
+            self.pages.write(experts_TA)
 
 
 class DeltaSlots(NamedTuple):
@@ -77,6 +96,7 @@ class CacheView:
     routing: Mapping[int, Tensor] = field(default_factory=dict)  # int64 [num_pages, 1, P, top_k]: RoutingPages
     lengths_there_N: Tensor | None = None  # context_lengths_N on the device, for attention; None: they are on the CPU
     host_lengths: tuple[int, ...] | None = None  # see AttentionCache
+    is_counted_P: Tensor | None = None  # int64 [T * top_k]: 0 where a token counts for no expert; None: all count
 
     def delta_cache(self, layer_index: int) -> DeltaCache:
         """The slots of one layer, with the slot numbers of the step's sequences."""
@@ -99,10 +119,17 @@ class CacheView:
         lengths_N = self.context_lengths_N if self.lengths_there_N is None else self.lengths_there_N
         return AttentionCache(*pages, self.block_tables_NM, lengths_N, self.write_index_T, self.host_lengths)
 
-    def routing_pages(self, layer_index: int) -> RoutingPages | None:
+    def load_of(self, layer_index: int) -> Tensor | None:
+        """Where the router of one layer counts all its tokens; None where it counts none, or some."""
+        return self.expert_load.get(layer_index) if self.is_counted_P is None else None
+
+    def kept_routing(self, layer_index: int) -> KeepsRouting | None:
         """Where the router of one layer writes its choice; None where nothing keeps it."""
-        pages = self.routing.get(layer_index)
-        return None if pages is None else RoutingPages(pages.flatten(0, 2), self.write_index_T)
+        table, load_E = self.routing.get(layer_index), self.expert_load.get(layer_index)
+        pages = None if table is None else RoutingPages(table.flatten(0, 2), self.write_index_T)
+        if self.is_counted_P is None or load_E is None:
+            return pages
+        return CountedRouting(load_E, self.is_counted_P, pages)
 
 
 @dataclass(frozen=True)

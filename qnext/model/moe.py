@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qnext import ops
 from qnext.config import ModelConfig
-from qnext.model.batch import RoutingPages
+from qnext.model.batch import KeepsRouting
 from qnext.model.layers import MLP, Fusable, Linear, RMSNorm, fusable, is_plain
 from qnext.model.weights import HoldsWeights
 
@@ -109,7 +109,7 @@ class Experts(HoldsWeights):
         return ops.experts_keep_bits(self.gate_up_proj, self.down_proj)
 
 
-def _write(routing: ops.Routing, pages: RoutingPages | None) -> None:
+def _write(routing: ops.Routing, pages: KeepsRouting | None) -> None:
     if pages is not None:
         pages.write(routing.experts_TA)
 
@@ -142,7 +142,7 @@ class SparseMoE(nn.Module):
         *,
         load_E: Tensor | None = None,
         chosen_TA: Tensor | None = None,
-        pages: RoutingPages | None = None,
+        pages: KeepsRouting | None = None,
     ) -> Tensor:
         """See `route` for the arguments."""
         return self._made(x_TD, self.route(x_TD, load_E=load_E, chosen_TA=chosen_TA, pages=pages))
@@ -154,7 +154,7 @@ class SparseMoE(nn.Module):
         *,
         load_E: Tensor | None = None,
         chosen_TA: Tensor | None = None,
-        pages: RoutingPages | None = None,
+        pages: KeepsRouting | None = None,
     ) -> Tensor:
         """hidden + self(norm(hidden))"""
         weight_ED, form = fusable(self.gate), norm.fusable_norm() if isinstance(norm, RMSNorm) else None
@@ -167,7 +167,7 @@ class SparseMoE(nn.Module):
         return self._made(x_TD, routing, hidden_TD)
 
     def route(
-        self, x_TD: Tensor, *, load_E: Tensor | None, chosen_TA: Tensor | None, pages: RoutingPages | None
+        self, x_TD: Tensor, *, load_E: Tensor | None, chosen_TA: Tensor | None, pages: KeepsRouting | None
     ) -> ops.Routing:
         """`load_E` and `chosen_TA` are those of ops.route; the choice is written to `pages`."""
         routing: ops.Routing = self.gate(x_TD, load_E=load_E, chosen_TA=chosen_TA).routing

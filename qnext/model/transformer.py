@@ -70,7 +70,7 @@ class DecoderLayer(nn.Module):
         chosen_TA, cache = batch.routing.get(self.layer_index), batch.cache
         if cache is None:
             return {"chosen_TA": chosen_TA}
-        load_E, pages = cache.expert_load.get(self.layer_index), cache.routing_pages(self.layer_index)
+        load_E, pages = cache.load_of(self.layer_index), cache.kept_routing(self.layer_index)
         return {"load_E": load_E, "chosen_TA": chosen_TA, "pages": pages}
 
 

@@ -34,6 +34,7 @@ class Backend:
     # Tokens of a step that is worth recording: in longer ones the time of Python does not count, but the memory does.
     # 0 where steps cannot be recorded (see qnext.ops.record).
     max_recorded_tokens: int
+    pads_recordings: bool  # a recording is dear, so that batches are filled up to few sizes
     mixes_lengths: bool  # single tokens and longer pieces go well in one batch
     copies_context: bool  # attention gathers the keys and values of a sequence, in fp32
     workspace_factor: int  # times the tensors of planning.step_bytes
@@ -49,6 +50,7 @@ CPU = Backend(
     activation_dtype=torch.float32,
     is_cut_invariant=True,
     max_recorded_tokens=64,
+    pads_recordings=False,
     mixes_lengths=True,
     copies_context=False,
     workspace_factor=1,
@@ -60,6 +62,7 @@ TORCH = Backend(
     activation_dtype=None,
     is_cut_invariant=False,
     max_recorded_tokens=0,
+    pads_recordings=False,
     mixes_lengths=False,
     copies_context=True,
     workspace_factor=2,
@@ -74,6 +77,7 @@ TRITON = Backend(
     activation_dtype=None,
     is_cut_invariant=False,
     max_recorded_tokens=256,
+    pads_recordings=True,
     mixes_lengths=False,
     copies_context=False,
     workspace_factor=2,
@@ -81,7 +85,7 @@ TRITON = Backend(
 )
 
 # Its kernels on the CPU, for tests: there is no graph to capture.
-INTERPRETED = replace(TRITON, max_recorded_tokens=0)
+INTERPRETED = replace(TRITON, max_recorded_tokens=0, pads_recordings=False)
 
 
 def backend_of(device: torch.device) -> Backend:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qnext import ops
 from qnext.model import CausalLM, DecoderLayer, Experts, SparseMoE
-from qnext.model.batch import RoutingPages
+from qnext.model.batch import KeepsRouting
 from qnext.model.layers import MLP, Embedding, Linear, fusable
 from qnext.parallel.link import Link
 from qnext.parallel.shard import VECTOR, RankShard
@@ -142,7 +142,7 @@ class SparseShard(SparseMoE):
         *,
         load_E: Tensor | None = None,
         chosen_TA: Tensor | None = None,
-        pages: RoutingPages | None = None,
+        pages: KeepsRouting | None = None,
     ) -> Tensor:
         routing = self.route(x_TD, load_E=load_E, chosen_TA=chosen_TA, pages=pages)
         owner_P = self._owners(routing.experts_TA).flatten()

@@ -44,6 +44,7 @@ class Surroundings(NamedTuple):
     chunk_size: int  # of the delta rule: the least that a step leaves for prompts
     num_sources: int  # rows that drafting keeps of each sequence
     num_draft_pages: int
+    num_spare: int = 0  # slots, and pages, that belong to no sequence
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,8 @@ def plan_engine(config: ModelConfig, wanted: WantedSizes, around: Surroundings) 
     for num_tokens, num_checkpoints in _steps_down(config, wanted, around.chunk_size):
         num_slots = wanted.max_num_seqs + num_checkpoints
         fixed = _step_workspace(config, wanted, around, num_tokens, max_model_len)
-        fixed += num_slots * (_state_bytes(config, wanted, around) + 8 * length)
+        fixed += (num_slots + around.num_spare) * (_state_bytes(config, wanted, around) + 8 * length)
+        fixed += around.num_spare * block_bytes
         if not block_bytes:
             num_blocks = 0
         elif wanted.num_blocks is not None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from qnext.engine.execution.cache import Cache, CacheDtypes, CacheSizes
+from qnext.engine.execution.expert_load import ExpertCounter
 from qnext.engine.execution.inputs import MixedInputs, StepInputs
 from qnext.engine.execution.local import LocalExecutor
 from qnext.engine.policy.step import Rows, SequencePlan, StepPlan
@@ -116,6 +117,22 @@ def test_what_is_sent_is_what_the_cpu_reads(monkeypatch: pytest.MonkeyPatch, dra
             lengths = None if kind is StepInputs else tuple(part.start + len(part.token_ids) for part in rows)
             assert view.attention_cache(next(iter(view.kv))).host_lengths == lengths
     assert np.array_equal(here.tables(), there.tables())
+
+
+def test_rows_that_are_nobody_s_need_no_number_on_the_host(starts: list[str]) -> None:
+    model = copy.deepcopy(tiny_model("hybrid")).to(META)
+    sizes = CacheSizes(num_blocks=12, num_slots=3, max_model_len=64, has_spare=True)
+    dtypes = CacheDtypes(activations=torch.float32, kv=torch.float32)
+    loads = ExpertCounter(model.config, META).of_layer
+    cache = Cache(model.config, sizes, dtypes, device=META, expert_load=loads)
+    inputs = StepInputs(cache, [1] * 4)
+    inputs.fill([*(Rows(slot, (slot,), 0) for slot in range(3)), *cache.rows_of_nobody([1])])
+    for _ in range(2):  # the first meets what is made once
+        with torch.inference_mode(), HostTraffic() as witness:
+            assert model.logits(model(inputs.batch).hidden_TD).shape[0] == 4
+    assert witness.first is None and inputs._is_counted is not None
+    assert inputs._is_counted.host.reshape(4, -1).all(1).tolist() == [True, True, True, False]
+    assert inputs._of_sequences.host[0, 3] == 3 and inputs._of_tokens.host[2, 3] == 12 * cache.block_size
 
 
 def test_a_witness_names_what_needs_the_host() -> None:

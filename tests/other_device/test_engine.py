@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from qnext.engine import SamplingParams
 from qnext.model import CausalLM, initialize
+from qnext.ops.backends import TORCH
 from tests.engine.drafting import draft_always, make_engine, prompts_of
 from tests.engine.models import tiny_model
 from tests.other_device.device import OtherDevice, moved
@@ -57,3 +59,26 @@ def test_a_decoding_step_waits_once_for_its_tokens(other: OtherDevice) -> None:
         engine.step()
         reads.append(other.num_reads - before)
     assert len(reads) == 5 and reads[1:] == [1] * 4
+
+
+def test_batches_filled_up_have_the_same_answers(other: OtherDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sequences and one that is nobody's: what counts experts is on the device, and nothing more is read back."""
+    model = tiny_model("hybrid")
+    found = []
+    for pads in (False, True):
+        backend = replace(TORCH, max_recorded_tokens=8, pads_recordings=pads)
+        for place in ("assembly", "sizes", "execution.recorded", "execution.inputs"):
+            monkeypatch.setattr(f"qnext.engine.{place}.backend_of", lambda _, backend=backend: backend)
+        monkeypatch.setattr("qnext.engine.execution.recorded.record", lambda compute, device: (compute(), None))
+        engine = make_engine(moved(model), speculation=False)
+        requests = [
+            engine.add_request(prompt, replace(params, max_tokens=3))
+            for prompt, params in zip(prompts_of(model, [9, 3, 1]), PARAMS, strict=True)
+        ]
+        reads = []
+        while engine.has_unfinished:
+            before = other.num_reads
+            engine.step()
+            reads.append(other.num_reads - before)
+        found.append(([request.output_ids for request in requests], engine.expert_load(), reads))
+    assert found[0] == found[1]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qnext.config import FULL_ATTENTION, LINEAR_ATTENTION, ModelConfig
-from qnext.engine.policy.step import StepPlan
+from qnext.engine.policy.step import Rows, StepPlan
 from qnext.model import DeltaSlots, KVPages
 from qnext.ops import DELTA_CHUNK_SIZE, PendingTokens, apply_pending, backend_of, empty_huge, touch
 
@@ -45,6 +45,9 @@ class CacheSizes:
 
     keeps_routing: bool = False
     """Blocks have the experts of their tokens (`routing`), so that cached prefixes have them."""
+
+    has_spare: bool = False
+    """One slot and one block more, the last, are nobody's: rows that fill up a batch are there (`rows_of_nobody`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +91,20 @@ class Cache:
         self.poison = poison
         self.num_draft_tokens = sizes.num_draft_tokens
         self.device = torch.device(device)
-        num_slots = sizes.num_slots
+        self.spare_slot = sizes.num_slots if sizes.has_spare else None
+        num_slots, num_blocks = sizes.num_slots + sizes.has_spare, sizes.num_blocks + sizes.has_spare
+        self.num_chosen = config.num_experts_per_tok if config.num_experts else 0  # experts of a token
         kinds = list(enumerate(config.layer_types))
         source_dtype = backend_of(self.device).activation_dtype or dtypes.activations
         source_shape = (num_slots if sizes.has_drafter else 0, NUM_SOURCES, config.hidden_size)
         self.sources = torch.zeros(source_shape, dtype=source_dtype, device=self.device)
-        kv_shape = (sizes.num_blocks, config.num_key_value_heads, block_size, config.head_dim)
+        kv_shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
         self.kv = {
             index: _make_pages(kv_shape, dtypes.kv, self.device) for index, kind in kinds if kind == FULL_ATTENTION
         }
         self.routing: dict[int, Tensor] = {}
         if sizes.keeps_routing:
-            shape = (sizes.num_blocks, 1, block_size, config.num_experts_per_tok)
+            shape = (num_blocks, 1, block_size, config.num_experts_per_tok)
             sparse = [index for index in range(len(kinds)) if config.is_moe_layer(index)]
             self.routing = {index: torch.zeros(shape, dtype=torch.long, device=self.device) for index in sparse}
         self.draft_kv: dict[int, KVPages] = {}
@@ -110,7 +115,7 @@ class Cache:
         self._num_accepted = torch.zeros(len(linear), num_slots, dtype=torch.long, device=device)
         self._accepted_on_host = self._num_accepted.numpy() if self.device.type == "cpu" else None
         self.delta = {
-            index: _make_slots(config, sizes, accepted, dtypes.states)
+            index: _make_slots(config, sizes.num_draft_tokens, accepted, dtypes.states)
             for index, accepted in zip(linear, self._num_accepted.unbind(), strict=True)
         }
         # One row of page numbers per slot: a step selects rows instead of copying whole tables from Python.
@@ -125,7 +130,10 @@ class Cache:
         states = [tensor for layer in self.delta.values() for tensor in layer.tensors]
         touch([self._tables, *self._paged, *states, *self._of_drafter])
         if poison:
-            self._fill_nan(range(sizes.num_blocks), range(num_slots))
+            self._fill(range(sizes.num_blocks), range(sizes.num_slots), float("nan"))
+        if self.spare_slot is not None:
+            self._fill([sizes.num_blocks], [self.spare_slot], 0.0)
+            self._bind(self.spare_slot, 0, [sizes.num_blocks])
 
     @property
     def kv_bytes(self) -> int:
@@ -162,7 +170,7 @@ class Cache:
         for slot in plan.freed_slots:
             self._table_length[slot] = 0
         if self.poison:
-            self._fill_nan(plan.freed_blocks, plan.freed_slots)
+            self._fill(plan.freed_blocks, plan.freed_slots, float("nan"))
 
     def prepare(self, plan: StepPlan) -> None:
         """Before the tokens of a step: make copies, and write down which blocks the sequences got."""
@@ -235,7 +243,18 @@ class Cache:
         index_T = torch.from_numpy(pages_T).to(self.device)
         return torch.stack([pages.flatten(0, 2)[index_T] for pages in self.routing.values()], 1).numpy(force=True)
 
-    def _fill_nan(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+    @property
+    def max_rows(self) -> int:
+        """Tokens of a sequence in a decoding step at most."""
+        return max(1, min(self.num_draft_tokens, self.block_size))
+
+    def rows_of_nobody(self, lengths: Sequence[int]) -> list[Rows]:
+        """Sequences of so many tokens, at most `max_rows`, in the spare slot and its block."""
+        assert self.spare_slot is not None, "see CacheSizes.has_spare"
+        is_draft = self.num_draft_tokens > 0  # states stay as they are
+        return [Rows(self.spare_slot, (0,) * length, 0, is_draft) for length in lengths]
+
+    def _fill(self, blocks: Sequence[int], slots: Sequence[int], value: float) -> None:
         for ids, tensors in (
             # codes of int8 have no NaN, their scales do; of numbers of accepted tokens, none is left
             (blocks, self._paged),
@@ -244,7 +263,7 @@ class Cache:
         ):
             index = torch.tensor(list(ids), dtype=torch.long, device=self.device)
             for tensor in tensors:
-                tensor.index_fill_(0, index, float("nan") if tensor.is_floating_point() else 0)
+                tensor.index_fill_(0, index, value if tensor.is_floating_point() else 0)
 
 
 def prompt_grid(state_dtype: torch.dtype, *, is_cut_invariant: bool) -> int:
@@ -262,18 +281,20 @@ def _make_pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return KVPages(k, v, *(empty_huge(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)))
 
 
-def _make_slots(config: ModelConfig, sizes: CacheSizes, num_accepted: Tensor, state_dtype: torch.dtype) -> DeltaSlots:
+def _make_slots(
+    config: ModelConfig, num_draft_tokens: int, num_accepted: Tensor, state_dtype: torch.dtype
+) -> DeltaSlots:
     """On the device of `num_accepted` [num_slots], which becomes a part of them."""
-    num_slots, device = sizes.num_slots, num_accepted.device
+    num_slots, device = len(num_accepted), num_accepted.device
     state_shape = (config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
     conv_shape = (num_slots, config.linear_conv_kernel_dim - 1, config.linear_conv_dim)
     conv = empty_huge(conv_shape, dtype=torch.float32, device=device)
     state = empty_huge((num_slots, *state_shape), dtype=state_dtype, device=device)
-    if not sizes.num_draft_tokens:
+    if not num_draft_tokens:
         return DeltaSlots(conv, state)
     pending = PendingTokens.empty(
         num_slots,
-        sizes.num_draft_tokens,
+        num_draft_tokens,
         num_channels=config.linear_conv_dim,
         num_key_heads=config.linear_num_key_heads,
         state_shape=state_shape,

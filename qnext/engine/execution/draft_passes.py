@@ -34,8 +34,12 @@ class DraftPasses:
     def __init__(self, model: CausalLM, cache: Cache, watch: ModelWatch, adapters: AdapterSwitch | None = None) -> None:
         self._model, self._cache, self._watch, self._adapters = model, cache, watch, adapters
         make_inputs = partial(DraftInputs, cache)
-        self._chains = RecordedBatches(cache, watch, make_inputs, self._draft_chain)
-        self._passes = RecordedBatches(cache, watch, make_inputs, self._draft_rows)
+        self._chains = RecordedBatches(
+            cache, watch, make_inputs, self._draft_chain, without=lambda drafts_KN, count, _: drafts_KN[:, :count]
+        )
+        self._passes = RecordedBatches(
+            cache, watch, make_inputs, self._draft_rows, without=lambda logits_NY, count, _: logits_NY[:count]
+        )
         self._known = RecordedBatches(cache, watch, make_inputs, self._compare_rows)
 
     @torch.inference_mode()

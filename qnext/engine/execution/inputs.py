@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qnext.engine.execution.cache import NUM_DRAFT_PAGES, Cache
 from qnext.engine.execution.mirror import Mirror
+from qnext.engine.execution.padded import NUM_EXACT
 from qnext.engine.policy.step import Rows
 from qnext.model import Batch, CacheView, KVPages
 from qnext.ops import Packing, backend_of
@@ -51,8 +52,10 @@ class StepInputs:
         self._starts.host[1:] = np.cumsum(lengths)
         self._of_sequences.host[2] = self._starts.host[1:] - 1
         self._has_sources = len(cache.sources) > 0
+        counts_some = cache.spare_slot is not None and cache.expert_load and num_sequences > NUM_EXACT
+        self._is_counted = Mirror((num_tokens * cache.num_chosen,), cache.device) if counts_some else None
         self.adapters_T: Tensor | None = None  # of the rows; None where none has one
-        mirrors = (self._of_tokens, self._of_sequences, self._is_draft, self._starts, self._tables)
+        mirrors = (self._of_tokens, self._of_sequences, self._is_draft, self._starts, self._tables, self._is_counted)
         self._mirrors = [mirror for mirror in mirrors if mirror is not None]
         self._to_send = [] if cache.device.type == "cpu" else self._mirrors
 
@@ -91,6 +94,7 @@ class StepInputs:
             is_draft_N=self._is_draft.device if self._may_draft else None,
             prompt_lengths_N=self._prompt_lengths_N,
             expert_load=cache.expert_load,
+            is_counted_P=None if self._is_counted is None else self._is_counted.device,
             routing=self._routing,
             lengths_there_N=lengths_N if backend_of(cache.device).can_record else None,
             host_lengths=self._host_lengths,
@@ -160,6 +164,8 @@ class StepInputs:
         # Of few numbers Python is done before numpy has begun, and decoding waits for it.
         has_adapter = any(adapters[slots_N].tolist())
         self.adapters_T = torch.from_numpy(adapters[slots_T]).to(self._cache.device) if has_adapter else None
+        if self._is_counted is not None:
+            self._is_counted.host[:] = np.repeat(slots_T != self._cache.spare_slot, self._cache.num_chosen)
         if self._has_sources:
             of_tokens[3] = self._cache.place_of_source(slots_T, positions_T)
             of_sequences[3] = self._cache.place_of_source(slots_N, ends_N)

@@ -72,7 +72,13 @@ class LocalExecutor:
         self._counts_before = {} if self._experts_from is None else self._experts_from.counts()
         self._drafts = cache.sources.shape[0] > 0
         self.draft_costs = draft_costs(model) if self._drafts else None
-        self._decoding = RecordedBatches(cache, self.watch, lambda lengths, _: StepInputs(cache, lengths), self._decode)
+        self._decoding = RecordedBatches(
+            cache,
+            self.watch,
+            lambda lengths, _: StepInputs(cache, lengths),
+            self._decode,
+            without=lambda logits_TY, _, num_tokens: logits_TY[:num_tokens],
+        )
         self._draft_passes = DraftPasses(model, cache, self.watch, adapters)
         self._switch = adapters
         # While it is open, this thread starts kernels on the cache's device.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qnext.engine.execution.cache import Cache
 from qnext.engine.execution.inputs import StepInputs
+from qnext.engine.execution.padded import padded_sizes, padding_of
 from qnext.engine.policy.step import Rows
 from qnext.model import CausalLM
 from qnext.ops import ParameterWatch, Recording, backend_of, record
@@ -18,15 +19,21 @@ from qnext.probe import ModelProbe, Passing, Sight
 
 _MAX_ATTEMPTS = 4  # the first may meet conversions that are made once
 _MAX_RECORDINGS = 24  # kept; the one used longest ago goes first
+_MAX_PADDED = 40  # the same of padded batches: all sizes of sequences without drafts
 
 Taps: TypeAlias = frozenset[str]
 Inputs = TypeVar("Inputs", bound="StepInputs")
 Result = TypeVar("Result")
 
 
-def largest_recordings(max_num_seqs: int, max_draft_tokens: int, *, max_tokens: int) -> list[int]:
+def largest_recordings(
+    max_num_seqs: int, max_draft_tokens: int, *, max_tokens: int, is_padded: bool = False
+) -> list[int]:
     """Tokens of the recorded steps that can be kept at a time, where these are the largest. `max_tokens` is the
-    backend's bound."""
+    backend's bound, and so is whether batches are padded."""
+    if is_padded:
+        max_rows = max_draft_tokens + 1
+        return sorted(padded_sizes(max_num_seqs, max_rows, max_tokens=max_tokens), reverse=True)[:_MAX_PADDED]
     sizes = (
         num_tokens
         for num_sequences in range(1, min(max_num_seqs, max_tokens) + 1)
@@ -70,6 +77,9 @@ class RecordedBatches(Generic[Inputs, Result]):
     `make_inputs` takes how many rows each sequence has and the depth of the drafts. `compute` reads its inputs and
     writes nothing but the caches. `was_prepared` says of the last batch that nothing was done for the first time: its
     time is that of the next ones.
+
+    Where the cache has a spare slot, batches are padded to few sizes, as far as `without` can take the rows of padding
+    out of a result: it is given the result and how many sequences and tokens come before them.
     """
 
     def __init__(
@@ -78,7 +88,9 @@ class RecordedBatches(Generic[Inputs, Result]):
         watch: ModelWatch,
         make_inputs: Callable[[Sequence[int], int], Inputs],
         compute: Callable[[Inputs], Result],
+        without: Callable[[Result, int, int], Result] | None = None,
     ) -> None:
+        self._cache, self._without = cache, None if cache.spare_slot is None else without
         self._watch, self._make_inputs, self._compute = watch, make_inputs, compute
         self._device = cache.device
         self._max_tokens = backend_of(cache.device).max_recorded_tokens
@@ -106,11 +118,21 @@ class RecordedBatches(Generic[Inputs, Result]):
         parameters changed is recorded anew; a size that hardly `recurs` is not recorded."""
         lengths = [len(part.token_ids) for part in rows]
         num_tokens = sum(lengths)
-        if not recurs or not self.serves(num_tokens):
-            inputs = self._make_inputs(lengths, depth)
-            inputs.fill(rows)
-            self.was_prepared = recurs
-            return self._compute(inputs)
+        if recurs and self.serves(num_tokens):
+            if self._without is None or self._watch.sight is not None:  # a probe sees the rows of requests alone
+                return self._recorded(rows, depth)
+            padding = padding_of(len(rows), num_tokens, max_rows=self._cache.max_rows, max_tokens=self._max_tokens)
+            if padding is not None and self.serves(num_tokens + sum(padding)):
+                result = self._recorded([*rows, *self._cache.rows_of_nobody(padding)], depth)
+                return self._without(result, len(rows), num_tokens)
+        inputs = self._make_inputs(lengths, depth)
+        inputs.fill(rows)
+        self.was_prepared = recurs
+        return self._compute(inputs)
+
+    def _recorded(self, rows: Sequence[Rows], depth: int) -> Result:
+        lengths = [len(part.token_ids) for part in rows]
+        num_tokens = sum(lengths)
         size = (len(rows), num_tokens, depth, self._taps)
         kept = self._batches.pop(size, None)
         self.was_prepared = kept is not None and kept.num_changes == self._watch.num_changes
@@ -127,7 +149,7 @@ class RecordedBatches(Generic[Inputs, Result]):
                 return result
             kept = _Kept(inputs, result, passing, recording, self._watch.num_changes)
         self._batches[size] = kept
-        if len(self._batches) > _MAX_RECORDINGS:
+        if len(self._batches) > (_MAX_RECORDINGS if self._without is None else _MAX_PADDED):
             del self._batches[next(iter(self._batches))]
         self._keep_passed(kept.passing)
         return kept.result
