@@ -91,7 +91,7 @@ def test_a_step_with_prompts_runs_on_a_device(starts: list[str], monkeypatch: py
     assert output.logits_RY.dtype == torch.float32 and output.order == (2, 0, 1) and not replays
     later = [SequencePlan(str(slot), slot, (slot,), (61, 27, 25)[slot], needs_sample=True) for slot in (1, 2)]
     executor.execute(StepPlan((later[1], prompts[0]._replace(start=4))))
-    assert replays == [1] and list(executor._decoding._batches) == [(1, 1, 1)]
+    assert replays == [1] and [size[:3] for size in executor._decoding._batches] == [(1, 1, 1)]
     assert executor.execute(StepPlan(tuple(later))).logits_RY.dtype == torch.float32
     assert {"delta_chunks_kernel", "delta_step_kernel", "paged_attention_kernel"} <= set(starts)
 
