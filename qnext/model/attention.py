@@ -81,6 +81,25 @@ class Attention(nn.Module):
             out_THK = out_THK * torch.sigmoid(see("gate", gate_THK))
         return see("gated_out", out_THK.flatten(1))
 
+    def core(
+        self,
+        q_TX: Tensor,
+        k_TY: Tensor,
+        v_TY: Tensor,
+        rope: ops.Rope,
+        packing: ops.Packing,
+        cache: ops.AttentionCache | None,
+    ) -> Tensor | None:
+        """[T, H, K]: what the gates are multiplied with, by the fused op without gates; None where the op cannot be
+        used. Keys and values are written once more, with the same bits."""
+        weights = self._fusable_weights()
+        if weights is None:
+            return None
+        q_TZ = self._queries_and_gates(q_TX)[0].flatten(1)
+        weights = weights._replace(has_gate=False)
+        out_TZ = ops.attention_mixer(q_TZ, k_TY, v_TY, weights, rope=rope, packing=packing, cache=cache)
+        return out_TZ.unflatten(1, (-1, self.head_dim))
+
     def gates(self, q_TX: Tensor) -> Tensor | None:
         """[T, H, K]: the output gates, before their sigmoid, of what q_proj gave; None without gates."""
         return self._queries_and_gates(q_TX)[1]

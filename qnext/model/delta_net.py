@@ -83,6 +83,22 @@ class GatedDeltaNet(nn.Module):
             o_THV = ops.cached_delta_rule(inputs, qkv_TC, cache, packing=packing, before=carried, conv_NWC=conv_NWC)
         return see("gated_out", self.norm(see("core_out", o_THV), see("gate", z_THV)).flatten(1))
 
+    def core(self, qkvz_TX: Tensor, ba_TY: Tensor, packing: ops.Packing, cache: ops.DeltaCache | None) -> Tensor | None:
+        """[T, H, V]: what the gated norm takes, as the fused op computes it; None where the op cannot be used.
+
+        The op runs with a norm and a gate that change no bit. An eps of 2^80 is all that the norm's root sees, so rows
+        are multiplied by 2^-40, by weights of 2^34, and by silu(64) = 64.
+        """
+        weights = self._fusable_weights()
+        if weights is None or weights.norm_weight_V.dtype == torch.float16:  # which has no 2^34
+            return None
+        open_TX = qkvz_TX.clone()
+        groups_TJX = open_TX.unflatten(1, (self.num_key_heads, -1))
+        groups_TJX[..., self.key_head_dim + groups_TJX.shape[-1] // 2 :] = 64.0  # z is half of what follows q and k
+        weights = weights._replace(norm_weight_V=torch.full_like(weights.norm_weight_V, 2.0**34), eps=2.0**80)
+        out_TZ = ops.gated_delta_mixer(open_TX, ba_TY, weights, packing=packing, cache=cache)
+        return out_TZ.unflatten(1, (self.num_value_heads, -1))
+
     def gates(self, qkvz_TX: Tensor, ba_TY: Tensor) -> tuple[Tensor, Tensor]:
         """The log decays [T, H] and the output gates z [T, H, V], before their silu, of what the projections gave."""
         sizes = {"key_head_dim": self.key_head_dim, "num_heads": self.num_value_heads}

@@ -48,6 +48,14 @@ class MixerHooks:
         return self._sight.observes(self.kind) or gradients or any(tap in self._sight.wanted for tap in inner)
 
     @property
+    def _wants_core_alone(self) -> bool:
+        """Whether core_out is all that is wanted of the steps, and only looked at: the fused op gives it."""
+        core, sight = f"{self._prefix}.core_out", self._sight
+        inner = {f"{self._prefix}.{step}" for step in self.steps if step != "gated_out"}
+        only_looks = core not in sight.edited and not sight.keeps_gradients and not sight.observes(self.kind)
+        return only_looks and inner & sight.wanted == {core}
+
+    @property
     def _needs_graph(self) -> bool:
         is_edited = any(f"{self._prefix}.{step}" in self._sight.edited for step in self.steps)
         return torch.is_grad_enabled() and (self._sight.keeps_gradients or is_edited)
@@ -80,6 +88,12 @@ class MixerHooks:
         assert self._rows is not None
         fused_TZ = self._gated_TZ
         assert fused_TZ is not None
+        if self._wants_core_alone:
+            with torch.no_grad():
+                core_THV = self._core(inputs)
+            if core_THV is not None:
+                self._sight.keep(f"{self._prefix}.core_out", core_THV, self._rows)
+                return output_TD
         steps = Steps(self._prefix, self._rows, self._sight.show)
         with torch.set_grad_enabled(self._needs_graph):
             mixed_TZ = self._mix(steps, inputs)
@@ -95,6 +109,10 @@ class MixerHooks:
         return redone_TD if follows else torch.where(affected_T[:, None], redone_TD, output_TD)
 
     def _mix(self, steps: Steps, inputs: tuple[Any, ...]) -> Tensor:
+        raise NotImplementedError
+
+    def _core(self, inputs: tuple[Any, ...]) -> Tensor | None:
+        """core_out by the fused op, once more; None where it cannot be used."""
         raise NotImplementedError
 
     def _put(self, carried_T: Tensor, batch: Batch) -> None:
@@ -124,6 +142,11 @@ class DeltaHooks(MixerHooks):
         mixed_TZ = self._mixer.mix(qkvz_TX, ba_TY, inputs[1].packing, self._slots, partial(self._see, steps))
         self._derive(steps)
         return mixed_TZ
+
+    def _core(self, inputs: tuple[Any, ...]) -> Tensor | None:
+        assert isinstance(self._mixer, GatedDeltaNet)
+        qkvz_TX, ba_TY = (self._projected[name] for name in self.projections)
+        return self._mixer.core(qkvz_TX, ba_TY, inputs[1].packing, self._slots)
 
     def _see(self, steps: Steps, step: str, x_T: Tensor) -> Tensor:
         """States come before core_out, which is what they are read for: one that changes changes all behind it."""
@@ -174,6 +197,13 @@ class AttentionHooks(MixerHooks):
             prefix = self._prefix.rpartition(".")[0]
             self._sight.observer.see_attention(prefix, steps.rows, self._attended(steps), steps.seen)
         return mixed_TZ
+
+    def _core(self, inputs: tuple[Any, ...]) -> Tensor | None:
+        assert isinstance(self._mixer, Attention)
+        _, batch, rope = inputs
+        cache = None if batch.cache is None else batch.cache.attention_cache(self._mixer.layer_index)
+        q_TX, k_TY, v_TY = (self._projected[name] for name in self.projections)
+        return self._mixer.core(q_TX, k_TY, v_TY, rope, batch.packing, cache)
 
     def _attended(self, steps: Steps) -> list[Attended]:
         assert isinstance(self._mixer, Attention)
