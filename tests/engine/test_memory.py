@@ -113,7 +113,7 @@ def test_recorded_steps_take_what_is_planned_for_them(experts: int) -> None:
     engine.generate([[5], [6, 7], [8]], SamplingParams(max_tokens=6, ignore_eos=True))
     recorded = local(engine)._decoding._batches
     assert recorded
-    for (_, num_tokens, _), kept in recorded.items():
+    for (_, num_tokens, *_), kept in recorded.items():
         assert 0 < kept.recording.num_bytes <= recorded_bytes(model.config, num_tokens)
 
 
