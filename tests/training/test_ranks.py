@@ -39,6 +39,15 @@ WIDE = {"hidden_size": 32, "vocab_size": 64, "head_dim": 32, "linear_value_head_
 CLOCK = ("elapsed", "tokens_per_second")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_as_each_rank_has() -> Iterator[None]:
+    """Two threads share out a sum otherwise than one does."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
 @pytest.fixture(scope="module")
 def two() -> Iterator[TrainingProcesses]:
     with processes(2) as found:
