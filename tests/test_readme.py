@@ -179,7 +179,7 @@ SMALL_BENCHMARKS = {
     "bench_distill.py": [
         *("--teacher-steps", "1", "--steps", "1", "--seeds", "2", "--text-bytes", "20000", "--held-out-bytes", "5000")
     ],
-    "bench_server.py": ["MODEL", "--streams", "2", "--tokens", "8", "--rounds", "1", "--idle", "4", "--active", "2"],
+    "bench_server.py": ["MODEL", "--streams", "2", "--tokens", "300", "--rounds", "1", "--idle", "4", "--active", "2"],
     "bench_quantize.py": ["--model", "MODEL", "--reference", "--rounds", "1", "--isa", "best"],
     "bench_streaming.py": _TINY_STREAMING.split(),
     "bench_residency.py": ["--tokens", "40", "--slots", "0.2", "--half-lives", "64"],
