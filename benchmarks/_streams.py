@@ -59,6 +59,8 @@ def write_together(engine: Engine, prompts: Sequence[list[int]], params: Sequenc
     requests = [engine.add_request(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
     while any(not request.output_ids for request in requests):
         engine.step()
+        for request in requests:
+            request.raise_failure()
     _require_unfinished(requests)
     phase = Phase(len(requests))
     scheduler = engine.scheduler

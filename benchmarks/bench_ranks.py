@@ -37,6 +37,7 @@ def worker(model: str, mesh: tuple[int, int], num_threads: int, prompt: int, tok
         begun = time.perf_counter()
         while not request.output_ids:
             engine.step()
+            request.raise_failure()
         first = time.perf_counter()
         while engine.has_unfinished:
             engine.step()

@@ -81,8 +81,8 @@ class ReplayedRouter(nn.Module):
             residents.use(row.tolist(), [1] * self.top_k, num_tokens=1)
         return [*residents.residents(), *residents.others()]
 
-    def forward(self, x_TD: Tensor, *, load_E: Tensor | None = None) -> RouterOutput:
-        logits_TE, routing = self.router(x_TD, load_E=load_E)
+    def forward(self, x_TD: Tensor, *, load_E: Tensor | None = None, chosen_TA: Tensor | None = None) -> RouterOutput:
+        logits_TE, routing = self.router(x_TD, load_E=load_E, chosen_TA=chosen_TA)
         return RouterOutput(logits_TE, ops.Routing(routing.weights_TA, self._experts[: len(x_TD)]))
 
 
@@ -149,11 +149,13 @@ class Bench:
         request = self.engine.add_request(self.prompt(num_prompt), params)
         while not request.output_ids:
             self.engine.step()
+            request.raise_failure()
         before, seconds = self.residency.counts(), []
         while request.finish_reason is None:
             start = time.perf_counter()
             self.engine.step()
             seconds.append(time.perf_counter() - start)
+        request.raise_failure()
         after = self.residency.counts()
         hits, misses, waited = (after[name] - before[name] for name in ("hits", "misses", "wait_ns"))
         missed_bytes = misses * self.residency.record_bytes / len(seconds)
@@ -195,6 +197,7 @@ class Bench:
         start = time.perf_counter()
         while request.finish_reason is None:
             self.engine.step()
+        request.raise_failure()
         seconds = time.perf_counter() - start
         after = self.residency.counts()
         names = ("reads", "sweep_wait_ns", "guesses", "guesses_used")
@@ -218,12 +221,14 @@ class Bench:
         request = self.engine.add_request(history, SamplingParams(max_tokens=_TURN_TOKENS, ignore_eos=True))
         while request.finish_reason is None:
             self.engine.step()
+        request.raise_failure()
         before = self.residency.counts()
         history += [*request.output_ids, *self.prompt(_TURN_TOKENS)]
         request = self.engine.add_request(history, SamplingParams(max_tokens=1, ignore_eos=True))
         start = time.perf_counter()
         while request.finish_reason is None:
             self.engine.step()
+        request.raise_failure()
         seconds = time.perf_counter() - start
         reads = self.residency.counts()["reads"] - before["reads"]
         return {

@@ -59,6 +59,18 @@ def warned(recwarn: pytest.WarningsRecorder) -> Callable[[], list[str]]:
     return lambda: [str(item.message) for item in recwarn if not issubclass(item.category, ResourceWarning)]
 
 
+@pytest.fixture(params=["cpu", "torch"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who computes on the CPU: the native kernels, and then PyTorch."""
+    from qnext.ops import backends  # with torch
+
+    if request.param == "torch":
+        monkeypatch.setattr(backends, "cpu_kernels", lambda: None)
+    elif backends.cpu_kernels() is None:
+        pytest.skip("the native kernels are not built")
+    return str(request.param)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_signal_is_ignored() -> None:
     """A shell has a job in the background ignore Ctrl-C, and with it the programs that tests start and interrupt."""

@@ -61,10 +61,12 @@ def read_prompt(engine: Engine, num_tokens: int, num_new: int, edge: int) -> dic
     times = [(0, time.perf_counter())]
     while not request.output_ids:
         engine.step()
+        request.raise_failure()
         times.append((engine.metrics.prompt_tokens_computed, time.perf_counter()))
     started = time.perf_counter()
     while request.finish_reason is None:
         engine.step()
+    request.raise_failure()
     decode_seconds = time.perf_counter() - started
     return {
         "prompt_tokens": num_tokens,

@@ -359,8 +359,7 @@ class Engine:
                 for event in self.step():
                     if isinstance(event, TokenEvent) and event.request_id == request.id:
                         yield event
-            if request.failure is not None:
-                raise request.fault or request.failure
+            request.raise_failure()
         finally:
             self.abort(request.id)
 

@@ -15,22 +15,12 @@ from torch import Tensor, nn
 
 from qnext.model import Batch, CausalLM, Experts
 from qnext.model.layers import MLP, Conv1d, Embedding, Linear, RMSNorm
-from qnext.ops import backends
 from qnext.training.data import TrainBatch
 from qnext.training.losses import RouterTap
 from qnext.training.objective import NextToken, TrainStep
 
 from .models import OneRequest, make_model, random_tokens
 from .wrapping import CONFIG, WRAPPED, multiply_weights, names_of, put, wrap
-
-
-@pytest.fixture(params=["cpu", "torch"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
-        monkeypatch.setattr(backends, "cpu_kernels", lambda: None)
-    elif backends.cpu_kernels() is None:
-        pytest.skip("the native kernels are not built")
-    return str(request.param)
 
 
 def train(model: CausalLM) -> list[Tensor]:

@@ -22,15 +22,6 @@ GATES = ["layers.0.delta.gate", "layers.1.attention.gate"]
 GATED = ["layers.0.delta.gated_out", "layers.1.attention.gated_out"]
 
 
-@pytest.fixture(params=["cpu", "torch"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
-        monkeypatch.setattr(backends, "cpu_kernels", lambda: None)
-    elif backends.cpu_kernels() is None:
-        pytest.skip("the native kernels are not built")
-    return str(request.param)
-
-
 def make_model(form: str = "float32") -> CausalLM:
     changes = {"layer_types": CONFIG.layer_types, "num_nextn_predict_layers": 1}
     return make_in_form("next, sizes of the native kernels", form, **changes)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from qnext.model import Batch, CausalLM
-from qnext.ops import backends
 from qnext.probe import LAST, Edit, ModelProbe, Where, same_bits, tap_names
 from qnext.probe.names import READ_ONLY
 from tests.model.models import OneRequest, make_in_form, make_model, random_tokens
@@ -17,15 +16,6 @@ from tests.model.wrapping import CONFIG
 
 NAMES = tap_names(CONFIG)
 EDITED = [name for name in NAMES if not name.endswith(READ_ONLY)]
-
-
-@pytest.fixture(params=["cpu", "torch"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
-        monkeypatch.setattr(backends, "cpu_kernels", lambda: None)
-    elif backends.cpu_kernels() is None:
-        pytest.skip("the native kernels are not built")
-    return str(request.param)
 
 
 @torch.no_grad()

@@ -98,6 +98,12 @@ class Request:
             return self.failure.__cause__ or self.failure
         return self.failure if isinstance(self.failure, CorruptCheckpoint) else None
 
+    def raise_failure(self) -> None:
+        """Raises what ended this request, if something did: its `fault`, or its `failure`. To be asked by whoever waits
+        for its tokens."""
+        if self.failure is not None:
+            raise self.fault or self.failure
+
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)
