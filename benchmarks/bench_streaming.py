@@ -30,7 +30,7 @@ from qnext.checkpoint import load_model
 from qnext.checkpoint.check import read_layout
 from qnext.checkpoint.streamed import plan_residency, streamable
 from qnext.cli.flags.values import human_int
-from qnext.engine import Engine, EngineConfig, SamplingParams
+from qnext.engine import Engine, EngineConfig, Request, SamplingParams
 from qnext.engine.execution.executor import StepOutput
 from qnext.engine.policy.step import StepPlan
 from qnext.errors import QnextError, UsageError
@@ -112,8 +112,7 @@ class Bench:
         self._execute = self.engine.executor.execute
         if replays:
             self.engine.executor.execute = self._replay  # type: ignore[method-assign]
-        self.num_experts = model.config.num_experts
-        self.top_k = model.config.num_experts_per_tok
+        self.num_experts, self.top_k = model.config.num_experts, model.config.num_experts_per_tok
         self.vocab_size = model.config.vocab_size
 
     @property
@@ -121,9 +120,8 @@ class Bench:
         return sum(self.slots) / (len(self.slots) * self.num_experts)
 
     def _replay(self, plan: StepPlan) -> StepOutput:
-        num_tokens = sum(len(sequence.token_ids) for sequence in plan.sequences)
         for router in self.routers:
-            router.advance(num_tokens)
+            router.advance(sum(len(sequence.token_ids) for sequence in plan.sequences))
         return self._execute(plan)
 
     def begin(self, preset: str, *, num_warm: int, num_tokens: int) -> None:
@@ -189,16 +187,20 @@ class Bench:
                 hits += found if number > num_warm else 0
         return hits / (len(self.slots) * num_tokens * self.top_k)
 
+    def _finish(self, request: Request) -> float:
+        """Seconds until it has ended. Raises what else ended it."""
+        start = time.perf_counter()
+        while request.finish_reason is None:
+            self.engine.step()
+        request.raise_failure()
+        return time.perf_counter() - start
+
     def prefill(self, preset: str, *, num_tokens: int, num_warm: int) -> dict[str, Any]:
         """A prompt up to its first token."""
         self.begin(preset, num_warm=num_warm, num_tokens=num_tokens)
         before = self.residency.counts()
         request = self.engine.add_request(self.prompt(num_tokens), SamplingParams(max_tokens=1, ignore_eos=True))
-        start = time.perf_counter()
-        while request.finish_reason is None:
-            self.engine.step()
-        request.raise_failure()
-        seconds = time.perf_counter() - start
+        seconds = self._finish(request)
         after = self.residency.counts()
         names = ("reads", "sweep_wait_ns", "guesses", "guesses_used")
         reads, waited, guesses, used = (after[name] - before[name] for name in names)
@@ -219,17 +221,11 @@ class Bench:
         self.begin(preset, num_warm=num_warm, num_tokens=conversation + 2 * _TURN_TOKENS)
         history = self.prompt(conversation)
         request = self.engine.add_request(history, SamplingParams(max_tokens=_TURN_TOKENS, ignore_eos=True))
-        while request.finish_reason is None:
-            self.engine.step()
-        request.raise_failure()
+        self._finish(request)
         before = self.residency.counts()
         history += [*request.output_ids, *self.prompt(_TURN_TOKENS)]
         request = self.engine.add_request(history, SamplingParams(max_tokens=1, ignore_eos=True))
-        start = time.perf_counter()
-        while request.finish_reason is None:
-            self.engine.step()
-        request.raise_failure()
-        seconds = time.perf_counter() - start
+        seconds = self._finish(request)
         reads = self.residency.counts()["reads"] - before["reads"]
         return {
             "what": f"second turn after {conversation} {preset}",
@@ -396,9 +392,8 @@ def _print(row: dict[str, Any]) -> None:
 
 def _print_turn(row: dict[str, Any]) -> None:
     tokens = f"{row['new_tokens']} new tokens, {row['cached_tokens']} from the prefix cache"
-    print(
-        f"{row['what']:<32}{row['seconds']:.2f} s to the first token: {tokens}, read {row['read_bytes'] / 1e9:.1f} GB"
-    )
+    read = f"read {row['read_bytes'] / 1e9:.1f} GB"
+    print(f"{row['what']:<32}{row['seconds']:.2f} s to the first token: {tokens}, {read}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 A policy-gradient run compares log-probabilities of two computations, that of the engine and that of the trainer. Here
 they are the same one: kernels make the forward, and torch makes the gradient from the same inputs.
+
+On a GPU that holds op by op: decoding there computes some ops as one (`ops.normed_linears` and the like), which rounds
+less.
 """
 
 from __future__ import annotations
